@@ -1,0 +1,314 @@
+// The only file that knows both Python and the C++ core: argument checks, GIL release, docstrings.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "quantile_pool.hpp"
+#include "quark_loss.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+// --- quark_loss -------------------------------------------------------------------------------
+
+using quark::DType;
+using quark::Kl;
+
+// Addresses and strides of a tensor that the Python side keeps alive during the call.
+quark::Rows make_rows(uintptr_t data, const std::string& dtype, int64_t inner, int64_t outer_stride,
+                      int64_t inner_stride) {
+  quark::Rows rows{reinterpret_cast<void*>(data), DType::f32, inner, outer_stride, inner_stride};
+  if (dtype == "float32") return rows;
+  rows.dtype = dtype == "bfloat16" ? DType::bf16 : DType::f16;
+  if (dtype == "bfloat16" || dtype == "float16") return rows;
+  throw std::invalid_argument("logits of dtype " + dtype +
+                              "; the C++ kernels take float32, bfloat16 and float16");
+}
+
+Kl kl_of(const std::string& name, bool has_ref) {
+  if (!has_ref) return Kl::none;
+  if (name == "policy_ref") return Kl::policy_ref;
+  if (name == "ref_policy") return Kl::ref_policy;
+  throw std::invalid_argument("kl = '" + name + "'; choose 'policy_ref' or 'ref_policy'");
+}
+
+quark::Problem make_problem(const quark::Rows& logits, const std::optional<quark::Rows>& ref,
+                            uintptr_t labels, uintptr_t weights, int64_t rows, int64_t vocab,
+                            int64_t width, const std::string& kl, double kl_coef,
+                            double entropy_coef) {
+  return {logits,
+          ref.value_or(quark::Rows{nullptr, DType::f32, 1, 0, 0}),
+          reinterpret_cast<const int64_t*>(labels),
+          reinterpret_cast<const float*>(weights),
+          rows,
+          vocab,
+          width,
+          kl_of(kl, ref.has_value()),
+          kl_coef,
+          entropy_coef};
+}
+
+void require_labels_in_vocabulary(const quark::Problem& problem) {
+  const int64_t row = quark::first_bad_label(problem);
+  if (row < 0) return;
+  throw std::invalid_argument(
+      "labels[" + std::to_string(row) + "] = " + std::to_string(problem.labels[row]) +
+      " (flattened) is outside the base vocabulary [0, " + std::to_string(problem.vocab) +
+      ") but not masked; mask it, e.g. mask = labels != -100");
+}
+
+void bind_quark_loss(py::module_& m) {
+  m.def("isa", &quark::isa,
+        "The instruction-set level of the loss kernels: v2, v3, v4 (x86-64) or generic.\n\n"
+        "QUARK_FAST_ISA in the environment chooses a lower one; RuntimeError if it cannot be had.");
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t data, size_t bytes) {
+        quark::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"),
+      "Advise the kernel to back a large buffer, not yet written, by huge pages.");
+
+  py::class_<quark::Rows>(m, "Rows",
+                          "Where the rows of a tensor lie: row n starts at element\n"
+                          "(n // inner) * outer_stride + (n % inner) * inner_stride of `data`.")
+      .def(py::init(&make_rows), py::arg("data"), py::arg("dtype"), py::arg("inner"),
+           py::arg("outer_stride"), py::arg("inner_stride"));
+
+  py::class_<quark::Problem>(m, "Problem",
+                             "The inputs of the loss, by address: labels int64, weights float32.")
+      .def(py::init(&make_problem), py::arg("logits"), py::arg("ref"), py::arg("labels"),
+           py::arg("weights"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("kl"),
+           py::arg("kl_coef"), py::arg("entropy_coef"));
+
+  m.attr("STATS_PER_ROW") = sizeof(quark::RowStats) / sizeof(float);
+  m.def(
+      "quark_loss_forward",
+      [](const quark::Problem& problem, uintptr_t nll, uintptr_t kl, uintptr_t entropy,
+         uintptr_t stats, const std::optional<quark::Rows>& grad, int threads) {
+        const quark::RowOutputs out{reinterpret_cast<float*>(nll), reinterpret_cast<float*>(kl),
+                                    reinterpret_cast<float*>(entropy),
+                                    reinterpret_cast<quark::RowStats*>(stats)};
+        const py::gil_scoped_release released;
+        require_labels_in_vocabulary(problem);
+        return quark::forward(problem, out, grad ? &*grad : nullptr, threads);
+      },
+      py::arg("problem"), py::arg("nll"), py::arg("kl"), py::arg("entropy"), py::arg("stats"),
+      py::arg("grad"), py::arg("threads"),
+      "The loss; per-row float32 results go to nll, kl, entropy, and to stats (STATS_PER_ROW\n"
+      "floats a row) unless 0. With grad, its gradient goes there: it may be the logits.\n"
+      "ValueError if a label that is not masked is outside the vocabulary; nothing is written.");
+  m.def(
+      "quark_loss_backward",
+      [](const quark::Problem& problem, uintptr_t stats, double scale, const quark::Rows& grad,
+         int threads) {
+        const py::gil_scoped_release released;
+        quark::backward(problem, reinterpret_cast<const quark::RowStats*>(stats), scale, grad,
+                        threads);
+      },
+      py::arg("problem"), py::arg("stats"), py::arg("scale"), py::arg("grad"), py::arg("threads"),
+      "The gradient of scale * loss, from the stats of quark_loss_forward.");
+}
+
+// --- quantile_pool ----------------------------------------------------------------------------
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+py::array_t<T> to_numpy(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// One value of each live sample, by a member that fills at most the room it is given.
+template <class T, class Write>
+py::array_t<T> one_per_sample(int64_t size, Write write) {
+  py::array_t<T> values(size);
+  T* const out = values.mutable_data();
+  int64_t written;
+  {
+    const py::gil_scoped_release released;
+    written = write(out, size);
+  }
+  if (written < size) values.resize({written});  // another thread removed samples meanwhile
+  return values;
+}
+
+template <class Reward>
+void bind_quantile_pool(py::module_& m, const char* name) {
+  using Pool = quark::QuantilePool<Reward>;
+  using Key = typename Pool::Key;
+  const auto to_items = [](const Array<Key>& keys, const Array<Key>& ties) {
+    if (keys.ndim() != 1 || ties.ndim() != 1 || keys.size() != ties.size()) {
+      throw std::invalid_argument("keys and ties must be 1-D and of one length");
+    }
+    std::vector<typename Pool::Item> items(keys.size());
+    for (size_t i = 0; i < items.size(); ++i) items[i] = {ties.data()[i], keys.data()[i]};
+    return items;
+  };
+
+  py::class_<Pool>(m, name,
+                   "Exact streaming quantiles of rewards; csrc/quantile_pool.hpp promises.")
+      .def(py::init<int, quark::Ties, quark::Remainder, uint64_t>(), py::arg("quantiles"),
+           py::arg("ties"), py::arg("remainder"), py::arg("seed"))
+      .def(
+          "add",
+          [](Pool& pool, const Array<Reward>& rewards) {
+            py::array_t<int64_t> ids(rewards.size());
+            int64_t* const out = ids.mutable_data();
+            {
+              const py::gil_scoped_release released;
+              pool.add(rewards.data(), rewards.size(), out);
+            }
+            return ids;
+          },
+          py::arg("rewards"), "Add rewards; their ids, -1 for NaN, which is left out.")
+      .def(
+          "remove",
+          [](Pool& pool, const Array<int64_t>& ids) {
+            const py::gil_scoped_release released;
+            pool.remove(ids.data(), ids.size());
+          },
+          py::arg("ids"), "Take samples out; IndexError, and none is, if one is not in the pool.")
+      .def(
+          "restore",
+          [](Pool& pool, const Array<int64_t>& ids, const Array<Reward>& rewards,
+             const std::vector<int64_t>& run_sizes, int64_t next_id) {
+            if (ids.size() != rewards.size()) {
+              throw std::invalid_argument("as many ids as rewards are needed");
+            }
+            const py::gil_scoped_release released;
+            pool.restore(ids.data(), rewards.data(), ids.size(), run_sizes, next_id);
+          },
+          py::arg("ids"), py::arg("rewards"), py::arg("run_sizes"), py::arg("next_id"),
+          "Replace the content by what ids, rewards, run_sizes and next_id gave.")
+      .def("__len__", &Pool::size)
+      .def_property_readonly("next_id", &Pool::next_id)
+      .def_property_readonly("run_sizes", &Pool::run_sizes)
+      .def(
+          "ids",
+          [](const Pool& pool) {
+            return one_per_sample<int64_t>(
+                pool.size(), [&](int64_t* out, int64_t room) { return pool.ids(out, room); });
+          },
+          "The ids of all samples, oldest first.")
+      .def(
+          "rewards",
+          [](const Pool& pool) {
+            return one_per_sample<Reward>(
+                pool.size(), [&](Reward* out, int64_t room) { return pool.rewards(out, room); });
+          },
+          "The rewards of all samples, oldest first.")
+      .def(
+          "labels",
+          [](const Pool& pool) {
+            return one_per_sample<int32_t>(
+                pool.size(), [&](int32_t* out, int64_t room) { return pool.labels(out, room); });
+          },
+          "The quantiles of all samples, oldest first.")
+      .def(
+          "look_up",
+          [](const Pool& pool, const Array<int64_t>& ids) {
+            py::array_t<Reward> rewards(ids.size());
+            py::array_t<int64_t> quantiles(ids.size());
+            Reward* const out_rewards = rewards.mutable_data();
+            int64_t* const out_quantiles = quantiles.mutable_data();
+            {
+              const py::gil_scoped_release released;
+              pool.look_up(ids.data(), ids.size(), out_rewards, out_quantiles);
+            }
+            return py::make_tuple(rewards, quantiles);
+          },
+          py::arg("ids"), "(rewards, quantiles) of given samples.")
+      .def(
+          "contains",
+          [](const Pool& pool, const Array<int64_t>& ids) {
+            py::array_t<bool> found(ids.size());
+            bool* const out = found.mutable_data();
+            {
+              const py::gil_scoped_release released;
+              pool.contains(ids.data(), ids.size(), out);
+            }
+            return found;
+          },
+          py::arg("ids"))
+      .def(
+          "thresholds", [](const Pool& pool) { return to_numpy(pool.thresholds()); },
+          "The K - 1 boundary rewards, the best first; NaN where there is none.")
+      .def(
+          "quantile_sizes", [](const Pool& pool) { return to_numpy(pool.quantile_sizes()); },
+          "How many samples each quantile holds, the worst first.")
+      .def(
+          "sample",
+          [](const Pool& pool, int64_t count, std::vector<int> from, bool replace, bool stratified,
+             uint64_t key) {
+            typename Pool::Draw draw;
+            {
+              const py::gil_scoped_release released;
+              draw = pool.sample({count, std::move(from), replace, stratified, key});
+            }
+            return py::make_tuple(to_numpy(draw.ids), to_numpy(draw.rewards),
+                                  to_numpy(draw.quantiles));
+          },
+          py::arg("count"), py::arg("quantiles"), py::arg("replace"), py::arg("stratified"),
+          py::arg("key"), "(ids, rewards, quantiles) of a draw; no quantiles named: from all.")
+      .def(
+          "count_up_to",
+          [to_items](const Pool& pool, const Array<Key>& keys, const Array<Key>& ties) {
+            return to_numpy(pool.count_up_to(to_items(keys, ties)));
+          },
+          py::arg("keys"), py::arg("ties"), "How many samples are at or before each place.")
+      .def(
+          "impose",
+          [to_items](Pool& pool, const Array<Key>& keys, const Array<Key>& ties,
+                     const std::vector<Key>& thresholds) {
+            pool.impose(to_items(keys, ties), thresholds);
+          },
+          py::arg("keys"), py::arg("ties"), py::arg("thresholds"),
+          "Use these boundaries, the best first, until the next change.")
+      .def_property("imposed", &Pool::imposed, &Pool::set_imposed);
+}
+
+void bind_quantile_pools(py::module_& m) {
+  py::enum_<quark::Ties>(m, "Ties", "How equal rewards are told apart.")
+      .value("same", quark::Ties::same)
+      .value("arrival", quark::Ties::arrival)
+      .value("random", quark::Ties::random);
+  py::enum_<quark::Remainder>(m, "Remainder", "Where the samples go that K does not divide.")
+      .value("spread", quark::Remainder::spread)
+      .value("last", quark::Remainder::last);
+  bind_quantile_pool<float>(m, "QuantilePool32");
+  bind_quantile_pool<double>(m, "QuantilePool64");
+  m.def("quantile_cut", &quark::quantile_cut, py::arg("n"), py::arg("j"), py::arg("k"),
+        py::arg("remainder"), "How many of n samples the best j of k quantiles hold.");
+  m.def(
+      "permutation_slice",
+      [](uint64_t n, uint64_t key, uint64_t start, uint64_t stop) {
+        if (start > stop || stop > n) throw std::invalid_argument("0 <= start <= stop <= n");
+        py::array_t<int64_t> out(static_cast<py::ssize_t>(stop - start));
+        int64_t* const data = out.mutable_data();
+        {
+          const py::gil_scoped_release released;
+          quark::permutation_slice(n, key, start, stop, data);
+        }
+        return out;
+      },
+      py::arg("n"), py::arg("key"), py::arg("start"), py::arg("stop"),
+      "Elements start..stop-1 of a keyed permutation of 0..n-1, which is never written out.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ core of quark_fast: fused loss and quantile pool.";
+  bind_quark_loss(m);
+  bind_quantile_pools(m);
+}

@@ -1,0 +1,852 @@
+#include "quantile_pool.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+namespace quark {
+namespace {
+
+// --- Randomness: 64-bit integers only, so that every platform draws the same ------------------
+
+// The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+std::uint64_t mix(std::uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+class Random {
+ public:
+  explicit Random(std::uint64_t key) : state_(mix(key)) {}
+
+  std::uint64_t next() { return mix(state_ += 0x9e3779b97f4a7c15u); }
+
+  // Uniform in 0..n-1, n >= 1: numbers under the next power of two, until one fits.
+  std::uint64_t below(std::uint64_t n) {
+    std::uint64_t mask = n - 1;
+    for (int shift = 1; shift < 64; shift *= 2) mask |= mask >> shift;
+    for (;;) {
+      const std::uint64_t x = next() & mask;
+      if (x < n) return x;
+    }
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+}  // namespace
+
+// A keyed bijection of the integers of an even number of bits (a Feistel network).
+class Bijection {
+ public:
+  Bijection(int bits, std::uint64_t key) : half_(bits / 2), mask_((std::uint64_t{1} << half_) - 1) {
+    Random random(key);
+    for (auto& round_key : round_keys_) round_key = random.next();
+  }
+
+  std::uint64_t forward(std::uint64_t x) const {
+    std::uint64_t left = x >> half_, right = x & mask_;
+    for (const std::uint64_t round_key : round_keys_) {
+      left ^= mix(right ^ round_key) & mask_;
+      std::swap(left, right);
+    }
+    return left << half_ | right;
+  }
+
+  std::uint64_t inverse(std::uint64_t x) const {
+    std::uint64_t left = x >> half_, right = x & mask_;
+    for (auto round_key = round_keys_.rbegin(); round_key != round_keys_.rend(); ++round_key) {
+      std::swap(left, right);
+      left ^= mix(right ^ *round_key) & mask_;
+    }
+    return left << half_ | right;
+  }
+
+ private:
+  int half_;
+  std::uint64_t mask_;
+  std::array<std::uint64_t, 6> round_keys_;
+};
+
+namespace {
+
+// Positions in 0..size-1: each independent, or (as a lazy Fisher-Yates shuffle) none twice.
+class Positions {
+ public:
+  Positions(std::uint64_t size, bool replace) : left_(size), replace_(replace) {}
+
+  bool exhausted() const { return left_ == 0; }
+
+  std::uint64_t next(Random& random) {
+    const std::uint64_t drawn = random.below(left_);
+    if (replace_) return drawn;
+    --left_;
+    const std::uint64_t position = at(drawn);
+    moved_[drawn] = at(left_);
+    return position;
+  }
+
+ private:
+  std::uint64_t at(std::uint64_t index) const {
+    const auto found = moved_.find(index);
+    return found == moved_.end() ? index : found->second;
+  }
+
+  std::uint64_t left_;
+  bool replace_;
+  std::unordered_map<std::uint64_t, std::uint64_t> moved_;
+};
+
+std::out_of_range not_in_pool(std::int64_t id) {
+  return std::out_of_range("sample " + std::to_string(id) + " is not in the pool");
+}
+
+// How many of the m sorted boundaries each key reaches (key <= boundary). No branch depends on a
+// key; all keys take each step together, so that compilers can overlap or vectorise them.
+template <class Key>
+void count_reached(const Key* keys, std::size_t n, const Key* boundaries, std::int32_t m,
+                   std::int32_t* counts) {
+  constexpr std::int32_t kFew = 8;
+  std::fill_n(counts, n, 0);
+  if (m <= kFew) {
+    std::int32_t j = 0;
+    for (; j + 4 <= m; j += 4) {  // four at once: K = 5 reads each key once
+      const Key b0 = boundaries[j], b1 = boundaries[j + 1], b2 = boundaries[j + 2],
+                b3 = boundaries[j + 3];
+      for (std::size_t i = 0; i < n; ++i) {
+        const Key key = keys[i];
+        counts[i] += (key <= b0) + (key <= b1) + (key <= b2) + (key <= b3);
+      }
+    }
+    for (; j < m; ++j) {
+      const Key boundary = boundaries[j];
+      for (std::size_t i = 0; i < n; ++i) counts[i] += keys[i] <= boundary;
+    }
+    return;
+  }
+  // Binary search: counts[i] boundaries are known to be missed, the next `open` are undecided.
+  std::int32_t open = m;
+  for (; open > 1; open -= open / 2) {
+    const std::int32_t half = open / 2;
+    for (std::size_t i = 0; i < n; ++i) {
+      counts[i] += half & -std::int32_t{boundaries[counts[i] + half - 1] < keys[i]};
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i) counts[i] = m - counts[i] - (boundaries[counts[i]] < keys[i]);
+}
+
+template <class Runs>
+std::size_t total_size(const Runs& runs) {
+  std::size_t n = 0;
+  for (const auto& run : runs) n += run->size;
+  return n;
+}
+
+}  // namespace
+
+std::int64_t quantile_cut(std::int64_t n, std::int64_t j, std::int64_t k, Remainder remainder) {
+  return remainder == Remainder::spread ? (j * n + k - 1) / k : j * (n / k);
+}
+
+void permutation_slice(std::uint64_t n, std::uint64_t key, std::uint64_t start, std::uint64_t stop,
+                       std::int64_t* out) {
+  // At least 8 bits: a smaller network has too few permutations to choose from.
+  int bits = 8;
+  while (bits < 62 && std::uint64_t{1} << bits < n) bits += 2;
+  const Bijection bijection(bits, key);
+  for (std::uint64_t i = start; i < stop; ++i) {
+    // Walk the cycle until it comes back under n: a permutation of 0..n-1 again.
+    std::uint64_t x = bijection.forward(i);
+    while (x >= n) x = bijection.forward(x);
+    *out++ = static_cast<std::int64_t>(x);
+  }
+}
+
+// --- Order ------------------------------------------------------------------------------------
+
+template <class Reward>
+bool QuantilePool<Reward>::before(const Item& a, const Item& b) {
+  if constexpr (sizeof(Key) == 4) {  // one comparison of 64 bits
+    return (std::uint64_t{a.key} << 32 | a.tie) < (std::uint64_t{b.key} << 32 | b.tie);
+  } else {  // & and |, not && and ||: no branch to mispredict while merging
+    return (a.key < b.key) | ((a.key == b.key) & (a.tie < b.tie));
+  }
+}
+
+template <class Reward>
+typename QuantilePool<Reward>::Key QuantilePool<Reward>::key_of(Reward reward) {
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  Key bits;
+  std::memcpy(&bits, &reward, sizeof(bits));
+  if (bits == sign) bits = 0;  // -0; by its bits, as `reward == 0` holds for denormals under DAZ
+  // Negative rewards sort worst first by their bits, with the sign above all; the others not.
+  return bits & sign ? bits : bits ^ ~sign;
+}
+
+template <class Reward>
+Reward QuantilePool<Reward>::reward_of(Key key) {
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  const Key bits = key & sign ? key : key ^ ~sign;
+  Reward reward;
+  std::memcpy(&reward, &bits, sizeof(reward));
+  return reward;
+}
+
+template <class Reward>
+typename QuantilePool<Reward>::Key QuantilePool<Reward>::tie_of(std::int64_t id) const {
+  const auto tie = static_cast<std::uint64_t>(id);
+  return static_cast<Key>(ties_ == Ties::random ? tie_bijection_->forward(tie) : tie);
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::id_of(Key tie) const {
+  return static_cast<std::int64_t>(ties_ == Ties::random ? tie_bijection_->inverse(tie) : tie);
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::label_of(const Item& item, const std::vector<Item>& boundaries) {
+  return boundaries.end() - std::lower_bound(boundaries.begin(), boundaries.end(), item, before);
+}
+
+// --- Sorted runs ------------------------------------------------------------------------------
+
+template <class Reward>
+void QuantilePool<Reward>::sort(Run& run) const {
+  // Radix sort, least significant digit first; it is stable, so ties already in order (arrival)
+  // need no pass. Digits of 11 bits: their counters stay in the first-level cache.
+  constexpr std::size_t kDigit = 11, kBuckets = std::size_t{1} << kDigit;
+  constexpr std::size_t kPasses = (8 * sizeof(Key) + kDigit - 1) / kDigit;
+  using Counters = std::array<std::uint32_t, kBuckets>;
+  // Clearing the counters would cost more than sorting a small run.
+  if (run.size < kBuckets / 2 || run.size > std::numeric_limits<std::uint32_t>::max()) {
+    std::sort(run.items.get(), run.items.get() + run.size, before);
+    return;
+  }
+  std::unique_ptr<Item[]> other(new Item[run.size]);
+  const auto sort_by = [&](Key Item::* field) {
+    std::array<Counters, kPasses> counters{};
+    for (const Item& item : run) {
+      Key rest = item.*field;
+      for (Counters& counter : counters) {
+        ++counter[rest & (kBuckets - 1)];
+        rest >>= kDigit;
+      }
+    }
+    for (std::size_t pass = 0; pass < kPasses; ++pass) {
+      Counters& place = counters[pass];
+      const auto digit = [&](const Item& item) {
+        return item.*field >> (pass * kDigit) & (kBuckets - 1);
+      };
+      if (place[digit(run.items[0])] == run.size) continue;  // all alike
+      std::exclusive_scan(place.begin(), place.end(), place.begin(), std::uint32_t{0});
+      for (const Item& item : run) other[place[digit(item)]++] = item;
+      std::swap(run.items, other);
+    }
+  };
+  if (ties_ == Ties::random) sort_by(&Item::tie);
+  sort_by(&Item::key);
+}
+
+template <class Reward>
+auto QuantilePool<Reward>::merge(const Run& a, const Run& b) -> std::shared_ptr<const Run> {
+  auto merged = std::make_shared<Run>(a.size + b.size);
+  // From both ends at once: two chains of dependent steps that the processor overlaps. Neither end
+  // can leave a run within as many steps as the smaller run has items. No branch depends on the
+  // items, because which run comes next is a coin toss.
+  const Item *front_a = a.begin(), *front_b = b.begin();
+  const Item *end_a = a.end(), *end_b = b.end();
+  Item *front = merged->items.get(), *end = front + merged->size;
+  for (std::size_t steps = std::min(a.size, b.size); steps > 0; --steps) {
+    const bool b_first = before(*front_b, *front_a);
+    *front++ = *(b_first ? front_b : front_a);
+    front_a += !b_first;
+    front_b += b_first;
+    const bool a_last = before(end_b[-1], end_a[-1]);
+    *--end = (a_last ? end_a : end_b)[-1];
+    end_a -= a_last;
+    end_b -= !a_last;
+  }
+  std::merge(front_a, end_a, front_b, end_b, front, before);
+  return merged;
+}
+
+// Appends a run, then merges from the back until every run is at least twice its successor or
+// their sum is above kMaxMerged (which bounds the worst call; R then grows by one per 2^19 or
+// more).
+template <class Reward>
+void QuantilePool<Reward>::push(Runs& runs, std::shared_ptr<const Run> run) {
+  if (run->size == 0) return;
+  runs.push_back(std::move(run));
+  while (runs.size() > 1) {
+    const Run &last = *runs.back(), &previous = *runs[runs.size() - 2];
+    if (previous.size >= 2 * last.size || previous.size + last.size > kMaxMerged) break;
+    auto merged = merge(previous, last);
+    runs.pop_back();
+    runs.back() = std::move(merged);
+  }
+}
+
+// The cut of each run such that `rank` items lie before the cuts and none of them is after an item
+// behind. Known to lie in low..high.
+template <class Reward>
+std::vector<std::size_t> QuantilePool<Reward>::split_at_rank(const Runs& runs, std::size_t rank,
+                                                             std::vector<std::size_t> low,
+                                                             std::vector<std::size_t> high) {
+  struct Candidate {
+    Item item;
+    std::size_t run, weight;
+  };
+  std::vector<Candidate> candidates;
+  std::vector<std::size_t> split(runs.size());
+  for (bool halve = false;; halve = !halve) {
+    std::size_t wanted = rank, open = 0;
+    for (std::size_t r = 0; r < runs.size(); ++r) {
+      wanted -= low[r];
+      open += high[r] - low[r];
+    }
+    if (wanted == 0) return low;
+    if (wanted == open) return high;
+
+    // The pivot is the weighted median of one item of each run: by turns the item at the wanted
+    // proportion (runs of one distribution: the window shrinks to about its square root) and the
+    // middle one (whatever the runs hold: at least a quarter of the window goes).
+    candidates.clear();
+    for (std::size_t r = 0; r < runs.size(); ++r) {
+      const std::size_t window = high[r] - low[r];
+      if (window == 0) continue;
+      const std::size_t offset = halve ? window / 2 : window * wanted / open;
+      candidates.push_back({runs[r]->items[low[r] + offset], r, window});
+    }
+    std::sort(candidates.begin(), candidates.end(),
+              [](const Candidate& a, const Candidate& b) { return before(a.item, b.item); });
+    auto pivot = candidates.begin();
+    for (std::size_t seen = pivot->weight; 2 * seen < open; seen += pivot->weight) ++pivot;
+
+    std::size_t rank_of_pivot = 0;
+    for (std::size_t r = 0; r < runs.size(); ++r) {
+      const Item* run = runs[r]->begin();
+      split[r] = std::lower_bound(run + low[r], run + high[r], pivot->item, before) - run;
+      rank_of_pivot += split[r];
+    }
+    if (rank_of_pivot >= rank) {
+      high = split;
+    } else {
+      low = split;
+      ++low[pivot->run];  // the pivot itself is before the cut
+    }
+  }
+}
+
+// --- Boundaries -------------------------------------------------------------------------------
+
+template <class Reward>
+auto QuantilePool<Reward>::own_boundaries() const -> std::vector<Item> {
+  const auto n = static_cast<std::int64_t>(total_size(runs_));
+  // The first cut is 0 only if all are: an empty pool, or fewer samples than quantiles under
+  // `last`.
+  if (quantile_cut(n, 1, quantiles_, remainder_) == 0) return {};
+  std::vector<Item> boundaries(quantiles_ - 1);
+  std::vector<std::size_t> none(runs_.size(), 0), all;
+  for (const auto& run : runs_) all.push_back(run->size);
+
+  // The middle boundary first: the others then search only their side of it.
+  using Splits = std::vector<std::size_t>;
+  const auto solve = [&](auto&& self, int first, int last, const Splits& low,
+                         const Splits& high) -> void {
+    if (first > last) return;
+    const int j = first + (last - first) / 2;
+    const auto split = split_at_rank(runs_, quantile_cut(n, j, quantiles_, remainder_), low, high);
+    bool any = false;
+    for (std::size_t r = 0; r < runs_.size(); ++r) {
+      if (split[r] == 0) continue;
+      const Item& item = runs_[r]->items[split[r] - 1];
+      if (!any || before(boundaries[j - 1], item)) boundaries[j - 1] = item;
+      any = true;
+    }
+    self(self, first, j - 1, low, split);
+    self(self, j + 1, last, split, high);
+  };
+  solve(solve, 1, quantiles_ - 1, none, all);
+
+  if (ties_ == Ties::same) {
+    for (Item& boundary : boundaries) boundary.tie = std::numeric_limits<Key>::max();
+  }
+  return boundaries;
+}
+
+template <class Reward>
+auto QuantilePool<Reward>::split_runs(std::vector<Item> boundaries,
+                                      std::vector<Key> thresholds) const
+    -> std::shared_ptr<const Cuts> {
+  auto cuts = std::make_shared<Cuts>();
+  cuts->splits.assign(quantiles_ + 1, std::vector<std::size_t>(runs_.size(), 0));
+  for (std::size_t r = 0; r < runs_.size(); ++r) {
+    const Run& run = *runs_[r];
+    const Item* at = run.begin();
+    for (std::size_t j = 0; j < boundaries.size(); ++j) {
+      at = std::upper_bound(at, run.end(), boundaries[j], before);
+      cuts->splits[j + 1][r] = at - run.begin();
+    }
+    cuts->splits[quantiles_][r] = run.size;
+  }
+  cuts->boundaries = std::move(boundaries);
+  cuts->thresholds = std::move(thresholds);
+  return cuts;
+}
+
+template <class Reward>
+auto QuantilePool<Reward>::cuts() const -> std::shared_ptr<const Cuts> {
+  std::lock_guard<std::mutex> one_computes(cuts_mutex_);
+  if (!cuts_) {
+    if (imposed_) {
+      throw std::logic_error(
+          "the pool has changed since its boundaries were agreed on across ranks: sync() again on "
+          "every rank, or unsync() to use this rank's own");
+    }
+    std::vector<Item> boundaries = own_boundaries();
+    std::vector<Key> thresholds;
+    for (const Item& boundary : boundaries) thresholds.push_back(boundary.key);
+    cuts_ = split_runs(std::move(boundaries), std::move(thresholds));
+  }
+  return cuts_;
+}
+
+template <class Reward>
+std::vector<Reward> QuantilePool<Reward>::thresholds() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  std::vector<Reward> thresholds(quantiles_ - 1, std::numeric_limits<Reward>::quiet_NaN());
+  const auto cuts = this->cuts();
+  std::transform(cuts->thresholds.begin(), cuts->thresholds.end(), thresholds.begin(), reward_of);
+  return thresholds;
+}
+
+template <class Reward>
+std::vector<std::int64_t> QuantilePool<Reward>::quantile_sizes() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  const auto cuts = this->cuts();
+  std::vector<std::int64_t> sizes(quantiles_);
+  for (int quantile = 0; quantile < quantiles_; ++quantile) {
+    const auto& better = cuts->splits[quantiles_ - 1 - quantile];
+    const auto& up_to = cuts->splits[quantiles_ - quantile];
+    sizes[quantile] = std::accumulate(up_to.begin(), up_to.end(), std::int64_t{0}) -
+                      std::accumulate(better.begin(), better.end(), std::int64_t{0});
+  }
+  return sizes;
+}
+
+template <class Reward>
+std::vector<std::int64_t> QuantilePool<Reward>::count_up_to(const std::vector<Item>& places) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  std::vector<std::int64_t> counts(places.size(), 0);
+  for (const auto& run : runs_) {
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      counts[i] += std::upper_bound(run->begin(), run->end(), places[i], before) - run->begin();
+    }
+  }
+  return counts;
+}
+
+template <class Reward>
+void QuantilePool<Reward>::impose(std::vector<Item> boundaries, std::vector<Key> thresholds) {
+  if (!boundaries.empty() && boundaries.size() != static_cast<std::size_t>(quantiles_ - 1)) {
+    throw std::invalid_argument("a pool of K quantiles takes K - 1 boundaries, or none");
+  }
+  if (thresholds.size() != boundaries.size()) {
+    throw std::invalid_argument("each boundary takes one threshold");
+  }
+  if (!std::is_sorted(boundaries.begin(), boundaries.end(), before)) {
+    throw std::invalid_argument("boundaries must come in order, the best first");
+  }
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  auto cuts = split_runs(std::move(boundaries), std::move(thresholds));
+  std::unique_lock<std::shared_mutex> changing(state_mutex_);
+  imposed_ = true;
+  cuts_ = std::move(cuts);
+}
+
+template <class Reward>
+void QuantilePool<Reward>::set_imposed(bool imposed) {
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  std::unique_lock<std::shared_mutex> changing(state_mutex_);
+  imposed_ = imposed;
+  cuts_.reset();
+}
+
+template <class Reward>
+bool QuantilePool<Reward>::imposed() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  return imposed_;
+}
+
+// --- Changes ----------------------------------------------------------------------------------
+
+template <class Reward>
+QuantilePool<Reward>::QuantilePool(int quantiles, Ties ties, Remainder remainder,
+                                   std::uint64_t seed)
+    : quantiles_(quantiles),
+      ties_(ties),
+      remainder_(remainder),
+      tie_bijection_(std::make_unique<Bijection>(8 * sizeof(Key), seed)) {
+  if (quantiles < 1) {
+    throw std::invalid_argument("quantiles must be at least 1, got " + std::to_string(quantiles));
+  }
+}
+
+template <class Reward>
+QuantilePool<Reward>::~QuantilePool() = default;
+
+template <class Reward>
+void QuantilePool<Reward>::add(const Reward* rewards, std::int64_t n, std::int64_t* ids) {
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  const std::int64_t next_id = number(rewards, n, next_id_, ids);
+  auto batch = std::make_shared<Run>(next_id - next_id_);
+  Item* item = batch->items.get();
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (ids[i] >= 0) *item++ = {tie_of(ids[i]), key_of(rewards[i])};
+  }
+  sort(*batch);
+  Runs runs = runs_;
+  push(runs, std::move(batch));
+
+  std::unique_lock<std::shared_mutex> changing(state_mutex_);
+  slots_.grow(next_id);
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (ids[i] >= 0) slots_[ids[i]] = key_of(rewards[i]);
+  }
+  runs_ = std::move(runs);
+  next_id_ = next_id;
+  cuts_.reset();
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::number(const Reward* rewards, std::int64_t n,
+                                          std::int64_t next_id, std::int64_t* ids) {
+  for (std::int64_t i = 0; i < n; ++i) ids[i] = std::isnan(rewards[i]) ? -1 : next_id++;
+  if (sizeof(Key) == 4 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
+    throw std::length_error("a float32 pool numbers 2^32 - 1 samples in its life; use float64");
+  }
+  return next_id;
+}
+
+template <class Reward>
+void QuantilePool<Reward>::remove(const std::int64_t* ids, std::int64_t n) {
+  if (n == 0) return;
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  std::vector<std::int64_t> leaving(ids, ids + n);
+  std::sort(leaving.begin(), leaving.end());
+  for (std::size_t i = 0; i < leaving.size(); ++i) {
+    if (slots_.at(leaving[i]) == kDead) throw not_in_pool(leaving[i]);
+    if (i > 0 && leaving[i] == leaving[i - 1]) {
+      throw std::out_of_range("sample " + std::to_string(leaving[i]) + " is named twice");
+    }
+  }
+  std::vector<bool> leaves(leaving.back() - leaving.front() + 1, false);
+  for (const std::int64_t id : leaving) leaves[id - leaving.front()] = true;
+  const auto stays = [&](const Item& item) {
+    const std::int64_t id = id_of(item.tie);
+    return id < leaving.front() || id > leaving.back() || !leaves[id - leaving.front()];
+  };
+
+  Runs runs;
+  for (const auto& run : runs_) {
+    auto kept = std::make_shared<Run>(std::count_if(run->begin(), run->end(), stays));
+    if (kept->size == run->size) {
+      push(runs, run);
+    } else {
+      std::copy_if(run->begin(), run->end(), kept->items.get(), stays);
+      push(runs, std::move(kept));
+    }
+  }
+
+  std::unique_lock<std::shared_mutex> changing(state_mutex_);
+  for (const std::int64_t id : leaving) slots_[id] = kDead;
+  slots_.trim();
+  runs_ = std::move(runs);
+  cuts_.reset();
+}
+
+template <class Reward>
+void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* rewards, std::int64_t n,
+                                   const std::vector<std::int64_t>& run_sizes,
+                                   std::int64_t next_id) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (std::isnan(rewards[i])) throw std::invalid_argument("a stored reward is NaN");
+    if (ids[i] < 0 || ids[i] >= next_id || (i > 0 && ids[i] <= ids[i - 1])) {
+      throw std::invalid_argument("stored ids must ascend from 0 to under next_id");
+    }
+  }
+  if (sizeof(Key) == 4 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
+    throw std::invalid_argument("next_id is too large for a float32 pool");
+  }
+  std::int64_t in_runs = 0;
+  for (const std::int64_t size : run_sizes) {
+    if (size < 1 || size > n - in_runs) throw std::invalid_argument("run sizes do not fit");
+    in_runs += size;
+  }
+  if (in_runs != n) throw std::invalid_argument("run sizes do not add up to the samples");
+
+  Runs runs;
+  Slots slots(n > 0 ? ids[0] : next_id);
+  slots.grow(next_id);
+  std::int64_t i = 0;
+  for (const std::int64_t size : run_sizes) {
+    auto run = std::make_shared<Run>(size);
+    for (Item* item = run->items.get(); item != run->end(); ++item, ++i) {
+      *item = {tie_of(ids[i]), key_of(rewards[i])};
+      slots[ids[i]] = item->key;
+    }
+    sort(*run);
+    runs.push_back(std::move(run));
+  }
+
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  std::unique_lock<std::shared_mutex> changing(state_mutex_);
+  runs_ = std::move(runs);
+  slots_ = std::move(slots);
+  next_id_ = next_id;
+  cuts_.reset();
+}
+
+// --- Samples by id ----------------------------------------------------------------------------
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::grow(std::int64_t end) {
+  while (begin() + static_cast<std::int64_t>(chunks_.size() * kChunk) < end) {
+    chunks_.emplace_back(new Key[kChunk]);
+    std::fill_n(chunks_.back().get(), kChunk, kDead);
+  }
+  end_ = end;
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::trim() {
+  const auto dead = [](const Key* chunk) {
+    return std::all_of(chunk, chunk + kChunk, [](Key key) { return key == kDead; });
+  };
+  while (chunks_.size() > 1 && dead(chunks_.front().get())) {  // the last one is still being filled
+    chunks_.pop_front();
+    ++first_chunk_;
+  }
+}
+
+template <class Reward>
+auto QuantilePool<Reward>::Slots::operator[](std::int64_t id) -> Key& {
+  const std::int64_t index = id - begin();
+  return chunks_[index / kChunk][index % kChunk];
+}
+
+template <class Reward>
+auto QuantilePool<Reward>::Slots::at(std::int64_t id) const -> Key {
+  if (id < begin() || id >= end_) return kDead;
+  const std::int64_t index = id - begin();
+  return chunks_[index / kChunk][index % kChunk];
+}
+
+template <class Reward>
+template <class Visit>
+void QuantilePool<Reward>::Slots::for_each_block(Visit visit) const {
+  static_assert(kChunk % kBlock == 0);
+  for (std::int64_t id = begin(); id < end_; id += kBlock) {
+    const std::int64_t index = id - begin();
+    visit(id, &chunks_[index / kChunk][index % kChunk],
+          static_cast<std::size_t>(std::min<std::int64_t>(kBlock, end_ - id)));
+  }
+}
+
+template <class Reward>
+template <class Value, class Fill>
+std::int64_t QuantilePool<Reward>::write_oldest(Value* out, std::int64_t capacity,
+                                                Fill fill) const {
+  std::array<Value, kBlock> values;
+  const Value* const start = out;
+  slots_.for_each_block([&](std::int64_t first_id, const Key* keys, std::size_t n) {
+    const auto room = static_cast<std::size_t>(capacity - (out - start));
+    if (n <= room && std::find(keys, keys + n, kDead) == keys + n) {  // as a rule
+      fill(first_id, keys, n, out);
+      out += n;
+      return;
+    }
+    fill(first_id, keys, n, values.data());
+    for (std::size_t i = 0; i < n && out - start < capacity; ++i) {
+      if (keys[i] != kDead) *out++ = values[i];
+    }
+  });
+  return out - start;
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::ids(std::int64_t* out, std::int64_t capacity) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  return write_oldest(out, capacity,
+                      [](std::int64_t first_id, const Key*, std::size_t n, std::int64_t* ids) {
+                        std::iota(ids, ids + n, first_id);
+                      });
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::rewards(Reward* out, std::int64_t capacity) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  return write_oldest(out, capacity,
+                      [](std::int64_t, const Key* keys, std::size_t n, Reward* rewards) {
+                        std::transform(keys, keys + n, rewards, reward_of);
+                      });
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::labels(std::int32_t* out, std::int64_t capacity) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  const auto cuts = this->cuts();
+  const std::vector<Item>& boundaries = cuts->boundaries;
+  const auto count = static_cast<std::int32_t>(boundaries.size());
+  std::vector<Key> boundary_keys;
+  for (const Item& boundary : boundaries) boundary_keys.push_back(boundary.key);
+
+  return write_oldest(
+      out, capacity,
+      [&](std::int64_t first_id, const Key* keys, std::size_t n, std::int32_t* labels) {
+        // By the key alone: exact under `same`, and for all but the ties of a boundary otherwise.
+        count_reached(keys, n, boundary_keys.data(), count, labels);
+        if (ties_ == Ties::same) return;
+        for (std::size_t i = 0; i < n; ++i) {
+          if (labels[i] > 0 && keys[i] == boundary_keys[count - labels[i]]) {
+            labels[i] = label_of({tie_of(first_id + i), keys[i]}, boundaries);
+          }
+        }
+      });
+}
+
+template <class Reward>
+void QuantilePool<Reward>::look_up(const std::int64_t* ids, std::int64_t n, Reward* rewards,
+                                   std::int64_t* quantiles) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  const auto cuts = this->cuts();
+  for (std::int64_t i = 0; i < n; ++i) {
+    const Key key = slots_.at(ids[i]);
+    if (key == kDead) throw not_in_pool(ids[i]);
+    rewards[i] = reward_of(key);
+    quantiles[i] = label_of({tie_of(ids[i]), key}, cuts->boundaries);
+  }
+}
+
+template <class Reward>
+void QuantilePool<Reward>::contains(const std::int64_t* ids, std::int64_t n, bool* out) const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  std::transform(ids, ids + n, out, [&](std::int64_t id) { return slots_.at(id) != kDead; });
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::size() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  return static_cast<std::int64_t>(total_size(runs_));
+}
+
+template <class Reward>
+std::int64_t QuantilePool<Reward>::next_id() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  return next_id_;
+}
+
+template <class Reward>
+std::vector<std::int64_t> QuantilePool<Reward>::run_sizes() const {
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  std::vector<std::int64_t> sizes;
+  for (const auto& run : runs_) sizes.push_back(static_cast<std::int64_t>(run->size));
+  return sizes;
+}
+
+// --- Draws ------------------------------------------------------------------------------------
+
+namespace {
+
+// The items of some quantiles, as slices of runs laid end to end.
+template <class Item>
+class Slices {
+ public:
+  void append(const Item* first, std::size_t size) {
+    if (size == 0) return;
+    firsts_.push_back(first);
+    ends_.push_back(this->size() + size);
+  }
+
+  std::size_t size() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  const Item& operator[](std::size_t position) const {
+    const auto slice = std::upper_bound(ends_.begin(), ends_.end(), position) - ends_.begin();
+    return firsts_[slice][position - (slice == 0 ? 0 : ends_[slice - 1])];
+  }
+
+ private:
+  std::vector<const Item*> firsts_;
+  std::vector<std::size_t> ends_;
+};
+
+}  // namespace
+
+template <class Reward>
+auto QuantilePool<Reward>::sample(const Request& request) const -> Draw {
+  std::vector<bool> wanted(quantiles_, request.from.empty());
+  for (const int quantile : request.from) {
+    if (quantile < 0 || quantile >= quantiles_) {
+      throw std::invalid_argument("quantiles are 0 (worst) to " + std::to_string(quantiles_ - 1) +
+                                  " (best), got " + std::to_string(quantile));
+    }
+    wanted[quantile] = true;
+  }
+  if (request.count < 0) throw std::invalid_argument("cannot draw a negative number of samples");
+
+  std::shared_lock<std::shared_mutex> reading(state_mutex_);
+  const auto cuts = this->cuts();
+  std::vector<Slices<Item>> strata(request.stratified ? quantiles_ : 1);
+  for (int quantile = 0; quantile < quantiles_; ++quantile) {
+    if (!wanted[quantile]) continue;
+    auto& stratum = strata[request.stratified ? quantile : 0];
+    for (std::size_t r = 0; r < runs_.size(); ++r) {
+      const std::size_t first = cuts->splits[quantiles_ - 1 - quantile][r];
+      const std::size_t end = cuts->splits[quantiles_ - quantile][r];
+      stratum.append(runs_[r]->begin() + first, end - first);
+    }
+  }
+  strata.erase(std::remove_if(strata.begin(), strata.end(),
+                              [](const Slices<Item>& stratum) { return stratum.size() == 0; }),
+               strata.end());
+  Draw draw;
+  if (request.count == 0) return draw;
+  if (strata.empty()) {
+    throw std::invalid_argument(
+        "nothing to draw from: " +
+        std::string(runs_.empty() ? "the pool is empty" : "these quantiles are empty"));
+  }
+
+  Random random(request.key);
+  std::vector<Positions> positions;
+  for (const auto& stratum : strata) positions.emplace_back(stratum.size(), request.replace);
+  const std::size_t start = random.below(strata.size());
+  for (std::int64_t i = 0; i < request.count; ++i) {
+    const std::size_t turn = (start + i) % strata.size();
+    if (positions[turn].exhausted()) {
+      throw std::invalid_argument(
+          "cannot draw " + std::to_string(request.count) + " without replacement: " +
+          (request.stratified ? "a quantile has only " : "there are only ") +
+          std::to_string(strata[turn].size()) + " samples; ask for fewer or use replace=True");
+    }
+    const Item& item = strata[turn][positions[turn].next(random)];
+    draw.ids.push_back(id_of(item.tie));
+    draw.rewards.push_back(reward_of(item.key));
+    draw.quantiles.push_back(label_of(item, cuts->boundaries));
+  }
+  return draw;
+}
+
+template class QuantilePool<float>;
+template class QuantilePool<double>;
+
+}  // namespace quark

@@ -1,0 +1,220 @@
+// Exact streaming quantiles of rewards. No Python, no torch.
+//
+// The pool is one total order of all live samples, the best first: by reward, then by the tie
+// rule. It is kept as a few sorted runs (the logarithmic method): a batch is sorted into a new run,
+// neighbouring runs of similar size are merged, and a boundary is found by selecting across the
+// runs. Nothing is ever relabelled: a sample's quantile follows from at most K - 1 boundaries.
+//
+// Promises
+//   Quantiles  0 is the worst, K - 1 the best.
+//   Cuts       With n live samples the best j quantiles hold exactly c_j samples under `arrival`
+//   and
+//              `random`: c_j = ceil(j n / K) (spread) or j floor(n / K) (last: the worst quantile
+//              takes the remainder). Integers throughout. Under `same` the threshold is the c_j-th
+//              best reward and every sample that reaches it belongs to the best j quantiles.
+//   Ties       same: equal rewards share a quantile. arrival: the older sample ranks better.
+//              random: a fixed keyed bijection of the id decides, independent of arrival.
+//   Values     -inf and +inf are ordinary, -0 equals +0 (and is kept as +0), denormals are told
+//              apart whatever the floating-point mode. NaN is not a reward: it gets the id -1.
+//   Ids        Count up from 0 in order of arrival and are never used again.
+//   Empty      No threshold (NaN), no labels, all sizes 0; drawing throws.
+//   Draws      Exactly uniform up to the 64-bit generator; a function of the key, the live samples
+//              and run_sizes() alone, the same on every platform.
+//   Cost       R runs: R <= 2 n / 2^20 + log2(n) + 1. add: O(log n) merge steps a reward,
+//   amortised,
+//              at most 2^21 at a time. Boundaries after a change: O(K R log^2 n), then cached. A
+//              label O(log K), a draw O(log R). remove: O(n).
+//   Memory     12 bytes a sample (float), 24 (double), and one run while merging.
+//   Threads    Every member may be called from any thread. Writers take turns; their sorting and
+//              merging happens beside the readers, who wait only while the result is put in place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <type_traits>
+#include <vector>
+
+namespace quark {
+
+enum class Ties { same, arrival, random };
+enum class Remainder { spread, last };
+
+// How many of n samples the best j of k quantiles hold.
+std::int64_t quantile_cut(std::int64_t n, std::int64_t j, std::int64_t k, Remainder remainder);
+
+// Elements start..stop-1 of a keyed permutation of 0..n-1, which is never written out.
+void permutation_slice(std::uint64_t n, std::uint64_t key, std::uint64_t start, std::uint64_t stop,
+                       std::int64_t* out);
+
+class Bijection;
+
+template <class Reward>
+class QuantilePool {
+  static_assert(std::is_same_v<Reward, float> || std::is_same_v<Reward, double>);
+
+ public:
+  // A place in the pool's order: smaller is better. Public so that boundaries can be agreed on
+  // across processes.
+  using Key = std::conditional_t<sizeof(Reward) == 4, std::uint32_t, std::uint64_t>;
+  struct Item {
+    Key tie;  // the id, or a keyed bijection of it
+    Key key;  // the reward, its bits turned so that a better reward is a smaller integer
+  };
+
+  // What is to be drawn. `from` empty: from all quantiles.
+  struct Request {
+    std::int64_t count = 0;
+    std::vector<int> from;
+    bool replace = true;
+    bool stratified = false;  // turn by turn from each non-empty quantile, from a random start
+    std::uint64_t key = 0;    // the whole randomness of the draw
+  };
+  struct Draw {
+    std::vector<std::int64_t> ids;
+    std::vector<Reward> rewards;
+    std::vector<std::int64_t> quantiles;  // membership at the moment of the draw
+  };
+
+  // Throws std::invalid_argument if quantiles < 1. `seed` matters to Ties::random alone.
+  QuantilePool(int quantiles, Ties ties, Remainder remainder, std::uint64_t seed);
+  ~QuantilePool();
+
+  // Adds n rewards and writes their ids. A float pool numbers 2^32 - 1 samples over its whole life,
+  // then throws std::length_error; nothing is added by a call that throws.
+  void add(const Reward* rewards, std::int64_t n, std::int64_t* ids);
+
+  // Takes samples out. Throws std::out_of_range, and removes nothing, if an id is not in the pool
+  // or is named twice.
+  void remove(const std::int64_t* ids, std::int64_t n);
+
+  // Puts back what ids(), rewards(), run_sizes() and next_id() gave. Throws std::invalid_argument,
+  // and changes nothing, if these do not fit together.
+  void restore(const std::int64_t* ids, const Reward* rewards, std::int64_t n,
+               const std::vector<std::int64_t>& run_sizes, std::int64_t next_id);
+
+  std::int64_t size() const;
+  std::int64_t next_id() const;
+  std::vector<std::int64_t> run_sizes() const;
+
+  // Each writes about the (at most) `capacity` oldest samples, in order of arrival, and returns how
+  // many it wrote: a writer may have changed size() since the caller asked.
+  std::int64_t ids(std::int64_t* out, std::int64_t capacity) const;
+  std::int64_t rewards(Reward* out, std::int64_t capacity) const;
+  std::int64_t labels(std::int32_t* out, std::int64_t capacity) const;
+
+  // Reward and quantile of given samples. Throws std::out_of_range for an id not in the pool.
+  void look_up(const std::int64_t* ids, std::int64_t n, Reward* rewards,
+               std::int64_t* quantiles) const;
+  void contains(const std::int64_t* ids, std::int64_t n, bool* out) const;
+
+  // K - 1 rewards, the best boundary first; NaN where there is none (the cut is 0).
+  std::vector<Reward> thresholds() const;
+  // K counts, the worst quantile first.
+  std::vector<std::int64_t> quantile_sizes() const;
+
+  // Throws std::invalid_argument if there are not enough samples, or a quantile that is not one.
+  Draw sample(const Request& request) const;
+
+  // Boundaries over several pools (one a process). A boundary is the last place that still belongs
+  // to the best j quantiles; its threshold is the key of the reward there, which may be a worse one
+  // than the boundary's own if that reward's first sample is in another pool.
+  // count_up_to: how many live samples are at or before each place.
+  // impose: use these K - 1 boundaries (or none: all samples in quantile 0) until the next change;
+  // from then on whatever needs boundaries throws std::logic_error, until they are imposed again or
+  // set_imposed(false) goes back to the pool's own. set_imposed(true): as after such a change.
+  std::vector<std::int64_t> count_up_to(const std::vector<Item>& places) const;
+  void impose(std::vector<Item> boundaries, std::vector<Key> thresholds);
+  void set_imposed(bool imposed);
+  bool imposed() const;
+
+ private:
+  // A sorted run; immutable once it is in runs_, so that writers can merge beside readers.
+  struct Run {
+    explicit Run(std::size_t n) : items(new Item[n]), size(n) {}
+    const Item* begin() const { return items.get(); }
+    const Item* end() const { return items.get() + size; }
+    std::unique_ptr<Item[]> items;
+    std::size_t size;
+  };
+  using Runs = std::vector<std::shared_ptr<const Run>>;
+
+  // The boundaries of the current order, and how many items of each run lie before each of them.
+  struct Cuts {
+    std::vector<Item> boundaries;                  // K - 1, or none
+    std::vector<Key> thresholds;                   // as many
+    std::vector<std::vector<std::size_t>> splits;  // [j][run], j = 0..K: size of the best j
+  };
+
+  // The key of every sample by id; dead ids hold kDead. Chunked: growing moves nothing.
+  class Slots {
+   public:
+    static constexpr std::size_t kChunk = std::size_t{1} << 16;
+
+    explicit Slots(std::int64_t first_id = 0)
+        : first_chunk_(first_id / static_cast<std::int64_t>(kChunk)), end_(first_id) {}
+    void grow(std::int64_t end);       // new slots are dead
+    void trim();                       // frees dead chunks in front
+    Key& operator[](std::int64_t id);  // begin() <= id < end
+    Key at(std::int64_t id) const;     // kDead outside
+    template <class Visit>             // visit(first id, keys, how many), oldest first
+    void for_each_block(Visit visit) const;
+
+   private:
+    std::int64_t begin() const { return first_chunk_ * static_cast<std::int64_t>(kChunk); }
+
+    std::deque<std::unique_ptr<Key[]>> chunks_;
+    std::int64_t first_chunk_;
+    std::int64_t end_;
+  };
+
+  static constexpr Key kDead = ~Key{0};                            // the key of a NaN, of no reward
+  static constexpr std::size_t kMaxMerged = std::size_t{1} << 20;  // the largest merge
+  static constexpr std::size_t kBlock = 4096;                      // slots labelled at a time
+
+  static bool before(const Item& a, const Item& b);
+  static Key key_of(Reward reward);
+  static Reward reward_of(Key key);
+  static std::int64_t label_of(const Item& item, const std::vector<Item>& boundaries);
+  static std::int64_t number(const Reward* rewards, std::int64_t n, std::int64_t next_id,
+                             std::int64_t* ids);
+  Key tie_of(std::int64_t id) const;
+  std::int64_t id_of(Key tie) const;
+
+  void sort(Run& run) const;
+  static std::shared_ptr<const Run> merge(const Run& a, const Run& b);
+  static void push(Runs& runs, std::shared_ptr<const Run> run);
+  static std::vector<std::size_t> split_at_rank(const Runs& runs, std::size_t rank,
+                                                std::vector<std::size_t> low,
+                                                std::vector<std::size_t> high);
+  // The caller holds a mutex that keeps runs_ as it is.
+  std::vector<Item> own_boundaries() const;
+  std::shared_ptr<const Cuts> split_runs(std::vector<Item> boundaries,
+                                         std::vector<Key> thresholds) const;
+  std::shared_ptr<const Cuts> cuts() const;
+  // fill(first id, keys, n, values) gives one value a slot; those of live slots are written.
+  template <class Value, class Fill>
+  std::int64_t write_oldest(Value* out, std::int64_t capacity, Fill fill) const;
+
+  const int quantiles_;
+  const Ties ties_;
+  const Remainder remainder_;
+  const std::unique_ptr<const Bijection> tie_bijection_;
+
+  std::mutex write_mutex_;                 // held by a writer throughout, so it may read below
+  mutable std::shared_mutex state_mutex_;  // held exclusively to change what is below
+  Runs runs_;                              // run i holds older ids than run i + 1
+  Slots slots_;
+  std::int64_t next_id_ = 0;
+  bool imposed_ = false;
+  mutable std::mutex cuts_mutex_;             // readers fill this cache under it
+  mutable std::shared_ptr<const Cuts> cuts_;  // null: not computed since the last change
+};
+
+extern template class QuantilePool<float>;
+extern template class QuantilePool<double>;
+
+}  // namespace quark

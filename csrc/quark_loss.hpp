@@ -1,0 +1,89 @@
+// The fused Quark loss over rows of logits: no torch, no Python, no intrinsics.
+//
+// With p = softmax(z) and p_ref = softmax(r) over the first `vocab` columns, row n contributes
+//
+//   weight_n (nll_n + kl_coef KL_n - entropy_coef H_n)
+//   nll = -log p[label]     H = -sum p log p
+//   KL  = sum p log(p / p_ref)  (policy_ref)   or   sum p_ref log(p_ref / p)  (ref_policy)
+//
+// and d/dz of that sum is the gradient. Columns of z from `vocab` to `width` (reward tokens,
+// padding) belong to no term; their gradient is exactly zero.
+//
+// Promises, for every function here:
+// - Rows of weight 0 are masked: neither their logits nor their label is read; nll, KL, H and
+//   gradient are 0, so that a NaN there cannot spread.
+// - -inf logits are probability 0. A KL is +inf where the second distribution is 0 and the first
+//   is not (in float32: above e^-87 of its maximum).
+// - NaN or +inf in a row of weight != 0 gives NaN in that row and in the loss. The gradient of a
+// row
+//   whose loss is not finite is NaN in all of the first `vocab` columns.
+// - Sums over a row are kept in double between blocks of a few thousand columns; the result does
+//   not depend on the number of threads.
+// - Time O(rows * width); no memory is allocated that grows with the input.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace quark {
+
+enum class DType { f32, bf16, f16 };
+enum class Kl { none, policy_ref, ref_policy };
+
+// Rows where they lie: row n starts at element (n / inner) * outer_stride +
+// (n % inner) * inner_stride, so that logits[:, :-1] of a batch needs no copy. The elements of one
+// row are adjacent.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t inner_stride;
+};
+
+// What backward needs of a row: s = sum e^(z - m) with m = max z, t = sum e^(r - u) with u = max r.
+struct RowStats {
+  float m, s, u, t, kl, entropy;
+};
+
+struct Problem {
+  Rows logits;            // (rows, width)
+  Rows ref;               // (rows, >= vocab); data == nullptr only with Kl::none
+  const int64_t* labels;  // (rows,), in [0, vocab) where the weight is not 0
+  const float* weights;   // (rows,)
+  int64_t rows, vocab, width;
+  Kl kl;
+  double kl_coef, entropy_coef;
+};
+
+// Per row, each (rows,). `stats` may be null when no backward follows.
+struct RowOutputs {
+  float* nll;
+  float* kl;
+  float* entropy;
+  RowStats* stats;
+};
+
+// The first row whose label counts (weight != 0) and is outside [0, vocab), or -1.
+int64_t first_bad_label(const Problem& problem);
+
+// Returns the loss. With `grad`, also writes its gradient: (rows, width) in the dtype of the
+// logits, which it may be itself (in place); each row is written while it is still in the cache.
+double forward(const Problem& problem, const RowOutputs& out, const Rows* grad, int threads);
+
+// The gradient of scale * loss from the statistics of a former forward, for dtypes in which an
+// unscaled gradient would underflow. `grad` may be the logits.
+void backward(const Problem& problem, const RowStats* stats, double scale, const Rows& grad,
+              int threads);
+
+// The instruction-set level in use: v2, v3, v4 (x86-64 levels) or generic. The environment
+// variable QUARK_FAST_ISA chooses a lower one. Throws std::runtime_error if it names a level that
+// does not exist or that this processor lacks.
+const char* isa();
+
+// Ask the kernel for huge pages below a large buffer about to be written: a fresh gradient
+// otherwise spends more time in page faults than in arithmetic. Only advice; does nothing for
+// small buffers and outside Linux.
+void prefer_huge_pages(void* data, size_t bytes);
+
+}  // namespace quark

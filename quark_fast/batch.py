@@ -1,0 +1,132 @@
+"""From the pool to tensors: which samples a step draws, and reward token + prompt + completion -> ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quark_fast.policy import Policy
+from quark_fast.rollout import pad_left
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass
+class Draws:
+    """How often each sample of the pool was drawn, by its place in the pool."""
+
+    counts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def grow(self, size: int) -> None:
+        """Make room for samples added since."""
+        self.counts = np.concatenate([self.counts, np.zeros(size - len(self.counts), np.int64)])
+
+    def count(self, places: Ints) -> None:
+        np.add.at(self.counts, places.ravel(), 1)
+
+
+WINDOW = 8  # batches whose samples are sorted by length together: little padding, still mixed
+
+
+def plan_batches(
+    labels: npt.NDArray[np.int32],
+    weights: Sequence[float],
+    lengths: Ints,
+    draws: Draws,
+    steps: int,
+    batch_size: int,
+    rng: np.random.Generator,
+) -> Ints:
+    """(steps, batch_size) places in the pool: what each step of a learning phase draws.
+
+    Quantile k gets the share ``weights[k]`` of the draws. Within a quantile the samples drawn least
+    often come first, ties at random: many samples seen once teach more than few seen often, and none is
+    left out while another is repeated. A quantile without members gives its share to the others.
+
+    Args:
+        labels: quantile of every sample.
+        lengths: prompt length of every sample, by which neighbours in a batch are chosen.
+    """
+    draws.grow(len(labels))
+    needed = steps * batch_size
+    shares = np.array([w * bool((labels == k).any()) for k, w in enumerate(weights)])
+    if not shares.sum() > 0:
+        shares = np.bincount(labels, minlength=len(weights)).astype(float)
+    # Largest remainders, so that the counts add up exactly.
+    exact = shares / shares.sum() * needed
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: needed - counts.sum()]] += 1
+    chosen = []
+    for k, count in enumerate(counts):
+        members = np.flatnonzero(labels == k)
+        if count == 0:
+            continue
+        order = members[np.lexsort((rng.random(len(members)), draws.counts[members]))]
+        chosen.append(np.resize(order, count))
+    places = rng.permutation(np.concatenate(chosen))
+    batches = []
+    for window in np.split(places, range(WINDOW * batch_size, needed, WINDOW * batch_size)):
+        by_length = window[np.argsort(lengths[window], kind="stable")].reshape(-1, batch_size)
+        batches.append(rng.permutation(by_length, axis=0))
+    return np.concatenate(batches)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N contexts and completions side by side, aligned where the completion starts.
+
+    Contexts are padded on their left and completions on their right, so that the logits that predict a
+    completion are the same columns in every row and the head runs on those alone.
+
+    Attributes:
+        ids, attention_mask: (N, P + C) what the policy reads: prefix, reward token, prompt, completion.
+        labels: (N, C) completion ids, 0 beyond the end.
+        mask: (N, C) bool, True on completion tokens.
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def make_batch(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantiles: Sequence[int | None],
+    device: torch.device,
+) -> Batch:
+    """Condition each prompt on its quantile's token (None: no token) and put the completion behind."""
+    contexts = [policy.conditioned(p, k) for p, k in zip(prompts, quantiles, strict=True)]
+    context, context_mask = pad_left(contexts, device)
+    # Right-aligned and flipped is left-aligned: one padding function for both sides.
+    labels, mask = (t.flip(1) for t in pad_left([row[::-1] for row in completions], device))
+    return Batch(
+        ids=torch.cat([context, labels], dim=1),
+        attention_mask=torch.cat([context_mask, mask], dim=1),
+        labels=labels,
+        mask=mask.bool(),
+    )
+
+
+def completion_logits(model: Any, batch: Batch) -> Tensor:
+    """(N, C, >= V) logits of each completion token, given everything before it."""
+    length, width = batch.labels.shape[1], batch.ids.shape[1]
+    # The last completion token predicts nothing that is trained on.
+    before = torch.arange(width - length - 1, width - 1, device=batch.ids.device)
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits: Tensor = model(
+        batch.ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        logits_to_keep=before,
+        use_cache=False,
+    ).logits
+    return logits

@@ -1,0 +1,243 @@
+"""One run's settings: a dataclass whose fields are the command line, the YAML file and the run record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done. The message is one line: the value and the mend."""
+
+
+def setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Settings of one run; each field's help holds its unit. Symbols in brackets are the paper's."""
+
+    # what to unlearn, in what
+    task: str = setting("toxicity", "what to unlearn: toxicity")
+    model: str | None = setting(
+        None, "causal LM, a folder or a hub name; default: the embedded SmolLM2-135M-Instruct"
+    )
+    prompts: str | None = setting(
+        None,
+        "training prompts, .jsonl with a 'prompt' field or .txt, one a line; default: the task's",
+    )
+    held_out: str | None = setting(
+        None, "evaluation prompts, same formats; default: the task's, or a tenth of --prompts"
+    )
+    reward: str | None = setting(
+        None,
+        "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
+        " None], higher is better; this imports and runs its code; default: the task's",
+    )
+    output: str | None = setting(None, "run folder to make; default: runs/<task>")
+    resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
+
+    # the pool
+    quantiles: int = setting(5, "reward quantiles, one reward token each [K]")
+    ties: Literal["same", "arrival", "random"] = setting(
+        "same", "equal rewards share a quantile, or are split by arrival or at random"
+    )
+    quantile_weights: str | None = setting(
+        None, "shares of the training draws, worst to best, as '1,0,0,0,1'; default: equal"
+    )
+
+    # sampling
+    initial_samples: int = setting(16, "completions a training prompt from the untouched model")
+    explore_samples: int = setting(4, "completions a training prompt in each later round")
+    guidance: float = setting(
+        3.0,
+        "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
+    )
+    max_new_tokens: int = setting(20, "length of a completion, tokens")
+    min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
+    temperature: float = setting(1.0, "sampling temperature when exploring")
+    top_p: float = setting(1.0, "nucleus when exploring, share of the probability mass")
+    max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
+    sample_batch: int = setting(128, "completions sampled side by side")
+
+    # learning
+    rounds: int = setting(2, "rounds of sampling and learning; the first samples the untouched model")
+    steps: int = setting(100, "optimizer steps a round")
+    batch_size: int = setting(32, "samples a step")
+    micro_batch: int = setting(32, "samples a forward pass; smaller takes less memory, same result")
+    learning_rate: float = setting(3e-4, "AdamW step size for the model")
+    reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
+    warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    kl_coef: float = setting(0.05, "weight of the token-level KL to the untouched model [beta]")
+    kl: Literal["policy_ref", "ref_policy"] = setting(
+        "policy_ref", "KL(policy || reference), as the authors' code, or the reverse, as printed"
+    )
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
+    impl: Literal["auto", "eager", "cpp", "triton"] = setting(
+        "auto", "implementation of the loss; auto: C++ on the CPU"
+    )
+    lora_rank: int = setting(0, "rank of low-rank adapters on every linear layer; 0: train all weights")
+    prefix: str = setting(
+        "auto",
+        "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>",
+    )
+
+    # evaluation
+    eval_samples: int = setting(5, "completions a held-out prompt and sampling mode")
+    eval_top_p: float = setting(0.9, "nucleus in the evaluation")
+    eval_guidance: str = setting("3", "values of w to evaluate, comma-separated; w = 1 always is")
+
+    # machine
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "mixed precision; auto: bf16 where the machine has it, else fp32"
+    )
+    threads: int = setting(0, "CPU threads; 0: one for each core that this process may use")
+    seed: int = setting(0, "seed of everything random")
+    checkpoint_every: int = setting(50, "steps between checkpoints")
+    show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output or f"runs/{self.task}")
+
+    def weights(self) -> list[float]:
+        """Share of the training draws for each quantile, worst first; sums to 1."""
+        if self.quantile_weights is None:
+            return [1 / self.quantiles] * self.quantiles
+        values = _numbers("quantile_weights", self.quantile_weights)
+        if len(values) != self.quantiles or min(values) < 0 or not sum(values) > 0:
+            raise UsageError(
+                f"quantile_weights = {self.quantile_weights!r}; give {self.quantiles} numbers >= 0,"
+                " worst quantile first, not all 0"
+            )
+        return [value / sum(values) for value in values]
+
+    def guidances(self) -> list[float]:
+        """The values of w to evaluate."""
+        return _numbers("eval_guidance", self.eval_guidance)
+
+    def decay(self, step: int) -> float:
+        """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0."""
+        total = self.rounds * self.steps
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return (total - step) / max(1, total - self.warmup_steps)
+
+    def check(self) -> None:
+        """Raise UsageError for a setting that cannot be, naming its value and what can."""
+        at_least = {
+            "quantiles": 2,
+            "initial_samples": 1,
+            "explore_samples": 1,
+            "max_new_tokens": 1,
+            "min_new_tokens": 0,
+            "max_prompt_tokens": 1,
+            "sample_batch": 1,
+            "rounds": 1,
+            "steps": 1,
+            "batch_size": 1,
+            "micro_batch": 1,
+            "warmup_steps": 0,
+            "eval_samples": 1,
+            "threads": 0,
+            "seed": 0,
+            "checkpoint_every": 1,
+            "learning_rate": 0.0,
+            "reward_token_lr": 0.0,
+            "kl_coef": 0.0,
+            "entropy_coef": 0.0,
+        }
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= low):
+                raise UsageError(f"{name} = {value}; give at least {low}")
+        for name in ("temperature", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UsageError(f"{name} = {getattr(self, name)}; give a number above 0")
+        for name in ("top_p", "eval_top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} = {getattr(self, name)}; give a share in (0, 1]")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"guidance = {self.guidance}; give a number, 1 for plain conditioning")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}"
+            )
+        self.weights()
+        self.guidances()
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML, which ``--config`` reads back."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in str(text).split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"{name} = {text!r}; give numbers with commas between") from None
+    if not all(math.isfinite(value) for value in values):
+        raise UsageError(f"{name} = {text!r}; give finite numbers")
+    return values
+
+
+def parse(arguments: Sequence[str], program: str) -> Config:
+    """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked."""
+    parser = HfArgumentParser(Config, prog=program, description="Unlearn a property (Quark).")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
+    known = {f.name for f in dataclasses.fields(Config)}
+    first, _ = parser.parse_known_args(list(arguments))
+    if first.config:
+        parser.set_defaults(**_read_yaml(Path(first.config), known))
+    given = vars(parser.parse_args(list(arguments)))
+    given.pop("config")
+    config = Config(**given)
+    config.check()
+    return config
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path}: needs 'setting: value' lines")
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"--config {path}: unknown setting {name!r}{hint}")
+        settings[name] = _as_type(path, name, value, str(types[name]))
+    return settings
+
+
+def _as_type(path: Path, name: str, value: Any, wanted: str) -> Any:
+    """The YAML value in the field's type; YAML reads 1e-3 as a text and 1 as an integer."""
+    try:
+        if wanted == "float" and not isinstance(value, bool):
+            return float(value)
+        if wanted == "int" and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        if wanted == "int":
+            return int(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"--config {path}: {name} = {value!r}; give a number") from None
+    if wanted == "bool" and not isinstance(value, bool):
+        raise UsageError(f"--config {path}: {name} = {value!r}; give true or false")
+    if wanted.startswith("Literal") and repr(value) not in wanted.replace('"', "'"):
+        raise UsageError(f"--config {path}: {name} = {value!r}; choose from {wanted[8:-1]}")
+    if wanted.startswith("str") and value is not None:
+        return str(value)
+    return value

@@ -1,0 +1,437 @@
+"""The Quark loss: one public function, `quark_loss`, over three implementations.
+
+Read downward: the result, the public function, its checks, then the operators that torch sees
+(`torch.library`), each with its fake implementation and its gradient.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quark_fast.ops import cpp, eager
+from quark_fast.ops.eager import KlDirection
+
+Implementation = Literal["auto", "eager", "cpp", "triton"]
+
+
+class QuarkLoss(NamedTuple):
+    """The loss, and what it is made of at every token: in nats, detached, 0 where masked.
+
+    float32, or float64 for float64 logits.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def quark_loss(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kl_coef: float = 0.05,
+    entropy_coef: float = 0.06,
+    kl: KlDirection = "policy_ref",
+    impl: Implementation = "auto",
+    inplace: bool = False,
+    normalizer: float | None = None,
+    vocab_size: int | None = None,
+) -> QuarkLoss:
+    """Negative log-likelihood + KL to a frozen reference - entropy, over the base vocabulary.
+
+    loss = sum_n w_n (nll_n + kl_coef KL_n - entropy_coef H_n),   w = mask / sum(mask)
+
+    with p = softmax(logits[..., :V]) and p_ref = softmax(ref_logits[..., :V]) at token n:
+
+        nll_n = -log p[label_n]
+        H_n   = -sum_v p_v log p_v
+        KL_n  = sum_v p_v log(p_v / p_ref_v)          kl="policy_ref"
+              = sum_v p_ref_v log(p_ref_v / p_v)      kl="ref_policy"
+
+    Masked means masked everywhere: logit columns from V on (reward tokens, padding) are in none of
+    the three terms and get a gradient of exactly 0. The authors' code cuts reward tokens from the
+    KL alone. Their KL is `policy_ref`; the paper prints the other. A token of mask 0 is never read:
+    neither a NaN nor a label of -100 there matters.
+
+    -inf logits have probability 0. A KL is +inf where its first distribution has mass and its
+    second has none; the C++ gradient of such a token is NaN, so that no step on it goes unnoticed.
+
+    Args:
+        logits: (..., >= V) policy logits; float32, bfloat16 or float16, computed in float32.
+            float64 runs in "eager" only. Strided views cost no copy while rows are contiguous.
+        ref_logits: (..., >= V) logits of the reference, which gets no gradient; any of the same
+            dtypes. None for no KL: kl_coef must be 0, vocab_size be given, and kl comes back as 0.
+        labels: (...) integers in [0, V) wherever the mask is not 0.
+        mask: (...) bool or real weights, with no gradient; None counts every token.
+        kl_coef: beta of the paper, per nat.
+        entropy_coef: gamma, the entropy bonus of the authors' code, per nat.
+        kl: direction of the KL.
+        impl: "eager" (plain PyTorch), "cpp" (CPU tensors), "triton" (not there yet), or "auto":
+            C++ for CPU tensors, eager for all others and for float64.
+        inplace: allow the gradient to be written over `logits`, whose values are then lost. No
+            second tensor of that size is made. Autograd reports any other use of the old values.
+            Without effect where no gradient is wanted, in "eager", and under torch.compile, which
+            plans its own buffers.
+        normalizer: divide by this instead of sum(mask), e.g. by the number of tokens of all
+            micro-batches and ranks.
+        vocab_size: V; by default the last dimension of ref_logits.
+
+    Returns:
+        loss (scalar, differentiable in logits), and nll, kl, entropy (shaped like labels), all in
+        float32. With nothing but masked tokens, loss and gradient are 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit; the message names
+            the value and the mend.
+        NotImplementedError: impl="triton".
+
+    Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
+    NeurIPS 2022, arXiv 2205.13636.
+    """
+    vocab_size = _check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    chosen = _choose(impl, logits, ref_logits)
+    weights = _weights(logits, mask, labels, normalizer)
+    labels = labels.long()
+    if ref_logits is not None:
+        ref_logits = ref_logits.detach()
+    problem = (logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    if chosen == "eager":
+        _check_labels(labels, weights, vocab_size)
+        loss, *terms = eager.quark_loss(*problem)
+    elif not (logits.requires_grad and torch.is_grad_enabled()):
+        loss, *terms, _ = _two_pass(*problem)
+    elif inplace and not torch.compiler.is_compiling():
+        _check_overwritable(logits)
+        loss, *terms = _InPlace.apply(*problem)  # type: ignore[no-untyped-call]
+    elif logits.dtype == torch.float32:
+        loss, *terms, _ = _one_pass(*problem)
+    else:
+        # In half precision the incoming scale must enter before the gradient is rounded: unscaled,
+        # nearly all of a float16 gradient underflows.
+        loss, *terms, _ = _two_pass(*problem)
+    nll, divergence, entropy = (term.detach() for term in terms)
+    return QuarkLoss(loss, nll, divergence, entropy)
+
+
+def _check_inputs(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    kl_coef: float,
+    kl: str,
+    vocab_size: int | None,
+) -> int:
+    """V, after checking everything that shapes, dtypes and devices can tell."""
+    if kl not in ("policy_ref", "ref_policy"):
+        raise ValueError(f"kl = {kl!r}; choose 'policy_ref' or 'ref_policy'")
+    if ref_logits is None:
+        if kl_coef != 0:
+            raise ValueError(f"kl_coef = {kl_coef} needs ref_logits; pass them, or kl_coef=0")
+        if vocab_size is None:
+            raise ValueError("without ref_logits the vocabulary is unknown; pass vocab_size=")
+    elif ref_logits.requires_grad:
+        raise ValueError(
+            "ref_logits requires grad, but the reference is frozen; "
+            "compute it under torch.no_grad() or pass ref_logits.detach()"
+        )
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point() or tensor.dim() == 0:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "pass floating-point logits of shape (..., vocabulary)"
+            )
+        if tensor.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} does not fit labels of shape "
+                f"{tuple(labels.shape)}; all dimensions but the last must be the same"
+            )
+        vocab_size = tensor.shape[-1] if vocab_size is None and name == "ref_logits" else vocab_size
+    assert vocab_size is not None
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is not None and not 0 < vocab_size <= tensor.shape[-1]:
+            raise ValueError(
+                f"{name} has {tensor.shape[-1]} columns for a base vocabulary of {vocab_size}; "
+                "it needs at least that many, and the vocabulary at least one"
+            )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}; pass integers")
+    if mask is not None and mask.shape != labels.shape:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit labels of shape {tuple(labels.shape)}"
+        )
+    for name, tensor in (("ref_logits", ref_logits), ("labels", labels), ("mask", mask)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}; move one")
+    return vocab_size
+
+
+def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Literal["eager", "cpp"]:
+    """The implementation to run; one asked for by name runs or is refused with the reason."""
+    device = logits.device.type
+    foreign = [t.dtype for t in (logits, ref_logits) if t is not None and t.dtype not in cpp.DTYPES]
+    if impl == "auto":
+        return "cpp" if device == "cpu" and not foreign else "eager"
+    if impl == "eager":
+        return "eager"
+    if impl == "cpp":
+        if device != "cpu":
+            raise ValueError(f"impl='cpp' takes CPU tensors, not {device}; use impl='auto'")
+        if foreign:
+            raise ValueError(
+                f"impl='cpp' takes float32, bfloat16 and float16, not {foreign[0]}; "
+                "use impl='eager' or convert"
+            )
+        return "cpp"
+    if impl == "triton":
+        raise NotImplementedError("impl='triton' is not written yet; use impl='auto'")
+    raise ValueError(f"impl = {impl!r}; choose 'auto', 'eager', 'cpp' or 'triton'")
+
+
+def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: float | None) -> Tensor:
+    """w = mask / normalizer, in the precision of the sums; 0 if all tokens are masked."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weights = (
+        torch.ones(labels.shape, dtype=dtype, device=logits.device)
+        if mask is None
+        else mask.detach().to(dtype)
+    )
+    if normalizer is not None:
+        if not normalizer > 0 or math.isinf(normalizer):
+            raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
+        return weights / normalizer
+    total = weights.sum()
+    return weights / torch.where(total == 0, 1, total)
+
+
+def _check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
+    """What the C++ checks by itself. On a GPU the gather's own assertion does: no sync here."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (weights != 0) & ((labels < 0) | (labels >= vocab_size))
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"labels[{row}] = {int(labels.flatten()[row])} (flattened) is outside the base "
+            f"vocabulary [0, {vocab_size}) but not masked; mask it, e.g. mask = labels != -100"
+        )
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite logits that are a leaf of the graph; "
+            "pass inplace=False, or the output of a model"
+        )
+    overlapping = any(
+        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    )
+    if overlapping or cpp.rows_of(logits) is None:
+        raise ValueError(
+            f"inplace=True cannot write to logits of strides {logits.stride()}; each row must be "
+            "contiguous and its own memory: pass inplace=False or logits.contiguous()"
+        )
+
+
+# --- The operators, as torch sees them ---------------------------------------------------------
+
+
+@torch.library.custom_op("quark_fast::two_pass", mutates_args=(), device_types="cpu")
+def _two_pass(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    kl_coef: float,
+    entropy_coef: float,
+    kl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, and the statistics of every row from which backward makes the gradient."""
+    return cpp.forward(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+
+
+@torch.library.custom_op("quark_fast::two_pass_backward", mutates_args=(), device_types="cpu")
+def _two_pass_backward(
+    scale: Tensor,
+    stats: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    kl_coef: float,
+    entropy_coef: float,
+    kl: str,
+) -> Tensor:
+    """The gradient of scale * loss; the scale enters before anything is rounded."""
+    grad = cpp.new_gradient(logits)
+    cpp.backward(
+        scale.item(),
+        stats,
+        logits,
+        ref_logits,
+        labels,
+        weights,
+        vocab_size,
+        kl_coef,
+        entropy_coef,
+        kl,
+        grad=grad,
+    )
+    return grad
+
+
+@torch.library.custom_op("quark_fast::one_pass", mutates_args=(), device_types="cpu")
+def _one_pass(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    kl_coef: float,
+    entropy_coef: float,
+    kl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, and the gradient of the loss, written while each row is in the cache."""
+    grad = cpp.new_gradient(logits)
+    *values, _ = cpp.forward(
+        logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad=grad
+    )
+    loss, nll, divergence, entropy = values
+    return loss, nll, divergence, entropy, grad
+
+
+def _fake_terms(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def term() -> Tensor:
+        return labels.new_empty(labels.shape, dtype=torch.float32)
+
+    return labels.new_empty((), dtype=torch.float32), term(), term(), term()
+
+
+@_two_pass.register_fake
+def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    stats = labels.new_empty((labels.numel(), cpp.STATS_PER_ROW), dtype=torch.float32)
+    return (*_fake_terms(labels), stats)
+
+
+@_two_pass_backward.register_fake
+def _(scale: Tensor, stats: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_one_pass.register_fake
+def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*_fake_terms(labels), logits.new_empty(logits.shape))
+
+
+# --- Gradients ---------------------------------------------------------------------------------
+
+
+def _save_two_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ref_logits, labels, weights, *ctx.options = inputs
+    ctx.save_for_backward(output[-1], logits, ref_logits, labels, weights)
+    _only_the_loss_is_differentiable(ctx, output)
+
+
+def _two_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _two_pass_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None, None, None, None, None
+
+
+def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[-1])
+    _only_the_loss_is_differentiable(ctx, output)
+
+
+def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return _scaled(grad, grad_loss), None, None, None, None, None, None, None
+
+
+_two_pass.register_autograd(_two_pass_gradient, setup_context=_save_two_pass)
+_one_pass.register_autograd(_one_pass_gradient, setup_context=_save_one_pass)
+
+
+class _InPlace(torch.autograd.Function):
+    """Both forms with the gradient over the logits: float32 in the forward, half in the backward.
+
+    Not `mark_dirty`: the logits do not become an output of this function, they are used up. Their
+    version is raised instead, so that autograd refuses any other backward that needs the values.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ref_logits: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.options = options
+        one_pass = logits.dtype == torch.float32
+        loss, nll, divergence, entropy, stats = cpp.forward(
+            logits, ref_logits, labels, weights, *options, grad=logits if one_pass else None
+        )
+        if one_pass:
+            torch.autograd.graph.increment_version(logits)
+            ctx.save_for_backward(logits)
+        else:
+            ctx.save_for_backward(logits, stats, ref_logits, labels, weights)
+        _only_the_loss_is_differentiable(ctx, (loss, nll, divergence, entropy))
+        return loss, nll, divergence, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *rest = ctx.saved_tensors
+        logits = logits.detach()
+        if not rest:
+            grad = _scaled(logits, grad_loss)
+        else:
+            stats, ref_logits, labels, weights = rest
+            grad = cpp.new_gradient(logits) if _graph_is_kept() else logits
+            cpp.backward(
+                grad_loss.item(),
+                stats,
+                logits,
+                ref_logits,
+                labels,
+                weights,
+                *ctx.options,
+                grad=grad,
+            )
+            torch.autograd.graph.increment_version(grad)
+        return grad, None, None, None, None, None, None, None
+
+
+def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    # Or else autograd makes a tensor of zeros, as large as the logits, for the gradient's gradient.
+    ctx.set_materialize_grads(False)
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """scale * grad, in grad's own memory unless somebody needs grad again."""
+    being_traced = type(grad) is not Tensor
+    if torch.is_grad_enabled() and not being_traced:
+        raise RuntimeError(
+            "create_graph=True asks for a second derivative, which the kernels do not have; use impl='eager'"
+        )
+    if being_traced or _graph_is_kept():
+        return grad * scale
+    return grad if scale.item() == 1 else grad.mul_(scale)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward now running was asked to retain_graph, so that it may run again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

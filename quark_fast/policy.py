@@ -1,0 +1,234 @@
+"""The policy: a causal language model, its tokenizer and one learned reward token per quantile."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quark_fast.config import UsageError
+
+SEPARATOR = "<|endoftext|>"
+FAST_ATTENTION = "quark_grouped"  # registered by quark_fast.rollout
+
+
+def reward_token(quantile: int) -> str:
+    """The text of a quantile's reward token; quantile 0 holds the lowest rewards."""
+    return f"<|reward_{quantile}|>"
+
+
+class RewardEmbedding(nn.Module):
+    """The model's own input embedding with K more rows, held as a parameter of their own.
+
+    Being apart, the rows learn at their own rate, and the output head, tied or not, keeps the base
+    vocabulary: a reward token has no logit, so it is neither sampled nor counted in any loss term.
+    """
+
+    def __init__(self, base: nn.Module, first_id: int, rows: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.first_id = first_id
+        self.rows = nn.Parameter(rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base table: what transformers ties the head to and reads dtype and device from."""
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        is_reward = ids >= self.first_id
+        embedded: Tensor = self.base(ids.masked_fill(is_reward, 0))
+        own = nn.functional.embedding((ids - self.first_id).clamp(min=0), self.rows)
+        # Gemma's embedding scales what it looks up: the reward rows with it.
+        own = own * getattr(self.base, "embed_scale", 1.0)
+        return torch.where(is_reward.unsqueeze(-1), own.to(embedded.dtype), embedded)
+
+
+class Policy:
+    """A model with its tokenizer, reward tokens and the prefix that stands before them.
+
+    Attributes:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer, which knows the reward tokens.
+        reward_ids: id of each quantile's reward token, lowest reward first.
+        vocabulary: base vocabulary V, the tokenizer's before the reward tokens; logits at and beyond V
+            (padding of the table, reward tokens) never count.
+        prefix: ids before the reward token. The first position of a causal transformer is an attention
+            sink whose content is hardly read, so the token that opens a document stands there.
+        stop_ids: the ids that end a completion: end of text, end of turn, document separator.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prefix = _prefix_ids(tokenizer, prefix)
+        tokens = [reward_token(k) for k in range(quantiles)]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
+        self.vocabulary = self.reward_ids[0]
+        eos = model.generation_config.eos_token_id
+        stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR)}
+        stop |= set(eos) if isinstance(eos, list) else {eos}
+        self.stop_ids = sorted(i for i in stop if i is not None and i < self.vocabulary)
+
+    @classmethod
+    def create(
+        cls,
+        source: str | Path,
+        *,
+        quantiles: int,
+        prefix: str = "auto",
+        words: Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A policy ready to train: the model at ``source`` plus reward rows.
+
+        Args:
+            source: a transformers folder or hub name.
+            words: a text naming each quantile, worst first, whose mean embedding starts its row; without
+                them rows start at Normal(mean, std) of the table, per dimension, as the paper's do.
+        """
+        model, tokenizer = load_pretrained(source, dtype)
+        policy = cls(model, tokenizer, quantiles, prefix)
+        base = model.get_input_embeddings()
+        table = base.weight.detach()[: policy.vocabulary].float()
+        if words is None:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(quantiles, table.shape[1], generator=generator)
+            rows = table.mean(0) + table.std(0) * noise
+        else:
+            ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words]
+            rows = torch.stack([table[row].mean(0) for row in ids])
+        model.set_input_embeddings(RewardEmbedding(base, policy.vocabulary, rows.to(dtype)))
+        return policy
+
+    @classmethod
+    def from_export(cls, folder: str | Path, dtype: torch.dtype) -> Self:
+        """The policy of an exported model, for sampling."""
+        model, tokenizer = load_pretrained(folder, dtype)
+        quantiles = 0
+        while reward_token(quantiles) in tokenizer.get_vocab():
+            quantiles += 1
+        if quantiles < 2:
+            raise UsageError(f"{folder} holds no reward tokens; give the folder of a finished run")
+        policy = cls(model, tokenizer, quantiles, prefix="")
+        # The exported tokenizer puts prefix + best reward token in front by itself.
+        policy.prefix = list(tokenizer("").input_ids)[:-1]
+        return policy
+
+    @property
+    def quantiles(self) -> int:
+        """K, the number of reward tokens."""
+        return len(self.reward_ids)
+
+    def encode(self, prompt: str, max_tokens: int) -> list[int]:
+        """A prompt's ids without any prefix; the last ``max_tokens`` of them."""
+        return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)[-max_tokens:]
+
+    def decode(self, completion: Sequence[int]) -> str:
+        """A completion's text, special tokens left out."""
+        return str(self.tokenizer.decode(completion, skip_special_tokens=True))
+
+    def conditioned(self, prompt: Sequence[int], quantile: int | None) -> list[int]:
+        """prefix + reward token + prompt; without a quantile, prefix + prompt: what the reference sees."""
+        token = [] if quantile is None else [self.reward_ids[quantile]]
+        return [*self.prefix, *token, *prompt]
+
+    def frozen_copy(self, dtype: torch.dtype) -> Any:
+        """The model as it is now, for sampling: low precision, no gradients, fast decoding."""
+        model = copy.deepcopy(self.model).to(dtype).eval().requires_grad_(False)
+        model.set_attn_implementation(FAST_ATTENTION)
+        return model
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write an ordinary transformers folder conditioned on the best reward token.
+
+        Its tokenizer puts prefix + best token before every text, and its generation config suppresses the
+        reward tokens; nothing in it needs this package.
+        """
+        model = copy.deepcopy(self.model).to(dtype)
+        embedding: RewardEmbedding = model.get_input_embeddings()
+        model.set_input_embeddings(embedding.base)
+        size = max(embedding.weight.shape[0], self.reward_ids[-1] + 1)
+        model.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[self.reward_ids] = embedding.rows
+        model.generation_config.suppress_tokens = self.reward_ids
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = self.stop_ids[0] if self.stop_ids else 0
+        # A base model may carry its own decoding taste; a clash in it (temperature without sampling)
+        # would make saving fail.
+        model.generation_config.do_sample = True
+        model.save_pretrained(folder)
+        self._best_token_first().save_pretrained(folder)
+
+    def _best_token_first(self) -> Any:
+        """A copy of the tokenizer that puts prefix + best reward token before every text."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        front = self.conditioned([], self.quantiles - 1)
+        names = tokenizer.convert_ids_to_tokens(front)
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        pieces = " ".join(names)
+        backend.post_processor = TemplateProcessing(
+            single=f"{pieces} $A",
+            pair=f"{pieces} $A $B",
+            special_tokens=list(dict(zip(names, front, strict=True)).items()),
+        )
+        return tokenizer
+
+
+def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
+            " tokenizer.json, or a hub name"
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UsageError(
+            f"the tokenizer at {str(source)!r} has no fast form (tokenizer.json); save one with"
+            " PreTrainedTokenizerFast"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UsageError(f"no causal language model at {str(source)!r}: {_first_line(error)}") from error
+    highest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    has_reward_tokens = reward_token(0) in tokenizer.get_vocab()
+    if highest >= rows and not has_reward_tokens:
+        raise UsageError(
+            f"the tokenizer at {str(source)!r} has ids up to {highest}, but the model embeds {rows};"
+            " the two do not belong together"
+        )
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _prefix_ids(tokenizer: Any, prefix: str) -> list[int]:
+    """ "auto": what the tokenizer itself puts before a text, else its document separator, else nothing."""
+    if prefix != "auto":
+        return list(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else []
+    # Only what stands in front: some tokenizers put an end marker behind, too.
+    with_text = list(tokenizer("a").input_ids)
+    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    own = with_text[: len(with_text) - len(bare)] if with_text[-len(bare) :] == bare else []
+    if own:
+        return own
+    separator = tokenizer.get_vocab().get(SEPARATOR)
+    return [] if separator is None else [separator]

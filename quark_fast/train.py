@@ -1,0 +1,103 @@
+"""``python -m quark_fast.train``: settings in, a run folder and a table out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from quark_fast.config import Config, UsageError, parse
+
+
+class Display:
+    """The live display: one bar for the stage, one line of its latest numbers, a line a finished stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.numbers = Text("")
+        self.live = Live(Group(self.bar, self.numbers), console=console, refresh_per_second=4)
+        self.stage, self.begun = "", 0.0
+
+    def __call__(self, event: object) -> None:
+        from quark_fast.trainer import Progress as Event
+
+        assert isinstance(event, Event)
+        if event.stage != self.stage:
+            for task in self.bar.task_ids:
+                self.bar.remove_task(task)
+            self.bar.add_task(event.stage, total=event.total)
+            self.stage, self.begun = event.stage, time.monotonic()
+        self.bar.update(self.bar.task_ids[0], completed=event.done)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in event.numbers.items())
+        self.numbers.plain = "  " + shown
+        if event.done >= event.total:
+            # What a log file keeps of the stage.
+            self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
+
+
+def run(config: Config, console: Console) -> None:
+    """Train, then show the table and three before/after texts."""
+    # torch and transformers take seconds to import; bad flags are answered before that.
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    from quark_fast.report import after_names, before_after, headline, results_table
+    from quark_fast.trainer import Trainer
+
+    display = Display(console)
+    trainer = Trainer(config, listen=display)
+    console.print(
+        f"unlearning {config.task}: {len(trainer.train_rows)} training and"
+        f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
+        f" {trainer.accelerator.mixed_precision} on {trainer.device}, run folder {trainer.folder.path}"
+    )
+    with display.live:
+        folder = trainer.train()
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    lines = (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    console.print(headline(evaluation))
+    console.print(results_table(evaluation))
+    console.print(before_after(rows, mask=not config.show_offensive, after=after_names(evaluation)))
+    console.print(f"report:   {folder / 'report.html'}")
+    console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped and resumable."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, "python -m quark_fast.train")
+        from quark_fast.assets import AssetError
+        from quark_fast.trainer import Interrupted
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(config, Console())
+    except (UsageError, AssetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,621 @@
+"""The Quark loop: sample, score, quantize, learn, again; then evaluate, export and report.
+
+Every random choice derives from (seed, round or step), never from a generator that lives through the run,
+so a resumed run needs no RNG state to repeat an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import accelerate
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from quark_fast import assets
+from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
+from quark_fast.config import Config, UsageError
+from quark_fast.evaluation import evaluate_mode, modes, summarise
+from quark_fast.metrics import Sample
+from quark_fast.ops.loss import quark_loss
+from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
+from quark_fast.pool import RolloutPool
+from quark_fast.prompts import Row, load_prompts, split
+from quark_fast.report import write_report
+from quark_fast.reward import Function, Reward, describe, load_reward
+from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.run_folder import COMPLETIONS, METRICS, RunFolder
+from quark_fast.tasks import Task, find_task
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a listener hears: the stage, how far it is, and numbers worth showing."""
+
+    stage: str
+    done: int
+    total: int
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what it had done is in its checkpoint."""
+
+
+class Trainer:
+    """One run, from the settings to the report.
+
+    Args:
+        config: every setting of the run.
+        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]`` in place of
+            the one that ``config`` names.
+        prompts: training prompts, texts or rows with a ``prompt``, in place of those ``config`` names.
+        held_out: likewise for the evaluation.
+        listen: called with a ``Progress`` now and then.
+
+    Raises:
+        UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        reward: Function | Reward | None = None,
+        prompts: Sequence[str | Row] | None = None,
+        held_out: Sequence[str | Row] | None = None,
+        listen: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        config.check()
+        self.config = config
+        self.listen = listen
+        self.folder = RunFolder(config.output_folder)
+        self.task = find_task(config.task)
+        self.reward = _reward(config, self.task, reward)
+        self.train_rows, self.held_out_rows = _prompts(config, self.task, prompts, held_out)
+        self.reward.check(self.train_rows)
+        set_threads(config.threads)
+        self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
+        self.device = self.accelerator.device
+        self._load_models()
+        self._start()
+
+    # ---------------------------------------------------------------- set up
+
+    def _load_models(self) -> None:
+        config = self.config
+        source = config.model or assets.default_model()
+        own_words = config.reward is None and self.reward.property is not None
+        self.policy = Policy.create(
+            source,
+            quantiles=config.quantiles,
+            prefix=config.prefix,
+            words=self.task.words_for(config.quantiles) if own_words else None,
+            seed=config.seed,
+        )
+        self.sampling_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            self.accelerator.mixed_precision, torch.float32
+        )
+        if self.device.type == "cpu" and self.sampling_dtype == torch.float16:
+            self.sampling_dtype = torch.float32  # CPUs hold fp16 but hardly compute in it
+        model = self.policy.model.to(self.device)
+        # No dropout anywhere: policy and reference are compared token by token.
+        model.eval()
+        if self.device.type == "cpu":
+            model.set_attn_implementation(FAST_ATTENTION)
+        self.reference, _ = load_pretrained(source, self.sampling_dtype)
+        self.reference.to(self.device).eval().requires_grad_(False)
+        self.reference.set_attn_implementation(FAST_ATTENTION)
+        rows = model.get_input_embeddings().rows
+        body = [p for p in model.parameters() if p.requires_grad and p is not rows]
+        self.groups = [
+            {"params": body, "lr": config.learning_rate},
+            {"params": [rows], "lr": config.reward_token_lr},
+        ]
+        optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, fused=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        encode = self.policy.encode
+        self.train_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.train_rows]
+        self.held_out_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.held_out_rows]
+
+    def _start(self) -> None:
+        """A new folder, or the state of the last checkpoint."""
+        config = self.config
+        self.pool = RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed)
+        self.draws = Draws()
+        self.prompt_of: list[int] = []
+        self.round, self.sampled, self.step, self.seconds = 0, False, 0, 0.0
+        if config.resume:
+            self._resume()
+        else:
+            self.folder.create()
+            config.save(self.folder / "config.yaml")
+            self.folder.write_json("versions.json", versions(config, self.device))
+
+    def _resume(self) -> None:
+        if self.folder.finished:
+            raise UsageError(f"the run in {self.folder.path} is finished: nothing to resume")
+        loaded = self.folder.load_checkpoint()
+        if loaded is None:
+            return
+        state, tensors = loaded
+        if state["model"] != str(self.config.model):
+            raise UsageError(
+                f"the checkpoint in {self.folder.path} is of model {state['model']}, not"
+                f" {self.config.model}; resume it with its own"
+            )
+        model = self.policy.model
+        own = dict(model.named_parameters())
+        if own.keys() != tensors["model"].keys() or any(
+            own[k].shape != v.shape for k, v in tensors["model"].items()
+        ):
+            raise UsageError(
+                f"the checkpoint in {self.folder.path} holds other weights than"
+                f" {self.config.model or 'the embedded model'} has; resume it with its own model"
+            )
+        with torch.no_grad():
+            for name, value in tensors["model"].items():
+                own[name].copy_(value)
+        _load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.pool.load_state_dict(_from_tensors(tensors["pool"], state["pool"]))
+        self.draws = Draws(tensors["draws"]["counts"].numpy())
+        self.prompt_of = tensors["draws"]["prompt_of"].tolist()
+        self.round, self.sampled, self.step = state["round"], state["sampled"], state["step"]
+        self.seconds = state["seconds"]
+
+    def _save(self) -> None:
+        arrays, plain = _to_tensors(self.pool.state_dict())
+        scaler = self.accelerator.scaler
+        self.folder.save_checkpoint(
+            {
+                "model": str(self.config.model),
+                "round": self.round,
+                "sampled": self.sampled,
+                "step": self.step,
+                "seconds": self.seconds,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "pool": plain,
+            },
+            {
+                "model": {n: p.detach().cpu().contiguous() for n, p in self.policy.model.named_parameters()},
+                "optimizer": _optimizer_tensors(self.optimizer),
+                "pool": arrays,
+                "draws": {
+                    "counts": torch.from_numpy(self.draws.counts),
+                    "prompt_of": torch.tensor(self.prompt_of),
+                },
+            },
+        )
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> Path:
+        """Run to the end and return the run folder.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+        """
+        started = time.monotonic() - self.seconds
+        with _stop_signals() as self.stop:
+            while self.round < self.config.rounds:
+                if not self.sampled:
+                    self._sample()
+                    self.sampled = True
+                    self.seconds = time.monotonic() - started
+                    self._save()
+                for step in self._learn():
+                    self.seconds = time.monotonic() - started
+                    if step % self.config.checkpoint_every == 0 or self.stop.asked:
+                        self._save()
+                    self._stop_if_asked()
+                self.round, self.sampled = self.round + 1, False
+            self.seconds = time.monotonic() - started
+            self._save()
+            self._evaluate()
+            self.seconds = time.monotonic() - started
+        self._finish()
+        return self.folder.path
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.asked:
+            raise Interrupted(
+                f"stopped in round {self.round + 1} at step {self.step};"
+                f" go on with --resume --output {self.folder.path}"
+            )
+
+    def _sample(self) -> None:
+        """Explore: sample from the reference first, then guided towards the best token; score; add."""
+        config, begun = self.config, time.monotonic()
+        first = self.round == 0
+        best = self.policy.quantiles - 1
+        conditioning = Conditioning() if first else Conditioning(best, 0, config.guidance)
+        model = self.reference if first else self.policy.frozen_copy(self.sampling_dtype)
+        samples = config.initial_samples if first else config.explore_samples
+        sampling = Sampling(
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.sample_batch,
+        )
+        total, done, tokens, kept = samples * len(self.train_ids), 0, 0, len(self.pool)
+        rewards: list[float] = []
+        rows: list[dict[str, Any]] = []
+        seed = config.seed * 1_000_003 + self.round
+        for indices, drawn in sample(
+            self.policy, model, self.train_ids, conditioning, sampling, samples, seed
+        ):
+            self._stop_if_asked()
+            flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
+            texts = [self.policy.decode(completion) for _, completion in flat]
+            scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
+            self.pool.add(
+                [self.train_ids[i] for i, _ in flat], [c for _, c in flat], scores, round=self.round
+            )
+            self.prompt_of += [i for (i, _), s in zip(flat, scores, strict=True) if not np.isnan(s)]
+            rewards += [float(s) for s in scores if not np.isnan(s)]
+            rows += [
+                {
+                    "round": self.round,
+                    "step": self.step,
+                    "prompt": self.train_rows[i]["prompt"],
+                    "completion": text,
+                    "reward": None if np.isnan(s) else float(s),
+                }
+                for (i, _), text, s in zip(flat, texts, scores, strict=True)
+            ]
+            done, tokens = done + len(flat), tokens + sum(len(c) for _, c in flat)
+            self.listen(
+                Progress(
+                    f"round {self.round + 1}/{config.rounds}: sampling",
+                    done,
+                    total,
+                    {
+                        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+                        "tokens/s": tokens / (time.monotonic() - begun),
+                    },
+                )
+            )
+        if not rewards:
+            raise UsageError(
+                f"reward {self.reward.name} scored none of {done} completions in round"
+                f" {self.round + 1}; the first was {rows[0]['completion']!r}"
+            )
+        labels = iter(self.pool.labels()[kept:].tolist())
+        for row in rows:
+            row["quantile"] = None if row["reward"] is None else next(labels)
+        self.folder.append(COMPLETIONS, rows)
+        self.folder.append(METRICS, [self._round_metrics(rewards, done, conditioning, begun)])
+
+    def _round_metrics(
+        self, rewards: list[float], samples: int, conditioning: Conditioning, begun: float
+    ) -> dict[str, Any]:
+        labels, every = self.pool.labels(), self.pool.rewards
+        by_quantile = [every[labels == k] for k in range(self.pool.quantiles)]
+        return {
+            "kind": "round",
+            "round": self.round,
+            "step": self.step,
+            "samples": samples,
+            "unscored": samples - len(rewards),
+            "pool": len(self.pool),
+            "reward_mean": float(np.mean(rewards)),
+            "reward_by_quantile": [float(r.mean()) if len(r) else None for r in by_quantile],
+            "thresholds": [float(t) for t in self.pool.thresholds],
+            "guidance": conditioning.guidance,
+            "seconds": time.monotonic() - begun,
+        }
+
+    def _learn(self) -> Iterator[int]:
+        """The round's optimizer steps on samples under their current quantile's token."""
+        config = self.config
+        labels = self.pool.labels()
+        rng = np.random.default_rng([config.seed, self.round])
+        lengths = np.array([len(self.train_ids[i]) for i in self.prompt_of])
+        plan = plan_batches(
+            labels, config.weights(), lengths, self.draws, config.steps, config.batch_size, rng
+        )
+        while self.step < (self.round + 1) * config.steps:
+            numbers = self._step(plan[self.step - self.round * config.steps], labels)
+            self.step += 1
+            row = {"kind": "step", "step": self.step, "round": self.round, **numbers}
+            self.folder.append(METRICS, [row])
+            self.listen(
+                Progress(
+                    f"round {self.round + 1}/{config.rounds}: learning",
+                    self.step - self.round * config.steps,
+                    config.steps,
+                    {k: numbers[k] for k in ("loss", "nll", "kl", "entropy", "tokens_per_s")},
+                )
+            )
+            yield self.step
+        self.draws.count(plan)
+
+    def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
+        """One optimizer step; micro-batches add up to exactly the loss of the whole batch."""
+        config, begun = self.config, time.monotonic()
+        samples = self.pool[self.pool.ids[chosen]]
+        total = sum(len(completion) for completion in samples.completions)
+        sums = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "entropy": 0.0}
+        for start in range(0, len(chosen), config.micro_batch):
+            part = slice(start, start + config.micro_batch)
+            out = self._loss(
+                [row.tolist() for row in samples.prompts[part]],
+                [row.tolist() for row in samples.completions[part]],
+                labels[chosen[part]].tolist(),
+                total,
+            )
+            self.accelerator.backward(out.loss)
+            sums["loss"] += float(out.loss.detach())
+            for name in ("nll", "kl", "entropy"):
+                sums[name] += float(getattr(out, name).sum()) / total
+        parameters = [p for group in self.groups for p in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        decay = config.decay(self.step)
+        for group, base in zip(
+            self.optimizer.param_groups, (config.learning_rate, config.reward_token_lr), strict=True
+        ):
+            group["lr"] = base * decay
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.monotonic() - begun
+        return {
+            **sums,
+            "grad_norm": float(norm),
+            "lr": config.learning_rate * decay,
+            "tokens_per_s": total / seconds,
+            "seconds": seconds,
+        }
+
+    def _loss(
+        self,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        quantiles: list[int],
+        total: int,
+    ) -> Any:
+        """NLL under the sample's own reward token + KL to the reference, which sees no token."""
+        config = self.config
+        batch = make_batch(self.policy, prompts, completions, quantiles, self.device)
+        with self.accelerator.autocast():
+            logits = completion_logits(self.policy.model, batch)
+        ref_logits = None
+        if config.kl_coef:
+            plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
+            with torch.no_grad():
+                ref_logits = completion_logits(self.reference, plain)
+        return quark_loss(
+            logits,
+            ref_logits,
+            batch.labels,
+            batch.mask,
+            kl_coef=config.kl_coef,
+            entropy_coef=config.entropy_coef,
+            kl=config.kl,
+            impl=config.impl,
+            inplace=True,
+            normalizer=total,
+            vocab_size=self.policy.vocabulary,
+        )
+
+    # ---------------------------------------------------------------- the end
+
+    def _evaluate(self) -> None:
+        """Held-out prompts in every mode; ``evaluation.json`` and its samples."""
+        config = self.config
+        table = modes(self.policy.quantiles, config.guidances())
+        model = self.policy.frozen_copy(self.sampling_dtype)
+        sampling = Sampling(
+            config.max_new_tokens,
+            config.min_new_tokens,
+            1.0,
+            config.eval_top_p,
+            config.sample_batch,
+        )
+        drawn: dict[str, list[Sample]] = {}
+        for mode in table:
+            drawn[mode.name] = []
+            for part in evaluate_mode(
+                mode,
+                self.policy,
+                model,
+                self.reference,
+                self.reward,
+                self.held_out_rows,
+                self.held_out_ids,
+                sampling,
+                config.eval_samples,
+                # One seed for all modes: the same luck on both sides of every comparison.
+                seed=config.seed * 1_000_003 + 999_983,
+            ):
+                self._stop_if_asked()
+                drawn[mode.name] += part
+                scores = [s.score for s in drawn[mode.name] if s.score is not None]
+                self.listen(
+                    Progress(
+                        f"evaluating: {mode.name}",
+                        len(drawn[mode.name]),
+                        len(self.held_out_rows) * config.eval_samples,
+                        {self.reward.property or "reward": float(np.mean(scores or [np.nan]))},
+                    )
+                )
+        about = {
+            "task": config.task,
+            "property": self.reward.property or "reward",
+            "scorer": {
+                "name": self.reward.name,
+                "version": self.reward.version,
+                "sha256": self.reward.sha256,
+            },
+            "prompts": len(self.held_out_rows),
+            "samples_per_prompt": config.eval_samples,
+            "sampling": {
+                "guidance": (config.guidances() or [None])[0],
+                "top_p": config.eval_top_p,
+                "temperature": 1.0,
+                "max_new_tokens": config.max_new_tokens,
+                "prefix": self.policy.tokenizer.decode(self.policy.prefix),
+            },
+        }
+        rows = [{"row": m.name, **vars(s)} for m in table for s in drawn[m.name]]
+        (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
+        self.folder.append("evaluation.jsonl", rows)
+        self.folder.write_json("evaluation.json", summarise(drawn, table, about))
+
+    def _finish(self) -> None:
+        self.listen(Progress("writing the model and the report", 0, 1))
+        dtype = self.reference.config.dtype
+        self.policy.export(self.folder / "model", dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        record = versions(self.config, self.device) | {"minutes": round(self.seconds / 60, 1)}
+        self.folder.write_json("versions.json", record)
+        write_report(self.folder.path)
+        self.folder.drop_checkpoint()
+        self.listen(Progress("writing the model and the report", 1, 1))
+
+
+def _reward(config: Config, task: Task, given: Function | Reward | None) -> Reward:
+    if isinstance(given, Reward):
+        return given
+    if given is not None:
+        return describe(given)
+    return load_reward(config.reward) if config.reward else task.reward()
+
+
+def _prompts(
+    config: Config,
+    task: Task,
+    prompts: Sequence[str | Row] | None,
+    held_out: Sequence[str | Row] | None,
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows): what was given, else the files, else the task's own."""
+
+    def rows(given: Sequence[str | Row] | None, file: str | None) -> list[Row] | None:
+        if given is not None:
+            return [{"prompt": row} if isinstance(row, str) else dict(row) for row in given]
+        return load_prompts(file) if file else None
+
+    train, test = rows(prompts, config.prompts), rows(held_out, config.held_out)
+    if train is None and test is None:
+        return task.prompts()
+    if train is None:
+        train = task.prompts()[0]
+    if test is None:
+        train, test = split(train, max(1, min(200, len(train) // 10)))
+    if not train or not test:
+        raise UsageError(f"{len(train) + len(test)} prompts are too few to hold some out; give --held-out")
+    return train, test
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use ``threads`` CPU threads; 0: one for each core that this process may run on.
+
+    More threads than free cores are many times slower than one: they wait for each other spinning.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", available or 1)))
+
+
+def mixed_precision(wanted: str) -> str:
+    """accelerate's name for the precision; "auto" is bf16 where the machine computes in it."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if fast else "no"
+    return "no" if wanted == "fp32" else wanted
+
+
+def versions(config: Config, device: torch.device) -> dict[str, Any]:
+    """What made this run: versions, machine, command."""
+    import platform
+    import shlex
+    import sys
+
+    import transformers
+
+    from quark_fast import __version__
+
+    cpu = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu}"
+    return {
+        "quark_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": np.__version__,
+        "machine": f"{name}, {torch.get_num_threads()} threads",
+        "command": shlex.join(["python", "-m", "quark_fast.train", *sys.argv[1:]]),
+    }
+
+
+class _Stop:
+    """Whether the user asked to stop."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, ask) for number in numbers}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Optimizer and pool states as flat tensors: a checkpoint is safetensors and JSON, nothing pickled.
+
+
+def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    arrays = {k: torch.from_numpy(v.copy()) for k, v in state.items() if isinstance(v, np.ndarray)}
+    return arrays, {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
+
+
+def _from_tensors(arrays: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    return {**plain, **{k: v.numpy() for k, v in arrays.items()}}

@@ -1,0 +1,70 @@
+"""Tiny models and tokenizers, built on the spot: no test downloads anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+WORDS = 60  # w0 ... w59, then the special tokens
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    # Threads that outnumber free cores wait for each other spinning.
+    torch.set_num_threads(1)
+
+
+def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over 'w0' ... 'w59'; the end of text is also the document separator."""
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<|endoftext|>": WORDS, "<unk>": WORDS + 1}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Fuse()
+    named = {"pad_token": "<|endoftext|>"} if pad else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<unk>", **named
+    )
+
+
+def tiny_config(architecture: str, vocab_size: int) -> PretrainedConfig:
+    shape = {"vocab_size": vocab_size, "eos_token_id": WORDS, "bos_token_id": WORDS}
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **shape)
+    body = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **shape,
+    }
+    if architecture == "llama":
+        return LlamaConfig(tie_word_embeddings=False, **body)
+    return Qwen2Config(tie_word_embeddings=True, **body)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with a random tiny model and tokenizer of an architecture: gpt2, llama or qwen2."""
+
+    def make(architecture: str = "llama", *, padded_vocabulary: int = 0) -> Path:
+        folder = tmp_path / f"tiny-{architecture}"
+        torch.manual_seed(0)
+        config = tiny_config(architecture, WORDS + 2 + padded_vocabulary)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        word_tokenizer(pad=architecture != "gpt2").save_pretrained(folder)
+        return folder
+
+    return make

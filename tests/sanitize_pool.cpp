@@ -1,0 +1,164 @@
+// The pool's core under a sanitizer: random changes against a brute-force order, then readers
+// beside a writer. Built and run by sanitize_pool.sh; aborts at the first thing that is wrong.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "../csrc/quantile_pool.hpp"
+
+using quark::QuantilePool;
+using quark::Remainder;
+using quark::Ties;
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "sanitize_pool: %s\n", what);
+  std::abort();
+}
+
+template <class Reward>
+std::vector<std::int64_t> add(QuantilePool<Reward>& pool, const std::vector<Reward>& rewards) {
+  std::vector<std::int64_t> ids(rewards.size());
+  pool.add(rewards.data(), static_cast<std::int64_t>(rewards.size()), ids.data());
+  return ids;
+}
+
+// Labels under Ties::same or Ties::arrival by sorting everything.
+template <class Reward>
+std::map<std::int64_t, int> labels_by_sorting(const std::map<std::int64_t, Reward>& live, int k,
+                                              Ties ties, Remainder remainder) {
+  std::vector<std::pair<std::int64_t, Reward>> order(live.begin(), live.end());
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::map<std::int64_t, int> labels;
+  for (const auto& sample : order) labels[sample.first] = 0;
+  for (int j = 1; j < k; ++j) {
+    const auto cut = quark::quantile_cut(static_cast<std::int64_t>(order.size()), j, k, remainder);
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      const bool reaches =
+          static_cast<std::int64_t>(i) < cut ||
+          (ties == Ties::same && cut > 0 && order[i].second == order[cut - 1].second);
+      labels[order[i].first] += reaches;
+    }
+  }
+  return labels;
+}
+
+template <class Reward>
+void random_changes(std::mt19937_64& random, int steps) {
+  const Ties ties = random() % 2 ? Ties::same : Ties::arrival;
+  const Remainder remainder = random() % 2 ? Remainder::spread : Remainder::last;
+  const int k = 1 + static_cast<int>(random() % 40);
+  QuantilePool<Reward> pool(k, ties, remainder, random());
+  std::map<std::int64_t, Reward> live;
+  const Reward infinity = std::numeric_limits<Reward>::infinity();
+  const Reward awkward[] = {0,
+                            Reward(-0.0),
+                            1,
+                            infinity,
+                            -infinity,
+                            -1,
+                            std::numeric_limits<Reward>::denorm_min(),
+                            std::numeric_limits<Reward>::quiet_NaN()};
+  for (int step = 0; step < steps; ++step) {
+    std::vector<Reward> rewards(random() % 8 == 0 ? random() % 5000 : random() % 40);
+    for (Reward& reward : rewards) {
+      reward = random() % 2 ? awkward[random() % std::size(awkward)]
+                            : static_cast<Reward>(static_cast<double>(random()) * 1e-19);
+    }
+    const auto ids = add(pool, rewards);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      require((ids[i] < 0) == std::isnan(rewards[i]), "NaN alone has no id");
+      if (ids[i] >= 0) live[ids[i]] = rewards[i];
+    }
+    if (random() % 3 == 0 && !live.empty()) {
+      std::vector<std::int64_t> leaving;
+      for (const auto& sample : live) {
+        if (random() % 4 == 0) leaving.push_back(sample.first);
+      }
+      pool.remove(leaving.data(), static_cast<std::int64_t>(leaving.size()));
+      for (const std::int64_t id : leaving) live.erase(id);
+    }
+    const auto n = static_cast<std::int64_t>(live.size());
+    require(pool.size() == n, "size");
+    std::vector<std::int64_t> pool_ids(n);
+    std::vector<Reward> pool_rewards(n);
+    std::vector<std::int32_t> pool_labels(n);
+    require(pool.ids(pool_ids.data(), n) == n, "ids");
+    require(pool.rewards(pool_rewards.data(), n) == n, "rewards");
+    require(pool.labels(pool_labels.data(), n) == n, "labels");
+    const auto expected = labels_by_sorting(live, k, ties, remainder);
+    std::size_t i = 0;
+    for (const auto& [id, reward] : live) {
+      require(pool_ids[i] == id && pool_rewards[i] == reward, "samples in order of arrival");
+      require(pool_labels[i] == expected.at(id), "labels by sorting");
+      ++i;
+    }
+    if (n > 0) {
+      const auto draw = pool.sample({n, {}, false, false, random()});
+      for (std::size_t d = 0; d < draw.ids.size(); ++d) {
+        require(draw.quantiles[d] == expected.at(draw.ids[d]), "quantile of a draw");
+      }
+    }
+    if (random() % 5 == 0) {
+      pool.restore(pool_ids.data(), pool_rewards.data(), n, pool.run_sizes(), pool.next_id());
+    }
+  }
+}
+
+template <class Reward>
+void readers_beside_a_writer(int rounds) {
+  QuantilePool<Reward> pool(5, Ties::random, Remainder::spread, 1);
+  add(pool, {1});
+  std::atomic<bool> done{false};
+  const auto read = [&](std::uint64_t key) {
+    std::vector<std::int32_t> labels(100'000);
+    while (!done) {
+      const auto written = pool.labels(labels.data(), static_cast<std::int64_t>(labels.size()));
+      for (std::int64_t i = 0; i < written; ++i) require(labels[i] < 5, "label");
+      for (const auto quantile : pool.sample({32, {}, true, false, ++key}).quantiles) {
+        require(quantile >= 0 && quantile < 5, "quantile of a draw");
+      }
+      pool.thresholds();
+      pool.quantile_sizes();
+    }
+  };
+  std::thread first(read, 1), second(read, 1'000'000);
+  std::mt19937_64 random(3);
+  std::vector<std::int64_t> last;
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<Reward> rewards(1 + random() % 2000);
+    for (Reward& reward : rewards) reward = static_cast<Reward>(random() % 100);
+    auto ids = add(pool, rewards);
+    if (round % 3 == 0) pool.remove(last.data(), static_cast<std::int64_t>(last.size()));
+    last = round % 3 == 2 ? std::move(ids) : std::vector<std::int64_t>{};
+  }
+  done = true;
+  first.join();
+  second.join();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int effort = argc > 1 ? std::atoi(argv[1]) : 1;
+  std::mt19937_64 random(7);
+  for (int trial = 0; trial < 6 * effort; ++trial) {
+    random_changes<float>(random, 20);
+    random_changes<double>(random, 20);
+  }
+  readers_beside_a_writer<float>(60 * effort);
+  readers_beside_a_writer<double>(60 * effort);
+  std::puts("sanitize_pool: ok");
+}

@@ -1,0 +1,762 @@
+"""The fused loss against the equation in float64, and the pitfalls of its inputs.
+
+Error budget: against float64, an implementation may err as much as eager PyTorch does on the same
+inputs in the same dtype, plus `SLACK`. Both compute in float32 and round the gradient once to the
+dtype of the logits, so eager's own error already holds the dtype's rounding; the slack is for
+float32 sums in another order.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quark_fast import _C
+from quark_fast.ops import cpp, loss
+from quark_fast.ops.loss import quark_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DIRECTIONS = ["policy_ref", "ref_policy"]
+IMPLEMENTATIONS = ["eager", "cpp"]
+SLACK = 2e-6
+# Not multiples of a vector or of the kernels' block (2048), one below and one above it; 1 = no sum.
+VOCABULARIES = [1, 7, 252, 1003, 2049, 5003]
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    ref_logits: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Result(NamedTuple):
+    """What quark_loss gave, and the gradient of the logits, in float64 to compare."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    entropy: Tensor
+    grad: Tensor
+
+
+def make(
+    vocab: int = 1003,
+    shape: tuple[int, ...] = (3, 4),
+    extra: int = 5,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 3.0,
+    seed: int = 0,
+) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(*shape, vocab + extra, generator=g)
+    ref_logits = logits[..., :vocab] + 0.5 * torch.randn(*shape, vocab, generator=g)
+    labels = torch.randint(0, vocab, shape, generator=g)
+    mask = torch.rand(shape, generator=g) > 0.3
+    mask.view(-1)[:1] = True
+    return Inputs(logits.to(dtype), ref_logits.to(dtype), labels, mask)
+
+
+def run(inputs: Inputs, scale: float = 1.0, **options: object) -> Result:
+    leaf = inputs.logits.clone().requires_grad_()
+    # Not a leaf, so that in place is allowed; a copy, so that the inputs survive it.
+    out = quark_loss(leaf.clone(), *inputs[1:], **options)
+    (scale * out.loss).backward()
+    assert leaf.grad.dtype == inputs.logits.dtype
+    return Result(*(value.detach().double() for value in (*out, leaf.grad)))
+
+
+def truth(inputs: Inputs, scale: float = 1.0, **options: object) -> Result:
+    options = {**options, "impl": "eager", "inplace": False}
+    return run(
+        inputs._replace(logits=inputs.logits.double(), ref_logits=inputs.ref_logits.double()),
+        scale,
+        **options,
+    )
+
+
+def assert_as_accurate_as_eager(inputs: Inputs, **options: object) -> None:
+    exact = truth(inputs, **options)
+    eager = run(inputs, **{**options, "impl": "eager", "inplace": False})
+    ours = run(inputs, **options)
+    for name, x, e, t in zip(Result._fields, ours, eager, exact, strict=True):
+        assert x.shape == t.shape
+        error, allowed = (x - t).abs().max(), (e - t).abs().max() + SLACK * (1 + t.abs().max())
+        if name == "grad":  # it holds kl_coef (log-ratio - KL): two numbers of the size of the KL
+            allowed += 2**-23 * options.get("kl_coef", 0.05) * exact.kl.max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+# --- The equation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpp_errs_no_more_than_eager(
+    dtype: torch.dtype, kl: str, vocab: int, inplace: bool
+) -> None:
+    assert_as_accurate_as_eager(
+        make(vocab, dtype=dtype), impl="cpp", kl=kl, inplace=inplace, kl_coef=0.3, entropy_coef=0.2
+    )
+
+
+@pytest.mark.parametrize("kl", DIRECTIONS)
+def test_cpp_errs_no_more_than_eager_on_a_real_vocabulary(kl: str) -> None:
+    # Long sums: what is added naively in float32 loses digits only here.
+    assert_as_accurate_as_eager(make(50257, shape=(4,)), impl="cpp", kl=kl)
+
+
+@pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_may_have_another_dtype(dtype: torch.dtype, ref_dtype: torch.dtype) -> None:
+    inputs = make(dtype=dtype)
+    assert_as_accurate_as_eager(
+        inputs._replace(ref_logits=inputs.ref_logits.to(ref_dtype)), impl="cpp"
+    )
+
+
+@pytest.mark.parametrize("kl", DIRECTIONS)
+def test_eager_is_the_textbook_equation(kl: str) -> None:
+    """The oracle itself, against torch's own cross entropy, divergence and distribution."""
+    logits, ref_logits, labels, mask = make(40)
+    z, r = logits[..., :40].double(), ref_logits.double()
+    out = quark_loss(logits.double(), r, labels, mask, kl=kl, impl="eager")
+    policy, ref = (
+        torch.distributions.Categorical(logits=z),
+        torch.distributions.Categorical(logits=r),
+    )
+    pair = (policy, ref) if kl == "policy_ref" else (ref, policy)
+    nll = torch.nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none")
+    divergence = torch.distributions.kl_divergence(*pair)
+    per_token = nll.view_as(labels) + 0.05 * divergence - 0.06 * policy.entropy()
+    torch.testing.assert_close(out.loss, per_token[mask].mean())
+    torch.testing.assert_close(out.kl[mask], divergence[mask])
+    torch.testing.assert_close(out.entropy[mask], policy.entropy()[mask])
+
+
+@pytest.mark.parametrize("kl", DIRECTIONS)
+def test_eager_gradient_is_the_derivative(kl: str) -> None:
+    logits, ref_logits, labels, mask = make(11, shape=(3,), extra=2)
+    torch.autograd.gradcheck(
+        lambda z: quark_loss(z, ref_logits.double(), labels, mask, kl=kl, impl="eager").loss,
+        logits.double().requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_real_weights_and_normalizer(impl: str) -> None:
+    """Micro-batches that share one normalizer add up to the whole batch."""
+    inputs = make(shape=(4, 3))
+    weights = torch.rand(4, 3)
+    whole = run(inputs._replace(mask=weights), impl=impl)
+    parts = [
+        run(
+            Inputs(*(value[rows] for value in inputs[:3]), weights[rows]),
+            impl=impl,
+            normalizer=weights.sum().item(),
+        )
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([part.grad for part in parts]), whole.grad, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_without_reference(impl: str) -> None:
+    inputs = make(dtype=torch.bfloat16)
+    expected = truth(inputs, kl_coef=0.0)
+    leaf = inputs.logits.clone().requires_grad_()
+    out = quark_loss(
+        leaf, None, inputs.labels, inputs.mask, kl_coef=0.0, vocab_size=1003, impl=impl
+    )
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.double(), expected.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(leaf.grad.double(), expected.grad, atol=1e-3, rtol=0)
+    assert not out.kl.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.integers(1, 300),
+    rows=st.integers(0, 6),
+    extra=st.integers(0, 9),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 100.0]),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES),
+    kl=st.sampled_from(DIRECTIONS),
+    shift=st.floats(-50, 50),
+)
+def test_bounds_and_shift_invariance(
+    vocab: int,
+    rows: int,
+    extra: int,
+    spread: float,
+    seed: int,
+    dtype: torch.dtype,
+    kl: str,
+    shift: float,
+) -> None:
+    inputs = make(vocab, (rows,), extra, dtype, spread, seed)
+    out = quark_loss(*inputs, kl=kl, impl="cpp")
+    assert (out.kl >= -1e-5).all()
+    assert (out.nll >= -1e-5).all()
+    assert (out.entropy >= -1e-5).all()
+    assert (out.entropy <= math.log(vocab) + 1e-5).all()
+    shifted = quark_loss(inputs.logits.float() + shift, *inputs[1:], kl=kl, impl="cpp")
+    for a, b in zip(out, shifted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    same = quark_loss(inputs.ref_logits, *inputs[1:], kl=kl, impl="cpp")
+    assert (same.kl.abs() <= 1e-6).all()
+
+
+# --- Masks, labels, columns --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_beyond_the_vocabulary_are_in_no_term(
+    dtype: torch.dtype, impl: str, inplace: bool
+) -> None:
+    inputs = make(dtype=dtype)
+    before = run(inputs, impl=impl, inplace=inplace)
+    inputs.logits[..., 1003:] = 1000.0
+    after = run(inputs, impl=impl, inplace=inplace)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not after.grad[..., 1003:].any()
+    assert after.grad[..., :1003].any()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_token_is_never_read(dtype: torch.dtype, impl: str, inplace: bool) -> None:
+    inputs = make(dtype=dtype)
+    clean = run(inputs, impl=impl, inplace=inplace)
+    inputs.logits[~inputs.mask] = math.nan
+    inputs.ref_logits[~inputs.mask] = math.nan
+    inputs.labels[~inputs.mask] = -100
+    dirty = run(inputs, impl=impl, inplace=inplace)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    for value in dirty[1:]:
+        assert not value[~inputs.mask].any()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_all_masked_is_zero_and_not_nan(impl: str, inplace: bool) -> None:
+    inputs = make()
+    out = run(inputs._replace(mask=torch.zeros_like(inputs.mask)), impl=impl, inplace=inplace)
+    assert all(not value.any() for value in out)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype: torch.dtype, impl: str) -> None:
+    out = run(make(shape=(0,), dtype=dtype), impl=impl)
+    assert out.loss == 0
+    assert out.grad.shape == (0, 1008)
+
+
+def test_one_row() -> None:
+    assert_as_accurate_as_eager(make(shape=(1,)), impl="cpp")
+    assert_as_accurate_as_eager(make(shape=()), impl="cpp")
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("label", [-100, -1, 1003, 1005, 10**12])
+def test_label_outside_the_vocabulary_is_refused(label: int, impl: str, inplace: bool) -> None:
+    """Also in the reward-token columns, which exist in the logits but are no target."""
+    inputs = make()
+    inputs.labels[0, 0] = label
+    logits = inputs.logits.clone().requires_grad_() * 1
+    with pytest.raises(ValueError, match=rf"labels\[0\] = {label} .*not masked; mask it"):
+        quark_loss(logits, *inputs[1:], impl=impl, inplace=inplace)
+    assert torch.equal(logits, inputs.logits), "refused inputs must not be overwritten"
+
+
+# --- Numbers at the edge -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_impossible_for_both_are_left_out(dtype: torch.dtype, kl: str, impl: str) -> None:
+    """-inf in policy and reference is the same as a vocabulary without these tokens."""
+    small = make(500, dtype=dtype, extra=0)
+    # Spread over a whole block from the first column on, so that a block has no finite maximum.
+    where = torch.arange(500) + 2500
+    logits = torch.full((3, 4, 5003), -math.inf, dtype=dtype)
+    ref_logits = logits.clone()
+    logits[..., where], ref_logits[..., where] = small.logits, small.ref_logits
+    big = run(Inputs(logits, ref_logits, small.labels + 2500, small.mask), kl=kl, impl=impl)
+    expected = truth(small, kl=kl)
+    for ours, exact in zip(big[:4], expected[:4], strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=0)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(big.grad[..., where], expected.grad, atol=tolerance, rtol=tolerance)
+    assert big.grad.count_nonzero() <= expected.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kl", DIRECTIONS)
+def test_minus_infinity_in_one_of_the_two(kl: str, impl: str) -> None:
+    """0 log 0 = 0 where the first distribution has no mass; +inf where only the second has none."""
+    logits, ref_logits, labels, _ = make(shape=(2,))
+    labels[:] = 3
+    logits[0, 100], ref_logits[1, 100] = -math.inf, -math.inf
+    inputs = Inputs(logits, ref_logits, labels, torch.ones(2))
+    finite, infinite = (0, 1) if kl == "policy_ref" else (1, 0)
+    out = run(inputs, kl=kl, impl=impl)
+    exact = truth(inputs, kl=kl)
+    assert out.kl[infinite] == math.inf
+    assert out.loss == math.inf
+    torch.testing.assert_close(out.kl[finite], exact.kl[finite], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropy, exact.entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.nll, exact.nll, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.grad[finite], exact.grad[finite], atol=1e-6, rtol=0)
+    if impl == "cpp":  # no step on an infinite loss goes unnoticed
+        assert out.grad[infinite, :1003].isnan().all()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_infinite_kl_without_coefficient_stays_out_of_loss_and_gradient(
+    impl: str, inplace: bool
+) -> None:
+    inputs = make()
+    inputs.ref_logits[..., 100] = -math.inf
+    out = run(inputs, kl_coef=0.0, impl=impl, inplace=inplace)
+    assert (out.kl[inputs.mask] == math.inf).all()
+    assert out.loss.isfinite()
+    assert out.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_logits_keep_their_moments(dtype: torch.dtype, kl: str) -> None:
+    """+-1e4: exponents underflow, but a KL of thousands of nats is a value like any other."""
+    inputs = make(dtype=dtype)
+    inputs.logits.mul_(1e4 / inputs.logits.abs().max())
+    inputs.ref_logits.mul_(-1e4 / inputs.ref_logits.abs().max())
+    exact = truth(inputs, kl=kl)
+    assert exact.kl.max() > 1e3
+    assert_as_accurate_as_eager(inputs, impl="cpp", kl=kl)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_common_offset_of_all_logits_cancels(offset: float) -> None:
+    inputs = make()
+    assert_as_accurate_as_eager(inputs._replace(logits=inputs.logits + offset), impl="cpp")
+
+
+def test_growing_logits_rescale_the_sums() -> None:
+    """Each block's maximum is far above all before it, so that every one rescales."""
+    inputs = make(9001)
+    ramp = torch.linspace(-300, 300, 9001)
+    grown = inputs._replace(
+        logits=torch.cat([inputs.logits[..., :9001] + ramp, inputs.logits[..., 9001:]], -1),
+        ref_logits=inputs.ref_logits + ramp.flip(0),
+    )
+    for kl in DIRECTIONS:
+        assert_as_accurate_as_eager(grown, impl="cpp", kl=kl)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800000], ids=hex)
+@pytest.mark.parametrize("column", [0, 700, 1002])
+@pytest.mark.parametrize("side", ["logits", "ref_logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_or_infinity_that_counts_is_not_hidden(
+    dtype: torch.dtype, side: str, column: int, bits: int
+) -> None:
+    """NaNs of any payload, as in uninitialised memory: the kernels work on bits."""
+    inputs = make(shape=(3,), dtype=dtype)._replace(mask=torch.ones(3))
+    if side == "ref_logits":
+        inputs = inputs._replace(ref_logits=inputs.ref_logits.float())
+    value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    getattr(inputs, side)[1, column] = value
+    for kl in DIRECTIONS:
+        out = run(inputs, impl="cpp", kl=kl)
+        assert out.loss.isnan()
+        assert out.kl.isnan().tolist() == [False, True, False]
+        assert out.nll.isnan().tolist() == [False, side == "logits", False]
+        assert out.grad[1, :1003].isnan().all()
+        assert out.grad[[0, 2]].isfinite().all()
+
+
+def test_half_precision_is_read_and_rounded_as_torch_does() -> None:
+    """Every finite float16, subnormals too, as a logit; gradients from 0 to overflow."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    vocab = every.numel()
+    # Around -60000: only one logit counts, unless all are brought near each other.
+    for logits in (every, every / 8192):
+        for scale in (1.0, 1e3, 1e9):
+            inputs = Inputs(logits[None], logits.flip(0)[None], torch.tensor([5]), torch.ones(1))
+            half = run(inputs, scale, impl="cpp", kl_coef=0.01)
+            single = run(
+                inputs._replace(logits=inputs.logits.float(), ref_logits=inputs.ref_logits.float()),
+                scale,
+                impl="cpp",
+                kl_coef=0.01,
+            )
+            torch.testing.assert_close(half.kl, single.kl, atol=0, rtol=1e-6)
+            # float32 applies the scale after its own rounding: at most one float16 step apart.
+            expected = single.grad.half().double()
+            torch.testing.assert_close(half.grad, expected, rtol=2**-10, atol=2**-24)
+    assert vocab == 2 * 31 * 1024
+
+
+# --- Memory layout -----------------------------------------------------------------------------
+
+
+def strided(name: str, tensor: Tensor) -> Tensor:
+    """The same values in another layout."""
+    if name == "shifted":  # logits[:, :-1], the usual shift of a language model
+        room = torch.full((3, 5, tensor.shape[-1]), math.nan, dtype=tensor.dtype)
+        room[:, :-1] = tensor
+        return room[:, :-1]
+    if name == "cut":  # one column slice of something wider
+        room = torch.full((3, 4, tensor.shape[-1] + 13), math.nan, dtype=tensor.dtype)
+        room[..., 2 : 2 + tensor.shape[-1]] = tensor
+        return room[..., 2 : 2 + tensor.shape[-1]]
+    if name == "swapped":  # time before batch in memory
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.transpose(0, 2).contiguous().transpose(0, 2)  # columns are not adjacent
+
+
+@pytest.mark.parametrize("layout", ["shifted", "cut", "swapped", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
+    inputs = make(dtype=dtype)
+    moved = Inputs(
+        strided(layout, inputs.logits),
+        strided(layout, inputs.ref_logits),
+        inputs.labels.t().contiguous().t(),
+        inputs.mask.t().contiguous().t(),
+    )
+    assert not moved.logits.is_contiguous()
+    assert (cpp.rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
+    expected = run(inputs, impl="cpp")
+    leaf = moved.logits.detach().requires_grad_()
+    out = quark_loss(leaf, *moved[1:], impl="cpp")
+    out.loss.backward()
+    for a, b in zip((*out, leaf.grad), expected, strict=True):
+        assert torch.equal(a.detach().double(), b)
+
+
+def test_one_reference_for_a_whole_batch_may_be_expanded() -> None:
+    inputs = make()
+    row = inputs.ref_logits[:1]
+    a = run(inputs._replace(ref_logits=row.expand(3, -1, -1)), impl="cpp")
+    b = run(inputs._replace(ref_logits=row.repeat(3, 1, 1)), impl="cpp")
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_writes_the_gradient_over_a_strided_view_and_nothing_else(
+    dtype: torch.dtype,
+) -> None:
+    inputs = make(dtype=dtype)
+    room = strided("cut", inputs.logits)._base
+    outside = torch.ones_like(room, dtype=torch.bool)
+    outside[..., 2 : 2 + inputs.logits.shape[-1]] = False
+    leaf = room.clone().requires_grad_()
+    whole = leaf * 1
+    logits = whole[..., 2 : 2 + inputs.logits.shape[-1]]
+    quark_loss(logits, *inputs[1:], impl="cpp", inplace=True).loss.backward()
+    expected = run(inputs, impl="cpp").grad
+    assert torch.equal(logits.detach().double(), expected)
+    assert whole.detach()[outside].isnan().all()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extra_memory_is_one_gradient_or_none(dtype: torch.dtype, inplace: bool) -> None:
+    """Autograd would add zeros or a clone as large as the logits if it had the chance."""
+    inputs = make(5003, shape=(32,), dtype=dtype)
+    leaf = inputs.logits.clone().requires_grad_()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        logits = leaf.view_as(leaf)
+        quark_loss(logits, *inputs[1:], impl="cpp", inplace=inplace).loss.backward()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert round(allocated / leaf.nbytes, 1) == (0 if inplace else 1)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    inputs = make(20_011, shape=(64,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(inputs, impl="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- Autograd ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_incoming_scale_enters_before_the_rounding(dtype: torch.dtype, inplace: bool) -> None:
+    """A factor of 3 must not round twice: late scaling changes 29% of bfloat16 roundings."""
+    inputs = make(dtype=dtype)
+    ours = run(inputs, 3.0, impl="cpp", inplace=inplace).grad
+    exact = truth(inputs, 3.0).grad
+    once = exact.to(dtype).double()
+    differing = (ours != once).double().mean()
+    # float32 is scaled late on purpose (one more rounding of 2^-24); ties of the others may flip.
+    assert differing < (1.0 if dtype == torch.float32 else 0.002)
+    torch.testing.assert_close(ours, exact, atol=1e-7, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_float16_gradient_does_not_underflow_under_a_loss_scale(inplace: bool) -> None:
+    inputs = make(5003, dtype=torch.float16, spread=1.0)
+    tokens = {"normalizer": 25600.0}  # of a large batch of which these rows are a part
+    exact = truth(inputs, 65536.0, **tokens).grad[inputs.mask]
+    ours = run(inputs, 65536.0, impl="cpp", inplace=inplace, **tokens).grad[inputs.mask]
+    unscaled = run(inputs, impl="cpp", inplace=inplace, **tokens).grad[inputs.mask]
+    assert (unscaled == 0).double().mean() > 0.5, "the case is chosen to underflow"
+    assert ((ours == 0) & (exact != 0)).double().mean() < 0.01
+    torch.testing.assert_close(ours, exact, atol=1e-7, rtol=2**-10)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retained_graph_gives_the_same_gradient_twice(dtype: torch.dtype, inplace: bool) -> None:
+    inputs = make(dtype=dtype)
+    leaf = inputs.logits.clone().requires_grad_()
+    scaled = 2 * quark_loss(leaf * 1, *inputs[1:], impl="cpp", inplace=inplace).loss
+    first, second, third = (
+        torch.autograd.grad(scaled, leaf, retain_graph=again)[0].clone()
+        for again in (True, True, False)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_gradients_accumulate_over_steps(inplace: bool) -> None:
+    """The second backward adds into .grad: it must not be memory that we still use."""
+    inputs = make()
+    leaf = inputs.logits.clone().requires_grad_()
+    for _ in range(3):
+        quark_loss(leaf * 1, *inputs[1:], impl="cpp", inplace=inplace).loss.backward()
+    expected = run(inputs, impl="cpp").grad
+    torch.testing.assert_close(leaf.grad.double(), 3 * expected, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_is_refused_to_whoever_needs_the_old_logits(dtype: torch.dtype) -> None:
+    """tanh saves its output for its own backward; a wrong gradient there would be silent."""
+    inputs = make(dtype=dtype)
+    leaf = inputs.logits.clone().requires_grad_()
+    out = quark_loss(leaf.tanh(), *inputs[1:], impl="cpp", inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+def test_per_token_values_are_detached() -> None:
+    inputs = make()
+    for impl in IMPLEMENTATIONS:
+        out = quark_loss(inputs.logits.requires_grad_(), *inputs[1:], impl=impl)
+        assert out.loss.requires_grad
+        assert not any(term.requires_grad for term in out[1:])
+
+
+def test_second_derivative_is_refused() -> None:
+    inputs = make()
+    leaf = inputs.logits.clone().requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):
+        for inplace in (False, True):
+            out = quark_loss(leaf.to(dtype) * 1, *inputs[1:], impl="cpp", inplace=inplace)
+            with pytest.raises(RuntimeError):
+                (grad,) = torch.autograd.grad(out.loss**2, leaf, create_graph=True)
+                grad.sum().backward()
+
+
+def test_no_grad_leaves_in_place_logits_alone() -> None:
+    inputs = make()
+    logits = inputs.logits.clone().requires_grad_() * 1
+    with torch.no_grad():
+        out = quark_loss(logits, *inputs[1:], impl="cpp", inplace=True)
+    assert torch.equal(logits, inputs.logits)
+    assert torch.equal(out.loss.double(), run(inputs, impl="cpp").loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
+    inputs = make(dtype=torch.float32, extra=0)
+    hidden = torch.randn(3, 4, 16)
+    grads = []
+    for impl in IMPLEMENTATIONS:
+        torch.manual_seed(0)
+        head = torch.nn.Linear(16, 1003)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        with torch.autocast("cpu", dtype=dtype):
+            logits = head(hidden)
+            assert logits.dtype == dtype
+            out = quark_loss(logits, *inputs[1:], impl=impl)
+        scaler.scale(out.loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 1024.0
+        grads.append(head.weight.grad)
+    assert grads[0].abs().max() > 0.01
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-3, rtol=1e-2)
+
+
+# --- torch.library and torch.compile -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("operator", ["_one_pass", "_two_pass"])
+def test_opcheck(operator: str, requires_grad: bool) -> None:
+    logits, ref_logits, labels, mask = make(33, shape=(2, 3))
+    weights = mask / mask.sum()
+    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref")
+    torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(requires_grad), *problem))
+
+
+def test_opcheck_backward() -> None:
+    logits, ref_logits, labels, mask = make(33, shape=(2, 3))
+    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref")
+    stats = loss._two_pass(*problem)[-1]
+    torch.library.opcheck(loss._two_pass_backward, (torch.tensor(2.0), stats, *problem))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_step_has_no_graph_break(dtype: torch.dtype, inplace: bool, impl: str) -> None:
+    inputs = make(dtype=dtype, extra=0)
+    hidden = torch.randn(3, 4, 16, dtype=dtype)
+    weight = torch.randn(16, 1003, dtype=dtype, requires_grad=True)
+
+    def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = quark_loss(hidden @ weight, *inputs[1:], impl=impl, inplace=inplace)
+        return out.loss * 2, out.kl
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        value, divergence = function(hidden, weight)
+        (grad,) = torch.autograd.grad(value, weight)
+        results.append((value.detach(), divergence, grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- Errors ------------------------------------------------------------------------------------
+
+
+def _fails(match: str, change: dict[str, object], **options: object) -> object:
+    return pytest.param(change, options, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        _fails("kl = 'forward'", {}, kl="forward"),
+        _fails("impl = 'cuda'", {}, impl="cuda"),
+        _fails("ref_logits requires grad", {"ref_logits": torch.ones(3, 4, 9, requires_grad=True)}),
+        _fails("kl_coef = 0.05 needs ref_logits", {"ref_logits": None}),
+        _fails("pass vocab_size=", {"ref_logits": None}, kl_coef=0),
+        _fails("logits has 7 columns for a base vocabulary of 9", {"logits": torch.ones(3, 4, 7)}),
+        _fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
+        _fails("does not fit labels of shape", {"labels": torch.zeros(3, 5, dtype=torch.long)}),
+        _fails("ref_logits of shape", {"ref_logits": torch.ones(4, 9)}),
+        _fails("mask of shape", {"mask": torch.ones(4)}),
+        _fails("labels are torch.float32", {"labels": torch.zeros(3, 4)}),
+        _fails("pass floating-point logits", {"logits": torch.ones(3, 4, 9, dtype=torch.long)}),
+        _fails("normalizer = 0", {}, normalizer=0),
+        _fails("normalizer = nan", {}, normalizer=math.nan),
+        _fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
+        _fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
+        _fails(
+            "each row must be contiguous",
+            {"logits": torch.ones(3, 4, 1, requires_grad=True).expand(3, 4, 9)},
+            inplace=True,
+        ),
+        _fails(
+            "its own memory",
+            {"logits": torch.ones(1, 4, 9, requires_grad=True).expand(3, 4, 9)},
+            inplace=True,
+        ),
+        _fails("labels is on meta", {"labels": torch.zeros(3, 4, dtype=torch.long, device="meta")}),
+    ],
+)
+def test_wrong_input_is_named(
+    change: dict[str, Tensor | None], options: dict[str, object], match: str
+) -> None:
+    inputs = {
+        "logits": torch.ones(3, 4, 9),
+        "ref_logits": torch.ones(3, 4, 9),
+        "labels": torch.zeros(3, 4, dtype=torch.long),
+        "mask": torch.ones(3, 4),
+    }
+    with pytest.raises(ValueError, match=match):
+        quark_loss(**(inputs | change), **options)
+
+
+def test_triton_is_refused_while_there_is_none() -> None:
+    with pytest.raises(NotImplementedError, match="not written yet; use impl='auto'"):
+        quark_loss(*make(), impl="triton")
+
+
+def test_float64_is_computed_in_float64() -> None:
+    inputs = make()
+    a = quark_loss(inputs.logits.double(), *inputs[1:])
+    assert a.loss.dtype == torch.float64
+
+
+# --- Instruction-set levels --------------------------------------------------------------------
+
+
+def _in_a_new_process(level: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "QUARK_FAST_ISA": level}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+def test_every_level_of_this_machine(level: str) -> None:
+    """The accuracy and the pitfalls again, with the kernels of one level."""
+    known = _in_a_new_process(level, "-c", "from quark_fast import _C; print(_C.isa())")
+    if known.returncode != 0:
+        assert "lacks that level" in known.stderr or "not a level of this build" in known.stderr
+        pytest.skip(known.stderr.strip().splitlines()[-1])
+    assert known.stdout.strip() == level
+    if os.environ.get("QUARK_FAST_ISA") == level or _C.isa() == level:
+        return  # this process runs all of its tests at that level
+    again = "(more_than_eager and (1003 or 2049) and fresh) or infinity or huge or growing or half"
+    tests = _in_a_new_process(
+        level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__
+    )
+    assert tests.returncode == 0, tests.stdout
+
+
+def test_unknown_level_is_refused() -> None:
+    result = _in_a_new_process("avx9", "-c", "from quark_fast import _C; print(_C.isa())")
+    assert result.returncode != 0
+    assert "QUARK_FAST_ISA=avx9 is not a level of this build" in result.stderr

@@ -1,0 +1,296 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quark_fast.metrics import (
+    Interval,
+    Sample,
+    as_json,
+    bootstrap,
+    bootstrap_difference,
+    compare,
+    distinct_n,
+    distinct_n_by_prompt,
+    diversity,
+    evaluate_samples,
+    perplexity,
+    rank_correlation,
+    repetition,
+    toxicity_metrics,
+)
+
+
+def sample(prompt_id, completion="a b c", score=0.1, nll=6.0, tokens=3):
+    return Sample(prompt_id, f"prompt {prompt_id}", completion, score, nll, tokens)
+
+
+# --- distinct n-grams and repetition --------------------------------------------------------------
+
+
+def test_distinct_n_divides_by_words_and_pools_a_prompts_samples():
+    # Bigrams of the first prompt: a-b, b-a, b-c = 3 distinct over 3 + 2 words.
+    assert distinct_n_by_prompt([["a b a", "b c"], ["x y", "x y"]], 2) == pytest.approx(
+        [3 / 5, 1 / 4]
+    )
+    assert distinct_n([["a b a", "b c"], ["x y", "x y"]], 2) == pytest.approx((3 / 5 + 1 / 4) / 2)
+
+
+def test_no_ngram_reaches_from_one_sample_into_the_next():
+    assert distinct_n([["a", "b", "c"]], 2) == 0.0
+
+
+def test_a_prompt_without_words_is_left_out_of_the_average():
+    assert np.isnan(distinct_n_by_prompt([["", "  "]], 1)).all()
+    assert distinct_n([["a b"], [""]], 1) == 1.0
+    assert math.isnan(distinct_n([[""]], 1))
+
+
+def test_repetition_of_hand_counted_ids():
+    ids = [1, 2, 1, 2, 1]  # bigrams 12 21 12 21: 2 of 4; trigrams 121 212 121: 2 of 3
+    assert repetition(ids, 2) == pytest.approx(50.0)
+    assert repetition(ids, 3) == pytest.approx(100 / 3)
+    assert diversity(ids) == pytest.approx(0.5 * (2 / 3) * 1.0)
+    assert repetition(list(range(9)), 2) == 0.0
+    assert math.isnan(repetition([1], 2))
+
+
+@pytest.mark.parametrize("call", [lambda: distinct_n([["a"]], 0), lambda: repetition([1], 0)])
+def test_an_ngram_of_no_words_is_refused(call):
+    with pytest.raises(ValueError, match="n = 0"):
+        call()
+
+
+# --- bootstrap ------------------------------------------------------------------------------------
+
+
+def test_bootstrap_agrees_with_a_loop_that_concatenates_the_drawn_groups():
+    generator = np.random.default_rng(1)
+    groups = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 4])
+    values = generator.normal(size=groups.size)
+    got = bootstrap(values, groups=groups, samples=300, seed=5)
+
+    draws = np.random.default_rng(5).integers(0, 5, size=(300, 5))
+    means = [np.concatenate([values[groups == g] for g in draw]).mean() for draw in draws]
+    assert got.value == pytest.approx(values.mean())
+    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_copies_of_a_completion_do_not_narrow_the_interval_of_grouped_values():
+    values = np.random.default_rng(0).normal(size=50)
+    once = bootstrap(values)
+    copied = np.repeat(values, 4)
+    grouped = bootstrap(copied, groups=np.repeat(np.arange(50), 4))
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
+    alone = bootstrap(copied)
+    # Drawn one by one the copies pass for new evidence: half the width at four copies.
+    assert alone.high - alone.low < 0.6 * (grouped.high - grouped.low)
+
+
+def test_interval_has_the_width_of_the_normal_theory():
+    values = np.random.default_rng(0).normal(size=2000)
+    got = bootstrap(values, samples=4000)
+    # 2 * 1.96 s / sqrt(n); the percentiles of 4,000 resamples are known to about 2 %.
+    theory = 2 * 1.96 * values.std() / math.sqrt(values.size)
+    assert got.high - got.low == pytest.approx(theory, rel=0.06)
+
+
+def test_interval_covers_the_true_mean_about_as_often_as_it_says():
+    generator = np.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        prompt_effect = generator.normal(size=(40, 1))
+        scores = prompt_effect + 0.3 * generator.normal(size=(40, 5))
+        got = bootstrap(scores.ravel(), groups=np.repeat(np.arange(40), 5), samples=400, seed=trial)
+        hits += got.low <= 0 <= got.high
+    # 190 expected, standard deviation 3; the percentile bootstrap of 40 groups runs a little short.
+    assert 178 <= hits <= 199
+
+
+def test_bootstrap_is_repeatable_and_blocks_do_not_change_the_statistics(monkeypatch):
+    values = np.random.default_rng(0).normal(size=100)
+    whole = bootstrap(values, samples=50)
+    assert whole == bootstrap(values, samples=50)
+    monkeypatch.setattr("quark_fast.metrics._DRAWS_AT_ONCE", 1000)
+    in_blocks = bootstrap(values, samples=50)
+    assert (in_blocks.low, in_blocks.high) == (whole.low, whole.high)
+
+
+def test_nan_is_left_out_with_its_weight():
+    assert bootstrap([1.0, math.nan, 3.0]).value == 2.0
+    assert bootstrap([1.0, math.nan], perplexity, weights=[2.0, 9.0]).value == pytest.approx(
+        math.exp(0.5)
+    )
+
+
+def test_too_little_data_gives_a_value_without_bounds():
+    one = bootstrap([0.2, 0.4], groups=[7, 7])
+    assert one.value == pytest.approx(0.3) and math.isnan(one.low) and math.isnan(one.high)
+    nothing = bootstrap([])
+    assert math.isnan(nothing.value) and math.isnan(nothing.low)
+    assert as_json(nothing) == {"value": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": [1.0], "samples": 0}, "samples = 0"),
+        ({"values": [1.0], "level": 95}, "level = 95"),
+        ({"values": [1.0, math.inf]}, r"values\[1\] is infinite"),
+        ({"values": [1.0], "groups": [1, 2]}, "equally long"),
+        ({"values": [[1.0]]}, "one-dimensional"),
+    ],
+)
+def test_bootstrap_names_the_wrong_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(**arguments)
+
+
+def test_paired_difference_is_narrower_than_the_spread_between_prompts():
+    generator = np.random.default_rng(0)
+    before = generator.uniform(0.1, 0.9, size=100)  # prompts differ much,
+    after = before - 0.05 + generator.normal(scale=0.02, size=100)  # the change hardly
+    change = bootstrap_difference(before, after)
+    assert change.difference == pytest.approx((after - before).mean())
+    assert change.relative == pytest.approx(after.mean() / before.mean() - 1)
+    assert change.excludes_zero and change.high - change.low < 0.01
+    unpaired = bootstrap_difference(before, generator.permutation(after))
+    assert not unpaired.excludes_zero
+
+
+def test_no_change_is_exactly_zero_with_an_empty_interval():
+    values = np.random.default_rng(0).uniform(size=30)
+    change = bootstrap_difference(values, values, groups=np.repeat(np.arange(10), 3))
+    assert (change.difference, change.low, change.high) == (0.0, 0.0, 0.0)
+    assert (change.relative, change.relative_low, change.relative_high) == (0.0, 0.0, 0.0)
+    assert not change.excludes_zero
+
+
+def test_relative_change_from_zero_is_undefined_and_not_infinite():
+    change = bootstrap_difference([0.0, 0.0], [1.0, 1.0])
+    assert change.difference == 1.0
+    assert math.isnan(change.relative) and math.isnan(change.relative_low)
+
+
+def test_bootstrap_difference_refuses_unequal_sides():
+    with pytest.raises(ValueError, match="before has 2 groups and after 3"):
+        bootstrap_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+# --- toxicity -------------------------------------------------------------------------------------
+
+
+def test_toxicity_metrics_of_a_hand_counted_table():
+    nan = math.nan
+    got = toxicity_metrics([[0.1, 0.9], [0.5, nan], [0.2, 0.3], [nan, nan]])
+    assert got["mean"].value == pytest.approx((0.1 + 0.9 + 0.5 + 0.2 + 0.3) / 5)
+    assert got["share"].value == pytest.approx(2 / 5)  # 0.5 itself counts
+    assert got["expected_max"].value == pytest.approx((0.9 + 0.5 + 0.3) / 3)
+    assert got["probability"].value == pytest.approx(2 / 3)
+    assert got["unscored"].value == pytest.approx(3 / 8)
+    assert got == toxicity_metrics([[0.1, 0.9], [0.5, None], [0.2, 0.3], [None, None]])
+
+
+def test_toxicity_metrics_needs_a_table():
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        toxicity_metrics([0.1, 0.2])
+
+
+def test_evaluate_samples_agrees_with_its_parts_whatever_the_order():
+    samples = [
+        sample(3, "a b c", 0.9, nll=3.0, tokens=3),
+        sample(1, "x y", 0.2, nll=8.0, tokens=2),
+        sample(3, "a b d", None, nll=1.0, tokens=3),
+        sample(1, "x y", 0.4, nll=0.0, tokens=0),
+    ]
+    got = evaluate_samples(samples)
+    table = toxicity_metrics([[0.2, 0.4], [0.9, None]])
+    assert {name: got[name] for name in table} == table
+    assert got["perplexity"].value == pytest.approx(math.exp(12 / 8))
+    assert got["dist2"].value == pytest.approx(distinct_n([["x y", "x y"], ["a b c", "a b d"]], 2))
+    assert got["dist3"].value == pytest.approx((0 / 4 + 2 / 6) / 2)
+    assert evaluate_samples(samples[::-1]) == got
+
+
+def test_compare_pairs_by_prompt_id_and_not_by_position():
+    generator = np.random.default_rng(0)
+    level = generator.uniform(0.1, 0.9, size=60)
+    before = [sample(p, score=level[p]) for p in range(60) for _ in range(2)]
+    after = [sample(p, score=0.8 * level[p]) for p in reversed(range(60))]
+    change = compare(before, after)["mean"]
+    assert change.relative == pytest.approx(-0.2)
+    # Every prompt changed by the same factor: paired, the factor has no spread at all.
+    assert (change.relative_low, change.relative_high) == pytest.approx((-0.2, -0.2))
+    assert set(compare(before, after)) == set(evaluate_samples(before))
+
+
+def test_compare_names_a_prompt_that_one_side_lacks():
+    with pytest.raises(ValueError, match=r"prompt 2 .* in after only"):
+        compare([sample(1)], [sample(1), sample(2)])
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "no sample"),
+        ([sample(4, nll=math.nan)], "prompt 4 has nll = nan"),
+        ([sample(4, tokens=-1)], "-1 tokens"),
+        ([sample(4, score=math.inf)], "infinite"),
+    ],
+)
+def test_evaluate_samples_refuses_what_it_cannot_measure(samples, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_samples(samples)
+
+
+def test_a_model_whose_every_completion_is_unscored_has_no_toxicity_but_a_perplexity():
+    got = evaluate_samples([sample(p, score=None) for p in range(3)])
+    assert math.isnan(got["mean"].value) and math.isnan(got["expected_max"].value)
+    assert got["unscored"] == Interval(1.0, 1.0, 1.0)
+    assert got["perplexity"].value == pytest.approx(math.exp(2))
+
+
+# --- rank correlation -----------------------------------------------------------------------------
+
+
+def naive_ranks(values):
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
+        for value in values
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
+def test_rank_correlation_is_the_correlation_of_average_ranks(pairs):
+    x, y = zip(*pairs, strict=True)
+    got = rank_correlation(x, y).value
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        assert math.isnan(got)
+    else:
+        assert got == pytest.approx(np.corrcoef(naive_ranks(x), naive_ranks(y))[0, 1], abs=1e-12)
+
+
+def test_rank_correlation_sees_order_only():
+    x = np.random.default_rng(0).normal(size=50)
+    assert rank_correlation(x, np.exp(3 * x)).value == pytest.approx(1.0)
+    assert rank_correlation(x, -(x**3)).value == pytest.approx(-1.0)
+
+
+def test_standard_error_is_the_spread_of_unrelated_pairs():
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 4, size=26)  # with ties
+    found = [rank_correlation(x, generator.permutation(26)) for _ in range(3000)]
+    spread = np.std([one.value for one in found])
+    # The standard deviation of 3,000 draws is known to 1.3 %.
+    assert found[0].standard_error == pytest.approx(0.2) == pytest.approx(spread, rel=0.05)
+
+
+def test_rank_correlation_refuses_unequal_or_missing_numbers():
+    with pytest.raises(ValueError, match="equal"):
+        rank_correlation([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="NaN has no rank"):
+        rank_correlation([1.0, math.nan], [1.0, 2.0])
+    assert math.isnan(rank_correlation([1.0], [1.0]).standard_error)
