@@ -83,10 +83,12 @@ class Config:
         "policy_ref", "KL(policy || reference), as the authors' code, or the reverse, as printed"
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
+    contrast_coef: float = setting(
+        1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
+    )
     impl: Literal["auto", "eager", "cpp", "triton"] = setting(
         "auto", "implementation of the loss; auto: C++ on the CPU"
     )
-    lora_rank: int = setting(0, "rank of low-rank adapters on every linear layer; 0: train all weights")
     prefix: str = setting(
         "auto",
         "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>",
@@ -114,7 +116,7 @@ class Config:
         """Share of the training draws for each quantile, worst first; sums to 1."""
         if self.quantile_weights is None:
             return [1 / self.quantiles] * self.quantiles
-        values = _numbers("quantile_weights", self.quantile_weights)
+        values = numbers("quantile_weights", self.quantile_weights)
         if len(values) != self.quantiles or min(values) < 0 or not sum(values) > 0:
             raise UsageError(
                 f"quantile_weights = {self.quantile_weights!r}; give {self.quantiles} numbers >= 0,"
@@ -124,7 +126,7 @@ class Config:
 
     def guidances(self) -> list[float]:
         """The values of w to evaluate."""
-        return _numbers("eval_guidance", self.eval_guidance)
+        return numbers("eval_guidance", self.eval_guidance)
 
     def decay(self, step: int) -> float:
         """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0."""
@@ -155,6 +157,7 @@ class Config:
             "learning_rate": 0.0,
             "reward_token_lr": 0.0,
             "kl_coef": 0.0,
+            "contrast_coef": 0.0,
             "entropy_coef": 0.0,
         }
         for name, low in at_least.items():
@@ -181,7 +184,8 @@ class Config:
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def numbers(name: str, text: str) -> list[float]:
+    """The finite numbers of a text such as "1, 3"; ``name`` is what an error calls them."""
     try:
         values = [float(part) for part in str(text).split(",") if part.strip()]
     except ValueError:
@@ -202,6 +206,13 @@ def parse(arguments: Sequence[str], program: str) -> Config:
     given = vars(parser.parse_args(list(arguments)))
     given.pop("config")
     config = Config(**given)
+    config.check()
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """The settings of a YAML file, as ``Config.save`` writes them; checked."""
+    config = Config(**_read_yaml(path, {f.name for f in dataclasses.fields(Config)}))
     config.check()
     return config
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from quark_fast.batch import completion_logits, make_batch
@@ -48,43 +49,69 @@ def modes(quantiles: int, guidance: Sequence[float]) -> list[Mode]:
     ]
 
 
-def evaluate_mode(
-    mode: Mode,
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts to evaluate on: rows (for the reward), token ids, and completions wanted of each."""
+
+    rows: Sequence[Row]
+    ids: Sequence[Sequence[int]]
+    samples: int
+
+
+def evaluate(
     policy: Policy,
     model: Any,
     reference: Any,
     reward: Reward,
-    rows: Sequence[Row],
-    prompts: Sequence[Sequence[int]],
+    held_out: HeldOut,
+    table: Sequence[Mode],
     sampling: Sampling,
-    samples: int,
     seed: int,
-) -> Iterator[list[Sample]]:
-    """Sample, score and measure one mode; yields the samples of a batch of prompts at a time.
+) -> Iterator[tuple[str, list[Sample]]]:
+    """Sample, score and measure every mode, a batch of prompts at a time.
+
+    All modes share one seed: the same luck on both sides of every comparison.
 
     Args:
         model: the policy's frozen copy.
-        reference: the untouched model; it samples for the mode "untouched", and every completion's
-            perplexity is measured under it: prefix and prompt in front, no reward token.
-        rows, prompts: the held-out prompts as rows (for the reward) and as token ids.
+        reference: the untouched model. It samples for the mode "untouched", and the perplexity of every
+            completion is measured under it: prefix and prompt in front, no reward token.
+    Yields:
+        (name of the mode, its samples on the next few prompts).
     """
-    source = reference if mode.untouched else model
-    for indices, drawn in sample(policy, source, prompts, mode.conditioning, sampling, samples, seed):
-        flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
-        texts = [policy.decode(completion) for _, completion in flat]
-        rewards = reward([rows[i] for i, _ in flat], texts)
-        nll = reference_nll(policy, reference, [prompts[i] for i, _ in flat], [c for _, c in flat])
-        yield [
-            Sample(
-                prompt_id=i,
-                prompt=rows[i]["prompt"],
-                completion=text,
-                score=None if value != value else score(reward, float(value)),
-                nll=total,
-                tokens=len(completion),
-            )
-            for (i, completion), text, value, total in zip(flat, texts, rewards, nll, strict=True)
-        ]
+    for mode in table:
+        source = reference if mode.untouched else model
+        for indices, drawn in sample(
+            policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
+        ):
+            flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
+            yield mode.name, _measure(policy, reference, reward, held_out, flat)
+
+
+def _measure(
+    policy: Policy,
+    reference: Any,
+    reward: Reward,
+    held_out: HeldOut,
+    completions: Sequence[tuple[int, list[int]]],
+) -> list[Sample]:
+    """Score and perplexity of completions, each with the index of its prompt."""
+    texts = [policy.decode(completion) for _, completion in completions]
+    rewards = reward([held_out.rows[i] for i, _ in completions], texts)
+    nll = reference_nll(
+        policy, reference, [held_out.ids[i] for i, _ in completions], [c for _, c in completions]
+    )
+    return [
+        Sample(
+            prompt_id=i,
+            prompt=held_out.rows[i]["prompt"],
+            completion=text,
+            score=None if np.isnan(value) else score(reward, float(value)),
+            nll=total,
+            tokens=len(completion),
+        )
+        for (i, completion), text, value, total in zip(completions, texts, rewards, nll, strict=True)
+    ]
 
 
 def score(reward: Reward, value: float) -> float:
@@ -119,6 +146,25 @@ def reference_nll(
         )
         totals += out.nll.sum(-1).tolist()
     return totals
+
+
+def describe_evaluation(
+    task: str, reward: Reward, policy: Policy, sampling: Sampling, prompts: int, samples: int
+) -> dict[str, Any]:
+    """What makes two tables comparable: task, scorer, sampling."""
+    return {
+        "task": task,
+        "property": reward.property or "reward",
+        "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
+        "prompts": prompts,
+        "samples_per_prompt": samples,
+        "sampling": {
+            "top_p": sampling.top_p,
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+            "prefix": policy.tokenizer.decode(policy.prefix),
+        },
+    }
 
 
 def summarise(

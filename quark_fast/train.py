@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class Display:
 
 def run(config: Config, console: Console) -> None:
     """Train, then show the table and three before/after texts."""
-    # torch and transformers take seconds to import; bad flags are answered before that.
+    # Page faults are a tenth of a CPU step; torch asks for huge pages only if told so before its import.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -7,7 +7,6 @@ so a resumed run needs no RNG state to repeat an undisturbed one.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import accelerate
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,8 +24,10 @@ from torch import Tensor
 from quark_fast import assets
 from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
 from quark_fast.config import Config, UsageError
-from quark_fast.evaluation import evaluate_mode, modes, summarise
+from quark_fast.evaluation import HeldOut, describe_evaluation, evaluate, modes, summarise
+from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
+from quark_fast.ops.contrast import contrast_loss
 from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
 from quark_fast.pool import RolloutPool
@@ -104,11 +104,7 @@ class Trainer:
             words=self.task.words_for(config.quantiles) if own_words else None,
             seed=config.seed,
         )
-        self.sampling_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            self.accelerator.mixed_precision, torch.float32
-        )
-        if self.device.type == "cpu" and self.sampling_dtype == torch.float16:
-            self.sampling_dtype = torch.float32  # CPUs hold fp16 but hardly compute in it
+        self.sampling_dtype = sampling_dtype(config.precision, self.device)
         model = self.policy.model.to(self.device)
         # No dropout anywhere: policy and reference are compared token by token.
         model.eval()
@@ -141,7 +137,7 @@ class Trainer:
         else:
             self.folder.create()
             config.save(self.folder / "config.yaml")
-            self.folder.write_json("versions.json", versions(config, self.device))
+            self.folder.write_json("versions.json", versions(self.device))
 
     def _resume(self) -> None:
         if self.folder.finished:
@@ -338,7 +334,7 @@ class Trainer:
                     f"round {self.round + 1}/{config.rounds}: learning",
                     self.step - self.round * config.steps,
                     config.steps,
-                    {k: numbers[k] for k in ("loss", "nll", "kl", "entropy", "tokens_per_s")},
+                    {k: v for k, v in numbers.items() if k not in ("grad_norm", "lr", "seconds")},
                 )
             )
             yield self.step
@@ -349,19 +345,18 @@ class Trainer:
         config, begun = self.config, time.monotonic()
         samples = self.pool[self.pool.ids[chosen]]
         total = sum(len(completion) for completion in samples.completions)
-        sums = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "entropy": 0.0}
+        sums: dict[str, float] = {}
         for start in range(0, len(chosen), config.micro_batch):
             part = slice(start, start + config.micro_batch)
-            out = self._loss(
+            terms = self._backward(
                 [row.tolist() for row in samples.prompts[part]],
                 [row.tolist() for row in samples.completions[part]],
                 labels[chosen[part]].tolist(),
                 total,
+                len(chosen),
             )
-            self.accelerator.backward(out.loss)
-            sums["loss"] += float(out.loss.detach())
-            for name in ("nll", "kl", "entropy"):
-                sums[name] += float(getattr(out, name).sum()) / total
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
         parameters = [p for group in self.groups for p in group["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         decay = config.decay(self.step)
@@ -380,106 +375,107 @@ class Trainer:
             "seconds": seconds,
         }
 
-    def _loss(
+    def _backward(
         self,
         prompts: list[list[int]],
         completions: list[list[int]],
         quantiles: list[int],
-        total: int,
-    ) -> Any:
-        """NLL under the sample's own reward token + KL to the reference, which sees no token."""
-        config = self.config
-        batch = make_batch(self.policy, prompts, completions, quantiles, self.device)
+        tokens: int,
+        samples: int,
+    ) -> dict[str, float]:
+        """Gradient of one micro-batch, as its part of a batch of so many tokens and samples.
+
+        NLL under each sample's own reward token + KL to the reference, which sees no token + contrast
+        with the mirror token. The terms come back as the micro-batch's share of the batch's means.
+        """
+        config, vocabulary = self.config, self.policy.vocabulary
+        streams = [quantiles]
+        if config.contrast_coef:
+            streams.append([self.policy.quantiles - 1 - k for k in quantiles])
+        batch = make_batch(
+            self.policy,
+            prompts * len(streams),
+            completions * len(streams),
+            [k for stream in streams for k in stream],
+            self.device,
+        )
         with self.accelerator.autocast():
             logits = completion_logits(self.policy.model, batch)
+        logits = logits.unflatten(0, (len(streams), len(prompts)))
+        labels, mask = batch.labels[: len(prompts)], batch.mask[: len(prompts)]
         ref_logits = None
         if config.kl_coef:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
             with torch.no_grad():
                 ref_logits = completion_logits(self.reference, plain)
-        return quark_loss(
-            logits,
+        out = quark_loss(
+            logits[0],
             ref_logits,
-            batch.labels,
-            batch.mask,
+            labels,
+            mask,
             kl_coef=config.kl_coef,
             entropy_coef=config.entropy_coef,
             kl=config.kl,
             impl=config.impl,
-            inplace=True,
-            normalizer=total,
-            vocab_size=self.policy.vocabulary,
+            inplace=not config.contrast_coef,  # the contrast reads the logits, too
+            normalizer=tokens,
+            vocab_size=vocabulary,
         )
+        loss = out.loss
+        terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
+        terms["loss"] = float(out.loss.detach())
+        if config.contrast_coef:
+            value, surrogate = contrast_loss(
+                logits, labels, mask, vocab_size=vocabulary, samples=samples, impl=config.impl
+            )
+            loss = loss + config.contrast_coef * surrogate
+            terms["contrast"] = float(value.sum()) / samples
+            terms["loss"] += config.contrast_coef * terms["contrast"]
+        self.accelerator.backward(loss)
+        return terms
 
     # ---------------------------------------------------------------- the end
 
     def _evaluate(self) -> None:
-        """Held-out prompts in every mode; ``evaluation.json`` and its samples."""
+        """Held-out prompts in every mode: ``evaluation.json`` and its samples."""
         config = self.config
-        table = modes(self.policy.quantiles, config.guidances())
-        model = self.policy.frozen_copy(self.sampling_dtype)
         sampling = Sampling(
-            config.max_new_tokens,
-            config.min_new_tokens,
-            1.0,
-            config.eval_top_p,
-            config.sample_batch,
+            config.max_new_tokens, config.min_new_tokens, 1.0, config.eval_top_p, config.sample_batch
         )
-        drawn: dict[str, list[Sample]] = {}
-        for mode in table:
-            drawn[mode.name] = []
-            for part in evaluate_mode(
-                mode,
-                self.policy,
-                model,
-                self.reference,
-                self.reward,
-                self.held_out_rows,
-                self.held_out_ids,
-                sampling,
-                config.eval_samples,
-                # One seed for all modes: the same luck on both sides of every comparison.
-                seed=config.seed * 1_000_003 + 999_983,
-            ):
-                self._stop_if_asked()
-                drawn[mode.name] += part
-                scores = [s.score for s in drawn[mode.name] if s.score is not None]
-                self.listen(
-                    Progress(
-                        f"evaluating: {mode.name}",
-                        len(drawn[mode.name]),
-                        len(self.held_out_rows) * config.eval_samples,
-                        {self.reward.property or "reward": float(np.mean(scores or [np.nan]))},
-                    )
-                )
-        about = {
-            "task": config.task,
-            "property": self.reward.property or "reward",
-            "scorer": {
-                "name": self.reward.name,
-                "version": self.reward.version,
-                "sha256": self.reward.sha256,
-            },
-            "prompts": len(self.held_out_rows),
-            "samples_per_prompt": config.eval_samples,
-            "sampling": {
-                "guidance": (config.guidances() or [None])[0],
-                "top_p": config.eval_top_p,
-                "temperature": 1.0,
-                "max_new_tokens": config.max_new_tokens,
-                "prefix": self.policy.tokenizer.decode(self.policy.prefix),
-            },
-        }
-        rows = [{"row": m.name, **vars(s)} for m in table for s in drawn[m.name]]
+        table = modes(self.policy.quantiles, config.guidances())
+        heard = evaluate(
+            self.policy,
+            self.policy.frozen_copy(self.sampling_dtype),
+            self.reference,
+            self.reward,
+            HeldOut(self.held_out_rows, self.held_out_ids, config.eval_samples),
+            table,
+            sampling,
+            seed=config.seed,
+        )
+        total = len(self.held_out_rows) * config.eval_samples
+        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        for name, part in heard:
+            self._stop_if_asked()
+            samples[name] += part
+            scores = [s.score for s in samples[name] if s.score is not None]
+            mean = sum(scores) / len(scores) if scores else float("nan")
+            numbers = {self.reward.property or "reward": mean}
+            self.listen(Progress(f"evaluating: {name}", len(samples[name]), total, numbers))
+        rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
         self.folder.append("evaluation.jsonl", rows)
-        self.folder.write_json("evaluation.json", summarise(drawn, table, about))
+        about = describe_evaluation(
+            config.task, self.reward, self.policy, sampling, len(self.held_out_rows), config.eval_samples
+        )
+        about["sampling"]["guidance"] = (config.guidances() or [None])[0]
+        self.folder.write_json("evaluation.json", summarise(samples, table, about))
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))
         dtype = self.reference.config.dtype
         self.policy.export(self.folder / "model", dtype if isinstance(dtype, torch.dtype) else torch.float32)
-        record = versions(self.config, self.device) | {"minutes": round(self.seconds / 60, 1)}
+        record = versions(self.device) | {"minutes": round(self.seconds / 60, 1)}
         self.folder.write_json("versions.json", record)
         write_report(self.folder.path)
         self.folder.drop_checkpoint()
@@ -517,49 +513,6 @@ def _prompts(
     if not train or not test:
         raise UsageError(f"{len(train) + len(test)} prompts are too few to hold some out; give --held-out")
     return train, test
-
-
-def set_threads(threads: int) -> None:
-    """Let torch use ``threads`` CPU threads; 0: one for each core that this process may run on.
-
-    More threads than free cores are many times slower than one: they wait for each other spinning.
-    """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", available or 1)))
-
-
-def mixed_precision(wanted: str) -> str:
-    """accelerate's name for the precision; "auto" is bf16 where the machine computes in it."""
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16" if fast else "no"
-    return "no" if wanted == "fp32" else wanted
-
-
-def versions(config: Config, device: torch.device) -> dict[str, Any]:
-    """What made this run: versions, machine, command."""
-    import platform
-    import shlex
-    import sys
-
-    import transformers
-
-    from quark_fast import __version__
-
-    cpu = torch.backends.cpu.get_cpu_capability()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu}"
-    return {
-        "quark_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": np.__version__,
-        "machine": f"{name}, {torch.get_num_threads()} threads",
-        "command": shlex.join(["python", "-m", "quark_fast.train", *sys.argv[1:]]),
-    }
 
 
 class _Stop:

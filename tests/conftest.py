@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +25,13 @@ WORDS = 60  # w0 ... w59, then the special tokens
 def one_thread() -> None:
     # Threads that outnumber free cores wait for each other spinning.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    # accelerate keeps its precision for the life of a process; here every run has its own.
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,9 +59,7 @@ def test_reward_rises_and_best_is_above_none_above_worst(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     folder = tmp_path / "run"
-    trainer = Trainer(
-        small(folder, tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:10]
-    )
+    trainer = Trainer(small(folder, tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:10])
     trainer.train()
     rounds = rows(folder / "metrics.jsonl", kind="round")
     assert rounds[-1]["reward_mean"] > rounds[0]["reward_mean"] + 0.2
@@ -68,3 +70,155 @@ def test_reward_rises_and_best_is_above_none_above_worst(
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "evaluation.json").read_text())
+
+
+# What a clock decides may differ between a resumed and an undisturbed run; nothing else may.
+CLOCK = {"seconds", "tokens_per_s"}
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows(path)]
+
+
+def test_run_killed_at_any_moment_resumes_to_identical_results(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+
+    def run(name: str, die_at: int | None = None, resume: bool = False) -> None:
+        """Train; with ``die_at`` the process's state is lost at that event, as by SIGKILL."""
+        events = iter(range(10**9))
+
+        def listen(progress: Progress) -> None:
+            if next(events) == die_at:
+                raise SystemError("killed")
+
+        config = small(tmp_path / name, model, rounds=2, steps=15, checkpoint_every=4, resume=resume)
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
+        trainer.train()
+
+    run("undisturbed")
+    # Early in sampling, in learning before and after a checkpoint, in the second round, in the evaluation.
+    for die_at in (0, 3, 9, 14, 20, 34, 38):
+        name = f"killed-{die_at}"
+        with pytest.raises(SystemError, match="killed"):
+            run(name, die_at=die_at)
+        run(name, resume=True)
+        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            assert timeless(tmp_path / name / file) == timeless(tmp_path / "undisturbed" / file), (
+                die_at,
+                file,
+            )
+
+
+def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    (tmp_path / "evens.py").write_text(
+        "def reward(prompts, completions, **columns):\n"
+        "    return [text.count('w') % 7 / 7 for text in completions]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    small(
+        tmp_path / "run",
+        tiny_model(),
+        reward="evens:reward",
+        prompts=str(tmp_path / "prompts.txt"),
+        steps=200,
+        checkpoint_every=5,
+    ).save(tmp_path / "run.yaml")
+
+    def start(*flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml"), *flags]
+        return subprocess.Popen(
+            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+
+    def wait_for_steps(process: subprocess.Popen[str], count: int) -> None:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_text().count('"step": ') >= count:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"ended early: {process.stderr.read() if process.stderr else ''}")
+
+    process = start()
+    wait_for_steps(process, 20)
+    process.kill()
+    process.communicate()
+    process = start("--resume")
+    wait_for_steps(process, 60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
+    assert steps == list(range(1, len(steps) + 1)), "no step is lost or repeated"
+    state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
+    assert state["step"] == steps[-1], "Ctrl-C saves the very step it stopped at"
+
+
+def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        Trainer(small(tmp_path / "run", tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise SystemError
+
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", tiny_model("llama")), listen=stop, **given).train()
+    with pytest.raises(UsageError, match="resume it with its own"):
+        Trainer(small(tmp_path / "run", tiny_model("gpt2"), resume=True), **given)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model()
+    losses = []
+    for size in (32, 5):
+        config = small(
+            tmp_path / f"micro-{size}", model, rounds=1, steps=3, micro_batch=size, entropy_coef=0.1
+        )
+        folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2]).train()
+        steps = rows(folder / "metrics.jsonl", kind="step")
+        losses.append([row[name] for row in steps for name in ("loss", "grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # float32 sums in another order, three Adam steps
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_other_architectures_and_precisions_train(
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, precision: str
+) -> None:
+    model = tiny_model(architecture, padded_vocabulary=10)
+    config = small(tmp_path / "run", model, rounds=2, steps=4, precision=precision, contrast_coef=0.0)
+    folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
+    assert (folder / "report.html").exists()
+    assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
+    assert not (folder / "checkpoint").exists(), "a finished run keeps no checkpoint"
+
+
+def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    calls = iter(range(10**9))
+
+    def fails_later(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        if next(calls) == 4:
+            raise ConnectionError("scorer is down")
+        return even_words(prompts, completions)
+
+    model = tiny_model()
+    given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 2, "steps": 6, "sample_batch": 96}
+    with pytest.raises(UsageError, match="scorer is down"):
+        Trainer(small(tmp_path / "run", model, **settings), reward=fails_later, **given).train()
+    assert (tmp_path / "run" / "checkpoint" / "state.json").exists()
+    config = small(tmp_path / "run", model, **settings, resume=True)
+    Trainer(config, reward=even_words, **given).train()
+    assert len(rows(tmp_path / "run" / "metrics.jsonl", kind="step")) == 12

@@ -1,0 +1,95 @@
+"""``python -m quark_fast.evaluate RUN --prompts FILE``: a finished run's metrics on other prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from quark_fast.config import UsageError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m quark_fast.evaluate", description=__doc__)
+    made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
+    made.add_argument(
+        "--prompts", metavar="FILE", help=".jsonl or .txt; default: the task's held-out prompts"
+    )
+    made.add_argument("--reward", help="package.module:function; default: the run's own")
+    made.add_argument("--samples", type=int, default=5, help="completions a prompt and mode (default: 5)")
+    made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
+    made.add_argument("--guidance", default=None, help="values of w, comma-separated; default: the run's own")
+    made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    made.add_argument("--json", metavar="FILE", help="also write the table here")
+    return made
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Evaluate every mode and print the table."""
+    from quark_fast.config import numbers
+    from quark_fast.evaluation import HeldOut, describe_evaluation, evaluate, modes, summarise
+    from quark_fast.finished import open_run
+    from quark_fast.machine import set_threads
+    from quark_fast.metrics import Sample
+    from quark_fast.prompts import load_prompts
+    from quark_fast.report import headline, results_table
+    from quark_fast.reward import load_reward
+    from quark_fast.rollout import Sampling
+    from quark_fast.tasks import find_task
+
+    if arguments.samples < 1 or not 0 < arguments.top_p <= 1:
+        raise UsageError("--samples needs at least 1, --top-p a share in (0, 1]")
+    set_threads(arguments.threads)
+    finished = open_run(Path(arguments.run))
+    config, policy = finished.config, finished.policy
+    task = find_task(config.task)
+    spec = arguments.reward or config.reward
+    reward = load_reward(spec) if spec else task.reward()
+    source = arguments.prompts or config.held_out
+    rows = load_prompts(source) if source else task.prompts()[1]
+    reward.check(rows)
+    ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
+    guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
+    table = modes(policy.quantiles, guidance)
+    sampling = Sampling(
+        config.max_new_tokens, config.min_new_tokens, 1.0, arguments.top_p, config.sample_batch
+    )
+    held_out = HeldOut(rows, ids, arguments.samples)
+    with Progress(console=console) as bar:
+        shown = {m.name: bar.add_task(m.name, total=len(rows) * arguments.samples) for m in table}
+        samples: dict[str, list[Sample]] = {m.name: [] for m in table}
+        for name, part in evaluate(
+            policy, policy.model, finished.reference, reward, held_out, table, sampling, arguments.seed
+        ):
+            samples[name] += part
+            bar.update(shown[name], completed=len(samples[name]))
+    about = describe_evaluation(config.task, reward, policy, sampling, len(rows), arguments.samples)
+    about["sampling"]["guidance"] = (guidance or [None])[0]
+    evaluation = summarise(samples, table, about)
+    console.print(headline(evaluation))
+    console.print(results_table(evaluation))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input (one line on standard error)."""
+    given = parser().parse_args(arguments)
+    from quark_fast.assets import AssetError
+
+    try:
+        run(given, Console())
+    except (UsageError, AssetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

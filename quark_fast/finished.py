@@ -1,0 +1,50 @@
+"""A finished run, opened for use: the exported policy, the untouched model, the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quark_fast import assets
+from quark_fast.config import Config, UsageError, load_config
+from quark_fast.machine import sampling_dtype
+from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What ``generate`` and ``evaluate`` need of a run."""
+
+    config: Config
+    policy: Policy
+    reference: Any
+    device: torch.device
+
+    @property
+    def guidance(self) -> float:
+        """The run's own w: the first that it was evaluated with."""
+        return (self.config.guidances() or [1.0])[0]
+
+
+def open_run(folder: Path) -> Finished:
+    """Load ``folder/model`` and the model that the run started from.
+
+    Raises:
+        UsageError: no run folder, or one whose run is not finished.
+    """
+    if not (folder / "config.yaml").exists():
+        raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
+    if not (folder / "model" / "config.json").exists():
+        raise UsageError(f"{folder} holds no model: its run is not finished; go on with --resume")
+    config = load_config(folder / "config.yaml")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = sampling_dtype(config.precision, device)
+    policy = Policy.from_export(folder / "model", dtype)
+    policy.model = policy.frozen_copy(dtype).to(device)
+    reference, _ = load_pretrained(config.model or assets.default_model(), dtype)
+    reference.to(device).eval().requires_grad_(False)
+    reference.set_attn_implementation(FAST_ATTENTION)
+    return Finished(config, policy, reference, device)

@@ -1,0 +1,92 @@
+"""``python -m quark_fast.generate RUN PROMPT ...``: the untouched and the unlearned model side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from quark_fast.config import UsageError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m quark_fast.generate", description=__doc__)
+    made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
+    made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
+    made.add_argument("--samples", type=int, default=3, help="completions a prompt (default: 3)")
+    made.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        help="w: 1 is the best token alone; default: the run's own",
+    )
+    made.add_argument("--quantile", type=int, default=None, help="condition on this quantile; default: best")
+    made.add_argument("--max-new-tokens", type=int, default=40, help="length, tokens (default: 40)")
+    made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    made.add_argument(
+        "--show-offensive", action="store_true", help="do not mask the worst words in the terminal"
+    )
+    return made
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Sample both models on every prompt and print them side by side."""
+    from quark_fast.finished import open_run
+    from quark_fast.machine import set_threads
+    from quark_fast.report import clean, mask_profanity
+    from quark_fast.rollout import Conditioning, Sampling, sample
+
+    set_threads(arguments.threads)
+    finished = open_run(Path(arguments.run))
+    policy = finished.policy
+    best = policy.quantiles - 1
+    quantile = best if arguments.quantile is None else arguments.quantile
+    if not 0 <= quantile <= best:
+        raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
+    if arguments.samples < 1 or arguments.max_new_tokens < 1 or not 0 < arguments.top_p <= 1:
+        raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
+    guidance = finished.guidance if arguments.guidance is None else arguments.guidance
+    sampling = Sampling(arguments.max_new_tokens, 1, 1.0, arguments.top_p)
+    prompts = [policy.encode(text, finished.config.max_prompt_tokens) for text in arguments.prompts]
+
+    def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
+        texts: list[list[str]] = [[] for _ in prompts]
+        parts = sample(policy, model, prompts, conditioning, sampling, arguments.samples, arguments.seed)
+        for indices, drawn in parts:
+            for i, group in zip(indices, drawn, strict=True):
+                texts[i] = [policy.decode(completion) for completion in group]
+        return texts
+
+    before = completions(finished.reference, Conditioning())
+    after = completions(policy.model, Conditioning(quantile, 0 if quantile else best, guidance))
+    show = clean if arguments.show_offensive else mask_profanity
+    for i, prompt in enumerate(arguments.prompts):
+        table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
+        table.add_column("untouched", ratio=1)
+        table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1)
+        for left, right in zip(before[i], after[i], strict=True):
+            table.add_row(show(left), show(right))
+        console.print(table, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input (one line on standard error)."""
+    given = parser().parse_args(arguments)
+    from quark_fast.assets import AssetError
+
+    try:
+        run(given, Console())
+    except (UsageError, AssetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

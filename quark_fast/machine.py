@@ -1,0 +1,60 @@
+"""The machine: threads, precision, and the record of what a run was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+
+from quark_fast import __version__
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use ``threads`` CPU threads; 0: $OMP_NUM_THREADS, else one for each core of this process.
+
+    More threads than free cores are many times slower than one: they spin while they wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or cores))
+
+
+def mixed_precision(wanted: str) -> str:
+    """accelerate's name for a precision; "auto" is bf16 where the machine computes in it, else none."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    return "no" if wanted == "fp32" else wanted
+
+
+def sampling_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of frozen copies: the low half of the precision, except that CPUs compute fp16 badly."""
+    name = mixed_precision(wanted)
+    if name == "bf16":
+        return torch.bfloat16
+    return torch.float16 if name == "fp16" and device.type != "cpu" else torch.float32
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and command, for the run's record."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "quark_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": np.__version__,
+        "machine": f"{processor}, {torch.get_num_threads()} threads",
+        "command": shlex.join(["python", "-m", "quark_fast.train", *sys.argv[1:]]),
+    }
