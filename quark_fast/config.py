@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -16,6 +17,29 @@ from transformers.hf_argparser import HfArgumentParser
 
 class UsageError(ValueError):
     """What the user asked for cannot be done. The message is one line: the value and the mend."""
+
+    def __str__(self) -> str:
+        # A quoted error, of a reward say, may have many lines.
+        return " ".join(super().__str__().split("\n"))
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything else here does, not by a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows every option")
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows every default, except a None, whose meaning the help text itself gives."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = action.default is not None and action.default != argparse.SUPPRESS
+        return f"{action.help} (default: %(default)s)" if known else action.help
+
+
+class _ConfigParser(Parser, HfArgumentParser):
+    """One flag for each field of a dataclass."""
 
 
 def setting(default: Any, help: str) -> Any:
@@ -51,34 +75,38 @@ class Config:
     ties: Literal["same", "arrival", "random"] = setting(
         "same", "equal rewards share a quantile, or are split by arrival or at random"
     )
-    quantile_weights: str | None = setting(
-        None, "shares of the training draws, worst to best, as '1,0,0,0,1'; default: equal"
+    quantile_weights: str = setting(
+        "extremes",
+        "shares of the training draws: extremes (worst and best alone), equal (the paper), or numbers from"
+        " worst to best as '2,1,0,1,2'",
     )
 
     # sampling
-    initial_samples: int = setting(16, "completions a training prompt from the untouched model")
+    initial_samples: int = setting(12, "completions a training prompt from the untouched model")
     explore_samples: int = setting(4, "completions a training prompt in each later round")
     guidance: float = setting(
-        3.0,
+        1.5,
         "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
     )
     max_new_tokens: int = setting(20, "length of a completion, tokens")
     min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
     temperature: float = setting(1.0, "sampling temperature when exploring")
-    top_p: float = setting(1.0, "nucleus when exploring, share of the probability mass")
+    top_p: float = setting(0.9, "nucleus when exploring, share of the probability mass")
     max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
     sample_batch: int = setting(128, "completions sampled side by side")
 
     # learning
     rounds: int = setting(2, "rounds of sampling and learning; the first samples the untouched model")
-    steps: int = setting(100, "optimizer steps a round")
-    batch_size: int = setting(32, "samples a step")
-    micro_batch: int = setting(32, "samples a forward pass; smaller takes less memory, same result")
-    learning_rate: float = setting(3e-4, "AdamW step size for the model")
+    steps: int = setting(64, "optimizer steps a round")
+    batch_size: int = setting(16, "samples a step")
+    micro_batch: int = setting(16, "samples a forward pass; smaller takes less memory, same result")
+    learning_rate: float = setting(2e-4, "AdamW step size for the model")
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
     warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    kl_coef: float = setting(0.05, "weight of the token-level KL to the untouched model [beta]")
+    kl_coef: float = setting(
+        1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
+    )
     kl: Literal["policy_ref", "ref_policy"] = setting(
         "policy_ref", "KL(policy || reference), as the authors' code, or the reverse, as printed"
     )
@@ -97,7 +125,7 @@ class Config:
     # evaluation
     eval_samples: int = setting(5, "completions a held-out prompt and sampling mode")
     eval_top_p: float = setting(0.9, "nucleus in the evaluation")
-    eval_guidance: str = setting("3", "values of w to evaluate, comma-separated; w = 1 always is")
+    eval_guidance: str = setting("1.5,2", "values of w to evaluate, comma-separated; w = 1 always is")
 
     # machine
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
@@ -105,7 +133,7 @@ class Config:
     )
     threads: int = setting(0, "CPU threads; 0: one for each core that this process may use")
     seed: int = setting(0, "seed of everything random")
-    checkpoint_every: int = setting(50, "steps between checkpoints")
+    checkpoint_every: int = setting(32, "steps between checkpoints")
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
 
     @property
@@ -114,13 +142,15 @@ class Config:
 
     def weights(self) -> list[float]:
         """Share of the training draws for each quantile, worst first; sums to 1."""
-        if self.quantile_weights is None:
+        if self.quantile_weights == "equal":
             return [1 / self.quantiles] * self.quantiles
+        if self.quantile_weights == "extremes":
+            return [0.5, *[0.0] * (self.quantiles - 2), 0.5]
         values = numbers("quantile_weights", self.quantile_weights)
         if len(values) != self.quantiles or min(values) < 0 or not sum(values) > 0:
             raise UsageError(
-                f"quantile_weights = {self.quantile_weights!r}; give {self.quantiles} numbers >= 0,"
-                " worst quantile first, not all 0"
+                f"quantile_weights = {self.quantile_weights!r}; give extremes, equal, or"
+                f" {self.quantiles} numbers >= 0, worst quantile first, not all 0"
             )
         return [value / sum(values) for value in values]
 
@@ -176,6 +206,8 @@ class Config:
             raise UsageError(
                 f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}"
             )
+        if self.seed >= 2**63:
+            raise UsageError(f"seed = {self.seed}; give a number below 2**63")
         self.weights()
         self.guidances()
 
@@ -197,7 +229,8 @@ def numbers(name: str, text: str) -> list[float]:
 
 def parse(arguments: Sequence[str], program: str) -> Config:
     """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked."""
-    parser = HfArgumentParser(Config, prog=program, description="Unlearn a property (Quark).")
+    about = "Unlearn a property (Quark)."
+    parser = _ConfigParser(Config, prog=program, description=about, formatter_class=_Help)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
     known = {f.name for f in dataclasses.fields(Config)}
     first, _ = parser.parse_known_args(list(arguments))
@@ -224,31 +257,36 @@ def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: needs 'setting: value' lines")
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    types = get_type_hints(Config)  # not the fields' own: HfArgumentParser rewrites those
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"--config {path}: unknown setting {name!r}{hint}")
-        settings[name] = _as_type(path, name, value, str(types[name]))
+        settings[name] = _as_type(path, name, value, types[name])
     return settings
 
 
-def _as_type(path: Path, name: str, value: Any, wanted: str) -> Any:
+def _as_type(path: Path, name: str, value: Any, wanted: Any) -> Any:
     """The YAML value in the field's type; YAML reads 1e-3 as a text and 1 as an integer."""
     try:
-        if wanted == "float" and not isinstance(value, bool):
-            return float(value)
-        if wanted == "int" and (isinstance(value, bool) or int(value) != float(value)):
+        if wanted in (int, float) and isinstance(value, bool):
             raise ValueError
-        if wanted == "int":
+        if wanted is float:
+            return float(value)
+        if wanted is int:
+            if isinstance(value, float) and value != int(value):
+                raise ValueError
             return int(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"--config {path}: {name} = {value!r}; give a number") from None
-    if wanted == "bool" and not isinstance(value, bool):
+    except (TypeError, ValueError, OverflowError):  # the last is an infinity where an int belongs
+        kind = "a whole number" if wanted is int else "a number"
+        raise UsageError(f"--config {path}: {name} = {value!r}; give {kind}") from None
+    if wanted is bool and not isinstance(value, bool):
         raise UsageError(f"--config {path}: {name} = {value!r}; give true or false")
-    if wanted.startswith("Literal") and repr(value) not in wanted.replace('"', "'"):
-        raise UsageError(f"--config {path}: {name} = {value!r}; choose from {wanted[8:-1]}")
-    if wanted.startswith("str") and value is not None:
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            choices = ", ".join(map(repr, get_args(wanted)))
+            raise UsageError(f"--config {path}: {name} = {value!r}; choose from {choices}")
+    elif wanted is not bool and value is not None:
         return str(value)
     return value

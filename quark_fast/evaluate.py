@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from quark_fast.config import UsageError
+from quark_fast.config import Parser, UsageError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m quark_fast.evaluate", description=__doc__)
+    made = Parser(prog="python -m quark_fast.evaluate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument(
-        "--prompts", metavar="FILE", help=".jsonl or .txt; default: the task's held-out prompts"
+        "--prompts", metavar="FILE", help=".jsonl or .txt; default: the run's own held-out prompts"
     )
     made.add_argument("--reward", help="package.module:function; default: the run's own")
     made.add_argument("--samples", type=int, default=5, help="completions a prompt and mode (default: 5)")
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.config import numbers
     from quark_fast.evaluation import HeldOut, describe_evaluation, evaluate, modes, summarise
     from quark_fast.finished import open_run
-    from quark_fast.machine import set_threads
+    from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.metrics import Sample
-    from quark_fast.prompts import load_prompts
+    from quark_fast.prompts import load_prompts, split
     from quark_fast.report import headline, results_table
     from quark_fast.reward import load_reward
     from quark_fast.rollout import Sampling
@@ -45,16 +45,30 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
     if arguments.samples < 1 or not 0 < arguments.top_p <= 1:
         raise UsageError("--samples needs at least 1, --top-p a share in (0, 1]")
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise UsageError(f"--json {arguments.json}: no such folder")
+    quiet_libraries()
     set_threads(arguments.threads)
     finished = open_run(Path(arguments.run))
     config, policy = finished.config, finished.policy
     task = find_task(config.task)
     spec = arguments.reward or config.reward
     reward = load_reward(spec) if spec else task.reward()
+    trained_on = json.loads((Path(arguments.run) / "evaluation.json").read_text())["scorer"]["name"]
+    if not arguments.reward and reward.name != trained_on:
+        raise UsageError(
+            f"the run's reward was {trained_on}, a function of its program; name one by --reward"
+        )
     source = arguments.prompts or config.held_out
-    rows = load_prompts(source) if source else task.prompts()[1]
+    if source:
+        rows = load_prompts(source)
+    elif config.prompts:
+        rows = split(load_prompts(config.prompts))[1]
+    else:
+        rows = task.prompts()[1]
     reward.check(rows)
     ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
+    policy.check_fits(ids, config.max_new_tokens)
     guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
     table = modes(policy.quantiles, guidance)
     sampling = Sampling(
@@ -70,7 +84,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             samples[name] += part
             bar.update(shown[name], completed=len(samples[name]))
     about = describe_evaluation(config.task, reward, policy, sampling, len(rows), arguments.samples)
-    about["sampling"]["guidance"] = (guidance or [None])[0]
+    about["sampling"]["guidance"] = next(iter(guidance), None)
     evaluation = summarise(samples, table, about)
     console.print(headline(evaluation))
     console.print(results_table(evaluation))
@@ -80,11 +94,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line on standard error)."""
-    given = parser().parse_args(arguments)
     from quark_fast.assets import AssetError
 
     try:
-        run(given, Console())
+        run(parser().parse_args(arguments), Console())
     except (UsageError, AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

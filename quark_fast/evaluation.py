@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from quark_fast.batch import completion_logits, make_batch
-from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
+from quark_fast.metrics import (
+    RankCorrelation,
+    Sample,
+    as_json,
+    compare,
+    evaluate_samples,
+    rank_correlation,
+)
 from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import Policy
 from quark_fast.prompts import Row
@@ -98,7 +105,7 @@ def _measure(
     """Score and perplexity of completions, each with the index of its prompt."""
     texts = [policy.decode(completion) for _, completion in completions]
     rewards = reward([held_out.rows[i] for i, _ in completions], texts)
-    nll = reference_nll(
+    nll = completion_nll(
         policy, reference, [held_out.ids[i] for i, _ in completions], [c for _, c in completions]
     )
     return [
@@ -120,23 +127,22 @@ def score(reward: Reward, value: float) -> float:
 
 
 @torch.inference_mode()
-def reference_nll(
+def completion_nll(
     policy: Policy,
-    reference: Any,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
+    quantile: int | None = None,
     rows: int = 64,
 ) -> list[float]:
-    """Summed -log p of each completion under ``reference``, in nats, without a reward token."""
+    """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
     totals: list[float] = []
     for start in range(0, len(prompts), rows):
         part = slice(start, start + rows)
-        batch = make_batch(
-            policy, prompts[part], completions[part], [None] * len(prompts[part]), reference.device
-        )
-        logits = completion_logits(reference, batch)
+        quantiles = [quantile] * len(prompts[part])
+        batch = make_batch(policy, prompts[part], completions[part], quantiles, model.device)
         out = quark_loss(
-            logits,
+            completion_logits(model, batch),
             None,
             batch.labels,
             batch.mask,
@@ -146,6 +152,41 @@ def reference_nll(
         )
         totals += out.nll.sum(-1).tolist()
     return totals
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the policy has learned, without sampling it.
+
+    The rank correlation, over scored completions of held-out prompts by the untouched model, between the
+    reward and log p(y | best token) - log p(y | worst token). 0: the tokens mean nothing yet.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    rewards: Sequence[float]
+
+    @classmethod
+    def draw(
+        cls, policy: Policy, reference: Any, reward: Reward, held_out: HeldOut, sampling: Sampling, seed: int
+    ) -> Probe:
+        """One completion of every held-out prompt; unscored ones are left out."""
+        kept: list[tuple[int, list[int], float]] = []
+        for indices, drawn in sample(policy, reference, held_out.ids, Conditioning(), sampling, 1, seed):
+            texts = [policy.decode(completion) for (completion,) in drawn]
+            rewards = reward([held_out.rows[i] for i in indices], texts)
+            for i, (completion,), value in zip(indices, drawn, rewards, strict=True):
+                if not np.isnan(value):
+                    kept.append((i, completion, float(value)))
+        return cls([held_out.ids[i] for i, _, _ in kept], [c for _, c, _ in kept], [r for _, _, r in kept])
+
+    def measure(self, policy: Policy, model: Any) -> RankCorrelation:
+        """The rank correlation under the policy's frozen copy ``model``."""
+        best, worst = (
+            completion_nll(policy, model, self.prompts, self.completions, quantile)
+            for quantile in (policy.quantiles - 1, 0)
+        )
+        return rank_correlation(np.subtract(worst, best), self.rewards)
 
 
 def describe_evaluation(
@@ -181,7 +222,7 @@ def summarise(
                 "name": mode.name,
                 "guidance": mode.guidance,
                 "metrics": {k: as_json(v) for k, v in evaluate_samples(after).items()},
-                "change": change and {k: as_json(v) for k, v in change.items()},
+                "change": None if change is None else {k: as_json(v) for k, v in change.items()},
             }
         )
     return {**about, "rows": rows}

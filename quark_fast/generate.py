@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from quark_fast.config import UsageError
+from quark_fast.config import Parser, UsageError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m quark_fast.generate", description=__doc__)
+    made = Parser(prog="python -m quark_fast.generate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
     made.add_argument("--samples", type=int, default=3, help="completions a prompt (default: 3)")
@@ -38,10 +39,15 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Sample both models on every prompt and print them side by side."""
     from quark_fast.finished import open_run
-    from quark_fast.machine import set_threads
+    from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.report import clean, mask_profanity
     from quark_fast.rollout import Conditioning, Sampling, sample
 
+    if arguments.samples < 1 or arguments.max_new_tokens < 1 or not 0 < arguments.top_p <= 1:
+        raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
+        raise UsageError(f"--guidance {arguments.guidance}: give a number, 1 for the best token alone")
+    quiet_libraries()
     set_threads(arguments.threads)
     finished = open_run(Path(arguments.run))
     policy = finished.policy
@@ -49,11 +55,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     quantile = best if arguments.quantile is None else arguments.quantile
     if not 0 <= quantile <= best:
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
-    if arguments.samples < 1 or arguments.max_new_tokens < 1 or not 0 < arguments.top_p <= 1:
-        raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
     guidance = finished.guidance if arguments.guidance is None else arguments.guidance
     sampling = Sampling(arguments.max_new_tokens, 1, 1.0, arguments.top_p)
     prompts = [policy.encode(text, finished.config.max_prompt_tokens) for text in arguments.prompts]
+    policy.check_fits(prompts, arguments.max_new_tokens)
 
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
         texts: list[list[str]] = [[] for _ in prompts]
@@ -68,8 +73,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     show = clean if arguments.show_offensive else mask_profanity
     for i, prompt in enumerate(arguments.prompts):
         table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
-        table.add_column("untouched", ratio=1)
-        table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1)
+        table.add_column("untouched", ratio=1, overflow="fold")
+        table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1, overflow="fold")
         for left, right in zip(before[i], after[i], strict=True):
             table.add_row(show(left), show(right))
         console.print(table, markup=False)
@@ -77,11 +82,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line on standard error)."""
-    given = parser().parse_args(arguments)
     from quark_fast.assets import AssetError
 
     try:
-        run(given, Console())
+        run(parser().parse_args(arguments), Console())
     except (UsageError, AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from quark_fast.config import UsageError
 
 SEPARATOR = "<|endoftext|>"
 FAST_ATTENTION = "quark_grouped"  # registered by quark_fast.rollout
+
+
+_REWARD_TOKEN = re.compile(r"<\|reward_\d+\|>")
 
 
 def reward_token(quantile: int) -> str:
@@ -74,6 +79,13 @@ class Policy:
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
         self.vocabulary = self.reward_ids[0]
+        behind = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= self.vocabulary)
+        if [token for _, token in behind] != tokens:
+            other = next((token for _, token in behind if token not in tokens), tokens[0])
+            raise UsageError(
+                f"{other!r} of the tokenizer stands among or behind the {quantiles} reward tokens, which must"
+                " be its last ids; its own ids need to be without gaps, and its earlier reward tokens no more"
+            )
         eos = model.generation_config.eos_token_id
         stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR)}
         stop |= set(eos) if isinstance(eos, list) else {eos}
@@ -134,6 +146,20 @@ class Policy:
         """A prompt's ids without any prefix; the last ``max_tokens`` of them."""
         return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)[-max_tokens:]
 
+    def check_fits(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Raise UsageError for a prompt too long for the model's positions, or empty with no prefix."""
+        longest = max(map(len, prompts))
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        needed = len(self.prefix) + 1 + longest + new_tokens
+        if limit is not None and needed > limit:
+            raise UsageError(
+                f"a prompt of {longest} tokens needs {needed} positions with prefix, reward token and"
+                f" {new_tokens} new tokens, but the model has {limit}; lower max_prompt_tokens or"
+                " max_new_tokens"
+            )
+        if not self.prefix and min(map(len, prompts)) == 0:
+            raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")
+
     def decode(self, completion: Sequence[int]) -> str:
         """A completion's text, special tokens left out."""
         return str(self.tokenizer.decode(completion, skip_special_tokens=True))
@@ -162,7 +188,8 @@ class Policy:
         model.resize_token_embeddings(size, mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().weight[self.reward_ids] = embedding.rows
-        model.generation_config.suppress_tokens = self.reward_ids
+        # Reward tokens and the padding of the table: training left the logits of either as they fell.
+        model.generation_config.suppress_tokens = list(range(self.vocabulary, size))
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = self.stop_ids[0] if self.stop_ids else 0
         # A base model may carry its own decoding taste; a clash in it (temperature without sampling)
@@ -175,19 +202,27 @@ class Policy:
         """A copy of the tokenizer that puts prefix + best reward token before every text."""
         tokenizer = copy.deepcopy(self.tokenizer)
         front = self.conditioned([], self.quantiles - 1)
-        names = tokenizer.convert_ids_to_tokens(front)
         backend: Tokenizer = tokenizer.backend_tokenizer
-        pieces = " ".join(names)
+        # One name for the whole front: a template cannot spell tokens with a colon or a dollar sign.
         backend.post_processor = TemplateProcessing(
-            single=f"{pieces} $A",
-            pair=f"{pieces} $A $B",
-            special_tokens=list(dict(zip(names, front, strict=True)).items()),
+            single="front $A",
+            pair="front $A $B",
+            special_tokens=[
+                {"id": "front", "ids": front, "tokens": tokenizer.convert_ids_to_tokens(front)},
+            ],
         )
+        # What batches need: some tokenizers (GPT-2's) name no padding, or pad where generation starts.
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None and self.stop_ids:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         return tokenizer
 
 
 def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
+    looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
+    if looks_like_path and not Path(source).is_dir():
+        raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
@@ -201,13 +236,19 @@ def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             " PreTrainedTokenizerFast"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"no causal language model at {str(source)!r}: {_first_line(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers fills these with random numbers
+        missing = sorted(info["missing_keys"])
+        raise UsageError(
+            f"the weights at {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more;"
+            " give a complete causal language model"
+        )
     highest = max(tokenizer.get_vocab().values())
-    rows = model.get_input_embeddings().weight.shape[0]
-    has_reward_tokens = reward_token(0) in tokenizer.get_vocab()
-    if highest >= rows and not has_reward_tokens:
+    rows = len(model.get_input_embeddings().weight)
+    if highest >= rows:
         raise UsageError(
             f"the tokenizer at {str(source)!r} has ids up to {highest}, but the model embeds {rows};"
             " the two do not belong together"
@@ -227,7 +268,10 @@ def _prefix_ids(tokenizer: Any, prefix: str) -> list[int]:
     # Only what stands in front: some tokenizers put an end marker behind, too.
     with_text = list(tokenizer("a").input_ids)
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
-    own = with_text[: len(with_text) - len(bare)] if with_text[-len(bare) :] == bare else []
+    starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
+    own = with_text[: next(starts, 0)]
+    # An exported model's tokenizer puts its best reward token in front: training on, rows start anew.
+    own = [i for i in own if not _REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
     if own:
         return own
     separator = tokenizer.get_vocab().get(SEPARATOR)

@@ -26,7 +26,8 @@ def load_prompts(path: str | Path) -> list[Row]:
     if path.suffix not in (".jsonl", ".txt"):
         raise UsageError(f"prompts file {path}: cannot read {path.suffix!r}; give .jsonl or .txt")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON and prose hold U+2028 and other "line ends" inside a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"prompts file {path} cannot be read: {error}") from error
     rows: dict[str, Row] = {}
@@ -50,10 +51,19 @@ def _parse(path: Path, number: int, line: str) -> Row:
         prompt = prompt.get("text")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UsageError(f"{path}:{number}: needs a text under 'prompt', found {line[:80]!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{path}:{number}: the prompt holds half a character (a lone surrogate)") from None
     return {**row, "prompt": prompt}
 
 
-def split(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a split by the hash of each prompt's text, so it never moves."""
+def split(rows: Sequence[Row], held_out: int | None = None) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a split by the hash of each prompt's text, so it never moves.
+
+    Without ``held_out`` a tenth is held out, at least 1 and at most 200.
+    """
+    if held_out is None:
+        held_out = max(1, min(200, len(rows) // 10))
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest())
     return by_hash[held_out:], by_hash[:held_out]

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ class Reward:
             values = self.function(prompts=prompts, completions=list(completions), **columns)
         except Exception as error:
             raise UsageError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
-        if isinstance(values, str) or not hasattr(values, "__len__"):
+        # A scalar tensor has __len__, too, but no length.
+        scalar = getattr(values, "ndim", 1) == 0 or not hasattr(values, "__len__")
+        if scalar or isinstance(values, str | bytes | Mapping):
             raise UsageError(f"reward {self.name} returned {values!r:.80}; return a list of numbers")
         if len(values) != len(prompts):
             raise UsageError(
@@ -61,10 +63,12 @@ class Reward:
     def _number(self, value: Any) -> float:
         if value is None:
             return math.nan
-        # numpy and torch scalars have item(); a text, a list or a bool is a mistake.
-        plain = value.item() if hasattr(value, "item") else value
+        # numpy and torch scalars have item(); a text, a list, a row of a matrix or a bool is a mistake.
+        plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
         if isinstance(plain, bool) or not isinstance(plain, int | float):
             raise UsageError(f"reward {self.name} returned {value!r:.80}; return numbers or None")
+        if math.isinf(plain):
+            raise UsageError(f"reward {self.name} returned {value!r:.80}; return finite numbers or None")
         return float(plain)
 
     def check(self, rows: Sequence[Row]) -> None:
@@ -86,7 +90,7 @@ def load_reward(spec: str) -> Reward:
         raise UsageError(f"reward {spec!r}: write it as package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit
         raise UsageError(
             f"reward {spec!r}: importing {module_name} failed, {type(error).__name__}: {error}"
         ) from error
@@ -98,7 +102,9 @@ def load_reward(spec: str) -> Reward:
 
 def describe(function: Function, name: str | None = None) -> Reward:
     """Wrap a plain function; its source file's hash stands for its version."""
-    source = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
+    plain = inspect.unwrap(function)
+    has_source = inspect.isfunction(plain) or inspect.ismethod(plain)
+    source = inspect.getsourcefile(plain) if has_source else None
     content = Path(source).read_bytes() if source and Path(source).is_file() else b""
     named = name or f"{function.__module__}:{getattr(function, '__qualname__', repr(function))}"
     return Reward(function, named, "source", hashlib.sha256(content).hexdigest())

@@ -77,7 +77,7 @@ def sample(
     size = max(1, sampling.rows // samples)
     for place, start in enumerate(range(0, len(by_length), size)):
         indices = by_length[start : start + size]
-        generator = torch.Generator(model.device).manual_seed(1_000_003 * seed + place)
+        generator = torch.Generator(model.device).manual_seed((1_000_003 * seed + place) % 2**63)
         batch = [prompts[i] for i in indices]
         yield (
             indices,

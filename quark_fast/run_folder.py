@@ -31,11 +31,25 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def create(self) -> None:
-        """Make the folder; one with anything in it is refused."""
+    def check_free(self) -> None:
+        """Refuse a path with anything in it: no run is overwritten."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UsageError(f"{self.path} exists; go on with it by --resume, or choose another --output")
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def check_resumable(self) -> None:
+        """Refuse what is not an unfinished run."""
+        if not (self / "config.yaml").exists():
+            raise UsageError(f"{self.path} is no run folder (no config.yaml): nothing to resume")
+        if self.finished:
+            raise UsageError(f"the run in {self.path} is finished: nothing to resume")
+
+    def create(self) -> None:
+        """Make the folder; one with anything in it is refused."""
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
 
     @property
     def finished(self) -> bool:

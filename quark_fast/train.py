@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -52,15 +51,12 @@ class Display:
 
 def run(config: Config, console: Console) -> None:
     """Train, then show the table and three before/after texts."""
-    # Page faults are a tenth of a CPU step; torch asks for huge pages only if told so before its import.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    from quark_fast.machine import keep_freed_memory, quiet_libraries
     from quark_fast.report import after_names, before_after, headline, results_table
     from quark_fast.trainer import Trainer
 
+    quiet_libraries()
+    keep_freed_memory()
     display = Display(console)
     trainer = Trainer(config, listen=display)
     console.print(

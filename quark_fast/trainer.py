@@ -7,6 +7,7 @@ so a resumed run needs no RNG state to repeat an undisturbed one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,11 @@ from torch import Tensor
 from quark_fast import assets
 from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
 from quark_fast.config import Config, UsageError
-from quark_fast.evaluation import HeldOut, describe_evaluation, evaluate, modes, summarise
+from quark_fast.evaluation import HeldOut, Probe, describe_evaluation, evaluate, modes, summarise
 from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
 from quark_fast.ops.contrast import contrast_loss
-from quark_fast.ops.loss import quark_loss
+from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import Row, load_prompts, split
@@ -81,6 +82,10 @@ class Trainer:
         self.config = config
         self.listen = listen
         self.folder = RunFolder(config.output_folder)
+        if config.resume:
+            self.folder.check_resumable()
+        else:
+            self.folder.check_free()
         self.task = find_task(config.task)
         self.reward = _reward(config, self.task, reward)
         self.train_rows, self.held_out_rows = _prompts(config, self.task, prompts, held_out)
@@ -88,6 +93,7 @@ class Trainer:
         set_threads(config.threads)
         self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
         self.device = self.accelerator.device
+        _check_impl(config.impl, self.device)
         self._load_models()
         self._start()
 
@@ -109,13 +115,15 @@ class Trainer:
         # No dropout anywhere: policy and reference are compared token by token.
         model.eval()
         if self.device.type == "cpu":
-            model.set_attn_implementation(FAST_ATTENTION)
+            # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
+            longest = config.max_prompt_tokens + config.max_new_tokens
+            model.set_attn_implementation("eager" if longest <= 512 else "sdpa")
         self.reference, _ = load_pretrained(source, self.sampling_dtype)
         self.reference.to(self.device).eval().requires_grad_(False)
         self.reference.set_attn_implementation(FAST_ATTENTION)
         rows = model.get_input_embeddings().rows
         body = [p for p in model.parameters() if p.requires_grad and p is not rows]
-        self.groups = [
+        self.groups: list[dict[str, Any]] = [
             {"params": body, "lr": config.learning_rate},
             {"params": [rows], "lr": config.reward_token_lr},
         ]
@@ -123,7 +131,10 @@ class Trainer:
         self.optimizer = self.accelerator.prepare(optimizer)
         encode = self.policy.encode
         self.train_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.train_rows]
-        self.held_out_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.held_out_rows]
+        held_out_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.held_out_rows]
+        self.held_out = HeldOut(self.held_out_rows, held_out_ids, config.eval_samples)
+        self.policy.check_fits([*self.train_ids, *held_out_ids], config.max_new_tokens)
+        self.probe: Probe | None = None  # drawn when it is first asked for
 
     def _start(self) -> None:
         """A new folder, or the state of the last checkpoint."""
@@ -140,8 +151,6 @@ class Trainer:
             self.folder.write_json("versions.json", versions(self.device))
 
     def _resume(self) -> None:
-        if self.folder.finished:
-            raise UsageError(f"the run in {self.folder.path} is finished: nothing to resume")
         loaded = self.folder.load_checkpoint()
         if loaded is None:
             return
@@ -217,6 +226,7 @@ class Trainer:
                     if step % self.config.checkpoint_every == 0 or self.stop.asked:
                         self._save()
                     self._stop_if_asked()
+                self._probe()
                 self.round, self.sampled = self.round + 1, False
             self.seconds = time.monotonic() - started
             self._save()
@@ -340,6 +350,35 @@ class Trainer:
             yield self.step
         self.draws.count(plan)
 
+    def _probe(self) -> None:
+        """How well the reward tokens tell held-out completions apart by now."""
+        if self.probe is None:
+            self.listen(Progress("probing", 0, 1))
+            self.probe = Probe.draw(
+                self.policy,
+                self.reference,
+                self.reward,
+                self.held_out,
+                # One sample a prompt is mostly prefill: fewer rows side by side.
+                dataclasses.replace(self._eval_sampling(), rows=32),
+                self.config.seed,
+            )
+        found = self.probe.measure(self.policy, self.policy.frozen_copy(self.sampling_dtype))
+        row = {
+            "kind": "probe",
+            "step": self.step,
+            "rank_correlation": found.value,
+            "standard_error": found.standard_error,
+        }
+        self.folder.append(METRICS, [row])
+        self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
+
+    def _eval_sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(
+            config.max_new_tokens, config.min_new_tokens, 1.0, config.eval_top_p, config.sample_batch
+        )
+
     def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
         """One optimizer step; micro-batches add up to exactly the loss of the whole batch."""
         config, begun = self.config, time.monotonic()
@@ -401,7 +440,7 @@ class Trainer:
         )
         with self.accelerator.autocast():
             logits = completion_logits(self.policy.model, batch)
-        logits = logits.unflatten(0, (len(streams), len(prompts)))
+        logits = torch.unflatten(logits, 0, (len(streams), len(prompts)))
         labels, mask = batch.labels[: len(prompts)], batch.mask[: len(prompts)]
         ref_logits = None
         if config.kl_coef:
@@ -439,18 +478,15 @@ class Trainer:
     def _evaluate(self) -> None:
         """Held-out prompts in every mode: ``evaluation.json`` and its samples."""
         config = self.config
-        sampling = Sampling(
-            config.max_new_tokens, config.min_new_tokens, 1.0, config.eval_top_p, config.sample_batch
-        )
         table = modes(self.policy.quantiles, config.guidances())
         heard = evaluate(
             self.policy,
             self.policy.frozen_copy(self.sampling_dtype),
             self.reference,
             self.reward,
-            HeldOut(self.held_out_rows, self.held_out_ids, config.eval_samples),
+            self.held_out,
             table,
-            sampling,
+            self._eval_sampling(),
             seed=config.seed,
         )
         total = len(self.held_out_rows) * config.eval_samples
@@ -466,9 +502,14 @@ class Trainer:
         (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
         self.folder.append("evaluation.jsonl", rows)
         about = describe_evaluation(
-            config.task, self.reward, self.policy, sampling, len(self.held_out_rows), config.eval_samples
+            config.task,
+            self.reward,
+            self.policy,
+            self._eval_sampling(),
+            len(self.held_out_rows),
+            config.eval_samples,
         )
-        about["sampling"]["guidance"] = (config.guidances() or [None])[0]
+        about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         self.folder.write_json("evaluation.json", summarise(samples, table, about))
 
     def _finish(self) -> None:
@@ -490,6 +531,15 @@ def _reward(config: Config, task: Task, given: Function | Reward | None) -> Rewa
     return load_reward(config.reward) if config.reward else task.reward()
 
 
+def _check_impl(impl: Implementation, device: torch.device) -> None:
+    """The loss on two logits: whether the implementation asked for runs here shows at once."""
+    logits, labels = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        quark_loss(logits, logits, labels, kl_coef=0.0, entropy_coef=0.0, impl=impl)
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"impl = {impl}: {error}") from error
+
+
 def _prompts(
     config: Config,
     task: Task,
@@ -509,7 +559,7 @@ def _prompts(
     if train is None:
         train = task.prompts()[0]
     if test is None:
-        train, test = split(train, max(1, min(200, len(train) // 10)))
+        train, test = split(train)
     if not train or not test:
         raise UsageError(f"{len(train) + len(test)} prompts are too few to hold some out; give --held-out")
     return train, test

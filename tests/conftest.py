@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2Tokenizer,
 )
 
 WORDS = 60  # w0 ... w59, then the special tokens
@@ -46,6 +47,14 @@ def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+def qwen2_tokenizer() -> Qwen2Tokenizer:
+    """The same words and ids as tokens added to Qwen2's own class, the only one loaded for its models."""
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<|endoftext|>": WORDS, "<unk>": WORDS + 1}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_tokens([f"w{i}" for i in range(WORDS)])
+    return tokenizer
+
+
 def tiny_config(architecture: str, vocab_size: int) -> PretrainedConfig:
     shape = {"vocab_size": vocab_size, "eos_token_id": WORDS, "bos_token_id": WORDS}
     if architecture == "gpt2":
@@ -63,16 +72,30 @@ def tiny_config(architecture: str, vocab_size: int) -> PretrainedConfig:
     return Qwen2Config(tie_word_embeddings=True, **body)
 
 
+def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int = 0) -> Path:
+    torch.manual_seed(0)
+    config = tiny_config(architecture, WORDS + 2 + padded_vocabulary)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = qwen2_tokenizer() if architecture == "qwen2" else word_tokenizer(pad=architecture != "gpt2")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Large random weights: a fresh model ignores its context so nearly that mistakes there hide."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     """A folder with a random tiny model and tokenizer of an architecture: gpt2, llama or qwen2."""
 
     def make(architecture: str = "llama", *, padded_vocabulary: int = 0) -> Path:
         folder = tmp_path / f"tiny-{architecture}"
-        torch.manual_seed(0)
-        config = tiny_config(architecture, WORDS + 2 + padded_vocabulary)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        word_tokenizer(pad=architecture != "gpt2").save_pretrained(folder)
-        return folder
+        return save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
 
     return make

@@ -101,9 +101,7 @@ def assert_as_accurate_as_eager(inputs: Inputs, **options: object) -> None:
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("kl", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpp_errs_no_more_than_eager(
-    dtype: torch.dtype, kl: str, vocab: int, inplace: bool
-) -> None:
+def test_cpp_errs_no_more_than_eager(dtype: torch.dtype, kl: str, vocab: int, inplace: bool) -> None:
     assert_as_accurate_as_eager(
         make(vocab, dtype=dtype), impl="cpp", kl=kl, inplace=inplace, kl_coef=0.3, entropy_coef=0.2
     )
@@ -119,9 +117,7 @@ def test_cpp_errs_no_more_than_eager_on_a_real_vocabulary(kl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reference_may_have_another_dtype(dtype: torch.dtype, ref_dtype: torch.dtype) -> None:
     inputs = make(dtype=dtype)
-    assert_as_accurate_as_eager(
-        inputs._replace(ref_logits=inputs.ref_logits.to(ref_dtype)), impl="cpp"
-    )
+    assert_as_accurate_as_eager(inputs._replace(ref_logits=inputs.ref_logits.to(ref_dtype)), impl="cpp")
 
 
 @pytest.mark.parametrize("kl", DIRECTIONS)
@@ -167,9 +163,7 @@ def test_real_weights_and_normalizer(impl: str) -> None:
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        torch.cat([part.grad for part in parts]), whole.grad, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -177,9 +171,7 @@ def test_without_reference(impl: str) -> None:
     inputs = make(dtype=torch.bfloat16)
     expected = truth(inputs, kl_coef=0.0)
     leaf = inputs.logits.clone().requires_grad_()
-    out = quark_loss(
-        leaf, None, inputs.labels, inputs.mask, kl_coef=0.0, vocab_size=1003, impl=impl
-    )
+    out = quark_loss(leaf, None, inputs.labels, inputs.mask, kl_coef=0.0, vocab_size=1003, impl=impl)
     out.loss.backward()
     torch.testing.assert_close(out.loss.double(), expected.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(leaf.grad.double(), expected.grad, atol=1e-3, rtol=0)
@@ -226,9 +218,7 @@ def test_bounds_and_shift_invariance(
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_columns_beyond_the_vocabulary_are_in_no_term(
-    dtype: torch.dtype, impl: str, inplace: bool
-) -> None:
+def test_columns_beyond_the_vocabulary_are_in_no_term(dtype: torch.dtype, impl: str, inplace: bool) -> None:
     inputs = make(dtype=dtype)
     before = run(inputs, impl=impl, inplace=inplace)
     inputs.logits[..., 1003:] = 1000.0
@@ -333,9 +323,7 @@ def test_minus_infinity_in_one_of_the_two(kl: str, impl: str) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_infinite_kl_without_coefficient_stays_out_of_loss_and_gradient(
-    impl: str, inplace: bool
-) -> None:
+def test_infinite_kl_without_coefficient_stays_out_of_loss_and_gradient(impl: str, inplace: bool) -> None:
     inputs = make()
     inputs.ref_logits[..., 100] = -math.inf
     out = run(inputs, kl_coef=0.0, impl=impl, inplace=inplace)
@@ -546,8 +534,7 @@ def test_retained_graph_gives_the_same_gradient_twice(dtype: torch.dtype, inplac
     leaf = inputs.logits.clone().requires_grad_()
     scaled = 2 * quark_loss(leaf * 1, *inputs[1:], impl="cpp", inplace=inplace).loss
     first, second, third = (
-        torch.autograd.grad(scaled, leaf, retain_graph=again)[0].clone()
-        for again in (True, True, False)
+        torch.autograd.grad(scaled, leaf, retain_graph=again)[0].clone() for again in (True, True, False)
     )
     assert torch.equal(first, second)
     assert torch.equal(first, third)

@@ -32,9 +32,7 @@ def sample(prompt_id, completion="a b c", score=0.1, nll=6.0, tokens=3):
 
 def test_distinct_n_divides_by_words_and_pools_a_prompts_samples():
     # Bigrams of the first prompt: a-b, b-a, b-c = 3 distinct over 3 + 2 words.
-    assert distinct_n_by_prompt([["a b a", "b c"], ["x y", "x y"]], 2) == pytest.approx(
-        [3 / 5, 1 / 4]
-    )
+    assert distinct_n_by_prompt([["a b a", "b c"], ["x y", "x y"]], 2) == pytest.approx([3 / 5, 1 / 4])
     assert distinct_n([["a b a", "b c"], ["x y", "x y"]], 2) == pytest.approx((3 / 5 + 1 / 4) / 2)
 
 
@@ -120,9 +118,7 @@ def test_bootstrap_is_repeatable_and_blocks_do_not_change_the_statistics(monkeyp
 
 def test_nan_is_left_out_with_its_weight():
     assert bootstrap([1.0, math.nan, 3.0]).value == 2.0
-    assert bootstrap([1.0, math.nan], perplexity, weights=[2.0, 9.0]).value == pytest.approx(
-        math.exp(0.5)
-    )
+    assert bootstrap([1.0, math.nan], perplexity, weights=[2.0, 9.0]).value == pytest.approx(math.exp(0.5))
 
 
 def test_too_little_data_gives_a_value_without_bounds():

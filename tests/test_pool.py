@@ -42,9 +42,7 @@ def numpy_rule(rewards, k, ties, remainder):
 
 def numpy_thresholds(rewards, k, remainder):
     best_first = -np.sort(-rewards)
-    by_cut = [
-        best_first[cut - 1] if cut > 0 else np.nan for cut in cuts(len(rewards), k, remainder)
-    ]
+    by_cut = [best_first[cut - 1] if cut > 0 else np.nan for cut in cuts(len(rewards), k, remainder)]
     return np.array(by_cut[::-1], rewards.dtype)
 
 
@@ -272,9 +270,7 @@ test_any_sequence_of_changes_leaves_the_right_pool = PoolLife.TestCase
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rewards=st.lists(
-        st.sampled_from(AWKWARD) | st.floats(allow_nan=False), min_size=1, max_size=80
-    ),
+    rewards=st.lists(st.sampled_from(AWKWARD) | st.floats(allow_nan=False), min_size=1, max_size=80),
     batches=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
@@ -382,9 +378,7 @@ def test_draws_without_replacement_are_distinct_and_equally_likely():
 def test_stratified_draws_take_as_many_from_each_quantile(replace, group_by):
     made = many_runs(group_by=group_by)
     for n in (3, 5, 32):
-        counts = np.bincount(
-            made.sample(n, stratified=True, replace=replace).quantiles, minlength=5
-        )
+        counts = np.bincount(made.sample(n, stratified=True, replace=replace).quantiles, minlength=5)
         assert counts.sum() == n and counts.max() - counts.min() <= 1
     some = made.sample(60, stratified=True, quantiles=[1, 3], replace=replace)
     assert np.bincount(some.quantiles, minlength=5).tolist() == [0, 30, 0, 30, 0]
@@ -401,9 +395,7 @@ def test_generators_decide_the_draw():
         np.testing.assert_array_equal(one, two)
         assert (two != three).any()
     assert (made.sample(50).ids != made.sample(50).ids).any()
-    np.testing.assert_array_equal(
-        many_runs(seed=1).sample(50).ids, many_runs(seed=1).sample(50).ids
-    )
+    np.testing.assert_array_equal(many_runs(seed=1).sample(50).ids, many_runs(seed=1).sample(50).ids)
     assert (many_runs(seed=1).sample(50).ids != many_runs(seed=2).sample(50).ids).any()
 
 
@@ -652,16 +644,12 @@ def shard_rewards(rank, k):
     if k == 2:  # one boundary, between the first samples of two ranks
         return np.array([0.5])
     rng = np.random.default_rng(rank)
-    n = {1: 0, 4: 97, 9: 4}[
-        k
-    ] + rank  # k = 9: the union has fewer samples than quantiles, or hardly
+    n = {1: 0, 4: 97, 9: 4}[k] + rank  # k = 9: the union has fewer samples than quantiles, or hardly
     return np.concatenate([rng.choice(AWKWARD, n), rng.normal(rank, 1, n // 2)])
 
 
 def sync_worker(rank, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
     for at, (k, ties, remainder, dtype) in enumerate(SYNC_CASES):
         rewards = shard_rewards(rank, k)
@@ -708,9 +696,7 @@ def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
         else:
             np.testing.assert_array_equal(labels, by_rule)
         for result in results:
-            np.testing.assert_array_equal(
-                result[f"thresholds{at}"], numpy_thresholds(union, k, remainder)
-            )
+            np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, k, remainder))
 
 
 def test_sync_alone_is_the_own_pool():

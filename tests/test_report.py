@@ -63,8 +63,7 @@ def write_run(folder, prompts=120, samples=4, steps=128, rounds=5, quantiles=5, 
     write_lines(folder / "completions.jsonl", completion_rows(generator, rounds, quantiles))
 
     answers = {
-        name: write_samples(generator, prompts, samples, tone)
-        for name, (tone, _) in SAMPLINGS.items()
+        name: write_samples(generator, prompts, samples, tone) for name, (tone, _) in SAMPLINGS.items()
     }
     rows = []
     for name, (_, guidance) in SAMPLINGS.items():
@@ -251,8 +250,7 @@ def test_a_cut_off_last_line_is_named_and_the_rest_read(small_run):
     run = read_run(small_run)
     assert len(run.steps) == 20 and len(run.rounds) == 2
     assert run.missing == [
-        "metrics.jsonl has 1 unreadable line, first line 24 "
-        "(a killed run can leave its last line cut off)"
+        "metrics.jsonl has 1 unreadable line, first line 24 (a killed run can leave its last line cut off)"
     ]
 
 
@@ -379,8 +377,7 @@ def test_examples_come_from_the_worst_quarter_and_pair_sample_numbers(finished_r
 def hostile_rows(completion):
     rows = [("untouched", 0.9), ("best token", 0.2), ("guided w=3", 0.1)]
     return [
-        {"row": n, "prompt_id": 1, "prompt": "The man", "completion": completion, "score": s}
-        for n, s in rows
+        {"row": n, "prompt_id": 1, "prompt": "The man", "completion": completion, "score": s} for n, s in rows
     ]
 
 

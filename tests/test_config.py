@@ -1,0 +1,229 @@
+"""Settings: which source wins, what is refused and how it is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from quark_fast.config import Config, UsageError, load_config, parse
+
+
+def given(*flags: str) -> Config:
+    return parse(flags, "train")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 7\nlearning_rate: 1e-3\nties: random\nshow_offensive: true\n")
+    config = given("--config", str(file), "--steps", "9")
+    assert (config.steps, config.learning_rate, config.ties) == (9, 1e-3, "random")
+    assert config.show_offensive is True
+    assert config.rounds == Config().rounds
+
+
+def test_flag_equal_to_the_default_still_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"steps: {Config().steps + 1}\nresume: true\n")
+    config = given("--config", str(file), "--steps", str(Config().steps), "--resume", "false")
+    assert config.steps == Config().steps
+    assert config.resume is False
+
+
+def test_dashes_and_underscores_in_flags_mean_the_same() -> None:
+    assert given("--max-new-tokens", "5") == given("--max_new_tokens", "5")
+
+
+def test_settings_survive_save_and_load(tmp_path: Path) -> None:
+    # Every field away from its default, so that one which save or load forgets is seen.
+    other: dict[str, Any] = {
+        "quantile_weights": "1,0,0,0,0,2",
+        "eval_guidance": "2,-1.5",
+        "top_p": 0.123456789012345,
+        "eval_top_p": 0.5,
+        "seed": 2**63 - 1,
+        "learning_rate": 1e-5,  # YAML reads 1e-05 as a text
+    }
+    kinds = get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = kinds[field.name]
+        if field.name in other:
+            continue
+        if get_origin(kind) is Literal:
+            other[field.name] = next(v for v in get_args(kind) if v != field.default)
+        elif kind is bool:
+            other[field.name] = not field.default
+        elif kind in (int, float):
+            other[field.name] = field.default + 1
+        else:
+            other[field.name] = "some: text # 1"
+    config = Config(**other)
+    assert not any(getattr(config, f.name) == f.default for f in dataclasses.fields(Config))
+    config.check()
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert given("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_defaults_are_possible_settings_and_survive_too(tmp_path: Path) -> None:
+    Config().check()
+    Config().save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == Config()
+
+
+def refusal(file: Path, text: str) -> str:
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        given("--config", str(file))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(file) in message
+    return message
+
+
+def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "run.yaml", "lerning_rate: 1\n")
+    assert "'lerning_rate'" in message and "did you mean 'learning_rate'" in message
+    assert "did you mean" not in refusal(tmp_path / "run.yaml", "zzz: 1\n")
+    assert "5" in refusal(tmp_path / "run.yaml", "5: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("steps: many", "steps = 'many'; give a whole number"),
+        ("steps: 1.5", "steps = 1.5; give a whole number"),
+        ("steps: true", "steps = True; give a whole number"),
+        ("steps: [1]", "steps = [1]; give a whole number"),
+        ("steps:", "steps = None; give a whole number"),
+        ("steps: .inf", "steps = inf; give a whole number"),
+        ("steps: .nan", "steps = nan; give a whole number"),
+        ("learning_rate: fast", "learning_rate = 'fast'; give a number"),
+        ("learning_rate: true", "learning_rate = True; give a number"),
+        ("learning_rate: {a: 1}", "learning_rate = {'a': 1}; give a number"),
+        ("resume: 1", "resume = 1; give true or false"),
+        ("resume: maybe", "resume = 'maybe'; give true or false"),
+        ("kl: both", "kl = 'both'; choose from 'policy_ref', 'ref_policy'"),
+        ("ties: 1", "ties = 1; choose from"),
+    ],
+)
+def test_file_with_a_wrong_type_is_refused_by_name_and_value(tmp_path: Path, line: str, named: str) -> None:
+    assert named in refusal(tmp_path / "run.yaml", line)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just text\n", "a: [1\n", "a: 1\na b: : 2\n\t"])
+def test_file_that_holds_no_settings_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    refusal(tmp_path / "run.yaml", text)
+
+
+def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"steps: \xff\xfe")
+    for name in ("none.yaml", ".", "bytes.yaml"):
+        with pytest.raises(UsageError, match="--config"):
+            given("--config", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--steps", "many"),
+        ("--steps", "1.5"),
+        ("--learning-rate", "fast"),
+        ("--kl", "both"),
+        ("--resume", "maybe"),
+        ("--stepz", "1"),
+        ("--steps",),
+        ("stray",),
+    ],
+)
+def test_bad_flag_is_one_line_not_a_page_of_usage(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        given(*flags)
+    assert "\n" not in str(caught.value)
+    assert flags[0].lstrip("-").replace("-", "_") in str(caught.value).replace("-", "_")
+    assert capsys.readouterr().err == ""
+
+
+IMPOSSIBLE = [
+    *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens", "max_prompt_tokens")),
+    *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
+    *((name, 0) for name in ("eval_samples", "checkpoint_every")),
+    ("quantiles", 1),
+    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed")),
+    ("seed", 2**63),
+    *(
+        (name, value)
+        for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef", "entropy_coef")
+        for value in (-0.1, float("nan"), float("inf"))
+    ),
+    *(
+        (name, v)
+        for name in ("temperature", "max_grad_norm")
+        for v in (0.0, -1.0, float("nan"), float("inf"))
+    ),
+    *((name, value) for name in ("top_p", "eval_top_p") for value in (0.0, 1.01, -0.5, float("nan"))),
+    *(("guidance", value) for value in (float("nan"), float("inf"))),
+    ("quantile_weights", "1,2"),
+    ("quantile_weights", "0,0,0,0,0"),
+    ("quantile_weights", "1,1,1,1,-1"),
+    ("quantile_weights", "1,1,1,1,x"),
+    ("quantile_weights", "1,1,1,1,nan"),
+    ("quantile_weights", ""),
+    ("eval_guidance", "3;6"),
+    ("eval_guidance", "3,inf"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_impossible_number_is_refused_by_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        dataclasses.replace(Config(quantiles=5), **{name: value}).check()
+    assert name in str(caught.value) and repr(value).strip("'") in str(caught.value)
+
+
+def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
+    numbers = {name for name, kind in get_type_hints(Config).items() if kind in (int, float)}
+    assert numbers <= {name for name, _ in IMPOSSIBLE}
+
+
+def test_more_required_than_allowed_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"min_new_tokens = 9 .* max_new_tokens = 8"):
+        given("--min-new-tokens", "9", "--max-new-tokens", "8")
+
+
+def test_weights_are_shares_and_guidances_are_numbers() -> None:
+    assert Config(quantiles=4, quantile_weights="equal").weights() == [0.25] * 4
+    assert Config(quantiles=4, quantile_weights="extremes").weights() == [0.5, 0, 0, 0.5]
+    assert Config(quantiles=2, quantile_weights="extremes").weights() == [0.5, 0.5]
+    assert Config(quantiles=3, quantile_weights="1, 0, 3").weights() == [0.25, 0, 0.75]
+    assert Config(eval_guidance="3, -2").guidances() == [3.0, -2.0]
+    assert Config(eval_guidance="").guidances() == []
+
+
+def test_learning_rate_warms_up_and_decays_to_zero() -> None:
+    config = Config(rounds=2, steps=10, warmup_steps=4)
+    factors = [config.decay(step) for step in range(20)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0 < factors[-1] <= 1 / 16 and config.decay(20) == 0
+
+
+def test_help_names_every_option_with_its_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        given("--help")
+    assert stop.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in words
+        # argparse breaks lines at hyphens, too.
+        meaning = " ".join(field.metadata["help"].split()).replace("- ", "-")
+        assert meaning in words.replace("- ", "-"), field.name
+        if field.default is None:
+            assert "default: " in field.metadata["help"], f"{field.name}: what does leaving it out mean?"
+        else:
+            assert f"(default: {field.default})" in words, field.name
+    assert "--config FILE" in words

@@ -1,0 +1,168 @@
+"""What may import what, and that importing does nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import quark_fast
+
+PACKAGE = Path(quark_fast.__file__).parent
+
+# Imports go down only: a module imports its own layer and those below it.
+LAYERS = [
+    {"train", "evaluate", "generate"},
+    {"trainer", "finished"},
+    {"rollout", "batch", "evaluation", "report", "metrics"},
+    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
+    {"_C"},
+]
+LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+
+
+def modules() -> list[str]:
+    """Dotted names of every module of the package but its root."""
+    files = (path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py")))
+    names = [".".join(file.parts).removesuffix("__init__").rstrip(".") for file in files]
+    return [name for name in names if name]
+
+
+def part(dotted: str) -> str:
+    """The layer table's name for a module: ops.loss -> ops."""
+    return dotted.split(".")[0]
+
+
+def own_imports(name: str) -> Iterator[str]:
+    """Modules of the package that a module imports anywhere in its source, also inside functions."""
+    path = PACKAGE.joinpath(*name.split("."))
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    known = {*modules(), "_C"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative imports hide the layer"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [i for i in inner if i.removeprefix("quark_fast.") in known] or [str(node.module)]
+        else:
+            continue
+        yield from (n.removeprefix("quark_fast.") for n in found if n.startswith("quark_fast."))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(name) for name in modules()} == LAYER.keys() - {"_C"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_module_imports_from_a_layer_above(name: str) -> None:
+    upward = [other for other in own_imports(name) if LAYER[part(other)] < LAYER[part(name)]]
+    assert not upward, f"{name} imports {upward}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    # Between parts, or between the modules of one part; a task file needs the Task of its own package.
+    graph: dict[str, set[str]] = {}
+    for name in modules():
+        graph.setdefault(part(name), set()).update(
+            part(o) for o in own_imports(name) if part(o) != part(name)
+        )
+    order: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join((*path, name))}"
+        if name not in order:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*path, name))
+            order.append(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_only_the_commands_print() -> None:
+    # assets speaks on standard error while it downloads: somebody is waiting.
+    for name in modules():
+        path = PACKAGE.joinpath(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+        printing = any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
+        assert not printing or name in {*LAYERS[0], "assets"}, f"{name} prints"
+
+
+def in_a_new_process(source: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> None:
+    loaded = in_a_new_process("import sys, quark_fast; print(*sys.modules)").split()
+    assert "quark_fast" in loaded
+    assert not {"torch", "transformers", "numpy", "matplotlib"} & {name.split(".")[0] for name in loaded}
+
+
+def test_the_loss_and_the_pool_load_no_transformers() -> None:
+    loaded = in_a_new_process(
+        "import sys\nfrom quark_fast import RolloutPool, quark_loss\nprint(*sys.modules)"
+    ).split()
+    assert "torch" in loaded
+    assert not {"transformers", "accelerate", "matplotlib"} & {name.split(".")[0] for name in loaded}
+
+
+def test_every_public_name_exists_and_no_other() -> None:
+    for name in quark_fast.__all__:
+        assert getattr(quark_fast, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Traner'"):
+        _ = quark_fast.Traner
+
+
+# Runs in a process of its own: the libraries are loaded first, so that what changes is ours.
+QUIET = """
+import importlib, os, random, signal, socket, sys
+import accelerate, numpy as np, torch, transformers
+import rich.live, rich.progress, transformers.hf_argparser
+
+def no_network(*args, **kwargs):
+    raise AssertionError(f"an import opened a socket: {args}")
+
+socket.socket.connect = no_network
+socket.getaddrinfo = no_network
+
+def state():
+    names, keys, *rest = np.random.get_state()
+    return {
+        "torch's RNG": torch.random.get_rng_state().tolist(),
+        "numpy's RNG": (names, keys.tolist(), rest),
+        "Python's RNG": random.getstate(),
+        "the threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "the default dtype": torch.get_default_dtype(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "determinism": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "the environment": dict(os.environ),
+        "signal handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+        "the working folder": os.getcwd(),
+        "transformers' verbosity": transformers.logging.get_verbosity(),
+    }
+
+torch.set_num_threads(3)
+torch.manual_seed(5)
+for name in sys.argv[1:]:
+    before = state()
+    importlib.import_module(name)
+    after = state()
+    changed = [what for what in before if before[what] != after[what]]
+    assert not changed, f"importing {name} changed {changed}"
+"""
+
+
+def test_importing_any_module_changes_no_global_state_and_needs_no_network() -> None:
+    names = [f"quark_fast.{name}" for name in modules()]
+    done = subprocess.run([sys.executable, "-c", QUIET, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == "", "importing printed something"
