@@ -46,6 +46,21 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+# Settings that may change when a run is resumed: they leave its samples and its weights as they would be.
+FREE_ON_RESUME = {
+    "output",
+    "resume",
+    "threads",
+    "micro_batch",
+    "checkpoint_every",
+    "held_out",
+    "eval_samples",
+    "eval_top_p",
+    "eval_guidance",
+    "show_offensive",
+}
+
+
 @dataclass
 class Config:
     """Settings of one run; each field's help holds its unit. Symbols in brackets are the paper's."""
@@ -138,7 +153,7 @@ class Config:
 
     @property
     def output_folder(self) -> Path:
-        return Path(self.output or f"runs/{self.task}")
+        return _output_folder(self)
 
     def weights(self) -> list[float]:
         """Share of the training draws for each quantile, worst first; sums to 1."""
@@ -211,9 +226,22 @@ class Config:
         self.weights()
         self.guidances()
 
+    def check_resumes(self, saved: Config) -> None:
+        """Raise UsageError unless a run with the settings ``saved`` can go on with these."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(saved, field.name)
+            if mine != theirs and field.name not in FREE_ON_RESUME:
+                raise UsageError(
+                    f"{field.name} = {mine!r}, but the run to resume has {theirs!r}; resume it with its own"
+                )
+
     def save(self, path: Path) -> None:
         """Write the settings as YAML, which ``--config`` reads back."""
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def _output_folder(settings: Any) -> Path:
+    return Path(settings.output or f"runs/{settings.task}")
 
 
 def numbers(name: str, text: str) -> list[float]:
@@ -236,6 +264,11 @@ def parse(arguments: Sequence[str], program: str) -> Config:
     first, _ = parser.parse_known_args(list(arguments))
     if first.config:
         parser.set_defaults(**_read_yaml(Path(first.config), known))
+    elif first.resume and (saved := _output_folder(first) / "config.yaml").exists():
+        own = _read_yaml(saved, known)  # a run goes on as it began; only where it lies now is asked again
+        parser.set_defaults(
+            **{name: value for name, value in own.items() if name not in ("output", "resume")}
+        )
     given = vars(parser.parse_args(list(arguments)))
     given.pop("config")
     config = Config(**given)

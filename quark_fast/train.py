@@ -94,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
+    except KeyboardInterrupt:  # the second Ctrl-C: at once, without a new checkpoint
+        print(
+            f"stopped; --resume goes on from the last checkpoint in {config.output_folder}", file=sys.stderr
+        )
+        return 130
     return 0
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quark_fast import assets
 from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
-from quark_fast.config import Config, UsageError
+from quark_fast.config import Config, UsageError, load_config
 from quark_fast.evaluation import HeldOut, Probe, describe_evaluation, evaluate, modes, summarise
 from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
@@ -84,6 +84,7 @@ class Trainer:
         self.folder = RunFolder(config.output_folder)
         if config.resume:
             self.folder.check_resumable()
+            config.check_resumes(load_config(self.folder / "config.yaml"))
         else:
             self.folder.check_free()
         self.task = find_task(config.task)
@@ -93,6 +94,10 @@ class Trainer:
         set_threads(config.threads)
         self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
         self.device = self.accelerator.device
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
+            # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
+            self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
+            self.accelerator.native_amp = True
         _check_impl(config.impl, self.device)
         self._load_models()
         self._start()
@@ -155,11 +160,6 @@ class Trainer:
         if loaded is None:
             return
         state, tensors = loaded
-        if state["model"] != str(self.config.model):
-            raise UsageError(
-                f"the checkpoint in {self.folder.path} is of model {state['model']}, not"
-                f" {self.config.model}; resume it with its own"
-            )
         model = self.policy.model
         own = dict(model.named_parameters())
         if own.keys() != tensors["model"].keys() or any(
@@ -186,7 +186,6 @@ class Trainer:
         scaler = self.accelerator.scaler
         self.folder.save_checkpoint(
             {
-                "model": str(self.config.model),
                 "round": self.round,
                 "sampled": self.sampled,
                 "step": self.step,

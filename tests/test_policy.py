@@ -286,7 +286,7 @@ for folder in sys.argv[1:]:
     forced = []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     report["encoded"] = tokenizer("w4 w8").input_ids
-    report["encoded_batch"] = tokenizer(["w4 w8", "w1"]).input_ids
+    report["encoded_batch"] = tokenizer(["w4 w8", "w1"], padding=True).input_ids
     with torch.no_grad():
         logits = pipe.model(input_ids=torch.tensor([json.load(open(folder + ".ids"))])).logits
     np.save(folder + ".npy", logits.float().numpy())
@@ -333,7 +333,10 @@ def test_exported_pipeline_reads_prefix_and_best_token_before_the_prompt(case: d
     # Left-padded: generation goes on from the last position.
     short, long = case["read_in_batch"]
     assert short[1:] == [*front, 4, 8] and long == [*front, 1, 2, 3]
-    assert case["encoded"] == [*front, 4, 8] and case["encoded_batch"] == [[*front, 4, 8], [*front, 1]]
+    assert case["encoded"] == [*front, 4, 8] and case["encoded_batch"] == [
+        [*front, 4, 8],
+        [SEPARATOR_ID, *front, 1],
+    ]
     texts = [case["text"], *case["batch"]]
     assert all("<|" not in text and "w" in text for text in texts), "the user sees no special token"
     assert case["text"].replace(" ", "").startswith("w4w8")

@@ -124,7 +124,7 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
         tiny_model(),
         reward="evens:reward",
         prompts=str(tmp_path / "prompts.txt"),
-        steps=200,
+        steps=40,
         checkpoint_every=5,
     ).save(tmp_path / "run.yaml")
 
@@ -146,7 +146,7 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
     wait_for_steps(process, 20)
     process.kill()
     process.communicate()
-    process = start("--resume")
+    process = start("--resume")  # with the same file; below from the run folder's own settings
     wait_for_steps(process, 60)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -156,6 +156,11 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
     assert steps == list(range(1, len(steps) + 1)), "no step is lost or repeated"
     state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
     assert state["step"] == steps[-1], "Ctrl-C saves the very step it stopped at"
+    command = [sys.executable, "-m", "quark_fast.train", "--resume", "--output", str(tmp_path / "run")]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
+    assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
 
 
 def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
@@ -191,7 +196,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_other_architectures_and_precisions_train(
     tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, precision: str
 ) -> None:
@@ -201,6 +206,28 @@ def test_other_architectures_and_precisions_train(
     assert (folder / "report.html").exists()
     assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
     assert not (folder / "checkpoint").exists(), "a finished run keeps no checkpoint"
+
+
+def test_fp16_scales_the_loss_and_the_scale_survives_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 1, "steps": 6, "checkpoint_every": 2, "precision": "fp16"}
+
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning") and progress.done == 5:
+            raise SystemError
+
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", model, **settings), listen=stop, **given).train()
+    trainer = Trainer(small(tmp_path / "run", model, **settings, resume=True), **given)
+    assert trainer.accelerator.scaler.get_scale() > 1
+    assert trainer.step == 4
+    trainer.train()
+    Trainer(small(tmp_path / "whole", model, **settings), **given).train()
+    for file in ("metrics.jsonl", "evaluation.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
 
 
 def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
