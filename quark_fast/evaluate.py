@@ -37,10 +37,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.metrics import Sample
-    from quark_fast.prompts import load_prompts, split
+    from quark_fast.prompts import load_prompts
     from quark_fast.report import headline, results_table
     from quark_fast.reward import load_reward
     from quark_fast.rollout import Sampling
+    from quark_fast.run_folder import HELD_OUT
     from quark_fast.tasks import find_task
 
     if arguments.samples < 1 or not 0 < arguments.top_p <= 1:
@@ -59,13 +60,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         raise UsageError(
             f"the run's reward was {trained_on}, a function of its program; name one by --reward"
         )
-    source = arguments.prompts or config.held_out
-    if source:
-        rows = load_prompts(source)
-    elif config.prompts:
-        rows = split(load_prompts(config.prompts))[1]
-    else:
-        rows = task.prompts()[1]
+    rows = load_prompts(arguments.prompts or Path(arguments.run) / HELD_OUT)
     reward.check(rows)
     ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
     policy.check_fits(ids, config.max_new_tokens)

@@ -212,7 +212,8 @@ class Policy:
             ],
         )
         # What batches need: some tokenizers (GPT-2's) name no padding, or pad where generation starts.
-        tokenizer.padding_side = "left"
+        # Saving writes the settings that the tokenizer was made with, not its attributes.
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         if tokenizer.pad_token is None and self.stop_ids:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         return tokenizer

@@ -16,13 +16,14 @@ from quark_fast.config import UsageError
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 
 
 class RunFolder:
     """Paths and atomic writes of one run.
 
-    config.yaml, versions.json, metrics.jsonl, completions.jsonl, evaluation.json(l), report.html, model/
-    and, while the run is not finished, checkpoint/.
+    config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
+    report.html, model/ and, while the run is not finished, checkpoint/.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,7 +59,7 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file."""
         with (self / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""

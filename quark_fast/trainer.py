@@ -36,7 +36,7 @@ from quark_fast.prompts import Row, load_prompts, split
 from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward, describe, load_reward
 from quark_fast.rollout import Conditioning, Sampling, sample
-from quark_fast.run_folder import COMPLETIONS, METRICS, RunFolder
+from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
 from quark_fast.tasks import Task, find_task
 
 
@@ -153,6 +153,7 @@ class Trainer:
         else:
             self.folder.create()
             config.save(self.folder / "config.yaml")
+            self.folder.append(HELD_OUT, self.held_out_rows)
             self.folder.write_json("versions.json", versions(self.device))
 
     def _resume(self) -> None:
@@ -351,8 +352,8 @@ class Trainer:
 
     def _probe(self) -> None:
         """How well the reward tokens tell held-out completions apart by now."""
+        self.listen(Progress("probing", 0, 1))
         if self.probe is None:
-            self.listen(Progress("probing", 0, 1))
             self.probe = Probe.draw(
                 self.policy,
                 self.reference,
