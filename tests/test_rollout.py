@@ -404,6 +404,13 @@ def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) ->
     assert len({tuple(c) for group in first for c in group}) > 10, "samples of a prompt differ"
 
 
+def test_batches_of_one_call_do_not_share_their_luck(tiny_model: Make) -> None:
+    policy = lively_policy(tiny_model())
+    model = policy.frozen_copy(torch.float32)
+    first, second = run(policy, model, [[5], [5]], Conditioning(2), Sampling(8, rows=4), 4, 0)
+    assert first != second
+
+
 def test_batch_comes_out_the_same_whatever_came_before_it(stub: Callable[..., Any]) -> None:
     def next_probs(last: int, quantile: int | None) -> Tensor:
         return tokens(also=[STOP] * (last == 50))
