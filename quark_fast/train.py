@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -52,7 +51,7 @@ class Display:
 def run(config: Config, console: Console) -> None:
     """Train, then show the table and three before/after texts."""
     from quark_fast.machine import keep_freed_memory, quiet_libraries
-    from quark_fast.report import after_names, before_after, headline, results_table
+    from quark_fast.report import after_names, before_after, headline, read_run, results_table
     from quark_fast.trainer import Trainer
 
     quiet_libraries()
@@ -66,12 +65,11 @@ def run(config: Config, console: Console) -> None:
     )
     with display.live:
         folder = trainer.train()
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    lines = (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    console.print(headline(evaluation))
-    console.print(results_table(evaluation))
-    console.print(before_after(rows, mask=not config.show_offensive, after=after_names(evaluation)))
+    finished = read_run(folder)
+    console.print(headline(finished.evaluation))
+    console.print(results_table(finished.evaluation))
+    after = after_names(finished.evaluation)
+    console.print(before_after(finished.evaluation_rows, mask=not config.show_offensive, after=after))
     console.print(f"report:   {folder / 'report.html'}")
     console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 
