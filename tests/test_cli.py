@@ -201,14 +201,6 @@ def test_generate_refuses_bad_input_in_one_line(
     assert named in refused(generate.main, arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for Triton")
-def test_train_refuses_triton_without_a_gpu(
-    refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
-    assert "impl='triton' takes CUDA tensors, not cpu" in refused(train.main, flags(impl="triton"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -395,6 +395,16 @@ def test_growing_logits_rescale_the_sums() -> None:
         assert_as_accurate_as_eager(grown, impl="cpp", kl=kl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slowly_growing_logits_reach_beyond_the_range_of_the_exponential(dtype: torch.dtype) -> None:
+    """Each block is 7 above the one before, which no block notices; the last is 100 above the first."""
+    inputs = make(30001, shape=(3,), extra=0, dtype=dtype, spread=0.2)
+    ramp = torch.linspace(0, 100, 30001).to(dtype)
+    for kl in KLS:
+        for z, r in ((inputs.logits + ramp, inputs.ref_logits), (inputs.logits, inputs.ref_logits + ramp)):
+            assert_as_accurate_as_eager(inputs._replace(logits=z, ref_logits=r), impl="cpp", kl=kl)
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800000], ids=hex)
 @pytest.mark.parametrize("column", [0, 700, 1002])
 @pytest.mark.parametrize("side", ["logits", "ref_logits"])
