@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not there: the launchers' own calls, judged by their machine code."""
+"""The kernels compiled for GPUs that are not there, by the launchers' own calls: their machine code."""
 
 from __future__ import annotations
 
