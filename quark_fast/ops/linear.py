@@ -317,7 +317,7 @@ def _linear_loss(
     if dtype == torch.float16 and weights.numel():
         unit = weights.abs().max().clamp(min=contrast_coef if streams == 2 else 0)
         unit = torch.where(unit == 0, 1, unit)
-    options = (vocab_size, kl_coef, entropy_coef, kl, impl)
+    options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl, impl)
 
     # Autocast would act on the products below, too; their dtype is already decided.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -382,7 +382,7 @@ class _Head:
 
 def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Chunks as (the samples it holds, its rows as places among the N T tokens); no row of weight 0."""
-    samples, length = weights.shape
+    samples = len(weights)
     least = LEAST_ROWS["cpu" if weights.device.type == "cpu" else "other"]
     rows = torch.arange(weights.numel(), device=weights.device)
     if masked:
@@ -391,7 +391,7 @@ def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[t
     # Even: a small last chunk would be a slow one.
     at_once = chunk // streams if chunk else -(-len(rows) // chunks)
     if streams == 1:
-        yield from ((slice(0, 0), some) for some in rows.split(max(1, at_once)) if len(some))
+        yield from ((slice(0, 0), some) for some in torch.split(rows, max(1, at_once)) if len(some))
         return
     counts = (weights != 0).sum(1).tolist()
     first, begin, end = 0, 0, 0
@@ -424,7 +424,7 @@ def _contrast(
     """
     count, (vocab_size, _, _, kl, impl) = len(labels), options
     nll_alone = (vocab_size, 0.0, 0.0, kl, impl)
-    loss, nll, *terms, grad_own = ops.terms_and_gradient(
+    loss, nll, divergence, entropy, grad_own = ops.terms_and_gradient(
         z[:count], r, labels, weights, *options, want_grad=want_grad, inplace=False
     )
     ones = torch.ones_like(weights)
@@ -435,22 +435,22 @@ def _contrast(
     contrast = torch.nn.functional.softplus(-delta)
     loss = loss + coef * contrast.sum()
     if not want_grad:
-        return loss, nll, *terms, contrast, grad_own
+        return loss, nll, divergence, entropy, contrast, grad_own
     weight = coef * torch.sigmoid(-delta)[place // length]
     *_, grad = ops.terms_and_gradient(
         z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone, want_grad=True
     )
     grad[:count] += grad_own
-    return loss, nll, *terms, contrast, grad
+    return loss, nll, divergence, entropy, contrast, grad
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-    """total += grad.T @ hidden, whose sum over chunks stays in the precision of total; = if it is the first."""
+    """total += grad.T @ hidden, or = for the first; the sum over chunks stays in the precision of total."""
     if total.dtype == grad.dtype:
         torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
         return
     block = max(1, BLOCK // total.shape[1])
-    for some, columns in zip(total.split(block), grad.split(block, 1), strict=True):
+    for some, columns in zip(torch.split(total, block), torch.split(grad, block, 1), strict=True):
         product = columns.t() @ hidden
         some.copy_(product) if first else some.add_(product)
 
