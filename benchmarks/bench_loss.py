@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from quark_fast import _C
-from quark_fast.ops.eager import KlDirection
+from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import quark_loss
 
 FULL = os.environ.get("QUARK_FAST_BENCH") == "full"
@@ -28,10 +28,10 @@ SIZES = [(320, 50257), (640, 50257), (320, 49152)] if FULL else [(64, 32768)]
 KL_COEF, ENTROPY_COEF = 0.05, 0.06
 
 # (logits, ref_logits, labels, mask, kl) -> loss
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, KlDirection], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Kl], Tensor]
 
 
-def authors(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: KlDirection) -> Tensor:
+def authors(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
     """The operations of the authors' training step, each on a full-vocabulary tensor of its own."""
     nll = F.cross_entropy(z, labels, reduction="none")
     if kl == "policy_ref":
@@ -44,7 +44,7 @@ def authors(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: KlDirection)
     return (mask * per_token).sum() / mask.sum()
 
 
-def lean(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: KlDirection) -> Tensor:
+def lean(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
     """As few full-vocabulary tensors as eager PyTorch allows, in float32."""
     logp, logq = (
         F.log_softmax(z, -1, dtype=torch.float32),
@@ -64,7 +64,7 @@ compiled = torch.compile(lean, dynamic=False, fullgraph=True)
 
 
 def ours(inplace: bool) -> Loss:
-    def loss(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: KlDirection) -> Tensor:
+    def loss(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
         if inplace:
             z = z.view_as(z)  # in place refuses a leaf; a view is no copy
         return quark_loss(
@@ -91,7 +91,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def forward_backward(loss: Loss, z: Tensor, *rest: Tensor, kl: KlDirection) -> tuple[Tensor, Tensor]:
+def forward_backward(loss: Loss, z: Tensor, *rest: Tensor, kl: Kl) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of z; z itself is used up by ours-inplace."""
     leaf = z.detach().requires_grad_()
     value = loss(leaf, *rest, kl=kl)
@@ -120,7 +120,7 @@ def bench_forward_backward(
     benchmark: BenchmarkFixture,
     inputs: tuple[str, tuple[Tensor, ...]],
     name: str,
-    kl: KlDirection,
+    kl: Kl,
 ) -> None:
     size, tensors = inputs
     benchmark.group = f"{size}-{kl}"

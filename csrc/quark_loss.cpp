@@ -103,7 +103,7 @@ inline float exp_below_headroom(float x) {
 
 // The running moments of one row, relative to the running maxima m and u. With y = z - m and
 // q = r - u:  s = sum e^y,  a = sum e^y y,  t = sum e^q,
-// b = sum e^y (y - q) for policy_ref or sum e^q (q - y) for ref_policy.
+// b = sum e^y (y - q) for policy_ref, sum e^q (q - y) for ref_policy, sum e^q q for sampled.
 struct Moments {
   float m = -INFINITY, u = -INFINITY;
   double s = 0, a = 0, t = 0, b = 0;
@@ -116,6 +116,7 @@ struct Moments {
     const double c = ::exp(d);
     if (kl == Kl::policy_ref) b = c * (b + (d - k) * s);
     if (kl == Kl::ref_policy) b = ::exp(k) * (b + (k - d) * t);
+    if (kl == Kl::sampled) b = ::exp(k) * (b + k * t);
     a = c * (a + d * s);
     s *= c;
     t *= ::exp(k);
@@ -161,6 +162,7 @@ Block sum_block(const Z* z, const R* r, int64_t count, float m, float u) {
       // One product of (y - q): separate sums would lose 2 to 3 times the accuracy of the KL.
       if (kl == Kl::policy_ref) b += p * (y < kLog0 ? 0 : y - q);
       if (kl == Kl::ref_policy) b += p_ref * (q < kLog0 ? 0 : q - y);
+      if (kl == Kl::sampled) b += p_ref * (q < kLog0 ? 0 : q);  // to see a NaN, like a
     }
   }
   return {s, a, t, b, top_z, top_r};
@@ -193,16 +195,17 @@ Moments moments(const Z* z, const R* r, int64_t vocab) {
   return sum;
 }
 
-// The gradient of one element, without the label's -weight:
+// The gradient of one element, without the label's -weight * nll_coef:
 //   policy_ref: e^y (c0 + c1 y + c2 q)      ref_policy: e^y (c0 + c1 y) + c2 e^q
 struct Gradient {
   float m, u, c0, c1, c2;
 
-  Gradient(Kl kl, const RowStats& row, double weight, double kl_coef, double entropy_coef)
+  Gradient(Kl kl, const RowStats& row, double weight, double nll_coef, double kl_coef,
+           double entropy_coef)
       : m(row.m), u(row.u) {
     const double log_s = ::log(double(row.s));
     const double scale = weight / row.s;
-    double k0 = 1 + entropy_coef * (row.entropy - log_s);
+    double k0 = nll_coef + entropy_coef * (row.entropy - log_s);
     double k1 = entropy_coef;
     double k2 = 0;
     if (kl == Kl::policy_ref) {
@@ -234,10 +237,10 @@ struct Gradient {
 };
 
 template <Kl kl, class Z, class R>
-void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t label, float weight,
-                    int64_t vocab, int64_t width, Z* grad) {
+void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t label,
+                    float label_weight, int64_t vocab, int64_t width, Z* grad) {
   // Before the loop, which may overwrite z; in float32, before the rounding to the dtype.
-  const float at_label = gradient.at<kl>(z, r, label) - weight;
+  const float at_label = gradient.at<kl>(z, r, label) - label_weight;
   const Gradient g = gradient;  // a copy cannot change below the loop's stores
   if (g.finite()) {
 #pragma omp simd
@@ -247,6 +250,11 @@ void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t la
     for (int64_t i = 0; i < vocab; ++i) store_nan(grad[i]);
   }
   if (width > vocab) memset(grad + vocab, 0, size_t(width - vocab) * sizeof(Z));
+}
+
+// log p[label] - log p_ref[label], from the logits of the label.
+double log_ratio(const RowStats& row, float z, float r) {
+  return (double(z) - row.m - ::log(double(row.s))) - (double(r) - row.u - ::log(double(row.t)));
 }
 
 int64_t offset(const Rows& rows, int64_t n) {
@@ -269,13 +277,19 @@ void write_gradient_row(const Problem& p, int64_t n, const RowStats& stats, doub
     memset(grad, 0, size_t(p.width) * sizeof(Z));
     return;
   }
-  // Without a coefficient, an infinite KL must not reach the gradient.
-  const Kl kl = p.kl_coef == 0 ? Kl::none : p.kl;
-  const Gradient gradient(kl, stats, weight, p.kl_coef, p.entropy_coef);
+  // Without a coefficient, an infinite KL must not reach the gradient. The sampled KL changes with
+  // log p[label] alone: by d = log p[label] - log p_ref[label] times what the nll does, negated.
+  Kl kl = p.kl_coef == 0 ? Kl::none : p.kl;
+  double nll_coef = 1;
+  if (kl == Kl::sampled) {
+    nll_coef -= p.kl_coef * log_ratio(stats, load(z[p.labels[n]]), load(r[p.labels[n]]));
+    kl = Kl::none;
+  }
+  const Gradient gradient(kl, stats, weight, nll_coef, p.kl_coef, p.entropy_coef);
   const auto write = kl == Kl::none         ? write_gradient<Kl::none, Z, R>
                      : kl == Kl::policy_ref ? write_gradient<Kl::policy_ref, Z, R>
                                             : write_gradient<Kl::ref_policy, Z, R>;
-  write(gradient, z, r, p.labels[n], float(weight), p.vocab, p.width, grad);
+  write(gradient, z, r, p.labels[n], float(weight * nll_coef), p.vocab, p.width, grad);
 }
 
 template <class Z, class R>
@@ -288,18 +302,25 @@ RowStats forward_row(const Problem& p, const RowOutputs& out, int64_t n) {
   const R* r = row_of<R>(p.ref, n);
   const auto measure = p.kl == Kl::none         ? moments<Kl::none, Z, R>
                        : p.kl == Kl::policy_ref ? moments<Kl::policy_ref, Z, R>
-                                                : moments<Kl::ref_policy, Z, R>;
+                       : p.kl == Kl::ref_policy ? moments<Kl::ref_policy, Z, R>
+                                                : moments<Kl::sampled, Z, R>;
   const Moments sum = measure(z, r, p.vocab);
-  // Of a NaN logit, exp_below_headroom may make a number; a, which multiplies by it, is NaN.
-  const double log_s = isnan(sum.a) ? NAN : ::log(sum.s);
-  const double log_t = ::log(sum.t);
-  const double kl = p.kl == Kl::none         ? 0
-                    : p.kl == Kl::policy_ref ? sum.b / sum.s - log_s + log_t
-                                             : sum.b / sum.t - log_t + log_s;
-  out.nll[n] = float(double(sum.m) - load(z[p.labels[n]]) + log_s);
-  out.kl[n] = float(kl);
-  out.entropy[n] = float(log_s - sum.a / sum.s);
-  return {sum.m, float(sum.s), sum.u, float(sum.t), out.kl[n], out.entropy[n]};
+  // Of a NaN logit, exp_below_headroom may make a number; a and b, which multiply by it, are NaN.
+  const double s = isnan(sum.a) ? NAN : sum.s, t = isnan(sum.b) ? NAN : sum.t;
+  const double log_s = ::log(s), log_t = ::log(t);
+  const int64_t label = p.labels[n];
+  RowStats stats{sum.m, float(s), sum.u, float(t), 0, 0};
+  double kl = 0;
+  if (p.kl == Kl::policy_ref) kl = sum.b / s - log_s + log_t;
+  if (p.kl == Kl::ref_policy) kl = sum.b / t - log_t + log_s;
+  if (p.kl == Kl::sampled) {
+    const double d = log_ratio(stats, load(z[label]), load(r[label]));
+    kl = d * d / 2;
+  }
+  out.nll[n] = float(double(sum.m) - load(z[label]) + log_s);
+  stats.kl = out.kl[n] = float(kl);
+  stats.entropy = out.entropy[n] = float(log_s - sum.a / s);
+  return stats;
 }
 
 template <class Z, class R>
