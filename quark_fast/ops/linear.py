@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quark_fast.ops import eager
 from quark_fast.ops import loss as ops
-from quark_fast.ops.eager import KlDirection
+from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import Implementation, QuarkLoss
 
 # Rows of a chunk below which the matrix products lose time: measured on the CPU (benchmarks/bench_linear.py);
@@ -25,7 +26,7 @@ LEAST_ROWS = {"cpu": 160, "other": 2048}
 MOST_CHUNKS = 8
 # Elements of the weight's gradient that are made in half precision at a time, to be added in float32 while
 # they are still in the cache.
-BLOCK = 2**22
+BLOCK = 2**21
 
 
 def linear_quark_loss(
@@ -40,7 +41,7 @@ def linear_quark_loss(
     ref_bias: Tensor | None = None,
     kl_coef: float = 0.05,
     entropy_coef: float = 0.06,
-    kl: KlDirection = "policy_ref",
+    kl: Kl = "policy_ref",
     impl: Implementation = "auto",
     normalizer: float | None = None,
     vocab_size: int | None = None,
@@ -84,7 +85,8 @@ def linear_quark_loss(
             requires grad; the message names the value and the mend.
         RuntimeError: a second derivative is asked for.
 
-    Under torch.compile it is one opaque operator, without a graph break.
+    Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
+    whole, for the compiler to plan.
     """
     dtype, ref_dtype = (_product_dtype(t) for t in (hidden, ref_hidden))
     _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, chunk)
@@ -97,6 +99,16 @@ def linear_quark_loss(
     weights = ops._weights(logits, mask, labels, normalizer)
     labels = labels.long()
     ops._check_labels(labels, weights, vocab_size)
+    chosen = ops._choose(impl, logits, ref_logits)
+    if chosen == "eager" and torch.compiler.is_compiling():  # autograd inside an operator fails there
+        live = (weights != 0).unsqueeze(-1)
+        hidden = torch.where(live, hidden, 0)
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        r = None
+        if ref_hidden is not None and ref_weight is not None:
+            r = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+        problem = (z, r, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+        return QuarkLoss(*eager.quark_loss(*problem))
     rows = labels.numel()
     loss, *terms = _linear_loss(
         hidden.reshape(1, rows, 1, hidden.shape[-1]),
@@ -113,7 +125,7 @@ def linear_quark_loss(
         entropy_coef,
         kl,
         0.0,
-        ops._choose(impl, logits, ref_logits),
+        chosen,
         dtype,
         ref_dtype,
         0 if chunk is None else chunk,
@@ -138,7 +150,7 @@ def linear_contrast_loss(
     ref_bias: Tensor | None = None,
     kl_coef: float = 0.05,
     entropy_coef: float = 0.06,
-    kl: KlDirection = "policy_ref",
+    kl: Kl = "policy_ref",
     impl: Implementation = "auto",
     chunk: int | None = None,
 ) -> tuple[QuarkLoss, Tensor]:
@@ -312,11 +324,12 @@ def _linear_loss(
     streams, samples, length, width = hidden.shape
     exact = weights.dtype
     want_any = want_hidden or want_weight or want_bias
-    # A float16 gradient divided by the number of tokens would underflow: compute it of size 1.
     unit = weights.new_ones(())
     if dtype == torch.float16 and weights.numel():
-        unit = weights.abs().max().clamp(min=contrast_coef if streams == 2 else 0)
-        unit = torch.where(unit == 0, 1, unit)
+        # A float16 gradient divided by the number of tokens would underflow: compute it of size 1. A power
+        # of two, so that taking it back rounds nothing.
+        exponent = weights.abs().max().clamp(min=contrast_coef if streams == 2 else 0).frexp().exponent
+        unit = torch.ldexp(unit, exponent)
     options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl, impl)
 
     # Autocast would act on the products below, too; their dtype is already decided.
@@ -493,7 +506,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ops._only_the_loss_is_differentiable(ctx, output)
 
 
-def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # the loss takes no part in what is differentiated
+        return tuple([None] * ctx.inputs)
     unit, *grads = ctx.saved_tensors
     traced = type(unit) is not Tensor
     if torch.is_grad_enabled() and not traced:

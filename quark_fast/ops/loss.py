@@ -254,7 +254,7 @@ def terms_and_gradient(
     vocab_size: int,
     kl_coef: float,
     entropy_coef: float,
-    kl: KlDirection,
+    kl: Kl,
     impl: Literal["eager", "cpp"],
     *,
     want_grad: bool,
