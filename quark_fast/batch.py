@@ -118,15 +118,26 @@ def make_batch(
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
     """(N, C, >= V) logits of each completion token, given everything before it."""
-    length, width = batch.labels.shape[1], batch.ids.shape[1]
-    # The last completion token predicts nothing that is trained on.
-    before = torch.arange(width - length - 1, width - 1, device=batch.ids.device)
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    logits: Tensor = model(
-        batch.ids,
-        attention_mask=batch.attention_mask,
-        position_ids=positions,
-        logits_to_keep=before,
-        use_cache=False,
-    ).logits
+    logits: Tensor = model(**_inputs(batch), logits_to_keep=_before_completion(batch)).logits
     return logits
+
+
+def completion_hidden(model: Any, batch: Batch) -> Tensor:
+    """(N, C, D) what the model's head takes to predict each completion token (``policy.linear_head``)."""
+    hidden: Tensor = model.base_model(**_inputs(batch)).last_hidden_state
+    return hidden[:, _before_completion(batch)]
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+
+
+def _before_completion(batch: Batch) -> Tensor:
+    """The columns that predict the completion; its last token predicts nothing that is trained on."""
+    length, width = batch.labels.shape[1], batch.ids.shape[1]
+    return torch.arange(width - length - 1, width - 1, device=batch.ids.device)

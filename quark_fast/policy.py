@@ -219,6 +219,38 @@ class Policy:
         return tokenizer
 
 
+@torch.no_grad()
+def linear_head(model: Any) -> nn.Linear | None:
+    """The layer W, b for which the model's logits are exactly W h + b, h its body's last hidden states.
+
+    None for a model that does more: cap or scale its logits (Gemma 2, Granite, Cohere), or change the
+    hidden states on their way to the head (MiniCPM). Both are tried out on a few tokens, with numbers in
+    place of the head's output that no cap or scale leaves alone, since those of a small model may be too
+    small to show it.
+    """
+    head, body = model.get_output_embeddings(), model.base_model
+    if type(head) is not nn.Linear or body is model:
+        return None
+    ids = torch.arange(min(4, len(head.weight)), device=head.weight.device).unsqueeze(0)
+    ramp = torch.linspace(-100, 100, len(head.weight), device=head.weight.device, dtype=head.weight.dtype)
+    taken: list[Tensor] = []
+
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        taken.append(inputs[0])
+        return ramp.expand_as(output)
+
+    hook = head.register_forward_hook(watch)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None or len(taken) != 1 or taken[0].shape != hidden.shape:
+        return None
+    same = (taken[0] - hidden).abs().max() <= 1e-3 * hidden.abs().max()
+    return head if same and torch.equal(logits, ramp.expand_as(logits).to(logits.dtype)) else None
+
+
 def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
     looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")

@@ -23,12 +23,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from quark_fast import assets
-from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
+from quark_fast.batch import Draws, plan_batches
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.evaluation import HeldOut, Probe, describe_evaluation, evaluate, modes, summarise
 from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
-from quark_fast.ops.contrast import contrast_loss
+from quark_fast.objective import Objective
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
 from quark_fast.pool import RolloutPool
@@ -126,6 +126,9 @@ class Trainer:
         self.reference, _ = load_pretrained(source, self.sampling_dtype)
         self.reference.to(self.device).eval().requires_grad_(False)
         self.reference.set_attn_implementation(FAST_ATTENTION)
+        self.objective = Objective(
+            config, self.policy, self.reference, self.device, self.accelerator.autocast
+        )
         rows = model.get_input_embeddings().rows
         body = [p for p in model.parameters() if p.requires_grad and p is not rows]
         self.groups: list[dict[str, Any]] = [
@@ -154,7 +157,10 @@ class Trainer:
             self.folder.create()
             config.save(self.folder / "config.yaml")
             self.folder.append(HELD_OUT, self.held_out_rows)
-            self.folder.write_json("versions.json", versions(self.device))
+            self.folder.write_json("versions.json", self._versions())
+
+    def _versions(self) -> dict[str, Any]:
+        return versions(self.device) | {"loss": self.objective.description}
 
     def _resume(self) -> None:
         loaded = self.folder.load_checkpoint()
@@ -387,13 +393,14 @@ class Trainer:
         sums: dict[str, float] = {}
         for start in range(0, len(chosen), config.micro_batch):
             part = slice(start, start + config.micro_batch)
-            terms = self._backward(
+            loss, terms = self.objective(
                 [row.tolist() for row in samples.prompts[part]],
                 [row.tolist() for row in samples.completions[part]],
                 labels[chosen[part]].tolist(),
                 total,
                 len(chosen),
             )
+            self.accelerator.backward(loss)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
         parameters = [p for group in self.groups for p in group["params"]]
@@ -413,65 +420,6 @@ class Trainer:
             "tokens_per_s": total / seconds,
             "seconds": seconds,
         }
-
-    def _backward(
-        self,
-        prompts: list[list[int]],
-        completions: list[list[int]],
-        quantiles: list[int],
-        tokens: int,
-        samples: int,
-    ) -> dict[str, float]:
-        """Gradient of one micro-batch, as its part of a batch of so many tokens and samples.
-
-        NLL under each sample's own reward token + KL to the reference, which sees no token + contrast
-        with the mirror token. The terms come back as the micro-batch's share of the batch's means.
-        """
-        config, vocabulary = self.config, self.policy.vocabulary
-        streams = [quantiles]
-        if config.contrast_coef:
-            streams.append([self.policy.quantiles - 1 - k for k in quantiles])
-        batch = make_batch(
-            self.policy,
-            prompts * len(streams),
-            completions * len(streams),
-            [k for stream in streams for k in stream],
-            self.device,
-        )
-        with self.accelerator.autocast():
-            logits = completion_logits(self.policy.model, batch)
-        logits = torch.unflatten(logits, 0, (len(streams), len(prompts)))
-        labels, mask = batch.labels[: len(prompts)], batch.mask[: len(prompts)]
-        ref_logits = None
-        if config.kl_coef:
-            plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
-            with torch.no_grad():
-                ref_logits = completion_logits(self.reference, plain)
-        out = quark_loss(
-            logits[0],
-            ref_logits,
-            labels,
-            mask,
-            kl_coef=config.kl_coef,
-            entropy_coef=config.entropy_coef,
-            kl=config.kl,
-            impl=config.impl,
-            inplace=not config.contrast_coef,  # the contrast reads the logits, too
-            normalizer=tokens,
-            vocab_size=vocabulary,
-        )
-        loss = out.loss
-        terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
-        terms["loss"] = float(out.loss.detach())
-        if config.contrast_coef:
-            value, surrogate = contrast_loss(
-                logits, labels, mask, vocab_size=vocabulary, samples=samples, impl=config.impl
-            )
-            loss = loss + config.contrast_coef * surrogate
-            terms["contrast"] = float(value.sum()) / samples
-            terms["loss"] += config.contrast_coef * terms["contrast"]
-        self.accelerator.backward(loss)
-        return terms
 
     # ---------------------------------------------------------------- the end
 
@@ -516,7 +464,7 @@ class Trainer:
         self.listen(Progress("writing the model and the report", 0, 1))
         dtype = self.reference.config.dtype
         self.policy.export(self.folder / "model", dtype if isinstance(dtype, torch.dtype) else torch.float32)
-        record = versions(self.device) | {"minutes": round(self.seconds / 60, 1)}
+        record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
         self.folder.write_json("versions.json", record)
         write_report(self.folder.path)
         self.folder.drop_checkpoint()

@@ -18,7 +18,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 LAYERS = [
     {"train", "evaluate", "generate"},
     {"trainer", "finished"},
-    {"rollout", "batch", "evaluation", "report", "metrics"},
+    {"objective", "rollout", "batch", "evaluation", "report", "metrics"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
     {"_C"},
 ]

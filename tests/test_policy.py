@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import WORDS, save_tiny_model, sharpen, tiny_config, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from quark_fast.config import UsageError
-from quark_fast.policy import Policy, RewardEmbedding, load_pretrained, reward_token
+from quark_fast.policy import Policy, RewardEmbedding, linear_head, load_pretrained, reward_token
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
 SEPARATOR_ID = WORDS
@@ -422,3 +423,81 @@ def test_training_on_from_an_export_starts_without_its_reward_token_in_front(cas
     assert again.vocabulary == VOCABULARY
     with pytest.raises(UsageError, match=r"'<\|reward_2\|>' of the tokenizer"):
         Policy.create(case["folder"], quantiles=2)
+
+
+# --- The head -------------------------------------------------------------------------------------
+
+HEADS = {
+    # name: (configuration, whether its logits are its hidden states times one matrix)
+    "llama": (lambda v: tiny_config("llama", v), True),
+    "gpt2": (lambda v: tiny_config("gpt2", v), True),
+    "qwen2": (lambda v: tiny_config("qwen2", v), True),
+    "opt, projected": (
+        lambda v: transformers.OPTConfig(
+            vocab_size=v, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=64,
+        ),
+        True,
+    ),
+    "phi, with a bias": (
+        lambda v: transformers.PhiConfig(
+            vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        ),
+        True,
+    ),
+    "gemma2, soft-capped": (
+        lambda v: transformers.Gemma2Config(
+            vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16,
+        ),
+        False,
+    ),
+    "granite, scaled": (
+        lambda v: transformers.GraniteConfig(
+            vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, logits_scaling=8.0,
+        ),
+        False,
+    ),
+    "cohere, scaled": (
+        lambda v: transformers.CohereConfig(
+            vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1,
+        ),
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_is_linear_only_where_the_logits_are_hidden_states_times_one_matrix(name: str) -> None:
+    """At a random start the logits are so small that a soft cap changes none by more than rounding."""
+    make, expected = HEADS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(make(64)).eval()
+    head = linear_head(model)
+    assert (head is not None) == expected
+    assert not model.get_output_embeddings()._forward_hooks, "what was hooked is as before"
+    if head is not None:
+        ids = torch.arange(20, 30).unsqueeze(0)
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids).last_hidden_state
+            torch.testing.assert_close(head(hidden), model(input_ids=ids).logits)
+
+
+def test_head_of_a_model_that_changes_hidden_states_on_their_way_is_not_linear() -> None:
+    """As MiniCPM does: the capped output alone would not show it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", 64)).eval()
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 4,))
+    assert linear_head(model) is None
+    hook.remove()
+    assert linear_head(model) is head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_of_a_frozen_copy_with_fast_attention_is_linear(dtype: torch.dtype, tiny_model: Make) -> None:
+    policy = Policy.create(tiny_model(), quantiles=3)
+    assert linear_head(policy.model) is policy.model.lm_head
+    assert linear_head(policy.frozen_copy(dtype)) is not None

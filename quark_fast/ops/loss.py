@@ -272,6 +272,42 @@ def _check_overwritable(logits: Tensor) -> None:
         )
 
 
+def terms_and_gradient(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    kl_coef: float,
+    entropy_coef: float,
+    kl: Kl,
+    impl: Literal["eager", "cpp"],
+    *,
+    want_grad: bool,
+    inplace: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H and the gradient of the loss, at once and without autograd.
+
+    For `quark_fast.ops.linear`, whose operator is the one that autograd sees. The gradient is in the dtype
+    of the logits and, if `inplace`, may be in their memory; without `want_grad` it is empty.
+    """
+    problem = (ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    if impl == "eager":
+        if not want_grad:
+            return (*eager.quark_loss(logits, *problem), logits.new_empty(0))
+
+        def values(z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            out = eager.quark_loss(z, *problem)
+            return out[0], out
+
+        # Not Tensor.backward: autograd does not record below an operator.
+        grad, out = torch.func.grad(values, has_aux=True)(logits)
+        return (*out, grad)
+    grad = logits if want_grad and inplace else cpp.new_gradient(logits) if want_grad else None
+    *out, _ = cpp.forward(logits, *problem, grad=grad)
+    return (*out, logits.new_empty(0) if grad is None else grad)
+
+
 # --- The operators, as torch sees them ---------------------------------------------------------
 
 

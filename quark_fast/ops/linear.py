@@ -1,0 +1,538 @@
+"""The loss from hidden states: the last linear layer and `quark_loss` in one, logits never whole.
+
+The rows are cut into chunks. Each chunk's logits of policy and reference are made, turned into the
+gradient of the logits where they lie, and multiplied back into the gradients of hidden states and
+weight before the next chunk takes their place. So all gradients exist when the forward ends, and the
+backward only scales them (as Liger Kernel's fused cross entropy does, arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quark_fast.ops import eager
+from quark_fast.ops import loss as ops
+from quark_fast.ops.eager import Kl
+from quark_fast.ops.loss import Implementation, QuarkLoss
+
+# Rows of a chunk below which the matrix products lose time: measured on the CPU (benchmarks/bench_linear.py);
+# elsewhere from bytes, so that adding up the weight's gradient, which is read and written once a chunk, stays
+# below the product itself.
+LEAST_ROWS = {"cpu": 160, "other": 2048}
+MOST_CHUNKS = 8
+# Elements of the weight's gradient that are made in half precision at a time, to be added in float32 while
+# they are still in the cache.
+BLOCK = 2**21
+
+
+def linear_quark_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl_coef: float = 0.05,
+    entropy_coef: float = 0.06,
+    kl: Kl = "policy_ref",
+    impl: Implementation = "auto",
+    normalizer: float | None = None,
+    vocab_size: int | None = None,
+    chunk: int | None = None,
+) -> QuarkLoss:
+    """`quark_loss` of logits that are never whole: neither the policy's nor the reference's.
+
+        logits = hidden @ weight.T + bias,   ref_logits = ref_hidden @ ref_weight.T + ref_bias
+
+    and then the equation of `quark_loss`, to the same accuracy. Extra memory is the logits of one chunk,
+    twice, and the weight's gradient; `quark_loss` needs both logits and a gradient of their size.
+
+    It is right only where the model's logits are just that product. Soft-capped or scaled logits
+    (Gemma 2, Granite, Cohere) need `quark_loss`.
+
+    Rows of mask 0 are dropped before any product: they cost nothing, and a NaN there does not matter.
+    On a GPU, counting the rest waits for the device once; no mask, no wait.
+
+    Args:
+        hidden: (..., D) last hidden states of the policy, as its head takes them; float32, bfloat16,
+            float16, or float64 (in "eager").
+        weight: (>= V, D) of the policy's head, in the dtype of hidden; tied or not. Under torch.autocast
+            both may differ and the products run in autocast's dtype, as torch.nn.Linear's do.
+        ref_hidden, ref_weight: (..., D_ref) and (>= V, D_ref), likewise, of the frozen reference; None and
+            None for no KL, with kl_coef=0 and vocab_size.
+        labels, mask: (...) as for `quark_loss`.
+        bias, ref_bias: (>= V,) of the heads that have one.
+        kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
+        vocab_size: V; by default the rows of ref_weight.
+        chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
+            logits, but at least 160 on the CPU and 2048 elsewhere, below which time would be lost.
+
+    Returns:
+        loss (scalar, differentiable in hidden, weight and bias, each where it requires grad), and nll, kl,
+        entropy (shaped like labels), all in float32. The weight's gradient is summed over chunks in
+        float32 before it is rounded to the weight's dtype. In float16 no gradient underflows for being
+        divided by the number of tokens: they are made of size 1 and scaled in float32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit, or a reference that
+            requires grad; the message names the value and the mend.
+        RuntimeError: a second derivative is asked for.
+
+    Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
+    whole, for the compiler to plan.
+    """
+    dtype, ref_dtype = (_product_dtype(t) for t in (hidden, ref_hidden))
+    _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, chunk)
+    # Stand-ins of no size: what quark_loss would check on the logits themselves.
+    logits = _stand_in(hidden, weight, dtype)
+    ref_logits = (
+        None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
+    )
+    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    weights = ops._weights(logits, mask, labels, normalizer)
+    labels = labels.long()
+    ops._check_labels(labels, weights, vocab_size)
+    chosen = ops._choose(impl, logits, ref_logits)
+    if chosen == "eager" and torch.compiler.is_compiling():  # autograd inside an operator fails there
+        live = (weights != 0).unsqueeze(-1)
+        hidden = torch.where(live, hidden, 0)
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        r = None
+        if ref_hidden is not None and ref_weight is not None:
+            r = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+        problem = (z, r, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+        return QuarkLoss(*eager.quark_loss(*problem))
+    rows = labels.numel()
+    loss, *terms = _linear_loss(
+        hidden.reshape(1, rows, 1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if ref_hidden is None else ref_hidden.reshape(rows, 1, ref_hidden.shape[-1]),
+        ref_weight,
+        ref_bias,
+        labels.reshape(rows, 1),
+        weights.reshape(rows, 1),
+        mask is not None,
+        vocab_size,
+        kl_coef,
+        entropy_coef,
+        kl,
+        0.0,
+        chosen,
+        dtype,
+        ref_dtype,
+        0 if chunk is None else chunk,
+        *_wanted(hidden, weight, bias),
+    )[:4]
+    return QuarkLoss(loss, *(term.detach().view(labels.shape) for term in terms))
+
+
+def linear_contrast_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    contrast_coef: float,
+    samples: int,
+    normalizer: float,
+    vocab_size: int,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl_coef: float = 0.05,
+    entropy_coef: float = 0.06,
+    kl: Kl = "policy_ref",
+    impl: Implementation = "auto",
+    chunk: int | None = None,
+) -> tuple[QuarkLoss, Tensor]:
+    """`linear_quark_loss` of the own rows + contrast_coef times the contrast term, from one pass over both.
+
+    The contrast term (see `quark_fast.ops.contrast`) of a sample needs nothing but the sample's own and
+    mirror rows, so a chunk is some whole samples: each row goes through the head once, as without the term.
+
+    Args:
+        hidden: (2, N, T, D), the own rows first, then the same completions under the mirror token.
+        ref_hidden: (N, T, D_ref), or None for no KL.
+        labels, mask: (N, T); the mask is bool.
+        contrast_coef: weight of the sum of -log sigma(delta) / samples, per nat.
+        samples: number of samples in the whole batch, of which N may be a part.
+        normalizer: number of tokens in the whole batch.
+        chunk: rows at a time, of both streams together; a sample is never cut.
+    Returns:
+        (the loss, contrast included, with nll, kl, entropy of the own rows; (N,) detached -log sigma(delta)).
+    """
+    dtype, ref_dtype = (_product_dtype(t) for t in (hidden, ref_hidden))
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; the contrast term counts whole tokens, pass bool")
+    if hidden.dim() != 4 or len(hidden) != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (2, N, T, D), own and mirror rows")
+    _check_heads(hidden[0], weight, bias, ref_hidden, ref_weight, ref_bias, labels, chunk)
+    logits = _stand_in(hidden[0], weight, dtype)
+    ref_logits = (
+        None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
+    )
+    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    weights = ops._weights(logits, mask, labels, normalizer)
+    labels = labels.long()
+    ops._check_labels(labels, weights, vocab_size)
+    loss, *terms, contrast = _linear_loss(
+        hidden,
+        weight,
+        bias,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        labels,
+        weights,
+        True,
+        vocab_size,
+        kl_coef,
+        entropy_coef,
+        kl,
+        contrast_coef / samples,
+        ops._choose(impl, logits, ref_logits),
+        dtype,
+        ref_dtype,
+        0 if chunk is None else chunk,
+        *_wanted(hidden, weight, bias),
+    )[:5]
+    return QuarkLoss(loss, *(term.detach() for term in terms)), contrast.detach()
+
+
+# --- What can be known before the work ---------------------------------------------------------
+
+
+def _product_dtype(hidden: Tensor | None) -> torch.dtype:
+    """The dtype in which torch.nn.Linear would compute here: autocast's where it is on."""
+    if hidden is None:
+        return torch.float32
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _check_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    chunk: int | None,
+) -> None:
+    if (ref_hidden is None) != (ref_weight is None):
+        given, other = ("ref_weight", "ref_hidden") if ref_hidden is None else ("ref_hidden", "ref_weight")
+        raise ValueError(f"{given} without {other}; pass both, or neither and kl_coef=0")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk = {chunk}; give at least 1 row, or None")
+    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but the reference is frozen; compute it under torch.no_grad() or"
+                f" pass {name}.detach()"
+            )
+    sides = (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias))
+    for side, states, matrix, offset in sides:
+        if states is None or matrix is None:
+            continue
+        if not states.is_floating_point() or states.dim() == 0 or states.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"{side}hidden is {states.dtype} of shape {tuple(states.shape)}; for labels of shape"
+                f" {tuple(labels.shape)} pass floating-point hidden states of the same shape and one more"
+                " dimension"
+            )
+        if matrix.dim() != 2 or matrix.shape[1] != states.shape[-1]:
+            raise ValueError(
+                f"{side}weight of shape {tuple(matrix.shape)} does not fit {side}hidden of width"
+                f" {states.shape[-1]}; pass the (vocabulary, width) weight of the head"
+            )
+        if offset is not None and offset.shape != matrix.shape[:1]:
+            raise ValueError(
+                f"{side}bias of shape {tuple(offset.shape)} does not fit {side}weight of shape"
+                f" {tuple(matrix.shape)}"
+            )
+        autocast = torch.is_autocast_enabled(states.device.type)
+        for name, tensor in ((f"{side}weight", matrix), (f"{side}bias", offset)):
+            if tensor is None:
+                continue
+            if tensor.device != states.device:
+                raise ValueError(f"{name} is on {tensor.device}, {side}hidden on {states.device}; move one")
+            if tensor.dtype != states.dtype and not (autocast and tensor.is_floating_point()):
+                raise ValueError(
+                    f"{name} is {tensor.dtype}, {side}hidden {states.dtype}; convert one, or use"
+                    " torch.autocast"
+                )
+
+
+def _stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Something with the shape, dtype and device of the logits, in the memory of one number."""
+    return hidden.detach().new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
+
+
+def _wanted(*tensors: Tensor | None) -> list[bool]:
+    """Whether each gradient is wanted."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+# --- The operator ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("quark_fast::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    masked: bool,
+    vocab_size: int,
+    kl_coef: float,
+    entropy_coef: float,
+    kl: str,
+    contrast_coef: float,
+    impl: str,
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    chunk: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, contrast, and the gradients of loss / unit with their unit.
+
+    Args:
+        hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast term.
+        ref_hidden: (N, T, D_ref). labels, weights: (N, T). masked: whether a weight may be 0.
+    Returns:
+        loss (), nll, KL, H (N, T), contrast (N,) or (0,), unit (), and the gradients of hidden in `dtype`,
+        of weight and bias in float32 (float64 for float64); (0,) for one that is not wanted.
+    """
+    streams, samples, length, width = hidden.shape
+    exact = weights.dtype
+    want_any = want_hidden or want_weight or want_bias
+    unit = weights.new_ones(())
+    if dtype == torch.float16 and weights.numel():
+        # A float16 gradient divided by the number of tokens would underflow: compute it of size 1. A power
+        # of two, so that taking it back rounds nothing.
+        exponent = weights.abs().max().clamp(min=contrast_coef if streams == 2 else 0).frexp().exponent
+        unit = torch.ldexp(unit, exponent)
+    options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl, impl)
+
+    # Autocast would act on the products below, too; their dtype is already decided.
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(weight, bias, dtype)
+        ref_head = None if ref_weight is None else _Head(ref_weight, ref_bias, ref_dtype)
+        nll, divergence, entropy = (weights.new_zeros(samples * length) for _ in range(3))
+        contrast = weights.new_zeros(samples if streams == 2 else 0)
+        loss = weights.new_zeros(())
+        grad_hidden = weights.new_zeros(hidden.shape if want_hidden else 0, dtype=dtype)
+        grad_weight = weights.new_empty(weight.shape if want_weight else 0)
+        grad_bias = weights.new_zeros(bias.shape if bias is not None and want_bias else 0)
+        first = True
+        all_hidden, all_grad = hidden.reshape(-1, width), grad_hidden.view(-1, width)
+        for part, rows in _plan(weights, masked, streams, chunk):
+            both = torch.cat([rows + stream * samples * length for stream in range(streams)])
+            h = all_hidden[both].to(dtype)
+            z = head.logits(h)
+            r = None
+            if ref_head is not None and ref_hidden is not None:
+                r = ref_head.logits(ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows].to(ref_dtype))
+            problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit)
+            if streams == 2:
+                place = rows - part.start * length
+                share, *terms, contrast[part], grad = _contrast(
+                    *problem, place, part.stop - part.start, length, contrast_coef / unit, want_any, options
+                )
+            else:
+                share, *terms, grad = ops.terms_and_gradient(*problem, *options, want_grad=want_any)
+            loss += share
+            for whole, term in zip((nll, divergence, entropy), terms, strict=True):
+                whole[rows] = term
+            if want_hidden:
+                all_grad[both] = grad @ head.weight
+            if want_weight:
+                _add_product(grad_weight, grad, h, first)
+            if want_bias:
+                grad_bias += grad.sum(0, dtype=exact)
+            first = False
+        if first:
+            grad_weight.zero_()
+    nll, divergence, entropy = (term.view(samples, length) for term in (nll, divergence, entropy))
+    return loss * unit, nll, divergence, entropy, contrast, unit, grad_hidden, grad_weight, grad_bias
+
+
+class _Head:
+    """A linear layer that writes the logits of every chunk to the same memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.room = self.weight.new_empty(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if len(self.room) < len(hidden):
+            self.room = self.weight.new_empty(0)  # or else old and new would be there at once
+            self.room = self.weight.new_empty(len(hidden), len(self.weight))
+        out = self.room[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks as (the samples it holds, its rows as places among the N T tokens); no row of weight 0."""
+    samples = len(weights)
+    least = LEAST_ROWS["cpu" if weights.device.type == "cpu" else "other"]
+    rows = torch.arange(weights.numel(), device=weights.device)
+    if masked:
+        rows = rows[(weights != 0).view(-1)]
+    chunks = min(MOST_CHUNKS, max(1, streams * len(rows) // least))
+    # Even: a small last chunk would be a slow one.
+    at_once = chunk // streams if chunk else -(-len(rows) // chunks)
+    if streams == 1:
+        yield from ((slice(0, 0), some) for some in torch.split(rows, max(1, at_once)) if len(some))
+        return
+    counts = (weights != 0).sum(1).tolist()
+    first, begin, end = 0, 0, 0
+    for sample, count in enumerate(counts):
+        if end + count - begin > at_once and end > begin:
+            yield slice(first, sample), rows[begin:end]
+            first, begin = sample, end
+        end += count
+    if samples:
+        yield slice(first, samples), rows[begin:end]
+
+
+def _contrast(
+    z: Tensor,
+    r: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    place: Tensor,
+    samples: int,
+    length: int,
+    coef: Tensor,
+    want_grad: bool,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, contrast (samples,) and the gradient of the loss, of some whole samples.
+
+    Args:
+        z: (2 n, >= V) logits of the own rows, then of the mirror rows. The other tensors: (n, ...).
+        place: (n,) each row's place among the samples' samples x length tokens.
+    """
+    count, (vocab_size, _, _, kl, impl) = len(labels), options
+    nll_alone = (vocab_size, 0.0, 0.0, kl, impl)
+    loss, nll, divergence, entropy, grad_own = ops.terms_and_gradient(
+        z[:count], r, labels, weights, *options, want_grad=want_grad, inplace=False
+    )
+    ones = torch.ones_like(weights)
+    mirror = ops.terms_and_gradient(z[count:], None, labels, ones, *nll_alone, want_grad=False)[1]
+    difference = weights.new_zeros(samples * length)
+    difference[place] = mirror - nll
+    delta = difference.view(samples, length).sum(-1)
+    contrast = torch.nn.functional.softplus(-delta)
+    loss = loss + coef * contrast.sum()
+    if not want_grad:
+        return loss, nll, divergence, entropy, contrast, grad_own
+    weight = coef * torch.sigmoid(-delta)[place // length]
+    *_, grad = ops.terms_and_gradient(
+        z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone, want_grad=True
+    )
+    grad[:count] += grad_own
+    return loss, nll, divergence, entropy, contrast, grad
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+    """total += grad.T @ hidden, or = for the first; the sum over chunks stays in the precision of total."""
+    if total.dtype == grad.dtype:
+        torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
+        return
+    block = max(1, BLOCK // total.shape[1])
+    for some, columns in zip(torch.split(total, block), torch.split(grad, block, 1), strict=True):
+        product = columns.t() @ hidden
+        some.copy_(product) if first else some.add_(product)
+
+
+@_linear_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    dtype, (want_hidden, want_weight, want_bias) = rest[-6], rest[-3:]
+    nll, divergence, entropy = (torch.empty_like(weights) for _ in range(3))
+    contrast = weights.new_empty(len(labels) if len(hidden) == 2 else 0)
+    return (
+        weights.new_empty(()),
+        nll,
+        divergence,
+        entropy,
+        contrast,
+        weights.new_empty(()),
+        weights.new_empty(hidden.shape if want_hidden else 0, dtype=dtype),
+        weights.new_empty(weight.shape if want_weight else 0),
+        weights.new_empty(bias.shape if bias is not None and want_bias else 0),
+    )
+
+
+# --- Gradients ---------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[-4:])
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.inputs = len(inputs)
+    ops._only_the_loss_is_differentiable(ctx, output)
+
+
+def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # the loss takes no part in what is differentiated
+        return tuple([None] * ctx.inputs)
+    unit, *grads = ctx.saved_tensors
+    traced = type(unit) is not Tensor
+    if torch.is_grad_enabled() and not traced:
+        raise RuntimeError(
+            "create_graph=True asks for a second derivative, which linear_quark_loss does not have; use"
+            " quark_loss(..., impl='eager') of whole logits"
+        )
+    scale = grad_loss.to(unit.dtype) * unit
+    keep = traced or ops._graph_is_kept()
+    scaled = [
+        _scaled(grad, scale, dtype, keep) if wanted else None
+        for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    ]
+    return *scaled, *[None] * (ctx.inputs - len(scaled))
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    """(scale * grad) in dtype, rounded once; in grad's own memory unless that must be kept."""
+    wide = grad.to(scale.dtype)
+    if keep and wide is grad:
+        return (wide * scale).to(dtype)
+    if keep or scale.device.type != "cpu" or scale.item() != 1:  # on a GPU, asking would wait for it
+        wide.mul_(scale)
+    return wide.to(dtype)
+
+
+_linear_loss.register_autograd(_gradient, setup_context=_save)

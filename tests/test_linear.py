@@ -1,0 +1,612 @@
+"""The loss from hidden states against float64 eager `quark_loss` of whole logits, and its own pitfalls.
+
+Error budget: against float64, `linear_quark_loss` may err as much as eager `quark_loss` of whole logits does
+on the same hidden states and weights in the same dtype, plus `SLACK`. Both round the logits and the gradients
+to the dtype, so eager's own error already holds that; but a rounding of a gradient may fall on the other
+side, and each chunk has its own, so half a unit of the largest gradient's last place is allowed beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quark_fast.ops import linear as module
+from quark_fast.ops.contrast import contrast_loss
+from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
+from quark_fast.ops.loss import quark_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KLS = ["policy_ref", "ref_policy", "sampled"]
+IMPLEMENTATIONS = ["eager", "cpp"]
+# float32 sums in another order: of up to 1003 terms, of the size of the result. The rest is eager's own.
+SLACK = 4e-6
+VOCABULARY, COLUMNS = 1003, 1010
+STATES = ("hidden", "weight", "bias")
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    labels: Tensor
+    mask: Tensor
+    bias: Tensor
+    ref_bias: Tensor
+
+
+def make(shape: tuple[int, ...] = (5, 61), dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+    """305 rows; a reference of another width; logits of size 2, so that some tokens are near certain."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g).to(dtype)
+
+    mask = torch.rand(shape, generator=g) > 0.3
+    mask.view(-1)[:1] = True
+    return Inputs(
+        normal(*shape, 24),
+        (0.4 * normal(COLUMNS, 24)).to(dtype),
+        normal(*shape, 16),
+        (0.5 * normal(VOCABULARY, 16)).to(dtype),
+        torch.randint(0, VOCABULARY, shape, generator=g),
+        mask,
+        normal(COLUMNS),
+        normal(VOCABULARY),
+    )
+
+
+def whole(inputs: Inputs, **options: Any) -> Any:
+    """quark_loss of whole logits."""
+    hidden, weight, ref_hidden, ref_weight, labels, mask, bias, ref_bias = inputs
+    return quark_loss(
+        linear(hidden, weight, bias), linear(ref_hidden, ref_weight, ref_bias), labels, mask, **options
+    )
+
+
+def chunked(inputs: Inputs, **options: Any) -> Any:
+    return linear_quark_loss(*inputs[:6], bias=inputs.bias, ref_bias=inputs.ref_bias, **options)
+
+
+def run(
+    loss: Callable[..., Any],
+    inputs: Inputs,
+    scale: float = 1.0,
+    wanted: tuple[str, ...] = STATES,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Loss, terms and gradients, in float64 to compare."""
+    leaves = {name: getattr(inputs, name).detach().clone().requires_grad_() for name in wanted}
+    out = loss(inputs._replace(**leaves), **options)
+    (scale * out.loss).backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == getattr(inputs, name).dtype
+    grads = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    return {name: value.detach().double() for name, value in (out._asdict() | grads).items()}
+
+
+def truth(inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    wide = inputs._replace(
+        **{k: v.double() for k, v in inputs._asdict().items() if v.is_floating_point() and k != "mask"}
+    )
+    return run(whole, wide, **{**options, "impl": "eager"})
+
+
+def assert_as_accurate_as_eager(inputs: Inputs, chunk: int | None = None, **options: Any) -> None:
+    exact = truth(inputs, **options)
+    eager = run(whole, inputs, **{**options, "impl": "eager"})
+    ours = run(chunked, inputs, chunk=chunk, **options)
+    assert ours.keys() == exact.keys()
+    for name, t in exact.items():
+        error, allowed = (ours[name] - t).abs().max(), (eager[name] - t).abs().max()
+        is_gradient = name.startswith("gradient")
+        allowed += SLACK * (t.abs().max() if is_gradient else 1 + t.abs().max())
+        if is_gradient:
+            allowed += torch.finfo(inputs.hidden.dtype).eps / 2 * t.abs().max()
+        assert ours[name].shape == t.shape
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        # One bad number in a thousand would hide in the maximum, but a general loss of digits does not here.
+        assert (ours[name] - t).norm() <= 1.1 * (eager[name] - t).norm() + SLACK * (1 + t.norm()), name
+
+
+# --- The equation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# One row, not a divisor of the rows, two chunks and a row, all at once, the default.
+@pytest.mark.parametrize("chunk", [1, 37, 104, 1000, None])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_errs_no_more_than_eager_on_whole_logits(
+    dtype: torch.dtype, kl: str, chunk: int | None, impl: str
+) -> None:
+    # In half precision each chunk's part of the weight's gradient is rounded: of 305 parts the errors
+    # add up to more than the one rounding of the whole, as nobody would choose chunks of one row.
+    if chunk == 1 and dtype != torch.float32:
+        chunk = 19
+    assert_as_accurate_as_eager(make(dtype=dtype), chunk, kl=kl, impl=impl, kl_coef=0.3, entropy_coef=0.2)
+
+
+def test_float64_stays_float64() -> None:
+    inputs = make(dtype=torch.float64)
+    ours, exact = run(chunked, inputs, chunk=50), truth(inputs)
+    for name, value in exact.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_gradient_is_the_derivative() -> None:
+    """By differences, not by anybody's formula."""
+    inputs = make((4,), dtype=torch.float64)
+    small = inputs._replace(
+        weight=inputs.weight[:12],
+        bias=inputs.bias[:12],
+        ref_weight=inputs.ref_weight[:11],
+        ref_bias=inputs.ref_bias[:11],
+        labels=inputs.labels % 11,
+    )
+    leaves = [getattr(small, name).requires_grad_() for name in STATES]
+    torch.autograd.gradcheck(
+        lambda *t: chunked(small._replace(**dict(zip(STATES, t, strict=True))), chunk=2).loss, leaves
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_half_precision_weight_gradient_does_not_grow_worse_with_more_chunks(impl: str) -> None:
+    """Summed in bfloat16, 40 chunks would lose what each adds to a large total."""
+    g = torch.Generator().manual_seed(3)
+    inputs = make((1280,), torch.bfloat16)
+    # All labels the same: every chunk adds to the same row of the weight, in the same direction.
+    inputs = inputs._replace(
+        hidden=(1 + 0.1 * torch.randn(1280, 24, generator=g)).bfloat16(), labels=torch.full((1280,), 7)
+    )
+    exact = truth(inputs)["gradient of weight"][7]
+    ours = run(chunked, inputs, chunk=32, impl=impl)["gradient of weight"][7]
+    # bfloat16 logits move p by up to 2^-7 of themselves; sums in bfloat16 would be off by 5%.
+    assert ((ours - exact).abs() / exact.abs()).max() < 0.012
+
+
+def test_without_bias_and_without_reference() -> None:
+    inputs = make()
+    hidden, weight = (t.clone().requires_grad_() for t in inputs[:2])
+    options = {"kl_coef": 0.0, "vocab_size": VOCABULARY, "entropy_coef": 0.1}
+    out = linear_quark_loss(hidden, weight, None, None, inputs.labels, inputs.mask, chunk=64, **options)
+    out.loss.backward()
+    wide = [t.double().requires_grad_() for t in inputs[:2]]
+    exact = quark_loss(linear(*wide), None, inputs.labels, inputs.mask, impl="eager", **options)
+    exact.loss.backward()
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-6, atol=0)
+    for leaf, other in zip((hidden, weight), wide, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-8)
+    assert not out.kl.any()
+
+
+def test_columns_beyond_the_vocabulary_are_in_no_term() -> None:
+    inputs = make()
+    before = run(chunked, inputs, chunk=64)
+    inputs.bias[VOCABULARY:] = 1000.0
+    after = run(chunked, inputs, chunk=64)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not after["gradient of weight"][VOCABULARY:].any()
+    assert not after["gradient of bias"][VOCABULARY:].any()
+
+
+# --- Masks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_row_is_never_read(dtype: torch.dtype, impl: str) -> None:
+    inputs = make(dtype=dtype)
+    clean = run(chunked, inputs, chunk=64, impl=impl)
+    inputs.hidden[~inputs.mask] = math.nan
+    inputs.ref_hidden[~inputs.mask] = math.inf
+    inputs.labels[~inputs.mask] = -100
+    dirty = run(chunked, inputs, chunk=64, impl=impl)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+    for name in ("nll", "kl", "entropy", "gradient of hidden"):
+        assert not dirty[name][~inputs.mask].any()
+
+
+def test_masked_rows_reach_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    original = module._Head.logits
+
+    def count(self: Any, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return original(self, hidden)
+
+    monkeypatch.setattr(module._Head, "logits", count)
+    inputs = make()
+    run(chunked, inputs, chunk=64)
+    assert sum(rows) == 2 * inputs.mask.sum()  # policy and reference
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (), (3, 0), (4, 2)], ids=str)
+def test_no_row_one_row_and_all_masked(shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> None:
+    inputs = make(shape, dtype) if 0 not in shape else None
+    if inputs is None:
+        one = make((1,), dtype)
+        inputs = one._replace(
+            **{
+                k: getattr(one, k).new_empty(*shape, *getattr(one, k).shape[1:])
+                for k in ("hidden", "ref_hidden", "labels", "mask")
+            }
+        )
+    if inputs.mask.numel() == 1:
+        assert_as_accurate_as_eager(inputs, impl=impl)
+    out = run(chunked, inputs._replace(mask=torch.zeros_like(inputs.mask)), impl=impl)
+    assert all(not value.any() for value in out.values())
+    assert out["gradient of hidden"].shape == inputs.hidden.shape
+    assert out["gradient of weight"].shape == inputs.weight.shape
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_micro_batches_with_one_normalizer_add_up(impl: str) -> None:
+    inputs = make()._replace(mask=torch.rand(5, 61, generator=torch.Generator().manual_seed(1)))
+    expected = run(chunked, inputs, impl=impl)
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in STATES}
+    total = 0.0
+    for rows in (slice(0, 2), slice(2, 5)):
+        parts = {k: getattr(inputs, k)[rows] for k in ("ref_hidden", "labels", "mask")}
+        part = inputs._replace(**(leaves | parts | {"hidden": leaves["hidden"][rows]}))
+        out = chunked(part, impl=impl, normalizer=inputs.mask.sum().item(), chunk=50)
+        out.loss.backward()
+        total += out.loss.item()
+    assert total == pytest.approx(expected["loss"].item(), rel=1e-5)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad.double(), expected[f"gradient of {name}"], rtol=1e-4, atol=1e-7)
+
+
+# --- Autograd ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids=str)
+def test_gradient_is_made_only_where_it_is_wanted(
+    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make()
+    expected = run(chunked, inputs, chunk=64)
+    products: list[int] = []
+    original = module._add_product
+    monkeypatch.setattr(module, "_add_product", lambda *a: (products.append(1), original(*a))[1])
+    if not wanted:
+        out = chunked(inputs, chunk=64)
+        assert not out.loss.requires_grad
+        assert torch.equal(out.loss.double(), expected["loss"])
+    else:
+        ours = run(chunked, inputs, wanted=wanted, chunk=64)
+        assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert bool(products) == ("weight" in wanted)
+
+
+def test_no_grad_computes_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make()
+    expected = run(chunked, inputs)["loss"]
+    inputs.weight.requires_grad_()
+    monkeypatch.setattr(module, "_add_product", None)
+    with torch.no_grad():
+        out = chunked(inputs)
+    assert torch.equal(out.loss.double(), expected)
+    assert not out.loss.requires_grad
+
+
+def test_tied_weight_used_twice_gets_both_gradients() -> None:
+    inputs = make()
+    ids = torch.randint(0, VOCABULARY, (5, 61))
+
+    def step(weight: Tensor, from_hidden: bool) -> Tensor:
+        hidden = inputs.hidden.to(weight.dtype) + torch.nn.functional.embedding(ids, weight)
+        tied = inputs._replace(hidden=hidden, weight=weight)
+        if not from_hidden:
+            tied = tied._replace(
+                **{k: getattr(tied, k).double() for k in ("ref_hidden", "ref_weight", "bias", "ref_bias")}
+            )
+            return whole(tied, impl="eager").loss
+        return chunked(tied, chunk=64).loss
+
+    ours, exact = (w.clone().requires_grad_() for w in (inputs.weight, inputs.weight.double()))
+    step(ours, True).backward()
+    step(exact, False).backward()
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retained_graph_gives_the_same_gradient_twice(dtype: torch.dtype) -> None:
+    inputs = make(dtype=dtype)
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in STATES}
+    loss = 3 * chunked(inputs._replace(**leaves), chunk=64).loss
+    grads = [
+        [g.clone() for g in torch.autograd.grad(loss, list(leaves.values()), retain_graph=again)]
+        for again in (True, True, False)
+    ]
+    for one, two, three in zip(*grads, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, list(leaves.values()))
+
+
+def test_gradients_accumulate_over_steps() -> None:
+    """The second backward adds into .grad: it must not be memory that we still use."""
+    inputs = make()
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in STATES}
+    for _ in range(3):
+        chunked(inputs._replace(**leaves), chunk=64).loss.backward()
+    expected = run(chunked, inputs, chunk=64)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(
+            leaf.grad.double(), 3 * expected[f"gradient of {name}"], atol=1e-7, rtol=1e-6
+        )
+
+
+def test_second_derivative_is_refused() -> None:
+    inputs = make()
+    weight = inputs.weight.clone().requires_grad_()
+    loss = chunked(inputs._replace(weight=weight)).loss
+    with pytest.raises(RuntimeError, match="create_graph=True asks for a second derivative"):
+        torch.autograd.grad(loss**2, weight, create_graph=True)
+
+
+def test_terms_are_detached() -> None:
+    inputs = make()
+    out = chunked(inputs._replace(weight=inputs.weight.requires_grad_()))
+    assert out.loss.requires_grad
+    assert not any(term.requires_grad for term in out[1:])
+
+
+def test_float16_gradient_does_not_underflow_for_many_tokens() -> None:
+    """Divided by the tokens of a large batch before it is rounded, most of it would be 0."""
+    inputs = make(dtype=torch.float16)
+    options = {"normalizer": 1e7, "scale": 65536.0}
+    exact = truth(inputs, **options)
+    ours = run(chunked, inputs, chunk=64, **options)
+    naive = run(whole, inputs, impl="eager", normalizer=1e7)
+    for name in (f"gradient of {name}" for name in STATES):
+        assert (naive[name] == 0).double().mean() > 0.5, "the case is chosen to underflow"
+        # float16 logits of size 10 move p by 2^-8 of itself.
+        assert (ours[name] - exact[name]).abs().max() < 2**-7 * exact[name].abs().max()
+        lost = (ours[name] == 0) & (exact[name].abs() > 2**-24)
+        assert lost.double().mean() < 0.02
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_as_a_linear_layer_would(dtype: torch.dtype, impl: str) -> None:
+    """float32 weights and hidden states, products in autocast's dtype, gradients in float32; a scaler."""
+    inputs = make()
+    half = inputs._replace(
+        **{k: v.to(dtype) for k, v in inputs._asdict().items() if v.is_floating_point() and k != "mask"}
+    )
+    expected = run(chunked, half, chunk=64, impl=impl)
+    leaves = {name: torch.nn.Parameter(getattr(inputs, name).clone()) for name in STATES}
+    optimizer = torch.optim.SGD(leaves.values(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", dtype=dtype):
+        out = chunked(inputs._replace(**leaves), chunk=64, impl=impl)
+    scaler.scale(out.loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0
+    assert torch.equal(out.loss.double(), expected["loss"]), "the very same products"
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32
+        # Here in float32, there rounded once more.
+        torch.testing.assert_close(
+            leaf.grad.double(),
+            expected[f"gradient of {name}"],
+            rtol=2**-8,
+            atol=2**-10 * leaf.grad.abs().max().item(),
+        )
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes that tensors take at most at once while a function runs, above what they took before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        function()
+    raw = profile.profiler.kineto_results.events()
+    memory = sorted((e for e in raw if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = most = 0
+    for event in memory:
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_never_whole(dtype: torch.dtype) -> None:
+    """640 rows in chunks of 80: an eighth of both logits, and the weight's gradient, with room for 10%."""
+    rows, vocab, width = 640, 8192, 32
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for n in (rows, vocab))
+    ref_hidden, ref_weight = hidden.detach().clone(), weight.detach().clone()
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+
+    def ours() -> None:
+        linear_quark_loss(hidden, weight, ref_hidden, ref_weight, labels, chunk=80).loss.backward()
+
+    def usual() -> None:
+        logits, ref_logits = linear(hidden, weight), linear(ref_hidden, ref_weight)
+        quark_loss(logits, ref_logits, labels).loss.backward()
+
+    logits = rows * vocab * dtype.itemsize
+    # Its float32 sum, and the product of one block (here all of it), which torch converts to be added.
+    weight_grad = vocab * width * (4 if dtype == torch.float32 else 4 + 2 + 4)
+    for function in (ours, usual):  # what is made only once
+        function()
+        hidden.grad = weight.grad = None
+    ours_peak = peak(ours)
+    hidden.grad = weight.grad = None
+    usual_peak = peak(usual)
+    assert usual_peak > 2.9 * logits, "or else the measurement is wrong"
+    assert ours_peak < 1.1 * (2 * logits / 8 + weight_grad)
+
+
+@pytest.mark.parametrize("rows", [1, 200, 640, 1280, 5000])
+def test_default_chunks_are_even_and_no_larger_than_they_must_be(rows: int) -> None:
+    chunks = [len(some) for _, some in module._plan(torch.ones(rows, 1), True, 1, 0)]
+    assert sum(chunks) == rows
+    assert max(chunks) - min(chunks) < len(chunks)
+    assert max(chunks) < 2 * 160 or max(chunks) <= -(-rows // 8)
+
+
+# --- torch.library and torch.compile -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, streams: int) -> None:
+    inputs = make((3, 4), dtype=dtype)
+    hidden = torch.stack([inputs.hidden] * streams).requires_grad_()
+    policy, ref = (hidden, inputs.weight.requires_grad_(), None), (*inputs[2:4], inputs.ref_bias)
+    weighted = (inputs.labels, inputs.mask / 5, True, VOCABULARY, 0.05, 0.06, "policy_ref", 0.1)
+    how = ("cpp", dtype, dtype, 5, True, True, False)
+    torch.library.opcheck(module._linear_loss, (*policy, *ref, *weighted, *how))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_compiled_step_has_no_graph_break(impl: str, autocast: bool) -> None:
+    inputs = make()
+    body = torch.randn(24, 24)
+
+    def step(body: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = chunked(inputs._replace(hidden=inputs.hidden @ body, weight=weight), chunk=64, impl=impl)
+        return out.loss * 2, out.kl
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [body.clone().requires_grad_(), inputs.weight.clone().requires_grad_()]
+        value, divergence = function(*leaves)
+        results.append((value.detach(), divergence, *torch.autograd.grad(value, leaves)))
+    for a, b in zip(*results, strict=True):
+        # bfloat16: each chunk's product is rounded, and compiled eager has one chunk.
+        half = {"rtol": 2**-8, "atol": 2**-8 * a.abs().max().item()} if autocast else {}
+        torch.testing.assert_close(a, b, **half)
+
+
+# --- The contrast term -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("chunk", [1, 50, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contrast_is_that_of_whole_logits(dtype: torch.dtype, chunk: int | None, impl: str) -> None:
+    """Own rows: quark_loss; own and mirror: the contrast; all against float64 of whole logits."""
+    inputs = make((6, 30), dtype)
+    mirror = (inputs.hidden + 0.05 * make((6, 30), seed=1).hidden).to(dtype)
+    hidden = torch.stack([inputs.hidden, mirror])
+    mask = torch.arange(30) < torch.tensor([30, 3, 1, 17, 0, 30]).unsqueeze(1)
+    shares = {"kl_coef": 0.3, "entropy_coef": 0.1, "normalizer": 200.0}
+
+    def usual(hidden: Tensor, weight: Tensor, bias: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        logits = linear(hidden, weight, bias)
+        ref = linear(*(t.to(weight.dtype) for t in (inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias)))
+        out = quark_loss(logits[0], ref, inputs.labels, mask, impl=impl, **shares)
+        value, surrogate = contrast_loss(
+            logits, inputs.labels, mask, vocab_size=VOCABULARY, samples=9, impl=impl
+        )
+        return out.loss + 0.7 * surrogate, (out.loss + 0.7 * value.sum() / 9, *out[1:], value)
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Any]:
+        out, value = linear_contrast_loss(
+            hidden, weight, *inputs[2:4], inputs.labels, mask, contrast_coef=0.7, samples=9,
+            vocab_size=VOCABULARY, bias=bias, ref_bias=inputs.ref_bias, chunk=chunk, impl=impl, **shares,
+        )  # fmt: skip
+        return out.loss, (*out, value)
+
+    results = []
+    for function, kind in (
+        (lambda *t: usual(*t, "eager"), torch.float64),
+        (lambda *t: usual(*t, "eager"), dtype),
+        (ours, dtype),
+    ):
+        leaves = [t.to(kind, copy=True).requires_grad_() for t in (hidden, inputs.weight, inputs.bias)]
+        loss, values = function(*leaves)
+        loss.backward()
+        results.append([t.detach().double() for t in (*values, *(leaf.grad for leaf in leaves))])
+    for n, (exact, eager, mine) in enumerate(zip(*results, strict=True)):
+        allowed = (eager - exact).abs().max() + 2 * SLACK * exact.abs().max() + SLACK * (n < 5)
+        if n >= 5:
+            allowed += torch.finfo(dtype).eps / 2 * exact.abs().max()
+        assert (mine - exact).abs().max() <= allowed, f"number {n}"
+
+
+def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
+    inputs = make((6, 30))
+    mask = torch.arange(30) < torch.tensor([30, 3, 1, 17, 0, 30]).unsqueeze(1)
+    parts = list(module._plan(mask.float(), True, 2, 50))
+    assert [(p.start, p.stop) for p, _ in parts] == [(0, 1), (1, 5), (5, 6)]
+    assert torch.equal(torch.cat([rows for _, rows in parts]), mask.view(-1).nonzero().squeeze(1))
+    options = {"contrast_coef": 1.0, "samples": 6, "vocab_size": VOCABULARY, "normalizer": 81.0}
+    hidden = torch.stack([inputs.hidden, inputs.hidden])
+    with torch.no_grad():
+        out, value = linear_contrast_loss(hidden, *inputs[1:5], mask, **options)
+    torch.testing.assert_close(value, torch.full((6,), math.log(2)))
+    plain = linear_quark_loss(*inputs[:5], mask)
+    torch.testing.assert_close(out.loss, plain.loss + math.log(2))
+
+
+# --- Errors ------------------------------------------------------------------------------------
+
+
+def _fails(match: str, change: dict[str, object], **options: object) -> object:
+    return pytest.param(change, options, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        _fails("kl = 'forward'", {}, kl="forward"),
+        _fails("impl = 'cuda'", {}, impl="cuda"),
+        _fails("chunk = 0; give at least 1", {}, chunk=0),
+        _fails("ref_hidden without ref_weight", {"ref_weight": None}),
+        _fails("ref_weight without ref_hidden", {"ref_hidden": None}),
+        _fails("kl_coef = 0.05 needs", {"ref_hidden": None, "ref_weight": None}),
+        _fails("ref_hidden requires grad", {"ref_hidden": torch.ones(3, 4, 5, requires_grad=True)}),
+        _fails("ref_weight requires grad", {"ref_weight": torch.ones(9, 5, requires_grad=True)}),
+        _fails(
+            "hidden is torch.float32 of shape (3, 2, 5); for labels of shape (3, 4)",
+            {"hidden": torch.ones(3, 2, 5)},
+        ),
+        _fails("ref_hidden is torch.float32 of shape (4, 5)", {"ref_hidden": torch.ones(4, 5)}),
+        _fails("hidden is torch.int64", {"hidden": torch.ones(3, 4, 5, dtype=torch.long)}),
+        _fails("weight of shape (9, 6) does not fit hidden of width 5", {"weight": torch.ones(9, 6)}),
+        _fails("bias of shape (8,) does not fit weight of shape (9, 5)", {}, bias=torch.ones(8)),
+        _fails("weight is torch.bfloat16, hidden torch.float32", {"weight": torch.ones(9, 5).bfloat16()}),
+        _fails("weight is on meta", {"weight": torch.ones(9, 5, device="meta")}),
+        _fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
+        _fails("mask of shape", {"mask": torch.ones(4)}),
+        _fails("labels[2] = 9 (flattened) is outside", {"labels": torch.arange(12).view(3, 4) + 7}),
+        _fails("normalizer = 0", {}, normalizer=0),
+    ],
+)
+def test_wrong_input_is_named(
+    change: dict[str, Tensor | None], options: dict[str, object], match: str
+) -> None:
+    inputs = {
+        "hidden": torch.ones(3, 4, 5),
+        "weight": torch.ones(9, 5),
+        "ref_hidden": torch.ones(3, 4, 5),
+        "ref_weight": torch.ones(9, 5),
+        "labels": torch.zeros(3, 4, dtype=torch.long),
+        "mask": torch.ones(3, 4),
+    }
+    with pytest.raises(ValueError, match=re.escape(match)):
+        linear_quark_loss(**(inputs | change), **options)
