@@ -219,6 +219,14 @@ class Policy:
         return tokenizer
 
 
+def load_reference(source: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The untouched model, frozen: it samples at first, and the policy is held close to it."""
+    model, _ = load_pretrained(source, dtype)
+    model.to(device).eval().requires_grad_(False)
+    model.set_attn_implementation(FAST_ATTENTION)
+    return model
+
+
 def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
     looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")

@@ -30,7 +30,7 @@ from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, ver
 from quark_fast.metrics import Sample
 from quark_fast.ops.contrast import contrast_loss
 from quark_fast.ops.loss import Implementation, quark_loss
-from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
+from quark_fast.policy import Policy, load_reference
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import Row, load_prompts, split
 from quark_fast.report import write_report
@@ -50,7 +50,7 @@ class Progress:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; what it had done is in its checkpoint."""
 
 
@@ -123,9 +123,7 @@ class Trainer:
             # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
             longest = config.max_prompt_tokens + config.max_new_tokens
             model.set_attn_implementation("eager" if longest <= 512 else "sdpa")
-        self.reference, _ = load_pretrained(source, self.sampling_dtype)
-        self.reference.to(self.device).eval().requires_grad_(False)
-        self.reference.set_attn_implementation(FAST_ATTENTION)
+        self.reference = load_reference(source, self.sampling_dtype, self.device)
         rows = model.get_input_embeddings().rows
         body = [p for p in model.parameters() if p.requires_grad and p is not rows]
         self.groups: list[dict[str, Any]] = [
@@ -214,10 +212,11 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         started = time.monotonic() - self.seconds
-        with _stop_signals() as self.stop:
+        with _stop_signals(self.folder.path) as self.stop:
             while self.round < self.config.rounds:
                 if not self.sampled:
-                    self._sample()
+                    with self.stop.at_once():
+                        self._sample()
                     self.sampled = True
                     self.seconds = time.monotonic() - started
                     self._save()
@@ -226,11 +225,13 @@ class Trainer:
                     if step % self.config.checkpoint_every == 0 or self.stop.asked:
                         self._save()
                     self._stop_if_asked()
-                self._probe()
+                with self.stop.at_once():
+                    self._probe()
                 self.round, self.sampled = self.round + 1, False
             self.seconds = time.monotonic() - started
             self._save()
-            self._evaluate()
+            with self.stop.at_once():
+                self._evaluate()
             self.seconds = time.monotonic() - started
         self._finish()
         return self.folder.path
@@ -264,7 +265,6 @@ class Trainer:
         for indices, drawn in sample(
             self.policy, model, self.train_ids, conditioning, sampling, samples, seed
         ):
-            self._stop_if_asked()
             flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
             texts = [self.policy.decode(completion) for _, completion in flat]
             scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
@@ -492,7 +492,6 @@ class Trainer:
         total = len(self.held_out_rows) * config.eval_samples
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in heard:
-            self._stop_if_asked()
             samples[name] += part
             scores = [s.score for s in samples[name] if s.score is not None]
             mean = sum(scores) / len(scores) if scores else float("nan")
@@ -569,16 +568,26 @@ class _Stop:
     """Whether the user asked to stop."""
 
     asked = False
+    safe = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that a resumed run repeats anyway: a signal need not wait for it."""
+        self.safe = True
+        try:
+            yield
+        finally:
+            self.safe = False
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(folder: Path) -> Iterator[_Stop]:
     """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
     stop = _Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
+        if stop.asked or stop.safe:
+            raise Interrupted(f"stopped; go on from the last checkpoint with --resume --output {folder}")
         stop.asked = True
 
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -16,7 +16,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 
 # Imports go down only: a module imports its own layer and those below it.
 LAYERS = [
-    {"train", "evaluate", "generate"},
+    {"train", "evaluate", "generate", "command"},
     {"trainer", "finished"},
     {"rollout", "batch", "evaluation", "report", "metrics"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
