@@ -72,11 +72,23 @@ class Config:
     )
     prompts: str | None = setting(
         None,
-        "training prompts, .jsonl with a 'prompt' field or .txt, one a line; default: the task's",
+        "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
+        " hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT of the datasets library; default: the task's",
     )
+    prompt_column: str | None = setting(
+        None,
+        "column of the prompts, with dots into nested fields; the others go to the reward; default: prompt,"
+        " else messages",
+    )
+    min_prompt_characters: int = setting(1, "shorter prompts of files are left out, characters")
+    max_prompt_characters: int = setting(0, "longer prompts of files are left out, characters; 0: none is")
+    prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: on all")
     held_out: str | None = setting(
-        None, "evaluation prompts, same formats; default: the task's, or a tenth of --prompts"
+        None,
+        "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
+        " or a tenth of --prompts, 200 at most",
     )
+    split_seed: int = setting(0, "which prompts are held out: another number, others")
     reward: str | None = setting(
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
@@ -169,6 +181,14 @@ class Config:
             )
         return [value / sum(values) for value in values]
 
+    def held_out_count(self) -> int | None:
+        """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
+        if self.held_out is None or not self.held_out.isdecimal():
+            return None
+        if int(self.held_out) < 1:
+            raise UsageError(f"held_out = {self.held_out}; give at least 1, or a file")
+        return int(self.held_out)
+
     def guidances(self) -> list[float]:
         """The values of w to evaluate."""
         return numbers("eval_guidance", self.eval_guidance)
@@ -189,6 +209,10 @@ class Config:
             "max_new_tokens": 1,
             "min_new_tokens": 0,
             "max_prompt_tokens": 1,
+            "min_prompt_characters": 1,
+            "max_prompt_characters": 0,
+            "prompt_limit": 0,
+            "split_seed": 0,
             "sample_batch": 1,
             "rounds": 1,
             "steps": 1,
@@ -225,6 +249,7 @@ class Config:
             raise UsageError(f"seed = {self.seed}; give a number below 2**63")
         self.weights()
         self.guidances()
+        self.held_out_count()
 
     def check_resumes(self, saved: Config) -> None:
         """Raise UsageError unless a run with the settings ``saved`` can go on with these."""

@@ -19,8 +19,9 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m quark_fast.evaluate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument(
-        "--prompts", metavar="FILE", help=".jsonl or .txt; default: the run's own held-out prompts"
+        "--prompts", metavar="FILE", help="in any format of training; default: the run's own held-out prompts"
     )
+    made.add_argument("--prompt-column", help="column of --prompts; default: the run's own")
     made.add_argument("--reward", help="package.module:function; default: the run's own")
     made.add_argument("--samples", type=int, default=5, help="completions a prompt and mode (default: 5)")
     made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.metrics import Sample
-    from quark_fast.prompts import load_prompts
+    from quark_fast.prompts import chat_template, load_prompts
     from quark_fast.report import headline, results_table
     from quark_fast.reward import load_reward
     from quark_fast.rollout import Sampling
@@ -61,7 +62,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         raise UsageError(
             f"the run's reward was {trained_on}, a function of its program; name one by --reward"
         )
-    rows = load_prompts(arguments.prompts or Path(arguments.run) / HELD_OUT)
+    if arguments.prompts:
+        column = arguments.prompt_column or config.prompt_column
+        chat = chat_template(arguments.run, lambda: policy.tokenizer)
+        loaded = load_prompts(arguments.prompts, column=column, chat=chat)
+        console.print(f"{arguments.prompts}: {loaded.counts}", markup=False)
+    else:
+        loaded = load_prompts(Path(arguments.run) / HELD_OUT)
+    rows = loaded.rows
     reward.check(rows)
     ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
     policy.check_fits(ids, config.max_new_tokens)

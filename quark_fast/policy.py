@@ -229,16 +229,7 @@ def load_reference(source: str | Path, dtype: torch.dtype, device: torch.device)
 
 def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
-    looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
-    if looks_like_path and not Path(source).is_dir():
-        raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        raise UsageError(
-            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
-            " tokenizer.json, or a hub name"
-        ) from error
+    tokenizer = load_tokenizer(source)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(
             f"the tokenizer at {str(source)!r} has no fast form (tokenizer.json); save one with"
@@ -263,6 +254,20 @@ def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             " the two do not belong together"
         )
     return model, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer by transformers, or one clear line about what is wrong with ``source``."""
+    looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
+    if looks_like_path and not Path(source).is_dir():
+        raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
+            " tokenizer.json, or a hub name"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

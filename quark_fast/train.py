@@ -59,6 +59,8 @@ def run(config: Config, console: Console) -> None:
     keep_freed_memory()
     display = Display(console)
     trainer = Trainer(config, listen=display)
+    if trainer.about_prompts:
+        console.print(trainer.about_prompts, markup=False)
     console.print(
         f"unlearning {config.task}: {len(trainer.train_rows)} training and"
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"

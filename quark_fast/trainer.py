@@ -30,9 +30,9 @@ from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, ver
 from quark_fast.metrics import Sample
 from quark_fast.ops.contrast import contrast_loss
 from quark_fast.ops.loss import Implementation, quark_loss
-from quark_fast.policy import Policy, load_reference
+from quark_fast.policy import Policy, load_reference, load_tokenizer
 from quark_fast.pool import RolloutPool
-from quark_fast.prompts import Row, load_prompts, split
+from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward, describe, load_reward
 from quark_fast.rollout import Conditioning, Sampling, sample
@@ -61,7 +61,8 @@ class Trainer:
         config: every setting of the run.
         reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]`` in place of
             the one that ``config`` names.
-        prompts: training prompts, texts or rows with a ``prompt``, in place of those ``config`` names.
+        prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
+            chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
         listen: called with a ``Progress`` now and then.
 
@@ -89,7 +90,10 @@ class Trainer:
             self.folder.check_free()
         self.task = find_task(config.task)
         self.reward = _reward(config, self.task, reward)
-        self.train_rows, self.held_out_rows = _prompts(config, self.task, prompts, held_out)
+        source = config.model or "the embedded model"
+        chat = chat_template(source, lambda: load_tokenizer(config.model or assets.default_model()))
+        chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
+        self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
         self.reward.check(self.train_rows)
         set_threads(config.threads)
         self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
@@ -168,6 +172,11 @@ class Trainer:
                 f"the checkpoint in {self.folder.path} holds other weights than"
                 f" {self.config.model or 'the embedded model'} has; resume it with its own model"
             )
+        if state["prompts"] != digest(self.train_rows):
+            raise UsageError(
+                f"the training prompts are not those that the run in {self.folder.path} began with;"
+                " give it the same"
+            )
         with torch.no_grad():
             for name, value in tensors["model"].items():
                 own[name].copy_(value)
@@ -190,6 +199,7 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.seconds,
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "prompts": digest(self.train_rows),
                 "pool": plain,
             },
             {
@@ -537,31 +547,6 @@ def _check_impl(impl: Implementation, device: torch.device) -> None:
         quark_loss(logits, logits, labels, kl_coef=0.0, entropy_coef=0.0, impl=impl)
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"impl = {impl}: {error}") from error
-
-
-def _prompts(
-    config: Config,
-    task: Task,
-    prompts: Sequence[str | Row] | None,
-    held_out: Sequence[str | Row] | None,
-) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows): what was given, else the files, else the task's own."""
-
-    def rows(given: Sequence[str | Row] | None, file: str | None) -> list[Row] | None:
-        if given is not None:
-            return [{"prompt": row} if isinstance(row, str) else dict(row) for row in given]
-        return load_prompts(file) if file else None
-
-    train, test = rows(prompts, config.prompts), rows(held_out, config.held_out)
-    if train is None and test is None:
-        return task.prompts()
-    if train is None:
-        train = task.prompts()[0]
-    if test is None:
-        train, test = split(train)
-    if not train or not test:
-        raise UsageError(f"{len(train) + len(test)} prompts are too few to hold some out; give --held-out")
-    return train, test
 
 
 class _Stop:

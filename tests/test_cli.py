@@ -83,7 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (here / "empty.txt").write_text("\n\n")
         (here / "one.txt").write_text("w1")
         (here / "long.txt").write_text(f"{'w1 ' * 121}\nw2\n")
-        (here / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 7}\n')
+        (here / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 7\n')
+        (here / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
         (here / "notes").mkdir()
         (here / "notes" / "mine.txt").write_text("mine")
         bare = here / "no-tokenizer"
@@ -124,8 +125,13 @@ def refused(
         ({"task": "manners"}, ["unknown task 'manners'", "toxicity"]),
         ({"prompts": "missing.txt"}, ["missing.txt cannot be read"]),
         ({"prompts": "empty.txt"}, ["empty.txt holds no prompt"]),
-        ({"prompts": "bad.jsonl"}, ["bad.jsonl:2:", "needs a text under 'prompt'"]),
-        ({"prompts": "model/model.safetensors"}, ["give .jsonl or .txt"]),
+        ({"prompts": "bad.jsonl"}, ["bad.jsonl:2:", "not JSON"]),
+        ({"prompts": "model/model.safetensors"}, ["give .jsonl"]),
+        ({"prompts": "talk.jsonl", "prompt_column": "talk"}, ["no column 'talk', but 'messages'"]),
+        ({"prompts": "talk.jsonl"}, ["the tokenizer of model has no chat template"]),
+        ({"prompts": "hf:a:b:c:d"}, ["hf:NAME:CONFIG:SPLIT"]),
+        ({"held_out": "0"}, ["held_out = 0", "at least 1"]),
+        ({"held_out": "20"}, ["too few to hold 20 out"]),
         ({"prompts": "one.txt"}, ["too few", "--held-out"]),
         ({"held_out": "missing.jsonl"}, ["missing.jsonl cannot be read"]),
         ({"reward": "tiny_rewards"}, ["package.module:function"]),

@@ -182,6 +182,21 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model: Call
         Trainer(small(tmp_path / "run", tiny_model("gpt2"), resume=True), **given)
 
 
+def test_resume_with_other_training_prompts_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise SystemError
+
+    model, given = tiny_model(), {"reward": even_words, "held_out": PROMPTS[:4]}
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", model), listen=stop, prompts=PROMPTS, **given).train()
+    for other in (PROMPTS[:-1], PROMPTS[::-1]):
+        with pytest.raises(UsageError, match="training prompts are not those"):
+            Trainer(small(tmp_path / "run", model, resume=True), prompts=other, **given)
+
+
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model()
     losses = []
