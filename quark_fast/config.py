@@ -58,6 +58,12 @@ FREE_ON_RESUME = {
     "eval_top_p",
     "eval_guidance",
     "show_offensive",
+    "reward_cache",
+    "reward_batch",
+    "reward_concurrency",
+    "reward_timeout",
+    "reward_retries",
+    "reward_backoff",
 }
 
 
@@ -92,7 +98,27 @@ class Config:
     reward: str | None = setting(
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
-        " None], higher is better; this imports and runs its code; default: the task's",
+        " None], higher is better (this imports and runs its code; async def is awaited); a task's name;"
+        " hf:NAME, a sequence-classification model; a sum of these, '0.7*toxicity +"
+        " 0.3*package.module:function'; or '1 - NAME', to lower what NAME measures; default: the task's",
+    )
+    scorer_label: str | None = setting(
+        None,
+        "label, by name or number, whose probability the classifier hf:NAME rewards; one for each of several,"
+        " with commas between; default: the only one",
+    )
+    scorer_reads: Literal["completion", "prompt+completion"] = setting(
+        "completion", "what a classifier is shown"
+    )
+    reward_cache: Literal["auto", "on", "off"] = setting(
+        "auto", "keep rewards in rewards.sqlite of the run folder; auto: those of asynchronous rewards"
+    )
+    reward_batch: int = setting(16, "completions in one call of an asynchronous reward")
+    reward_concurrency: int = setting(16, "calls of an asynchronous reward under way at once")
+    reward_timeout: float = setting(60.0, "limit for one call of an asynchronous reward, seconds; 0: none")
+    reward_retries: int = setting(4, "further attempts after a failed call of an asynchronous reward")
+    reward_backoff: float = setting(
+        1.0, "wait before the second attempt, seconds; doubled before each further one, 60 at most"
     )
     output: str | None = setting(None, "run folder to make; default: runs/<task>")
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
@@ -213,6 +239,11 @@ class Config:
             "max_prompt_characters": 0,
             "prompt_limit": 0,
             "split_seed": 0,
+            "reward_batch": 1,
+            "reward_concurrency": 1,
+            "reward_timeout": 0.0,
+            "reward_retries": 0,
+            "reward_backoff": 0.0,
             "sample_batch": 1,
             "rounds": 1,
             "steps": 1,

@@ -227,7 +227,12 @@ def load_reference(source: str | Path, dtype: torch.dtype, device: torch.device)
     return model
 
 
-def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_pretrained(
+    source: str | Path,
+    dtype: torch.dtype,
+    auto_class: Any = AutoModelForCausalLM,
+    kind: str = "causal language model",
+) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
     tokenizer = load_tokenizer(source)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -236,15 +241,15 @@ def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             " PreTrainedTokenizerFast"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"no causal language model at {str(source)!r}: {_first_line(error)}") from error
+        raise UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills these with random numbers
         missing = sorted(info["missing_keys"])
         raise UsageError(
             f"the weights at {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more;"
-            " give a complete causal language model"
+            f" give a complete {kind}"
         )
     highest = max(tokenizer.get_vocab().values())
     rows = len(model.get_input_embeddings().weight)

@@ -34,10 +34,11 @@ from quark_fast.policy import Policy, load_reference, load_tokenizer
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
-from quark_fast.reward import Function, Reward, describe, load_reward
+from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Sampling, sample
-from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
-from quark_fast.tasks import Task, find_task
+from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
+from quark_fast.scoring import cached, choose_reward
+from quark_fast.tasks import find_task
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,16 @@ class Trainer:
         else:
             self.folder.check_free()
         self.task = find_task(config.task)
-        self.reward = _reward(config, self.task, reward)
+        set_threads(config.threads)
+        self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
+        self.device = self.accelerator.device
+        self.reward = choose_reward(config, self.task, self.device, reward)
         source = config.model or "the embedded model"
         chat = chat_template(source, lambda: load_tokenizer(config.model or assets.default_model()))
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
         self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
         self.reward.check(self.train_rows)
-        set_threads(config.threads)
-        self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
-        self.device = self.accelerator.device
+        self.reward = cached(self.reward, config.reward_cache, self.folder / REWARDS)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
             # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
@@ -111,7 +113,7 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config
         source = config.model or assets.default_model()
-        own_words = config.reward is None and self.reward.property is not None
+        own_words = config.reward in (None, self.task.name) and self.reward.property is not None
         self.policy = Policy.create(
             source,
             quantiles=config.quantiles,
@@ -530,14 +532,6 @@ class Trainer:
         write_report(self.folder.path)
         self.folder.drop_checkpoint()
         self.listen(Progress("writing the model and the report", 1, 1))
-
-
-def _reward(config: Config, task: Task, given: Function | Reward | None) -> Reward:
-    if isinstance(given, Reward):
-        return given
-    if given is not None:
-        return describe(given)
-    return load_reward(config.reward) if config.reward else task.reward()
 
 
 def _check_impl(impl: Implementation, device: torch.device) -> None:

@@ -19,7 +19,8 @@ LAYERS = [
     {"train", "evaluate", "generate", "command"},
     {"trainer", "finished"},
     {"rollout", "batch", "evaluation", "report", "metrics"},
-    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
+    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
+    | {"classifier", "reward_cache", "scoring"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
