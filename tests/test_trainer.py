@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from quark_fast.config import Config, UsageError
-from quark_fast.trainer import Progress, Trainer
+from quark_fast.trainer import Interrupted, Progress, Trainer
 
 PROMPTS = [f"w{i} w{j}" for i in range(12) for j in range(12, 14)]
 
@@ -161,6 +164,26 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
     assert finished.returncode == 0, finished.stderr
     steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
     assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_signal_does_not_wait_for_a_reward_that_hangs(
+    tmp_path: Path, tiny_model: Callable[..., Path], name: signal.Signals
+) -> None:
+    calls: list[int] = []
+
+    async def hangs(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 1:  # the first is the check before the run
+            threading.Timer(0.05, os.kill, (os.getpid(), name)).start()
+            await asyncio.sleep(600)
+        return [0.0] * len(prompts)
+
+    config = small(tmp_path / "run", tiny_model(), reward_batch=10_000)
+    trainer = Trainer(config, reward=hangs, prompts=PROMPTS, held_out=PROMPTS[:4])
+    with pytest.raises(Interrupted, match=f"--resume --output {tmp_path / 'run'}"):
+        trainer.train()
+    assert len(calls) == 2
 
 
 def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
