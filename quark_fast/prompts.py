@@ -173,7 +173,8 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
     """What renders messages for the model ``source``: its tokenizer's chat template.
 
     Messages that end with the assistant's are a text to go on with; otherwise the assistant's turn is opened.
-    The document's first token is left to the policy, which puts it before the reward token.
+    The token that the tokenizer puts before every text is left to the policy, which puts it before the reward
+    token. (Not every bos_token is one: SmolLM2's is the mark of a turn.)
 
     Args:
         tokenizer: gives the tokenizer; called once, with the first messages.
@@ -196,7 +197,9 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
             )
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        return str(text).removeprefix(loaded().bos_token or "")
+        first = loaded()("a").input_ids[0]
+        opens = loaded().bos_token is not None and first == loaded().bos_token_id
+        return str(text).removeprefix(loaded().bos_token) if opens else str(text)
 
     return render
 

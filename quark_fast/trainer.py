@@ -60,8 +60,8 @@ class Trainer:
 
     Args:
         config: every setting of the run.
-        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]`` in place of
-            the one that ``config`` names.
+        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, which may be
+            ``async def``, in place of the one that ``config`` names.
         prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
             chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.

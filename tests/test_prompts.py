@@ -17,6 +17,7 @@ import pytest
 from conftest import word_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from quark_fast.config import Config, UsageError
 from quark_fast.prompts import Row, chat_template, choose_prompts, load_prompts, split
@@ -376,12 +377,21 @@ def test_any_bytes_give_rows_or_a_usage_error(
 # --- Messages ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def chat() -> Callable[[list[dict[str, Any]]], str]:
+def chat_tokenizer(*, first: bool) -> Any:
+    """One with a template; ``first``: it puts its bos_token before every text by itself."""
     tokenizer = word_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = TEMPLATE
-    return chat_template("tiny", lambda: tokenizer)
+    if first:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+        )
+    return tokenizer
+
+
+@pytest.fixture
+def chat() -> Callable[[list[dict[str, Any]]], str]:
+    return chat_template("tiny", lambda: chat_tokenizer(first=True))
 
 
 ASK = {"role": "user", "content": "w1"}
@@ -410,6 +420,12 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
         },
     ]
     assert loaded.left_out == {"refused by the chat template": 1, "not text": 2}
+
+
+def test_token_that_opens_a_turn_stays_and_one_that_opens_every_text_goes() -> None:
+    for first in (True, False):
+        rendered = chat_template("tiny", lambda first=first: chat_tokenizer(first=first))([ASK])
+        assert rendered == ("" if first else "<|endoftext|>") + "[user]w1[/][assistant]"
 
 
 def test_messages_without_a_template_are_refused_and_texts_need_none(tmp_path: Path) -> None:

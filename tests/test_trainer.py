@@ -220,6 +220,23 @@ def test_resume_with_other_training_prompts_is_refused(
             Trainer(small(tmp_path / "run", model, resume=True), prompts=other, **given)
 
 
+def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model()
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} w9 {% endfor %}")
+    heard: list[Any] = []
+
+    def reward(prompts: list[str], completions: list[str], messages: list[Any]) -> list[float | None]:
+        heard.append((prompts[0], messages[0]))
+        return even_words(prompts, completions)
+
+    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    given = {"prompts": [{"prompt": m} for m in asked[4:]], "held_out": [{"prompt": m} for m in asked[:4]]}
+    Trainer(small(tmp_path / "run", model, rounds=1, steps=1), reward=reward, **given).train()
+    prompts = {row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl")}
+    assert prompts == {f"{text} w9 " for text in PROMPTS[4:]}
+    assert all(prompt == f"{messages[0]['content']} w9 " for prompt, messages in heard)
+
+
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model()
     losses = []
