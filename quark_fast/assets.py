@@ -35,8 +35,10 @@ from typing import Any, ClassVar
 import numpy as np
 import platformdirs
 
+from quark_fast.config import UsageError
 
-class AssetError(RuntimeError):
+
+class AssetError(UsageError):
     """An embedded asset could not be fetched, or is not the pinned one; the message names the mend."""
 
 

@@ -58,6 +58,12 @@ FREE_ON_RESUME = {
     "eval_top_p",
     "eval_guidance",
     "show_offensive",
+    "reward_cache",
+    "reward_batch",
+    "reward_concurrency",
+    "reward_timeout",
+    "reward_retries",
+    "reward_backoff",
 }
 
 
@@ -72,15 +78,47 @@ class Config:
     )
     prompts: str | None = setting(
         None,
-        "training prompts, .jsonl with a 'prompt' field or .txt, one a line; default: the task's",
+        "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
+        " hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT of the datasets library; default: the task's",
     )
+    prompt_column: str | None = setting(
+        None,
+        "column of the prompts, with dots into nested fields; the others go to the reward; default: prompt,"
+        " else messages",
+    )
+    min_prompt_characters: int = setting(1, "shorter prompts of files are left out, characters")
+    max_prompt_characters: int = setting(0, "longer prompts of files are left out, characters; 0: none is")
+    prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: on all")
     held_out: str | None = setting(
-        None, "evaluation prompts, same formats; default: the task's, or a tenth of --prompts"
+        None,
+        "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
+        " or a tenth of --prompts, 200 at most",
     )
+    split_seed: int = setting(0, "which prompts are held out: another number, others")
     reward: str | None = setting(
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
-        " None], higher is better; this imports and runs its code; default: the task's",
+        " None], higher is better (this imports and runs its code; async def is awaited); a task's name;"
+        " hf:NAME, a sequence-classification model; a sum of these, '0.7*toxicity +"
+        " 0.3*package.module:function'; or '1 - NAME', to lower what NAME measures; default: the task's",
+    )
+    scorer_label: str | None = setting(
+        None,
+        "label, by name or number, whose probability the classifier hf:NAME rewards; one for each of several,"
+        " with commas between; default: the only one",
+    )
+    scorer_reads: Literal["completion", "prompt+completion"] = setting(
+        "completion", "what a classifier is shown"
+    )
+    reward_cache: Literal["auto", "on", "off"] = setting(
+        "auto", "keep rewards in rewards.sqlite of the run folder; auto: those of asynchronous rewards"
+    )
+    reward_batch: int = setting(16, "completions in one call of an asynchronous reward")
+    reward_concurrency: int = setting(16, "calls of an asynchronous reward under way at once")
+    reward_timeout: float = setting(60.0, "limit for one call of an asynchronous reward, seconds; 0: none")
+    reward_retries: int = setting(4, "further attempts after a failed call of an asynchronous reward")
+    reward_backoff: float = setting(
+        1.0, "wait before the second attempt, seconds; doubled before each further one, 60 at most"
     )
     output: str | None = setting(None, "run folder to make; default: runs/<task>")
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
@@ -171,6 +209,14 @@ class Config:
             )
         return [value / sum(values) for value in values]
 
+    def held_out_count(self) -> int | None:
+        """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
+        if self.held_out is None or not self.held_out.isdecimal():
+            return None
+        if int(self.held_out) < 1:
+            raise UsageError(f"held_out = {self.held_out}; give at least 1, or a file")
+        return int(self.held_out)
+
     def guidances(self) -> list[float]:
         """The values of w to evaluate."""
         return numbers("eval_guidance", self.eval_guidance)
@@ -191,6 +237,15 @@ class Config:
             "max_new_tokens": 1,
             "min_new_tokens": 0,
             "max_prompt_tokens": 1,
+            "min_prompt_characters": 1,
+            "max_prompt_characters": 0,
+            "prompt_limit": 0,
+            "split_seed": 0,
+            "reward_batch": 1,
+            "reward_concurrency": 1,
+            "reward_timeout": 0.0,
+            "reward_retries": 0,
+            "reward_backoff": 0.0,
             "sample_batch": 1,
             "rounds": 1,
             "steps": 1,
@@ -227,6 +282,7 @@ class Config:
             raise UsageError(f"seed = {self.seed}; give a number below 2**63")
         self.weights()
         self.guidances()
+        self.held_out_count()
 
     def check_resumes(self, saved: Config) -> None:
         """Raise UsageError unless a run with the settings ``saved`` can go on with these."""

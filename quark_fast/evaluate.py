@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from quark_fast.command import exit_status
 from quark_fast.config import Parser, UsageError
 
 
@@ -18,9 +20,11 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m quark_fast.evaluate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument(
-        "--prompts", metavar="FILE", help=".jsonl or .txt; default: the run's own held-out prompts"
+        "--prompts", metavar="FILE", help="in any format of training; default: the run's own held-out prompts"
     )
-    made.add_argument("--reward", help="package.module:function; default: the run's own")
+    made.add_argument("--prompt-column", help="column of --prompts; default: the run's own")
+    made.add_argument("--reward", help="in any form of training; default: the run's own")
+    made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
     made.add_argument("--samples", type=int, default=5, help="completions a prompt and mode (default: 5)")
     made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
     made.add_argument("--guidance", default=None, help="values of w, comma-separated; default: the run's own")
@@ -37,11 +41,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.metrics import Sample
-    from quark_fast.prompts import load_prompts
+    from quark_fast.prompts import chat_template, load_prompts
     from quark_fast.report import headline, results_table
-    from quark_fast.reward import load_reward
     from quark_fast.rollout import Sampling
-    from quark_fast.run_folder import HELD_OUT
+    from quark_fast.run_folder import HELD_OUT, REWARDS
+    from quark_fast.scoring import cached, choose_reward
     from quark_fast.tasks import find_task
 
     if arguments.samples < 1 or not 0 < arguments.top_p <= 1:
@@ -53,15 +57,26 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     finished = open_run(Path(arguments.run))
     config, policy = finished.config, finished.policy
     task = find_task(config.task)
-    spec = arguments.reward or config.reward
-    reward = load_reward(spec) if spec else task.reward()
+    if arguments.reward:
+        config = dataclasses.replace(config, reward=arguments.reward, scorer_label=arguments.scorer_label)
+    elif arguments.scorer_label:
+        raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
+    reward = choose_reward(config, task, finished.device)
     trained_on = json.loads((Path(arguments.run) / "evaluation.json").read_text())["scorer"]["name"]
     if not arguments.reward and reward.name != trained_on:
         raise UsageError(
             f"the run's reward was {trained_on}, a function of its program; name one by --reward"
         )
-    rows = load_prompts(arguments.prompts or Path(arguments.run) / HELD_OUT)
+    if arguments.prompts:
+        column = arguments.prompt_column or config.prompt_column
+        chat = chat_template(arguments.run, lambda: policy.tokenizer)
+        loaded = load_prompts(arguments.prompts, column=column, chat=chat)
+        console.print(f"{arguments.prompts}: {loaded.counts}", markup=False)
+    else:
+        loaded = load_prompts(Path(arguments.run) / HELD_OUT)
+    rows = loaded.rows
     reward.check(rows)
+    reward = cached(reward, config.reward_cache, Path(arguments.run) / REWARDS)
     ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
     policy.check_fits(ids, config.max_new_tokens)
     guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
@@ -88,15 +103,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on standard error)."""
-    from quark_fast.assets import AssetError
-
-    try:
-        run(parser().parse_args(arguments), Console())
-    except (UsageError, AssetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parser().parse_args(arguments), Console()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from quark_fast import assets
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.machine import sampling_dtype
-from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
+from quark_fast.policy import Policy, load_reference
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,5 @@ def open_run(folder: Path) -> Finished:
     dtype = sampling_dtype(config.precision, device)
     policy = Policy.from_export(folder / "model", dtype)
     policy.model = policy.frozen_copy(dtype).to(device)
-    reference, _ = load_pretrained(config.model or assets.default_model(), dtype)
-    reference.to(device).eval().requires_grad_(False)
-    reference.set_attn_implementation(FAST_ATTENTION)
+    reference = load_reference(config.model or assets.default_model(), dtype, device)
     return Finished(config, policy, reference, device)

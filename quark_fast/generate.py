@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from quark_fast.command import exit_status
 from quark_fast.config import Parser, UsageError
 
 
@@ -81,15 +82,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on standard error)."""
-    from quark_fast.assets import AssetError
-
-    try:
-        run(parser().parse_args(arguments), Console())
-    except (UsageError, AssetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parser().parse_args(arguments), Console()))
 
 
 if __name__ == "__main__":

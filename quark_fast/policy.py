@@ -251,33 +251,37 @@ def linear_head(model: Any) -> nn.Linear | None:
     return head if same and torch.equal(logits, ramp.expand_as(logits).to(logits.dtype)) else None
 
 
-def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_reference(source: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The untouched model, frozen: it samples at first, and the policy is held close to it."""
+    model, _ = load_pretrained(source, dtype)
+    model.to(device).eval().requires_grad_(False)
+    model.set_attn_implementation(FAST_ATTENTION)
+    return model
+
+
+def load_pretrained(
+    source: str | Path,
+    dtype: torch.dtype,
+    auto_class: Any = AutoModelForCausalLM,
+    kind: str = "causal language model",
+) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
-    looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
-    if looks_like_path and not Path(source).is_dir():
-        raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        raise UsageError(
-            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
-            " tokenizer.json, or a hub name"
-        ) from error
+    tokenizer = load_tokenizer(source)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(
             f"the tokenizer at {str(source)!r} has no fast form (tokenizer.json); save one with"
             " PreTrainedTokenizerFast"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"no causal language model at {str(source)!r}: {_first_line(error)}") from error
+        raise UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills these with random numbers
         missing = sorted(info["missing_keys"])
         raise UsageError(
             f"the weights at {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more;"
-            " give a complete causal language model"
+            f" give a complete {kind}"
         )
     highest = max(tokenizer.get_vocab().values())
     rows = len(model.get_input_embeddings().weight)
@@ -287,6 +291,20 @@ def load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             " the two do not belong together"
         )
     return model, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer by transformers, or one clear line about what is wrong with ``source``."""
+    looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
+    if looks_like_path and not Path(source).is_dir():
+        raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
+            " tokenizer.json, or a hub name"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

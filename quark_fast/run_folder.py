@@ -16,6 +16,7 @@ from quark_fast.config import UsageError
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+REWARDS = "rewards.sqlite"
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 
 
@@ -23,7 +24,8 @@ class RunFolder:
     """Paths and atomic writes of one run.
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
-    report.html, model/ and, while the run is not finished, checkpoint/.
+    report.html, model/, rewards.sqlite for rewards that are cached and, while the run is not finished,
+    checkpoint/.
     """
 
     def __init__(self, path: str | Path) -> None:

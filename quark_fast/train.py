@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from quark_fast.config import Config, UsageError, parse
+from quark_fast.command import exit_status
+from quark_fast.config import Config, parse
 
 
 class Display:
@@ -58,6 +59,8 @@ def run(config: Config, console: Console) -> None:
     keep_freed_memory()
     display = Display(console)
     trainer = Trainer(config, listen=display)
+    if trainer.about_prompts:
+        console.print(trainer.about_prompts, markup=False)
     console.print(
         f"unlearning {config.task}: {len(trainer.train_rows)} training and"
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
@@ -77,27 +80,8 @@ def run(config: Config, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped and resumable."""
     logging.basicConfig(level=logging.WARNING)
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, "python -m quark_fast.train")
-        from quark_fast.assets import AssetError
-        from quark_fast.trainer import Interrupted
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        run(config, Console())
-    except (UsageError, AssetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:  # the second Ctrl-C: at once, without a new checkpoint
-        print(
-            f"stopped; --resume goes on from the last checkpoint in {config.output_folder}", file=sys.stderr
-        )
-        return 130
-    return 0
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: run(parse(given, "python -m quark_fast.train"), Console()))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,15 @@ from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, ver
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
 from quark_fast.ops.loss import Implementation, quark_loss
-from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
+from quark_fast.policy import Policy, load_reference, load_tokenizer
 from quark_fast.pool import RolloutPool
-from quark_fast.prompts import Row, load_prompts, split
+from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
-from quark_fast.reward import Function, Reward, describe, load_reward
+from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Sampling, sample
-from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
-from quark_fast.tasks import Task, find_task
+from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
+from quark_fast.scoring import cached, choose_reward
+from quark_fast.tasks import find_task
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Progress:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; what it had done is in its checkpoint."""
 
 
@@ -59,9 +60,10 @@ class Trainer:
 
     Args:
         config: every setting of the run.
-        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]`` in place of
-            the one that ``config`` names.
-        prompts: training prompts, texts or rows with a ``prompt``, in place of those ``config`` names.
+        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, which may be
+            ``async def``, in place of the one that ``config`` names.
+        prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
+            chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
         listen: called with a ``Progress`` now and then.
 
@@ -88,12 +90,16 @@ class Trainer:
         else:
             self.folder.check_free()
         self.task = find_task(config.task)
-        self.reward = _reward(config, self.task, reward)
-        self.train_rows, self.held_out_rows = _prompts(config, self.task, prompts, held_out)
-        self.reward.check(self.train_rows)
         set_threads(config.threads)
         self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
         self.device = self.accelerator.device
+        self.reward = choose_reward(config, self.task, self.device, reward)
+        source = config.model or "the embedded model"
+        chat = chat_template(source, lambda: load_tokenizer(config.model or assets.default_model()))
+        chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
+        self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
+        self.reward.check(self.train_rows)
+        self.reward = cached(self.reward, config.reward_cache, self.folder / REWARDS)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
             # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
@@ -107,7 +113,7 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config
         source = config.model or assets.default_model()
-        own_words = config.reward is None and self.reward.property is not None
+        own_words = config.reward in (None, self.task.name) and self.reward.property is not None
         self.policy = Policy.create(
             source,
             quantiles=config.quantiles,
@@ -123,9 +129,7 @@ class Trainer:
             # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
             longest = config.max_prompt_tokens + config.max_new_tokens
             model.set_attn_implementation("eager" if longest <= 512 else "sdpa")
-        self.reference, _ = load_pretrained(source, self.sampling_dtype)
-        self.reference.to(self.device).eval().requires_grad_(False)
-        self.reference.set_attn_implementation(FAST_ATTENTION)
+        self.reference = load_reference(source, self.sampling_dtype, self.device)
         self.objective = Objective(
             config, self.policy, self.reference, self.device, self.accelerator.autocast
         )
@@ -176,6 +180,11 @@ class Trainer:
                 f"the checkpoint in {self.folder.path} holds other weights than"
                 f" {self.config.model or 'the embedded model'} has; resume it with its own model"
             )
+        if state["prompts"] != digest(self.train_rows):
+            raise UsageError(
+                f"the training prompts are not those that the run in {self.folder.path} began with;"
+                " give it the same"
+            )
         with torch.no_grad():
             for name, value in tensors["model"].items():
                 own[name].copy_(value)
@@ -198,6 +207,7 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.seconds,
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "prompts": digest(self.train_rows),
                 "pool": plain,
             },
             {
@@ -220,10 +230,11 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         started = time.monotonic() - self.seconds
-        with _stop_signals() as self.stop:
+        with _stop_signals(self.folder.path) as self.stop:
             while self.round < self.config.rounds:
                 if not self.sampled:
-                    self._sample()
+                    with self.stop.at_once():
+                        self._sample()
                     self.sampled = True
                     self.seconds = time.monotonic() - started
                     self._save()
@@ -232,11 +243,13 @@ class Trainer:
                     if step % self.config.checkpoint_every == 0 or self.stop.asked:
                         self._save()
                     self._stop_if_asked()
-                self._probe()
+                with self.stop.at_once():
+                    self._probe()
                 self.round, self.sampled = self.round + 1, False
             self.seconds = time.monotonic() - started
             self._save()
-            self._evaluate()
+            with self.stop.at_once():
+                self._evaluate()
             self.seconds = time.monotonic() - started
         self._finish()
         return self.folder.path
@@ -270,7 +283,6 @@ class Trainer:
         for indices, drawn in sample(
             self.policy, model, self.train_ids, conditioning, sampling, samples, seed
         ):
-            self._stop_if_asked()
             flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
             texts = [self.policy.decode(completion) for _, completion in flat]
             scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
@@ -440,7 +452,6 @@ class Trainer:
         total = len(self.held_out_rows) * config.eval_samples
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in heard:
-            self._stop_if_asked()
             samples[name] += part
             scores = [s.score for s in samples[name] if s.score is not None]
             mean = sum(scores) / len(scores) if scores else float("nan")
@@ -471,14 +482,6 @@ class Trainer:
         self.listen(Progress("writing the model and the report", 1, 1))
 
 
-def _reward(config: Config, task: Task, given: Function | Reward | None) -> Reward:
-    if isinstance(given, Reward):
-        return given
-    if given is not None:
-        return describe(given)
-    return load_reward(config.reward) if config.reward else task.reward()
-
-
 def _check_impl(impl: Implementation, device: torch.device) -> None:
     """The loss on two logits: whether the implementation asked for runs here shows at once."""
     logits, labels = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device)
@@ -488,45 +491,30 @@ def _check_impl(impl: Implementation, device: torch.device) -> None:
         raise UsageError(f"impl = {impl}: {error}") from error
 
 
-def _prompts(
-    config: Config,
-    task: Task,
-    prompts: Sequence[str | Row] | None,
-    held_out: Sequence[str | Row] | None,
-) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows): what was given, else the files, else the task's own."""
-
-    def rows(given: Sequence[str | Row] | None, file: str | None) -> list[Row] | None:
-        if given is not None:
-            return [{"prompt": row} if isinstance(row, str) else dict(row) for row in given]
-        return load_prompts(file) if file else None
-
-    train, test = rows(prompts, config.prompts), rows(held_out, config.held_out)
-    if train is None and test is None:
-        return task.prompts()
-    if train is None:
-        train = task.prompts()[0]
-    if test is None:
-        train, test = split(train)
-    if not train or not test:
-        raise UsageError(f"{len(train) + len(test)} prompts are too few to hold some out; give --held-out")
-    return train, test
-
-
 class _Stop:
     """Whether the user asked to stop."""
 
     asked = False
+    safe = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that a resumed run repeats anyway: a signal need not wait for it."""
+        self.safe = True
+        try:
+            yield
+        finally:
+            self.safe = False
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(folder: Path) -> Iterator[_Stop]:
     """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
     stop = _Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
+        if stop.asked or stop.safe:
+            raise Interrupted(f"stopped; go on from the last checkpoint with --resume --output {folder}")
         stop.asked = True
 
     numbers = (signal.SIGINT, signal.SIGTERM)

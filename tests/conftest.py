@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -83,6 +84,21 @@ def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int =
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = qwen2_tokenizer() if architecture == "qwen2" else word_tokenizer(pad=architecture != "gpt2")
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_classifier(folder: Path) -> Path:
+    """A random classifier of texts into "kind", "plain" and "rude"."""
+    torch.manual_seed(0)
+    labels = {0: "kind", 1: "plain", 2: "rude"}
+    named = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    config = GPT2Config(
+        vocab_size=WORDS + 2, n_embd=32, n_layer=2, n_head=2, n_positions=64, pad_token_id=WORDS, **named
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    sharpen(model)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 

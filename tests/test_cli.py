@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_classifier, save_tiny_model
 from transformers import AutoTokenizer, pipeline
 
 from quark_fast import assets, evaluate, generate, train, trainer
@@ -22,6 +23,7 @@ from quark_fast.ops import triton_kernels
 Command = Callable[[Sequence[str]], int]
 
 REWARDS = '''
+import asyncio
 import math
 
 def evens(prompts, completions, **columns):
@@ -31,6 +33,13 @@ def evens(prompts, completions, **columns):
 
 def raises(prompts, completions, **columns):
     raise ConnectionError("scorer is down\\nat the second line")
+
+async def hangs(prompts, completions, **columns):
+    await asyncio.sleep(600)
+
+def numbered(prompts, completions, number, **columns):
+    """Needs the column of a file."""
+    return [float(n) for n in number]
 
 def text(prompts, completions, **columns):
     return ["good"] * len(completions)
@@ -85,7 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (here / "empty.txt").write_text("\n\n")
         (here / "one.txt").write_text("w1")
         (here / "long.txt").write_text(f"{'w1 ' * 121}\nw2\n")
-        (here / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 7}\n')
+        (here / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 7\n')
+        (here / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
         (here / "notes").mkdir()
         (here / "notes" / "mine.txt").write_text("mine")
         bare = here / "no-tokenizer"
@@ -126,11 +136,27 @@ def refused(
         ({"task": "manners"}, ["unknown task 'manners'", "toxicity"]),
         ({"prompts": "missing.txt"}, ["missing.txt cannot be read"]),
         ({"prompts": "empty.txt"}, ["empty.txt holds no prompt"]),
-        ({"prompts": "bad.jsonl"}, ["bad.jsonl:2:", "needs a text under 'prompt'"]),
-        ({"prompts": "model/model.safetensors"}, ["give .jsonl or .txt"]),
+        ({"prompts": "bad.jsonl"}, ["bad.jsonl:2:", "not JSON"]),
+        ({"prompts": "model/model.safetensors"}, ["give .jsonl"]),
+        ({"prompts": "talk.jsonl", "prompt_column": "talk"}, ["no column 'talk', but 'messages'"]),
+        ({"prompts": "talk.jsonl"}, ["the tokenizer of model has no chat template"]),
+        ({"prompts": "hf:a:b:c:d"}, ["hf:NAME:CONFIG:SPLIT"]),
+        ({"held_out": "0"}, ["held_out = 0", "at least 1"]),
+        ({"held_out": "20"}, ["too few to hold 20 out"]),
         ({"prompts": "one.txt"}, ["too few", "--held-out"]),
         ({"held_out": "missing.jsonl"}, ["missing.jsonl cannot be read"]),
         ({"reward": "tiny_rewards"}, ["package.module:function"]),
+        ({"reward": "politeness"}, ["unknown task 'politeness'", "hf:NAME"]),
+        ({"reward": "tiny_rewards:evens*2"}, ["'tiny_rewards:evens*2' is no weight*name"]),
+        ({"reward": "hf:model"}, ["give a complete sequence-classification model"]),
+        ({"reward": "hf:nowhere/at/all"}, ["no folder 'nowhere/at/all'"]),
+        ({"scorer_label": "toxic"}, ["scorer_label = 'toxic'", "0 classifiers"]),
+        ({"reward_cache": "of"}, ["--reward-cache", "'of'"]),
+        ({"reward_timeout": "-1"}, ["reward_timeout = -1.0"]),
+        (
+            {"reward": "tiny_rewards:hangs", "reward_timeout": "0.01", "reward_retries": "0"},
+            ["no answer in 0.01 s"],
+        ),
         ({"reward": "no_such_rewards:x"}, ["importing no_such_rewards failed"]),
         ({"reward": "tiny_rewards:odds"}, ["no function 'odds'"]),
         ({"reward": "tiny_rewards:raises"}, ["raised ConnectionError: scorer is down at the second line"]),
@@ -211,6 +237,11 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--prompts", "empty.txt"], "empty.txt holds no prompt"),
         (["finished", "--prompts", "bad.jsonl"], "bad.jsonl:2:"),
         (["finished", "--reward", "tiny_rewards:raises"], "scorer is down"),
+        (["finished", "--scorer-label", "rude"], "give both"),
+        (
+            ["finished", "--prompts", "prompts.txt", "--prompt-column", "x", "--guidance", "strong"],
+            "'strong'",
+        ),
         (["finished", "--reward", "tiny_rewards"], "package.module:function"),
         (["finished", "--samples", "0"], "--samples"),
         (["finished", "--top-p", "2"], "--top-p"),
@@ -360,6 +391,34 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert names == ["untouched", "best token", "guided w=3", "worst token", "no token"]
     assert table["prompts"] == 2
     assert all(name in heard.out for name in names)
+
+
+def test_sum_of_rewards_on_a_table_of_prompts_from_training_to_evaluation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["number,question", *(f"{i % 3},w{i} w1" for i in range(20)), "1,", "2,w3 w1"]
+    with gzip.open(folder / "table.csv.gz", "wt") as file:
+        file.write("\n".join(lines))
+    spec = "tiny_rewards:evens + 0.5*tiny_rewards:numbered"
+    own = {"prompts": "table.csv.gz", "prompt_column": "question", "held_out": "3", "prompt_limit": "9"}
+    assert train.main(flags(output="summed", reward=spec, reward_cache="on", **own)) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert (
+        "table.csv.gz: 22 read, left out: 1 empty, 1 duplicate; 9 of 17 to train on by prompt_limit" in words
+    )
+    assert "9 training and 3 held-out prompts" in words
+    evaluation = json.loads((folder / "summed" / "evaluation.json").read_text())
+    assert evaluation["scorer"]["name"] == spec and evaluation["prompts"] == 3
+    assert (folder / "summed" / "rewards.sqlite").exists()
+    # The run's own reward and prompts, then another scorer on the same file.
+    arguments = ["summed", "--samples", "1", "--threads", "1", "--json", "again.json"]
+    assert evaluate.main(arguments) == 0
+    save_tiny_classifier(folder / "scorer")
+    other = ["--reward", "1 - hf:scorer", "--scorer-label", "rude", "--prompts", "table.csv.gz"]
+    assert evaluate.main([*arguments, *other]) == 0
+    again = json.loads((folder / "again.json").read_text())
+    assert again["property"] == "rude" and again["prompts"] == 20
+    assert again["scorer"]["name"] == "1 - hf:scorer"
 
 
 def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> None:

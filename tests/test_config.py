@@ -153,7 +153,12 @@ IMPOSSIBLE = [
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every")),
     ("quantiles", 1),
-    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed")),
+    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),
+    *((name, -1) for name in ("max_prompt_characters", "prompt_limit")),
+    *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
+    ("reward_retries", -1),
+    *((name, value) for name in ("reward_timeout", "reward_backoff") for value in (-0.1, float("nan"))),
+    ("held_out", "0"),
     ("seed", 2**63),
     *(
         (name, value)

@@ -16,10 +16,11 @@ PACKAGE = Path(quark_fast.__file__).parent
 
 # Imports go down only: a module imports its own layer and those below it.
 LAYERS = [
-    {"train", "evaluate", "generate"},
+    {"train", "evaluate", "generate", "command"},
     {"trainer", "finished"},
     {"objective", "rollout", "batch", "evaluation", "report", "metrics"},
-    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
+    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
+    | {"classifier", "reward_cache", "scoring"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
+import linecache
 import math
-import sys
-from collections.abc import Callable
+import random
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ import torch
 
 from quark_fast.config import UsageError
 from quark_fast.prompts import Row
-from quark_fast.reward import Reward, describe, load_reward
+from quark_fast.reward import NO_SOURCE, Calls, Reward, describe
+from quark_fast.reward_cache import RewardCache
 
 ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]
 TEXTS = ["one", "two", "three"]
@@ -94,6 +100,7 @@ def test_wrong_length_is_refused_with_both_lengths(count: int) -> None:
         (math.inf, "inf; return finite"),
         (np.float32("-inf"), "inf); return finite"),
         ({"score": 1}, "{'score': 1}"),
+        (10**400, "return finite"),
     ],
 )
 def test_value_that_is_no_number_is_refused_and_shown(value: Any, shown: str) -> None:
@@ -148,79 +155,6 @@ def test_check_shows_the_reward_a_few_texts_only() -> None:
     assert seen == [3]
 
 
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Writes a module "my_rewards" that can be imported for this test alone."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-
-    def write(source: str) -> None:
-        (tmp_path / "my_rewards.py").write_text(source)
-
-    yield write
-    sys.modules.pop("my_rewards", None)
-
-
-def test_reward_is_found_by_module_and_function(module: Callable[[str], None]) -> None:
-    module("def score(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
-    reward = load_reward("my_rewards:score")
-    assert reward(ROWS, TEXTS).tolist() == [3, 3, 5]
-    assert reward.name == "my_rewards:score"
-    assert reward.property is None
-
-
-def test_reward_is_identified_by_the_hash_of_its_source(module: Callable[[str], None]) -> None:
-    hashes = set()
-    for factor in (1, 2):
-        sys.modules.pop("my_rewards", None)
-        # Other lengths, so that no stale bytecode of the same second and size is taken for it.
-        module(f"def score(prompts, completions, **columns):\n    return [{factor}.{'0' * factor}]\n")
-        hashes.add(load_reward("my_rewards:score").sha256)
-    assert len(hashes) == 2 and all(len(h) == 64 for h in hashes)
-
-
-@pytest.mark.parametrize(
-    ("spec", "named"),
-    [
-        ("my_rewards", "package.module:function"),
-        ("my_rewards:", "package.module:function"),
-        (":score", "package.module:function"),
-        ("", "package.module:function"),
-        ("no_such_module_anywhere:score", "ModuleNotFoundError"),
-        ("my_rewards:scoer", "no function 'scoer'"),
-        ("my_rewards:number", "no function 'number'"),
-        ("my_rewards.score:x", "not a package"),
-        (".my_rewards:score", "TypeError"),
-    ],
-)
-def test_bad_reward_name_is_refused_with_the_reason(
-    module: Callable[[str], None], spec: str, named: str
-) -> None:
-    module("number = 1\ndef score(prompts, completions, **columns):\n    return []\n")
-    with pytest.raises(UsageError) as caught:
-        load_reward(spec)
-    assert repr(spec) in str(caught.value) and named in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("def broken(:\n", "SyntaxError"),
-        ("raise RuntimeError('two\\nlines')\n", "RuntimeError: two lines"),
-        ("import sys\nsys.exit(0)\n", "SystemExit"),
-        ("import not_installed_here\n", "not_installed_here"),
-    ],
-)
-def test_module_that_fails_to_import_is_named_with_its_error(
-    module: Callable[[str], None], source: str, named: str
-) -> None:
-    module(source)
-    with pytest.raises(UsageError) as caught:
-        load_reward("my_rewards:score")
-    assert "importing my_rewards failed" in str(caught.value) and named in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_callable_objects_and_partials_can_be_rewards() -> None:
     class Constant:
         def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -229,3 +163,328 @@ def test_callable_objects_and_partials_can_be_rewards() -> None:
     for function in (Constant(), functools.partial(Constant().__call__), Constant().__call__):
         assert describe(function)(ROWS, TEXTS).tolist() == [1.0] * 3
     assert len(describe(len).sha256) == 64, "a builtin has no source to hash"
+
+
+def test_columns_that_would_clash_with_the_arguments_are_kept_back() -> None:
+    heard: dict[str, Any] = {}
+
+    def reward(**given: Any) -> list[float]:
+        heard.update(given)
+        return [0.0]
+
+    row = {"prompt": "a", "prompts": "x", "completion": "y", "completions": "z", "label": 1}
+    describe(reward)([row], ["one"])
+    assert heard == {"prompts": ["a"], "completions": ["one"], "label": [1]}
+
+
+def test_function_of_one_completion_is_called_for_each() -> None:
+    heard: list[dict[str, Any]] = []
+
+    def reward(prompt: str, completion: str, **columns: Any) -> float | None:
+        heard.append({"prompt": prompt, "completion": completion, **columns})
+        return float(len(completion)) if completion != "two" else None
+
+    assert describe(reward)(ROWS, TEXTS).tolist() == pytest.approx([3, math.nan, 5], nan_ok=True)
+    assert heard[2] == {"prompt": "c", "completion": "three", "label": 3, "id": "x"}
+    assert heard[0]["id"] is None
+
+
+def test_hash_is_of_the_source_wherever_the_function_stands() -> None:
+    class Constant:
+        def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+            return [1.0] * len(prompts)
+
+    own = describe(Constant.__call__).sha256
+    assert own != NO_SOURCE == describe(len).sha256
+    for function in (Constant(), functools.partial(Constant()), Constant().__call__):
+        assert describe(function).sha256 == own
+    # A cell of a notebook has lines, but no file.
+    hashes = set()
+    for text in ("def f(prompts, completions): return [1]\n", "def f(prompts, completions): return [2]\n"):
+        name = f"<cell {len(hashes)}>"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        space: dict[str, Any] = {}
+        exec(compile(text, name, "exec"), space)
+        hashes.add(describe(space["f"]).sha256)
+    assert len(hashes) == 2 and NO_SOURCE not in hashes
+
+
+# --- Asynchronous --------------------------------------------------------------------------------
+
+MANY: list[Row] = [{"prompt": "p", "n": i} for i in range(50)]
+WORDS = [f"text {i}" for i in range(50)]
+AT_ONCE = Calls(backoff=0.001)
+
+
+async def numbers(prompts: list[str], completions: list[str], n: list[int], **_: Any) -> list[float | None]:
+    await asyncio.sleep(random.Random(n[0]).random() / 100)
+    return [None if i == 7 else float(i) for i in n]
+
+
+async def number(prompt: str, completion: str, n: int) -> float | None:
+    await asyncio.sleep(0.001 * (50 - n) / 10)
+    return None if n == 7 else float(n)
+
+
+@pytest.mark.parametrize("function", [numbers, number])
+@pytest.mark.parametrize("batch", [1, 7, 50, 1000])
+def test_asynchronous_rewards_come_back_in_order(function: Any, batch: int) -> None:
+    expected = [math.nan if i == 7 else float(i) for i in range(50)]
+    reward = describe(function, calls=Calls(batch=batch))
+    assert reward.asynchronous
+    assert reward(MANY, WORDS).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_asynchronous_calls_wait_side_by_side_but_no_more_than_allowed() -> None:
+    under_way, most = 0, 0
+
+    async def reward(prompt: str, completion: str, **columns: Any) -> float:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.005)
+        under_way -= 1
+        return 0.0
+
+    for limit in (1, 6):
+        most = 0
+        describe(reward, calls=Calls(concurrency=limit))(MANY, WORDS)
+        assert most == limit
+
+
+def test_loop_outlives_the_call_so_that_a_client_can_be_kept() -> None:
+    loops = set()
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        loops.add(asyncio.get_running_loop())
+        return [0.0] * len(prompts)
+
+    describe(reward)(ROWS, TEXTS)
+
+    async def in_a_notebook() -> None:  # whose own loop runs already
+        describe(reward)(ROWS, TEXTS)
+
+    asyncio.run(in_a_notebook())
+    assert len(loops) == 1
+
+
+def test_failed_calls_are_tried_again_and_others_are_not() -> None:
+    failures = {3: 2, 20: 1}
+    calls: list[int] = []
+
+    async def reward(prompt: str, completion: str, n: int) -> float:
+        calls.append(n)
+        if failures.get(n, 0):
+            failures[n] -= 1
+            raise ConnectionError("busy")
+        return float(n)
+
+    state = random.getstate()
+    assert describe(reward, calls=AT_ONCE)(MANY, WORDS).tolist() == list(map(float, range(50)))
+    assert sorted(calls) == sorted([*range(50), 3, 3, 20])
+    assert random.getstate() == state, "the global generator is the user's"
+
+
+def test_reward_that_keeps_failing_is_named_with_attempts_and_completion() -> None:
+    attempts = 0
+
+    async def reward(prompts: list[str], completions: list[str], n: list[int]) -> list[float]:
+        nonlocal attempts
+        if 20 in n:
+            attempts += 1
+            raise ConnectionError("server\nis down")
+        await asyncio.sleep(0.05)
+        return [0.0] * len(n)
+
+    calls = Calls(batch=5, retries=2, backoff=0.001)
+    with pytest.raises(UsageError) as caught:
+        describe(reward, "mine", calls)(MANY, WORDS)
+    assert str(caught.value) == (
+        "reward mine failed at 3 attempts, at last with ConnectionError: server is down; the first completion"
+        " of the call: 'text 20'"
+    )
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert attempts == 3
+
+
+def test_waits_between_attempts_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def short(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise OSError
+
+    monkeypatch.setattr("quark_fast.reward.asyncio.sleep", short)
+    with pytest.raises(UsageError, match="9 attempts"):
+        describe(reward, calls=Calls(retries=8, backoff=2.0))(ROWS, TEXTS)
+    for wait, longest in zip(waits, [2, 4, 8, 16, 32, 60, 60, 60], strict=True):
+        assert longest / 2 <= wait <= longest
+
+
+def test_call_without_an_answer_times_out_and_is_tried_again() -> None:
+    calls: list[str] = []
+
+    async def reward(prompt: str, completion: str, **columns: Any) -> float:
+        calls.append(completion)
+        if completion == "two" and calls.count("two") <= 1:
+            await asyncio.sleep(600)
+        return 1.0
+
+    limits = Calls(timeout=0.1, backoff=0.001)
+    assert describe(reward, calls=limits)(ROWS, TEXTS).tolist() == [1.0] * 3
+    assert calls.count("two") == 2
+
+    async def never(prompt: str, completion: str, **columns: Any) -> float:
+        await asyncio.sleep(600)
+        return 1.0
+
+    with pytest.raises(UsageError, match=r"2 attempts, at last with TimeoutError: no answer in 0.05 s"):
+        describe(never, calls=Calls(timeout=0.05, retries=1, backoff=0.001))(ROWS, TEXTS)
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), NameError("x"), SystemExit(1), KeyboardInterrupt()])
+def test_mistake_in_the_code_is_not_tried_again(error: BaseException) -> None:
+    calls: list[int] = []
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(UsageError, match=f"raised {type(error).__name__}"):
+        describe(reward)(ROWS, TEXTS)
+    assert len(calls) == 1
+    assert describe(numbers)(MANY[:2], WORDS[:2]).tolist() == [0.0, 1.0], "the loop goes on"
+
+
+def test_function_that_cancels_itself_has_failed() -> None:
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise asyncio.CancelledError
+
+    with pytest.raises(UsageError, match="failed at 5 attempts, at last with CancelledError"):
+        describe(reward, calls=AT_ONCE)(ROWS, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ([1.0], "returned 1 values for 3"),
+        ("abc", "return a list"),
+        ([0.0, "x", 1.0], "returned 'x'"),
+        ([math.inf] * 3, "finite"),
+    ],
+)
+def test_bad_value_of_an_asynchronous_reward_is_refused_at_once(value: Any, named: str) -> None:
+    calls: list[int] = []
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        calls.append(1)
+        return value
+
+    with pytest.raises(UsageError, match=named):
+        describe(reward)(ROWS, TEXTS)
+    assert len(calls) == 1
+
+
+def test_coroutine_of_a_plain_function_is_refused_with_the_mend() -> None:
+    async def inner() -> list[float]:
+        return [0.0] * 3
+
+    with pytest.raises(UsageError, match="define it by async def"):
+        describe(lambda prompts, completions, **columns: inner())(ROWS, TEXTS)
+
+
+def test_interrupt_ends_the_waiting_at_once_and_cancels_the_calls() -> None:
+    cancelled = threading.Event()
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return [0.0] * len(prompts)
+
+    threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        describe(reward)(ROWS, TEXTS)
+    assert cancelled.wait(10)
+    assert time.monotonic() - begun < 60
+
+
+# --- With a cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Any:
+    """(reward with a cache, the texts that it was called for)."""
+    heard: list[str] = []
+
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        heard.extend(completions)
+        return [len(t) / 3 if t != "two" else None for t in completions]
+
+    reward = describe(function, "mine")
+    return Reward(function, "mine", "1", reward.sha256, cache=RewardCache(tmp_path / "r.sqlite")), heard
+
+
+def test_known_text_is_not_scored_again_also_one_that_was_left_out(counted: Any) -> None:
+    reward, heard = counted
+    first = reward(ROWS, TEXTS)
+    again = reward([*ROWS, ROWS[0]], [*TEXTS, "four"])
+    assert np.array_equal(again[:3], first, equal_nan=True) and np.isnan(first[1])
+    assert heard == [*TEXTS, "four"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"version": "2"},
+        {"sha256": "0" * 64},
+        {"rows": [{"prompt": "b", "label": 1}]},
+        {"rows": [{"prompt": "a", "label": 2}]},
+        {"rows": [{"prompt": "a", "label": "1"}]},
+        {"rows": [{"prompt": "a", "name": 1}]},
+        {"texts": ["One"]},
+    ],
+)
+def test_other_scorer_prompt_column_or_text_is_another_key(counted: Any, change: dict[str, Any]) -> None:
+    reward, heard = counted
+    reward(ROWS[:1], TEXTS[:1])
+    rows, texts = change.pop("rows", ROWS[:1]), change.pop("texts", TEXTS[:1])
+    dataclasses.replace(reward, **change)(rows, texts)
+    assert len(heard) == 2
+
+
+def test_row_that_no_key_can_spell_is_always_scored(counted: Any) -> None:
+    reward, heard = counted
+    rows = [{"prompt": "a", "image": object()}]
+    for _ in range(2):
+        assert reward(rows, ["one"]).tolist() == [1.0]
+    assert heard == ["one", "one"]
+
+
+def test_what_was_scored_before_a_failure_is_kept(tmp_path: Path) -> None:
+    heard: list[int] = []
+    down = True
+
+    async def function(prompts: list[str], completions: list[str], n: list[int]) -> list[float]:
+        if down and 30 in n:
+            await asyncio.sleep(0.2)  # the others have answered by then
+            raise ConnectionError
+        heard.extend(n)
+        return [i / 7 for i in n]
+
+    calls = Calls(batch=5, retries=0)
+    reward = dataclasses.replace(describe(function, "mine", calls), cache=RewardCache(tmp_path / "r.sqlite"))
+    with pytest.raises(UsageError, match="1 attempts"):
+        reward(MANY, WORDS)
+    assert sorted(heard) == [i for i in range(50) if not 30 <= i < 35]
+    down = False
+    assert reward(MANY, WORDS).tolist() == [i / 7 for i in range(50)]
+    assert sorted(heard) == list(range(50)), "nothing was scored twice"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from quark_fast.config import Config, UsageError
-from quark_fast.trainer import Progress, Trainer
+from quark_fast.trainer import Interrupted, Progress, Trainer
 
 PROMPTS = [f"w{i} w{j}" for i in range(12) for j in range(12, 14)]
 
@@ -163,6 +166,26 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
     assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
 
 
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_signal_does_not_wait_for_a_reward_that_hangs(
+    tmp_path: Path, tiny_model: Callable[..., Path], name: signal.Signals
+) -> None:
+    calls: list[int] = []
+
+    async def hangs(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 1:  # the first is the check before the run
+            threading.Timer(0.05, os.kill, (os.getpid(), name)).start()
+            await asyncio.sleep(600)
+        return [0.0] * len(prompts)
+
+    config = small(tmp_path / "run", tiny_model(), reward_batch=10_000)
+    trainer = Trainer(config, reward=hangs, prompts=PROMPTS, held_out=PROMPTS[:4])
+    with pytest.raises(Interrupted, match=f"--resume --output {tmp_path / 'run'}"):
+        trainer.train()
+    assert len(calls) == 2
+
+
 def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -180,6 +203,38 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model: Call
         Trainer(small(tmp_path / "run", tiny_model("llama")), listen=stop, **given).train()
     with pytest.raises(UsageError, match="resume it with its own"):
         Trainer(small(tmp_path / "run", tiny_model("gpt2"), resume=True), **given)
+
+
+def test_resume_with_other_training_prompts_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise SystemError
+
+    model, given = tiny_model(), {"reward": even_words, "held_out": PROMPTS[:4]}
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", model), listen=stop, prompts=PROMPTS, **given).train()
+    for other in (PROMPTS[:-1], PROMPTS[::-1]):
+        with pytest.raises(UsageError, match="training prompts are not those"):
+            Trainer(small(tmp_path / "run", model, resume=True), prompts=other, **given)
+
+
+def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model()
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} w9 {% endfor %}")
+    heard: list[Any] = []
+
+    def reward(prompts: list[str], completions: list[str], messages: list[Any]) -> list[float | None]:
+        heard.append((prompts[0], messages[0]))
+        return even_words(prompts, completions)
+
+    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    given = {"prompts": [{"prompt": m} for m in asked[4:]], "held_out": [{"prompt": m} for m in asked[:4]]}
+    Trainer(small(tmp_path / "run", model, rounds=1, steps=1), reward=reward, **given).train()
+    prompts = {row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl")}
+    assert prompts == {f"{text} w9 " for text in PROMPTS[4:]}
+    assert all(prompt == f"{messages[0]['content']} w9 " for prompt, messages in heard)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
