@@ -20,6 +20,8 @@ LAYERS = [
     {"trainer", "finished"},
     {"rollout", "batch", "evaluation", "report", "metrics"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
+    {"pool_store", "pool_groups", "pool_union"},
+    {"durable"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

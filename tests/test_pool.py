@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.numpy import load_file, save_file
 
-from quark_fast import _C, pool
+from quark_fast import _C, durable
 from quark_fast.pool import RolloutPool
 
 TIES = ["same", "arrival", "random"]
@@ -311,7 +311,7 @@ def test_long_lived_pool_frees_what_it_dropped():
     for _ in range(40):
         made.add([[1]] * 5000, [[2, 3]] * 5000, np.arange(5000.0))
     assert made.ids.tolist() == list(range(199_900, 200_000))
-    assert len(made._samples.completions.tokens.values) <= 2 * 2 * 100 + 2
+    assert sum(len(segment.completions.tokens) for segment in made._store.segments) <= 2 * 2 * 100 + 2
     assert_is_numpys(made, np.arange(4900.0, 5000.0))
 
 
@@ -532,7 +532,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pool, "_fsync", full_disk)
+    monkeypatch.setattr(durable, "flush", full_disk)
     with pytest.raises(OSError, match="No space left"):
         filled([3.0, 4.0, 5.0]).save(path)
     assert os.listdir(tmp_path) == ["pool"]
