@@ -388,10 +388,26 @@ def test_every_member_of_a_quantile_is_drawn_equally_often(ties, chosen):
     made = many_runs(ties=ties)
     labels = made.labels()
     members = made.ids[np.isin(labels, range(5) if chosen is None else chosen)]
-    batch = made.sample(60 * len(members), quantiles=chosen)
+    batch = made.sample(200 * len(members), quantiles=chosen)
     assert_uniform(batch.ids, members)
     np.testing.assert_array_equal(batch.quantiles, labels[np.searchsorted(made.ids, batch.ids)])
     np.testing.assert_array_equal(batch.rewards, made[batch.ids].rewards)
+
+
+@pytest.mark.parametrize("planted", ["the last never", "the first for the last", "the last twice"])
+def test_uniformity_is_tested_sharply_enough_to_see_an_off_by_one(planted):
+    made = many_runs()
+    members = made.ids[made.labels() == 2]
+    drawn = made.sample(200 * len(members), quantiles=2).ids
+    assert_uniform(drawn, members)
+    last = drawn == members[-1]
+    wrong = {
+        "the last never": drawn[~last],
+        "the first for the last": np.where(last, members[0], drawn),
+        "the last twice": np.concatenate([drawn, drawn[last]]),
+    }[planted]
+    with pytest.raises(AssertionError):
+        assert_uniform(wrong, members)
 
 
 def test_draws_without_replacement_are_distinct_and_equally_likely():
@@ -870,7 +886,7 @@ def sync_worker(rank, world, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("world", [2, 4])
 def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
     torch.multiprocessing.spawn(sync_worker, (world, str(tmp_path)), nprocs=world)
     results = [load_file(tmp_path / str(rank)) for rank in range(world)]
@@ -890,6 +906,9 @@ def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
             )
         else:
             np.testing.assert_array_equal(labels, by_rule)
+        if ties == "same":
+            options = {"quantiles": k, "remainder": remainder, "dtype": dtype}
+            np.testing.assert_array_equal(labels, filled(union, 2, **options).labels())
         for result in results:
             np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, k, remainder))
 
