@@ -5,14 +5,14 @@ Read downward: the result, the public function, its checks, then the operators t
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quark_fast.ops import cpp, eager
-from quark_fast.ops.eager import KlDirection
+from quark_fast.ops.eager import Kl
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
 
@@ -37,7 +37,7 @@ def quark_loss(
     *,
     kl_coef: float = 0.05,
     entropy_coef: float = 0.06,
-    kl: KlDirection = "policy_ref",
+    kl: Kl = "policy_ref",
     impl: Implementation = "auto",
     inplace: bool = False,
     normalizer: float | None = None,
@@ -53,11 +53,16 @@ def quark_loss(
         H_n   = -sum_v p_v log p_v
         KL_n  = sum_v p_v log(p_v / p_ref_v)          kl="policy_ref"
               = sum_v p_ref_v log(p_ref_v / p_v)      kl="ref_policy"
+              = (log p[label_n] - log p_ref[label_n])^2 / 2     kl="sampled"
 
     Masked means masked everywhere: logit columns from V on (reward tokens, padding) are in none of
     the three terms and get a gradient of exactly 0. The authors' code cuts reward tokens from the
     KL alone. Their KL is `policy_ref`; the paper prints the other. A token of mask 0 is never read:
     neither a NaN nor a label of -100 there matters.
+
+    `sampled` is for ablations: what one token tells about the KL. For labels drawn from the policy its
+    gradient is an unbiased estimate of the exact one of `policy_ref`, with the variance of sampling
+    (k2 of Schulman, "Approximating KL divergence", 2020; its value is biased).
 
     -inf logits have probability 0. A KL is +inf where its first distribution has mass and its
     second has none; the C++ gradient of such a token is NaN, so that no step on it goes unnoticed.
@@ -71,7 +76,7 @@ def quark_loss(
         mask: (...) bool or real weights, with no gradient; None counts every token.
         kl_coef: beta of the paper, per nat.
         entropy_coef: gamma, the entropy bonus of the authors' code, per nat.
-        kl: direction of the KL.
+        kl: direction of the KL, or its sampled form.
         impl: "eager" (plain PyTorch), "cpp" (CPU tensors), "triton" (not there yet), or "auto":
             C++ for CPU tensors, eager for all others and for float64.
         inplace: allow the gradient to be written over `logits`, whose values are then lost. No
@@ -129,8 +134,8 @@ def _check_inputs(
     vocab_size: int | None,
 ) -> int:
     """V, after checking everything that shapes, dtypes and devices can tell."""
-    if kl not in ("policy_ref", "ref_policy"):
-        raise ValueError(f"kl = {kl!r}; choose 'policy_ref' or 'ref_policy'")
+    if kl not in get_args(Kl):
+        raise ValueError(f"kl = {kl!r}; choose from {', '.join(map(repr, get_args(Kl)))}")
     if ref_logits is None:
         if kl_coef != 0:
             raise ValueError(f"kl_coef = {kl_coef} needs ref_logits; pass them, or kl_coef=0")
