@@ -190,14 +190,12 @@ class SampleStore:
         """Take in samples whose ids are above all others, or (OSError: the disk is full) none of them."""
         if not len(segment):
             return
-        before = self.segments
         # The logarithmic method: every sample is copied a few times in its life, however small the calls are.
-        while before and before[-1].name is None and len(segment) < SMALL:
-            if len(before[-1]) >= min(2 * len(segment), SMALL):
-                break
-            segment = Segment.joined([before[-1], segment])
-            before = before[:-1]
-        segments = (*before, segment)
+        kept, joining, size = list(self.segments), [segment], len(segment)
+        while kept and kept[-1].name is None and size < SMALL and len(kept[-1]) < min(2 * size, SMALL):
+            joining.append(kept.pop())
+            size += len(joining[-1])
+        segments = (*kept, Segment.joined(joining[::-1]) if len(joining) > 1 else segment)
         if self.folder is not None and _bytes(s for s in segments if s.name is None) > FLUSH_BYTES:
             segments = self._written(segments)
         self.segments = segments
