@@ -14,8 +14,8 @@ them), and the times of the others are interpolated between these, from 0. They 
 that is already there, so they pay for no growing.
 
 `authors` is the list pool of the paper's repository in our words and holds (one-token) samples,
-`ours_samples` is RolloutPool with the same, `ours` the C++ core alone. KLL (datasketches), torch.quantile and pandas are not
-exact by this rule: their answers are not compared. float32 rewards, except for Python lists.
+`ours_samples` is RolloutPool with the same, `ours` the C++ core alone. KLL (datasketches), torch.quantile and
+pandas are not exact by this rule: their answers are not compared. float32 rewards, except for Python lists.
 """
 
 import copy

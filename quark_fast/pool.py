@@ -707,15 +707,17 @@ def _pack(name: str, rows: Rows, scored: npt.NDArray[np.bool_]) -> TokenRows:
     if packed is not None:
         return TokenRows(*packed)
     try:
-        lengths = np.array([len(row) for row in kept], np.int64)
-        if lengths.sum() == 0:
-            return TokenRows(np.empty(0, np.int32), np.zeros(len(lengths), np.int64))
-        tokens = np.concatenate([np.asarray(row) for row in kept if len(row)])
+        if isinstance(kept, np.ndarray):
+            lengths, tokens = np.full(len(kept), kept.shape[1]), kept.reshape(-1, *kept.shape[2:])
+        else:
+            lengths = np.array([len(row) for row in kept], np.int64)
+            filled = [np.asarray(row) for row in kept if len(row)]
+            tokens = np.concatenate(filled) if filled else np.empty(0, np.int32)
     except (TypeError, ValueError) as error:  # what numpy says of rows that are no rows of numbers
         raise TypeError(f"{name} must be rows of integer token ids: {error}") from error
     if tokens.dtype.kind not in "iu" or tokens.shape != (lengths.sum(),):
         raise TypeError(f"{name} must be rows of integer token ids, got {tokens.dtype}")
-    low, high = tokens.min(), tokens.max()
+    low, high = (tokens.min(), tokens.max()) if len(tokens) else (0, 0)
     if low < 0 or high >= 2**31:
         raise ValueError(f"{name} hold token ids from {low} to {high}; 0 to 2^31 - 1 are possible")
     return TokenRows.of_lengths(tokens.astype(np.int32), lengths)

@@ -30,6 +30,8 @@ class GroupQuantiles:
         return self._labels.copy()
 
     def labels_into(self, out: npt.NDArray[Any]) -> int:
+        if self._quantiles - 1 > np.iinfo(out.dtype).max:
+            raise ValueError(f"{self._quantiles} quantiles do not fit in labels of {8 * out.itemsize} bits")
         out[: len(self._labels)] = self._labels
         return len(self._labels)
 

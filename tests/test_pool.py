@@ -329,6 +329,45 @@ def test_token_rows_may_be_lists_arrays_or_tensors():
     assert made[2].completions[0].tolist() == [1, 2]
 
 
+def test_an_array_of_rows_leaves_the_unscored_out():
+    made = RolloutPool()
+    made.add(np.arange(6).reshape(3, 2), torch.arange(6).reshape(3, 2) + 10, [1.0, None, 2.0])
+    made.add(np.empty((2, 0), int), [[], []], [3.0, 4.0])
+    batch = made[made.ids]
+    assert [row.tolist() for row in batch.prompts] == [[0, 1], [4, 5], [], []]
+    assert [row.tolist() for row in batch.completions] == [[10, 11], [14, 15], [], []]
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+@pytest.mark.parametrize("ties", TIES)
+def test_labels_go_into_memory_that_is_used_again(ties, dtype, group_by):
+    made = many_runs(ties=ties, quantiles=40, group_by=group_by)
+    out = np.full(len(made) + 5, 99, dtype)
+    labels = made.labels(out=out)
+    assert np.shares_memory(labels, out) and labels.dtype == dtype
+    np.testing.assert_array_equal(labels, made.labels())
+    assert (out[len(made) :] == 99).all()
+
+
+def test_labels_refuse_memory_that_does_not_fit():
+    made = many_runs()
+    read_only = np.empty(len(made), np.uint8)
+    read_only.flags.writeable = False
+    for out, message in [
+        (np.empty(len(made) - 1, np.uint8), "out must be .* or more uint8"),
+        (np.empty(len(made), np.float32), "got float32"),
+        (np.empty((len(made), 1), np.uint8), "in one dimension"),
+        (np.empty(2 * len(made), np.uint8)[::2], "contiguous and writable"),
+        (read_only, "contiguous and writable"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made.labels(out=out)
+    for group_by in (None, "prompt"):
+        with pytest.raises(ValueError, match="257 quantiles do not fit in labels of 8 bits"):
+            filled([1.0], quantiles=257, group_by=group_by).labels(out=np.empty(1, np.uint8))
+
+
 def test_dropping_an_unknown_sample_drops_none():
     made = filled([1.0, 2.0, 3.0])
     with pytest.raises(KeyError, match="sample 7 is not in the pool"):
