@@ -4,12 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "huge_pages.hpp"
 #include "quantile_pool.hpp"
 #include "quark_loss.hpp"
 
@@ -144,6 +147,13 @@ py::array_t<T> one_per_sample(int64_t size, Write write) {
   return values;
 }
 
+template <class Pool, class Label>
+int64_t labels_into(const Pool& pool, py::array_t<Label, py::array::c_style> out) {
+  Label* const data = out.mutable_data();  // throws if it is read-only
+  const py::gil_scoped_release released;
+  return pool.labels(data, out.size());
+}
+
 template <class Reward>
 void bind_quantile_pool(py::module_& m, const char* name) {
   using Pool = quark::QuantilePool<Reward>;
@@ -153,7 +163,9 @@ void bind_quantile_pool(py::module_& m, const char* name) {
       throw std::invalid_argument("keys and ties must be 1-D and of one length");
     }
     std::vector<typename Pool::Item> items(keys.size());
-    for (size_t i = 0; i < items.size(); ++i) items[i] = {ties.data()[i], keys.data()[i]};
+    for (size_t i = 0; i < items.size(); ++i) {
+      items[i] = Pool::item_of(keys.data()[i], ties.data()[i]);
+    }
     return items;
   };
 
@@ -197,11 +209,13 @@ void bind_quantile_pool(py::module_& m, const char* name) {
       .def_property_readonly("run_sizes", &Pool::run_sizes)
       .def(
           "ids",
-          [](const Pool& pool) {
+          [](const Pool& pool, std::optional<int64_t> oldest) {
+            const int64_t size = pool.size();
             return one_per_sample<int64_t>(
-                pool.size(), [&](int64_t* out, int64_t room) { return pool.ids(out, room); });
+                std::min(oldest.value_or(size), size),
+                [&](int64_t* out, int64_t room) { return pool.ids(out, room); });
           },
-          "The ids of all samples, oldest first.")
+          py::arg("oldest") = py::none(), "The ids of all (or so many) samples, oldest first.")
       .def(
           "rewards",
           [](const Pool& pool) {
@@ -216,6 +230,10 @@ void bind_quantile_pool(py::module_& m, const char* name) {
                 pool.size(), [&](int32_t* out, int64_t room) { return pool.labels(out, room); });
           },
           "The quantiles of all samples, oldest first.")
+      .def("labels_into", &labels_into<Pool, uint8_t>, py::arg("out").noconvert(),
+           "labels(), written to uint8, int32 or int64; returns how many were.")
+      .def("labels_into", &labels_into<Pool, int32_t>, py::arg("out").noconvert())
+      .def("labels_into", &labels_into<Pool, int64_t>, py::arg("out").noconvert())
       .def(
           "look_up",
           [](const Pool& pool, const Array<int64_t>& ids) {
@@ -307,10 +325,45 @@ void bind_quantile_pools(py::module_& m) {
       "Elements start..stop-1 of a keyed permutation of 0..n-1, which is never written out.");
 }
 
+// --- token rows -------------------------------------------------------------------------------
+
+// (tokens int32, ends int64) of a list of lists of Python ints, end to end: row i is
+// tokens[ends[i - 1]:ends[i]]. None if it is anything else, or a token is not in 0..2^31 - 1.
+py::object pack_rows(const py::list& rows) {
+  const py::ssize_t n = PyList_GET_SIZE(rows.ptr());
+  py::array_t<int64_t> ends(n);
+  int64_t* const end = ends.mutable_data();
+  int64_t total = 0;
+  for (py::ssize_t i = 0; i < n; ++i) {
+    PyObject* const row = PyList_GET_ITEM(rows.ptr(), i);
+    if (!PyList_CheckExact(row)) return py::none();
+    end[i] = total += PyList_GET_SIZE(row);
+  }
+  py::array_t<int32_t> tokens(total);
+  int32_t* token = tokens.mutable_data();
+  for (py::ssize_t i = 0; i < n; ++i) {
+    PyObject* const row = PyList_GET_ITEM(rows.ptr(), i);
+    const py::ssize_t length = PyList_GET_SIZE(row);
+    for (py::ssize_t j = 0; j < length; ++j) {
+      PyObject* const item = PyList_GET_ITEM(row, j);
+      if (!PyLong_CheckExact(item)) return py::none();
+      int overflow;
+      const long value = PyLong_AsLongAndOverflow(item, &overflow);
+      if (overflow != 0 || value < 0 || value > INT32_MAX) return py::none();
+      *token++ = static_cast<int32_t>(value);
+    }
+  }
+  return py::make_tuple(tokens, ends);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ core of quark_fast: fused loss and quantile pool.";
   bind_quark_loss(m);
   bind_quantile_pools(m);
+  m.def("pack_rows", &pack_rows, py::arg("rows"),
+        "(tokens int32, ends int64) of a list of lists of ints, end to end: row i is\n"
+        "tokens[ends[i - 1]:ends[i]]. None if it is anything else, or a token is not in\n"
+        "0..2^31 - 1.");
 }

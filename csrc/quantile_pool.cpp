@@ -4,12 +4,17 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
+
+#include "huge_pages.hpp"
 
 namespace quark {
 namespace {
@@ -174,15 +179,6 @@ void permutation_slice(std::uint64_t n, std::uint64_t key, std::uint64_t start, 
 // --- Order ------------------------------------------------------------------------------------
 
 template <class Reward>
-bool QuantilePool<Reward>::before(const Item& a, const Item& b) {
-  if constexpr (sizeof(Key) == 4) {  // one comparison of 64 bits
-    return (std::uint64_t{a.key} << 32 | a.tie) < (std::uint64_t{b.key} << 32 | b.tie);
-  } else {  // & and |, not && and ||: no branch to mispredict while merging
-    return (a.key < b.key) | ((a.key == b.key) & (a.tie < b.tie));
-  }
-}
-
-template <class Reward>
 typename QuantilePool<Reward>::Key QuantilePool<Reward>::key_of(Reward reward) {
   constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
   Key bits;
@@ -213,29 +209,83 @@ std::int64_t QuantilePool<Reward>::id_of(Key tie) const {
 }
 
 template <class Reward>
-std::int64_t QuantilePool<Reward>::label_of(const Item& item, const std::vector<Item>& boundaries) {
-  return boundaries.end() - std::lower_bound(boundaries.begin(), boundaries.end(), item, before);
+std::int64_t QuantilePool<Reward>::label_of(Item item, const std::vector<Item>& boundaries) {
+  return boundaries.end() - std::lower_bound(boundaries.begin(), boundaries.end(), item);
+}
+
+// --- Memory -----------------------------------------------------------------------------------
+
+namespace {
+
+void* allocate(std::size_t bytes) {
+  if (bytes < kHugePage) return ::operator new(bytes);
+  void* const data = ::operator new(bytes, std::align_val_t{kHugePage});
+  prefer_huge_pages(data, bytes);
+  return data;
+}
+
+void release(void* data, std::size_t bytes) {
+  if (bytes < kHugePage) {
+    ::operator delete(data);
+  } else {
+    ::operator delete(data, std::align_val_t{kHugePage});
+  }
+}
+
+}  // namespace
+
+template <class Reward>
+auto QuantilePool<Reward>::Memory::take(std::size_t n) -> Items {
+  Item* items;
+  std::size_t capacity = n;
+  const auto fitting = spare_.lower_bound(n);
+  if (fitting != spare_.end() && fitting->first <= n + n / 8) {
+    std::tie(capacity, items) = *fitting;
+    spare_items_ -= capacity;
+    spare_.erase(fitting);
+  } else {
+    items = static_cast<Item*>(allocate(n * sizeof(Item)));
+  }
+  used_items_ += capacity;
+  return Items(items, Return{this, capacity});
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Memory::Return::operator()(Item* items) const {
+  memory->used_items_ -= capacity;
+  if (4 * (memory->spare_items_ + capacity) <= memory->used_items_) {
+    memory->spare_.emplace(capacity, items);
+    memory->spare_items_ += capacity;
+  } else {
+    release(items, capacity * sizeof(Item));
+  }
+}
+
+template <class Reward>
+QuantilePool<Reward>::Memory::~Memory() {
+  for (const auto& [capacity, items] : spare_) release(items, capacity * sizeof(Item));
 }
 
 // --- Sorted runs ------------------------------------------------------------------------------
 
 template <class Reward>
-void QuantilePool<Reward>::sort(Run& run) const {
+void QuantilePool<Reward>::sort(Run& run) {
   // Radix sort, least significant digit first; it is stable, so ties already in order (arrival)
   // need no pass. Digits of 11 bits: their counters stay in the first-level cache.
-  constexpr std::size_t kDigit = 11, kBuckets = std::size_t{1} << kDigit;
-  constexpr std::size_t kPasses = (8 * sizeof(Key) + kDigit - 1) / kDigit;
+  constexpr int kDigit = 11;
+  constexpr std::size_t kBuckets = std::size_t{1} << kDigit;
+  constexpr std::size_t kPasses = (kKeyBits + kDigit - 1) / kDigit;
   using Counters = std::array<std::uint32_t, kBuckets>;
   // Clearing the counters would cost more than sorting a small run.
   if (run.size < kBuckets / 2 || run.size > std::numeric_limits<std::uint32_t>::max()) {
-    std::sort(run.items.get(), run.items.get() + run.size, before);
+    std::sort(run.items.get(), run.items.get() + run.size);
     return;
   }
-  std::unique_ptr<Item[]> other(new Item[run.size]);
-  const auto sort_by = [&](Key Item::* field) {
+  auto other = memory_.take(run.size);
+  const auto sort_by = [&](int first_bit) {  // by the kKeyBits bits from there on
     std::array<Counters, kPasses> counters{};
-    for (const Item& item : run) {
-      Key rest = item.*field;
+    for (const Item item : run) {
+      auto rest = static_cast<Key>(item >> first_bit);
       for (Counters& counter : counters) {
         ++counter[rest & (kBuckets - 1)];
         rest >>= kDigit;
@@ -243,45 +293,70 @@ void QuantilePool<Reward>::sort(Run& run) const {
     }
     for (std::size_t pass = 0; pass < kPasses; ++pass) {
       Counters& place = counters[pass];
-      const auto digit = [&](const Item& item) {
-        return item.*field >> (pass * kDigit) & (kBuckets - 1);
-      };
+      const int shift = first_bit + static_cast<int>(pass) * kDigit;
+      const Key mask = static_cast<Key>(~Key{0} >> (pass * kDigit)) & (kBuckets - 1);
+      const auto digit = [&](Item item) { return static_cast<Key>(item >> shift) & mask; };
       if (place[digit(run.items[0])] == run.size) continue;  // all alike
       std::exclusive_scan(place.begin(), place.end(), place.begin(), std::uint32_t{0});
-      for (const Item& item : run) other[place[digit(item)]++] = item;
+      Item* const out = other.get();
+      for (const Item item : run) out[place[digit(item)]++] = item;
       std::swap(run.items, other);
     }
   };
-  if (ties_ == Ties::random) sort_by(&Item::tie);
-  sort_by(&Item::key);
+  if (ties_ == Ties::random) sort_by(0);
+  sort_by(kKeyBits);
 }
 
 template <class Reward>
 auto QuantilePool<Reward>::merge(const Run& a, const Run& b) -> std::shared_ptr<const Run> {
-  auto merged = std::make_shared<Run>(a.size + b.size);
-  // From both ends at once: two chains of dependent steps that the processor overlaps. Neither end
-  // can leave a run within as many steps as the smaller run has items. No branch depends on the
-  // items, because which run comes next is a coin toss.
-  const Item *front_a = a.begin(), *front_b = b.begin();
-  const Item *end_a = a.end(), *end_b = b.end();
-  Item *front = merged->items.get(), *end = front + merged->size;
-  for (std::size_t steps = std::min(a.size, b.size); steps > 0; --steps) {
-    const bool b_first = before(*front_b, *front_a);
-    *front++ = *(b_first ? front_b : front_a);
-    front_a += !b_first;
-    front_b += b_first;
-    const bool a_last = before(end_b[-1], end_a[-1]);
-    *--end = (a_last ? end_a : end_b)[-1];
-    end_a -= a_last;
-    end_b -= !a_last;
+  auto merged = std::make_shared<Run>(memory_, a.size + b.size);
+  // In four parts side by side. Each is a chain of steps that wait for one another (no branch may
+  // depend on the items: which run comes next is a coin toss); the processor overlaps the chains.
+  constexpr std::size_t kParts = 4;
+  struct Part {
+    const Item *a, *a_end, *b, *b_end;
+    Item* out;
+    std::size_t safe_steps() const { return std::min(a_end - a, b_end - b); }
+  };
+  std::array<Part, kParts> parts;
+  const Item *from_a = a.begin(), *from_b = b.begin();
+  for (std::size_t p = 0; p < kParts; ++p) {
+    // Where the first `rank` merged items end in a, and so in b.
+    const std::size_t rank = merged->size * (p + 1) / kParts;
+    std::size_t low = rank > b.size ? rank - b.size : 0, high = std::min(rank, a.size);
+    while (low < high) {
+      const std::size_t middle = low + (high - low) / 2;
+      if (a.items[middle] < b.items[rank - middle - 1]) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    Item* const out = merged->items.get() + (from_a - a.begin()) + (from_b - b.begin());
+    parts[p] = {from_a, a.begin() + low, from_b, b.begin() + (rank - low), out};
+    from_a = parts[p].a_end;
+    from_b = parts[p].b_end;
   }
-  std::merge(front_a, end_a, front_b, end_b, front, before);
+  for (;;) {
+    std::size_t steps = merged->size;
+    for (const Part& part : parts) steps = std::min(steps, part.safe_steps());
+    if (steps < 16) break;
+    for (; steps > 0; --steps) {
+      for (Part& part : parts) {
+        const Item item_a = *part.a, item_b = *part.b;
+        const bool b_first = item_b < item_a;
+        *part.out++ = b_first ? item_b : item_a;
+        part.a += !b_first;
+        part.b += b_first;
+      }
+    }
+  }
+  for (const Part& part : parts) std::merge(part.a, part.a_end, part.b, part.b_end, part.out);
   return merged;
 }
 
 // Appends a run, then merges from the back until every run is at least twice its successor or
-// their sum is above kMaxMerged (which bounds the worst call; R then grows by one per 2^19 or
-// more).
+// their sum is above kMaxMerged (it bounds the worst call; R then grows by one per 2^19 or more).
 template <class Reward>
 void QuantilePool<Reward>::push(Runs& runs, std::shared_ptr<const Run> run) {
   if (run->size == 0) return;
@@ -298,15 +373,14 @@ void QuantilePool<Reward>::push(Runs& runs, std::shared_ptr<const Run> run) {
 // The cut of each run such that `rank` items lie before the cuts and none of them is after an item
 // behind. Known to lie in low..high.
 template <class Reward>
-std::vector<std::size_t> QuantilePool<Reward>::split_at_rank(const Runs& runs, std::size_t rank,
-                                                             std::vector<std::size_t> low,
-                                                             std::vector<std::size_t> high) {
+auto QuantilePool<Reward>::split_at_rank(const Runs& runs, std::size_t rank, Splits low,
+                                         Splits high) -> Splits {
   struct Candidate {
     Item item;
     std::size_t run, weight;
   };
   std::vector<Candidate> candidates;
-  std::vector<std::size_t> split(runs.size());
+  Splits split(runs.size());
   for (bool halve = false;; halve = !halve) {
     std::size_t wanted = rank, open = 0;
     for (std::size_t r = 0; r < runs.size(); ++r) {
@@ -327,14 +401,14 @@ std::vector<std::size_t> QuantilePool<Reward>::split_at_rank(const Runs& runs, s
       candidates.push_back({runs[r]->items[low[r] + offset], r, window});
     }
     std::sort(candidates.begin(), candidates.end(),
-              [](const Candidate& a, const Candidate& b) { return before(a.item, b.item); });
+              [](const Candidate& a, const Candidate& b) { return a.item < b.item; });
     auto pivot = candidates.begin();
     for (std::size_t seen = pivot->weight; 2 * seen < open; seen += pivot->weight) ++pivot;
 
     std::size_t rank_of_pivot = 0;
     for (std::size_t r = 0; r < runs.size(); ++r) {
       const Item* run = runs[r]->begin();
-      split[r] = std::lower_bound(run + low[r], run + high[r], pivot->item, before) - run;
+      split[r] = std::lower_bound(run + low[r], run + high[r], pivot->item) - run;
       rank_of_pivot += split[r];
     }
     if (rank_of_pivot >= rank) {
@@ -349,58 +423,66 @@ std::vector<std::size_t> QuantilePool<Reward>::split_at_rank(const Runs& runs, s
 // --- Boundaries -------------------------------------------------------------------------------
 
 template <class Reward>
-auto QuantilePool<Reward>::own_boundaries() const -> std::vector<Item> {
-  const auto n = static_cast<std::int64_t>(total_size(runs_));
-  // The first cut is 0 only if all are: an empty pool, or fewer samples than quantiles under
-  // `last`.
-  if (quantile_cut(n, 1, quantiles_, remainder_) == 0) return {};
-  std::vector<Item> boundaries(quantiles_ - 1);
-  std::vector<std::size_t> none(runs_.size(), 0), all;
-  for (const auto& run : runs_) all.push_back(run->size);
-
-  // The middle boundary first: the others then search only their side of it.
-  using Splits = std::vector<std::size_t>;
-  const auto solve = [&](auto&& self, int first, int last, const Splits& low,
-                         const Splits& high) -> void {
-    if (first > last) return;
-    const int j = first + (last - first) / 2;
-    const auto split = split_at_rank(runs_, quantile_cut(n, j, quantiles_, remainder_), low, high);
-    bool any = false;
-    for (std::size_t r = 0; r < runs_.size(); ++r) {
-      if (split[r] == 0) continue;
-      const Item& item = runs_[r]->items[split[r] - 1];
-      if (!any || before(boundaries[j - 1], item)) boundaries[j - 1] = item;
-      any = true;
-    }
-    self(self, first, j - 1, low, split);
-    self(self, j + 1, last, split, high);
-  };
-  solve(solve, 1, quantiles_ - 1, none, all);
-
-  if (ties_ == Ties::same) {
-    for (Item& boundary : boundaries) boundary.tie = std::numeric_limits<Key>::max();
-  }
-  return boundaries;
+auto QuantilePool<Reward>::no_cuts() const -> std::shared_ptr<Cuts> {
+  auto cuts = std::make_shared<Cuts>();
+  cuts->splits.assign(quantiles_ + 1, Splits(runs_.size(), 0));
+  for (std::size_t r = 0; r < runs_.size(); ++r) cuts->splits[quantiles_][r] = runs_[r]->size;
+  return cuts;
 }
 
 template <class Reward>
-auto QuantilePool<Reward>::split_runs(std::vector<Item> boundaries,
-                                      std::vector<Key> thresholds) const
-    -> std::shared_ptr<const Cuts> {
-  auto cuts = std::make_shared<Cuts>();
-  cuts->splits.assign(quantiles_ + 1, std::vector<std::size_t>(runs_.size(), 0));
+auto QuantilePool<Reward>::own_cuts() const -> std::shared_ptr<const Cuts> {
+  const auto cuts = no_cuts();
+  const auto n = static_cast<std::int64_t>(total_size(runs_));
+  // The first cut is 0 only if all are: an empty pool, or under `last` fewer samples than
+  // quantiles.
+  if (quantile_cut(n, 1, quantiles_, remainder_) == 0) return cuts;
+
+  // The middle boundary first: the others then search only their side of it.
+  const auto solve = [&](auto&& self, int low, int high) -> void {
+    if (high - low < 2) return;
+    const int j = low + (high - low) / 2;
+    cuts->splits[j] = split_at_rank(runs_, quantile_cut(n, j, quantiles_, remainder_),
+                                    cuts->splits[low], cuts->splits[high]);
+    self(self, low, j);
+    self(self, j, high);
+  };
+  solve(solve, 0, quantiles_);
+
+  for (int j = 1; j < quantiles_; ++j) {
+    Item boundary = 0;  // the last item before the cut
+    for (std::size_t r = 0; r < runs_.size(); ++r) {
+      const std::size_t split = cuts->splits[j][r];
+      if (split > 0) boundary = std::max(boundary, runs_[r]->items[split - 1]);
+    }
+    if (ties_ == Ties::same) boundary |= std::numeric_limits<Key>::max();
+    cuts->boundaries.push_back(boundary);
+    cuts->thresholds.push_back(key_in(boundary));
+  }
+  if (ties_ == Ties::same) split_runs(*cuts);
+  return cuts;
+}
+
+// Moves each split forward to behind all items that reach its boundary.
+template <class Reward>
+void QuantilePool<Reward>::split_runs(Cuts& cuts) const {
   for (std::size_t r = 0; r < runs_.size(); ++r) {
     const Run& run = *runs_[r];
-    const Item* at = run.begin();
-    for (std::size_t j = 0; j < boundaries.size(); ++j) {
-      at = std::upper_bound(at, run.end(), boundaries[j], before);
-      cuts->splits[j + 1][r] = at - run.begin();
+    std::size_t at = 0;
+    for (std::size_t j = 0; j < cuts.boundaries.size(); ++j) {
+      const Item boundary = cuts.boundaries[j];
+      at = std::max(at, cuts.splits[j + 1][r]);
+      // Galloping: as a rule few items, or none, tie with the boundary.
+      std::size_t step = 1;
+      while (step <= run.size - at && run.items[at + step - 1] <= boundary) {
+        at += step;
+        step *= 2;
+      }
+      const Item* const end = run.begin() + std::min(run.size, at + step - 1);
+      at = std::upper_bound(run.begin() + at, end, boundary) - run.begin();
+      cuts.splits[j + 1][r] = at;
     }
-    cuts->splits[quantiles_][r] = run.size;
   }
-  cuts->boundaries = std::move(boundaries);
-  cuts->thresholds = std::move(thresholds);
-  return cuts;
 }
 
 template <class Reward>
@@ -412,10 +494,7 @@ auto QuantilePool<Reward>::cuts() const -> std::shared_ptr<const Cuts> {
           "the pool has changed since its boundaries were agreed on across ranks: sync() again on "
           "every rank, or unsync() to use this rank's own");
     }
-    std::vector<Item> boundaries = own_boundaries();
-    std::vector<Key> thresholds;
-    for (const Item& boundary : boundaries) thresholds.push_back(boundary.key);
-    cuts_ = split_runs(std::move(boundaries), std::move(thresholds));
+    cuts_ = own_cuts();
   }
   return cuts_;
 }
@@ -449,7 +528,7 @@ std::vector<std::int64_t> QuantilePool<Reward>::count_up_to(const std::vector<It
   std::vector<std::int64_t> counts(places.size(), 0);
   for (const auto& run : runs_) {
     for (std::size_t i = 0; i < places.size(); ++i) {
-      counts[i] += std::upper_bound(run->begin(), run->end(), places[i], before) - run->begin();
+      counts[i] += std::upper_bound(run->begin(), run->end(), places[i]) - run->begin();
     }
   }
   return counts;
@@ -463,14 +542,17 @@ void QuantilePool<Reward>::impose(std::vector<Item> boundaries, std::vector<Key>
   if (thresholds.size() != boundaries.size()) {
     throw std::invalid_argument("each boundary takes one threshold");
   }
-  if (!std::is_sorted(boundaries.begin(), boundaries.end(), before)) {
+  if (!std::is_sorted(boundaries.begin(), boundaries.end())) {
     throw std::invalid_argument("boundaries must come in order, the best first");
   }
   std::lock_guard<std::mutex> writing(write_mutex_);
-  auto cuts = split_runs(std::move(boundaries), std::move(thresholds));
+  const auto cuts = no_cuts();
+  cuts->boundaries = std::move(boundaries);
+  cuts->thresholds = std::move(thresholds);
+  split_runs(*cuts);
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
   imposed_ = true;
-  cuts_ = std::move(cuts);
+  cuts_ = cuts;
 }
 
 template <class Reward>
@@ -507,34 +589,46 @@ QuantilePool<Reward>::~QuantilePool() = default;
 template <class Reward>
 void QuantilePool<Reward>::add(const Reward* rewards, std::int64_t n, std::int64_t* ids) {
   std::lock_guard<std::mutex> writing(write_mutex_);
-  const std::int64_t next_id = number(rewards, n, next_id_, ids);
-  auto batch = std::make_shared<Run>(next_id - next_id_);
-  Item* item = batch->items.get();
+  std::int64_t next_id = next_id_;
   for (std::int64_t i = 0; i < n; ++i) {
-    if (ids[i] >= 0) *item++ = {tie_of(ids[i]), key_of(rewards[i])};
+    const bool scored = !std::isnan(rewards[i]);
+    ids[i] = scored ? next_id : -1;
+    next_id += scored;
   }
+  if (kKeyBits == 32 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
+    throw std::length_error("a float32 pool numbers 2^32 - 1 samples in its life; use float64");
+  }
+  std::vector<Reward> scored;
+  if (next_id - next_id_ < n) {
+    std::copy_if(rewards, rewards + n, std::back_inserter(scored),
+                 [](Reward reward) { return !std::isnan(reward); });
+    rewards = scored.data();
+  }
+
+  auto batch = std::make_shared<Run>(memory_, next_id - next_id_);
+  {
+    std::unique_lock<std::shared_mutex> changing(state_mutex_);
+    slots_.reserve(next_id);
+  }
+  Item* item = batch->items.get();
+  slots_.for_each_span(next_id_, next_id, Slots::kChunk,
+                       [&](std::int64_t first_id, Key* keys, std::int64_t size, bool) {
+                         for (std::int64_t i = 0; i < size; ++i) keys[i] = key_of(rewards[i]);
+                         for (std::int64_t i = 0; i < size; ++i) {
+                           item[i] = item_of(keys[i], tie_of(first_id + i));
+                         }
+                         rewards += size;
+                         item += size;
+                       });
   sort(*batch);
   Runs runs = runs_;
   push(runs, std::move(batch));
 
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
-  slots_.grow(next_id);
-  for (std::int64_t i = 0; i < n; ++i) {
-    if (ids[i] >= 0) slots_[ids[i]] = key_of(rewards[i]);
-  }
-  runs_ = std::move(runs);
+  slots_.publish(next_id);
+  runs_.swap(runs);  // those merged away are given up after the readers may go on
   next_id_ = next_id;
   cuts_.reset();
-}
-
-template <class Reward>
-std::int64_t QuantilePool<Reward>::number(const Reward* rewards, std::int64_t n,
-                                          std::int64_t next_id, std::int64_t* ids) {
-  for (std::int64_t i = 0; i < n; ++i) ids[i] = std::isnan(rewards[i]) ? -1 : next_id++;
-  if (sizeof(Key) == 4 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
-    throw std::length_error("a float32 pool numbers 2^32 - 1 samples in its life; use float64");
-  }
-  return next_id;
 }
 
 template <class Reward>
@@ -551,14 +645,14 @@ void QuantilePool<Reward>::remove(const std::int64_t* ids, std::int64_t n) {
   }
   std::vector<bool> leaves(leaving.back() - leaving.front() + 1, false);
   for (const std::int64_t id : leaving) leaves[id - leaving.front()] = true;
-  const auto stays = [&](const Item& item) {
-    const std::int64_t id = id_of(item.tie);
+  const auto stays = [&](Item item) {
+    const std::int64_t id = id_of(tie_in(item));
     return id < leaving.front() || id > leaving.back() || !leaves[id - leaving.front()];
   };
 
   Runs runs;
   for (const auto& run : runs_) {
-    auto kept = std::make_shared<Run>(std::count_if(run->begin(), run->end(), stays));
+    auto kept = std::make_shared<Run>(memory_, std::count_if(run->begin(), run->end(), stays));
     if (kept->size == run->size) {
       push(runs, run);
     } else {
@@ -568,9 +662,9 @@ void QuantilePool<Reward>::remove(const std::int64_t* ids, std::int64_t n) {
   }
 
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
-  for (const std::int64_t id : leaving) slots_[id] = kDead;
+  for (const std::int64_t id : leaving) slots_.kill(id);
   slots_.trim();
-  runs_ = std::move(runs);
+  runs_.swap(runs);
   cuts_.reset();
 }
 
@@ -584,7 +678,7 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
       throw std::invalid_argument("stored ids must ascend from 0 to under next_id");
     }
   }
-  if (sizeof(Key) == 4 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
+  if (kKeyBits == 32 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
     throw std::invalid_argument("next_id is too large for a float32 pool");
   }
   std::int64_t in_runs = 0;
@@ -594,24 +688,24 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
   }
   if (in_runs != n) throw std::invalid_argument("run sizes do not add up to the samples");
 
+  std::lock_guard<std::mutex> writing(write_mutex_);
   Runs runs;
-  Slots slots(n > 0 ? ids[0] : next_id);
-  slots.grow(next_id);
+  Slots slots(n > 0 ? ids[0] : next_id, next_id);
   std::int64_t i = 0;
   for (const std::int64_t size : run_sizes) {
-    auto run = std::make_shared<Run>(size);
+    auto run = std::make_shared<Run>(memory_, size);
     for (Item* item = run->items.get(); item != run->end(); ++item, ++i) {
-      *item = {tie_of(ids[i]), key_of(rewards[i])};
-      slots[ids[i]] = item->key;
+      const Key key = key_of(rewards[i]);
+      *item = item_of(key, tie_of(ids[i]));
+      slots.revive(ids[i], key);
     }
     sort(*run);
     runs.push_back(std::move(run));
   }
 
-  std::lock_guard<std::mutex> writing(write_mutex_);
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
-  runs_ = std::move(runs);
-  slots_ = std::move(slots);
+  runs_.swap(runs);
+  std::swap(slots_, slots);
   next_id_ = next_id;
   cuts_.reset();
 }
@@ -619,46 +713,76 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
 // --- Samples by id ----------------------------------------------------------------------------
 
 template <class Reward>
-void QuantilePool<Reward>::Slots::grow(std::int64_t end) {
-  while (begin() + static_cast<std::int64_t>(chunks_.size() * kChunk) < end) {
-    chunks_.emplace_back(new Key[kChunk]);
-    std::fill_n(chunks_.back().get(), kChunk, kDead);
+QuantilePool<Reward>::Slots::Slots(std::int64_t first_id, std::int64_t end)
+    : first_chunk_(first_id / kChunk) {
+  reserve(end);
+  end_ = begin();
+  publish(end);
+  for_each_span(begin(), end, kChunk, [&](std::int64_t id, Key* keys, std::int64_t n, bool) {
+    std::fill_n(keys, n, kDead);
+    chunks_[(id - begin()) / kChunk].dead += n;
+  });
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::Free::operator()(Key* keys) const {
+  release(keys, kChunk * sizeof(Key));
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::reserve(std::int64_t end) {
+  while (begin() + static_cast<std::int64_t>(chunks_.size()) * kChunk < end) {
+    constexpr std::size_t bytes = kChunk * sizeof(Key);
+    void* const data = ::operator new(bytes, std::align_val_t{kHugePage});
+    // A small pool touches few pages of its only chunk.
+    if (!chunks_.empty()) prefer_huge_pages(data, bytes);
+    chunks_.push_back({std::unique_ptr<Key[], Free>(static_cast<Key*>(data)), 0});
   }
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::publish(std::int64_t end) {
   end_ = end;
 }
 
 template <class Reward>
-void QuantilePool<Reward>::Slots::trim() {
-  const auto dead = [](const Key* chunk) {
-    return std::all_of(chunk, chunk + kChunk, [](Key key) { return key == kDead; });
-  };
-  while (chunks_.size() > 1 && dead(chunks_.front().get())) {  // the last one is still being filled
-    chunks_.pop_front();
-    ++first_chunk_;
-  }
+void QuantilePool<Reward>::Slots::revive(std::int64_t id, Key key) {
+  Chunk& chunk = chunks_[(id - begin()) / kChunk];
+  chunk.keys[(id - begin()) % kChunk] = key;
+  --chunk.dead;
 }
 
 template <class Reward>
-auto QuantilePool<Reward>::Slots::operator[](std::int64_t id) -> Key& {
-  const std::int64_t index = id - begin();
-  return chunks_[index / kChunk][index % kChunk];
+void QuantilePool<Reward>::Slots::kill(std::int64_t id) {
+  Chunk& chunk = chunks_[(id - begin()) / kChunk];
+  chunk.keys[(id - begin()) % kChunk] = kDead;
+  ++chunk.dead;
+}
+
+template <class Reward>
+void QuantilePool<Reward>::Slots::trim() {
+  const auto first_kept = std::find_if(chunks_.begin(), chunks_.end(),
+                                       [](const Chunk& chunk) { return chunk.dead < kChunk; });
+  first_chunk_ += first_kept - chunks_.begin();
+  chunks_.erase(chunks_.begin(), first_kept);
 }
 
 template <class Reward>
 auto QuantilePool<Reward>::Slots::at(std::int64_t id) const -> Key {
   if (id < begin() || id >= end_) return kDead;
-  const std::int64_t index = id - begin();
-  return chunks_[index / kChunk][index % kChunk];
+  return chunks_[(id - begin()) / kChunk].keys[(id - begin()) % kChunk];
 }
 
 template <class Reward>
 template <class Visit>
-void QuantilePool<Reward>::Slots::for_each_block(Visit visit) const {
-  static_assert(kChunk % kBlock == 0);
-  for (std::int64_t id = begin(); id < end_; id += kBlock) {
-    const std::int64_t index = id - begin();
-    visit(id, &chunks_[index / kChunk][index % kChunk],
-          static_cast<std::size_t>(std::min<std::int64_t>(kBlock, end_ - id)));
+void QuantilePool<Reward>::Slots::for_each_span(std::int64_t first, std::int64_t end,
+                                                std::int64_t longest, Visit visit) const {
+  while (first < end) {
+    const Chunk& chunk = chunks_[(first - begin()) / kChunk];
+    const std::int64_t index = (first - begin()) % kChunk;
+    const std::int64_t n = std::min({longest, end - first, kChunk - index});
+    visit(first, &chunk.keys[index], n, chunk.dead == 0);
+    first += n;
   }
 }
 
@@ -668,18 +792,19 @@ std::int64_t QuantilePool<Reward>::write_oldest(Value* out, std::int64_t capacit
                                                 Fill fill) const {
   std::array<Value, kBlock> values;
   const Value* const start = out;
-  slots_.for_each_block([&](std::int64_t first_id, const Key* keys, std::size_t n) {
-    const auto room = static_cast<std::size_t>(capacity - (out - start));
-    if (n <= room && std::find(keys, keys + n, kDead) == keys + n) {  // as a rule
-      fill(first_id, keys, n, out);
-      out += n;
-      return;
-    }
-    fill(first_id, keys, n, values.data());
-    for (std::size_t i = 0; i < n && out - start < capacity; ++i) {
-      if (keys[i] != kDead) *out++ = values[i];
-    }
-  });
+  slots_.for_each_span(slots_.begin(), slots_.end(), kBlock,
+                       [&](std::int64_t first_id, const Key* keys, std::int64_t n, bool all_live) {
+                         const std::int64_t room = capacity - (out - start);
+                         if (n <= room && all_live) {  // as a rule
+                           fill(first_id, keys, n, out);
+                           out += n;
+                         } else if (room > 0) {
+                           fill(first_id, keys, n, values.data());
+                           for (std::int64_t i = 0; i < n && out - start < capacity; ++i) {
+                             if (keys[i] != kDead) *out++ = values[i];
+                           }
+                         }
+                       });
   return out - start;
 }
 
@@ -687,7 +812,7 @@ template <class Reward>
 std::int64_t QuantilePool<Reward>::ids(std::int64_t* out, std::int64_t capacity) const {
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
   return write_oldest(out, capacity,
-                      [](std::int64_t first_id, const Key*, std::size_t n, std::int64_t* ids) {
+                      [](std::int64_t first_id, const Key*, std::int64_t n, std::int64_t* ids) {
                         std::iota(ids, ids + n, first_id);
                       });
 }
@@ -696,29 +821,36 @@ template <class Reward>
 std::int64_t QuantilePool<Reward>::rewards(Reward* out, std::int64_t capacity) const {
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
   return write_oldest(out, capacity,
-                      [](std::int64_t, const Key* keys, std::size_t n, Reward* rewards) {
+                      [](std::int64_t, const Key* keys, std::int64_t n, Reward* rewards) {
                         std::transform(keys, keys + n, rewards, reward_of);
                       });
 }
 
 template <class Reward>
-std::int64_t QuantilePool<Reward>::labels(std::int32_t* out, std::int64_t capacity) const {
+template <class Label>
+std::int64_t QuantilePool<Reward>::labels(Label* out, std::int64_t capacity) const {
+  if (quantiles_ - 1 > std::int64_t{std::numeric_limits<Label>::max()}) {
+    throw std::invalid_argument(std::to_string(quantiles_) + " quantiles do not fit in labels of " +
+                                std::to_string(8 * sizeof(Label)) + " bits");
+  }
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
   const auto cuts = this->cuts();
   const std::vector<Item>& boundaries = cuts->boundaries;
   const auto count = static_cast<std::int32_t>(boundaries.size());
   std::vector<Key> boundary_keys;
-  for (const Item& boundary : boundaries) boundary_keys.push_back(boundary.key);
+  for (const Item boundary : boundaries) boundary_keys.push_back(key_in(boundary));
 
+  std::array<std::int32_t, kBlock> reached;  // as wide as a key: compilers vectorise that best
   return write_oldest(
-      out, capacity,
-      [&](std::int64_t first_id, const Key* keys, std::size_t n, std::int32_t* labels) {
+      out, capacity, [&](std::int64_t first_id, const Key* keys, std::int64_t n, Label* labels) {
         // By the key alone: exact under `same`, and for all but the ties of a boundary otherwise.
-        count_reached(keys, n, boundary_keys.data(), count, labels);
+        count_reached(keys, n, boundary_keys.data(), count, reached.data());
+        for (std::int64_t i = 0; i < n; ++i) labels[i] = static_cast<Label>(reached[i]);
         if (ties_ == Ties::same) return;
-        for (std::size_t i = 0; i < n; ++i) {
+        for (std::int64_t i = 0; i < n; ++i) {
           if (labels[i] > 0 && keys[i] == boundary_keys[count - labels[i]]) {
-            labels[i] = label_of({tie_of(first_id + i), keys[i]}, boundaries);
+            labels[i] =
+                static_cast<Label>(label_of(item_of(keys[i], tie_of(first_id + i)), boundaries));
           }
         }
       });
@@ -733,7 +865,7 @@ void QuantilePool<Reward>::look_up(const std::int64_t* ids, std::int64_t n, Rewa
     const Key key = slots_.at(ids[i]);
     if (key == kDead) throw not_in_pool(ids[i]);
     rewards[i] = reward_of(key);
-    quantiles[i] = label_of({tie_of(ids[i]), key}, cuts->boundaries);
+    quantiles[i] = label_of(item_of(key, tie_of(ids[i])), cuts->boundaries);
   }
 }
 
@@ -839,8 +971,8 @@ auto QuantilePool<Reward>::sample(const Request& request) const -> Draw {
           std::to_string(strata[turn].size()) + " samples; ask for fewer or use replace=True");
     }
     const Item& item = strata[turn][positions[turn].next(random)];
-    draw.ids.push_back(id_of(item.tie));
-    draw.rewards.push_back(reward_of(item.key));
+    draw.ids.push_back(id_of(tie_in(item)));
+    draw.rewards.push_back(reward_of(key_in(item)));
     draw.quantiles.push_back(label_of(item, cuts->boundaries));
   }
   return draw;
@@ -848,5 +980,11 @@ auto QuantilePool<Reward>::sample(const Request& request) const -> Draw {
 
 template class QuantilePool<float>;
 template class QuantilePool<double>;
+template std::int64_t QuantilePool<float>::labels(std::uint8_t*, std::int64_t) const;
+template std::int64_t QuantilePool<float>::labels(std::int32_t*, std::int64_t) const;
+template std::int64_t QuantilePool<float>::labels(std::int64_t*, std::int64_t) const;
+template std::int64_t QuantilePool<double>::labels(std::uint8_t*, std::int64_t) const;
+template std::int64_t QuantilePool<double>::labels(std::int32_t*, std::int64_t) const;
+template std::int64_t QuantilePool<double>::labels(std::int64_t*, std::int64_t) const;
 
 }  // namespace quark

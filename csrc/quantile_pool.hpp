@@ -8,10 +8,9 @@
 // Promises
 //   Quantiles  0 is the worst, K - 1 the best.
 //   Cuts       With n live samples the best j quantiles hold exactly c_j samples under `arrival`
-//   and
-//              `random`: c_j = ceil(j n / K) (spread) or j floor(n / K) (last: the worst quantile
-//              takes the remainder). Integers throughout. Under `same` the threshold is the c_j-th
-//              best reward and every sample that reaches it belongs to the best j quantiles.
+//              and `random`: c_j = ceil(j n / K) (spread) or j floor(n / K) (last: the worst
+//              quantile takes the remainder). Integers throughout. Under `same` the threshold is
+//              the c_j-th best reward and every sample that reaches it belongs to the best j.
 //   Ties       same: equal rewards share a quantile. arrival: the older sample ranks better.
 //              random: a fixed keyed bijection of the id decides, independent of arrival.
 //   Values     -inf and +inf are ordinary, -0 equals +0 (and is kept as +0), denormals are told
@@ -21,17 +20,17 @@
 //   Draws      Exactly uniform up to the 64-bit generator; a function of the key, the live samples
 //              and run_sizes() alone, the same on every platform.
 //   Cost       R runs: R <= 2 n / 2^20 + log2(n) + 1. add: O(log n) merge steps a reward,
-//   amortised,
-//              at most 2^21 at a time. Boundaries after a change: O(K R log^2 n), then cached. A
-//              label O(log K), a draw O(log R). remove: O(n).
-//   Memory     12 bytes a sample (float), 24 (double), and one run while merging.
+//              amortised, at most 2^21 at a time. Boundaries after a change: O(K R log^2 n), then
+//              cached. A label O(log K), a draw O(log R). remove: O(n).
+//   Memory     12 bytes a sample (float), 24 (double); at most a quarter of the runs' memory again
+//              is kept for the next merges.
 //   Threads    Every member may be called from any thread. Writers take turns; their sorting and
 //              merging happens beside the readers, who wait only while the result is put in place.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -57,13 +56,14 @@ class QuantilePool {
   static_assert(std::is_same_v<Reward, float> || std::is_same_v<Reward, double>);
 
  public:
-  // A place in the pool's order: smaller is better. Public so that boundaries can be agreed on
-  // across processes.
+  // A place in the pool's order, smaller is better: the key (the reward, its bits turned so that a
+  // better reward is a smaller integer) in the upper half, the tie (the id, or a keyed bijection of
+  // it) in the lower. One integer, so that merging compares and moves it in one go. Public so that
+  // boundaries can be agreed on across processes.
   using Key = std::conditional_t<sizeof(Reward) == 4, std::uint32_t, std::uint64_t>;
-  struct Item {
-    Key tie;  // the id, or a keyed bijection of it
-    Key key;  // the reward, its bits turned so that a better reward is a smaller integer
-  };
+  using Item = std::conditional_t<sizeof(Reward) == 4, std::uint64_t, unsigned __int128>;
+  static constexpr int kKeyBits = 8 * sizeof(Key);
+  static Item item_of(Key key, Key tie) { return Item{key} << kKeyBits | tie; }
 
   // What is to be drawn. `from` empty: from all quantiles.
   struct Request {
@@ -104,7 +104,9 @@ class QuantilePool {
   // many it wrote: a writer may have changed size() since the caller asked.
   std::int64_t ids(std::int64_t* out, std::int64_t capacity) const;
   std::int64_t rewards(Reward* out, std::int64_t capacity) const;
-  std::int64_t labels(std::int32_t* out, std::int64_t capacity) const;
+  // Label: std::uint8_t (throws std::invalid_argument if K > 256), std::int32_t or std::int64_t.
+  template <class Label>
+  std::int64_t labels(Label* out, std::int64_t capacity) const;
 
   // Reward and quantile of given samples. Throws std::out_of_range for an id not in the pool.
   void look_up(const std::int64_t* ids, std::int64_t n, Reward* rewards,
@@ -132,68 +134,100 @@ class QuantilePool {
   bool imposed() const;
 
  private:
+  // The memory of runs. What merged runs leave goes to the runs to come: the first touch of a fresh
+  // page costs more than sorting what it holds. A writer alone takes and returns.
+  class Memory {
+   public:
+    struct Return {
+      Memory* memory = nullptr;
+      std::size_t capacity = 0;
+      void operator()(Item* items) const;
+    };
+    using Items = std::unique_ptr<Item[], Return>;
+
+    Memory() = default;
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory();
+    Items take(std::size_t n);  // uninitialised
+
+   private:
+    std::multimap<std::size_t, Item*> spare_;  // by capacity
+    std::size_t spare_items_ = 0, used_items_ = 0;
+  };
+
   // A sorted run; immutable once it is in runs_, so that writers can merge beside readers.
   struct Run {
-    explicit Run(std::size_t n) : items(new Item[n]), size(n) {}
+    Run(Memory& memory, std::size_t n) : items(memory.take(n)), size(n) {}
     const Item* begin() const { return items.get(); }
     const Item* end() const { return items.get() + size; }
-    std::unique_ptr<Item[]> items;
+    typename Memory::Items items;
     std::size_t size;
   };
   using Runs = std::vector<std::shared_ptr<const Run>>;
 
   // The boundaries of the current order, and how many items of each run lie before each of them.
+  using Splits = std::vector<std::size_t>;
   struct Cuts {
-    std::vector<Item> boundaries;                  // K - 1, or none
-    std::vector<Key> thresholds;                   // as many
-    std::vector<std::vector<std::size_t>> splits;  // [j][run], j = 0..K: size of the best j
+    std::vector<Item> boundaries;  // K - 1, or none
+    std::vector<Key> thresholds;   // as many
+    std::vector<Splits> splits;    // [j][run], j = 0..K: size of the best j
   };
 
   // The key of every sample by id; dead ids hold kDead. Chunked: growing moves nothing.
   class Slots {
    public:
-    static constexpr std::size_t kChunk = std::size_t{1} << 16;
+    static constexpr std::int64_t kChunk = (std::int64_t{1} << 21) / sizeof(Key);  // a huge page
 
-    explicit Slots(std::int64_t first_id = 0)
-        : first_chunk_(first_id / static_cast<std::int64_t>(kChunk)), end_(first_id) {}
-    void grow(std::int64_t end);       // new slots are dead
-    void trim();                       // frees dead chunks in front
-    Key& operator[](std::int64_t id);  // begin() <= id < end
-    Key at(std::int64_t id) const;     // kDead outside
-    template <class Visit>             // visit(first id, keys, how many), oldest first
-    void for_each_block(Visit visit) const;
+    Slots() = default;
+    Slots(std::int64_t first_id, std::int64_t end);  // all dead
+    void reserve(std::int64_t end);                  // memory up to there, not yet readable
+    void publish(std::int64_t end);                  // readable up to there: it has been written
+    void revive(std::int64_t id, Key key);           // a dead one
+    void kill(std::int64_t id);                      // a live one
+    void trim();                                     // frees dead chunks in front
+    Key at(std::int64_t id) const;                   // kDead outside
+    std::int64_t begin() const { return first_chunk_ * kChunk; }
+    std::int64_t end() const { return end_; }
+    // visit(first id, keys, how many, whether all live) in spans of at most `longest`, id
+    // ascending.
+    template <class Visit>
+    void for_each_span(std::int64_t first, std::int64_t end, std::int64_t longest,
+                       Visit visit) const;
 
    private:
-    std::int64_t begin() const { return first_chunk_ * static_cast<std::int64_t>(kChunk); }
-
-    std::deque<std::unique_ptr<Key[]>> chunks_;
-    std::int64_t first_chunk_;
-    std::int64_t end_;
+    struct Free {
+      void operator()(Key* keys) const;
+    };
+    struct Chunk {
+      std::unique_ptr<Key[], Free> keys;
+      std::int64_t dead = 0;
+    };
+    std::vector<Chunk> chunks_;
+    std::int64_t first_chunk_ = 0;
+    std::int64_t end_ = 0;
   };
 
   static constexpr Key kDead = ~Key{0};                            // the key of a NaN, of no reward
   static constexpr std::size_t kMaxMerged = std::size_t{1} << 20;  // the largest merge
-  static constexpr std::size_t kBlock = 4096;                      // slots labelled at a time
+  static constexpr std::int64_t kBlock = 2048;                     // slots labelled at a time
 
-  static bool before(const Item& a, const Item& b);
   static Key key_of(Reward reward);
   static Reward reward_of(Key key);
-  static std::int64_t label_of(const Item& item, const std::vector<Item>& boundaries);
-  static std::int64_t number(const Reward* rewards, std::int64_t n, std::int64_t next_id,
-                             std::int64_t* ids);
+  static Key key_in(Item item) { return static_cast<Key>(item >> kKeyBits); }
+  static Key tie_in(Item item) { return static_cast<Key>(item); }
+  static std::int64_t label_of(Item item, const std::vector<Item>& boundaries);
   Key tie_of(std::int64_t id) const;
   std::int64_t id_of(Key tie) const;
 
-  void sort(Run& run) const;
-  static std::shared_ptr<const Run> merge(const Run& a, const Run& b);
-  static void push(Runs& runs, std::shared_ptr<const Run> run);
-  static std::vector<std::size_t> split_at_rank(const Runs& runs, std::size_t rank,
-                                                std::vector<std::size_t> low,
-                                                std::vector<std::size_t> high);
+  void sort(Run& run);
+  std::shared_ptr<const Run> merge(const Run& a, const Run& b);
+  void push(Runs& runs, std::shared_ptr<const Run> run);
+  static Splits split_at_rank(const Runs& runs, std::size_t rank, Splits low, Splits high);
   // The caller holds a mutex that keeps runs_ as it is.
-  std::vector<Item> own_boundaries() const;
-  std::shared_ptr<const Cuts> split_runs(std::vector<Item> boundaries,
-                                         std::vector<Key> thresholds) const;
+  std::shared_ptr<Cuts> no_cuts() const;  // all samples in quantile 0
+  std::shared_ptr<const Cuts> own_cuts() const;
+  void split_runs(Cuts& cuts) const;
   std::shared_ptr<const Cuts> cuts() const;
   // fill(first id, keys, n, values) gives one value a slot; those of live slots are written.
   template <class Value, class Fill>
@@ -204,7 +238,8 @@ class QuantilePool {
   const Remainder remainder_;
   const std::unique_ptr<const Bijection> tie_bijection_;
 
-  std::mutex write_mutex_;                 // held by a writer throughout, so it may read below
+  std::mutex write_mutex_;  // held by a writer throughout, so it may read below
+  Memory memory_;           // outlives the runs; a run is given up under write_mutex_ alone
   mutable std::shared_mutex state_mutex_;  // held exclusively to change what is below
   Runs runs_;                              // run i holds older ids than run i + 1
   Slots slots_;

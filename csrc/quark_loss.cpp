@@ -12,10 +12,6 @@
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace quark {
 
 #define QUARK_DECLARE(level)                                                                  \
@@ -128,18 +124,6 @@ void backward(const Problem& p, const RowStats* stats, double scale, const Rows&
   const auto rows = level().backward_rows;
   over_rows(p, threads,
             [&](int64_t begin, int64_t end) { rows(p, stats, scale, grad, begin, end); });
-}
-
-void prefer_huge_pages(void* data, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // namespace quark

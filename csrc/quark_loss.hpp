@@ -83,9 +83,4 @@ void backward(const Problem& problem, const RowStats* stats, double scale, const
 // does not exist or that this processor lacks.
 const char* isa();
 
-// Ask the kernel for huge pages below a large buffer about to be written: a fresh gradient
-// otherwise spends more time in page faults than in arithmetic. Only advice; does nothing for
-// small buffers and outside Linux.
-void prefer_huge_pages(void* data, size_t bytes);
-
 }  // namespace quark

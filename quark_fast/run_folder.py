@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quark_fast.config import UsageError
+from quark_fast.durable import flush
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
@@ -83,12 +84,12 @@ class RunFolder:
             save_file(dict(group), scratch / f"{name}.safetensors")
         (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
         for path in [*scratch.iterdir(), scratch]:
-            _flush(path)
+            flush(path)
         if current.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(current, old)
         os.rename(scratch, current)
-        _flush(self.path)
+        flush(self.path)
         shutil.rmtree(old, ignore_errors=True)
 
     def load_checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
@@ -122,12 +123,3 @@ class RunFolder:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _flush(path: Path) -> None:
-    """Have the file's or folder's content on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

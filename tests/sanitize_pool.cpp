@@ -1,5 +1,6 @@
-// The pool's core under a sanitizer: random changes against a brute-force order, then readers
-// beside a writer. Built and run by sanitize_pool.sh; aborts at the first thing that is wrong.
+// The pool's core under a sanitizer: random changes against a brute-force order, uniform draws,
+// then readers beside a writer. Built and run by sanitize_pool.sh (and by mutate_pool.py on a core
+// with planted bugs); aborts at the first thing that is wrong.
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +9,9 @@
 #include <cstdlib>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -117,6 +120,75 @@ void random_changes(std::mt19937_64& random, int steps) {
   }
 }
 
+// Each member is drawn, no other is, and all equally often: chi-square within 6 standard
+// deviations.
+void require_uniform(const std::vector<std::int64_t>& drawn,
+                     const std::vector<std::int64_t>& members, const char* what) {
+  std::map<std::int64_t, double> counts;
+  for (const std::int64_t id : members) counts[id] = 0;
+  for (const std::int64_t id : drawn) {
+    require(counts.count(id) == 1, what);
+    ++counts[id];
+  }
+  const double expected = static_cast<double>(drawn.size()) / static_cast<double>(members.size());
+  double chi_square = 0;
+  for (const auto& [id, count] : counts) {
+    require(count > 0, what);
+    chi_square += (count - expected) * (count - expected) / expected;
+  }
+  const auto freedom = static_cast<double>(members.size()) - 1;
+  require(std::abs(chi_square - freedom) <= 6 * std::sqrt(2 * std::max(freedom, 1.0)), what);
+}
+
+// Draws from several runs with ties, and with holes where samples were removed.
+template <class Reward>
+void draws_reach_all_equally(std::mt19937_64& random) {
+  constexpr int kQuantiles = 5;
+  QuantilePool<Reward> pool(kQuantiles, Ties::same, Remainder::spread, 0);
+  for (const int size : {400, 150, 60, 20, 7, 1}) {
+    std::vector<Reward> rewards(size);
+    for (Reward& reward : rewards) reward = static_cast<Reward>(random() % 60);
+    add(pool, rewards);
+  }
+  std::vector<std::int64_t> leaving;
+  for (std::int64_t id = 0; id < pool.next_id(); id += 9) leaving.push_back(id);
+  pool.remove(leaving.data(), static_cast<std::int64_t>(leaving.size()));
+  require(pool.run_sizes().size() >= 4, "several runs");
+
+  const std::int64_t n = pool.size();
+  std::vector<std::int64_t> ids(n);
+  std::vector<std::int32_t> labels(n);
+  pool.ids(ids.data(), n);
+  pool.labels(labels.data(), n);
+  for (int quantile = 0; quantile < kQuantiles; ++quantile) {
+    std::vector<std::int64_t> members;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (labels[i] == quantile) members.push_back(ids[i]);
+    }
+    const auto size = static_cast<std::int64_t>(members.size());
+    const auto draw = pool.sample({200 * size, {quantile}, true, false, random()});
+    require_uniform(draw.ids, members, "draws with replacement are uniform");
+    std::vector<std::int64_t> drawn;
+    for (int trial = 0; trial < 400; ++trial) {
+      const auto half = pool.sample({size / 2, {quantile}, false, false, random()});
+      require(std::set<std::int64_t>(half.ids.begin(), half.ids.end()).size() == half.ids.size(),
+              "draws without replacement are distinct");
+      drawn.insert(drawn.end(), half.ids.begin(), half.ids.end());
+    }
+    require_uniform(drawn, members, "draws without replacement are uniform");
+  }
+}
+
+void epochs_visit_all(std::mt19937_64& random) {
+  for (const std::uint64_t n : {1, 2, 255, 256, 257, 1000}) {
+    std::vector<std::int64_t> order(n), all(n);
+    quark::permutation_slice(n, random(), 0, n, order.data());
+    std::iota(all.begin(), all.end(), 0);
+    std::sort(order.begin(), order.end());
+    require(order == all, "an epoch visits every sample once");
+  }
+}
+
 template <class Reward>
 void readers_beside_a_writer(int rounds) {
   QuantilePool<Reward> pool(5, Ties::random, Remainder::spread, 1);
@@ -158,6 +230,9 @@ int main(int argc, char** argv) {
     random_changes<float>(random, 20);
     random_changes<double>(random, 20);
   }
+  draws_reach_all_equally<float>(random);
+  draws_reach_all_equally<double>(random);
+  epochs_visit_all(random);
   readers_beside_a_writer<float>(60 * effort);
   readers_beside_a_writer<double>(60 * effort);
   std::puts("sanitize_pool: ok");

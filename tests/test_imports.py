@@ -21,6 +21,8 @@ LAYERS = [
     {"objective", "rollout", "batch", "evaluation", "report", "metrics"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"classifier", "reward_cache", "scoring"},
+    {"pool_store", "pool_groups", "pool_union"},
+    {"durable"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

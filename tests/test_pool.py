@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+import tempfile
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.numpy import load_file, save_file
 
-from quark_fast import _C, pool
+from quark_fast import _C, durable, pool_store
 from quark_fast.pool import RolloutPool
 
 TIES = ["same", "arrival", "random"]
@@ -184,14 +186,19 @@ reward_lists = st.lists(
 class PoolLife(RuleBasedStateMachine):
     """Any order of changes; after each the pool is what the plain dictionary of samples says."""
 
+    folder = None
+
     @initialize(
         k=st.integers(1, 9),
         ties=st.sampled_from(TIES),
         remainder=st.sampled_from(REMAINDERS),
         dtype=st.sampled_from(DTYPES),
+        in_folder=st.booleans(),
     )
-    def start(self, **options):
+    def start(self, in_folder, **options):
         self.options = {"quantiles": options.pop("k"), **options}
+        self.folder = tempfile.TemporaryDirectory() if in_folder else None
+        self.options["store"] = self.folder and self.folder.name
         self.pool = RolloutPool(**self.options)
         self.model = {}  # id -> (prompt, completion, reward, round)
         self.unscored = 0
@@ -240,6 +247,15 @@ class PoolLife(RuleBasedStateMachine):
             np.testing.assert_array_equal(before.quantiles, after.quantiles)
         self.pool = resumed
 
+    @precondition(lambda self: self.folder)
+    @rule()
+    def compact(self):
+        self.pool.compact()
+
+    def teardown(self):
+        if self.folder:
+            self.folder.cleanup()
+
     @rule(rewards=reward_lists)
     def merge(self, rewards):
         other = RolloutPool(3)
@@ -266,6 +282,23 @@ class PoolLife(RuleBasedStateMachine):
 
 PoolLife.TestCase.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
 test_any_sequence_of_changes_leaves_the_right_pool = PoolLife.TestCase
+
+
+class SmallFilesLife(PoolLife):
+    """The same where segments are joined, written and rewritten after a few samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.limits = pool_store.SMALL, pool_store.FLUSH_BYTES
+        pool_store.SMALL, pool_store.FLUSH_BYTES = 8, 300
+
+    def teardown(self):
+        pool_store.SMALL, pool_store.FLUSH_BYTES = self.limits
+        super().teardown()
+
+
+SmallFilesLife.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+test_any_sequence_of_changes_leaves_the_right_files = SmallFilesLife.TestCase
 
 
 @settings(max_examples=40, deadline=None)
@@ -296,6 +329,45 @@ def test_token_rows_may_be_lists_arrays_or_tensors():
     assert made[2].completions[0].tolist() == [1, 2]
 
 
+def test_an_array_of_rows_leaves_the_unscored_out():
+    made = RolloutPool()
+    made.add(np.arange(6).reshape(3, 2), torch.arange(6).reshape(3, 2) + 10, [1.0, None, 2.0])
+    made.add(np.empty((2, 0), int), [[], []], [3.0, 4.0])
+    batch = made[made.ids]
+    assert [row.tolist() for row in batch.prompts] == [[0, 1], [4, 5], [], []]
+    assert [row.tolist() for row in batch.completions] == [[10, 11], [14, 15], [], []]
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+@pytest.mark.parametrize("ties", TIES)
+def test_labels_go_into_memory_that_is_used_again(ties, dtype, group_by):
+    made = many_runs(ties=ties, quantiles=40, group_by=group_by)
+    out = np.full(len(made) + 5, 99, dtype)
+    labels = made.labels(out=out)
+    assert np.shares_memory(labels, out) and labels.dtype == dtype
+    np.testing.assert_array_equal(labels, made.labels())
+    assert (out[len(made) :] == 99).all()
+
+
+def test_labels_refuse_memory_that_does_not_fit():
+    made = many_runs()
+    read_only = np.empty(len(made), np.uint8)
+    read_only.flags.writeable = False
+    for out, message in [
+        (np.empty(len(made) - 1, np.uint8), "out must be .* or more uint8"),
+        (np.empty(len(made), np.float32), "got float32"),
+        (np.empty((len(made), 1), np.uint8), "in one dimension"),
+        (np.empty(2 * len(made), np.uint8)[::2], "contiguous and writable"),
+        (read_only, "contiguous and writable"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made.labels(out=out)
+    for group_by in (None, "prompt"):
+        with pytest.raises(ValueError, match="257 quantiles do not fit in labels of 8 bits"):
+            filled([1.0], quantiles=257, group_by=group_by).labels(out=np.empty(1, np.uint8))
+
+
 def test_dropping_an_unknown_sample_drops_none():
     made = filled([1.0, 2.0, 3.0])
     with pytest.raises(KeyError, match="sample 7 is not in the pool"):
@@ -311,7 +383,7 @@ def test_long_lived_pool_frees_what_it_dropped():
     for _ in range(40):
         made.add([[1]] * 5000, [[2, 3]] * 5000, np.arange(5000.0))
     assert made.ids.tolist() == list(range(199_900, 200_000))
-    assert len(made._samples.completions.tokens.values) <= 2 * 2 * 100 + 2
+    assert sum(len(segment.completions.tokens) for segment in made._store.segments) <= 2 * 2 * 100 + 2
     assert_is_numpys(made, np.arange(4900.0, 5000.0))
 
 
@@ -355,10 +427,26 @@ def test_every_member_of_a_quantile_is_drawn_equally_often(ties, chosen):
     made = many_runs(ties=ties)
     labels = made.labels()
     members = made.ids[np.isin(labels, range(5) if chosen is None else chosen)]
-    batch = made.sample(60 * len(members), quantiles=chosen)
+    batch = made.sample(200 * len(members), quantiles=chosen)
     assert_uniform(batch.ids, members)
     np.testing.assert_array_equal(batch.quantiles, labels[np.searchsorted(made.ids, batch.ids)])
     np.testing.assert_array_equal(batch.rewards, made[batch.ids].rewards)
+
+
+@pytest.mark.parametrize("planted", ["the last never", "the first for the last", "the last twice"])
+def test_uniformity_is_tested_sharply_enough_to_see_an_off_by_one(planted):
+    made = many_runs()
+    members = made.ids[made.labels() == 2]
+    drawn = made.sample(200 * len(members), quantiles=2).ids
+    assert_uniform(drawn, members)
+    last = drawn == members[-1]
+    wrong = {
+        "the last never": drawn[~last],
+        "the first for the last": np.where(last, members[0], drawn),
+        "the last twice": np.concatenate([drawn, drawn[last]]),
+    }[planted]
+    with pytest.raises(AssertionError):
+        assert_uniform(wrong, members)
 
 
 def test_draws_without_replacement_are_distinct_and_equally_likely():
@@ -532,7 +620,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pool, "_fsync", full_disk)
+    monkeypatch.setattr(durable, "flush", full_disk)
     with pytest.raises(OSError, match="No space left"):
         filled([3.0, 4.0, 5.0]).save(path)
     assert os.listdir(tmp_path) == ["pool"]
@@ -561,6 +649,168 @@ def test_a_state_that_does_not_fit_changes_nothing():
         with pytest.raises(ValueError, match=message):
             made.load_state_dict(other.state_dict() | wrong)
         assert made.rewards.tolist() == [1.0, 2.0, 3.0]
+
+
+# --- samples in a folder ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(pool_store, "SMALL", 64)
+    monkeypatch.setattr(pool_store, "FLUSH_BYTES", 4000)
+
+
+def held_samples(made):
+    """What the pool says of all its samples, in plain values."""
+    batch = made[made.ids]
+    rows = [[row.tolist() for row in column] for column in (batch.prompts, batch.completions)]
+    return made.ids.tolist(), *rows, batch.rewards.tolist(), batch.rounds.tolist(), made.labels().tolist()
+
+
+def test_a_pool_in_a_folder_is_the_pool_in_ram(tmp_path, small_files):
+    rewards = np.random.default_rng(3).choice(AWKWARD, 900)
+    pools = [RolloutPool(seed=4), RolloutPool(seed=4, store=tmp_path / "samples")]
+    for made in pools:
+        for part in np.array_split(np.arange(900), 13):
+            made.add(*rows(part.tolist()), rewards[part], round=int(part[0]) // 200)
+        made.expire(1)
+        made.drop(made.ids[::4])
+        made.merge(filled(rewards[:50], 3))
+    in_ram, in_folder = pools
+    assert len(os.listdir(tmp_path / "samples")) > 3
+    assert held_samples(in_ram) == held_samples(in_folder)
+    for draw in ({"n": 40}, {"n": 30, "quantiles": 4, "replace": False}, {"n": 9, "stratified": True}):
+        one, two = (made.sample(**draw) for made in pools)
+        assert [row.tolist() for row in one.completions] == [row.tolist() for row in two.completions]
+        np.testing.assert_array_equal(one.ids, two.ids)
+    for one, two in zip(*(made.epoch(64) for made in pools), strict=True):
+        np.testing.assert_array_equal(one.ids, two.ids)
+    both_ways = RolloutPool(seed=4)
+    both_ways.merge(in_folder)
+    assert held_samples(both_ways)[1:4] == held_samples(in_ram)[1:4]
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files, group_by):
+    made = RolloutPool(store=tmp_path / "here" / "samples", group_by=group_by)
+    made.add(*rows(range(500)), np.arange(500.0))
+    made.drop(made.ids[::7])
+    made.save(tmp_path / "here" / "pool")
+    before, draw = held_samples(made), made.sample(50).ids
+    made.add(*rows(range(300)), np.arange(300.0))  # a crash forgets this
+    made.clear()
+    del made
+    (tmp_path / "here").rename(tmp_path / "there")  # the file finds its folder where both went
+    resumed = RolloutPool.load(tmp_path / "there" / "pool")
+    assert held_samples(resumed) == before
+    np.testing.assert_array_equal(resumed.sample(50).ids, draw)
+    resumed.add(*rows(range(300)), np.arange(300.0))
+    resumed.save(tmp_path / "there" / "pool")
+    elsewhere = (tmp_path / "there" / "samples").rename(tmp_path / "elsewhere")
+    again = RolloutPool.load(tmp_path / "there" / "pool", store=elsewhere)
+    assert held_samples(again) == held_samples(resumed)
+
+
+def test_compact_frees_the_disk_and_loses_nothing(tmp_path, small_files):
+    made = RolloutPool(store=tmp_path, max_rounds=3)
+    for step in range(40):
+        made.add([[step] * 9] * 20, [[step, 1]] * 20, np.arange(20.0), round=step)
+    made.drop(made.ids[::3])
+    before = held_samples(made)
+    (tmp_path / ".samples-000000000000-00000000.safetensors.1.tmp").touch()  # of a process that was killed
+    (tmp_path / "notes.txt").touch()
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    made.compact()
+    assert held_samples(made) == before
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < size / 5
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".txt"}
+    made.save(tmp_path / "pool")
+    assert held_samples(RolloutPool.load(tmp_path / "pool")) == before
+    with pytest.raises(ValueError, match="store=FOLDER"):
+        RolloutPool().compact()
+
+
+def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, small_files):
+    made = RolloutPool(store=tmp_path / "samples")
+    for part in np.array_split(np.arange(300), 6):
+        made.add(*rows(part.tolist()), part.astype(float))
+    made.save(tmp_path / "pool")
+    first, second = sorted((tmp_path / "samples").iterdir())[:2]
+    whole = first.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        first.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{first.name} is damaged or not a file of samples"):
+            RolloutPool.load(tmp_path / "pool")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="not these samples"):
+        RolloutPool.load(tmp_path / "pool")
+    save_file({"weight": np.zeros(3)}, first)
+    with pytest.raises(ValueError, match="not these samples"):
+        RolloutPool.load(tmp_path / "pool")
+    first.unlink()
+    with pytest.raises(ValueError, match=f"{first.name} is missing"):
+        RolloutPool.load(tmp_path / "pool")
+    first.write_bytes(whole)
+    state = made.state_dict()
+    resumed = RolloutPool(store=tmp_path / "samples")
+    with pytest.raises(ValueError, match="do not hold the samples"):
+        resumed.load_state_dict(state | {"files": state["files"][1:]})
+    with pytest.raises(ValueError, match="no name of a file of samples"):
+        resumed.load_state_dict(state | {"files": ["../pool"]})
+    assert len(resumed) == 0
+    with pytest.raises(ValueError, match="make this one with store="):
+        RolloutPool().load_state_dict(state)
+
+
+def test_a_full_disk_adds_none_of_the_samples(tmp_path, small_files, monkeypatch):
+    made = RolloutPool(store=tmp_path)
+    made.add(*rows(range(5)), np.arange(5.0), round=1)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "flush", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            made.add(*rows(range(900)), np.arange(900.0), round=2)
+    assert not list(tmp_path.iterdir())
+    assert made.rounds.tolist() == [1] * 5
+    made.add(*rows(range(5, 905)), np.arange(5.0, 905.0), round=3)
+    assert [row.tolist() for row in made[made.ids].prompts] == rows(range(905))[0]
+
+
+def live_bytes(made):
+    """Of the arrays behind the samples: in RAM, and memory-mapped."""
+    sizes = {"ram": sum(array.nbytes for array in made._rounds.changes), "mapped": 0}
+    for segment in made._store.segments:
+        sizes["mapped" if segment.name else "ram"] += segment.nbytes()
+    return SimpleNamespace(**sizes)
+
+
+def test_samples_in_a_folder_cost_ram_for_rewards_and_order_alone(tmp_path):
+    n, batch = 1_000_000, 50_000
+    prompts, completions = np.ones((batch, 8), np.int32), np.ones((batch, 8), np.int32)
+    made = RolloutPool(store=tmp_path, dtype="float32")
+    rng = np.random.default_rng(0)
+    for step in range(n // batch):
+        made.add(prompts, completions, rng.normal(size=batch).astype(np.float32), round=step // 5)
+        # What waits for its turn to be written is bounded, however many samples there are.
+        assert live_bytes(made).ram <= pool_store.FLUSH_BYTES + 1000
+    assert live_bytes(made).mapped + live_bytes(made).ram >= n * (8 + 8) * 4
+    made.state_dict()
+    assert live_bytes(made).ram <= 1000
+    # The kernel calls the pages of a file map file pages: it can drop them at any time.
+    _, held = made[made.ids[::1000]], made._store.segments[0].prompts.tokens
+    address = held.__array_interface__["data"][0]
+    with open("/proc/self/maps") as maps:
+        spans = [line.split() for line in maps]
+    behind = [line for line in spans if _holds(line[0], address)]
+    assert behind and behind[0][-1].endswith(".safetensors")
+
+
+def _holds(span, address):
+    start, end = (int(bound, 16) for bound in span.split("-"))
+    return start <= address < end
 
 
 # --- threads ---------------------------------------------------------------------------------
@@ -675,7 +925,7 @@ def sync_worker(rank, world, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("world", [2, 4])
 def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
     torch.multiprocessing.spawn(sync_worker, (world, str(tmp_path)), nprocs=world)
     results = [load_file(tmp_path / str(rank)) for rank in range(world)]
@@ -695,6 +945,9 @@ def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
             )
         else:
             np.testing.assert_array_equal(labels, by_rule)
+        if ties == "same":
+            options = {"quantiles": k, "remainder": remainder, "dtype": dtype}
+            np.testing.assert_array_equal(labels, filled(union, 2, **options).labels())
         for result in results:
             np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, k, remainder))
 

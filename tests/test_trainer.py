@@ -304,3 +304,51 @@ def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
     config = small(tmp_path / "run", model, **settings, resume=True)
     Trainer(config, reward=even_words, **given).train()
     assert len(rows(tmp_path / "run" / "metrics.jsonl", kind="step")) == 12
+
+
+def test_pool_of_a_run_is_numpys_rule_on_what_the_run_wrote(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Rewards with many ties and unscored completions, of the loop's own sampling and resume."""
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done > 5:
+            raise SystemError
+
+    def coarse(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        shares = even_words(prompts, completions)
+        return [None if share is None or share == 1 else round(3 * share) / 3 for share in shares]
+
+    folder, model = tmp_path / "run", tiny_model()
+    short = {"rounds": 2, "steps": 8, "batch_size": 8, "checkpoint_every": 3, "eval_samples": 1}
+    given = {"reward": coarse, "prompts": PROMPTS, "held_out": PROMPTS[:2]}
+    with pytest.raises(SystemError):
+        Trainer(small(folder, model, **short), listen=stop, **given).train()
+    trainer = Trainer(small(folder, model, resume=True, **short), **given)
+    trainer.train()
+
+    written = rows(folder / "completions.jsonl")
+    rounds = rows(folder / "metrics.jsonl", kind="round")
+    assert any(row["reward"] is None for row in written)
+    rewards: list[float] = []
+    for about in rounds:
+        of_round = [r for r in written if r["round"] == about["round"] and r["reward"] is not None]
+        rewards += [row["reward"] for row in of_round]
+        best_first = sorted(rewards, reverse=True)
+        thresholds = [best_first[-(-j * len(rewards) // 3) - 1] for j in (2, 1)]
+        assert about["thresholds"] == thresholds
+        expected = [sum(row["reward"] >= t for t in thresholds) for row in of_round]
+        assert [row["quantile"] for row in of_round] == expected
+        assert about["pool"] == len(rewards)
+
+    pool = trainer.pool
+    scored = [row for row in written if row["reward"] is not None]
+    held = pool[pool.ids]
+    assert pool.unscored == len(written) - len(scored)
+    assert held.rewards.tolist() == rewards
+    assert held.rounds.tolist() == [row["round"] for row in scored]
+    decode = trainer.policy.decode
+    assert [decode(row.tolist()) for row in held.completions] == [row["completion"] for row in scored]
+    encoded = [trainer.policy.encode(row["prompt"], trainer.config.max_prompt_tokens) for row in scored]
+    assert [row.tolist() for row in held.prompts] == encoded
+    assert held.quantiles.tolist() == [sum(r >= t for t in thresholds) for r in rewards]

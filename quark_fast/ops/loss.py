@@ -281,7 +281,7 @@ def terms_and_gradient(
     kl_coef: float,
     entropy_coef: float,
     kl: Kl,
-    impl: Literal["eager", "cpp"],
+    impl: Literal["eager", "cpp", "triton"],
     *,
     want_grad: bool,
     inplace: bool = True,
@@ -303,8 +303,9 @@ def terms_and_gradient(
         # Not Tensor.backward: autograd does not record below an operator.
         grad, out = torch.func.grad(values, has_aux=True)(logits)
         return (*out, grad)
-    grad = logits if want_grad and inplace else cpp.new_gradient(logits) if want_grad else None
-    *out, _ = cpp.forward(logits, *problem, grad=grad)
+    backend = _backend(impl)
+    grad = logits if want_grad and inplace else backend.new_gradient(logits) if want_grad else None
+    *out, _ = backend.forward(logits, *problem, grad=grad)
     return (*out, logits.new_empty(0) if grad is None else grad)
 
 

@@ -1,0 +1,102 @@
+"""Plants bugs in a copy of the pool's C++ core, one at a time, and requires that its checks see each.
+
+usage: python tests/mutate_pool.py    CXX chooses the compiler; exits 1 if a bug goes unseen
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CORE = HERE.parent / "csrc"
+
+# what goes wrong, the source as it is, and as it would be wrong
+PLANTED = [
+    (
+        "the last sample of a quantile's slice of a run is never drawn",
+        "stratum.append(runs_[r]->begin() + first, end - first);",
+        "stratum.append(runs_[r]->begin() + first, end - first - (end - first > 1));",
+    ),
+    (
+        "the last sample of the whole quantile is never drawn",
+        "const std::uint64_t drawn = random.below(left_);",
+        "const std::uint64_t drawn = random.below(left_ > 1 ? left_ - 1 : 1);",
+    ),
+    (
+        "a slice begins with its neighbour's last sample",
+        "stratum.append(runs_[r]->begin() + first, end - first);",
+        "stratum.append(runs_[r]->begin() + first - (first > 0), end - first);",
+    ),
+    (
+        "some are drawn twice as often, by the remainder of a division",
+        "if (x < n) return x;",
+        "return x % n;",
+    ),
+    (
+        "without replacement, a moved sample is forgotten",
+        "moved_[drawn] = at(left_);",
+        "moved_[drawn] = left_;",
+    ),
+    (
+        "an epoch leaves its last sample out",
+        "while (x >= n) x = bijection.forward(x);",
+        "while (x >= n) x = bijection.forward(x) % (n - (n > 1));",
+    ),
+    (
+        "a cut is rounded down",
+        "(j * n + k - 1) / k",
+        "(j * n) / k",
+    ),
+    (
+        "what ties with a boundary is drawn from the worse quantile",
+        "if (ties_ == Ties::same) split_runs(*cuts);",
+        "",
+    ),
+    (
+        "the merge takes the worse of two",
+        "const bool b_first = item_b < item_a;",
+        "const bool b_first = item_a < item_b;",
+    ),
+]
+
+
+def seen(mutant: str, folder: Path) -> str:
+    """What the checks say of the mutant; empty: they pass."""
+    (folder / "csrc").mkdir(exist_ok=True)
+    for header in CORE.glob("*.hpp"):
+        (folder / "csrc" / header.name).write_text(header.read_text())
+    (folder / "csrc" / "quantile_pool.cpp").write_text(mutant)
+    (folder / "tests").mkdir(exist_ok=True)
+    (folder / "tests" / "check.cpp").write_text((HERE / "sanitize_pool.cpp").read_text())
+    program = folder / "check"
+    sources = [folder / "tests" / "check.cpp", folder / "csrc" / "quantile_pool.cpp"]
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, "-std=c++17", "-O1", "-pthread", *sources, "-o", program], check=True)
+    try:
+        done = subprocess.run([program, "1"], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "never ends"
+    return "" if done.returncode == 0 else done.stderr.strip() or f"ends by signal {-done.returncode}"
+
+
+def main() -> int:
+    source = (CORE / "quantile_pool.cpp").read_text()
+    unseen = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        if message := seen(source, Path(scratch)):
+            print(f"without a planted bug: {message}")
+            return 1
+        for what, right, wrong in PLANTED:
+            if source.count(right) != 1:
+                print(f"{right!r} stands {source.count(right)} times in quantile_pool.cpp: {what}")
+                return 1
+            message = seen(source.replace(right, wrong), Path(scratch))
+            unseen += not message
+            print(f"{'seen' if message else 'UNSEEN'}: {what}: {message}", flush=True)
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
