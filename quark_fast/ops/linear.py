@@ -7,9 +7,9 @@ backward only scales them (as Liger Kernel's fused cross entropy does, arXiv 241
 
 Columns whose gradient is small everywhere in a chunk are not skipped, as cut cross-entropy does (arXiv
 2411.09009). On English text (SmolLM2-135M, 160 rows, one thread, bfloat16) skipping below 2^-12 takes a
-quarter of the time of the two backward products, but moves the gradient of the hidden states by 4.2%, nineteen times
-what bfloat16 rounds; below 2^-16 still by 0.6%, with a sixth of the time saved. And it is a bias: the small
-gradients of the NLL all have one sign.
+quarter of the time of the two backward products, but moves the gradient of the hidden states by 4.2%,
+nineteen times what bfloat16 rounds; below 2^-16 still by 0.6%, with a sixth of the time saved. And it is a
+bias: the small gradients of the NLL all have one sign.
 """
 
 from __future__ import annotations
