@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quark_fast.config import Config, UsageError
+    from quark_fast.ops.linear import linear_quark_loss
     from quark_fast.ops.loss import QuarkLoss, quark_loss
     from quark_fast.pool import RolloutPool
     from quark_fast.trainer import Trainer
@@ -15,12 +16,13 @@ _HOME = {
     "Config": "config",
     "UsageError": "config",
     "QuarkLoss": "ops.loss",
+    "linear_quark_loss": "ops.linear",
     "quark_loss": "ops.loss",
     "RolloutPool": "pool",
     "Trainer": "trainer",
 }
 
-__all__ = ["Config", "QuarkLoss", "RolloutPool", "Trainer", "UsageError", "quark_loss"]
+__all__ = ["Config", "QuarkLoss", "RolloutPool", "Trainer", "UsageError", "linear_quark_loss", "quark_loss"]
 
 
 def __getattr__(name: str) -> Any:

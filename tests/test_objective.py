@@ -75,8 +75,8 @@ def test_model_that_caps_its_logits_trains_on_whole_ones_and_says_so(tmp_path: P
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=62, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, bos_token_id=60, eos_token_id=60,
-        pad_token_id=60,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, attn_logit_softcapping=None,
+        bos_token_id=60, eos_token_id=60, pad_token_id=60,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     sharpen(model)

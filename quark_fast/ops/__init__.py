@@ -1,1 +1,1 @@
-"""The fused loss: `loss` (public), `eager` (the equation), `cpp` (the kernels on the CPU)."""
+"""The fused loss: `loss` (public), `linear` (from hidden states), `eager` (the equation), `cpp` (CPU)."""

@@ -4,6 +4,12 @@ The rows are cut into chunks. Each chunk's logits of policy and reference are ma
 gradient of the logits where they lie, and multiplied back into the gradients of hidden states and
 weight before the next chunk takes their place. So all gradients exist when the forward ends, and the
 backward only scales them (as Liger Kernel's fused cross entropy does, arXiv 2410.10989).
+
+Columns whose gradient is small everywhere in a chunk are not skipped, as cut cross-entropy does (arXiv
+2411.09009). On English text (SmolLM2-135M, 160 rows, one thread, bfloat16) skipping below 2^-12 takes a
+quarter of the time of the two backward products, but moves the gradient of the hidden states by 4.2%,
+nineteen times what bfloat16 rounds; below 2^-16 still by 0.6%, with a sixth of the time saved. And it is a
+bias: the small gradients of the NLL all have one sign.
 """
 
 from __future__ import annotations
