@@ -26,8 +26,16 @@ from quark_fast.ops import triton_kernels
 from quark_fast.ops.triton_kernels import Blocking
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROW = Blocking(splits=1, warps=16, per_thread=16)  # what `blocking` chooses for many rows, fused
-SUMS = Blocking(splits=1, warps=8, per_thread=16)  # for many rows, sums or gradient alone
+
+
+def cut_for(what: str, dtype: torch.dtype) -> Blocking:
+    """What `blocking` chooses for many rows."""
+    per_thread = 32 // dtype.itemsize
+    if what == "one_pass":
+        return Blocking(splits=1, warps=16, per_thread=per_thread, stages=3)
+    return Blocking(splits=1, warps=8, per_thread=per_thread)
+
+
 SPLIT = Blocking(splits=12, warps=4, per_thread=16)  # for few rows
 
 
@@ -107,14 +115,15 @@ def launch(
     logits, ref = torch.empty(3, width, dtype=dtype), torch.empty(3, width, dtype=ref_dtype or dtype)
     labels, weights = torch.zeros(3, dtype=torch.long), torch.ones(3)
     options = (vocab, 0.05, 0.06, kl)
+    cut = cut or cut_for(what, dtype)
     if what == "one_pass":
-        triton_kernels.forward(logits, ref, labels, weights, *options, grad=logits, cut=cut or ROW)
+        triton_kernels.forward(logits, ref, labels, weights, *options, grad=logits, cut=cut)
     elif what == "sums":
-        triton_kernels.forward(logits, ref, labels, weights, *options, cut=cut or SUMS)
+        triton_kernels.forward(logits, ref, labels, weights, *options, cut=cut)
     else:
         stats = torch.empty(3, triton_kernels.STATS_PER_ROW)
         triton_kernels.backward(
-            *(torch.tensor(1.0), stats, logits, ref, labels, weights, *options), grad=logits, cut=cut or SUMS
+            *(torch.tensor(1.0), stats, logits, ref, labels, weights, *options), grad=logits, cut=cut
         )
 
 

@@ -361,6 +361,18 @@ def test_in_place_writes_the_gradient_over_a_strided_view_and_nothing_else(
     assert written[..., 2 + width :].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("column", [1, TILE, 2 * TILE + 7, 2002])
+def test_in_place_parts_of_a_row_leave_its_label_to_one_of_them(
+    cut: Callable[[int], None], column: int, dtype: torch.dtype
+) -> None:
+    """A likely label, whose gradient shows what its logit was taken for, in the head, each part, the tail."""
+    cut(3)
+    inputs = small(2003, rows=2, dtype=dtype)._replace(labels=torch.full((2,), column), mask=torch.ones(2))
+    inputs.logits[:, column] = inputs.logits.amax(-1) + 2
+    assert_as_accurate_as_eager(inputs, inplace=True)
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_beyond_two_to_the_thirty_one(cut: Callable[[int], None], splits: int) -> None:
     """N * V passes 2^31 at 42,731 rows of GPT-2's vocabulary. Only the pages that are used cost memory."""

@@ -10,7 +10,7 @@ reference's, a row needs its sums before its gradient: two loops over it.
   (`_partial_kernel`), the parts are merged (`_merge_kernel`), and the gradient is written part by part.
 - A tile is (U, T, E): E neighbouring columns fill one 16-byte load, T is the number of threads, and each
   thread takes U loads before it raises its maxima. Every thread keeps moments of its own, so that the loop
-  has no barrier and no shuffle; they meet once, at the end of the row.
+  adds nothing up across threads; they meet once, at the end of the row.
 - A row that starts between two 16-byte boundaries (an odd vocabulary) gets a short head, one column a
   thread, after which its tiles are aligned, provided policy, reference and gradient are equally far off.
   Else E is 1. Head and tail are masked; the loop over whole tiles is not, or it would lose its wide loads.
@@ -106,9 +106,8 @@ def _part(split, splits, tiles):
 
 
 @triton.jit
-def _accumulate(m, u, s, t, a, b, z_ptr, r_ptr, column, mask, KL: tl.constexpr, MASKED: tl.constexpr):
+def _accumulate(m, u, s, t, a, b, z, r, KL: tl.constexpr):
     """Every thread's moments (T,) with its columns (U, T, E) of z and r added."""
-    z, r = _load(z_ptr, r_ptr, column, mask, KL != "none", MASKED)
     new_m = tl.maximum(m, tl.max(tl.max(z, 2), 0))
     d = m - new_m
     c = _exp(d)
@@ -193,23 +192,23 @@ def _moments(
     tiles = body // (U * T * E)
     begin, end = _part(split, splits, tiles)
 
+    if UNIT != E or V % E != 0:
+        # On their way while the tiles are summed.
+        edge, exists = _edge(head, body, V, T)
+        exists &= split == splits - 1
+        z_edge, r_edge = _load(z_ptr + z_start, r_ptr + r_start, edge, exists, KL != "none", True)
     column = _lanes(U, T, E)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        m, u, s, t, a, b = _accumulate(
-            *(m, u, s, t, a, b, z_ptr + z_body, r_ptr + r_body),
-            *(tile * (U * T * E) + column, None, KL, False),
-        )
+        tile_column = tile * (U * T * E) + column
+        z, r = _load(z_ptr + z_body, r_ptr + r_body, tile_column, None, KL != "none", False)
+        m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z, r, KL)
     if split == splits - 1:
         if tiles * (U * T * E) < body:
             last = tiles * (U * T * E) + column
-            m, u, s, t, a, b = _accumulate(
-                *(m, u, s, t, a, b, z_ptr + z_body, r_ptr + r_body, last, last < body, KL, True)
-            )
+            z, r = _load(z_ptr + z_body, r_ptr + r_body, last, last < body, KL != "none", True)
+            m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z, r, KL)
         if UNIT != E or V % E != 0:
-            edge, exists = _edge(head, body, V, T)
-            m, u, s, t, a, b = _accumulate(
-                *(m, u, s, t, a, b, z_ptr + z_start, r_ptr + r_start, edge, exists, KL, True)
-            )
+            m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z_edge, r_edge, KL)
     return _merged(m, u, s, t, a, b, KL)
 
 
@@ -508,11 +507,11 @@ def _row_kernel(
     """
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
+    label = tl.load(labels_ptr + row)  # of a masked row it is not followed
     grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
     if weight != 0:
         z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
         r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
-        label = tl.load(labels_ptr + row)
         z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
         m, u, s, t, a, b = _moments(z_ptr, z_start, r_ptr, r_start, 0, 1, V, KL, UNIT, U, T, E, STAGES)
         kept, entropy = _store_row(
@@ -639,10 +638,10 @@ def _merge_kernel(
     """One row's terms and statistics from the moments of its parts."""
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
+    label = tl.load(labels_ptr + row)  # of a masked row it is not followed
     if weight != 0:
         z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
         r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
-        label = tl.load(labels_ptr + row)
         z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
         split = tl.arange(0, MOST_SPLITS)
         part = partials_ptr + (row * splits + split) * 6
@@ -713,11 +712,11 @@ def _gradient_kernel(
     row = program // splits
     split = program % splits
     weight = tl.load(weights_ptr + row)
+    label = tl.load(labels_ptr + row)  # of a masked row it is not followed
     grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
     if weight != 0:
         z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
         r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
-        label = tl.load(labels_ptr + row)
         z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
         _store_gradient(
             grad_ptr,
@@ -790,25 +789,34 @@ class Blocking(NamedTuple):
     stages: int = 1  # tiles on their way at once, through shared memory if more than one
 
 
-def blocking(rows: int, vocab_size: int, device: torch.device, *, fused: bool) -> Blocking:
-    """The blocking for `rows` rows; `fused` if one program makes sums and gradient of a whole row."""
-    if device.type != "cuda":  # Triton's interpreter goes through the threads one by one
+def blocking(rows: int, vocab_size: int, logits: Tensor, *, fused: bool) -> Blocking:
+    """The blocking for `rows` rows like those of logits; `fused` if one program makes sums and gradient.
+
+    The fused program is alone on its multiprocessor, so that 32 KB of loads on their way would not hide what
+    it waits for between its loops: two more tiles come in through shared memory. The others are many.
+    """
+    if not logits.is_cuda:  # Triton's interpreter goes through the threads one by one
         return Blocking(splits=1, warps=1, per_thread=16)
-    processors = _processors(device)
+    processors, asynchronous = _processors(logits.device)
+    per_thread = 32 // logits.element_size()
     if rows >= 2 * processors:
-        return Blocking(splits=1, warps=16 if fused else 8, per_thread=16)
-    warps, per_thread = 4, 16
+        if fused:
+            return Blocking(splits=1, warps=16, per_thread=per_thread, stages=3 if asynchronous else 1)
+        return Blocking(splits=1, warps=8, per_thread=per_thread)
+    warps = 4
     most = max(1, vocab_size // (32 * warps * per_thread))
     return Blocking(min(most, -(-4 * processors // max(1, rows))), warps, per_thread)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _processors(device: torch.device) -> tuple[int, bool]:
+    """How many there are, and whether they copy to shared memory by themselves."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 8
 
 
 class _Tile(NamedTuple):
-    """E neighbouring columns a thread and load; strides in units of UNIT = E if all are multiples, else 1."""
+    """E neighbouring columns a thread and load; strides count UNITs: E if it divides all, else 1."""
 
     E: int
     UNIT: int
@@ -918,7 +926,7 @@ def forward(
     With grad (like logits, or logits itself), the gradient of the loss is written there.
     """
     p = _Problem(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad)
-    cut = cut or blocking(p.rows, vocab_size, p.device, fused=grad is not None)
+    cut = cut or blocking(p.rows, vocab_size, logits, fused=grad is not None)
     loss, nll, divergence, entropy = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(4))
     stats = logits.new_empty((p.rows, STATS_PER_ROW), dtype=torch.float32)
     if p.rows == 0:
@@ -990,7 +998,7 @@ def backward(
     if p.rows == 0:
         return
     with _on(p.device):
-        _write_gradient(p, scale, stats, cut or blocking(p.rows, vocab_size, p.device, fused=False))
+        _write_gradient(p, scale, stats, cut or blocking(p.rows, vocab_size, logits, fused=False))
 
 
 def _write_gradient(p: _Problem, scale: Tensor, stats: Tensor, cut: Blocking) -> None:
@@ -1014,7 +1022,7 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
     count = grad.numel() // max(1, grad.shape[-1])
     if count == 0:
         return
-    programs = 4 * _processors(grad.device) if grad.is_cuda else 4
+    programs = 4 * _processors(grad.device)[0] if grad.is_cuda else 4
     with _on(grad.device):
         _scale_kernel[(min(count, programs),)](
             grad_ptr=grad,
