@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import sys
@@ -317,11 +318,11 @@ def test_parquet_with_a_column_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_long_fields_are_read_and_the_limit_of_the_csv_module_stays(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    before = csv.field_size_limit(131_072)
     article = "x" * 300_000
     assert rows(write(tmp_path / "p.csv", "prompt,article", f"a,{article}"))[0]["article"] == article
     assert rows(write(tmp_path / "p.txt", article))[0]["prompt"] == article
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit(before) == 131_072
 
 
 SUFFIXES = ["jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz", "csv.gz"]
@@ -465,7 +466,9 @@ def test_prompts_held_out_stay_held_out_when_others_are_added() -> None:
 
 def test_another_seed_is_another_split_and_0_the_first_one() -> None:
     every = [{"prompt": f"prompt {i}"} for i in range(50)]
-    assert split(every, 10, seed=0) == split(every, 10)
+    # Runs are compared on the prompts that were held out at first: those of the lowest hashes.
+    by_hash = sorted(every, key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
+    assert split(every, 10, seed=0) == split(every, 10) == (by_hash[10:], by_hash[:10])
     assert split(every, 10, seed=1) == split(every, 10, seed=1) != split(every, 10)
     assert len(split(every, 10, seed=2)[1]) == 10
 
@@ -520,6 +523,9 @@ def test_number_of_held_out_prompts_and_limit_of_training_ones(tmp_path: Path) -
     more, _, _ = choose(set_prompts=file, set_held_out="12", prompt_limit=9)
     assert [r for r in more if r in fewer] == fewer, "a smaller limit is a part of a larger one"
     assert choose(set_prompts=file, set_held_out="12", prompt_limit=18)[0] == every
+    in_order = choose(set_prompts=file, prompt_limit=5, held_out=["other"])[0]
+    assert len(in_order) == 5
+    assert in_order == sorted(in_order, key=lambda prompt: int(prompt.split()[1])), "the file's order"
     with pytest.raises(UsageError, match="too few to hold 30 out"):
         choose(set_prompts=file, set_held_out="30")
 

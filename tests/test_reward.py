@@ -461,6 +461,13 @@ def test_other_scorer_prompt_column_or_text_is_another_key(counted: Any, change:
     assert len(heard) == 2
 
 
+def test_order_of_the_columns_is_no_other_key(counted: Any) -> None:
+    reward, heard = counted
+    reward([{"prompt": "a", "x": {"p": 1, "q": 2}, "y": 3}], ["one"])
+    reward([{"y": 3, "x": {"q": 2, "p": 1}, "prompt": "a"}], ["one"])
+    assert heard == ["one"]
+
+
 def test_row_that_no_key_can_spell_is_always_scored(counted: Any) -> None:
     reward, heard = counted
     rows = [{"prompt": "a", "image": object()}]

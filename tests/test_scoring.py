@@ -171,7 +171,7 @@ def test_sum_names_its_parts_and_only_a_complement_measures_a_property(
     assert reward.property is None
     assert load_reward("1 - my_rewards:length").property == "length"
     assert load_reward("1 - my_rewards:length").name == "1 - my_rewards:length"
-    hashes = [load_reward(spec).sha256 for spec in ("2*toxicity", "3*toxicity", "1 - toxicity", "toxicity")]
+    hashes = [load_reward(spec).sha256 for spec in ("2*toxicity", "-1*toxicity", "1 - toxicity", "toxicity")]
     assert len(set(hashes)) == 4
 
 
