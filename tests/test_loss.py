@@ -662,9 +662,10 @@ def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", ["_one_pass", "_two_pass"])
-def test_opcheck(operator: str, requires_grad: bool) -> None:
-    logits, ref_logits, labels, mask = make(33, shape=(2, 3))
+def test_opcheck(operator: str, dtype: torch.dtype, requires_grad: bool) -> None:
+    logits, ref_logits, labels, mask = make(33, shape=(2, 3), dtype=dtype)
     weights = mask / mask.sum()
     problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref", "cpp")
     torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(requires_grad), *problem))

@@ -100,8 +100,14 @@ def backward(
     kl: str,
     *,
     grad: Tensor,
+    unless_one: bool = False,
 ) -> None:
-    """Write the gradient of scale * loss into grad (like logits, or logits itself)."""
+    """Write the gradient of scale * loss into grad (like logits, or logits itself).
+
+    With unless_one, grad holds the gradient of the loss already, and a scale of 1 leaves it alone.
+    """
+    if unless_one and scale.item() == 1:
+        return
     inputs = _Inputs(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
     _C.quark_loss_backward(
         inputs.problem, stats.data_ptr(), scale.item(), _rows(grad, rows_of(grad)), torch.get_num_threads()

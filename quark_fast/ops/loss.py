@@ -109,6 +109,7 @@ def quark_loss(
     if ref_logits is not None:
         ref_logits = ref_logits.detach()
     problem = (logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    half = logits.dtype in (torch.float16, torch.bfloat16)
     if chosen == "eager":
         _check_labels(labels, weights, vocab_size)
         loss, *terms = eager.quark_loss(*problem)
@@ -117,12 +118,12 @@ def quark_loss(
     elif inplace and not torch.compiler.is_compiling():
         _check_overwritable(logits)
         loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
-    elif logits.dtype == torch.float32:
-        loss, *terms, _ = _one_pass(*problem, chosen)
-    else:
-        # In half precision the incoming scale must enter before the gradient is rounded: unscaled,
-        # nearly all of a float16 gradient underflows.
+    elif logits.dtype == torch.float16 or (half and torch.compiler.is_compiling()):
+        # The incoming scale must enter before the gradient is rounded: nearly all of a float16 gradient
+        # underflows without it.
         loss, *terms, _ = _two_pass(*problem, chosen)
+    else:
+        loss, *terms, _, _ = _one_pass(*problem, chosen)
     nll, divergence, entropy = (term.detach() for term in terms)
     return QuarkLoss(loss, nll, divergence, entropy)
 
@@ -374,28 +375,24 @@ def _one_pass(
     entropy_coef: float,
     kl: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, KL, H, and the gradient of the loss, written while each row is in the cache."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, statistics, and the gradient of the loss, written while each row is in the cache."""
     grad = _backend(backend).new_gradient(logits)
-    *values, _ = _backend(backend).forward(
+    loss, nll, divergence, entropy, stats = _backend(backend).forward(
         logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad=grad
     )
-    loss, nll, divergence, entropy = values
-    return loss, nll, divergence, entropy, grad
+    return loss, nll, divergence, entropy, stats, grad
 
 
-def _fake_terms(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def term() -> Tensor:
-        return labels.new_empty(labels.shape, dtype=torch.float32)
-
-    return labels.new_empty((), dtype=torch.float32), term(), term(), term()
+def _fake_terms(labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    nll, divergence, entropy = (labels.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
+    stats = labels.new_empty((labels.numel(), _backend(backend).STATS_PER_ROW), dtype=torch.float32)
+    return labels.new_empty((), dtype=torch.float32), nll, divergence, entropy, stats
 
 
 @_two_pass.register_fake
 def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, backend = rest
-    shape = (labels.numel(), _backend(backend).STATS_PER_ROW)
-    return (*_fake_terms(labels), labels.new_empty(shape, dtype=torch.float32))
+    return _fake_terms(labels, rest[-1])
 
 
 @_two_pass_backward.register_fake
@@ -404,8 +401,8 @@ def _(scale: Tensor, stats: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 @_one_pass.register_fake
-def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*_fake_terms(labels), logits.new_empty(logits.shape))
+def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (*_fake_terms(labels, rest[-1]), logits.new_empty(logits.shape))
 
 
 # --- Gradients ---------------------------------------------------------------------------------
@@ -423,14 +420,24 @@ def _two_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor 
 
 
 def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[-1])
-    ctx.backend = inputs[-1]
+    logits, ref_logits, labels, weights, *ctx.options = inputs
+    *_, stats, grad = output
+    again = () if grad.dtype == torch.float32 else (stats, logits, ref_logits, labels, weights)
+    ctx.save_for_backward(grad, *again)
     _only_the_loss_is_differentiable(ctx, output)
 
 
 def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return _scaled(grad, grad_loss, ctx.backend), None, None, None, None, None, None, None, None
+    (grad, *again), (*options, backend) = ctx.saved_tensors, ctx.options
+    if not again:
+        grad = _scaled(grad, grad_loss, backend)
+    elif _is_traced_or_kept(grad):
+        grad = _two_pass_backward(grad_loss, *again, *options, backend)
+    else:
+        # A scale of 1, the usual one, leaves the gradient as it is. Any other has to enter before the
+        # rounding to half precision, so the gradient is made again.
+        _backend(backend).backward(grad_loss, *again, *options, grad=grad, unless_one=True)
+    return grad, None, None, None, None, None, None, None, None
 
 
 _two_pass.register_autograd(_two_pass_gradient, setup_context=_save_two_pass)
@@ -500,15 +507,20 @@ def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> No
 
 def _scaled(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
     """scale * grad, in grad's own memory unless somebody needs grad again."""
+    if _is_traced_or_kept(grad):
+        return grad * scale
+    _backend(backend).rescale(grad, scale)
+    return grad
+
+
+def _is_traced_or_kept(grad: Tensor) -> bool:
+    """Whether a gradient made in the forward must not be changed by the backward now running."""
     being_traced = type(grad) is not Tensor
     if torch.is_grad_enabled() and not being_traced:
         raise RuntimeError(
             "create_graph=True asks for a second derivative, which the kernels do not have; use impl='eager'"
         )
-    if being_traced or _graph_is_kept():
-        return grad * scale
-    _backend(backend).rescale(grad, scale)
-    return grad
+    return being_traced or _graph_is_kept()
 
 
 def _graph_is_kept() -> bool:

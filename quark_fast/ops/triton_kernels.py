@@ -705,51 +705,57 @@ def _gradient_kernel(
     T: tl.constexpr,
     E: tl.constexpr,
     STAGES: tl.constexpr,
+    UNLESS_ONE: tl.constexpr,
 ):
-    """The gradient of scale * loss on one part of a row, from the row's statistics."""
-    # Backwards: what the sums read last is still in the cache.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = program // splits
-    split = program % splits
-    weight = tl.load(weights_ptr + row)
-    label = tl.load(labels_ptr + row)  # of a masked row it is not followed
-    grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
-    if weight != 0:
-        z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
-        r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
-        z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
-        _store_gradient(
-            grad_ptr,
-            grad_start,
-            z_ptr,
-            z_start,
-            r_ptr,
-            r_start,
-            label,
-            z_label,
-            r_label,
-            weight * tl.load(scale_ptr).to(tl.float32),
-            kl_coef,
-            entropy_coef,
-            tl.load(stats_ptr + row * 6 + 0),
-            tl.load(stats_ptr + row * 6 + 1),
-            tl.load(stats_ptr + row * 6 + 2),
-            tl.load(stats_ptr + row * 6 + 3),
-            tl.load(stats_ptr + row * 6 + 4),
-            tl.load(stats_ptr + row * 6 + 5),
-            split,
-            splits,
-            width,
-            V,
-            KL,
-            UNIT,
-            U,
-            T,
-            E,
-            STAGES,
-        )
-    else:
-        _zero_row(grad_ptr, grad_start, split, splits, width, UNIT, U, T, E)
+    """The gradient of scale * loss on one part of a row, from the row's statistics.
+
+    With UNLESS_ONE it is there already for a scale of 1, which only the GPU knows.
+    """
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if (scale != 1) | (not UNLESS_ONE):
+        # Backwards: what the sums read last is still in the cache.
+        program = tl.num_programs(0) - 1 - tl.program_id(0)
+        row = program // splits
+        split = program % splits
+        weight = tl.load(weights_ptr + row)
+        label = tl.load(labels_ptr + row)  # of a masked row it is not followed
+        grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
+        if weight != 0:
+            z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
+            r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
+            z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
+            _store_gradient(
+                grad_ptr,
+                grad_start,
+                z_ptr,
+                z_start,
+                r_ptr,
+                r_start,
+                label,
+                z_label,
+                r_label,
+                weight * scale,
+                kl_coef,
+                entropy_coef,
+                tl.load(stats_ptr + row * 6 + 0),
+                tl.load(stats_ptr + row * 6 + 1),
+                tl.load(stats_ptr + row * 6 + 2),
+                tl.load(stats_ptr + row * 6 + 3),
+                tl.load(stats_ptr + row * 6 + 4),
+                tl.load(stats_ptr + row * 6 + 5),
+                split,
+                splits,
+                width,
+                V,
+                KL,
+                UNIT,
+                U,
+                T,
+                E,
+                STAGES,
+            )
+        else:
+            _zero_row(grad_ptr, grad_start, split, splits, width, UNIT, U, T, E)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -991,17 +997,24 @@ def backward(
     kl: str,
     *,
     grad: Tensor,
+    unless_one: bool = False,
     cut: Blocking | None = None,
 ) -> None:
-    """Write the gradient of scale * loss into grad (like logits, or logits itself)."""
+    """Write the gradient of scale * loss into grad (like logits, or logits itself).
+
+    With unless_one, grad holds the gradient of the loss already, and a scale of 1 leaves it alone.
+    """
     p = _Problem(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad)
     if p.rows == 0:
         return
     with _on(p.device):
-        _write_gradient(p, scale, stats, cut or blocking(p.rows, vocab_size, logits, fused=False))
+        cut = cut or blocking(p.rows, vocab_size, logits, fused=False)
+        _write_gradient(p, scale, stats, cut, unless_one)
 
 
-def _write_gradient(p: _Problem, scale: Tensor, stats: Tensor, cut: Blocking) -> None:
+def _write_gradient(
+    p: _Problem, scale: Tensor, stats: Tensor, cut: Blocking, unless_one: bool = False
+) -> None:
     _gradient_kernel[(p.rows * cut.splits,)](
         **p.read,
         **p.row,
@@ -1011,6 +1024,7 @@ def _write_gradient(p: _Problem, scale: Tensor, stats: Tensor, cut: Blocking) ->
         splits=cut.splits,
         V=p.vocab_size,
         KL=p.gradient_kl,
+        UNLESS_ONE=unless_one,
         **p.tiles(cut),
     )
 
