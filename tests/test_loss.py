@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quark_fast import _C
-from quark_fast.ops import cpp, loss
+from quark_fast.ops import loss
 from quark_fast.ops.loss import quark_loss
+from quark_fast.ops.rows import rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = ["policy_ref", "ref_policy"]
@@ -394,6 +395,16 @@ def test_growing_logits_rescale_the_sums() -> None:
         assert_as_accurate_as_eager(grown, impl="cpp", kl=kl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slowly_growing_logits_reach_beyond_the_range_of_the_exponential(dtype: torch.dtype) -> None:
+    """Each block is 7 above the one before, which no block notices; the last is 100 above the first."""
+    inputs = make(30001, shape=(3,), extra=0, dtype=dtype, spread=0.2)
+    ramp = torch.linspace(0, 100, 30001).to(dtype)
+    for kl in KLS:
+        for z, r in ((inputs.logits + ramp, inputs.ref_logits), (inputs.logits, inputs.ref_logits + ramp)):
+            assert_as_accurate_as_eager(inputs._replace(logits=z, ref_logits=r), impl="cpp", kl=kl)
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800000], ids=hex)
 @pytest.mark.parametrize("column", [0, 700, 1002])
 @pytest.mark.parametrize("side", ["logits", "ref_logits"])
@@ -468,7 +479,7 @@ def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
         inputs.mask.t().contiguous().t(),
     )
     assert not moved.logits.is_contiguous()
-    assert (cpp.rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
+    assert (rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
     expected = run(inputs, impl="cpp")
     leaf = moved.logits.detach().requires_grad_()
     out = quark_loss(leaf, *moved[1:], impl="cpp")
@@ -655,13 +666,13 @@ def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
 def test_opcheck(operator: str, requires_grad: bool) -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
     weights = mask / mask.sum()
-    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref")
+    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref", "cpp")
     torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(requires_grad), *problem))
 
 
 def test_opcheck_backward() -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
-    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref")
+    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref", "cpp")
     stats = loss._two_pass(*problem)[-1]
     torch.library.opcheck(loss._two_pass_backward, (torch.tensor(2.0), stats, *problem))
 
@@ -737,11 +748,6 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=match):
         quark_loss(**(inputs | change), **options)
-
-
-def test_triton_is_refused_while_there_is_none() -> None:
-    with pytest.raises(NotImplementedError, match="not written yet; use impl='auto'"):
-        quark_loss(*make(), impl="triton")
 
 
 def test_float64_is_computed_in_float64() -> None:
