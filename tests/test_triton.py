@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import get_args
 
 import pytest
+import test_linear
 import torch
 from test_loss import DTYPES, SLACK, Inputs, Result, make, run, strided, truth
 from torch import Tensor
@@ -484,6 +485,34 @@ def test_nothing_waits_for_the_gpu(dtype: torch.dtype, inplace: bool) -> None:
 
 
 # --- The choice --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_from_hidden_states_as_from_whole_logits(dtype: torch.dtype) -> None:
+    """linear_quark_loss calls the kernels below autograd, in place, a chunk at a time."""
+    inputs = test_linear.make((2, 4), dtype)
+    there = test_linear.Inputs(*(value.to(DEVICE) for value in inputs))
+    ours = test_linear.run(test_linear.chunked, there, chunk=3, impl="triton")
+    eager = test_linear.run(test_linear.whole, there, impl="eager")
+    rounding = 4 * torch.finfo(dtype).eps
+    for name, value in eager.items():
+        atol = rounding * value.abs().max().item() + SLACK
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=atol)
+    assert eager["gradient of weight"].abs().max() > 1e-2
+
+
+@pytest.mark.skipif(not ON_GPU, reason="waiting for the device can only be seen on one")
+def test_from_hidden_states_nothing_waits_for_the_gpu_without_a_mask() -> None:
+    inputs = test_linear.make((2, 4))._replace(mask=None)
+    there = inputs._replace(**{k: v.to(DEVICE) for k, v in inputs._asdict().items() if v is not None})
+    test_linear.run(test_linear.chunked, there, chunk=3)  # compiles
+    leaf = there.weight.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        test_linear.chunked(there, chunk=3).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert leaf.grad.isfinite().all()
 
 
 def test_without_a_gpu_triton_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,7 +305,9 @@ def terms_and_gradient(
         grad, out = torch.func.grad(values, has_aux=True)(logits)
         return (*out, grad)
     backend = _backend(impl)
-    grad = logits if want_grad and inplace else backend.new_gradient(logits) if want_grad else None
+    grad = None
+    if want_grad:
+        grad = logits if inplace else backend.new_gradient(logits)
     *out, _ = backend.forward(logits, *problem, grad=grad)
     return (*out, logits.new_empty(0) if grad is None else grad)
 
