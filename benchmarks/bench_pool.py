@@ -280,6 +280,8 @@ CASES = [
     for kind in ("stationary", "drifting")
     for name in (*GROWING, *ANEW, "authors")
     if not (name == "authors" and n > LARGEST_AUTHORS)
+    # as `ours`, which labels for it: 12 billion labels in batches of 4096
+    if not (name == "ours_samples" and label and n > 1_000_000)
     # labels come with these rows whether asked for or not; a sketch has none
     if not (name in ("authors", "pandas_qcut") and not label) and not (name == "kll" and label)
 ]
