@@ -24,8 +24,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import peak_memory
+from losses import ENTROPY_COEF, KL_COEF, authors, lean
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -42,39 +42,9 @@ CASES = [(size, dtype) for size in SIZES for dtype in (torch.float32, torch.bflo
 CASES.append(((320, 50257), torch.float16))
 if not FULL:
     CASES = [((64, 32768), dtype) for dtype in (torch.float32, torch.bfloat16)]
-KL_COEF, ENTROPY_COEF = 0.05, 0.06
 
 # (logits, ref_logits, labels, mask, kl) -> loss
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Kl], Tensor]
-
-
-def authors(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
-    """The operations of the authors' training step, each on a full-vocabulary tensor of its own."""
-    nll = F.cross_entropy(z, labels, reduction="none")
-    if kl == "policy_ref":
-        divergence = F.kl_div(F.log_softmax(r, -1), F.softmax(z, -1), reduction="none").sum(-1)
-    else:
-        divergence = F.kl_div(F.log_softmax(z, -1), F.softmax(r, -1), reduction="none").sum(-1)
-    probabilities = F.softmax(z, -1)
-    entropy = torch.logsumexp(z, -1) - (probabilities * z).sum(-1)
-    per_token = nll + KL_COEF * divergence - ENTROPY_COEF * entropy
-    return (mask * per_token).sum() / mask.sum()
-
-
-def lean(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
-    """As few full-vocabulary tensors as eager PyTorch allows, in float32."""
-    logp, logq = (
-        F.log_softmax(z, -1, dtype=torch.float32),
-        F.log_softmax(r, -1, dtype=torch.float32),
-    )
-    p = logp.exp()
-    nll = -logp.gather(-1, labels[:, None]).squeeze(-1)
-    if kl == "policy_ref":
-        # kl_coef KL - entropy_coef H in one sum: both are expectations under p.
-        terms = (p * ((KL_COEF + ENTROPY_COEF) * logp - KL_COEF * logq)).sum(-1)
-    else:
-        terms = (ENTROPY_COEF * p * logp + KL_COEF * logq.exp() * (logq - logp)).sum(-1)
-    return (mask * (nll + terms)).sum() / mask.sum()
 
 
 compiled = torch.compile(lean, dynamic=False, fullgraph=True)

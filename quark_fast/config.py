@@ -132,7 +132,7 @@ class Config:
         1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
     )
     impl: Literal["auto", "eager", "cpp", "triton"] = setting(
-        "auto", "implementation of the loss; auto: C++ on the CPU"
+        "auto", "implementation of the loss; auto: C++ on the CPU, Triton on a GPU"
     )
     prefix: str = setting(
         "auto",

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quark_fast import _C
-from quark_fast.ops import cpp, loss
+from quark_fast.ops import loss
 from quark_fast.ops.loss import quark_loss
+from quark_fast.ops.rows import rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = ["policy_ref", "ref_policy"]
@@ -478,7 +479,7 @@ def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
         inputs.mask.t().contiguous().t(),
     )
     assert not moved.logits.is_contiguous()
-    assert (cpp.rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
+    assert (rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
     expected = run(inputs, impl="cpp")
     leaf = moved.logits.detach().requires_grad_()
     out = quark_loss(leaf, *moved[1:], impl="cpp")
@@ -665,13 +666,13 @@ def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
 def test_opcheck(operator: str, requires_grad: bool) -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
     weights = mask / mask.sum()
-    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref")
+    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref", "cpp")
     torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(requires_grad), *problem))
 
 
 def test_opcheck_backward() -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
-    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref")
+    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref", "cpp")
     stats = loss._two_pass(*problem)[-1]
     torch.library.opcheck(loss._two_pass_backward, (torch.tensor(2.0), stats, *problem))
 
@@ -747,11 +748,6 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=match):
         quark_loss(**(inputs | change), **options)
-
-
-def test_triton_is_refused_while_there_is_none() -> None:
-    with pytest.raises(NotImplementedError, match="not written yet; use impl='auto'"):
-        quark_loss(*make(), impl="triton")
 
 
 def test_float64_is_computed_in_float64() -> None:
