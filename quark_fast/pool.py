@@ -368,9 +368,8 @@ class RolloutPool:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         with self._reading:
             key = self._draw_key(generator)
-            end = self._core.next_id
-            oldest = self._core.ids(1).tolist() or [end]
-        return self._epoch(batch_size, key, oldest[0], end - oldest[0])
+            first_id, end = self._oldest_id(), self._core.next_id
+        return self._epoch(batch_size, key, first_id, max(end - first_id, 0))
 
     def _epoch(self, batch_size: int, key: int, first_id: int, size: int) -> Iterator[RolloutBatch]:
         waiting = np.empty(0, np.int64)
@@ -612,8 +611,13 @@ class RolloutPool:
             with self._reading:
                 self._core.remove(ids)
                 self._store.forget(ids, self._core.contains)
-                self._rounds.forget_before(next(iter(self._core.ids(1).tolist()), self._core.next_id))
+                self._rounds.forget_before(self._oldest_id())
                 self._grouped = None
+
+    def _oldest_id(self) -> int:
+        """Of the samples in the pool; the next one's if it is empty."""
+        oldest = self._core.ids(1)
+        return int(oldest[0]) if len(oldest) else self._core.next_id
 
     def _require_known(self, ids: Ints) -> None:
         known = self._core.contains(ids)
