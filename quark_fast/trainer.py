@@ -25,11 +25,20 @@ from torch import Tensor
 from quark_fast import assets
 from quark_fast.batch import Draws, completion_logits, make_batch, plan_batches
 from quark_fast.config import Config, UsageError, load_config
-from quark_fast.evaluation import HeldOut, Probe, describe_evaluation, evaluate, modes, summarise
+from quark_fast.evaluation import (
+    HeldOut,
+    Probe,
+    classify_prompts,
+    describe_evaluation,
+    evaluate,
+    modes,
+    summarise,
+)
 from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
 from quark_fast.ops.contrast import contrast_loss
 from quark_fast.ops.loss import Implementation, quark_loss
+from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
 from quark_fast.policy import FAST_ATTENTION, Policy, load_pretrained
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import Row, load_prompts, split
@@ -87,7 +96,7 @@ class Trainer:
             config.check_resumes(load_config(self.folder / "config.yaml"))
         else:
             self.folder.check_free()
-        self.task = find_task(config.task)
+        self.task = find_task(config.task, config.target)
         self.reward = _reward(config, self.task, reward)
         self.train_rows, self.held_out_rows = _prompts(config, self.task, prompts, held_out)
         self.reward.check(self.train_rows)
@@ -134,11 +143,11 @@ class Trainer:
         ]
         optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        encode = self.policy.encode
-        self.train_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.train_rows]
-        held_out_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.held_out_rows]
-        self.held_out = HeldOut(self.held_out_rows, held_out_ids, config.eval_samples)
-        self.policy.check_fits([*self.train_ids, *held_out_ids], config.max_new_tokens)
+        lengths = (config.max_prompt_tokens, config.prefix_tokens)
+        self.train_rows, self.train_ids, _ = self.policy.encode_rows(self.train_rows, *lengths)
+        rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
+        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
+        self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
         self.probe: Probe | None = None  # drawn when it is first asked for
 
     def _start(self) -> None:
@@ -352,6 +361,8 @@ class Trainer:
 
     def _probe(self) -> None:
         """How well the reward tokens tell held-out completions apart by now."""
+        if self.policy.quantiles == 1:
+            return  # one token tells nothing apart
         self.listen(Progress("probing", 0, 1))
         if self.probe is None:
             self.probe = Probe.draw(
@@ -376,7 +387,11 @@ class Trainer:
     def _eval_sampling(self) -> Sampling:
         config = self.config
         return Sampling(
-            config.max_new_tokens, config.min_new_tokens, 1.0, config.eval_top_p, config.sample_batch
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.eval_temperature,
+            config.eval_top_p,
+            config.sample_batch,
         )
 
     def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
@@ -425,7 +440,8 @@ class Trainer:
         """Gradient of one micro-batch, as its part of a batch of so many tokens and samples.
 
         NLL under each sample's own reward token + KL to the reference, which sees no token + contrast
-        with the mirror token. The terms come back as the micro-batch's share of the batch's means.
+        with the mirror token + unlikelihood of repeated n-grams under both. The terms come back as the
+        micro-batch's share of the batch's means.
         """
         config, vocabulary = self.config, self.policy.vocabulary
         streams = [quantiles]
@@ -456,7 +472,8 @@ class Trainer:
             entropy_coef=config.entropy_coef,
             kl=config.kl,
             impl=config.impl,
-            inplace=not config.contrast_coef,  # the contrast reads the logits, too
+            # The contrast and the unlikelihood read the logits, too.
+            inplace=not (config.contrast_coef or config.unlikelihood_coef),
             normalizer=tokens,
             vocab_size=vocabulary,
         )
@@ -470,6 +487,18 @@ class Trainer:
             loss = loss + config.contrast_coef * surrogate
             terms["contrast"] = float(value.sum()) / samples
             terms["loss"] += config.contrast_coef * terms["contrast"]
+        if config.unlikelihood_coef:
+            value, surrogate = unlikelihood_loss(
+                logits,
+                batch.labels.view(logits.shape[:-1]),
+                _repeated(completions, config.unlikelihood_ngram, mask).expand(logits.shape[:-1]),
+                vocab_size=vocabulary,
+                tokens=tokens * len(streams),
+                impl=config.impl,
+            )
+            loss = loss + config.unlikelihood_coef * surrogate
+            terms["unlikelihood"] = float(value.sum()) / (tokens * len(streams))
+            terms["loss"] += config.unlikelihood_coef * terms["unlikelihood"]
         self.accelerator.backward(loss)
         return terms
 
@@ -478,6 +507,8 @@ class Trainer:
     def _evaluate(self) -> None:
         """Held-out prompts in every mode: ``evaluation.json`` and its samples."""
         config = self.config
+        if self.task.prompt_classes:
+            self._classify()
         table = modes(self.policy.quantiles, config.guidances())
         heard = evaluate(
             self.policy,
@@ -488,8 +519,9 @@ class Trainer:
             table,
             self._eval_sampling(),
             seed=config.seed,
+            measures=self.task.measures,
         )
-        total = len(self.held_out_rows) * config.eval_samples
+        total = len(self.held_out.rows) * config.eval_samples
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in heard:
             self._stop_if_asked()
@@ -497,20 +529,43 @@ class Trainer:
             scores = [s.score for s in samples[name] if s.score is not None]
             mean = sum(scores) / len(scores) if scores else float("nan")
             numbers = {self.reward.property or "reward": mean}
+            if self.task.headline != "mean":
+                shown = [s.measures[self.task.headline] for s in samples[name] if s.measures]
+                numbers[self.task.headline] = sum(shown) / len(shown) if shown else float("nan")
             self.listen(Progress(f"evaluating: {name}", len(samples[name]), total, numbers))
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
         self.folder.append("evaluation.jsonl", rows)
         about = describe_evaluation(
-            config.task,
-            self.reward,
-            self.policy,
-            self._eval_sampling(),
-            len(self.held_out_rows),
-            config.eval_samples,
+            self.task, config.target, self.reward, self.policy, self._eval_sampling(), self.held_out
         )
         about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         self.folder.write_json("evaluation.json", summarise(samples, table, about))
+
+    def _classify(self) -> None:
+        """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
+        rows = [dict(row) for row in self.held_out.rows]
+        if not all("prompt_class" in row for row in rows):
+            sampling = self._eval_sampling()
+            for done, (i, name) in enumerate(
+                classify_prompts(
+                    self.policy,
+                    self.reference,
+                    self.reward,
+                    self.held_out,
+                    sampling,
+                    self.config.seed,
+                    self.config.target,
+                ),
+                start=1,
+            ):
+                self._stop_if_asked()
+                rows[i]["prompt_class"] = name
+                self.listen(Progress("classifying the held-out prompts", done, len(rows)))
+        self.held_out = dataclasses.replace(self.held_out, rows=rows)
+        (self.folder / HELD_OUT).unlink(missing_ok=True)
+        whole = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
+        self.folder.append(HELD_OUT, whole)
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))
@@ -521,6 +576,14 @@ class Trainer:
         write_report(self.folder.path)
         self.folder.drop_checkpoint()
         self.listen(Progress("writing the model and the report", 1, 1))
+
+
+def _repeated(completions: list[list[int]], n: int, mask: Tensor) -> Tensor:
+    """(N, C) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion."""
+    found = torch.zeros_like(mask)
+    for row, completion in zip(found, completions, strict=True):
+        row[: len(completion)] = torch.tensor(repeated_ngrams(completion, n))
+    return found
 
 
 def _reward(config: Config, task: Task, given: Function | Reward | None) -> Reward:

@@ -18,8 +18,11 @@ PACKAGE = Path(quark_fast.__file__).parent
 LAYERS = [
     {"train", "evaluate", "generate"},
     {"trainer", "finished"},
-    {"rollout", "batch", "evaluation", "report", "metrics"},
-    {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"},
+    {"rollout", "batch", "evaluation", "report"},
+    {
+        *{"policy", "pool", "ops", "tasks", "reward", "metrics", "prompts", "config", "assets", "machine"},
+        "run_folder",
+    },
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
