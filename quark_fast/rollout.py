@@ -7,6 +7,7 @@ new token skips the flash kernel on the CPU, and a token is drawn with one unifo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def _sample_batch(
     ids, mask = pad_left(contexts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    step = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    step = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(ids, attention_mask=mask, position_ids=positions, **step).logits
     if samples > 1:  # the prompt was read once; from here on each sample has its own cache
         cache.batch_repeat_interleave(samples)
@@ -138,6 +139,11 @@ def _sample_batch(
 
     completions = [_until_stop(row, policy.stop_ids) for row in torch.stack(drawn, 1).tolist()]
     return [completions[i : i + samples] for i in range(0, rows, samples)]
+
+
+def cache_argument(model: Any) -> str:
+    """What the model calls its cache: transformers 5.24 renamed it, warns at the old name and will drop it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

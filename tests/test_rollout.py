@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import WORDS, sharpen, tiny_config
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quark_fast import rollout
@@ -180,14 +181,15 @@ def test_decoding_step_with_padding_is_the_same_with_grouped_attention_and_sdpa(
         policy.model.set_attn_implementation(attention)
         ids, mask = pad_left([policy.conditioned(p, 1) for p in PROMPTS], torch.device("cpu"))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = {rollout.cache_argument(policy.model): DynamicCache(config=policy.model.config)}
         with torch.no_grad():
-            first = policy.model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+            first = policy.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             step = policy.model(
                 torch.full((len(ids), 1), 8),
                 attention_mask=mask,
                 position_ids=positions[:, -1:] + 1,
-                past_key_values=first.past_key_values,
+                **cache,
             )
         logits.append(torch.stack([first.logits[:, -1], step.logits[:, -1]]))
     torch.testing.assert_close(*logits, **KERNELS)
@@ -316,6 +318,8 @@ class StubModel:
         probs = [self.next_probs(last, k) for last, k in zip(ids[:, -1].tolist(), quantiles, strict=True)]
         # Finite, as real logits are: guidance subtracts them from each other.
         return SimpleNamespace(logits=torch.stack(probs).clamp(min=1e-30).log().unsqueeze(1))
+
+    forward = __call__
 
 
 @pytest.fixture
