@@ -142,7 +142,7 @@ def _sample_batch(
 
 
 def cache_argument(model: Any) -> str:
-    """What the model calls its cache: transformers 5.24 renamed it, warns at the old name and will drop it."""
+    """What the model calls its cache; transformers 5.24 renamed it, and warns at the old name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
