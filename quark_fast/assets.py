@@ -288,8 +288,8 @@ def book_passages() -> list[str]:
 def vader() -> ModuleType:
     """The module ``vaderSentiment`` of its wheel.
 
-    Its rules are its code, so it is run, as a pip-installed one would be, but only with the pinned hash. As a
-    dependency it would bring ``requests``, which its demonstration alone needs, and any later version.
+    Its rules are its code, so it is run, as an installed one would be, but only out of the wheel with the
+    pinned hash. As a dependency it would bring ``requests``, which its demonstration alone needs.
     """
     folder = _converted("vader", VADER, _extract_vader)
     spec = importlib.util.spec_from_file_location("_quark_fast_vader", folder / "vaderSentiment.py")

@@ -60,6 +60,6 @@ TASK = Task(
     words=(" again again again", " repeated", " ordinary", " varied", " new fresh different"),
     measures=measures,
     headline="rep4",
-    columns=("rep4", "rep2", "diversity", "distinct", "text_perplexity", "text_accuracy"),
-    more_columns=("rep3", "perplexity"),
+    columns=("rep4", "diversity", "distinct", "text_perplexity", "text_accuracy"),
+    more_columns=("rep2", "rep3", "perplexity"),
 )

@@ -67,14 +67,7 @@ def task(target: str) -> Task:
         words=words if target == "positive" else words[::-1],
         measures=measures,
         headline="target",
-        columns=(
-            "target",
-            "target_negative",
-            "target_neutral",
-            "target_positive",
-            "perplexity",
-            "dist3",
-        ),
-        more_columns=("mean", "dist2"),
+        columns=("target", "target_negative", "target_neutral", "target_positive", "perplexity"),
+        more_columns=("mean", "dist2", "dist3"),
         prompt_classes=True,
     )
