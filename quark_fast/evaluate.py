@@ -54,6 +54,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.run_folder import HELD_OUT
     from quark_fast.tasks import find_task
 
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UsageError(f"--samples {arguments.samples}: give at least 1")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top-p {arguments.top_p}: give a share in (0, 1]")
     if arguments.json and not Path(arguments.json).parent.is_dir():
         raise UsageError(f"--json {arguments.json}: no such folder")
     quiet_libraries()
