@@ -488,16 +488,23 @@ class Trainer:
             terms["contrast"] = float(value.sum()) / samples
             terms["loss"] += config.contrast_coef * terms["contrast"]
         if config.unlikelihood_coef:
+            every = tokens * len(streams)
             value, surrogate = unlikelihood_loss(
-                logits,
-                batch.labels.view(logits.shape[:-1]),
+                lambda weights: quark_loss(
+                    logits,
+                    None,
+                    labels.expand(weights.shape),
+                    weights,
+                    kl_coef=0.0,
+                    entropy_coef=0.0,
+                    impl=config.impl,
+                    normalizer=every,
+                    vocab_size=vocabulary,
+                ),
                 _repeated(completions, config.unlikelihood_ngram, mask).expand(logits.shape[:-1]),
-                vocab_size=vocabulary,
-                tokens=tokens * len(streams),
-                impl=config.impl,
             )
             loss = loss + config.unlikelihood_coef * surrogate
-            terms["unlikelihood"] = float(value.sum()) / (tokens * len(streams))
+            terms["unlikelihood"] = float(value.sum()) / every
             terms["loss"] += config.unlikelihood_coef * terms["unlikelihood"]
         self.accelerator.backward(loss)
         return terms

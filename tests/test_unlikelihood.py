@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quark_fast.ops.loss import quark_loss
 from quark_fast.ops.unlikelihood import SUREST, repeated_ngrams, unlikelihood_loss
 
 VOCABULARY, COLUMNS = 123, 130
@@ -63,6 +64,16 @@ def problem(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(dtype).requires_grad_(), labels, repeated
 
 
+def term(
+    logits: Tensor, labels: Tensor, repeated: Tensor, tokens: float, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The term as the trainer calls it."""
+    options = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": VOCABULARY, "normalizer": tokens}
+    return unlikelihood_loss(
+        lambda weights: quark_loss(logits, None, labels, weights, impl=impl, **options), repeated
+    )
+
+
 def plain(logits: Tensor, labels: Tensor, repeated: Tensor) -> Tensor:
     """-log(1 - p(label)) of repeated tokens, p over the base vocabulary, in float64."""
     p = logits.double()[..., :VOCABULARY].softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -76,9 +87,7 @@ def plain(logits: Tensor, labels: Tensor, repeated: Tensor) -> Tensor:
 )
 def test_value_and_gradient_are_those_of_the_formula(dtype: torch.dtype, impl: str, seed: int) -> None:
     logits, labels, repeated = problem(dtype, seed)
-    value, surrogate = unlikelihood_loss(
-        logits, labels, repeated, vocab_size=VOCABULARY, tokens=70, impl=impl
-    )
+    value, surrogate = term(logits, labels, repeated, 70, impl)
     surrogate.backward()
     copy = logits.detach().clone().requires_grad_()
     expected = plain(copy, labels, repeated)
@@ -94,7 +103,7 @@ def test_value_and_gradient_are_those_of_the_formula(dtype: torch.dtype, impl: s
 
 def test_a_descent_step_makes_the_repeated_token_less_likely_and_no_other() -> None:
     logits, labels, repeated = problem(torch.float32)
-    unlikelihood_loss(logits, labels, repeated, vocab_size=VOCABULARY, tokens=1)[1].backward()
+    term(logits, labels, repeated, 1)[1].backward()
     after = (logits - 0.5 * logits.grad).detach()
     p, q = (z[..., :VOCABULARY].softmax(-1).gather(-1, labels.unsqueeze(-1)) for z in (logits, after))
     assert (q < p)[repeated].all()
@@ -109,7 +118,7 @@ def test_certain_repeated_token_has_a_finite_value_and_a_bounded_gradient(margin
     logits[..., 3] = logits.max() + margin
     logits.requires_grad_()
     label, repeated = torch.tensor([[3]]), torch.tensor([[True]])
-    value, surrogate = unlikelihood_loss(logits, label, repeated, vocab_size=VOCABULARY, tokens=1, impl=impl)
+    value, surrogate = term(logits, label, repeated, 1, impl)
     surrogate.backward()
     assert 0 < float(value) <= -math.log(SUREST) + 1e-3
     # The true gradient of the label's logit is p < 1, and all others sum to -p.
@@ -120,8 +129,6 @@ def test_certain_repeated_token_has_a_finite_value_and_a_bounded_gradient(margin
 
 def test_nothing_repeated_is_nothing_to_learn() -> None:
     logits, labels, repeated = problem(torch.float32)
-    value, surrogate = unlikelihood_loss(
-        logits, labels, torch.zeros_like(repeated), vocab_size=VOCABULARY, tokens=70
-    )
+    value, surrogate = term(logits, labels, torch.zeros_like(repeated), 70)
     surrogate.backward()
     assert (value == 0).all() and surrogate.item() == 0 and (logits.grad == 0).all()

@@ -12,12 +12,12 @@ completion alone, which is also where rep-n is measured: a name of the prompt ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from quark_fast.ops.loss import Implementation, quark_loss
+from quark_fast.ops.loss import QuarkLoss
 
 # The smallest nll that counts. float32 holds lse - logit to about 2e-6, and the weight below amplifies its
 # error by 1 / nll; a token surer than this gets a gradient that shrinks with 1 - p instead of one of noise.
@@ -41,16 +41,8 @@ def repeated_ngrams(completion: Sequence[int], n: int) -> list[bool]:
     return repeated
 
 
-def unlikelihood_loss(
-    logits: Tensor,
-    labels: Tensor,
-    repeated: Tensor,
-    *,
-    vocab_size: int,
-    tokens: float,
-    impl: Implementation = "auto",
-) -> tuple[Tensor, Tensor]:
-    """-log(1 - p) of the repeated tokens, and a scalar whose gradient is that of their sum / ``tokens``.
+def unlikelihood_loss(weighted_nll: Callable[[Tensor], QuarkLoss], repeated: Tensor) -> tuple[Tensor, Tensor]:
+    """-log(1 - p) of the repeated tokens, and a scalar whose gradient is that of their normalised sum.
 
     d(-log(1 - p)) = p / (1 - p) d log p: an NLL gradient in which a token weighs -p / (1 - p), which is
     -1 / expm1(nll). So the fused loss does the work, and only the gradient of the returned scalar means
@@ -58,31 +50,14 @@ def unlikelihood_loss(
     above, for rounding's sake.
 
     Args:
-        logits: (..., >= V).
-        labels: (...) int64.
-        repeated: (...) bool.
-        vocab_size: V.
-        tokens: number of tokens in the whole batch, of which these may be a part.
+        weighted_nll: weights -> ``quark_loss`` of the tokens in question with them for a mask, no KL, no
+            entropy, and a ``normalizer``; from logits or from hidden states.
+        repeated: (...) bool, shaped as these weights.
     Returns:
         ((...) detached values in nats, 0 where not repeated; scalar to call backward on).
     """
-
-    def nll(weights: Tensor) -> tuple[Tensor, Tensor]:
-        out = quark_loss(
-            logits,
-            None,
-            labels,
-            weights,
-            kl_coef=0.0,
-            entropy_coef=0.0,
-            vocab_size=vocab_size,
-            normalizer=tokens,
-            impl=impl,
-        )
-        return out.nll, out.loss
-
     with torch.no_grad():
-        surprise = nll(repeated)[0].clamp(min=SUREST)
-        value = torch.where(repeated, -torch.log(-torch.expm1(-surprise)), 0)
-        weights = torch.where(repeated, -1 / torch.expm1(surprise), 0)
-    return value, nll(weights)[1]
+        nll = weighted_nll(repeated).nll.clamp(min=SUREST)
+        value = torch.where(repeated, -torch.log(-torch.expm1(-nll)), 0)
+        weights = torch.where(repeated, -1 / torch.expm1(nll), 0)
+    return value, weighted_nll(weights).loss
