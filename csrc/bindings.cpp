@@ -37,7 +37,9 @@ Kl kl_of(const std::string& name, bool has_ref) {
   if (!has_ref) return Kl::none;
   if (name == "policy_ref") return Kl::policy_ref;
   if (name == "ref_policy") return Kl::ref_policy;
-  throw std::invalid_argument("kl = '" + name + "'; choose 'policy_ref' or 'ref_policy'");
+  if (name == "sampled") return Kl::sampled;
+  throw std::invalid_argument("kl = '" + name +
+                              "'; choose 'policy_ref', 'ref_policy' or 'sampled'");
 }
 
 quark::Problem make_problem(const quark::Rows& logits, const std::optional<quark::Rows>& ref,

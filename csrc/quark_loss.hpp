@@ -5,6 +5,7 @@
 //   weight_n (nll_n + kl_coef KL_n - entropy_coef H_n)
 //   nll = -log p[label]     H = -sum p log p
 //   KL  = sum p log(p / p_ref)  (policy_ref)   or   sum p_ref log(p_ref / p)  (ref_policy)
+//         or  (log p[label] - log p_ref[label])^2 / 2  (sampled)
 //
 // and d/dz of that sum is the gradient. Columns of z from `vocab` to `width` (reward tokens,
 // padding) belong to no term; their gradient is exactly zero.
@@ -16,7 +17,7 @@
 //   is not (in float32: above e^-87 of its maximum).
 // - NaN or +inf in a row of weight != 0 gives NaN in that row and in the loss. The gradient of a
 // row
-//   whose loss is not finite is NaN in all of the first `vocab` columns.
+//   whose KL or entropy is not finite is NaN in all of the first `vocab` columns.
 // - Sums over a row are kept in double between blocks of a few thousand columns; the result does
 //   not depend on the number of threads.
 // - Time O(rows * width); no memory is allocated that grows with the input.
@@ -28,7 +29,7 @@
 namespace quark {
 
 enum class DType { f32, bf16, f16 };
-enum class Kl { none, policy_ref, ref_policy };
+enum class Kl { none, policy_ref, ref_policy, sampled };
 
 // Rows where they lie: row n starts at element (n / inner) * outer_stride +
 // (n % inner) * inner_stride, so that logits[:, :-1] of a batch needs no copy. The elements of one
@@ -41,9 +42,10 @@ struct Rows {
   int64_t inner_stride;
 };
 
-// What backward needs of a row: s = sum e^(z - m) with m = max z, t = sum e^(r - u) with u = max r.
+// What backward needs of a row: s = sum e^(z - m) with m about max z, t = sum e^(r - u) with u about
+// max r, and whether no z - m and r - u is so far below 0 that its exponential counts as 0 (1 or 0).
 struct RowStats {
-  float m, s, u, t, kl, entropy;
+  float m, s, u, t, kl, entropy, moderate;
 };
 
 struct Problem {

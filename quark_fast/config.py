@@ -159,8 +159,10 @@ class Config:
     kl_coef: float = setting(
         1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
     )
-    kl: Literal["policy_ref", "ref_policy"] = setting(
-        "policy_ref", "KL(policy || reference), as the authors' code, or the reverse, as printed"
+    kl: Literal["policy_ref", "ref_policy", "sampled"] = setting(
+        "policy_ref",
+        "KL(policy || reference), as the authors' code, the reverse, as printed, or its estimate from the"
+        " sampled token alone",
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
     contrast_coef: float = setting(
@@ -173,7 +175,7 @@ class Config:
         4, "length of the n-grams whose repetition unlikelihood punishes, tokens"
     )
     impl: Literal["auto", "eager", "cpp", "triton"] = setting(
-        "auto", "implementation of the loss; auto: C++ on the CPU"
+        "auto", "implementation of the loss; auto: C++ on the CPU, Triton on a GPU"
     )
     prefix: str = setting(
         "auto",

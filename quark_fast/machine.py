@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -74,7 +75,7 @@ def versions(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+        processor = f"{_cpu_model()} with {torch.backends.cpu.get_cpu_capability()}"
     return {
         "quark_fast": __version__,
         "python": platform.python_version(),
@@ -85,3 +86,15 @@ def versions(device: torch.device) -> dict[str, Any]:
         "machine": f"{processor}, {torch.get_num_threads()} threads",
         "command": shlex.join(["python", "-m", "quark_fast.train", *sys.argv[1:]]),
     }
+
+
+def _cpu_model() -> str:
+    """What Linux calls the processor, with family and model (clouds hide the rest); else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"

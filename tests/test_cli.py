@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import save_tiny_model
 from transformers import AutoTokenizer, pipeline
 
 from quark_fast import assets, evaluate, generate, train, trainer
 from quark_fast.assets import AssetError
 from quark_fast.config import load_config
+from quark_fast.ops import triton_kernels
 
 Command = Callable[[Sequence[str]], int]
 
@@ -145,7 +147,6 @@ def refused(
         ({"quantile_weights": "1,2"}, ["quantile_weights = '1,2'", "3 numbers"]),
         ({"max_new_tokens": "2"}, ["min_new_tokens = 3 is above max_new_tokens = 2"]),
         ({"model": "gpt2", "prompts": "long.txt"}, ["121 tokens", "128", "max_prompt_tokens"]),
-        ({"impl": "triton"}, ["triton"]),
         ({"impl": "fast"}, ["--impl", "'fast'"]),
         ({"no_such_flag": "1"}, ["--no-such-flag"]),
         ({"config": "missing.yaml"}, ["missing.yaml"]),
@@ -165,6 +166,14 @@ def test_train_refuses_bad_input_in_one_line_before_it_samples(
     message = refused(train.main, flags(**changed))
     for words in named:
         assert words in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for Triton")
+def test_train_refuses_triton_without_a_gpu(
+    refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    assert "impl='triton' takes CUDA tensors, not cpu" in refused(train.main, flags(impl="triton"))
 
 
 @pytest.mark.parametrize(

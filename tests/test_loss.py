@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quark_fast import _C
-from quark_fast.ops import cpp, loss
+from quark_fast.ops import loss
 from quark_fast.ops.loss import quark_loss
+from quark_fast.ops.rows import rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = ["policy_ref", "ref_policy"]
+KLS = [*DIRECTIONS, "sampled"]
 IMPLEMENTATIONS = ["eager", "cpp"]
 SLACK = 2e-6
 # Not multiples of a vector or of the kernels' block (2048), one below and one above it; 1 = no sum.
@@ -99,7 +101,7 @@ def assert_as_accurate_as_eager(inputs: Inputs, **options: object) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpp_errs_no_more_than_eager(dtype: torch.dtype, kl: str, vocab: int, inplace: bool) -> None:
     assert_as_accurate_as_eager(
@@ -107,7 +109,7 @@ def test_cpp_errs_no_more_than_eager(dtype: torch.dtype, kl: str, vocab: int, in
     )
 
 
-@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("kl", KLS)
 def test_cpp_errs_no_more_than_eager_on_a_real_vocabulary(kl: str) -> None:
     # Long sums: what is added naively in float32 loses digits only here.
     assert_as_accurate_as_eager(make(50257, shape=(4,)), impl="cpp", kl=kl)
@@ -139,13 +141,44 @@ def test_eager_is_the_textbook_equation(kl: str) -> None:
     torch.testing.assert_close(out.entropy[mask], policy.entropy()[mask])
 
 
-@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("kl", KLS)
 def test_eager_gradient_is_the_derivative(kl: str) -> None:
     logits, ref_logits, labels, mask = make(11, shape=(3,), extra=2)
     torch.autograd.gradcheck(
         lambda z: quark_loss(z, ref_logits.double(), labels, mask, kl=kl, impl="eager").loss,
         logits.double().requires_grad_(),
     )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_sampled_kl_has_the_exact_gradient_on_average(impl: str) -> None:
+    """Over labels drawn from the policy; here the sum over all labels, each with its probability."""
+    vocab = 9
+    logits, ref_logits, _, _ = make(vocab, shape=(), extra=2)
+    every = Inputs(
+        logits.expand(vocab, -1).clone(),
+        ref_logits.expand(vocab, -1).clone(),
+        torch.arange(vocab),
+        logits[:vocab].softmax(-1),
+    )
+    options = {"impl": impl, "entropy_coef": 0.0, "normalizer": 1.0}
+    estimate, exact = (
+        (run(every, kl=kl, kl_coef=1.0, **options).grad - run(every, kl_coef=0.0, **options).grad).sum(0)
+        for kl in ("sampled", "policy_ref")
+    )
+    assert exact.abs().max() > 0.01
+    torch.testing.assert_close(estimate, exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_sampled_kl_is_half_the_squared_log_ratio_of_the_label(impl: str) -> None:
+    logits, ref_logits, labels, mask = make(dtype=torch.bfloat16)
+    out = quark_loss(logits, ref_logits, labels, mask, kl="sampled", impl=impl)
+    p, q = (
+        torch.distributions.Categorical(logits=x[..., :1003].double()).log_prob(labels)
+        for x in (logits, ref_logits)
+    )
+    torch.testing.assert_close(out.kl.double(), (p - q).square() / 2 * mask, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -186,7 +219,7 @@ def test_without_reference(impl: str) -> None:
     spread=st.sampled_from([0.0, 0.1, 3.0, 100.0]),
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
-    kl=st.sampled_from(DIRECTIONS),
+    kl=st.sampled_from(KLS),
     shift=st.floats(-50, 50),
 )
 def test_bounds_and_shift_invariance(
@@ -281,7 +314,7 @@ def test_label_outside_the_vocabulary_is_refused(label: int, impl: str, inplace:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_impossible_for_both_are_left_out(dtype: torch.dtype, kl: str, impl: str) -> None:
     """-inf in policy and reference is the same as a vocabulary without these tokens."""
@@ -332,7 +365,7 @@ def test_infinite_kl_without_coefficient_stays_out_of_loss_and_gradient(impl: st
     assert out.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kl", DIRECTIONS)
+@pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_logits_keep_their_moments(dtype: torch.dtype, kl: str) -> None:
     """+-1e4: exponents underflow, but a KL of thousands of nats is a value like any other."""
@@ -358,8 +391,18 @@ def test_growing_logits_rescale_the_sums() -> None:
         logits=torch.cat([inputs.logits[..., :9001] + ramp, inputs.logits[..., 9001:]], -1),
         ref_logits=inputs.ref_logits + ramp.flip(0),
     )
-    for kl in DIRECTIONS:
+    for kl in KLS:
         assert_as_accurate_as_eager(grown, impl="cpp", kl=kl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slowly_growing_logits_reach_beyond_the_range_of_the_exponential(dtype: torch.dtype) -> None:
+    """Each block is 7 above the one before, which no block notices; the last is 100 above the first."""
+    inputs = make(30001, shape=(3,), extra=0, dtype=dtype, spread=0.2)
+    ramp = torch.linspace(0, 100, 30001).to(dtype)
+    for kl in KLS:
+        for z, r in ((inputs.logits + ramp, inputs.ref_logits), (inputs.logits, inputs.ref_logits + ramp)):
+            assert_as_accurate_as_eager(inputs._replace(logits=z, ref_logits=r), impl="cpp", kl=kl)
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800000], ids=hex)
@@ -375,7 +418,7 @@ def test_nan_or_infinity_that_counts_is_not_hidden(
         inputs = inputs._replace(ref_logits=inputs.ref_logits.float())
     value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     getattr(inputs, side)[1, column] = value
-    for kl in DIRECTIONS:
+    for kl in KLS:
         out = run(inputs, impl="cpp", kl=kl)
         assert out.loss.isnan()
         assert out.kl.isnan().tolist() == [False, True, False]
@@ -436,7 +479,7 @@ def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
         inputs.mask.t().contiguous().t(),
     )
     assert not moved.logits.is_contiguous()
-    assert (cpp.rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
+    assert (rows_of(moved.logits) is None) == (layout == "columns"), "only this one is copied"
     expected = run(inputs, impl="cpp")
     leaf = moved.logits.detach().requires_grad_()
     out = quark_loss(leaf, *moved[1:], impl="cpp")
@@ -512,7 +555,9 @@ def test_incoming_scale_enters_before_the_rounding(dtype: torch.dtype, inplace: 
     differing = (ours != once).double().mean()
     # float32 is scaled late on purpose (one more rounding of 2^-24); ties of the others may flip.
     assert differing < (1.0 if dtype == torch.float32 else 0.002)
-    torch.testing.assert_close(ours, exact, atol=1e-7, rtol=torch.finfo(dtype).eps)
+    # float32: the roundings of a few operations, more of them on processors without FMA.
+    rtol = max(torch.finfo(dtype).eps, 2**-20)
+    torch.testing.assert_close(ours, exact, atol=1e-7, rtol=rtol)
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
@@ -621,13 +666,13 @@ def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
 def test_opcheck(operator: str, requires_grad: bool) -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
     weights = mask / mask.sum()
-    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref")
+    problem = (ref_logits, labels, weights, 33, 0.05, 0.06, "policy_ref", "cpp")
     torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(requires_grad), *problem))
 
 
 def test_opcheck_backward() -> None:
     logits, ref_logits, labels, mask = make(33, shape=(2, 3))
-    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref")
+    problem = (logits, ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref", "cpp")
     stats = loss._two_pass(*problem)[-1]
     torch.library.opcheck(loss._two_pass_backward, (torch.tensor(2.0), stats, *problem))
 
@@ -703,11 +748,6 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=match):
         quark_loss(**(inputs | change), **options)
-
-
-def test_triton_is_refused_while_there_is_none() -> None:
-    with pytest.raises(NotImplementedError, match="not written yet; use impl='auto'"):
-        quark_loss(*make(), impl="triton")
 
 
 def test_float64_is_computed_in_float64() -> None:

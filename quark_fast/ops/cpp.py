@@ -4,32 +4,14 @@ import torch
 from torch import Tensor
 
 from quark_fast import _C
+from quark_fast.ops.rows import Rows, rows_of, with_rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATS_PER_ROW = _C.STATS_PER_ROW
 
 
-def rows_of(tensor: Tensor) -> _C.Rows | None:
-    """The rows of (..., width) where they lie, or None if no kernel can walk them without a copy.
-
-    Leading dimensions that follow each other in memory are merged; two may remain, as in
-    logits[:, :-1] of a (batch, time, vocabulary) tensor.
-    """
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return None
-    leading: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if leading and leading[-1][1] == size * stride:
-            leading[-1] = (leading[-1][0] * size, stride)
-        else:
-            leading.append((size, stride))
-    if len(leading) > 2:
-        return None
-    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *leading][-2:]
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return _C.Rows(tensor.data_ptr(), dtype, max(1, inner_size), outer, inner)
+def _rows(tensor: Tensor, rows: Rows | None) -> _C.Rows:
+    assert rows is not None
+    return _C.Rows(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), *rows)
 
 
 class _Inputs:
@@ -46,17 +28,11 @@ class _Inputs:
         entropy_coef: float,
         kl: str,
     ) -> None:
-        logits_rows = rows_of(logits)
-        if logits_rows is None:
-            logits = logits.contiguous()
-            logits_rows = rows_of(logits)
-            assert logits_rows is not None
-        ref_rows = None
+        logits, rows = with_rows(logits)
+        logits_rows, ref_rows = _rows(logits, rows), None
         if ref_logits is not None:
-            ref_rows = rows_of(ref_logits)
-            if ref_rows is None:
-                ref_logits = ref_logits.contiguous()
-                ref_rows = rows_of(ref_logits)
+            ref_logits, rows = with_rows(ref_logits)
+            ref_rows = _rows(ref_logits, rows)
         labels, weights = labels.contiguous(), weights.contiguous()
         self.tensors = (logits, ref_logits, labels, weights)
         self.problem = _C.Problem(
@@ -105,14 +81,14 @@ def forward(
         divergence.data_ptr(),
         entropy.data_ptr(),
         stats.data_ptr(),
-        None if grad is None else rows_of(grad),
+        None if grad is None else _rows(grad, rows_of(grad)),
         torch.get_num_threads(),
     )
     return torch.tensor(loss, dtype=torch.float32), nll, divergence, entropy, stats
 
 
 def backward(
-    scale: float,
+    scale: Tensor,
     stats: Tensor,
     logits: Tensor,
     ref_logits: Tensor | None,
@@ -127,6 +103,12 @@ def backward(
 ) -> None:
     """Write the gradient of scale * loss into grad (like logits, or logits itself)."""
     inputs = _Inputs(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
-    grad_rows = rows_of(grad)
-    assert grad_rows is not None
-    _C.quark_loss_backward(inputs.problem, stats.data_ptr(), scale, grad_rows, torch.get_num_threads())
+    _C.quark_loss_backward(
+        inputs.problem, stats.data_ptr(), scale.item(), _rows(grad, rows_of(grad)), torch.get_num_threads()
+    )
+
+
+def rescale(grad: Tensor, scale: Tensor) -> None:
+    """grad *= scale, in place."""
+    if scale.item() != 1:
+        grad.mul_(scale)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-KlDirection = Literal["policy_ref", "ref_policy"]
+Kl = Literal["policy_ref", "ref_policy", "sampled"]
 
 
 def expectation(prob: Tensor, value: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def quark_loss(
     vocab_size: int,
     kl_coef: float,
     entropy_coef: float,
-    kl: KlDirection,
+    kl: Kl,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_n w_n (nll_n + kl_coef KL_n - entropy_coef H_n), and nll, KL, H of every token.
 
@@ -57,8 +57,11 @@ def quark_loss(
         logq = r.log_softmax(-1)
         if kl == "policy_ref":
             divergence = expectation(p, logp - logq)
-        else:
+        elif kl == "ref_policy":
             divergence = expectation(logq.exp(), logq - logp)
+        else:
+            log_ratio = -nll - logq.gather(-1, label).squeeze(-1)
+            divergence = log_ratio.square() / 2
 
     nll, divergence, entropy = (torch.where(live, value, 0) for value in (nll, divergence, entropy))
     per_token = nll - entropy_coef * entropy

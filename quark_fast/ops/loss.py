@@ -4,17 +4,20 @@ Read downward: the result, the public function, its checks, then the operators t
 (`torch.library`), each with its fake implementation and its gradient.
 """
 
+import importlib.util
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quark_fast.ops import cpp, eager
-from quark_fast.ops.eager import KlDirection
+from quark_fast.ops import eager
+from quark_fast.ops.eager import Kl
+from quark_fast.ops.rows import rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuarkLoss(NamedTuple):
@@ -37,7 +40,7 @@ def quark_loss(
     *,
     kl_coef: float = 0.05,
     entropy_coef: float = 0.06,
-    kl: KlDirection = "policy_ref",
+    kl: Kl = "policy_ref",
     impl: Implementation = "auto",
     inplace: bool = False,
     normalizer: float | None = None,
@@ -53,27 +56,33 @@ def quark_loss(
         H_n   = -sum_v p_v log p_v
         KL_n  = sum_v p_v log(p_v / p_ref_v)          kl="policy_ref"
               = sum_v p_ref_v log(p_ref_v / p_v)      kl="ref_policy"
+              = (log p[label_n] - log p_ref[label_n])^2 / 2     kl="sampled"
 
     Masked means masked everywhere: logit columns from V on (reward tokens, padding) are in none of
     the three terms and get a gradient of exactly 0. The authors' code cuts reward tokens from the
     KL alone. Their KL is `policy_ref`; the paper prints the other. A token of mask 0 is never read:
     neither a NaN nor a label of -100 there matters.
 
+    `sampled` is for ablations: what one token tells about the KL. For labels drawn from the policy its
+    gradient is an unbiased estimate of the exact one of `policy_ref`, with the variance of sampling
+    (k2 of Schulman, "Approximating KL divergence", 2020; its value is biased).
+
     -inf logits have probability 0. A KL is +inf where its first distribution has mass and its
-    second has none; the C++ gradient of such a token is NaN, so that no step on it goes unnoticed.
+    second has none; the kernels' gradient of such a token is NaN, so that no step on it goes unnoticed.
 
     Args:
         logits: (..., >= V) policy logits; float32, bfloat16 or float16, computed in float32.
             float64 runs in "eager" only. Strided views cost no copy while rows are contiguous.
         ref_logits: (..., >= V) logits of the reference, which gets no gradient; any of the same
             dtypes. None for no KL: kl_coef must be 0, vocab_size be given, and kl comes back as 0.
-        labels: (...) integers in [0, V) wherever the mask is not 0.
+        labels: (...) integers in [0, V) wherever the mask is not 0. Looking at them would make a GPU
+            wait, so that "triton" gives a token with any other label a loss and a gradient of NaN.
         mask: (...) bool or real weights, with no gradient; None counts every token.
         kl_coef: beta of the paper, per nat.
         entropy_coef: gamma, the entropy bonus of the authors' code, per nat.
-        kl: direction of the KL.
-        impl: "eager" (plain PyTorch), "cpp" (CPU tensors), "triton" (not there yet), or "auto":
-            C++ for CPU tensors, eager for all others and for float64.
+        kl: direction of the KL, or its sampled form.
+        impl: "eager" (plain PyTorch), "cpp" (CPU tensors), "triton" (CUDA tensors), or "auto": C++ for
+            CPU tensors, Triton for CUDA tensors, eager for all others and for float64.
         inplace: allow the gradient to be written over `logits`, whose values are then lost. No
             second tensor of that size is made. Autograd reports any other use of the old values.
             Without effect where no gradient is wanted, in "eager", and under torch.compile, which
@@ -89,7 +98,6 @@ def quark_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit; the message names
             the value and the mend.
-        NotImplementedError: impl="triton".
 
     Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
     NeurIPS 2022, arXiv 2205.13636.
@@ -105,16 +113,16 @@ def quark_loss(
         _check_labels(labels, weights, vocab_size)
         loss, *terms = eager.quark_loss(*problem)
     elif not (logits.requires_grad and torch.is_grad_enabled()):
-        loss, *terms, _ = _two_pass(*problem)
+        loss, *terms, _ = _two_pass(*problem, chosen)
     elif inplace and not torch.compiler.is_compiling():
         _check_overwritable(logits)
-        loss, *terms = _InPlace.apply(*problem)  # type: ignore[no-untyped-call]
+        loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
     elif logits.dtype == torch.float32:
-        loss, *terms, _ = _one_pass(*problem)
+        loss, *terms, _ = _one_pass(*problem, chosen)
     else:
         # In half precision the incoming scale must enter before the gradient is rounded: unscaled,
         # nearly all of a float16 gradient underflows.
-        loss, *terms, _ = _two_pass(*problem)
+        loss, *terms, _ = _two_pass(*problem, chosen)
     nll, divergence, entropy = (term.detach() for term in terms)
     return QuarkLoss(loss, nll, divergence, entropy)
 
@@ -129,8 +137,8 @@ def _check_inputs(
     vocab_size: int | None,
 ) -> int:
     """V, after checking everything that shapes, dtypes and devices can tell."""
-    if kl not in ("policy_ref", "ref_policy"):
-        raise ValueError(f"kl = {kl!r}; choose 'policy_ref' or 'ref_policy'")
+    if kl not in get_args(Kl):
+        raise ValueError(f"kl = {kl!r}; choose from {', '.join(map(repr, get_args(Kl)))}")
     if ref_logits is None:
         if kl_coef != 0:
             raise ValueError(f"kl_coef = {kl_coef} needs ref_logits; pass them, or kl_coef=0")
@@ -174,26 +182,49 @@ def _check_inputs(
     return vocab_size
 
 
-def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Literal["eager", "cpp"]:
+def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Literal["eager", "cpp", "triton"]:
     """The implementation to run; one asked for by name runs or is refused with the reason."""
     device = logits.device.type
-    foreign = [t.dtype for t in (logits, ref_logits) if t is not None and t.dtype not in cpp.DTYPES]
+    foreign = [t.dtype for t in (logits, ref_logits) if t is not None and t.dtype not in KERNEL_DTYPES]
     if impl == "auto":
-        return "cpp" if device == "cpu" and not foreign else "eager"
+        if device == "cpu" and not foreign:
+            return "cpp"
+        # Triton's wheels are for Linux.
+        if device == "cuda" and not foreign and importlib.util.find_spec("triton"):
+            return "triton"
+        return "eager"
     if impl == "eager":
         return "eager"
+    if impl not in ("cpp", "triton"):
+        raise ValueError(f"impl = {impl!r}; choose 'auto', 'eager', 'cpp' or 'triton'")
+    if foreign:
+        raise ValueError(
+            f"impl='{impl}' takes float32, bfloat16 and float16, not {foreign[0]}; "
+            "use impl='eager' or convert"
+        )
     if impl == "cpp":
         if device != "cpu":
             raise ValueError(f"impl='cpp' takes CPU tensors, not {device}; use impl='auto'")
-        if foreign:
-            raise ValueError(
-                f"impl='cpp' takes float32, bfloat16 and float16, not {foreign[0]}; "
-                "use impl='eager' or convert"
-            )
         return "cpp"
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not written yet; use impl='auto'")
-    raise ValueError(f"impl = {impl!r}; choose 'auto', 'eager', 'cpp' or 'triton'")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("impl='triton' needs the package triton, which is not installed; use impl='auto'")
+    if device != "cuda" and not (device == "cpu" and _backend("triton").INTERPRETED):
+        raise ValueError(
+            f"impl='triton' takes CUDA tensors, not {device}; use impl='auto' (to debug the kernels on CPU "
+            "tensors, have TRITON_INTERPRET=1 in the environment before triton is imported)"
+        )
+    return "triton"
+
+
+def _backend(name: str) -> Any:
+    """The module of an implementation, imported when it is needed: neither needs what the other does."""
+    if name == "triton":
+        from quark_fast.ops import triton_kernels
+
+        return triton_kernels
+    from quark_fast.ops import cpp
+
+    return cpp
 
 
 def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: float | None) -> Tensor:
@@ -234,7 +265,7 @@ def _check_overwritable(logits: Tensor) -> None:
     overlapping = any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
     )
-    if overlapping or cpp.rows_of(logits) is None:
+    if overlapping or rows_of(logits) is None:
         raise ValueError(
             f"inplace=True cannot write to logits of strides {logits.stride()}; each row must be "
             "contiguous and its own memory: pass inplace=False or logits.contiguous()"
@@ -244,7 +275,7 @@ def _check_overwritable(logits: Tensor) -> None:
 # --- The operators, as torch sees them ---------------------------------------------------------
 
 
-@torch.library.custom_op("quark_fast::two_pass", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("quark_fast::two_pass", mutates_args=())
 def _two_pass(
     logits: Tensor,
     ref_logits: Tensor | None,
@@ -254,12 +285,16 @@ def _two_pass(
     kl_coef: float,
     entropy_coef: float,
     kl: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H, and the statistics of every row from which backward makes the gradient."""
-    return cpp.forward(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backend(backend).forward(
+        logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl
+    )
+    return values
 
 
-@torch.library.custom_op("quark_fast::two_pass_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("quark_fast::two_pass_backward", mutates_args=())
 def _two_pass_backward(
     scale: Tensor,
     stats: Tensor,
@@ -271,11 +306,12 @@ def _two_pass_backward(
     kl_coef: float,
     entropy_coef: float,
     kl: str,
+    backend: str,
 ) -> Tensor:
     """The gradient of scale * loss; the scale enters before anything is rounded."""
-    grad = cpp.new_gradient(logits)
-    cpp.backward(
-        scale.item(),
+    grad: Tensor = _backend(backend).new_gradient(logits)
+    _backend(backend).backward(
+        scale,
         stats,
         logits,
         ref_logits,
@@ -290,7 +326,7 @@ def _two_pass_backward(
     return grad
 
 
-@torch.library.custom_op("quark_fast::one_pass", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("quark_fast::one_pass", mutates_args=())
 def _one_pass(
     logits: Tensor,
     ref_logits: Tensor | None,
@@ -300,10 +336,11 @@ def _one_pass(
     kl_coef: float,
     entropy_coef: float,
     kl: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H, and the gradient of the loss, written while each row is in the cache."""
-    grad = cpp.new_gradient(logits)
-    *values, _ = cpp.forward(
+    grad = _backend(backend).new_gradient(logits)
+    *values, _ = _backend(backend).forward(
         logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad=grad
     )
     loss, nll, divergence, entropy = values
@@ -318,9 +355,10 @@ def _fake_terms(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_two_pass.register_fake
-def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    stats = labels.new_empty((labels.numel(), cpp.STATS_PER_ROW), dtype=torch.float32)
-    return (*_fake_terms(labels), stats)
+def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, backend = rest
+    shape = (labels.numel(), _backend(backend).STATS_PER_ROW)
+    return (*_fake_terms(labels), labels.new_empty(shape, dtype=torch.float32))
 
 
 @_two_pass_backward.register_fake
@@ -344,17 +382,18 @@ def _save_two_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _two_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad = _two_pass_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None, None, None, None
+    return grad, None, None, None, None, None, None, None, None
 
 
 def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[-1])
+    ctx.backend = inputs[-1]
     _only_the_loss_is_differentiable(ctx, output)
 
 
 def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return _scaled(grad, grad_loss), None, None, None, None, None, None, None
+    return _scaled(grad, grad_loss, ctx.backend), None, None, None, None, None, None, None, None
 
 
 _two_pass.register_autograd(_two_pass_gradient, setup_context=_save_two_pass)
@@ -375,11 +414,12 @@ class _InPlace(torch.autograd.Function):
         ref_logits: Tensor | None,
         labels: Tensor,
         weights: Tensor,
-        *options: Any,
+        *options_and_backend: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *options, ctx.backend = options_and_backend
         ctx.options = options
         one_pass = logits.dtype == torch.float32
-        loss, nll, divergence, entropy, stats = cpp.forward(
+        loss, nll, divergence, entropy, stats = _backend(ctx.backend).forward(
             logits, ref_logits, labels, weights, *options, grad=logits if one_pass else None
         )
         if one_pass:
@@ -396,12 +436,13 @@ class _InPlace(torch.autograd.Function):
         logits, *rest = ctx.saved_tensors
         logits = logits.detach()
         if not rest:
-            grad = _scaled(logits, grad_loss)
+            grad = _scaled(logits, grad_loss, ctx.backend)
         else:
             stats, ref_logits, labels, weights = rest
-            grad = cpp.new_gradient(logits) if _graph_is_kept() else logits
-            cpp.backward(
-                grad_loss.item(),
+            backend = _backend(ctx.backend)
+            grad = backend.new_gradient(logits) if _graph_is_kept() else logits
+            backend.backward(
+                grad_loss,
                 stats,
                 logits,
                 ref_logits,
@@ -411,7 +452,7 @@ class _InPlace(torch.autograd.Function):
                 grad=grad,
             )
             torch.autograd.graph.increment_version(grad)
-        return grad, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None
 
 
 def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -420,7 +461,7 @@ def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> No
     ctx.set_materialize_grads(False)
 
 
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+def _scaled(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
     """scale * grad, in grad's own memory unless somebody needs grad again."""
     being_traced = type(grad) is not Tensor
     if torch.is_grad_enabled() and not being_traced:
@@ -429,7 +470,8 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
         )
     if being_traced or _graph_is_kept():
         return grad * scale
-    return grad if scale.item() == 1 else grad.mul_(scale)
+    _backend(backend).rescale(grad, scale)
+    return grad
 
 
 def _graph_is_kept() -> bool:

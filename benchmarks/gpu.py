@@ -1,0 +1,528 @@
+"""Everything about the loss on a GPU in one call: is it right, how fast is it, how much memory does it take.
+
+    PYTHONPATH=. python benchmarks/gpu.py --output benchmarks/results/h100.json    # 8 minutes on an H100
+    PYTHONPATH=. python benchmarks/gpu.py --quick            # correctness and one size, about a minute
+    PYTHONPATH=. python benchmarks/gpu.py --tune             # blockings of every kernel, best first
+    PYTHONPATH=. python benchmarks/gpu.py --interpret        # on a CPU, tiny: does this file still run?
+
+It needs torch, Triton and this source tree; the C++ extension need not be built. Liger is a row if it is
+installed.
+
+A time is the GPU's own, between two events, the median of rounds in which every row takes its turn, with the
+L2 cache flushed before each: logits that a large matrix product wrote are not in it. `wall` is a step of a
+loop of them, Python and autograd included. The roof is a device-to-device copy in the same rounds. The
+least traffic of the loss is one read of policy and reference and one write of the gradient, so with b and c
+bytes an element of policy and reference
+
+    GB/s = N V (2 b + c) / time     for every row, whatever it moves in truth
+    x roof = time / (N V (2 b + c) / the copy's bytes a second)
+
+Two passes (half precision, from the loss's scale on) read both once more: 5/3 of the roof at best.
+`extra` is the most memory that a step holds beyond logits and reference, the gradient included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+parser = argparse.ArgumentParser(description="Correctness, time and memory of quark_loss on a GPU.")
+parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
+parser.add_argument("--quick", action="store_true", help="one size")
+parser.add_argument("--tune", action="store_true", help="time blockings instead of implementations")
+parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
+parser.add_argument("--minutes", type=float, default=7.5, help="start nothing new after this long")
+parser.add_argument("--rounds", type=int, default=15, help="turns of every row")
+arguments = parser.parse_args()
+if arguments.interpret:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from losses import ENTROPY_COEF, KL_COEF, authors, lean  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from quark_fast.ops import eager, triton_kernels  # noqa: E402
+from quark_fast.ops.eager import Kl  # noqa: E402
+from quark_fast.ops.loss import quark_loss  # noqa: E402
+from quark_fast.ops.triton_kernels import Blocking  # noqa: E402
+
+BEGUN = time.monotonic()
+DEVICE = "cpu" if arguments.interpret else "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (logits, ref_logits, labels, mask, kl) -> loss
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Kl], Tensor]
+
+
+class Case(NamedTuple):
+    rows: int
+    vocab: int
+    dtype: torch.dtype = BF16
+    kl: Kl = "policy_ref"
+
+    def __str__(self) -> str:
+        return f"N{self.rows}-V{self.vocab}-{str(self.dtype).removeprefix('torch.')}-{self.kl}"
+
+    @property
+    def least_bytes(self) -> int:
+        return 3 * self.rows * self.vocab * self.dtype.itemsize
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        g = torch.Generator(DEVICE).manual_seed(0)
+        shape = (self.rows, self.vocab)
+        z = torch.empty(shape, dtype=self.dtype, device=DEVICE).normal_(0, 2, generator=g)
+        r = torch.empty(shape, dtype=self.dtype, device=DEVICE).normal_(0, 0.5, generator=g).add_(z)
+        labels = torch.randint(0, self.vocab, (self.rows,), generator=g, device=DEVICE)
+        return z, r, labels, torch.ones(self.rows, device=DEVICE)
+
+
+# The most telling first: time may run out. Then GPT-2's, SmolLM2's, Llama 3's and Qwen 2.5's vocabularies.
+CASES = [
+    *[Case(2560, vocab) for vocab in (50257, 49152, 151936, 128256)],
+    *[Case(2560, 50257, kl=kl) for kl in ("ref_policy", "sampled")],
+    *[Case(2560, 50257, dtype, kl) for dtype in (FP32, FP16) for kl in get_args(Kl)],
+    *[Case(rows, 50257) for rows in (320, 640, 8192)],
+    *[Case(rows, vocab) for rows in (320, 640, 8192) for vocab in (151936, 49152, 128256)],
+    *[Case(320, 50257, dtype, kl) for dtype in (BF16, FP32) for kl in ("ref_policy", "sampled")],
+    Case(2560, 151936, FP32),
+    *[Case(rows, 50257) for rows in (8, 64)],
+]
+COMPILED = {str(case) for case in (*CASES[:6], CASES[6], CASES[12])}
+if arguments.quick:
+    CASES = CASES[:1]
+if arguments.interpret:
+    CASES = [Case(2, 37, dtype, kl) for dtype, kl in zip((BF16, FP16, FP32), get_args(Kl), strict=True)]
+    COMPILED = {str(CASES[0])}
+
+
+# --- The rows of the table ---------------------------------------------------------------------
+
+
+def ours(inplace: bool) -> Loss:
+    def loss(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
+        z = z.view_as(z) if inplace else z  # in place refuses a leaf; a view is no copy
+        options = {"kl_coef": KL_COEF, "entropy_coef": ENTROPY_COEF, "kl": kl}
+        return quark_loss(z, r, labels, mask, **options, impl="triton", inplace=inplace).loss
+
+    return loss
+
+
+def liger(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
+    """Liger's cross entropy and divergence; it has no entropy. For a mask of ones alone."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+    from liger_kernel.ops.jsd import LigerJSDFunction
+
+    logp, logq = torch.log_softmax(z, -1, dtype=FP32), torch.log_softmax(r, -1, dtype=FP32)
+    # Generalised Jensen-Shannon: 1 is KL(input || target), 0 is KL(target || input); the mean over rows.
+    divergence = LigerJSDFunction.apply(logp, logq, None, 1.0 if kl == "policy_ref" else 0.0)
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    # Last: it writes its gradient over the logits.
+    nll = LigerCrossEntropyFunction.apply(z.view_as(z), labels, None)[0]
+    return nll + KL_COEF * divergence - ENTROPY_COEF * entropy
+
+
+def forward_backward(loss: Loss, z: Tensor, *rest: Tensor, kl: Kl) -> tuple[Tensor, Tensor]:
+    leaf = z.detach().requires_grad_()
+    value = loss(leaf, *rest, kl)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+def one_pass(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> tuple[Tensor, Tensor]:
+    """The kernels alone: sums, and the gradient in the forward, whatever the dtype."""
+    problem = (z, r, labels, mask / mask.sum(), r.shape[-1], KL_COEF, ENTROPY_COEF, kl)
+    grad = triton_kernels.new_gradient(z)
+    return triton_kernels.forward(*problem, grad=grad)[0], grad
+
+
+Step = Callable[..., tuple[Tensor, Tensor]]
+Work = tuple[Callable[[], Any], Callable[[], Any]]  # what is done before, and what is timed
+
+
+def steps(case: Case) -> dict[str, Step]:
+    """What is timed: name -> (z, r, labels, mask) -> loss and gradient."""
+
+    def with_autograd(loss: Loss) -> Step:
+        return lambda *tensors: forward_backward(loss, *tensors, kl=case.kl)
+
+    found = {"eager-authors": with_autograd(authors), "eager-lean": with_autograd(lean)}
+    if str(case) in COMPILED:
+        # Past its limit of recompilations, torch.compile falls back to eager.
+        torch.compiler.reset()
+        backend = "eager" if arguments.interpret else "inductor"
+        found["compile"] = with_autograd(torch.compile(lean, dynamic=False, fullgraph=True, backend=backend))
+        if case == Case(2560, 50257) and not arguments.quick:
+            found["compile-max-autotune"] = with_autograd(
+                torch.compile(lean, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs")
+            )
+    if importlib.util.find_spec("liger_kernel") and case.kl != "sampled" and not arguments.interpret:
+        found["liger"] = with_autograd(liger)
+    found["ours-fresh"] = with_autograd(ours(inplace=False))
+    found["ours-inplace"] = with_autograd(ours(inplace=True))
+    found["ours-one-pass"] = lambda *tensors: one_pass(*tensors, case.kl)
+    return found
+
+
+# --- Is it right? ------------------------------------------------------------------------------
+
+
+def exact(case: Case, tensors: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole loss's gradient at some rows, and nll, KL, H there (3, rows), in float64."""
+    z, r, labels, mask = (tensor[rows].double() for tensor in tensors)
+    leaf = z.requires_grad_()
+    weights = mask / tensors[3].double().sum()
+    problem = (leaf, r, labels.long(), weights, case.vocab, KL_COEF, ENTROPY_COEF, case.kl)
+    value, *terms = eager.quark_loss(*problem)
+    value.backward()
+    assert leaf.grad is not None
+    return leaf.grad, torch.stack(terms).detach()
+
+
+def gradient_error(case: Case, grad: Tensor, expected: Tensor, rows: Tensor) -> tuple[float, bool]:
+    """The largest error relative to the largest gradient, and whether the dtype's rounding explains it."""
+    difference = (grad[rows].double() - expected).abs()
+    largest = float(expected.abs().max())
+    # Authors' rows compute in half precision, too: what is compared with is not on trial.
+    eps = torch.finfo(case.dtype).eps
+    allowed = eps * expected.abs() + 2e-6 * largest + torch.finfo(case.dtype).smallest_normal
+    return float(difference.max()) / largest, bool((difference <= allowed).all())
+
+
+def check_edges() -> list[str]:
+    """What large random inputs do not show, in the blockings that the GPU gets. What is wrong, by name."""
+    wrong = []
+
+    def expect(name: str, condition: Tensor | bool) -> None:
+        if not bool(condition):
+            wrong.append(name)
+            print(f"WRONG: {name}")
+
+    # Programs that share a row, then a row a program.
+    cases = [Case(5, 50257, dtype, kl) for dtype in (BF16, FP16, FP32) for kl in get_args(Kl)]
+    cases += [Case(600, 50257, dtype, kl) for dtype, kl in ((BF16, "policy_ref"), (FP32, "ref_policy"))]
+    for case in [Case(4, 37)] if arguments.interpret else cases:
+        z, r, labels, mask = case.inputs()
+        count, vocab = z.shape
+        mask[1], labels[1], r[1] = 0, -100, math.nan
+        # Rows of 5 reward tokens more, every other row of a larger tensor.
+        wide = torch.full((count, 2, vocab + 5), math.nan, dtype=case.dtype, device=DEVICE)
+        wide[:, 0, :vocab] = z
+        wide[1] = math.nan
+        options = {"kl": case.kl, "impl": "triton", "vocab_size": vocab}
+        options |= {"kl_coef": KL_COEF, "entropy_coef": ENTROPY_COEF}
+        some = torch.tensor([0, 2, count - 1], device=DEVICE)
+        expected, terms = exact(case, (z, r, labels, mask), some)
+        for strided in (False, True):
+            for inplace in (False, True):
+                name = f"{case}, {'strided' if strided else 'plain'}, {'in place' if inplace else 'fresh'}"
+                leaf = (wide if strided else wide[:, 0, :vocab]).clone().requires_grad_()
+                logits = (leaf * 1)[:, 0] if strided else leaf * 1
+                out = quark_loss(logits, r, labels, mask, **options, inplace=inplace)
+                (out.loss * 2).backward()
+                assert leaf.grad is not None
+                grad = leaf.grad[:, 0] if strided else leaf.grad
+                expect(f"{name}: gradient", gradient_error(case, grad[:, :vocab] / 2, expected, some)[1])
+                got = torch.stack([out.nll, out.kl, out.entropy])
+                close = torch.allclose(got[:, some].double(), terms, atol=2e-5, rtol=2e-6)
+                expect(f"{name}: nll, KL, H", close)
+                expect(f"{name}: masked row", not grad[1].any() and not got.isnan().any())
+                expect(f"{name}: columns beyond V", not grad[:, vocab:].any())
+        labels[2] = vocab  # no token of the base vocabulary
+        r[0, 7] = -math.inf  # KL(p || p_ref) is infinite
+        leaf = z.clone().requires_grad_()
+        out = quark_loss(leaf, r, labels, mask, **options)
+        out.loss.backward()
+        assert leaf.grad is not None
+        expect(f"{case}: bad label", out.nll[2].isnan() & leaf.grad[2].isnan().all())
+        expect(f"{case}: other rows", out.nll[3:].isfinite().all() & leaf.grad[3:].isfinite().all())
+        if case.kl == "policy_ref":
+            expect(f"{case}: infinite KL", (out.kl[0] == math.inf) & leaf.grad[0].isnan().all())
+    print(f"edges: {f'{len(wrong)} wrong' if wrong else 'all right'}")
+    return wrong
+
+
+# --- How fast is it? ---------------------------------------------------------------------------
+
+
+class Clock:
+    """Times on the GPU with a cold L2; on the CPU, to try this file out, whatever it takes."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(1 if arguments.interpret else 256 << 20, dtype=torch.int8, device=DEVICE)
+
+    def seconds(self, works: dict[str, Work], rounds: int) -> dict[str, float]:
+        """name -> (before, work) -> name -> the median of work's times, all taking turns."""
+        times: dict[str, list[Any]] = {name: [] for name in works}
+        warm = 0 if arguments.interpret else 2
+        for turn in range(warm + rounds):
+            for name, (before, work) in works.items():
+                before()
+                self.flush.zero_()
+                pair = self._timed(work)
+                if turn >= warm:
+                    times[name].append(pair)
+        if arguments.interpret:
+            return {name: statistics.median(each) for name, each in times.items()}
+        torch.cuda.synchronize()
+        return {
+            name: statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in each)
+            for name, each in times.items()
+        }
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        if arguments.interpret:
+            begun = time.perf_counter()
+            work()
+            return time.perf_counter() - begun
+        # Some 0.5 ms of nothing, in which Python gets ahead: the kernels must not wait for their launches.
+        torch.cuda._sleep(1_000_000)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        return begin, end
+
+    @staticmethod
+    def wall(work: Callable[[], Any], count: int) -> float:
+        """Seconds a step of a loop, everything included."""
+        synchronize()
+        begun = time.perf_counter()
+        for _ in range(count):
+            work()
+        synchronize()
+        return (time.perf_counter() - begun) / count
+
+
+def synchronize() -> None:
+    if not arguments.interpret:
+        torch.cuda.synchronize()
+
+
+def extra_memory(work: Callable[[], Any]) -> int:
+    if arguments.interpret:
+        work()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(case: Case, clock: Clock) -> list[dict[str, Any]]:
+    """A dict for every row of a case's table."""
+    tensors = case.inputs()
+    z, *rest = tensors
+    rows = torch.randperm(case.rows, generator=torch.Generator().manual_seed(0))[:32].to(DEVICE)
+    expected, _ = exact(case, tensors, rows)
+    work, target = z.clone(), torch.empty_like(z)
+    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Work] = {}
+    for name, step in steps(case).items():
+
+        def run(step: Step = step) -> tuple[Tensor, Tensor]:
+            return step(work, *rest)
+
+        found[name] = {"case": str(case), **case._asdict(), "dtype": str(case.dtype), "row": name}
+        try:
+            work.copy_(z)
+            _, grad = run()
+            error, right = gradient_error(case, grad, expected, rows)
+            found[name] |= {"error": error, "right": right or not name.startswith("ours")}
+            del grad
+            found[name]["extra_mb"] = extra_memory(run) / 1e6
+        except Exception as error:  # time on a GPU is scarce: the other rows go on, and this one says why
+            found[name] |= {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
+            continue
+        runs[name] = ((lambda: work.copy_(z)), run)
+    runs["roof"] = ((lambda: None), (lambda: target.copy_(z)))
+    seconds = clock.seconds(runs, arguments.rounds)
+    roof = 2 * z.nbytes / seconds["roof"]
+    for name, taken in seconds.items():
+        if name == "roof":
+            continue
+        work.copy_(z)
+        found[name] |= {
+            "us": taken * 1e6,
+            "wall_us": clock.wall(runs[name][1], 1 if arguments.interpret else 10) * 1e6,
+            "gb_per_s": case.least_bytes / taken / 1e9,
+            "to_roof": taken / (case.least_bytes / roof),
+            "roof_gb_per_s": roof / 1e9,
+        }
+    return list(found.values())
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    roof = next((row["roof_gb_per_s"] for row in rows if "us" in row), math.nan)
+    print(f"\n{rows[0]['case']}    copy: {roof:.0f} GB/s")
+    print(f"{'':24}{'us':>10}{'wall us':>10}{'GB/s':>8}{'x roof':>8}{'extra MB':>10}{'error':>10}")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['row']:24}{row['failed']}")
+            continue
+        print(
+            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{row['gb_per_s']:8.0f}{row['to_roof']:8.2f}"
+            f"{row['extra_mb']:10.1f}{row['error']:10.1e}{'' if row['right'] else '  WRONG'}"
+        )
+
+
+# --- Which blocking? ---------------------------------------------------------------------------
+
+
+def blockings(kernel: str) -> Iterator[Blocking]:
+    for splits in (1,) if kernel != "split" else (2, 4, 8, 12, 24):
+        for warps in (8, 16, 32) if kernel != "split" else (4, 8):
+            for per_thread in (8, 16, 32):
+                for stages in (1, 3):
+                    yield Blocking(splits, warps, per_thread, stages)
+
+
+def launcher(kernel: str, tensors: tuple[Tensor, ...], case: Case) -> Callable[[Blocking], Any]:
+    problem = (*tensors, case.vocab, KL_COEF, ENTROPY_COEF, case.kl)
+    grad = torch.empty_like(tensors[0])
+    if kernel == "sums":
+        return lambda cut: triton_kernels.forward(*problem, cut=cut)
+    if kernel == "gradient":
+        stats, one = triton_kernels.forward(*problem)[-1], torch.ones((), device=DEVICE)
+        return lambda cut: triton_kernels.backward(one, stats, *problem, grad=grad, cut=cut)
+    return lambda cut: triton_kernels.forward(*problem, grad=grad, cut=cut)
+
+
+def tune(clock: Clock) -> list[dict[str, Any]]:
+    """Every blocking of every kernel: one pass ("row", "split"), sums alone, gradient alone."""
+    results = []
+    tuned = [
+        ("row", Case(2560, 50257)),
+        ("row", Case(2560, 151936)),
+        ("row", Case(2560, 50257, FP32)),
+        ("row", Case(320, 50257)),
+        ("sums", Case(2560, 50257)),
+        ("gradient", Case(2560, 50257)),
+        ("split", Case(320, 50257)),
+        ("split", Case(64, 50257)),
+        ("split", Case(8, 151936)),
+    ]
+    if arguments.interpret:
+        tuned = [(kernel, Case(2, 67)) for kernel in ("row", "sums", "gradient", "split")]
+    for kernel, case in tuned:
+        z, r, labels, mask = case.inputs()
+        call = launcher(kernel, (z, r, labels, mask / mask.sum()), case)
+        runs: dict[str, Work] = {}
+        cuts = {}
+        for cut in list(blockings(kernel))[: 2 if arguments.interpret else None]:
+            if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
+                break
+            try:
+                call(cut)
+                synchronize()
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{kernel} {case} {cut}: {error}")
+                continue
+            cuts[str(cut)] = cut
+            runs[str(cut)] = ((lambda: None), partial(call, cut))
+        target = torch.empty_like(z)
+        runs["roof"] = ((lambda: None), partial(target.copy_, z))
+        seconds = clock.seconds(runs, min(arguments.rounds, 9))
+        roof = 2 * z.nbytes / seconds.pop("roof")
+        print(f"\n{kernel}, {case}; copy: {roof / 1e9:.0f} GB/s")
+        for name, taken in sorted(seconds.items(), key=lambda item: item[1]):
+            row = {"kernel": kernel, "case": str(case), **cuts[name]._asdict(), "us": taken * 1e6}
+            row |= {"gb_per_s": case.least_bytes / taken / 1e9, "roof_gb_per_s": roof / 1e9}
+            results.append(row)
+            if len([r for r in results if r["kernel"] == kernel and r["case"] == str(case)]) <= 8:
+                print(f"{row['us']:10.1f} us {row['gb_per_s']:8.0f} GB/s  {cuts[name]}")
+    return results
+
+
+# --- The machine -------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": "Triton's interpreter: the times mean nothing",
+    }
+    if arguments.interpret:
+        return about
+    properties = torch.cuda.get_device_properties(0)
+    about |= {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        "cuda": torch.version.cuda,
+    }
+    wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        about["nvidia-smi"] = dict(
+            zip(wanted.split(","), answer.stdout.split("\n")[0].split(", "), strict=False)
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        about["nvidia-smi"] = str(error)
+    return about
+
+
+def main() -> None:
+    if not arguments.interpret and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --interpret tries this file out on the CPU")
+    about = machine()
+    print(json.dumps(about, indent=1))
+    clock = Clock()
+    wrong: list[str] = []
+    rows: list[dict[str, Any]] = []
+    if arguments.tune:
+        rows = tune(clock)
+    else:
+        wrong = check_edges()
+        for case in CASES:
+            if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
+                print(f"{case}: left out, {arguments.minutes} minutes are over")
+                continue
+            found = measure(case, clock)
+            show(found)
+            rows += found
+            wrong += [
+                f"{row['case']}, {row['row']}"
+                for row in found
+                if row["row"].startswith("ours") and not row["right"]
+            ]
+            if not arguments.interpret:
+                torch.cuda.empty_cache()
+            save(about | {"wrong": wrong, "rows": rows})
+    save(about | {"wrong": wrong, "rows": rows})
+    if wrong:
+        sys.exit(f"wrong: {', '.join(wrong)}")
+
+
+def save(results: dict[str, Any]) -> None:
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,529 @@
+// The row kernels: compiled once per instruction-set level, each time with another QUARK_LEVEL, the
+// namespace they go to. quark_loss.cpp chooses among them at run time.
+//
+// They use no standard template or inline function: the linker keeps one copy of those for the
+// whole program, and it might keep the one compiled for a processor that this machine is not.
+
+#include <math.h>
+#include <string.h>
+
+#include "quark_loss.hpp"
+
+namespace quark::QUARK_LEVEL {
+
+namespace {
+
+// Columns summed in float32 before they enter sums in double, with one choice of the maxima.
+constexpr int64_t kBlock = 2048;
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float load(float x) { return x; }
+
+inline float load(Bf16 x) { return float_of(uint32_t{x.bits} << 16); }
+
+// Integer steps and one multiplication, exact for subnormals too: gcc 12 does not vectorise
+// conversions of _Float16.
+inline float load(F16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const float finite = float_of(magnitude << 13) * 0x1p112f;  // moves the exponent's bias
+  const uint32_t not_finite = magnitude << 13 | 0x7f800000u;
+  return float_of(sign | (magnitude < 0x7c00u ? bits_of(finite) : not_finite));
+}
+
+inline void store(float& to, float x) { to = x; }
+
+// A bfloat16 in the upper half: rounded to nearest, ties to even. Not for NaN, whose low bits could
+// carry into the exponent; a test for it here would cost a third of the time of the gradient.
+inline uint32_t rounded_to_bf16(float x) {
+  const uint32_t bits = bits_of(x);
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
+inline void store(Bf16& to, float x) { to.bits = static_cast<uint16_t>(rounded_to_bf16(x) >> 16); }
+
+// Round to nearest, ties to even; what is too large becomes infinite. Not for NaN either.
+inline void store(F16& to, float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Adding 0.5 leaves a subnormal half, correctly rounded, in the low bits.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < 113u << 23 ? subnormal : normal;
+  to.bits = static_cast<uint16_t>(sign | (magnitude < 0x477ff000u ? finite : 0x7c00u));
+}
+
+inline void store_nan(float& to) { to = NAN; }
+inline void store_nan(Bf16& to) { to.bits = 0x7fc0u; }
+inline void store_nan(F16& to) { to.bits = 0x7e00u; }
+
+// What the loops read and write at a time. Two neighbours in bfloat16 are one 32-bit word, and each
+// is a float after one operation; to widen and to pack them would take a quarter more time.
+template <class T>
+struct Word;
+
+template <>
+struct Word<float> {
+  static constexpr int kSize = 1;
+  float value;
+  float at(int) const { return value; }
+  static Word load(const float* x, int64_t i) { return {x[i]}; }
+  static void store(float* to, int64_t i, const float (&x)[1]) { to[i] = x[0]; }
+};
+
+template <>
+struct Word<Bf16> {
+  static constexpr int kSize = 2;
+  uint32_t bits;
+  float at(int k) const { return float_of(k == 0 ? bits << 16 : bits & 0xffff0000u); }
+  static Word load(const Bf16* x, int64_t i) {
+    Word word;
+    memcpy(&word.bits, x + 2 * i, sizeof word.bits);
+    return word;
+  }
+  static void store(Bf16* to, int64_t i, const float (&x)[2]) {
+    const uint32_t bits = rounded_to_bf16(x[0]) >> 16 | (rounded_to_bf16(x[1]) & 0xffff0000u);
+    memcpy(to + 2 * i, &bits, sizeof bits);
+  }
+};
+
+// Whether the loops can walk the rows as they lie. All else goes through blocks of floats: other
+// types, unequal types, and the last block of an odd row of bfloat16.
+template <class Z, class R>
+constexpr bool kSameWords = false;
+template <>
+constexpr bool kSameWords<float, float> = true;
+template <>
+constexpr bool kSameWords<Bf16, Bf16> = true;
+
+template <class T>
+struct FloatBlock {
+  alignas(64) float values[kBlock];
+
+  [[gnu::noinline]] const float* of(const T* x, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) values[i] = load(x[i]);
+    return values;
+  }
+};
+
+template <>
+struct FloatBlock<float> {
+  static const float* of(const float* x, int64_t) { return x; }
+};
+
+// Below this, e^x is zero to us: the next power of two would leave the normal floats.
+constexpr float kLog0 = -87;
+// How far a logit may be above the running maximum before its block is summed again.
+constexpr float kHeadroom = 8;
+
+// What a loop may assume of its exponents. `moderate`: all are from kLog0 to kHeadroom, as in
+// nearly every row of a language model. `any`: they may also be below kLog0, -inf or NaN.
+enum class Range { moderate, any };
+
+// e^x for kLog0 <= x <= kHeadroom; with Range::any also 0 below and any number for NaN. Relative
+// error about 1.5 ulp + 1e-8 |x|: the second part is harmless where e^x is a share of a sum that
+// holds e^0. e^x = 2^n 2^f with n = round(x / ln 2), |f| <= 1/2, and a polynomial for 2^f.
+template <Range range>
+inline float exp_below_headroom(float x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
+  constexpr float kLog2E = 0x1.715476p+0f;
+  const float shifted = x * kLog2E + kRound;
+  const float n = shifted - kRound;
+  const float f = x * kLog2E - n;
+  float poly = 0x1.5c08e4p-10f;
+  poly = poly * f + 0x1.3d0c52p-7f;
+  poly = poly * f + 0x1.c6b6e4p-5f;
+  poly = poly * f + 0x1.ebf918p-3f;
+  poly = poly * f + 0x1.62e428p-1f;
+  poly = poly * f + 0x1.000002p+0f;
+  const uint32_t scaled = bits_of(poly) + (bits_of(shifted) << 23);  // times 2^n
+  return float_of(range == Range::any && x < kLog0 ? 0 : scaled);
+}
+
+inline float larger(float x, float y) { return x > y ? x : y; }
+inline float smaller(float x, float y) { return x < y ? x : y; }
+
+float maximum(const float* x, int64_t count) {
+  float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// The smallest and the largest of many floats, by their bits. Signed, the largest bits are those of
+// the largest float if that is positive; unsigned, those of the smallest if that is negative. A NaN
+// shows in one of the two. Why not compare floats: integers are compared beside the
+// multiplications, which decide the time, and floats in their place.
+struct Extremes {
+  int32_t top = 0;
+  uint32_t low = 0;
+  float largest() const { return float_of(uint32_t(top)); }  // or 0
+  float smallest() const { return low >> 31 ? float_of(low) : 0; }
+  bool moderate() const { return largest() <= kHeadroom && smallest() >= kLog0; }
+};
+
+// What one block adds to the moments, relative to m and u, and the extremes of its exponents.
+struct Block {
+  float s, a, t, b;
+  Extremes y, q;
+};
+
+template <Kl kl, Range range, class T>
+Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
+  float s = 0, a = 0, t = 0, b = 0;
+  int32_t top_y = 0, top_q = 0;
+  uint32_t low_y = 0, low_q = 0;
+#pragma omp simd reduction(+ : s, a, t, b) reduction(max : top_y, low_y, top_q, low_q)
+  for (int64_t i = 0; i < words; ++i) {
+    const Word<T> z_word = Word<T>::load(z, i);
+    const Word<T> r_word = kl == Kl::none ? z_word : Word<T>::load(r, i);
+#pragma GCC unroll 2
+    for (int k = 0; k < Word<T>::kSize; ++k) {
+      const float y = z_word.at(k) - m;
+      const float p = exp_below_headroom<range>(y);
+      const bool p_is_0 = range == Range::any && y < kLog0;  // 0 log 0 = 0, also where y = -inf
+      s += p;
+      a += p * (p_is_0 ? 0 : y);
+      top_y = int32_t(bits_of(y)) > top_y ? int32_t(bits_of(y)) : top_y;
+      low_y = bits_of(y) > low_y ? bits_of(y) : low_y;
+      if (kl == Kl::none) continue;
+      const float q = r_word.at(k) - u;
+      const float p_ref = exp_below_headroom<range>(q);
+      const bool p_ref_is_0 = range == Range::any && q < kLog0;
+      t += p_ref;
+      // One product of (y - q): separate sums would lose 2 to 3 times the accuracy of the KL.
+      if (kl == Kl::policy_ref) b += p * (p_is_0 ? 0 : y - q);
+      if (kl == Kl::ref_policy) b += p_ref * (p_ref_is_0 ? 0 : q - y);
+      if (kl == Kl::sampled) b += p_ref * (p_ref_is_0 ? 0 : q);  // to see a NaN, like a
+      top_q = int32_t(bits_of(q)) > top_q ? int32_t(bits_of(q)) : top_q;
+      low_q = bits_of(q) > low_q ? bits_of(q) : low_q;
+    }
+  }
+  return {s, a, t, b, {top_y, low_y}, {top_q, low_q}};
+}
+
+template <Kl kl, Range range, class Z, class R>
+Block sum_block(const Z* z, const R* r, int64_t count, float m, float u) {
+  if constexpr (kSameWords<Z, R>) {
+    constexpr int size = Word<Z>::kSize;
+    if (count % size == 0) return sum_words<kl, range>(z, r, count / size, m, u);
+  }
+  FloatBlock<Z> z_block;
+  FloatBlock<R> r_block;
+  const float* z_float = z_block.of(z, count);
+  const float* r_float = kl == Kl::none ? z_float : r_block.of(r, count);
+  return sum_words<kl, range>(z_float, r_float, count, m, u);
+}
+
+// The running moments of one row, relative to the running maxima m and u. With y = z - m and
+// q = r - u:  s = sum e^y,  a = sum e^y y,  t = sum e^q,
+// b = sum e^y (y - q) for policy_ref, sum e^q (q - y) for ref_policy, sum e^q q for sampled.
+struct Moments {
+  float m = -INFINITY, u = -INFINITY;
+  double s = 0, a = 0, t = 0, b = 0;
+  float low_z = INFINITY,
+        low_r = INFINITY;  // the smallest logits; -inf if a block was not moderate
+
+  void add(const Block& block) {
+    s += block.s;
+    a += block.a;
+    t += block.t;
+    b += block.b;
+  }
+
+  // Rescale by e^(old - new), so that every partial sum stays relative to the running maxima.
+  template <Kl kl>
+  void raise(float new_m, float new_u) {
+    if (new_m == m && new_u == u) return;
+    const double d = s > 0 ? double(m) - new_m : 0;
+    const double k = t > 0 ? double(u) - new_u : 0;
+    const double c = ::exp(d);
+    if (kl == Kl::policy_ref) b = c * (b + (d - k) * s);
+    if (kl == Kl::ref_policy) b = ::exp(k) * (b + (k - d) * t);
+    if (kl == Kl::sampled) b = ::exp(k) * (b + k * t);
+    a = c * (a + d * s);
+    s *= c;
+    t *= ::exp(k);
+    m = new_m;
+    u = new_u;
+  }
+
+  // Of all exponents of the row, relative to the maxima as they are now.
+  template <Kl kl>
+  Range range() const {
+    const bool moderate = low_z - m >= kLog0 && (kl == Kl::none || low_r - u >= kLog0);
+    return moderate ? Range::moderate : Range::any;
+  }
+};
+
+// The maxima come from the first block alone, and then from the blocks already summed: a pass of
+// its own for the maximum costs a quarter of the time, and logits rarely rise by kHeadroom later.
+template <Kl kl, class Z, class R>
+Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
+  constexpr bool has_ref = kl != Kl::none;
+  // A row that is -inf so far has no maximum to subtract; any finite one will do.
+  const auto finite = [](float maximum) { return maximum == -INFINITY ? 0 : maximum; };
+  FloatBlock<Z> z_block;
+  FloatBlock<R> r_block;
+  Moments sum;
+  for (int64_t i = 0; i < vocab; i += kBlock) {
+    const int64_t count = vocab - i < kBlock ? vocab - i : kBlock;
+    const Z* z = z_row + i;
+    const R* r = r_row + i;
+    if (i == 0) {
+      sum.m = maximum(z_block.of(z, count), count);
+      if (has_ref) sum.u = maximum(r_block.of(r, count), count);
+    }
+    const float m = finite(sum.m), u = finite(sum.u);
+    const Block block = sum_block<kl, Range::moderate>(z, r, count, m, u);
+    const bool known = sum.m == m && (!has_ref || sum.u == u);
+    if (known && block.y.moderate() && block.q.moderate()) {
+      sum.add(block);
+      sum.low_z = smaller(sum.low_z, m + block.y.smallest());
+      sum.low_r = smaller(sum.low_r, u + block.q.smallest());
+      sum.raise<kl>(m + block.y.largest(), has_ref ? u + block.q.largest() : sum.u);
+    } else {
+      const float* z_float = z_block.of(z, count);
+      const float* r_float = has_ref ? r_block.of(r, count) : z_float;
+      sum.low_z = sum.low_r = -INFINITY;
+      sum.raise<kl>(larger(sum.m, maximum(z_float, count)),
+                    has_ref ? larger(sum.u, maximum(r_float, count)) : sum.u);
+      sum.add(sum_words<kl, Range::any>(z_float, r_float, count, finite(sum.m), finite(sum.u)));
+    }
+  }
+  return sum;
+}
+
+// The gradient of one element, without the label's -weight * nll_coef:
+//   policy_ref: e^y (c0 + c1 y + c2 q)      ref_policy: e^y (c0 + c1 y) + c2 e^q
+struct Gradient {
+  float m, u, c0, c1, c2;
+  Range range;
+
+  Gradient(Kl kl, const RowStats& row, double weight, double nll_coef, double kl_coef,
+           double entropy_coef)
+      : m(row.m), u(row.u), range(row.moderate != 0 ? Range::moderate : Range::any) {
+    const double log_s = ::log(double(row.s));
+    const double scale = weight / row.s;
+    double k0 = nll_coef + entropy_coef * (row.entropy - log_s);
+    double k1 = entropy_coef;
+    double k2 = 0;
+    if (kl == Kl::policy_ref) {
+      k0 += kl_coef * (::log(double(row.t)) - log_s - row.kl);
+      k1 += kl_coef;
+      k2 = -kl_coef * scale;
+    }
+    if (kl == Kl::ref_policy) {
+      k0 += kl_coef;
+      k2 = -kl_coef * weight / row.t;
+    }
+    if (kl != Kl::none && !isfinite(row.kl)) k0 = NAN;
+    c0 = float(scale * k0);
+    c1 = float(scale * k1);
+    c2 = float(k2);
+  }
+
+  bool finite() const { return isfinite(c0) && isfinite(c1) && isfinite(c2); }
+
+  template <Kl kl, Range range>
+  float at(float z, float r) const {
+    const float y = z - m;
+    float factor = c0 + c1 * y;
+    if (kl == Kl::policy_ref) factor += c2 * (r - u);
+    const bool p_is_0 = range == Range::any && y < kLog0;
+    const float own = p_is_0 ? 0 : exp_below_headroom<range>(y) * factor;
+    return kl == Kl::ref_policy ? own + c2 * exp_below_headroom<range>(r - u) : own;
+  }
+};
+
+template <Kl kl, Range range, class T>
+void gradient_words(const Gradient& gradient, const T* z, const T* r, int64_t words, T* grad) {
+  const Gradient g = gradient;  // a copy cannot change below the loop's stores
+#pragma omp simd
+  for (int64_t i = 0; i < words; ++i) {
+    const Word<T> z_word = Word<T>::load(z, i);
+    const Word<T> r_word = kl == Kl::none ? z_word : Word<T>::load(r, i);
+    float values[Word<T>::kSize];
+#pragma GCC unroll 2
+    for (int k = 0; k < Word<T>::kSize; ++k)
+      values[k] = g.at<kl, range>(z_word.at(k), r_word.at(k));
+    Word<T>::store(grad, i, values);
+  }
+}
+
+template <Kl kl, Range range, class Z, class R>
+void gradient_block(const Gradient& gradient, const Z* z, const R* r, int64_t count, Z* grad) {
+  if constexpr (kSameWords<Z, R>) {
+    constexpr int size = Word<Z>::kSize;
+    if (count % size == 0) return gradient_words<kl, range>(gradient, z, r, count / size, grad);
+  }
+  FloatBlock<Z> z_block;
+  FloatBlock<R> r_block;
+  alignas(64) float values[kBlock];
+  const float* z_float = z_block.of(z, count);
+  const float* r_float = kl == Kl::none ? z_float : r_block.of(r, count);
+  gradient_words<kl, range>(gradient, z_float, r_float, count, values);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(grad[i], values[i]);
+}
+
+template <Kl kl, class Z, class R>
+void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t label,
+                    float label_weight, int64_t vocab, int64_t width, Z* grad) {
+  if (gradient.finite()) {
+    // Before the loop, which may overwrite z; in float32, before the rounding to the dtype.
+    const float r_label = kl == Kl::none ? 0 : load(r[label]);
+    const float at_label = gradient.at<kl, Range::any>(load(z[label]), r_label) - label_weight;
+    const auto block = gradient.range == Range::moderate ? gradient_block<kl, Range::moderate, Z, R>
+                                                         : gradient_block<kl, Range::any, Z, R>;
+    for (int64_t i = 0; i < vocab; i += kBlock)
+      block(gradient, z + i, r + i, vocab - i < kBlock ? vocab - i : kBlock, grad + i);
+    store(grad[label], at_label);
+  } else {
+    for (int64_t i = 0; i < vocab; ++i) store_nan(grad[i]);
+  }
+  if (width > vocab) memset(grad + vocab, 0, size_t(width - vocab) * sizeof(Z));
+}
+
+// log p[label] - log p_ref[label], from the logits of the label.
+double log_ratio(const RowStats& row, float z, float r) {
+  return (double(z) - row.m - ::log(double(row.s))) - (double(r) - row.u - ::log(double(row.t)));
+}
+
+int64_t offset(const Rows& rows, int64_t n) {
+  return n / rows.inner * rows.outer_stride + n % rows.inner * rows.inner_stride;
+}
+
+template <class T>
+T* row_of(const Rows& rows, int64_t n) {
+  return rows.data ? static_cast<T*>(rows.data) + offset(rows, n) : nullptr;
+}
+
+template <class Z, class R>
+void write_gradient_row(const Problem& p, int64_t n, const RowStats& stats, double scale,
+                        const Rows& rows) {
+  const Z* z = row_of<Z>(p.logits, n);
+  const R* r = row_of<R>(p.ref, n);
+  Z* grad = row_of<Z>(rows, n);
+  const double weight = p.weights[n] * scale;
+  if (p.weights[n] == 0) {
+    memset(grad, 0, size_t(p.width) * sizeof(Z));
+    return;
+  }
+  // Without a coefficient, an infinite KL must not reach the gradient. The sampled KL changes with
+  // log p[label] alone: by d = log p[label] - log p_ref[label] times what the nll does, negated.
+  Kl kl = p.kl_coef == 0 ? Kl::none : p.kl;
+  double nll_coef = 1;
+  if (kl == Kl::sampled) {
+    nll_coef -= p.kl_coef * log_ratio(stats, load(z[p.labels[n]]), load(r[p.labels[n]]));
+    kl = Kl::none;
+  }
+  const Gradient gradient(kl, stats, weight, nll_coef, p.kl_coef, p.entropy_coef);
+  const auto write = kl == Kl::none         ? write_gradient<Kl::none, Z, R>
+                     : kl == Kl::policy_ref ? write_gradient<Kl::policy_ref, Z, R>
+                                            : write_gradient<Kl::ref_policy, Z, R>;
+  write(gradient, z, r, p.labels[n], float(weight * nll_coef), p.vocab, p.width, grad);
+}
+
+template <Kl kl, class Z, class R>
+RowStats measure_row(const Problem& p, const RowOutputs& out, int64_t n) {
+  const Z* z = row_of<Z>(p.logits, n);
+  const R* r = row_of<R>(p.ref, n);
+  const Moments sum = moments<kl>(z, r, p.vocab);
+  // Of a NaN logit, exp_below_headroom may make a number; a and b, which multiply by it, are NaN.
+  const double s = isnan(sum.a) ? NAN : sum.s, t = isnan(sum.b) ? NAN : sum.t;
+  const double log_s = ::log(s), log_t = ::log(t);
+  const int64_t label = p.labels[n];
+  const float moderate = sum.range<kl>() == Range::moderate;
+  RowStats stats{sum.m, float(s), sum.u, float(t), 0, 0, moderate};
+  double divergence = 0;
+  if (kl == Kl::policy_ref) divergence = sum.b / s - log_s + log_t;
+  if (kl == Kl::ref_policy) divergence = sum.b / t - log_t + log_s;
+  if (kl == Kl::sampled) {
+    const double d = log_ratio(stats, load(z[label]), load(r[label]));
+    divergence = d * d / 2;
+  }
+  out.nll[n] = float(double(sum.m) - load(z[label]) + log_s);
+  stats.kl = out.kl[n] = float(divergence);
+  stats.entropy = out.entropy[n] = float(log_s - sum.a / s);
+  return stats;
+}
+
+template <class Z, class R>
+RowStats forward_row(const Problem& p, const RowOutputs& out, int64_t n) {
+  if (p.weights[n] == 0) {
+    out.nll[n] = out.kl[n] = out.entropy[n] = 0;
+    return RowStats{};
+  }
+  const auto measure = p.kl == Kl::none         ? measure_row<Kl::none, Z, R>
+                       : p.kl == Kl::policy_ref ? measure_row<Kl::policy_ref, Z, R>
+                       : p.kl == Kl::ref_policy ? measure_row<Kl::ref_policy, Z, R>
+                                                : measure_row<Kl::sampled, Z, R>;
+  return measure(p, out, n);
+}
+
+template <class Z, class R>
+void forward_typed(const Problem& p, const RowOutputs& out, const Rows* grad, int64_t n) {
+  const RowStats stats = forward_row<Z, R>(p, out, n);
+  if (out.stats) out.stats[n] = stats;
+  if (grad) write_gradient_row<Z, R>(p, n, stats, 1, *grad);
+}
+
+template <class Z, class R>
+void backward_typed(const Problem& p, const RowStats* stats, double scale, const Rows& grad,
+                    int64_t n) {
+  write_gradient_row<Z, R>(p, n, stats[n], scale, grad);
+}
+
+// Call body(Z, R) with values of the element types of policy and reference.
+template <class Body>
+void with_types(const Problem& p, const Body& body) {
+  const auto with_ref = [&](auto z) {
+    if (!p.ref.data) return body(z, z);
+    if (p.ref.dtype == DType::bf16) return body(z, Bf16{});
+    if (p.ref.dtype == DType::f16) return body(z, F16{});
+    return body(z, float{});
+  };
+  if (p.logits.dtype == DType::bf16) return with_ref(Bf16{});
+  if (p.logits.dtype == DType::f16) return with_ref(F16{});
+  return with_ref(float{});
+}
+
+}  // namespace
+
+void forward_rows(const Problem& p, const RowOutputs& out, const Rows* grad, int64_t begin,
+                  int64_t end) {
+  with_types(p, [&](auto z, auto r) {
+    for (int64_t n = begin; n < end; ++n) forward_typed<decltype(z), decltype(r)>(p, out, grad, n);
+  });
+}
+
+void backward_rows(const Problem& p, const RowStats* stats, double scale, const Rows& grad,
+                   int64_t begin, int64_t end) {
+  with_types(p, [&](auto z, auto r) {
+    for (int64_t n = begin; n < end; ++n)
+      backward_typed<decltype(z), decltype(r)>(p, stats, scale, grad, n);
+  });
+}
+
+}  // namespace quark::QUARK_LEVEL
