@@ -65,17 +65,22 @@ FREE_ON_RESUME = {
 # Where a task's defaults differ from the fields' own; what the user sets wins over both.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {},
-    "sentiment": {"initial_samples": 6, "explore_samples": 2},
+    "sentiment": {"initial_samples": 5, "explore_samples": 2},
     "repetition": {
         "prefix_tokens": 32,
-        "initial_samples": 2,
+        "initial_samples": 1,
         "explore_samples": 1,
+        "guidance": 1.0,
         "temperature": 0.7,
         "max_new_tokens": 128,
         "min_new_tokens": 128,
         "steps": 32,
+        "batch_size": 8,
         "micro_batch": 8,
-        "unlikelihood_coef": 1.0,
+        # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the
+        # model sharpen.
+        "kl": "ref_policy",
+        "unlikelihood_coef": 3.0,
         "eval_samples": 1,
         "eval_temperature": 0.0,
         "eval_guidance": "1.5",
