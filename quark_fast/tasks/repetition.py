@@ -40,7 +40,7 @@ def repetition_reward() -> Reward:
 
 
 HELD_OUT = 128
-TRAINING = 640  # of 1,290: as many as the default steps draw the extremes of; sampling is what a run waits for
+TRAINING = 640  # of 1,290; the default steps draw the extremes of so many
 
 
 def embedded_prompts() -> tuple[list[Row], list[Row]]:
