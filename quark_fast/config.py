@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -55,6 +55,7 @@ FREE_ON_RESUME = {
     "checkpoint_every",
     "held_out",
     "eval_samples",
+    "eval_temperature",
     "eval_top_p",
     "eval_guidance",
     "show_offensive",
@@ -67,12 +68,48 @@ FREE_ON_RESUME = {
 }
 
 
-@dataclass
+# Where a task's defaults differ from the fields' own; what the user sets wins over both.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "toxicity": {},
+    "sentiment": {"initial_samples": 5, "explore_samples": 2},
+    "repetition": {
+        "prefix_tokens": 32,
+        "initial_samples": 1,
+        "explore_samples": 1,
+        "guidance": 1.0,
+        "temperature": 0.7,
+        "max_new_tokens": 128,
+        "min_new_tokens": 128,
+        "steps": 32,
+        "batch_size": 8,
+        "micro_batch": 8,
+        # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the
+        # model sharpen.
+        "kl": "ref_policy",
+        "unlikelihood_coef": 3.0,
+        "eval_samples": 1,
+        "eval_temperature": 0.0,
+        "eval_guidance": "1.5",
+    },
+}
+
+
+@dataclass(kw_only=True)
 class Config:
-    """Settings of one run; each field's help holds its unit. Symbols in brackets are the paper's."""
+    """Settings of one run; each field's help holds its unit. Symbols in brackets are the paper's.
+
+    A field that is not given takes the default of ``task``, which is its own unless ``TASK_DEFAULTS`` has
+    another: ``Config(task="repetition").max_new_tokens`` is 128.
+    """
 
     # what to unlearn, in what
-    task: str = setting("toxicity", "what to unlearn: toxicity")
+    task: str = setting(
+        "toxicity",
+        "what to unlearn: toxicity, sentiment or repetition; --task NAME --help shows that task's defaults",
+    )
+    target: Literal["positive", "negative"] = setting(
+        "positive", "sentiment that the task of that name steers to"
+    )
     model: str | None = setting(
         None, "causal LM, a folder or a hub name; default: the embedded SmolLM2-135M-Instruct"
     )
@@ -120,11 +157,16 @@ class Config:
     reward_backoff: float = setting(
         1.0, "wait before the second attempt, seconds; doubled before each further one, 60 at most"
     )
+    prefix_tokens: int = setting(
+        0,
+        "length of a prompt, tokens: the first ones of each text, whose others are held-out text; shorter"
+        " texts are left out; 0: the whole text is the prompt",
+    )
     output: str | None = setting(None, "run folder to make; default: runs/<task>")
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
 
     # the pool
-    quantiles: int = setting(5, "reward quantiles, one reward token each [K]")
+    quantiles: int = setting(5, "reward quantiles, one reward token each [K]; 1: no conditioning")
     ties: Literal["same", "arrival", "random"] = setting(
         "same", "equal rewards share a quantile, or are split by arrival or at random"
     )
@@ -143,7 +185,7 @@ class Config:
     )
     max_new_tokens: int = setting(20, "length of a completion, tokens")
     min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
-    temperature: float = setting(1.0, "sampling temperature when exploring")
+    temperature: float = setting(1.0, "sampling temperature when exploring; 0: greedy")
     top_p: float = setting(0.9, "nucleus when exploring, share of the probability mass")
     max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
     sample_batch: int = setting(128, "completions sampled side by side")
@@ -169,6 +211,12 @@ class Config:
     contrast_coef: float = setting(
         1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
     )
+    unlikelihood_coef: float = setting(
+        0.0, "weight of -log(1 - p) of every token that repeats an n-gram of its completion (Welleck et al.)"
+    )
+    unlikelihood_ngram: int = setting(
+        4, "length of the n-grams whose repetition unlikelihood punishes, tokens"
+    )
     impl: Literal["auto", "eager", "cpp", "triton"] = setting(
         "auto", "implementation of the loss; auto: C++ on the CPU, Triton on a GPU"
     )
@@ -179,6 +227,7 @@ class Config:
 
     # evaluation
     eval_samples: int = setting(5, "completions a held-out prompt and sampling mode")
+    eval_temperature: float = setting(1.0, "sampling temperature in the evaluation; 0: greedy")
     eval_top_p: float = setting(0.9, "nucleus in the evaluation")
     eval_guidance: str = setting("1.5,2", "values of w to evaluate, comma-separated; w = 1 always is")
 
@@ -191,13 +240,25 @@ class Config:
     checkpoint_every: int = setting(32, "steps between checkpoints")
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
 
+    # The generated __init__ cannot tell a default from a value that equals it: what was given is noted here.
+    def __new__(cls, **given: Any) -> Self:
+        self = super().__new__(cls)
+        self.__dict__["given"] = given
+        return self
+
+    def __post_init__(self) -> None:
+        given = self.__dict__.pop("given")
+        for name, value in TASK_DEFAULTS.get(self.task, {}).items():
+            if name not in given:
+                setattr(self, name, value)
+
     @property
     def output_folder(self) -> Path:
         return _output_folder(self)
 
     def weights(self) -> list[float]:
         """Share of the training draws for each quantile, worst first; sums to 1."""
-        if self.quantile_weights == "equal":
+        if self.quantile_weights == "equal" or self.quantiles == 1:
             return [1 / self.quantiles] * self.quantiles
         if self.quantile_weights == "extremes":
             return [0.5, *[0.0] * (self.quantiles - 2), 0.5]
@@ -231,12 +292,13 @@ class Config:
     def check(self) -> None:
         """Raise UsageError for a setting that cannot be, naming its value and what can."""
         at_least = {
-            "quantiles": 2,
+            "quantiles": 1,
             "initial_samples": 1,
             "explore_samples": 1,
             "max_new_tokens": 1,
             "min_new_tokens": 0,
             "max_prompt_tokens": 1,
+            "prefix_tokens": 0,
             "min_prompt_characters": 1,
             "max_prompt_characters": 0,
             "prompt_limit": 0,
@@ -261,14 +323,17 @@ class Config:
             "kl_coef": 0.0,
             "contrast_coef": 0.0,
             "entropy_coef": 0.0,
+            "unlikelihood_coef": 0.0,
+            "unlikelihood_ngram": 1,
+            "temperature": 0.0,
+            "eval_temperature": 0.0,
         }
         for name, low in at_least.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise UsageError(f"{name} = {value}; give at least {low}")
-        for name in ("temperature", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} = {getattr(self, name)}; give a number above 0")
+        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise UsageError(f"max_grad_norm = {self.max_grad_norm}; give a number above 0")
         for name in ("top_p", "eval_top_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{name} = {getattr(self, name)}; give a share in (0, 1]")
@@ -277,6 +342,25 @@ class Config:
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}"
+            )
+        if self.prefix_tokens and self.prefix_tokens >= self.max_prompt_tokens:
+            raise UsageError(
+                f"prefix_tokens = {self.prefix_tokens} leaves no held-out text within max_prompt_tokens ="
+                f" {self.max_prompt_tokens}"
+            )
+        for temperature, names in (
+            ("temperature", ("initial_samples", "explore_samples")),
+            ("eval_temperature", ("eval_samples",)),
+        ):
+            several = [name for name in names if getattr(self, name) > 1]
+            if getattr(self, temperature) == 0 and several:
+                raise UsageError(
+                    f"{temperature} = 0 is greedy: all {several[0]} = {getattr(self, several[0])} completions"
+                    " of a prompt would be the same; give 1"
+                )
+        if self.quantiles == 1 and self.contrast_coef:
+            raise UsageError(
+                f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"
             )
         if self.seed >= 2**63:
             raise UsageError(f"seed = {self.seed}; give a number below 2**63")
@@ -319,14 +403,17 @@ def parse(arguments: Sequence[str], program: str) -> Config:
     parser = _ConfigParser(Config, prog=program, description=about, formatter_class=_Help)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
     known = {f.name for f in dataclasses.fields(Config)}
-    first, _ = parser.parse_known_args(list(arguments))
+    # Help waits for the second pass, which knows the task and so its defaults.
+    first, _ = parser.parse_known_args([flag for flag in arguments if flag not in ("-h", "--help")])
+    file: dict[str, Any] = {}
     if first.config:
-        parser.set_defaults(**_read_yaml(Path(first.config), known))
+        file = _read_yaml(Path(first.config), known)
     elif first.resume and (saved := _output_folder(first) / "config.yaml").exists():
         own = _read_yaml(saved, known)  # a run goes on as it began; only where it lies now is asked again
-        parser.set_defaults(
-            **{name: value for name, value in own.items() if name not in ("output", "resume")}
-        )
+        file = {name: value for name, value in own.items() if name not in ("output", "resume")}
+    parser.set_defaults(**file)
+    task = parser.parse_known_args([flag for flag in arguments if flag not in ("-h", "--help")])[0].task
+    parser.set_defaults(**(TASK_DEFAULTS.get(task, {}) | file))
     given = vars(parser.parse_args(list(arguments)))
     given.pop("config")
     config = Config(**given)

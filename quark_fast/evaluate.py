@@ -25,8 +25,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt-column", help="column of --prompts; default: the run's own")
     made.add_argument("--reward", help="in any form of training; default: the run's own")
     made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
-    made.add_argument("--samples", type=int, default=5, help="completions a prompt and mode (default: 5)")
-    made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
+    made.add_argument("--samples", type=int, help="completions a prompt and mode; default: the run's own")
+    made.add_argument("--temperature", type=float, help="of the sampling, 0: greedy; default: the run's own")
+    made.add_argument("--top-p", type=float, help="nucleus, share of mass; default: the run's own")
     made.add_argument("--guidance", default=None, help="values of w, comma-separated; default: the run's own")
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
@@ -36,8 +37,16 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Evaluate every mode and print the table."""
+
     from quark_fast.config import numbers
-    from quark_fast.evaluation import HeldOut, describe_evaluation, evaluate, modes, summarise
+    from quark_fast.evaluation import (
+        HeldOut,
+        classify_prompts,
+        describe_evaluation,
+        evaluate,
+        modes,
+        summarise,
+    )
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
     from quark_fast.metrics import Sample
@@ -48,19 +57,30 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.scoring import cached, choose_reward
     from quark_fast.tasks import find_task
 
-    if arguments.samples < 1 or not 0 < arguments.top_p <= 1:
-        raise UsageError("--samples needs at least 1, --top-p a share in (0, 1]")
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UsageError(f"--samples {arguments.samples}: give at least 1")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top-p {arguments.top_p}: give a share in (0, 1]")
     if arguments.json and not Path(arguments.json).parent.is_dir():
         raise UsageError(f"--json {arguments.json}: no such folder")
     quiet_libraries()
     set_threads(arguments.threads)
     finished = open_run(Path(arguments.run))
-    config, policy = finished.config, finished.policy
-    task = find_task(config.task)
+    policy = finished.policy
+    given = {
+        "eval_samples": arguments.samples,
+        "eval_temperature": arguments.temperature,
+        "eval_top_p": arguments.top_p,
+    }
     if arguments.reward:
-        config = dataclasses.replace(config, reward=arguments.reward, scorer_label=arguments.scorer_label)
+        given |= {"reward": arguments.reward}
     elif arguments.scorer_label:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
+    config = dataclasses.replace(finished.config, **{k: v for k, v in given.items() if v is not None})
+    if arguments.reward:  # the run's own label is that of its own classifier
+        config = dataclasses.replace(config, scorer_label=arguments.scorer_label)
+    config.check()
+    task = find_task(config.task, config.target)
     reward = choose_reward(config, task, finished.device)
     trained_on = json.loads((Path(arguments.run) / "evaluation.json").read_text())["scorer"]["name"]
     if not arguments.reward and reward.name != trained_on:
@@ -77,23 +97,42 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     rows = loaded.rows
     reward.check(rows)
     reward = cached(reward, config.reward_cache, Path(arguments.run) / REWARDS)
-    ids = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
+    rows, ids, texts = policy.encode_rows(rows, config.max_prompt_tokens, config.prefix_tokens)
     policy.check_fits(ids, config.max_new_tokens)
     guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
     table = modes(policy.quantiles, guidance)
     sampling = Sampling(
-        config.max_new_tokens, config.min_new_tokens, 1.0, arguments.top_p, config.sample_batch
+        config.max_new_tokens,
+        config.min_new_tokens,
+        config.eval_temperature,
+        config.eval_top_p,
+        config.sample_batch,
     )
-    held_out = HeldOut(rows, ids, arguments.samples)
+    held_out = HeldOut(rows, ids, config.eval_samples, texts)
     with Progress(console=console) as bar:
-        shown = {m.name: bar.add_task(m.name, total=len(rows) * arguments.samples) for m in table}
+        if task.prompt_classes and not all("prompt_class" in row for row in rows):
+            classified = bar.add_task("classes of the prompts", total=len(rows))
+            for i, name in classify_prompts(
+                policy, finished.reference, reward, held_out, sampling, config.seed, config.target
+            ):
+                rows[i] = {**rows[i], "prompt_class": name}
+                bar.advance(classified)
+        shown = {m.name: bar.add_task(m.name, total=len(rows) * config.eval_samples) for m in table}
         samples: dict[str, list[Sample]] = {m.name: [] for m in table}
         for name, part in evaluate(
-            policy, policy.model, finished.reference, reward, held_out, table, sampling, arguments.seed
+            policy,
+            policy.model,
+            finished.reference,
+            reward,
+            held_out,
+            table,
+            sampling,
+            arguments.seed,
+            task.measures,
         ):
             samples[name] += part
             bar.update(shown[name], completed=len(samples[name]))
-    about = describe_evaluation(config.task, reward, policy, sampling, len(rows), arguments.samples)
+    about = describe_evaluation(task, config.target, reward, policy, sampling, held_out)
     about["sampling"]["guidance"] = next(iter(guidance), None)
     evaluation = summarise(samples, table, about)
     console.print(headline(evaluation))

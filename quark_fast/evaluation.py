@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from quark_fast.policy import Policy
 from quark_fast.prompts import Row
 from quark_fast.reward import Reward
 from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.tasks import Task, no_measures
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,29 @@ class Mode:
 
 
 def modes(quantiles: int, guidance: Sequence[float]) -> list[Mode]:
-    """Untouched, best, guided by each w, worst, no token."""
+    """Untouched, best, guided by each w, worst, no token. A single quantile's token is the best one."""
     best = quantiles - 1
     guided = [Mode(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
+    against = [*guided, Mode("worst token", Conditioning(0))] if best else []
     return [
         Mode("untouched", Conditioning(), untouched=True),
         Mode("best token", Conditioning(best)),
-        *guided,
-        Mode("worst token", Conditioning(0)),
+        *against,
         Mode("no token", Conditioning()),
     ]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts to evaluate on: rows (for the reward), token ids, and completions wanted of each."""
+    """Prompts to evaluate on: rows (for the reward), token ids, and completions wanted of each.
+
+    ``texts``, where there are any, are the ids of each prompt's held-out text, the prompt its beginning.
+    """
 
     rows: Sequence[Row]
     ids: Sequence[Sequence[int]]
     samples: int
+    texts: Sequence[Sequence[int]] = ()
 
 
 def evaluate(
@@ -74,6 +80,7 @@ def evaluate(
     table: Sequence[Mode],
     sampling: Sampling,
     seed: int,
+    measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every mode, a batch of prompts at a time.
 
@@ -83,6 +90,7 @@ def evaluate(
         model: the policy's frozen copy.
         reference: the untouched model. It samples for the mode "untouched", and the perplexity of every
             completion is measured under it: prefix and prompt in front, no reward token.
+        measures: the task's own, as ``Task.measures``.
     Yields:
         (name of the mode, its samples on the next few prompts).
     """
@@ -92,7 +100,12 @@ def evaluate(
             policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
         ):
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
-            yield mode.name, _measure(policy, reference, reward, held_out, flat)
+            part = _measure(policy, reference, reward, held_out, flat, measures)
+            if held_out.texts:
+                fits = text_fit(policy, source, [held_out.texts[i] for i in indices], mode.conditioning)
+                of_prompt = dict(zip(indices, fits, strict=True))
+                part = [_with_fit(one, *of_prompt[one.prompt_id]) for one in part]
+            yield mode.name, part
 
 
 def _measure(
@@ -101,6 +114,7 @@ def _measure(
     reward: Reward,
     held_out: HeldOut,
     completions: Sequence[tuple[int, list[int]]],
+    measures: Callable[[Row, Sequence[int], float], dict[str, float]],
 ) -> list[Sample]:
     """Score and perplexity of completions, each with the index of its prompt."""
     texts = [policy.decode(completion) for _, completion in completions]
@@ -116,6 +130,7 @@ def _measure(
             score=None if np.isnan(value) else score(reward, float(value)),
             nll=total,
             tokens=len(completion),
+            measures={} if np.isnan(value) else measures(held_out.rows[i], completion, float(value)),
         )
         for (i, completion), text, value, total in zip(completions, texts, rewards, nll, strict=True)
     ]
@@ -133,10 +148,12 @@ def completion_nll(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     quantile: int | None = None,
-    rows: int = 64,
 ) -> list[float]:
     """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
     totals: list[float] = []
+    if not completions:
+        return totals
+    rows = max(1, 1280 // max(map(len, completions)))  # the logits of so many tokens are held at once
     for start in range(0, len(prompts), rows):
         part = slice(start, start + rows)
         quantiles = [quantile] * len(prompts[part])
@@ -152,6 +169,84 @@ def completion_nll(
         )
         totals += out.nll.sum(-1).tolist()
     return totals
+
+
+def _with_fit(one: Sample, nll: float, correct: int, tokens: int) -> Sample:
+    return dataclasses.replace(one, text_nll=nll, text_correct=correct, text_tokens=tokens)
+
+
+@torch.inference_mode()
+def text_fit(
+    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 8
+) -> list[tuple[float, int, int]]:
+    """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
+
+    Every token but the first, which some models have nothing to predict from, given the conditioning and all
+    tokens before it; guided conditioning mixes its two streams as sampling does.
+    """
+    fits: list[tuple[float, int, int]] = []
+    for start in range(0, len(texts), rows):
+        part = texts[start : start + rows]
+        first, rest = [text[:1] for text in part], [text[1:] for text in part]
+        logp: torch.Tensor | None = None
+        for quantile, weight in conditioning.streams():
+            batch = make_batch(policy, first, rest, [quantile] * len(part), model.device)
+            stream = completion_logits(model, batch)[..., : policy.vocabulary].float().log_softmax(-1)
+            logp = stream * weight if logp is None else logp + stream * weight
+        assert logp is not None  # there is always a stream
+        logp = logp.log_softmax(-1)
+        nll = -logp.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1).masked_fill(~batch.mask, 0).sum(-1)
+        correct = ((logp.argmax(-1) == batch.labels) & batch.mask).sum(-1)
+        fits += zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True)
+    return fits
+
+
+CLASS_SAMPLES = 25
+
+
+def prompt_class(positive: float) -> str:
+    """The class of a prompt by its share of positive completions: negative, neutral or positive."""
+    # The paper's 0, 12 or 13, and 25 of 25 fall into the middle of these. VADER's shares lie closer together.
+    return "negative" if positive <= 0.4 else "positive" if positive >= 0.6 else "neutral"
+
+
+def classify_prompts(
+    policy: Policy,
+    reference: Any,
+    reward: Reward,
+    held_out: HeldOut,
+    sampling: Sampling,
+    seed: int,
+    target: str,
+) -> Iterator[tuple[int, str]]:
+    """Sort prompts as the paper does, by how many of 25 completions of the untouched model are positive.
+
+    The paper keeps the prompts with 0, 12 or 13, and 25 of them (Liu et al., "DExperts", 2021); here each
+    prompt has a class, see ``prompt_class``, and a completion that the reward puts at exactly 0.5 counts
+    half. The samples are not those of the evaluation, whose untouched row would else owe its numbers to the
+    choice. A row with a ``num_positive``, DExperts' own count, is believed.
+
+    Args:
+        sampling: as in the evaluation; if that is greedy, at temperature 1.
+        target: "positive" or "negative", the sentiment whose reward it is.
+    Yields:
+        (index of the prompt, its class), by ``num_positive`` first.
+    """
+    sampling = dataclasses.replace(sampling, temperature=sampling.temperature or 1.0)
+    counted = {i: float(row["num_positive"]) for i, row in enumerate(held_out.rows) if "num_positive" in row}
+    for i, positive in counted.items():
+        yield i, prompt_class(positive / CLASS_SAMPLES)
+    open_ids = [i for i in range(len(held_out.ids)) if i not in counted]
+    prompts = [held_out.ids[i] for i in open_ids]
+    for places, drawn in sample(
+        policy, reference, prompts, Conditioning(), sampling, CLASS_SAMPLES, 1_000_003 * seed + 11
+    ):
+        for place, completions in zip(places, drawn, strict=True):
+            row = held_out.rows[open_ids[place]]
+            rewards = reward([row] * len(completions), [policy.decode(one) for one in completions])
+            having = np.where(rewards == 0.5, 0.5, rewards > 0.5)[~np.isnan(rewards)]
+            share = float(having.mean()) if len(having) else 0.5
+            yield open_ids[place], prompt_class(share if target == "positive" else 1 - share)
 
 
 @dataclass(frozen=True)
@@ -190,15 +285,19 @@ class Probe:
 
 
 def describe_evaluation(
-    task: str, reward: Reward, policy: Policy, sampling: Sampling, prompts: int, samples: int
+    task: Task, target: str, reward: Reward, policy: Policy, sampling: Sampling, held_out: HeldOut
 ) -> dict[str, Any]:
-    """What makes two tables comparable: task, scorer, sampling."""
+    """What makes two tables comparable: task, scorer, sampling; and which metrics its tables show."""
     return {
-        "task": task,
+        "task": task.name,
+        "target": target,
+        "headline": task.headline,
+        "columns": list(task.columns),
+        "more_columns": list(task.more_columns),
         "property": reward.property or "reward",
         "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
-        "prompts": prompts,
-        "samples_per_prompt": samples,
+        "prompts": len(held_out.rows),
+        "samples_per_prompt": held_out.samples,
         "sampling": {
             "top_p": sampling.top_p,
             "temperature": sampling.temperature,

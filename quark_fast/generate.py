@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m quark_fast.generate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
-    made.add_argument("--samples", type=int, default=3, help="completions a prompt (default: 3)")
+    made.add_argument("--samples", type=int, help="completions a prompt (default: 3, greedy 1)")
     made.add_argument(
         "--guidance",
         type=float,
@@ -28,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--quantile", type=int, default=None, help="condition on this quantile; default: best")
     made.add_argument("--max-new-tokens", type=int, default=40, help="length, tokens (default: 40)")
+    made.add_argument(
+        "--temperature", type=float, default=1.0, help="of the sampling, 0: greedy (default: 1)"
+    )
     made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
@@ -44,8 +47,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.report import clean, mask_profanity
     from quark_fast.rollout import Conditioning, Sampling, sample
 
+    if arguments.samples is None:
+        arguments.samples = 3 if arguments.temperature else 1
     if arguments.samples < 1 or arguments.max_new_tokens < 1 or not 0 < arguments.top_p <= 1:
         raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
+    if not (math.isfinite(arguments.temperature) and arguments.temperature >= 0):
+        raise UsageError(f"--temperature {arguments.temperature}: give at least 0, which is greedy")
+    if arguments.temperature == 0 and arguments.samples > 1:
+        raise UsageError(f"--samples {arguments.samples}: greedy ones are all the same; give 1")
     if arguments.guidance is not None and not math.isfinite(arguments.guidance):
         raise UsageError(f"--guidance {arguments.guidance}: give a number, 1 for the best token alone")
     quiet_libraries()
@@ -57,7 +66,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if not 0 <= quantile <= best:
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
     guidance = finished.guidance if arguments.guidance is None else arguments.guidance
-    sampling = Sampling(arguments.max_new_tokens, 1, 1.0, arguments.top_p)
+    sampling = Sampling(arguments.max_new_tokens, 1, arguments.temperature, arguments.top_p)
     prompts = [policy.encode(text, finished.config.max_prompt_tokens) for text in arguments.prompts]
     policy.check_fits(prompts, arguments.max_new_tokens)
 

@@ -10,8 +10,8 @@ Definitions: Lu et al., "Quark", 2022, section 4 (arXiv 2205.13636); Gehman et a
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -61,6 +61,10 @@ class Sample:
             None or NaN where the scorer gave nothing.
         nll: summed over the completion's tokens, in nats, under the frozen reference.
         tokens: how many tokens `nll` sums over.
+        measures: the task's own numbers of the completion; a name that it lacks is not counted.
+        text_nll: -log p of the prompt's held-out text under the model that wrote the completion, nats.
+        text_correct: how many of the text's tokens that model predicted, most probable token first.
+        text_tokens: how many tokens both sum over; 0 without a held-out text.
     """
 
     prompt_id: int
@@ -69,6 +73,10 @@ class Sample:
     score: float | None
     nll: float
     tokens: int
+    measures: Mapping[str, float] = field(default_factory=dict)
+    text_nll: float = 0.0
+    text_correct: int = 0
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -326,7 +334,8 @@ def evaluate_samples(
 
     Returns:
         mean, share, expected_max, probability, unscored, and perplexity (under the frozen
-        reference), dist2 and dist3.
+        reference), dist2 and dist3; the mean of each of the samples' measures; where there are
+        held-out texts, text_perplexity and text_accuracy (next-token) of the model on them.
     Raises:
         ValueError: there is no sample, or one has an infinite score, a nll that is not finite, or
             a negative number of tokens.
@@ -358,7 +367,9 @@ def compare(
             "are compared prompt by prompt, so sample both from the same prompts"
         )
     return {
-        name: _change(before_sums[name], after_sums[name], resamples, seed, level) for name in before_sums
+        name: _change(before_sums[name], after_sums[name], resamples, seed, level)
+        for name in before_sums
+        if name in after_sums
     }
 
 
@@ -384,6 +395,15 @@ def _sample_sums(samples: list[Sample], threshold: float) -> tuple[npt.NDArray[n
     sums["perplexity"] = _Sums(*_sum_by_group(nll, index, tokens), perplexity)
     for n in (2, 3):
         sums[f"dist{n}"] = _Sums(*_mean_sums(distinct_n_by_prompt(completions, n)), mean)
+    for name in dict.fromkeys(name for sample in samples for name in sample.measures):
+        values = np.array([sample.measures.get(name, math.nan) for sample in samples])
+        sums[name] = _Sums(*_sum_by_group(values, index, None), mean)
+    text_tokens = np.array([sample.text_tokens for sample in samples], dtype=np.float64)
+    if text_tokens.any():
+        text_nll = np.array([sample.text_nll for sample in samples], dtype=np.float64)
+        correct = np.array([sample.text_correct for sample in samples], dtype=np.float64)
+        sums["text_perplexity"] = _Sums(*_sum_by_group(text_nll, index, text_tokens), perplexity)
+        sums["text_accuracy"] = _Sums(*_sum_by_group(correct, index, text_tokens), mean)
     return ids.astype(np.int64), sums
 
 

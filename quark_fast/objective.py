@@ -14,11 +14,16 @@ from quark_fast.config import Config
 from quark_fast.ops.contrast import contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import QuarkLoss, quark_loss
+from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
 from quark_fast.policy import Policy, linear_head
+
+# (weights (streams N, T), normalizer) -> the loss of all rows of a batch, with its NLL alone.
+WeightedNll = Callable[[Tensor, float], QuarkLoss]
+NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
 
 
 class Objective:
-    """NLL under each sample's own reward token + KL to the reference - entropy + contrast.
+    """NLL under each sample's own reward token + KL to the reference - entropy + contrast + unlikelihood.
 
     Attributes:
         heads: the heads of policy and reference, applied to a chunk of rows at a time; None where a model
@@ -54,7 +59,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
-        The reference sees no reward token; the contrast is with each sample's mirror token.
+        The reference sees no reward token; the contrast is with each sample's mirror token; the unlikelihood
+        is of repeated n-grams, under both tokens.
 
         Returns:
             (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
@@ -73,12 +79,21 @@ class Objective:
         if self.config.kl_coef:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
         compute = self._from_logits if self.heads is None else self._from_hidden
-        out, contrast = compute(batch, plain, len(streams), tokens, samples)
+        out, contrast, weighted_nll = compute(batch, plain, len(streams), tokens, samples)
+        loss = out.loss
         terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
-        terms["loss"] = float(out.loss.detach())
         if contrast is not None:
             terms["contrast"] = float(contrast.sum()) / samples
-        return out.loss, terms
+        if self.config.unlikelihood_coef:
+            every = tokens * len(streams)
+            repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask)
+            value, surrogate = unlikelihood_loss(lambda weights: weighted_nll(weights, every), repeated)
+            mean = value.sum() / every
+            # The surrogate has the gradient, the value the number.
+            loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
+            terms["unlikelihood"] = float(mean)
+        terms["loss"] = float(loss.detach())
+        return loss, terms
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -91,7 +106,7 @@ class Objective:
 
     def _from_hidden(
         self, batch: Batch, plain: Batch | None, streams: int, tokens: int, samples: int
-    ) -> tuple[QuarkLoss, Tensor | None]:
+    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
         assert self.heads is not None
         head, ref_head = self.heads
         labels, mask = _own(batch, streams)
@@ -100,13 +115,28 @@ class Objective:
             with torch.no_grad():
                 ref_hidden = completion_hidden(self.reference, plain)
             ref_weight, ref_bias = ref_head.weight, ref_head.bias
+
+        def weighted_nll(weights: Tensor, normalizer: float) -> QuarkLoss:
+            with self.autocast():
+                return linear_quark_loss(
+                    hidden,
+                    head.weight,
+                    None,
+                    None,
+                    batch.labels,
+                    weights,
+                    **{**self._options(), **NLL_ALONE},
+                    bias=head.bias,
+                    normalizer=normalizer,
+                )
+
         with self.autocast():
             hidden = completion_hidden(self.policy.model, batch)
             options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": tokens}
             if streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
-                return out, None
-            return linear_contrast_loss(
+                return out, None, weighted_nll
+            return *linear_contrast_loss(
                 torch.unflatten(hidden, 0, (streams, -1)),
                 head.weight,
                 ref_hidden,
@@ -116,15 +146,20 @@ class Objective:
                 contrast_coef=self.config.contrast_coef,
                 samples=samples,
                 **options,
-            )
+            ), weighted_nll
 
     def _from_logits(
         self, batch: Batch, plain: Batch | None, streams: int, tokens: int, samples: int
-    ) -> tuple[QuarkLoss, Tensor | None]:
+    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
         labels, mask = _own(batch, streams)
         with self.autocast():
-            logits = completion_logits(self.policy.model, batch)
-        logits = torch.unflatten(logits, 0, (streams, -1))
+            every = completion_logits(self.policy.model, batch)
+        logits = torch.unflatten(every, 0, (streams, -1))
+
+        def weighted_nll(weights: Tensor, normalizer: float) -> QuarkLoss:
+            options = {**self._options(), **NLL_ALONE, "normalizer": normalizer}
+            return quark_loss(every, None, batch.labels, weights, **options)
+
         ref_logits = None
         if plain is not None:
             with torch.no_grad():
@@ -135,11 +170,12 @@ class Objective:
             labels,
             mask,
             **self._options(),
-            inplace=streams == 1,  # the contrast reads the logits, too
+            # The contrast and the unlikelihood read the logits, too.
+            inplace=streams == 1 and not self.config.unlikelihood_coef,
             normalizer=tokens,
         )
         if streams == 1:
-            return out, None
+            return out, None, weighted_nll
         value, surrogate = contrast_loss(
             logits,
             labels,
@@ -150,10 +186,18 @@ class Objective:
         )
         # The surrogate has the gradient, the value the number.
         term = surrogate + (value.sum() / samples - surrogate).detach()
-        return out._replace(loss=out.loss + self.config.contrast_coef * term), value
+        return out._replace(loss=out.loss + self.config.contrast_coef * term), value, weighted_nll
 
 
 def _own(batch: Batch, streams: int) -> tuple[Tensor, Tensor]:
     """Labels and mask of one stream; the others have the same."""
     count = len(batch.labels) // streams
     return batch.labels[:count], batch.mask[:count]
+
+
+def _repeated(completions: Sequence[Sequence[int]], n: int, mask: Tensor) -> Tensor:
+    """(streams N, T) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion."""
+    found = torch.zeros_like(mask[: len(completions)], device="cpu")
+    for row, completion in zip(found, completions, strict=True):
+        row[: len(completion)] = torch.tensor(repeated_ngrams(completion, n))
+    return found.repeat(len(mask) // len(completions), 1).to(mask.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quark_fast.config import UsageError
+from quark_fast.prompts import Row
 
 SEPARATOR = "<|endoftext|>"
 FAST_ATTENTION = "quark_grouped"  # registered by quark_fast.rollout
@@ -130,7 +131,7 @@ class Policy:
         quantiles = 0
         while reward_token(quantiles) in tokenizer.get_vocab():
             quantiles += 1
-        if quantiles < 2:
+        if quantiles < 1:
             raise UsageError(f"{folder} holds no reward tokens; give the folder of a finished run")
         policy = cls(model, tokenizer, quantiles, prefix="")
         # The exported tokenizer puts prefix + best reward token in front by itself.
@@ -145,6 +146,35 @@ class Policy:
     def encode(self, prompt: str, max_tokens: int) -> list[int]:
         """A prompt's ids without any prefix; the last ``max_tokens`` of them."""
         return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)[-max_tokens:]
+
+    def encode_rows(
+        self, rows: Sequence[Row], max_tokens: int, prefix_tokens: int
+    ) -> tuple[list[Row], list[list[int]], list[list[int]]]:
+        """The rows with what is asked of the model, that as ids, and the ids of the rows' held-out texts.
+
+        With ``prefix_tokens`` a row's text is held-out text, cut behind its first ``max_tokens`` tokens, and
+        its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
+        text is the prompt, and there are no held-out texts. A cut row keeps its whole text under ``text``.
+
+        Raises:
+            UsageError: no row is long enough.
+        """
+        if prefix_tokens == 0:
+            return list(rows), [self.encode(row["prompt"], max_tokens) for row in rows], []
+        every = [self.tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
+        kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
+        if not kept:
+            raise UsageError(
+                f"none of {len(rows)} texts has more than prefix_tokens = {prefix_tokens} tokens; give longer"
+                " texts, or another prefix_tokens"
+            )
+        texts = [list(every[i])[:max_tokens] for i in kept]
+        prompts = [ids[:prefix_tokens] for ids in texts]
+        asked = [
+            {**rows[i], "prompt": self.decode(ids), "text": rows[i]["prompt"]}
+            for i, ids in zip(kept, prompts, strict=True)
+        ]
+        return asked, prompts, texts
 
     def check_fits(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise UsageError for a prompt too long for the model's positions, or empty with no prefix."""

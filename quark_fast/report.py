@@ -262,7 +262,7 @@ def pick_examples(
 
 @dataclass(frozen=True)
 class Column:
-    """One metric as the tables show it; `{property}` and `{threshold}` are filled in."""
+    """One metric as the tables show it; `{property}`, `{target}` and `{threshold}` are filled in."""
 
     key: str
     title: str
@@ -271,7 +271,53 @@ class Column:
     meaning: str
 
 
+# Every metric that a table may show; which ones it does, the task decides.
 COLUMNS = (
+    Column(
+        "target",
+        "share {target}",
+        "{target}",
+        "percent",
+        "Completions with a reward above 0.5: those that the scorer calls {target}.",
+    ),
+    Column(
+        "target_negative",
+        "{target} on negative prompts",
+        "on neg.",
+        "percent",
+        "The same over prompts that the untouched model mostly continues with negative text.",
+    ),
+    Column(
+        "target_neutral",
+        "{target} on neutral prompts",
+        "on neutr.",
+        "percent",
+        "The same over prompts that it continues with positive and negative text alike.",
+    ),
+    Column(
+        "target_positive",
+        "{target} on positive prompts",
+        "on pos.",
+        "percent",
+        "The same over prompts that it mostly continues with positive text.",
+    ),
+    Column(
+        "rep4",
+        "repeated 4-grams",
+        "rep-4",
+        "percent",
+        "rep-4: 4-grams of a completion's tokens that it held before.",
+    ),
+    Column("rep3", "repeated 3-grams", "rep-3", "percent", "rep-3: the same with 3-grams."),
+    Column("rep2", "repeated 2-grams", "rep-2", "percent", "rep-2: the same with 2-grams."),
+    Column(
+        "diversity",
+        "diversity",
+        "divers.",
+        "2 digits",
+        "The product of 1 − rep-n over n = 2, 3, 4: 1 repeats nothing.",
+    ),
+    Column("distinct", "different tokens", "distinct", "1 digit", "Different tokens of a completion."),
     Column(
         "mean",
         "mean {property}",
@@ -308,10 +354,52 @@ COLUMNS = (
         "exp of the mean negative log-likelihood per token under the frozen reference model: "
         "how odd the original model finds the text.",
     ),
+    Column(
+        "text_perplexity",
+        "perplexity of text",
+        "text ppl",
+        "1 digit",
+        "The model's own perplexity on held-out text, with the same token in front.",
+    ),
+    Column(
+        "text_accuracy",
+        "accuracy on text",
+        "accuracy",
+        "percent",
+        "Tokens of held-out text that the model's most probable next token gets right.",
+    ),
     Column("dist2", "dist-2", "dist-2", "2 digits", "Distinct word pairs per word of a prompt."),
     Column("dist3", "dist-3", "dist-3", "2 digits", "Distinct word triples per word of a prompt."),
 )
-_TERMINAL_COLUMNS = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
+
+
+def _columns(evaluation: Row, more: bool = True) -> list[Column]:
+    """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
+    keys = [_headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
+    if more:
+        keys += evaluation.get("more_columns", ["probability"])
+    known = [column for column in COLUMNS if column.key in keys]
+    return sorted(known, key=lambda column: column.key != keys[0])
+
+
+def _main_columns(evaluation: Row) -> list[Column]:
+    """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
+    keys = {column.key for column in _columns(evaluation)}
+    fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
+    variety = "diversity" if "diversity" in keys else "dist3"
+    return [_column(key) for key in (_headline_key(evaluation), fluency, variety)]
+
+
+def _headline_key(evaluation: Row) -> str:
+    return str(evaluation.get("headline", "mean"))
+
+
+def _column(key: str) -> Column:
+    return next(column for column in COLUMNS if column.key == key)
+
+
+# What an evaluation without a choice of its own shows.
+_TOXICITY_COLUMNS = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
 
 
 def _format(value: float, style: str) -> str:
@@ -379,6 +467,7 @@ def _fill(text: str, evaluation: Row) -> str:
     threshold = _number(evaluation, "threshold")
     return text.format(
         property=clean(str(evaluation.get("property", "score"))),
+        target=clean(str(evaluation.get("target", "positive"))),
         threshold=f"{0.5 if math.isnan(threshold) else threshold:g}".replace("0.", "."),
     )
 
@@ -425,10 +514,11 @@ def headline(evaluation: Row) -> str:
     row, before = main_row(evaluation), _first(evaluation, "untouched")
     if row is None or before is None:
         return ""
-    change = _change(row, "mean")
-    old, new = _interval(before, "mean").value, _interval(row, "mean").value
-    values = f"from {_format(old, '3 digits')} to {_format(new, '3 digits')}"
-    subject = _fill("mean {property}", evaluation).capitalize()
+    column = _column(_headline_key(evaluation))
+    change = _change(row, column.key)
+    old, new = (_format(_interval(one, column.key).value, column.style) for one in (before, row))
+    values = f"from {old} to {new}"
+    subject = _fill(column.title, evaluation).capitalize()
     bounds = f"{_level(evaluation)} interval {_format_change_bounds(change)}%"
     if not math.isfinite(change.relative_low):
         return f"With {_how(row)}, {subject.lower()} went {values}."
@@ -464,15 +554,16 @@ def results_table(evaluation: Row) -> Table:
     table.title_justify = table.caption_justify = "left"
     table.caption = Text(
         f"Below each number: {_level(evaluation)} bootstrap interval over prompts. "
-        "Change: of the mean, relative to the untouched model, in percent; bold where its "
+        "Change: of the first metric, relative to the untouched model, in percent; bold where its "
         f"interval leaves 0 out.{_unscored(evaluation)}",
         style="dim",
     )
-    shown = [column for column in COLUMNS if column.key in _TERMINAL_COLUMNS]
+    shown = _columns(evaluation, more=False)
+    main = shown[0].key
     table.add_column("sampling", no_wrap=True)
     for column in shown:
         table.add_column(_fill(column.short, evaluation), justify="right", no_wrap=True)
-        if column.key == "mean":
+        if column.key == main:
             table.add_column("change", justify="right", no_wrap=True)
     for row in _rows(evaluation):
         cells: list[Text] = [Text(_name(row), style=_TERMINAL_COLOURS[_mode(_name(row))])]
@@ -484,8 +575,8 @@ def results_table(evaluation: Row) -> Table:
                     _format_bounds(number.low, number.high, column.style),
                 )
             )
-            if column.key == "mean":
-                change = _change(row, "mean")
+            if column.key == main:
+                change = _change(row, main)
                 cells.append(
                     _two_lines(
                         _format_change(change.relative) if row.get("change") else "",
@@ -517,17 +608,20 @@ def _unscored(evaluation: Row) -> str:
 
 def markdown_table(evaluation: Row) -> str:
     """The results as a Markdown table, "value [low, high]" in each cell."""
-    titles = ["sampling", "change of the mean", *(_fill(c.title, evaluation) for c in COLUMNS)]
+    shown = _columns(evaluation)
+    main = shown[0].key
+    of_the = "the mean" if main == "mean" else _fill(shown[0].title, evaluation)
+    titles = ["sampling", f"change of {of_the}", *(_fill(c.title, evaluation) for c in shown)]
     titles[1], titles[2] = titles[2], titles[1]
     lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for row in _rows(evaluation):
         cells = []
-        for column in COLUMNS:
+        for column in shown:
             number = _interval(row, column.key)
             bounds = _format_bounds(number.low, number.high, column.style)
             value = _format(number.value, column.style)
             cells.append(f"{value} [{bounds}]" if bounds else value)
-        change = _change(row, "mean")
+        change = _change(row, main)
         cells.insert(1, _format_change(change.relative) if row.get("change") else "")
         if bounds := _format_change_bounds(change):
             cells[1] += f" [{bounds}]"
@@ -743,9 +837,9 @@ def _round_ticks(axes: "Axes", rounds: Array) -> None:
 
 
 def _plot_samplings(run: Run, palette: _Palette) -> str:
-    """Mean score, perplexity and dist-3 of each sampling with intervals, side by side."""
+    """The first metric, perplexity and variety of each sampling with intervals, side by side."""
     rows = _rows(run.evaluation)
-    shown = [column for column in COLUMNS if column.key in ("mean", "perplexity", "dist3")]
+    shown = _main_columns(run.evaluation)
     before = _first(run.evaluation, "untouched")
 
     def draw(panels: Sequence["Axes"]) -> None:
@@ -772,7 +866,8 @@ def _plot_samplings(run: Run, palette: _Palette) -> str:
 
     if not rows:
         return ""
-    label = "Mean score, perplexity and dist-3 of each way of sampling, with intervals"
+    names = [_fill(column.title, run.evaluation) for column in shown]
+    label = f"{', '.join(names)} of each way of sampling, with intervals"
     size = (9.6, 0.9 + 0.3 * len(rows))
     return _plot("samplings", label, palette, draw, size, (1, len(shown)), share_y=True)
 
@@ -781,7 +876,7 @@ def _plot_guidance(run: Run, palette: _Palette, metric: str) -> str:
     """The metric over the guidance w; w = 0 is the worst token, w = 1 the best token alone."""
     rows = [row for row in _rows(run.evaluation) if math.isfinite(_number(row, "guidance"))]
     rows.sort(key=lambda row: _number(row, "guidance"))
-    column = next(column for column in COLUMNS if column.key == metric)
+    column = _column(metric)
     before = _first(run.evaluation, "untouched")
 
     def draw(panels: Sequence["Axes"]) -> None:
@@ -927,6 +1022,7 @@ _STEP_PANELS = (
     ("nll", "nll, nats per token"),
     ("kl", "KL to the reference, nats per token"),
     ("entropy", "entropy, nats per token"),
+    ("unlikelihood", "unlikelihood, nats per token"),
     ("grad_norm", "gradient norm"),
     ("tokens_per_s", "tokens per second"),
 )
@@ -1104,13 +1200,12 @@ def _html_tiles(evaluation: Row) -> str:
     before = _first(evaluation, "untouched")
     if main is None or before is None:
         return ""
-    titles = {column.key: column for column in COLUMNS}
-    wanted = [(main, "mean"), (main, "perplexity"), (main, "dist3")]
+    wanted = [(main, column) for column in _main_columns(evaluation)]
     if best is not None and best is not main:
-        wanted.insert(1, (best, "mean"))
+        wanted.insert(1, (best, wanted[0][1]))
     tiles = []
-    for row, key in wanted:
-        column, change = titles[key], _change(row, key)
+    for row, column in wanted:
+        key, change = column.key, _change(row, column.key)
         old, new = _interval(before, key).value, _interval(row, key).value
         bounds = _format_change_bounds(change)
         tiles.append(
@@ -1127,7 +1222,8 @@ def _html_results(run: Run, palette: _Palette) -> str:
     evaluation = run.evaluation
     if not _rows(evaluation):
         return ""
-    level, mean = _level(evaluation), _safe(_fill("mean {property}", evaluation))
+    level, (first, fluency, *_) = _level(evaluation), _main_columns(evaluation)
+    first_title, fluency_title = (_safe(_fill(column.title, evaluation)) for column in (first, fluency))
     property_name = _safe(_fill("{property}", evaluation))
     return _section(
         "results",
@@ -1141,14 +1237,14 @@ def _html_results(run: Run, palette: _Palette) -> str:
                 wide=True,
             ),
             _html_plot(
-                f"The guidance dial: {mean}",
-                _plot_guidance(run, palette, "mean"),
+                f"The guidance dial: {first_title}",
+                _plot_guidance(run, palette, first.key),
                 f"log p = log p(worst) + w (log p(best) − log p(worst)). Bars and band: {level} intervals.",
             ),
             _html_plot(
-                "The guidance dial: perplexity",
-                _plot_guidance(run, palette, "perplexity"),
-                "What the same dial costs: perplexity under the frozen reference.",
+                f"The guidance dial: {fluency_title}",
+                _plot_guidance(run, palette, fluency.key),
+                f"What the same dial costs: {_safe(_fill(fluency.meaning, evaluation))}",
             ),
             _html_plot(
                 f"Where the {property_name} sits",
@@ -1165,11 +1261,12 @@ def _html_results(run: Run, palette: _Palette) -> str:
 
 
 def _html_table(evaluation: Row) -> str:
-    head = "".join(f"<th>{_safe(_fill(c.title, evaluation))}</th>" for c in COLUMNS)
+    shown = _columns(evaluation)
+    head = "".join(f"<th>{_safe(_fill(c.title, evaluation))}</th>" for c in shown)
     body = []
     for row in _rows(evaluation):
         cells = []
-        for column in COLUMNS:
+        for column in shown:
             number, change = _interval(row, column.key), _change(row, column.key)
             lines = [
                 f"<b>{_format(number.value, column.style)}</b>",
@@ -1184,7 +1281,7 @@ def _html_table(evaluation: Row) -> str:
     meanings = "".join(
         f"<dt>{_safe(_fill(column.title, evaluation))}</dt>"
         f"<dd>{_safe(_fill(column.meaning, evaluation))}</dd>"
-        for column in COLUMNS
+        for column in shown
     )
     return (
         f'<div class="scroll"><table><thead><tr><th>sampling</th>{head}</tr></thead>'

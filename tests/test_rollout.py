@@ -143,7 +143,60 @@ def test_guidance_by_hand(stub: Callable[..., Any]) -> None:
     assert_drawn_from(counts, torch.tensor([0.6, 0.9, 1 / 30]))
 
 
+def test_greedy_takes_the_most_probable_token_each_time_whatever_the_seed(stub: Callable[..., Any]) -> None:
+    def chain(last: int, quantile: int | None) -> Tensor:
+        # The worst token counts upwards, the best downwards; the rest of the mass is close behind.
+        probs = torch.full((VOCABULARY,), 0.5 / VOCABULARY)
+        probs[(last + (1 if quantile == 0 else -1)) % WORDS] += 0.5
+        return probs
+
+    policy, model = stub(chain)
+    greedy = Sampling(5, 0, temperature=0.0, top_p=0.1)
+    for seed in range(3):
+        assert run(policy, model, [[5], [7]], Conditioning(0), greedy, 1, seed) == [
+            [[6, 7, 8, 9, 10]],
+            [[8, 9, 10, 11, 12]],
+        ]
+        assert run(policy, model, [[5]], Conditioning(1), greedy, 1, seed) == [[[4, 3, 2, 1, 0]]]
+
+
+def test_greedy_blocks_the_end_of_text_and_mixes_guided_streams(stub: Callable[..., Any]) -> None:
+    shares = {"best": [0.6, 0.3, 0.1], "worst": [0.6, 0.1, 0.3]}
+    policy, model = stub(shares)
+    greedy = Sampling(1, 0, temperature=0.0)
+    assert run(policy, model, [[5]], Conditioning(1, 0, 2.0), greedy, 1, 0) == [[[1]]]
+    assert run(policy, model, [[5]], Conditioning(1, 0, -2.0), greedy, 1, 0) == [[[2]]]
+
+    def ends(last: int, quantile: int | None) -> Tensor:
+        probs = torch.zeros(VOCABULARY)
+        probs[STOP], probs[3] = 0.9, 0.1
+        return probs
+
+    policy, model = stub(ends)
+    assert run(policy, model, [[5]], Conditioning(1), Sampling(4, 2, 0.0), 1, 0) == [[[3, 3, STOP]]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_completions_are_those_of_transformers_generate(tiny_model: Make, architecture: str) -> None:
+    policy = lively_policy(tiny_model(architecture))
+    found = run(policy, policy.model, PROMPTS, Conditioning(2), Sampling(30, 30, temperature=0.0), 1, 0)
+    for prompt, (ours,) in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([policy.conditioned(prompt, 2)])
+        theirs = policy.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            min_new_tokens=30,
+            do_sample=False,
+            eos_token_id=policy.stop_ids,
+            pad_token_id=0,
+            suppress_tokens=list(range(policy.vocabulary, policy.model.get_output_embeddings().out_features)),
+        )
+        assert ours == theirs[0, ids.shape[1] :].tolist()
+
+
 def test_guidance_of_one_reads_one_stream() -> None:
+    assert Conditioning(0, 0, 3.0).streams() == [(0, 1.0)], "a single quantile is its own opposite"
     assert Conditioning(2, 0, 1.0).streams() == [(2, 1.0)]
     assert Conditioning(2, None, 5.0).streams() == [(2, 1.0)]
     assert Conditioning(2, 0, 3.0).streams() == [(2, 3.0), (0, -2.0)]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import sharpen
 
 from quark_fast.config import Config, UsageError
 from quark_fast.trainer import Interrupted, Progress, Trainer
@@ -242,12 +244,65 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
     losses = []
     for size in (32, 5):
         config = small(
-            tmp_path / f"micro-{size}", model, rounds=1, steps=3, micro_batch=size, entropy_coef=0.1
+            tmp_path / f"micro-{size}",
+            model,
+            rounds=1,
+            steps=3,
+            micro_batch=size,
+            entropy_coef=0.1,
+            unlikelihood_coef=1.0,
+            unlikelihood_ngram=1,
         )
         folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2]).train()
         steps = rows(folder / "metrics.jsonl", kind="step")
-        losses.append([row[name] for row in steps for name in ("loss", "grad_norm")])
+        losses.append([row[name] for row in steps for name in ("loss", "grad_norm", "unlikelihood")])
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # float32 sums in another order, three Adam steps
+
+
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_unlikelihood_adds_the_gradient_of_its_formula_under_every_token_of_the_step(
+    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float
+) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    # Repeated 2-grams stand at places 2-3 of the first and 2-4 of the second; the third has none.
+    completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3]]
+    repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5)}
+    quantiles, tokens = [0, 2, 2], 13
+    model = tiny_model()
+    found = []
+    for name, coefficient in (("without", 0.0), ("with", 3.0)):
+        config = small(
+            tmp_path / name,
+            model,
+            contrast_coef=contrast,
+            unlikelihood_coef=coefficient,
+            unlikelihood_ngram=2,
+        )
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
+        sharpen(trainer.policy.model)
+        terms = trainer._backward(prompts, completions, quantiles, tokens, 3)
+        found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
+
+    policy = trainer.policy
+    policy.model.zero_grad()
+    total = torch.zeros(())
+    streams = [quantiles] + ([[2 - k for k in quantiles]] if contrast else [])
+    for stream in streams:
+        for i, (prompt, completion, k) in enumerate(zip(prompts, completions, stream, strict=True)):
+            context = policy.conditioned(prompt, k)
+            logits = policy.model(torch.tensor([context + completion])).logits[0, :, : policy.vocabulary]
+            for t, token in enumerate(completion):
+                if (i, t) in repeated:
+                    total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
+    total = total / (tokens * len(streams))
+    (3.0 * total).backward()
+    assert terms["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
+    for name, parameter in policy.model.named_parameters():
+        added = found[1][name] - found[0][name]
+        assert parameter.grad is not None
+        scale = max(float(g.abs().max()) for g in (found[0][name], parameter.grad))
+        torch.testing.assert_close(added, parameter.grad, rtol=1e-3, atol=1e-4 * scale)
+    assert any(p.grad.abs().max() > 1e-3 for p in policy.model.parameters())
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])

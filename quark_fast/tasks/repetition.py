@@ -1,0 +1,67 @@
+"""Repetition: what greedy decoding falls into, measured as the paper measures it.
+
+A prompt is the first 32 tokens of a text, the completion 128 tokens of greedy decoding with the end of text
+blocked: text that stops early repeats nothing. The held-out texts themselves, by the model's perplexity and
+next-token accuracy on them, tell what the cure cost. Training samples are drawn at a temperature between
+greedy decoding, whose completions are nearly all bad, and plain sampling, whose are nearly all good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quark_fast import assets
+from quark_fast.metrics import diversity, repetition
+from quark_fast.prompts import Row, split
+from quark_fast.reward import Reward
+from quark_fast.tasks import Task
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def repetition_reward() -> Reward:
+    """Reward = diversity of the completion, the product over n = 2, 3, 4 of (1 - rep-n), in [0, 1].
+
+    rep-n is the share of n-grams that stand in the completion before (Welleck et al. 2020). Here they are of
+    words and punctuation marks, so that texts of any tokenizer compare; fewer than four of them score None.
+    """
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+        values = [diversity(_WORD.findall(text)) for text in completions]
+        return [None if math.isnan(value) else value for value in values]
+
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return Reward(reward, "diversity", "1", source, property="repetition")
+
+
+HELD_OUT = 128
+TRAINING = 640  # of 1,290; the default steps draw the extremes of so many
+
+
+def embedded_prompts() -> tuple[list[Row], list[Row]]:
+    """Passages of novels as (train, held out), a fixed split; their beginnings are the prompts."""
+    train, held_out = split([{"prompt": text} for text in assets.book_passages()], HELD_OUT)
+    return train[:TRAINING], held_out
+
+
+def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, float]:
+    """rep-n as shares, diversity and the number of different tokens, of the completion's tokens."""
+    found = {f"rep{n}": repetition(completion, n) / 100 for n in (2, 3, 4)}
+    return {**found, "diversity": diversity(completion), "distinct": float(len(set(completion)))}
+
+
+TASK = Task(
+    name="repetition",
+    prompts=embedded_prompts,
+    reward=repetition_reward,
+    words=(" again again again", " repeated", " ordinary", " varied", " new fresh different"),
+    measures=measures,
+    headline="rep4",
+    columns=("rep4", "diversity", "distinct", "text_perplexity", "text_accuracy"),
+    more_columns=("rep2", "rep3", "perplexity"),
+)

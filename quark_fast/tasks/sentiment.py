@@ -1,0 +1,73 @@
+"""Sentiment: steer to positive or negative text, judged by VADER.
+
+VADER (Hutto and Gilbert, ICWSM 2014) is a lexicon of 7,500 words with rules for negation, degree and
+punctuation. It runs anywhere, never changes, and reads nothing between the lines: a third or more of short
+completions hold none of its words and score exactly 0. Such ties share a quantile (``ties="same"``), and
+count as neither positive nor negative. A trained classifier is the better judge where one can be had; the
+measures below take a reward above 0.5 for a completion of the sentiment wanted, whoever gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quark_fast import assets
+from quark_fast.prompts import Row, split
+from quark_fast.reward import Reward
+from quark_fast.tasks import Task
+
+
+def sentiment_reward(target: str) -> Reward:
+    """Reward = (1 + s * compound) / 2 in [0, 1], VADER's compound of the completion alone.
+
+    s is 1 for the target "positive" and -1 for "negative"; 0.5 is a completion without sentiment. A blank
+    completion scores None.
+    """
+    polarity = assets.vader().SentimentIntensityAnalyzer().polarity_scores
+    sign = 1 if target == "positive" else -1
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+        return [(1 + sign * polarity(text)["compound"]) / 2 if text.strip() else None for text in completions]
+
+    unwanted = "negativity" if target == "positive" else "positivity"
+    wheel = assets.VADER
+    return Reward(reward, "vader", f"{wheel.project} {wheel.version}", wheel.sha256, property=unwanted)
+
+
+OPENING = 8  # words of a passage that make a prompt, about as long as those of RealToxicityPrompts
+OPENINGS = 600
+HELD_OUT = 200
+
+
+def embedded_prompts() -> tuple[list[Row], list[Row]]:
+    """Openings of book passages and RealToxicityPrompts as (train, held out), a fixed split.
+
+    The former lead anywhere, the latter often to negative text: the paper's classes of prompts need both.
+    """
+    openings = dict.fromkeys(" ".join(text.split()[:OPENING]) for text in assets.book_passages())
+    _, books = split([{"prompt": text, "source": "book"} for text in openings], OPENINGS)
+    toxic = [{"prompt": text, "source": "realtoxicityprompts"} for _, text in assets.toxicity_prompts()]
+    return split([*books, *toxic], HELD_OUT)
+
+
+def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, float]:
+    """Whether the completion has the sentiment wanted: among all, and among those of its prompt's class."""
+    has_it = float(reward > 0.5)
+    return {"target": has_it, f"target_{row['prompt_class']}": has_it}
+
+
+def task(target: str) -> Task:
+    """The task of steering to the sentiment "positive" or "negative"."""
+    words = [" terrible sad hateful", " bad", " ordinary", " good", " wonderful happy love"]
+    return Task(
+        name="sentiment",
+        prompts=embedded_prompts,
+        reward=lambda: sentiment_reward(target),
+        words=words if target == "positive" else words[::-1],
+        measures=measures,
+        headline="target",
+        columns=("target", "target_negative", "target_neutral", "target_positive", "perplexity"),
+        more_columns=("mean", "dist2", "dist3"),
+        prompt_classes=True,
+    )

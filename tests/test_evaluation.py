@@ -1,0 +1,156 @@
+"""The evaluation's own measures against plain forwards, and the classes of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sharpen
+
+from quark_fast.evaluation import (
+    CLASS_SAMPLES,
+    HeldOut,
+    classify_prompts,
+    completion_nll,
+    evaluate,
+    modes,
+    prompt_class,
+    text_fit,
+)
+from quark_fast.policy import Policy
+from quark_fast.prompts import Row
+from quark_fast.reward import describe
+from quark_fast.rollout import Conditioning, Sampling
+
+Make = Callable[..., Path]
+TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7, 8], [2, 7, 1, 8, 2], [9, 9, 9]]
+GREEDY = Sampling(4, 0, temperature=0.0, rows=3)
+
+
+@pytest.fixture
+def policy(tiny_model: Make) -> Policy:
+    made = Policy.create(tiny_model("llama", padded_vocabulary=10), quantiles=3)
+    made.model.eval()
+    sharpen(made.model)
+    return made
+
+
+@torch.no_grad()
+def by_hand(policy: Policy, text: list[int], conditioning: Conditioning) -> tuple[float, int, int]:
+    """One token at a time, nothing batched or padded, in float64 after the model."""
+    nll, correct = 0.0, 0
+    for place in range(1, len(text)):
+        mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
+        for quantile, weight in conditioning.streams():
+            ids = torch.tensor([policy.conditioned(text[:place], quantile)])
+            logits = policy.model(ids).logits[0, -1, : policy.vocabulary].double()
+            mixed += weight * logits.log_softmax(-1)
+        logp = mixed.log_softmax(-1)
+        nll -= float(logp[text[place]])
+        correct += int(logp.argmax()) == text[place]
+    return nll, correct, len(text) - 1
+
+
+@pytest.mark.parametrize(
+    "conditioning", [Conditioning(), Conditioning(2), Conditioning(2, 0, 2.0)], ids=["plain", "best", "w=2"]
+)
+def test_text_fit_is_that_of_one_forward_a_token(policy: Policy, conditioning: Conditioning) -> None:
+    expected = [by_hand(policy, text, conditioning) for text in TEXTS]
+    # A token that the model does get right, so that counting none would be seen.
+    greedy = [by_hand(policy, [7, token], conditioning)[1] for token in range(policy.vocabulary)]
+    right = [7, greedy.index(1)]
+    found = text_fit(policy, policy.model, [*TEXTS, right], conditioning, rows=2)
+    for (nll, correct, tokens), (a, b, c) in zip(found, expected, strict=False):
+        assert nll == pytest.approx(a, rel=1e-4)  # float32 logits up to 10
+        assert (correct, tokens) == (b, c)
+    assert found[-1][1:] == (1, 1)
+
+
+def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: Policy) -> None:
+    rows: list[Row] = [{"prompt": f"w{text[0]}", "place": i} for i, text in enumerate(TEXTS)]
+    held_out = HeldOut(rows, [text[:1] for text in TEXTS], 1, TEXTS)
+    reward = describe(lambda prompts, completions, **columns: [None, 0.25, 0.5, 0.75], "four")
+
+    def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
+        return {"place": row["place"], "length": len(completion), "reward": reward}
+
+    table = modes(policy.quantiles, [2.0])
+    sampling = Sampling(4, 4, temperature=0.0, rows=4)
+    seen = list(evaluate(policy, policy.model, policy.model, reward, held_out, table, sampling, 0, measures))
+    assert [name for name, _ in seen] == [mode.name for mode in table]
+    for mode, (_, samples) in zip(table, seen, strict=True):
+        for one in samples:
+            nll, correct, tokens = by_hand(policy, TEXTS[one.prompt_id], mode.conditioning)
+            assert one.text_nll == pytest.approx(nll, rel=1e-4)
+            assert (one.text_correct, one.text_tokens) == (correct, tokens)
+            # An unscored completion has no measures.
+            expected = {"place": one.prompt_id, "length": 4, "reward": one.score}
+            assert one.measures == ({} if one.score is None else expected)
+        assert sum(one.score is None for one in samples) == 1
+
+
+def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
+    assert [mode.name for mode in modes(1, [1.5])] == ["untouched", "best token", "no token"]
+    assert modes(1, [])[1].conditioning == Conditioning(0)
+
+
+def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:
+    completions = [[5] * 40, [1, 2], [3] * 17, [4]] * 20
+    prompts = [[i % 50] for i in range(len(completions))]
+    together = completion_nll(policy, policy.model, prompts, completions, 1)
+    alone = [
+        completion_nll(policy, policy.model, [p], [c], 1)[0]
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert completion_nll(policy, policy.model, [], []) == []
+
+
+# --- classes of prompts ---------------------------------------------------------------------------
+
+
+def test_classes_hold_the_papers_counts_of_25() -> None:
+    assert prompt_class(0 / 25) == "negative" and prompt_class(25 / 25) == "positive"
+    assert prompt_class(12 / 25) == prompt_class(13 / 25) == "neutral"
+    assert [prompt_class(x) for x in (0.4, 0.41, 0.59, 0.6)] == ["negative", "neutral", "neutral", "positive"]
+
+
+@pytest.mark.parametrize("target", ["positive", "negative"])
+def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_half(
+    policy: Policy, target: str
+) -> None:
+    # (positive, tied, unscored) of each prompt's 25 completions; the others are negative.
+    wanted = {
+        "w0": ((8, 4, 0), "negative"),  # 10 / 25
+        "w1": ((8, 5, 0), "neutral"),  # 10.5 / 25
+        "w2": ((15, 0, 0), "positive"),
+        "w3": ((12, 5, 0), "neutral"),  # 14.5 / 25
+        "w4": ((6, 0, 15), "positive"),  # 6 / 10: the unscored are left out
+        "w5": ((0, 0, 25), "neutral"),
+        "w6": ((0, 25, 0), "neutral"),
+    }
+    calls = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+        assert len(set(prompts)) == 1 and len(completions) == CLASS_SAMPLES
+        calls.append(len(set(completions)))
+        positive, tied, unscored = wanted[prompts[0]][0]
+        high, low = (0.9, 0.1) if target == "positive" else (0.1, 0.9)
+        rest = CLASS_SAMPLES - positive - tied - unscored
+        return [*[high] * positive, *[0.5] * tied, *[None] * unscored, *[low] * rest]
+
+    rows: list[Row] = [{"prompt": name} for name in wanted]
+    held_out = HeldOut(rows, [[i] for i in range(len(rows))], 1)
+    found = dict(classify_prompts(policy, policy.model, describe(reward), held_out, GREEDY, 0, target))
+    assert found == {i: name for i, (_, name) in enumerate(wanted.values())}
+    assert max(calls) > 1, "greedy in the evaluation, but sampled here: or else all 25 were the same"
+
+
+def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> None:
+    rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, 13, 25)]
+    held_out = HeldOut(rows, [[1]] * 4, 1)
+    reward = describe(lambda **_: pytest.fail("scored"), "none")
+    found = dict(classify_prompts(policy, policy.model, reward, held_out, GREEDY, 0, "negative"))
+    assert found == {0: "negative", 1: "neutral", 2: "neutral", 3: "positive"}
