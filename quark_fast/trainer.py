@@ -503,7 +503,6 @@ class Trainer:
                 ),
                 start=1,
             ):
-                self._stop_if_asked()
                 rows[i]["prompt_class"] = name
                 self.listen(Progress("classifying the held-out prompts", done, len(rows)))
         self.held_out = dataclasses.replace(self.held_out, rows=rows)
