@@ -114,7 +114,7 @@ def _load(spec: str, name: str, config: Config, device: torch.device | str, labe
     if ":" in name:
         return _function(name, config)
     try:
-        return find_task(name).reward()
+        return find_task(name, config.target).reward()
     except UsageError as error:
         raise UsageError(f"reward {spec!r}: {error}; or give {FORMS}") from error
 
