@@ -260,8 +260,9 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
 
 
 @pytest.mark.parametrize("contrast", [0.0, 1.0])
+@pytest.mark.parametrize("whole_logits", [False, True], ids=["hidden", "logits"])
 def test_unlikelihood_adds_the_gradient_of_its_formula_under_every_token_of_the_step(
-    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float
+    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float, whole_logits: bool
 ) -> None:
     prompts = [[1, 2, 3], [4], [5, 6]]
     # Repeated 2-grams stand at places 2-3 of the first and 2-4 of the second; the third has none.
@@ -280,7 +281,10 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_every_token_of_the_
         )
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
         sharpen(trainer.policy.model)
-        terms = trainer._backward(prompts, completions, quantiles, tokens, 3)
+        if whole_logits:
+            trainer.objective.heads = None
+        loss, terms = trainer.objective(prompts, completions, quantiles, tokens, 3)
+        loss.backward()
         found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
 
     policy = trainer.policy
