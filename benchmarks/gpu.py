@@ -17,8 +17,12 @@ bytes an element of policy and reference
     GB/s = N V (2 b + c) / time     for every row, whatever it moves in truth
     x roof = time / (N V (2 b + c) / the copy's bytes a second)
 
-Two passes (half precision, from the loss's scale on) read both once more: 5/3 of the roof at best.
-`extra` is the most memory that a step holds beyond logits and reference, the gradient included.
+Two passes (float16, and bfloat16 in place, whose gradient waits for the loss's scale) read both once more:
+5/3 of the roof at best. `extra` is the most memory that a step holds beyond logits and reference, the gradient
+included.
+
+The second kind of table starts from hidden states and the heads' weights: there the roof is the four matrix
+products that nobody can spare, and `extra` includes the gradients of hidden states and weight.
 """
 
 from __future__ import annotations
@@ -57,6 +61,7 @@ from torch import Tensor  # noqa: E402
 
 from quark_fast.ops import eager, triton_kernels  # noqa: E402
 from quark_fast.ops.eager import Kl  # noqa: E402
+from quark_fast.ops.linear import linear_quark_loss  # noqa: E402
 from quark_fast.ops.loss import quark_loss  # noqa: E402
 from quark_fast.ops.triton_kernels import Blocking  # noqa: E402
 
@@ -368,17 +373,128 @@ def measure(case: Case, clock: Clock) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    roof = next((row["roof_gb_per_s"] for row in rows if "us" in row), math.nan)
-    print(f"\n{rows[0]['case']}    copy: {roof:.0f} GB/s")
+    timed = next((row for row in rows if "us" in row), {})
+    products = f"products: {timed.get('roof_us', math.nan):.0f} us"
+    copy = f"copy: {timed.get('roof_gb_per_s', math.nan):.0f} GB/s"
+    print(f"\n{rows[0]['case']}    {products if 'roof_us' in timed else copy}")
     print(f"{'':24}{'us':>10}{'wall us':>10}{'GB/s':>8}{'x roof':>8}{'extra MB':>10}{'error':>10}")
     for row in rows:
         if "failed" in row:
             print(f"{row['row']:24}{row['failed']}")
             continue
         print(
-            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{row['gb_per_s']:8.0f}{row['to_roof']:8.2f}"
-            f"{row['extra_mb']:10.1f}{row['error']:10.1e}{'' if row['right'] else '  WRONG'}"
+            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{row.get('gb_per_s', math.nan):8.0f}"
+            f"{row['to_roof']:8.2f}{row['extra_mb']:10.1f}{row['error']:10.1e}{'' if row['right'] else '  WRONG'}"
         )
+
+
+# --- From hidden states ------------------------------------------------------------------------
+
+
+class HeadCase(NamedTuple):
+    rows: int
+    width: int
+    vocab: int
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        return f"N{self.rows}-D{self.width}-V{self.vocab}-{str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """hidden, weight, ref_hidden, ref_weight, labels; logits of standard deviation 2."""
+        g = torch.Generator(DEVICE).manual_seed(0)
+
+        def normal(rows: int, deviation: float) -> Tensor:
+            made = torch.empty(rows, self.width, dtype=self.dtype, device=DEVICE)
+            return made.normal_(0, deviation, generator=g)
+
+        hidden, weight = normal(self.rows, 2), normal(self.vocab, self.width**-0.5)
+        labels = torch.randint(0, self.vocab, (self.rows,), generator=g, device=DEVICE)
+        return hidden, weight, hidden + normal(self.rows, 0.5), weight, labels
+
+
+# GPT-2, Qwen 2.5 1.5B, Llama 3 8B, and a batch as large as training takes.
+HEAD_CASES = [HeadCase(2560, 768, 50257), HeadCase(2560, 1536, 151936), HeadCase(2560, 4096, 128256)]
+HEAD_CASES += [HeadCase(8192, 4096, 128256)]
+if arguments.quick:
+    HEAD_CASES = HEAD_CASES[:1]
+if arguments.interpret:
+    HEAD_CASES = [HeadCase(3, 5, 37)]
+
+
+def head_steps(case: HeadCase) -> dict[str, Callable[..., Tensor]]:
+    """name -> (hidden, weight, ref_hidden, ref_weight, labels) -> loss."""
+    options = {"kl_coef": KL_COEF, "entropy_coef": ENTROPY_COEF, "impl": "triton"}
+
+    def from_logits(loss: Loss) -> Callable[..., Tensor]:
+        def step(
+            hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor
+        ) -> Tensor:
+            ones = torch.ones(len(labels), device=DEVICE)
+            return loss(hidden @ weight.t(), ref_hidden @ ref_weight.t(), labels, ones, "policy_ref")
+
+        return step
+
+    torch.compiler.reset()
+    backend = "eager" if arguments.interpret else "inductor"
+    return {
+        "eager-lean": from_logits(lean),
+        "compile": torch.compile(from_logits(lean), dynamic=False, fullgraph=True, backend=backend),
+        "ours-whole": from_logits(ours(inplace=False)),
+        "ours-linear": lambda *tensors: linear_quark_loss(*tensors, **options).loss,
+    }
+
+
+def measure_head(case: HeadCase, clock: Clock) -> list[dict[str, Any]]:
+    hidden, weight, *rest = case.inputs()
+    ref_hidden, ref_weight, labels = rest
+    leaves = [hidden.requires_grad_(), weight.detach().clone().requires_grad_()]
+    some = torch.randperm(case.rows, generator=torch.Generator().manual_seed(0))[:32].to(DEVICE)
+    logits = [(h[some].double() @ w.double().t()).detach() for h, w in ((hidden, weight), rest[:2])]
+    grad_logits, _ = exact(
+        Case(case.rows, case.vocab, FP32),
+        (*logits, labels[some], torch.ones(len(some), device=DEVICE)),
+        torch.arange(len(some), device=DEVICE),
+    )
+    # Of the mean over all rows, not over some.
+    expected = (grad_logits * (len(some) / case.rows)) @ weight.detach().double()
+    del logits, grad_logits
+    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Work] = {}
+    for name, step in head_steps(case).items():
+
+        def run(step: Callable[..., Tensor] = step) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(step(*leaves, *rest), leaves)
+
+        found[name] = {"case": str(case), **case._asdict(), "dtype": str(case.dtype), "row": name}
+        try:
+            grad = run()[0][some].double()
+            error = float((grad - expected).abs().max() / expected.abs().max())
+            # Logits and their gradient are rounded to the dtype, in sums of many.
+            found[name] |= {"error": error, "right": error < 8 * torch.finfo(case.dtype).eps}
+            found[name]["extra_mb"] = extra_memory(run) / 1e6
+        except Exception as error:  # as in measure
+            found[name] |= {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
+            continue
+        runs[name] = ((lambda: None), run)
+    z = torch.empty(case.rows, case.vocab, dtype=case.dtype, device=DEVICE).normal_()
+
+    def products() -> None:
+        torch.mm(hidden.detach(), weight.detach().t(), out=z)
+        torch.mm(ref_hidden, ref_weight.detach().t(), out=z)
+        torch.mm(z, weight.detach())
+        torch.mm(z.t(), hidden.detach())
+
+    runs["roof"] = ((lambda: None), products)
+    seconds = clock.seconds(runs, min(arguments.rounds, 9))
+    for name in found.keys() & seconds.keys():
+        found[name] |= {
+            "us": seconds[name] * 1e6,
+            "wall_us": clock.wall(runs[name][1], 1 if arguments.interpret else 5) * 1e6,
+            "to_roof": seconds[name] / seconds["roof"],
+            "roof_us": seconds["roof"] * 1e6,
+        }
+    return list(found.values())
 
 
 # --- Which blocking? ---------------------------------------------------------------------------
@@ -498,11 +614,11 @@ def main() -> None:
         rows = tune(clock)
     else:
         wrong = check_edges()
-        for case in CASES:
+        for case in [*CASES[:1], *HEAD_CASES, *CASES[1:]]:
             if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
                 print(f"{case}: left out, {arguments.minutes} minutes are over")
                 continue
-            found = measure(case, clock)
+            found = measure(case, clock) if isinstance(case, Case) else measure_head(case, clock)
             show(found)
             rows += found
             wrong += [
