@@ -1,34 +1,38 @@
 """Hidden states to the loss and back, on the CPU: whole logits / torch.compile / chunks, time beside memory.
 
     pytest benchmarks/bench_linear.py --benchmark-only
-    QUARK_FAST_BENCH=full OMP_NUM_THREADS=1 pytest benchmarks/bench_linear.py --benchmark-only
+    QUARK_FAST_BENCH=full OMP_NUM_THREADS=1 pytest benchmarks/bench_linear.py --benchmark-only \\
+        --results benchmarks/results/linear-1-thread.json
 
 Without QUARK_FAST_BENCH=full a small size runs, in seconds, to show that everything works. Each row is first
 checked against float64. The clock covers the heads of policy and reference, the loss, and the gradients of
-hidden states and weight. `peak_mib` in the extra info is the most that tensors take at once in one step
-beyond what they took before it (torch's profiler), the two gradients included.
+hidden states and weight. `autocast` is float32 weights under bfloat16 autocast, as the trainer has them.
+Before every round the clock also runs over the roof: the four matrix products that nobody can spare.
+`extra_mb` is the most memory that a step holds beyond hidden states and weights, the two gradients included.
 """
 
 import os
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import peak_memory
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
-from quark_fast import _C
 from quark_fast.ops.linear import linear_quark_loss
 from quark_fast.ops.loss import quark_loss
 
 FULL = os.environ.get("QUARK_FAST_BENCH") == "full"
-# (rows, hidden size, vocabulary): SmolLM2-135M, GPT-2.
-SIZES = (
-    [(320, 576, 49152), (640, 576, 49152), (2560, 576, 49152), (640, 768, 50257)]
-    if FULL
-    else [(64, 32, 4099)]
-)
+DTYPES = ("float32", "autocast", "bfloat16")
+# (rows, hidden size, vocabulary), dtype: SmolLM2-135M's head, and GPT-2's.
+CASES = [((rows, 576, 49152), dtype) for rows in (320, 640) for dtype in DTYPES]
+CASES += [((1280, 576, 49152), "autocast"), ((640, 768, 50257), "autocast")]
+if not FULL:
+    CASES = [((64, 32, 4099), dtype) for dtype in DTYPES]
 KL_COEF, ENTROPY_COEF = 0.05, 0.06
 
 # (hidden, weight, ref_hidden, ref_weight, labels) -> loss
@@ -75,21 +79,9 @@ def step(loss: Loss, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tenso
     return value.detach(), hidden.grad, weight.grad
 
 
-def peak_mib(function: Callable[[], object]) -> float:
-    """The most that tensors take at once while a function runs, above what they took before."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most / 2**20
-
-
 @pytest.fixture(
-    params=[(size, dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16)], ids=str
+    params=CASES,
+    ids=lambda param: f"N{param[0][0]}-D{param[0][1]}-V{param[0][2]}-{param[1]}",
 )
 def inputs(request: pytest.FixtureRequest) -> tuple[str, tuple[Tensor, ...]]:
     (rows, width, vocab), dtype = request.param
@@ -98,9 +90,11 @@ def inputs(request: pytest.FixtureRequest) -> tuple[str, tuple[Tensor, ...]]:
     weight = 2 * width**-0.5 * torch.randn(vocab, width, generator=g)
     ref_hidden = hidden + 0.25 * torch.randn(rows, width, generator=g)
     labels = torch.randint(0, vocab, (rows,), generator=g)
-    name = f"N{rows}-D{width}-V{vocab}-{str(dtype).removeprefix('torch.')}"
-    half = [t.to(dtype) for t in (hidden, weight, ref_hidden, weight.clone())]
-    return name, (*half, labels)
+    half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    # The reference's weight is in the dtype of the products, also under autocast.
+    ref = torch.float32 if dtype == "float32" else torch.bfloat16
+    name = f"N{rows}-D{width}-V{vocab}-{dtype}"
+    return name, (hidden.to(half), weight.to(half), ref_hidden.to(ref), weight.to(ref).clone(), labels)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -109,22 +103,41 @@ def bench_hidden_to_loss(
 ) -> None:
     size, tensors = inputs
     benchmark.group = size
-    benchmark.extra_info.update(threads=torch.get_num_threads(), isa=_C.isa(), torch=torch.__version__)
+    benchmark.extra_info["row"] = name
+
+    def run(of: tuple[Tensor, ...] = tensors) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=size.endswith("autocast")):
+            return step(LOSSES[name], of)
 
     torch.compiler.reset()  # past its limit of recompilations, torch.compile falls back to eager
     few = 64  # in float64, all rows would take longer than the benchmark
     some = (tensors[0][:few], tensors[1], tensors[2][:few], tensors[3], tensors[4][:few])
     exact = step(eager, tuple(t.double() if t.is_floating_point() else t for t in some))
-    ours = step(LOSSES[name], some)
+    ours = run(some)
     # Half precision rounds logits of size 10 by 2^-6, and the gradients once more.
-    tolerance = 2**-5 if tensors[0].dtype == torch.bfloat16 else 1e-4
+    tolerance = 1e-4 if size.endswith("float32") else 2**-5
     for mine, other in zip(ours, exact, strict=True):
         assert (mine - other).abs().max() <= tolerance * other.abs().max()
     del ours, exact
 
-    torch.compiler.reset()
-    step(LOSSES[name], tensors)
-    benchmark.extra_info["peak_mib"] = round(peak_mib(lambda: step(LOSSES[name], tensors)), 1)
-    benchmark.pedantic(
-        lambda: step(LOSSES[name], tensors), rounds=10 if FULL else 5, warmup_rounds=2 if FULL else 1
+    hidden, weight, ref_hidden, ref_weight, _ = (
+        t.to(tensors[3].dtype) if t.is_floating_point() else t for t in tensors
     )
+    grad = hidden.new_empty(len(hidden), len(weight)).normal_()
+    roof: list[float] = []
+
+    def setup() -> None:
+        begun = time.perf_counter()
+        for states, matrix in ((hidden, weight), (ref_hidden, ref_weight)):
+            states @ matrix.t()
+        grad @ weight
+        grad.t() @ hidden
+        roof.append(time.perf_counter() - begun)
+
+    torch.compiler.reset()
+    benchmark.extra_info["extra_mb"] = round(peak_memory(run) / 1e6, 1)
+    benchmark.pedantic(run, setup=setup, rounds=5, warmup_rounds=2 if FULL else 1)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        median = statistics.median(roof)
+        benchmark.extra_info["roof_ms"] = round(median * 1e3, 4)
+        benchmark.extra_info["to_roof"] = round(benchmark.stats.stats.median / median, 3)

@@ -137,7 +137,7 @@ def bench_forward_backward(
         forward_backward(loss, work, *rest, kl=kl)
 
     benchmark.extra_info["extra_mb"] = round(peak_memory(step) / 1e6, 1)
-    benchmark.pedantic(step, setup=setup, rounds=12 if FULL else 5, warmup_rounds=2)
+    benchmark.pedantic(step, setup=setup, rounds=8 if FULL else 5, warmup_rounds=2)
     if benchmark.stats is not None:  # None under --benchmark-disable
         median = statistics.median(roof)
         benchmark.extra_info["roof_ms"] = round(median * 1e3, 4)

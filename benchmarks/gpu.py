@@ -18,8 +18,8 @@ bytes an element of policy and reference
     x roof = time / (N V (2 b + c) / the copy's bytes a second)
 
 Two passes (float16, and bfloat16 in place, whose gradient waits for the loss's scale) read both once more:
-5/3 of the roof at best. `extra` is the most memory that a step holds beyond logits and reference, the gradient
-included.
+5/3 of the roof at best. `extra` is the most memory that a step holds beyond logits and reference, with the
+gradient.
 
 The second kind of table starts from hidden states and the heads' weights: there the roof is the four matrix
 products that nobody can spare, and `extra` includes the gradients of hidden states and weight.
@@ -382,9 +382,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "failed" in row:
             print(f"{row['row']:24}{row['failed']}")
             continue
+        speed, wrong = row.get("gb_per_s", math.nan), "" if row["right"] else "  WRONG"
         print(
-            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{row.get('gb_per_s', math.nan):8.0f}"
-            f"{row['to_roof']:8.2f}{row['extra_mb']:10.1f}{row['error']:10.1e}{'' if row['right'] else '  WRONG'}"
+            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{speed:8.0f}{row['to_roof']:8.2f}"
+            f"{row['extra_mb']:10.1f}{row['error']:10.1e}{wrong}"
         )
 
 
