@@ -14,7 +14,11 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = ["eager-authors", "eager-lean", "compile", "ours-fresh", "ours-inplace"]
+LINEAR_ROWS = ["eager", "compile", "quark_loss", "linear_quark_loss"]
 LABELS = {
+    "eager": "eager, lean",
+    "quark_loss": "quark_loss, in place",
+    "linear_quark_loss": "linear_quark_loss",
     "eager-authors": "eager, as the authors",
     "eager-lean": "eager, lean",
     "compile": "torch.compile",
@@ -32,14 +36,14 @@ def groups(results: dict[str, Any]) -> dict[str, Group]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], rows: list[str]) -> str:
     """Multiples of the roof, and memory, a line a group."""
     lines = [
-        "| rows, vocabulary, dtype, KL | " + " | ".join(LABELS[row] for row in ROWS) + " |",
-        "|---" * (len(ROWS) + 1) + "|",
+        "| case | " + " | ".join(LABELS[row] for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
     ]
     for name, group in groups(results).items():
-        cells = [f"{group[row]['to_roof']:.1f} ({group[row]['extra_mb']:.0f} MB)" for row in ROWS]
+        cells = [f"{group[row]['to_roof']:.2f} ({group[row]['extra_mb']:.0f} MB)" for row in rows]
         lines.append(f"| {name.replace('-', ', ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -81,11 +85,13 @@ def plot(results: dict[str, Any], size: str, path: Path) -> None:
 
 
 def main() -> None:
-    for path in sorted(RESULTS.glob("loss-*.json")):
+    for path in sorted([*RESULTS.glob("loss-*.json"), *RESULTS.glob("linear-*.json")]):
         results = json.loads(path.read_text())
         print(f"\n## {path.name}\n\n{results['machine']}, torch {results['torch']}: `{results['command']}`\n")
-        print(table(results), "\n")
-        print(ratios(results, "N320-V50257"))
+        linear = path.name.startswith("linear")
+        print(table(results, LINEAR_ROWS if linear else ROWS), "\n")
+        if not linear:
+            print(ratios(results, "N320-V50257"))
         if path.name == "loss-1-thread.json":
             plot(results, "N320-V50257", RESULTS / "loss.svg")
 
