@@ -373,7 +373,15 @@ def main() -> int:
         print("usage: python benchmarks/bench_pool.py RESULTS.json")
         return 2
     environment = os.environ | {"QUARK_FAST_BENCH": "full", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", os.path.relpath(__file__), "--benchmark-only", "--benchmark-quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        os.path.relpath(__file__),
+        "--benchmark-only",
+        "--benchmark-quiet",
+    ]
     done = subprocess.run([*command, "--results", str(path)], env=environment)
     if done.returncode == 0:
         print("\n| what | bar | measured |\n|---|---|---|")

@@ -42,8 +42,9 @@ struct Rows {
   int64_t inner_stride;
 };
 
-// What backward needs of a row: s = sum e^(z - m) with m about max z, t = sum e^(r - u) with u about
-// max r, and whether no z - m and r - u is so far below 0 that its exponential counts as 0 (1 or 0).
+// What backward needs of a row: s = sum e^(z - m) with m about max z, t = sum e^(r - u) with u
+// about max r, and whether no z - m and r - u is so far below 0 that its exponential counts as 0 (1
+// or 0).
 struct RowStats {
   float m, s, u, t, kl, entropy, moderate;
 };
