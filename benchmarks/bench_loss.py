@@ -34,12 +34,10 @@ from quark_fast.ops.loss import quark_loss
 
 FULL = os.environ.get("QUARK_FAST_BENCH") == "full"
 # (rows, vocabulary): GPT-2's and SmolLM2's, then those of Llama 3 and Qwen 2.5.
-SIZES = [
-    *[(rows, 50257) for rows in (320, 640, 2560)],
-    *[(320, vocab) for vocab in (49152, 128256, 151936)],
-]
+SIZES = [*[(rows, 50257) for rows in (320, 640)], *[(320, vocab) for vocab in (49152, 128256, 151936)]]
 CASES = [(size, dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16)]
 CASES.append(((320, 50257), torch.float16))
+CASES.append(((2560, 50257), torch.bfloat16))  # in float32 the eager rows need more than 16 GB
 if not FULL:
     CASES = [((64, 32768), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
@@ -113,6 +111,9 @@ def bench_forward_backward(
     loss = LOSSES[name]
     z, *rest = tensors
     work = z.clone()
+
+    if name == "eager-authors" and z.dtype == torch.float16:
+        pytest.skip("the authors' formulation gives NaN in float16")
 
     torch.compiler.reset()  # past its limit of recompilations, torch.compile falls back to eager
     exact, exact_grad = forward_backward(lean, z, *rest, kl=kl)

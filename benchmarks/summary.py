@@ -43,7 +43,10 @@ def table(results: dict[str, Any], rows: list[str]) -> str:
         "|---" * (len(rows) + 1) + "|",
     ]
     for name, group in groups(results).items():
-        cells = [f"{group[row]['to_roof']:.2f} ({group[row]['extra_mb']:.0f} MB)" for row in rows]
+        cells = [
+            f"{group[row]['to_roof']:.2f} ({group[row]['extra_mb']:.0f} MB)" if row in group else "-"
+            for row in rows
+        ]
         lines.append(f"| {name.replace('-', ', ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -55,7 +58,7 @@ def ratios(results: dict[str, Any], size: str) -> str:
         "|---|---|---|---|",
     ]
     for name, group in groups(results).items():
-        if not name.startswith(size):
+        if not name.startswith(size) or not group.keys() >= {"compile", "eager-authors"}:
             continue
         ours = group["ours-inplace"]["to_roof"]
         compiled, authors = (group[row]["to_roof"] / ours for row in ("compile", "eager-authors"))
