@@ -12,6 +12,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 namespace quark {
 
 #define QUARK_DECLARE(level)                                                                  \
@@ -71,9 +75,39 @@ const Level& level() {
   return chosen;
 }
 
-// Threads of our own, for the length of one call: a second OpenMP runtime beside torch's would
-// keep its idle threads spinning on the same cores. Starting one costs a few tens of
-// microseconds, so each must have rows enough to be worth it.
+// How an OpenMP runtime starts the threads of a parallel region: part of the ABI of every program
+// that gcc compiled with -fopenmp, and offered by the runtimes of clang and Intel, too.
+using StartRegion = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+
+StartRegion openmp_of_this_process() {
+#ifdef __linux__
+  return reinterpret_cast<StartRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+// Call run on several threads at once. They are torch's own, if the process has its OpenMP runtime:
+// that keeps its idle threads spinning for some milliseconds after every operation, on the cores
+// that threads of ours would wait for. We do not link to OpenMP, as that would be a second runtime.
+template <class Run>
+void on_threads(int64_t threads, Run& run) {
+  static const StartRegion start_region = openmp_of_this_process();
+  if (threads > 1 && start_region) {
+    start_region([](void* data) { (*static_cast<Run*>(data))(); }, &run, unsigned(threads), 0);
+    return;
+  }
+  std::vector<std::thread> helpers;
+  try {
+    for (int64_t i = 1; i < threads; ++i) helpers.emplace_back([&run] { run(); });
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that started, and this one, do all the rows.
+  }
+  run();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+// Waking a thread costs tens of microseconds, so each must have rows enough to be worth it.
 template <class Work>
 void over_rows(const Problem& p, int threads, const Work& work) {
   constexpr int64_t kElementsWorthAThread = int64_t{1} << 18;
@@ -82,18 +116,11 @@ void over_rows(const Problem& p, int threads, const Work& work) {
   const int64_t useful =
       std::min((p.rows + grab - 1) / grab, p.rows * p.width / kElementsWorthAThread);
   std::atomic<int64_t> next{0};
-  const auto run = [&] {
+  auto run = [&] {
     for (int64_t n = next.fetch_add(grab); n < p.rows; n = next.fetch_add(grab))
       work(n, std::min(n + grab, p.rows));
   };
-  std::vector<std::thread> helpers;
-  try {
-    for (int64_t i = 1; i < std::min<int64_t>(threads, useful); ++i) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that started, and this one, do all the rows.
-  }
-  run();
-  for (std::thread& helper : helpers) helper.join();
+  on_threads(std::max<int64_t>(1, std::min<int64_t>(threads, useful)), run);
 }
 
 }  // namespace
