@@ -25,10 +25,11 @@ from quark_fast.ops import loss as ops
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import Implementation, QuarkLoss
 
-# Rows of a chunk below which the matrix products lose time: measured on the CPU (benchmarks/bench_linear.py);
-# elsewhere from bytes, so that adding up the weight's gradient, which is read and written once a chunk, stays
-# below the product itself.
-LEAST_ROWS = {"cpu": 160, "other": 2048}
+# Rows of a chunk below which the matrix products lose time: measured on the CPU, for each of its threads
+# (benchmarks/bench_linear.py); elsewhere from bytes, so that adding up the weight's gradient, which is read
+# and written once a chunk, stays below the product itself.
+LEAST_ROWS_A_THREAD = 160
+LEAST_ROWS_ELSEWHERE = 2048
 MOST_CHUNKS = 8
 # Elements of the weight's gradient that are made in half precision at a time, to be added in float32 while
 # they are still in the cache.
@@ -78,7 +79,7 @@ def linear_quark_loss(
         kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
         vocab_size: V; by default the rows of ref_weight.
         chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
-            logits, but at least 160 on the CPU and 2048 elsewhere, below which time would be lost.
+            logits, but at least 160 for each CPU thread, and 2048 elsewhere, below which time would be lost.
 
     Returns:
         loss (scalar, differentiable in hidden, weight and bias, each where it requires grad), and nll, kl,
@@ -402,7 +403,8 @@ class _Head:
 def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Chunks as (the samples it holds, its rows as places among the N T tokens); no row of weight 0."""
     samples = len(weights)
-    least = LEAST_ROWS["cpu" if weights.device.type == "cpu" else "other"]
+    on_cpu = weights.device.type == "cpu"
+    least = LEAST_ROWS_A_THREAD * torch.get_num_threads() if on_cpu else LEAST_ROWS_ELSEWHERE
     rows = torch.arange(weights.numel(), device=weights.device)
     if masked:
         rows = rows[(weights != 0).view(-1)]
