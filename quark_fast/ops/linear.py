@@ -25,10 +25,10 @@ from quark_fast.ops import loss as ops
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import Implementation, QuarkLoss
 
-# Rows of a chunk below which the matrix products lose time: measured on the CPU, for each of its threads
+# Rows of a chunk below which the matrix products lose time: measured on one and two CPU threads
 # (benchmarks/bench_linear.py); elsewhere from bytes, so that adding up the weight's gradient, which is read
 # and written once a chunk, stays below the product itself.
-LEAST_ROWS_A_THREAD = 160
+LEAST_ROWS_A_THREAD, LEAST_ROWS_CPU = 160, 640
 LEAST_ROWS_ELSEWHERE = 2048
 MOST_CHUNKS = 8
 # Elements of the weight's gradient that are made in half precision at a time, to be added in float32 while
@@ -79,7 +79,8 @@ def linear_quark_loss(
         kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
         vocab_size: V; by default the rows of ref_weight.
         chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
-            logits, but at least 160 for each CPU thread, and 2048 elsewhere, below which time would be lost.
+            logits, but at least 160 for each CPU thread up to 640, and 2048 elsewhere: below that, time is
+            lost.
 
     Returns:
         loss (scalar, differentiable in hidden, weight and bias, each where it requires grad), and nll, kl,
@@ -403,8 +404,10 @@ class _Head:
 def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Chunks as (the samples it holds, its rows as places among the N T tokens); no row of weight 0."""
     samples = len(weights)
-    on_cpu = weights.device.type == "cpu"
-    least = LEAST_ROWS_A_THREAD * torch.get_num_threads() if on_cpu else LEAST_ROWS_ELSEWHERE
+    if weights.device.type == "cpu":
+        least = min(LEAST_ROWS_A_THREAD * torch.get_num_threads(), LEAST_ROWS_CPU)
+    else:
+        least = LEAST_ROWS_ELSEWHERE
     rows = torch.arange(weights.numel(), device=weights.device)
     if masked:
         rows = rows[(weights != 0).view(-1)]
