@@ -126,7 +126,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Task:
 
     made = Task("toxicity", prompts=lambda: ([], []), reward=reward, words=("bad", "good"))
 
-    def find(name: str) -> Task:
+    def find(name: str, target: str) -> Task:
         if name != "toxicity":
             raise UsageError(f"unknown task {name!r}; choose from: toxicity")
         return made
