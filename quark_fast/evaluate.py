@@ -37,13 +37,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Evaluate every mode and print the table."""
-
     from quark_fast.config import numbers
     from quark_fast.evaluation import (
         HeldOut,
         classify_prompts,
         describe_evaluation,
         evaluate,
+        evaluation_sampling,
         modes,
         summarise,
     )
@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     from quark_fast.metrics import Sample
     from quark_fast.prompts import chat_template, load_prompts
     from quark_fast.report import headline, results_table
-    from quark_fast.rollout import Sampling
     from quark_fast.run_folder import HELD_OUT, REWARDS
     from quark_fast.scoring import cached, choose_reward
     from quark_fast.tasks import find_task
@@ -72,13 +71,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         "eval_temperature": arguments.temperature,
         "eval_top_p": arguments.top_p,
     }
-    if arguments.reward:
-        given |= {"reward": arguments.reward}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.reward:  # the run's own label is that of its own classifier
+        given |= {"reward": arguments.reward, "scorer_label": arguments.scorer_label}
     elif arguments.scorer_label:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
-    config = dataclasses.replace(finished.config, **{k: v for k, v in given.items() if v is not None})
-    if arguments.reward:  # the run's own label is that of its own classifier
-        config = dataclasses.replace(config, scorer_label=arguments.scorer_label)
+    config = dataclasses.replace(finished.config, **given)
     config.check()
     task = find_task(config.task, config.target)
     reward = choose_reward(config, task, finished.device)
@@ -101,13 +99,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     policy.check_fits(ids, config.max_new_tokens)
     guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
     table = modes(policy.quantiles, guidance)
-    sampling = Sampling(
-        config.max_new_tokens,
-        config.min_new_tokens,
-        config.eval_temperature,
-        config.eval_top_p,
-        config.sample_batch,
-    )
+    sampling = evaluation_sampling(config)
     held_out = HeldOut(rows, ids, config.eval_samples, texts)
     with Progress(console=console) as bar:
         if task.prompt_classes and not all("prompt_class" in row for row in rows):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from quark_fast.batch import completion_logits, make_batch
+from quark_fast.config import Config
 from quark_fast.metrics import (
     RankCorrelation,
     Sample,
@@ -69,6 +70,17 @@ class HeldOut:
     ids: Sequence[Sequence[int]]
     samples: int
     texts: Sequence[Sequence[int]] = ()
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    """How completions are drawn in an evaluation."""
+    return Sampling(
+        config.max_new_tokens,
+        config.min_new_tokens,
+        config.eval_temperature,
+        config.eval_top_p,
+        config.sample_batch,
+    )
 
 
 def evaluate(

@@ -31,6 +31,7 @@ from quark_fast.evaluation import (
     classify_prompts,
     describe_evaluation,
     evaluate,
+    evaluation_sampling,
     modes,
     summarise,
 )
@@ -388,7 +389,7 @@ class Trainer:
                 self.reward,
                 self.held_out,
                 # One sample a prompt is mostly prefill: fewer rows side by side.
-                dataclasses.replace(self._eval_sampling(), rows=32),
+                dataclasses.replace(evaluation_sampling(self.config), rows=32),
                 self.config.seed,
             )
         found = self.probe.measure(self.policy, self.policy.frozen_copy(self.sampling_dtype))
@@ -400,16 +401,6 @@ class Trainer:
         }
         self.folder.append(METRICS, [row])
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
-
-    def _eval_sampling(self) -> Sampling:
-        config = self.config
-        return Sampling(
-            config.max_new_tokens,
-            config.min_new_tokens,
-            config.eval_temperature,
-            config.eval_top_p,
-            config.sample_batch,
-        )
 
     def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
         """One optimizer step; micro-batches add up to exactly the loss of the whole batch."""
@@ -462,7 +453,7 @@ class Trainer:
             self.reward,
             self.held_out,
             table,
-            self._eval_sampling(),
+            evaluation_sampling(self.config),
             seed=config.seed,
             measures=self.task.measures,
         )
@@ -481,7 +472,12 @@ class Trainer:
         (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
         self.folder.append("evaluation.jsonl", rows)
         about = describe_evaluation(
-            self.task, config.target, self.reward, self.policy, self._eval_sampling(), self.held_out
+            self.task,
+            config.target,
+            self.reward,
+            self.policy,
+            evaluation_sampling(self.config),
+            self.held_out,
         )
         about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         self.folder.write_json("evaluation.json", summarise(samples, table, about))
@@ -490,7 +486,7 @@ class Trainer:
         """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
         rows = [dict(row) for row in self.held_out.rows]
         if not all("prompt_class" in row for row in rows):
-            sampling = self._eval_sampling()
+            sampling = evaluation_sampling(self.config)
             for done, (i, name) in enumerate(
                 classify_prompts(
                     self.policy,

@@ -109,7 +109,6 @@ def quark_loss(
     if ref_logits is not None:
         ref_logits = ref_logits.detach()
     problem = (logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
-    half = logits.dtype in (torch.float16, torch.bfloat16)
     if chosen == "eager":
         _check_labels(labels, weights, vocab_size)
         loss, *terms = eager.quark_loss(*problem)
@@ -118,7 +117,7 @@ def quark_loss(
     elif inplace and not torch.compiler.is_compiling():
         _check_overwritable(logits)
         loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
-    elif logits.dtype == torch.float16 or (half and torch.compiler.is_compiling()):
+    elif logits.dtype == torch.float16 or (logits.dtype == torch.bfloat16 and torch.compiler.is_compiling()):
         # The incoming scale must enter before the gradient is rounded: nearly all of a float16 gradient
         # underflows without it.
         loss, *terms, _ = _two_pass(*problem, chosen)
