@@ -16,11 +16,11 @@ from the wheels but VADER's one module; after the first run nothing here touches
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import shlex
 import shutil
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -207,28 +207,78 @@ def toxicity_classifier() -> Path:
     return _converted("jigsaw-bilstm", TOXIC_COMMENTS, _convert_classifier)
 
 
-class _TokenizerState:
-    """What stands in for the Keras tokenizer while its pickle is read: attributes and nothing else."""
-
-
 class _AllowListUnpickler(pickle.Unpickler):
-    """Reads the classifier's word index; any other global in the stream is refused, not imported."""
+    """Reads the classifier's tokenizer; any other global in the stream is refused, not imported."""
 
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("keras.src.legacy.preprocessing.text", "Tokenizer"): _TokenizerState,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): lambda *_: {},
-        ("builtins", "int"): int,
-    }
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.allowed: dict[tuple[str, str], Any] = {
+            # What stands in for the Keras class: attributes and nothing else. One for this stream alone,
+            # which may set attributes of the class itself.
+            ("keras.src.legacy.preprocessing.text", "Tokenizer"): type("TokenizerState", (), {}),
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "defaultdict"): lambda *_: {},
+            ("builtins", "int"): int,
+        }
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise AssetError(
-                f"the classifier's tokenizer names {module}.{name}, which no genuine file does;"
-                " delete it from the cache and fetch it again"
-            ) from None
+        if (module, name) not in self.allowed:
+            raise AssetError(f"the classifier's tokenizer names {module}.{name}, {_FORGED}")
+        return self.allowed[module, name]
+
+
+_FORGED = "which no genuine file does; delete it from the cache and fetch it again"
+# The instructions of the genuine stream: data, and the few that make its three containers.
+_DATA = set(
+    [
+        "PROTO",
+        "FRAME",
+        "MARK",
+        "STOP",
+        "MEMOIZE",
+        "BINGET",
+        "LONG_BINGET",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "SETITEM",
+        "SETITEMS",
+    ]
+)
+_MAKING = set(["STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1"])
+
+
+def read_tokenizer(content: bytes) -> tuple[dict[str, int], int | None]:
+    """(word -> index, words that count) out of a pickled Keras tokenizer, of which nothing can run.
+
+    Three fences: the stream holds no other instructions than the genuine one, no other names, and comes to
+    values of the right types. The first also keeps out what only costs memory or stack: a place in a table of
+    2^32, tuples a million deep.
+
+    Raises:
+        AssetError: it is anything else.
+    """
+    making = 0
+    try:
+        for instruction, _, _ in pickletools.genops(content):
+            making += instruction.name in _MAKING
+            if instruction.name not in _DATA | _MAKING or making > 100:
+                raise AssetError(f"the classifier's tokenizer holds {instruction.name}, {_FORGED}")
+        state = _AllowListUnpickler(content).load()
+        words, limit = state.word_index, state.num_words
+    except AssetError:
+        raise
+    except Exception as error:  # a stream that is no pickle fails in as many ways as there are instructions
+        raise AssetError(f"the classifier's tokenizer is no Keras tokenizer ({error}), {_FORGED}") from error
+    named = isinstance(words, dict) and all(type(w) is str and type(i) is int for w, i in words.items())
+    if not named or not (limit is None or type(limit) is int):
+        raise AssetError(f"the classifier's tokenizer has no index of words, {_FORGED}")
+    return words, limit
 
 
 def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
@@ -236,7 +286,7 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
     import h5py
     from safetensors.numpy import save_file
 
-    state = _AllowListUnpickler(io.BytesIO(members.read("toxic_classifier/model/tokenizer.pickle"))).load()
+    words, num_words = read_tokenizer(members.read("toxic_classifier/model/tokenizer.pickle"))
     with h5py.File(io.BytesIO(members.read("toxic_classifier/model/model.weights.h5"))) as h5:
 
         def read(name: str) -> np.ndarray:
@@ -255,8 +305,8 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
             tensors[f"{name}.bias"] = read(f"{layer}/vars/1")
     rows = len(tensors["embedding.weight"])
     # Keras drops words whose index is not below num_words, and has no row for unknown words.
-    limit = min(rows, state.num_words or rows)
-    vocabulary = {word: index for word, index in state.word_index.items() if index < limit}
+    limit = min(rows, num_words or rows)
+    vocabulary = {word: index for word, index in words.items() if index < limit}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
 
@@ -292,15 +342,27 @@ def vader() -> ModuleType:
 
     Its rules are its code, so it is run, as an installed one would be, but only out of the wheel with the
     pinned hash. As a dependency it would bring ``requests``, which its demonstration alone needs.
+
+    Raises:
+        AssetError: its files in the cache are not those of the wheel.
     """
     folder = _converted("vader", VADER, _extract_vader)
-    spec = importlib.util.spec_from_file_location("_quark_fast_vader", folder / "vaderSentiment.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with zipfile.ZipFile(fetch(VADER)) as members:
+        for name in _VADER_FILES:
+            if (folder / name).read_bytes() != members.read(f"vaderSentiment/{name}"):
+                raise AssetError(f"{folder / name} is not the file of {VADER.filename}; delete {folder}")
+        source = members.read(f"vaderSentiment/{_VADER_FILES[0]}")
+    # Compiled here: the import system would take a compiled file that lies beside it, whoever put it there.
+    path = str(folder / _VADER_FILES[0])
+    module = ModuleType("_quark_fast_vader")
+    module.__file__ = path  # it looks for its lexicon there
+    exec(compile(source, path, "exec"), module.__dict__)
     return module
 
 
+_VADER_FILES = ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt")
+
+
 def _extract_vader(members: zipfile.ZipFile, folder: Path) -> None:
-    for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
+    for name in _VADER_FILES:
         (folder / name).write_bytes(members.read(f"vaderSentiment/{name}"))

@@ -1,11 +1,35 @@
-"""What the commands share: how one ends."""
+"""What the commands share: how one prints, and how one ends."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 from quark_fast.config import UsageError
+from quark_fast.untrusted import clean
+
+
+class Terminal(Console):
+    """Prints every text as it stands: no markup in it is obeyed, and nothing in it steers the terminal.
+
+    Prompts, completions, labels of classifiers and names of files come from anywhere.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(clean(text), **options)
+
+    # Whoever brings a Text has cleaned it, as a rule; this is for whoever has not.
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else clean(text), style, control)
 
 
 def exit_status(command: Callable[[], None]) -> int:
@@ -16,6 +40,6 @@ def exit_status(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # the trainer's own says how to go on
-        print(str(stop) or "stopped", file=sys.stderr)
+        print(clean(str(stop)) or "stopped", file=sys.stderr)
         return 130
     return 0

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from quark_fast.untrusted import TooLarge, clean, read_bytes
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done. The message is one line: the value and the mend."""
 
     def __str__(self) -> str:
-        # A quoted error, of a reward say, may have many lines.
-        return " ".join(super().__str__().split("\n"))
+        # What it quotes (a value, the error of a reward) may have many lines, no end, and steer the terminal.
+        text = clean(" ".join(super().__str__().split("\n")))
+        return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-900:]}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -274,9 +278,10 @@ class Config:
         """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
         if self.held_out is None or not self.held_out.isdecimal():
             return None
-        if int(self.held_out) < 1:
-            raise UsageError(f"held_out = {self.held_out}; give at least 1, or a file")
-        return int(self.held_out)
+        count = int(self.held_out) if len(self.held_out) <= 10 else MOST + 1
+        if not 1 <= count <= MOST:
+            raise UsageError(f"held_out = {self.held_out}; give at least 1, at most {MOST}, or a file")
+        return count
 
     def guidances(self) -> list[float]:
         """The values of w to evaluate."""
@@ -328,10 +333,14 @@ class Config:
             "temperature": 0.0,
             "eval_temperature": 0.0,
         }
+        at_most = {"quantiles": 1000, "seed": 2**63 - 1, "split_seed": 2**63 - 1}
         for name, low in at_least.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
-                raise UsageError(f"{name} = {value}; give at least {low}")
+            if not value >= low or value == math.inf:
+                raise UsageError(f"{name} = {_shown(value)}; give at least {low}")
+            high = at_most.get(name, MOST)
+            if isinstance(value, int) and value > high:
+                raise UsageError(f"{name} = {_shown(value)}; give at most {high}")
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise UsageError(f"max_grad_norm = {self.max_grad_norm}; give a number above 0")
         for name in ("top_p", "eval_top_p"):
@@ -362,8 +371,6 @@ class Config:
             raise UsageError(
                 f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"
             )
-        if self.seed >= 2**63:
-            raise UsageError(f"seed = {self.seed}; give a number below 2**63")
         self.weights()
         self.guidances()
         self.held_out_count()
@@ -380,6 +387,17 @@ class Config:
     def save(self, path: Path) -> None:
         """Write the settings as YAML, which ``--config`` reads back."""
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+MOST = 2**31 - 1  # of anything that is counted
+
+
+def _shown(value: Any) -> str:
+    """The value for an error: a number of thousands of digits has no text at all."""
+    try:
+        return f"{value}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _output_folder(settings: Any) -> Path:
@@ -430,11 +448,10 @@ def load_config(path: Path) -> Config:
 
 def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = _flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8"))
+    # A date without its day, a number of thousands of digits, bytes that are no text: ValueErrors all.
+    except (OSError, EOFError, zlib.error, ValueError, TooLarge, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"--config {path}: needs 'setting: value' lines")
     types = get_type_hints(Config)  # not the fields' own: HfArgumentParser rewrites those
     for name, value in settings.items():
         if name not in known:
@@ -442,6 +459,32 @@ def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"--config {path}: unknown setting {name!r}{hint}")
         settings[name] = _as_type(path, name, value, types[name])
+    return settings
+
+
+def _flat_mapping(text: str) -> dict[Any, Any]:
+    """The mapping of single values that a YAML text holds.
+
+    Nothing else is built: lists within lists nest without end, aliases of aliases multiply without end, and
+    a tag's value may be one that the tag's constructor never expected.
+    """
+    depth, name = 0, ""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not read; write the value again")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"tags ({event.tag}) are not read; write the value alone")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > 1:
+                raise ValueError(f"{name} = a list or a mapping; give a single value")
+            if not isinstance(event, yaml.MappingStartEvent):
+                raise ValueError("needs 'setting: value' lines")
+        name = getattr(event, "value", name)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+    settings = yaml.safe_load(text)
+    if not isinstance(settings, dict):
+        raise ValueError("needs 'setting: value' lines")
     return settings
 
 

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
-from quark_fast.command import exit_status
+from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Parser, UsageError
 
 
@@ -35,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
+def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Evaluate every mode and print the table."""
     from quark_fast.config import numbers
     from quark_fast.evaluation import (
@@ -89,7 +88,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         column = arguments.prompt_column or config.prompt_column
         chat = chat_template(arguments.run, lambda: policy.tokenizer)
         loaded = load_prompts(arguments.prompts, column=column, chat=chat)
-        console.print(f"{arguments.prompts}: {loaded.counts}", markup=False)
+        console.print(f"{arguments.prompts}: {loaded.counts}")
     else:
         loaded = load_prompts(Path(arguments.run) / HELD_OUT)
     rows = loaded.rows
@@ -134,7 +133,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(parser().parse_args(arguments), Console()))
+    return exit_status(lambda: run(parser().parse_args(arguments), Terminal()))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from quark_fast.command import exit_status
+from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Parser, UsageError
 
 
@@ -40,12 +39,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
+def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Sample both models on every prompt and print them side by side."""
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
-    from quark_fast.report import clean, mask_profanity
+    from quark_fast.report import mask_profanity
     from quark_fast.rollout import Conditioning, Sampling, sample
+    from quark_fast.untrusted import clean
 
     if arguments.samples is None:
         arguments.samples = 3 if arguments.temperature else 1
@@ -87,11 +87,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1, overflow="fold")
         for left, right in zip(before[i], after[i], strict=True):
             table.add_row(show(left), show(right))
-        console.print(table, markup=False)
+        console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(parser().parse_args(arguments), Console()))
+    return exit_status(lambda: run(parser().parse_args(arguments), Terminal()))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import gzip
 import hashlib
 import io
 import json
 import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.config import Config, UsageError
+from quark_fast.untrusted import DEEPEST, TooLarge, read_bytes, too_deep
 
 Row = dict[str, Any]
 Chat = Callable[[list[dict[str, Any]]], str]
@@ -81,6 +82,11 @@ def load_prompts(
     found = False
     for record in _read(str(source)):
         loaded.read += 1
+        if too_deep(record):  # it will be written as JSON, where that ends in a crash
+            raise UsageError(
+                f"{source}, record {loaded.read}: more than {DEEPEST} lists or objects stand in one another;"
+                " flatten it"
+            )
         row = {"prompt": record} if isinstance(record, str) else record
         names |= dict.fromkeys(map(str, row))
         held, value = (True, record) if isinstance(record, str) else _find(row, column)
@@ -233,10 +239,10 @@ def _read(source: str) -> Iterator[Row | str]:
 def _text(path: Path) -> str:
     """The file's text: UTF-8, with or without a byte-order mark."""
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:  # gzip's own errors, too
+        content = read_bytes(path)
+    except TooLarge as error:  # a few kilobytes of gzip unpack to gigabytes
+        raise UsageError(f"prompts file {path}: {error}; split it") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip's own; a NUL in the name
         raise UsageError(f"prompts file {path} cannot be read: {error}") from error
     # UTF-16 without a byte-order mark passes as UTF-8 with NULs between the letters.
     bad = content.find(b"\0")
@@ -273,7 +279,7 @@ def _read_json(source: str, text: str) -> Iterator[Row | str]:
             raise UsageError(f"{source}: the columns have different lengths: {lengths}")
         value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise UsageError(f"{source}: needs a list of objects, found {json.dumps(value)[:60]}")
+        raise UsageError(f"{source}: needs a list of objects, found {reprlib.repr(value)[:60]}")
     for number, item in enumerate(value, start=1):
         yield _record(f"{source}, item {number}", item)
 
@@ -291,7 +297,7 @@ def _parse_json(source: str, first_line: int, text: str) -> Any:
 def _record(where: str, value: Any) -> Row | str:
     if isinstance(value, dict | str):
         return value
-    raise UsageError(f"{where}: needs an object, found {json.dumps(value)[:60]}")
+    raise UsageError(f"{where}: needs an object, found {reprlib.repr(value)[:60]}")
 
 
 def _read_csv(source: str, text: str) -> Iterator[Row]:

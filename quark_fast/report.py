@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shlex
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quark_fast.metrics import Change, Interval
+from quark_fast.untrusted import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,12 +160,6 @@ def _lists(rows: Sequence[Row], key: str) -> Array:
 
 # --- text that a model wrote ----------------------------------------------------------------------
 
-_ESCAPE_SEQUENCE = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, clear screen
-    r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC: window title, links
-    r"|\x1b[ -/]*[0-~]"
-)
-
 # Rot13, so that nobody has to read them to work on this file. A stem matches with any ending, a
 # word as it is or in the plural.
 _STEMS = "shpx zbgureshpx fuvg ohyyfuvg phag avttre avttn snttbg ovgpu juber fyhg nffubyr ergneq"
@@ -176,20 +170,6 @@ _PROFANITY = re.compile(
     ),
     re.IGNORECASE,
 )
-
-
-def clean(text: str) -> str:
-    """The text without terminal escape sequences, control and invisible characters.
-
-    Line ends and tabs stay. What goes could move the cursor, reverse the reading direction or, as
-    a lone surrogate, not be written to a file at all.
-    """
-    visible = _ESCAPE_SEQUENCE.sub("", text)
-    return "".join(
-        character
-        for character in visible
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
-    )
 
 
 def mask_profanity(text: str) -> str:

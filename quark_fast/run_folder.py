@@ -61,13 +61,15 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file."""
-        with (self / name).open("a", encoding="utf-8") as file:
+        # What UTF-8 cannot spell, half a character out of somebody's JSON, is written as JSON spells it.
+        with (self / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
         scratch = self / f".{name}.tmp"
-        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(scratch, self / name)
 
     # A checkpoint is a folder made under another name, flushed to disk and renamed: whatever kills the

@@ -7,22 +7,22 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from quark_fast.command import exit_status
+from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Config, parse
 
 
 class Display:
     """The live display: one bar for the stage, one line of its latest numbers, a line a finished stage."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("{task.description}", style="bold"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -49,7 +49,7 @@ class Display:
             self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
 
 
-def run(config: Config, console: Console) -> None:
+def run(config: Config, console: Terminal) -> None:
     """Train, then show the table and three before/after texts."""
     from quark_fast.machine import keep_freed_memory, quiet_libraries
     from quark_fast.report import after_names, before_after, headline, read_run, results_table
@@ -60,7 +60,7 @@ def run(config: Config, console: Console) -> None:
     display = Display(console)
     trainer = Trainer(config, listen=display)
     if trainer.about_prompts:
-        console.print(trainer.about_prompts, markup=False)
+        console.print(trainer.about_prompts)
     console.print(
         f"unlearning {config.task}: {len(trainer.train_rows)} training and"
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped and resumable."""
     logging.basicConfig(level=logging.WARNING)
     given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: run(parse(given, "python -m quark_fast.train"), Console()))
+    return exit_status(lambda: run(parse(given, "python -m quark_fast.train"), Terminal()))
 
 
 if __name__ == "__main__":

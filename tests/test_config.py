@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -97,13 +98,13 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
         ("steps: many", "steps = 'many'; give a whole number"),
         ("steps: 1.5", "steps = 1.5; give a whole number"),
         ("steps: true", "steps = True; give a whole number"),
-        ("steps: [1]", "steps = [1]; give a whole number"),
+        ("steps: [1]", "steps = a list or a mapping; give a single value"),
         ("steps:", "steps = None; give a whole number"),
         ("steps: .inf", "steps = inf; give a whole number"),
         ("steps: .nan", "steps = nan; give a whole number"),
         ("learning_rate: fast", "learning_rate = 'fast'; give a number"),
         ("learning_rate: true", "learning_rate = True; give a number"),
-        ("learning_rate: {a: 1}", "learning_rate = {'a': 1}; give a number"),
+        ("learning_rate: {a: 1}", "learning_rate = a list or a mapping; give a single value"),
         ("resume: 1", "resume = 1; give true or false"),
         ("resume: maybe", "resume = 'maybe'; give true or false"),
         ("kl: both", "kl = 'both'; choose from 'policy_ref', 'ref_policy', 'sampled'"),
@@ -117,6 +118,58 @@ def test_file_with_a_wrong_type_is_refused_by_name_and_value(tmp_path: Path, lin
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n", "a: [1\n", "a: 1\na b: : 2\n\t"])
 def test_file_that_holds_no_settings_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     refusal(tmp_path / "run.yaml", text)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (BOMB, "single value"),
+        (f"prompts: {'[' * 100_000}", "single value"),
+        ("a: &a 5\nsteps: *a\n", "aliases"),
+        ("a: {steps: 5}\n<<: *a", "single value"),
+        ("steps: !!python/object/apply:os.system ['touch pwned']", "tags (tag:yaml.org,2002:python/object"),
+        ("steps: !!int ''", "tags"),
+        (f"steps: {'9' * 5000}", "4300 digits"),
+        ("steps: 0b_", "invalid literal"),
+        ("prompts: 2020-13-45", "month"),
+        ("model: a\0b", "special characters"),
+        (f"{'steps: 1 # ' + 'x' * 2**20}", "more than 1,048,576 bytes"),
+    ],
+)
+def test_hostile_settings_are_refused_at_once(tmp_path: Path, text: str, named: str) -> None:
+    message = refusal(tmp_path / "run.yaml", text)
+    assert named in message
+    assert len(message) <= 2000 and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "most"),
+    [
+        ("steps", 10**400, 2**31 - 1),
+        pytest.param("steps", 10**5000, 2**31 - 1, id="steps-without-a-text"),
+        ("held_out", "9" * 5000, 2**31 - 1),
+        ("quantiles", 1001, 1000),
+        ("seed", 2**63, 2**63 - 1),
+    ],
+)
+def test_number_beyond_all_counting_is_refused(name: str, value: Any, most: int) -> None:
+    with pytest.raises(UsageError, match=f"^{name} = .*at most {most}"):
+        Config(**{name: value}).check()
+
+
+def test_error_that_quotes_a_hostile_value_is_one_short_line_that_steers_no_terminal() -> None:
+    with pytest.raises(UsageError) as caught:
+        given("--config", "\x1b]0;title\x07\x1b[2J\r\n\u202e\x9b1mnone.yaml")
+    assert str(caught.value).startswith("--config  none.yaml: ")
+    assert "\x1b" not in str(caught.value)
+    assert len(str(UsageError("x" * 10**6))) < 2000
+    with pytest.raises(UsageError, match="give at most 2147483647"):
+        given("--steps", "9" * 400)
 
 
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

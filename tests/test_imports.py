@@ -22,7 +22,7 @@ LAYERS = [
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"classifier", "reward_cache", "scoring", "metrics"},
     {"pool_store", "pool_groups", "pool_union"},
-    {"durable"},
+    {"durable", "untrusted"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

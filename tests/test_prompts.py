@@ -268,7 +268,7 @@ def test_windows_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     [
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "x"', ["p.jsonl:3:", "not JSON", "column 15"]),
         ("p.jsonl", b'{"prompt": "a"}\nplain text', ["p.jsonl:2:", "not JSON"]),
-        ("p.jsonl", b'{"prompt": "a"}\n["x"]', ["p.jsonl:2:", "needs an object", '["x"]']),
+        ("p.jsonl", b'{"prompt": "a"}\n["x"]', ["p.jsonl:2:", "needs an object", "['x']"]),
         ("p.jsonl", b"7", ["p.jsonl:1:", "needs an object"]),
         ("p.jsonl", b'"a"\n' + b"[" * 100_000, ["p.jsonl:2:", "beyond all limits"]),
         ("p.jsonl", b"9" * 5000, ["p.jsonl:1:", "beyond all limits"]),
@@ -302,6 +302,26 @@ def test_malformed_file_is_refused_with_its_line(
     message = refusal(tmp_path / name)
     for words in named:
         assert words in message
+
+
+def test_gzip_bomb_is_refused_after_the_limit_and_not_after_the_memory(tmp_path: Path) -> None:
+    # A gigabyte in a megabyte; in a hundred bytes, once packed again.
+    bomb = tmp_path / "p.jsonl.gz"
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        for _ in range(1025):
+            file.write(bytes(1 << 20))
+    assert "holds more than 1,073,741,824 bytes; split it" in refusal(bomb)
+    endless = tmp_path / "p.txt"
+    endless.symlink_to("/dev/zero")
+    assert "holds more than" in refusal(endless)
+
+
+def test_record_nested_so_deep_that_it_could_not_be_written_again_is_refused(tmp_path: Path) -> None:
+    def nested(depth: int) -> str:
+        return '{"prompt": "a", "b": ' + "[" * depth + "]" * depth + "}"
+
+    assert rows(write(tmp_path / "p.jsonl", nested(99)))
+    assert "record 1: more than 100" in refusal(write(tmp_path / "p.jsonl", nested(100)))
 
 
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

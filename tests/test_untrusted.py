@@ -1,0 +1,195 @@
+"""What nobody vetted: no text of it steers a terminal, and no part of the package gives it power."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from quark_fast import train
+from quark_fast.command import Terminal, exit_status
+from quark_fast.config import UsageError
+from quark_fast.run_folder import RunFolder
+from quark_fast.trainer import Progress as Event
+from quark_fast.untrusted import TooLarge, clean, read_bytes, too_deep
+
+HOSTILE = "a\x1b[31mred\x1b[0m\x1b]0;title\x07b\x1b[2J\x9b1mc\x1bcd\r\u202e\ud800[link=http://x]e[/link][/x]"
+HARMLESS = "aredbcd[link=http://x]e[/link][/x]"
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def test_terminal_escape_sequences_go_whole() -> None:
+    assert clean(HOSTILE) == HARMLESS
+
+
+def test_control_bidirectional_and_broken_characters_go_and_real_text_stays() -> None:
+    assert clean("a\x00\x07\x08\rb\u202ec\u200bd\ud800e\x1b") == "abcde"
+    assert clean("naïve 東京 🙂\n\tend") == "naïve 東京 🙂\n\tend"
+
+
+@given(st.text(st.sampled_from("\x1b\x9b\x9d\x90\x07\x9c\\[]0;mJP \r\n\u202eab"), max_size=30))
+def test_no_sequence_is_left_or_made_by_what_is_taken_out(text: str) -> None:
+    cleaned = clean(text)
+    assert clean(cleaned) == cleaned
+    assert not set(cleaned) & set("\x1b\x9b\x9d\x90\x07\x9c\r\u202e")
+
+
+def terminal(width: int = 200) -> tuple[Terminal, io.StringIO]:
+    file = io.StringIO()
+    return Terminal(file=file, width=width, force_terminal=True, color_system=None), file
+
+
+def no_sequence(shown: str) -> bool:
+    """Whether the terminal is steered by nobody but rich: its own codes move the cursor of a bar."""
+    for code in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A", "\r"):
+        shown = shown.replace(code, "")
+    return not set(shown) & set("\x1b\x9b\x07\r\u202e\ud800") and "title" not in shown
+
+
+def test_tables_titles_headers_and_plain_lines_obey_no_markup_and_no_escape_code() -> None:
+    console, file = terminal()
+    table = Table(title=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    console.print(HOSTILE)
+    console.print(table)
+    assert file.getvalue().count(HARMLESS) == 4
+    assert no_sequence(file.getvalue())
+
+
+def test_progress_lines_obey_no_markup_and_no_escape_code() -> None:
+    console, file = terminal()
+    display = train.Display(console)
+    with display.live:
+        display(Event(HOSTILE, 1, 2, {HOSTILE: 0.5}))
+        display(Event(HOSTILE, 2, 2, {HOSTILE: 0.5}))
+    with Progress(console=console) as bar:
+        bar.add_task("b", total=1)
+    assert f"{HARMLESS}: {HARMLESS} 0.5" in file.getvalue()
+    assert no_sequence(file.getvalue())
+
+
+def test_errors_and_stops_of_a_command_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise UsageError(f"prompts {HOSTILE}: not there")
+
+    def stop() -> None:
+        raise KeyboardInterrupt(HOSTILE)
+
+    assert (exit_status(refuse), exit_status(stop)) == (2, 130)
+    assert capsys.readouterr().err == f"error: prompts {HARMLESS}: not there\n{HARMLESS}\n"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_half_a_character_is_written_as_json_spells_it_and_comes_back(tmp_path: Path) -> None:
+    # Rows of a file of prompts keep their other columns, which may hold what UTF-8 cannot.
+    row = {"prompt": "a", "note\udfff": ["\ud800", "é"]}
+    folder = RunFolder(tmp_path)
+    folder.append("rows.jsonl", [row])
+    folder.write_json("value.json", row)
+    assert json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8")) == row
+    assert json.loads((tmp_path / "value.json").read_text(encoding="utf-8")) == row
+    assert "é" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+
+
+def test_file_is_read_whole_up_to_the_limit_and_not_beyond(tmp_path: Path) -> None:
+    for name, write in (("plain", Path.write_bytes), ("packed.gz", _pack)):
+        write(tmp_path / name, b"12345")
+        assert read_bytes(tmp_path / name, limit=5) == b"12345"
+        with pytest.raises(TooLarge, match="more than 4 bytes"):
+            read_bytes(tmp_path / name, limit=4)
+
+
+def _pack(path: Path, content: bytes) -> None:
+    path.write_bytes(gzip.compress(content))
+
+
+def test_depth_counts_lists_and_objects_within_one_another() -> None:
+    assert not too_deep("text", 0) and not too_deep({}, 1) and too_deep([], 0)
+    assert not too_deep([{"a": [1]}, []], 3) and too_deep([{"a": [1]}, []], 2)
+    shared: list[Any] = []
+    for _ in range(99):
+        shared = [shared]
+    assert not too_deep(shared) and too_deep([shared])
+
+
+# --- the package ---------------------------------------------------------------------------------
+
+PACKAGE = Path(train.__file__).parent
+# What can run code that a file holds, and the one place for each where that is meant.
+FORBIDDEN: dict[str, set[str]] = {
+    "pickle": {"assets"},  # through an allow-list
+    "exec": {"assets"},  # VADER's rules, out of the wheel with the pinned hash
+    "import_module": {"scoring", "__init__"},  # --reward module:function; the package's own, when used
+    "subprocess": {"assets"},  # pip
+}
+FORBIDDEN |= {
+    name: set()
+    for name in [
+        "dill",
+        "joblib",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+        "cPickle",
+        "runpy",
+        "pty",
+        "code",
+        "exec_module",
+        "__import__",
+        "system",
+        "popen",
+        "unsafe_load",
+        "full_load",
+        "UnsafeLoader",
+        "read_pickle",
+        "extractall",
+        "extract",
+        "unpack_archive",
+        "mktemp",
+    ]
+}
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Modules imported and functions called, by the last part of their names."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {*str(node.module).split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Call):
+            found.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_but_what_is_meant_can_run_code_out_of_a_file(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for name in names_in(tree) & FORBIDDEN.keys():
+        assert path.stem in FORBIDDEN[name], f"{path.name} uses {name}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given_by_name = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert called not in ("eval", "compile") or path.stem == "assets", f"{path.name} calls {called}"
+        assert called not in ("torch.load", "np.load", "numpy.load", "yaml.load"), f"{path.name}: {called}"
+        for option in ("allow_pickle", "shell"):
+            assert given_by_name.get(option, "False") == "False", f"{path.name} passes {option}"
