@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from safetensors import SafetensorError
@@ -303,7 +304,12 @@ def load_pretrained(
             " PreTrainedTokenizerFast"
         )
     try:
-        loaded: Any = auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with no_pickle(source):
+            loaded: Any = auto_class.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, use_safetensors=True
+            )
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}") from error
     model, info = loaded
@@ -321,6 +327,35 @@ def load_pretrained(
             " the two do not belong together"
         )
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def no_pickle(source: str | Path) -> Iterator[None]:
+    """Whatever transformers or peft would load by unpickling it is refused.
+
+    Not by asking for safetensors alone: the config and the index of a model name files, too.
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UsageError(_pickled(source))
+
+    load = torch.load
+    torch.load = refuse
+    try:
+        yield
+    except OSError as error:  # no safetensors, which were asked for, in a folder or at the hub
+        if any(Path(source).glob("*.bin")) or "cannot be loaded with `safetensors`" in str(error):
+            raise UsageError(_pickled(source)) from error
+        raise
+    finally:
+        torch.load = load
+
+
+def _pickled(source: str | Path) -> str:
+    return (
+        f"{str(source)!r} has no weights in safetensors, and others (pytorch_model.bin) are not loaded: they"
+        " are pickles, which can run code; where you trust it, load it and save_pretrained() it anew"
+    )
 
 
 def load_tokenizer(source: str | Path) -> Any:

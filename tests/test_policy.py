@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS, save_tiny_model, sharpen, tiny_config, word_tokenizer
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -24,6 +26,7 @@ from quark_fast.policy import Policy, RewardEmbedding, linear_head, load_pretrai
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
 SEPARATOR_ID = WORDS
 VOCABULARY = WORDS + 2
+LOAD = torch.load
 
 Make = Callable[..., Path]
 
@@ -233,6 +236,37 @@ def test_folder_that_cannot_be_used_is_one_clear_line(
     with pytest.raises(UsageError, match=message) as caught:
         load_pretrained(folder, torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_that_are_a_pickle_are_never_loaded_whatever_names_them(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    model = tiny_model("llama")
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin")  # genuine ones are refused just the same
+
+    def refused() -> None:
+        with pytest.raises(UsageError, match=r"no weights in safetensors, and others .* save_pretrained"):
+            load_pretrained(model, torch.float32)
+
+    refused()
+    for name in ("pytorch_model.bin", "adapter_model.bin"):
+        torch.save({"a": Payload()}, model / name)
+    refused()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused()
+    (model / "model.safetensors.index.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    refused()
+    assert not (tmp_path / "pwned").exists()
+    assert torch.load is LOAD, "nobody else's loading is refused"
 
 
 def test_missing_folder_is_called_missing(tmp_path: Path) -> None:

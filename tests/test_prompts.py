@@ -7,7 +7,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import pickle
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +325,27 @@ def test_record_nested_so_deep_that_it_could_not_be_written_again_is_refused(tmp
 
     assert rows(write(tmp_path / "p.jsonl", nested(99)))
     assert "record 1: more than 100" in refusal(write(tmp_path / "p.jsonl", nested(100)))
+
+
+def test_data_set_that_brings_code_or_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    for name in ("script", "pickled"):
+        (tmp_path / name).mkdir()
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'pwned')!r}).touch()"
+    (tmp_path / "script" / "script.py").write_text(code)
+    for suffix in ("pkl", "pickle", "pt", "npy"):
+        (tmp_path / "pickled" / f"data.{suffix}").write_bytes(pickle.dumps(Payload()))
+    for name in (f"hf:{tmp_path / 'script'}", f"hf:{tmp_path / 'script' / 'script.py'}"):
+        refusal(name)
+    refusal(f"hf:{tmp_path / 'pickled'}")
+    with tarfile.open(tmp_path / "pickled" / "data.tar", "w") as archive:
+        for path in sorted((tmp_path / "pickled").glob("data.p*")):
+            archive.add(path, path.name)
+    refusal(f"hf:{tmp_path / 'pickled'}")
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
