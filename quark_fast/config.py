@@ -62,6 +62,7 @@ FREE_ON_RESUME = {
     "eval_temperature",
     "eval_top_p",
     "eval_guidance",
+    "eval_quantiles",
     "show_offensive",
     "reward_cache",
     "reward_batch",
@@ -234,10 +235,14 @@ class Config:
     eval_temperature: float = setting(1.0, "sampling temperature in the evaluation; 0: greedy")
     eval_top_p: float = setting(0.9, "nucleus in the evaluation")
     eval_guidance: str = setting("1.5,2", "values of w to evaluate, comma-separated; w = 1 always is")
+    eval_quantiles: Literal["all", "ends"] = setting(
+        "all", "quantiles whose token is evaluated alone; ends: the worst and the best"
+    )
 
     # machine
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto", "mixed precision; auto: bf16 where the machine has it, else fp32"
+        "auto",
+        "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",
     )
     threads: int = setting(0, "CPU threads; 0: one for each core that this process may use")
     seed: int = setting(0, "seed of everything random")

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     rows, ids, texts = policy.encode_rows(rows, config.max_prompt_tokens, config.prefix_tokens)
     policy.check_fits(ids, config.max_new_tokens)
     guidance = config.guidances() if arguments.guidance is None else numbers("guidance", arguments.guidance)
-    table = modes(policy.quantiles, guidance)
+    table = modes(policy.quantiles, guidance, config.eval_quantiles == "all")
     sampling = evaluation_sampling(config)
     held_out = HeldOut(rows, ids, config.eval_samples, texts)
     with Progress(console=console) as bar:

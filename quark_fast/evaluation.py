@@ -43,14 +43,26 @@ class Mode:
             return None
         if self.conditioning.against is not None:
             return self.conditioning.guidance
-        return 0.0 if self.conditioning.quantile == 0 else 1.0
+        return {"worst token": 0.0, "best token": 1.0}.get(self.name)
+
+    @property
+    def quantile(self) -> int | None:
+        """Place on the curve over quantiles; None where two tokens are mixed, or none is there."""
+        return self.conditioning.quantile if self.conditioning.against is None else None
 
 
-def modes(quantiles: int, guidance: Sequence[float]) -> list[Mode]:
-    """Untouched, best, guided by each w, worst, no token. A single quantile's token is the best one."""
+def modes(quantiles: int, guidance: Sequence[float], every_quantile: bool = True) -> list[Mode]:
+    """Untouched, best, guided by each w, the quantiles between, worst, no token.
+
+    A single quantile's token is the best one.
+
+    Args:
+        every_quantile: False leaves out those between the best and the worst.
+    """
     best = quantiles - 1
     guided = [Mode(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
-    against = [*guided, Mode("worst token", Conditioning(0))] if best else []
+    between = [Mode(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1) if every_quantile]
+    against = [*guided, *between, Mode("worst token", Conditioning(0))] if best else []
     return [
         Mode("untouched", Conditioning(), untouched=True),
         Mode("best token", Conditioning(best)),
@@ -332,6 +344,7 @@ def summarise(
             {
                 "name": mode.name,
                 "guidance": mode.guidance,
+                "quantile": mode.quantile,
                 "metrics": {k: as_json(v) for k, v in evaluate_samples(after).items()},
                 "change": None if change is None else {k: as_json(v) for k, v in change.items()},
             }

@@ -200,6 +200,25 @@ class Policy:
         token = [] if quantile is None else [self.reward_ids[quantile]]
         return [*self.prefix, *token, *prompt]
 
+    @torch.no_grad()
+    def place_untrained_rows(self, shares: Sequence[float]) -> None:
+        """Put the rows of quantiles that training drew nothing from between their trained neighbours.
+
+        Row k becomes ((b - k) row_a + (k - a) row_b) / (b - a), with a < k < b the nearest quantiles of a
+        share above 0; beyond the last such quantile it is that one's. A token that was never trained means
+        nothing; on the line it means something between what its neighbours do.
+
+        Args:
+            shares: each quantile's share of the training draws, worst first.
+        """
+        rows = self.model.get_input_embeddings().rows
+        trained = [k for k, share in enumerate(shares) if share > 0]
+        for k in set(range(len(shares))) - set(trained):
+            below = max((t for t in trained if t < k), default=min(trained))
+            above = min((t for t in trained if t > k), default=max(trained))
+            place = (k - below) / (above - below) if above > below else 0.0
+            rows[k] = torch.lerp(rows[below], rows[above], place)
+
     def frozen_copy(self, dtype: torch.dtype) -> Any:
         """The model as it is now, for sampling: low precision, no gradients, fast decoding."""
         model = copy.deepcopy(self.model).to(dtype).eval().requires_grad_(False)

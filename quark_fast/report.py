@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Array = npt.NDArray[np.float64]
-Mode = Literal["untouched", "none", "worst", "best", "guided"]
+Mode = Literal["untouched", "none", "worst", "middle", "best", "guided"]
 
 # --- reading a run folder -------------------------------------------------------------------------
 
@@ -415,12 +415,12 @@ def _format_change_bounds(change: Change) -> str:
 
 
 def _mode(name: str) -> Mode:
-    """Which of the five ways of sampling a row's name stands for; it decides the colour."""
+    """Which of the six ways of sampling a row's name stands for; it decides the colour."""
     lowered = name.lower()
     for word in ("untouched", "guided", "best", "worst"):
         if word in lowered:
             return word
-    return "none"
+    return "middle" if "quantile" in lowered else "none"
 
 
 def _rows(evaluation: Row) -> list[Row]:
@@ -519,6 +519,7 @@ _TERMINAL_COLOURS: dict[Mode, str] = {
     "untouched": "#8a8d94",
     "none": "#b46f9b",
     "worst": "#d9712a",
+    "middle": "#8f8a7e",
     "best": "#3b8fc7",
     "guided": "#1fa37d",
 }
@@ -655,8 +656,8 @@ def _one_line(text: str) -> str:
 
 # --- plots ----------------------------------------------------------------------------------------
 
-# role: (on light paper, on dark paper). The five samplings are Okabe and Ito's colour-blind-safe
-# hues, lightened for the dark.
+# role: (on light paper, on dark paper). The samplings are Okabe and Ito's colour-blind-safe hues,
+# lightened for the dark; a quantile between is grey.
 _COLOURS = {
     "ink": ("#1f2024", "#ebe9e4"),
     "muted": ("#63656b", "#a3a4a9"),
@@ -664,10 +665,10 @@ _COLOURS = {
     "untouched": ("#777a82", "#a3a6ae"),
     "none": ("#a8578a", "#d891bc"),
     "worst": ("#cf5a00", "#f08c48"),
+    "middle": ("#a9a59c", "#85868b"),
     "best": ("#0b6fae", "#55abe3"),
     "guided": ("#008562", "#35bf95"),
 }
-_MIDDLE = ("#a9a59c", "#85868b")
 
 
 class _Palette:
@@ -681,10 +682,10 @@ class _Palette:
         self._colours = dict(_COLOURS)
         for k in range(quantiles):
             place = k / (quantiles - 1) if quantiles > 1 else 1.0
-            worst, best = _COLOURS["worst"], _COLOURS["best"]
+            worst, middle, best = (_COLOURS[mode] for mode in ("worst", "middle", "best"))
             self._colours[f"quantile-{k}"] = (
-                _mix(worst[0], _MIDDLE[0], best[0], place),
-                _mix(worst[1], _MIDDLE[1], best[1], place),
+                _mix(worst[0], middle[0], best[0], place),
+                _mix(worst[1], middle[1], best[1], place),
             )
 
     def __getitem__(self, role: str) -> str:
@@ -852,10 +853,16 @@ def _plot_samplings(run: Run, palette: _Palette) -> str:
     return _plot("samplings", label, palette, draw, size, (1, len(shown)), share_y=True)
 
 
-def _plot_guidance(run: Run, palette: _Palette, metric: str) -> str:
-    """The metric over the guidance w; w = 0 is the worst token, w = 1 the best token alone."""
-    rows = [row for row in _rows(run.evaluation) if math.isfinite(_number(row, "guidance"))]
-    rows.sort(key=lambda row: _number(row, "guidance"))
+_DIALS = {
+    "guidance": "guidance w  (0: worst token, 1: best token alone)",
+    "quantile": "quantile whose token stands in front",
+}
+
+
+def _plot_dial(run: Run, palette: _Palette, dial: Literal["guidance", "quantile"], metric: str) -> str:
+    """The metric over the guidance w, or over the quantile in front."""
+    rows = [row for row in _rows(run.evaluation) if math.isfinite(_number(row, dial))]
+    rows.sort(key=lambda row: _number(row, dial))
     column = _column(metric)
     before = _first(run.evaluation, "untouched")
 
@@ -865,23 +872,25 @@ def _plot_guidance(run: Run, palette: _Palette, metric: str) -> str:
             base, grey = _interval(before, metric), palette["untouched"]
             axes.axhspan(base.low, base.high, color=grey, alpha=0.15, lw=0)
             axes.axhline(base.value, color=grey, lw=1.2, ls=(0, (2, 3)))
-        w = [_number(row, "guidance") for row in rows]
+        places = [_number(row, dial) for row in rows]
         numbers = [_interval(row, metric) for row in rows]
-        axes.plot(w, [number.value for number in numbers], color=palette["muted"], lw=1, alpha=0.6)
-        for at, row, number in zip(w, rows, numbers, strict=True):
+        axes.plot(places, [number.value for number in numbers], color=palette["muted"], lw=1, alpha=0.6)
+        for at, row, number in zip(places, rows, numbers, strict=True):
             colour = palette[_mode(_name(row))]
             axes.plot([at, at], [number.low, number.high], color=colour)
             axes.plot(at, number.value, "o", color=colour, ms=7)
-        axes.set_xlabel("guidance w  (0: worst token, 1: best token alone)")
+        axes.set_xlabel(_DIALS[dial])
         axes.set_ylabel(_fill(column.title, run.evaluation))
         axes.margins(x=0.08, y=0.12)
+        if dial == "quantile":
+            _whole_ticks(axes)
         if before is not None:
             _end_labels(axes, [(base.value, "untouched", grey)])
 
     if len(rows) < 2:
         return ""
-    label = f"{_fill(column.title, run.evaluation)} over the guidance w"
-    return _plot(f"guidance-{metric}", label, palette, draw)
+    label = f"{_fill(column.title, run.evaluation)} over the {dial}"
+    return _plot(f"{dial}-{metric}", label, palette, draw)
 
 
 def _scores_by_row(run: Run) -> list[tuple[str, Mode, Array]]:
@@ -1217,13 +1226,25 @@ def _html_results(run: Run, palette: _Palette) -> str:
                 wide=True,
             ),
             _html_plot(
+                f"{first_title.capitalize()} by quantile",
+                _plot_dial(run, palette, "quantile", first.key),
+                "One reward token in front, from the worst to the best: a monotone curve shows that the"
+                f" conditioning works. Bars and band: {level} intervals.",
+            ),
+            _html_plot(
+                f"What a quantile costs: {fluency_title}",
+                _plot_dial(run, palette, "quantile", fluency.key),
+                "The same tokens. Those of quantiles that training drew nothing from lie on the line between"
+                " their trained neighbours.",
+            ),
+            _html_plot(
                 f"The guidance dial: {first_title}",
-                _plot_guidance(run, palette, first.key),
+                _plot_dial(run, palette, "guidance", first.key),
                 f"log p = log p(worst) + w (log p(best) − log p(worst)). Bars and band: {level} intervals.",
             ),
             _html_plot(
                 f"The guidance dial: {fluency_title}",
-                _plot_guidance(run, palette, fluency.key),
+                _plot_dial(run, palette, "guidance", fluency.key),
                 f"What the same dial costs: {_safe(_fill(fluency.meaning, evaluation))}",
             ),
             _html_plot(

@@ -64,7 +64,7 @@ def run(config: Config, console: Terminal) -> None:
     console.print(
         f"unlearning {config.task}: {len(trainer.train_rows)} training and"
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
-        f" {trainer.accelerator.mixed_precision} on {trainer.device}, run folder {trainer.folder.path}"
+        f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
     )
     with display.live:
         folder = trainer.train()

@@ -35,7 +35,7 @@ from quark_fast.evaluation import (
     modes,
     summarise,
 )
-from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
+from quark_fast.machine import sampling_dtype, set_threads, settled_precision, versions
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
 from quark_fast.ops.loss import Implementation, quark_loss
@@ -89,18 +89,25 @@ class Trainer:
         held_out: Sequence[str | Row] | None = None,
         listen: Callable[[Progress], None] = lambda _: None,
     ) -> None:
+        config = dataclasses.replace(config)
         config.check()
         self.config = config
         self.listen = listen
         self.folder = RunFolder(config.output_folder)
         if config.resume:
             self.folder.check_resumable()
-            config.check_resumes(load_config(self.folder / "config.yaml"))
+            saved = load_config(self.folder / "config.yaml")
+            if config.precision == "auto":  # whatever would be chosen today, the run goes on as it began
+                config.precision = saved.precision
+            config.check_resumes(saved)
         else:
             self.folder.check_free()
+            config.precision = settled_precision(config.precision)
         self.task = find_task(config.task, config.target)
         set_threads(config.threads)
-        self.accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
+        self.accelerator = Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision
+        )
         self.device = self.accelerator.device
         self.reward = choose_reward(config, self.task, self.device, reward)
         source = config.model or "the embedded model"
@@ -255,6 +262,7 @@ class Trainer:
                 with self.stop.at_once():
                     self._probe()
                 self.round, self.sampled = self.round + 1, False
+            self.policy.place_untrained_rows(self.config.weights())
             self.seconds = time.monotonic() - started
             self._save()
             with self.stop.at_once():
@@ -445,7 +453,7 @@ class Trainer:
         config = self.config
         if self.task.prompt_classes:
             self._classify()
-        table = modes(self.policy.quantiles, config.guidances())
+        table = modes(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
         heard = evaluate(
             self.policy,
             self.policy.frozen_copy(self.sampling_dtype),

@@ -96,6 +96,17 @@ def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
     assert modes(1, [])[1].conditioning == Conditioning(0)
 
 
+def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them() -> None:
+    table = {mode.name: mode for mode in modes(4, [1.5])}
+    by_guidance = {name: mode.guidance for name, mode in table.items() if mode.guidance is not None}
+    by_quantile = {name: mode.quantile for name, mode in table.items() if mode.quantile is not None}
+    assert by_guidance == {"worst token": 0.0, "best token": 1.0, "guided w=1.5": 1.5}
+    assert by_quantile == {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "best token": 3}
+    ends = [mode.name for mode in modes(4, [1.5], every_quantile=False)]
+    assert ends == [name for name in table if not name.startswith("quantile")]
+    assert [mode.name for mode in modes(2, [])] == ["untouched", "best token", "worst token", "no token"]
+
+
 def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:
     completions = [[5] * 40, [1, 2], [3] * 17, [4]] * 20
     prompts = [[i % 50] for i in range(len(completions))]

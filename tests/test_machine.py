@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quark_fast.config import UsageError
-from quark_fast.machine import mixed_precision, sampling_dtype, set_threads, versions
+from quark_fast.machine import _bf16_is_faster, sampling_dtype, set_threads, settled_precision, versions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -20,18 +20,38 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize(("wanted", "name"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "no")])
-def test_precision_asked_for_is_taken_whatever_the_machine(wanted: str, name: str) -> None:
-    assert mixed_precision(wanted) == name
+@pytest.mark.parametrize("wanted", ["bf16", "fp16", "fp32"])
+def test_precision_asked_for_is_taken_whatever_the_machine(wanted: str) -> None:
+    assert settled_precision(wanted) == wanted
 
 
-@pytest.mark.parametrize(("supported", "name"), [(True, "bf16"), (False, "no")])
-def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_computes_in_it(
-    machine: pytest.MonkeyPatch, supported: bool, name: str
+@pytest.mark.parametrize(
+    ("supported", "faster", "name"),
+    [(True, True, "bf16"), (True, False, "fp32"), (False, True, "fp32")],
+)
+def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_computes_in_it_and_gains_by_it(
+    machine: pytest.MonkeyPatch, supported: bool, faster: bool, name: str
 ) -> None:
     machine.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     machine.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert mixed_precision("auto") == name
+    machine.setattr("quark_fast.machine._bf16_is_faster", lambda: faster)
+    assert settled_precision("auto") == name
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_bf16_is_faster_only_if_its_layer_takes_less_time(
+    machine: pytest.MonkeyPatch, slow: torch.dtype
+) -> None:
+    clock = [0.0]
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor) -> None:
+        clock[0] += 2.0 if weight.dtype == slow else 1.0
+
+    machine.setattr(torch.nn.functional, "linear", linear)
+    machine.setattr("quark_fast.machine.time.perf_counter", lambda: clock[0])
+    _bf16_is_faster.cache_clear()
+    assert _bf16_is_faster() == (slow == torch.float32)
+    _bf16_is_faster.cache_clear()
 
 
 def test_auto_without_onednn_is_fp32(machine: pytest.MonkeyPatch) -> None:
@@ -40,7 +60,7 @@ def test_auto_without_onednn_is_fp32(machine: pytest.MonkeyPatch) -> None:
 
     machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     machine.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", missing)
-    assert mixed_precision("auto") == "no"
+    assert settled_precision("auto") == "fp32"
 
 
 @pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])
@@ -51,7 +71,7 @@ def test_auto_on_a_gpu_does_not_count_emulated_bf16(
     machine.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
     )
-    assert mixed_precision("auto") == name
+    assert settled_precision("auto") == name
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,15 @@ SAMPLINGS = {
     "untouched": (1.0, None),
     "no token": (0.97, None),
     "worst token": (1.18, 0.0),
+    "quantile 1": (1.05, None),
+    "quantile 2": (0.95, None),
+    "quantile 3": (0.85, None),
     "best token": (0.76, 1.0),
     "guided w=2": (0.64, 2.0),
     "guided w=3": (0.56, 3.0),
     "guided w=6": (0.42, 6.0),
 }
+QUANTILES = {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "quantile 3": 3, "best token": 4}
 TEXT = """the man said that it was a long day and nobody in the house wanted to hear about it again
 because she had been right all along which made him feel like a complete idiot so they left early
 took the train home read old letters argued laughed and went to bed without dinner"""
@@ -76,6 +80,7 @@ def write_run(folder, prompts=120, samples=4, steps=128, rounds=5, quantiles=5, 
             {
                 "name": name,
                 "guidance": guidance,
+                "quantile": QUANTILES.get(name),
                 "metrics": {key: as_json(one) for key, one in metrics.items()},
                 "change": change,
             }
@@ -496,7 +501,8 @@ def test_the_page_is_whole_and_shows_every_section(report):
     assert "python -m quark_fast.train --task toxicity --out 'my run'" in page.text
     assert "quantile 4 (best)" in page.text and "not complete" not in page.text
     labels = [value for key, value in page.attributes if key == "aria-label"]
-    assert len(labels) == 9
+    assert len(labels) == 11
+    assert "mean toxicity over the quantile" in labels and "perplexity over the quantile" in labels
 
 
 def test_the_page_loads_nothing_from_anywhere(report):

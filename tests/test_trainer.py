@@ -85,6 +85,20 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows(path)]
 
 
+def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+
+    def precision(found: str, resume: bool) -> str:
+        monkeypatch.setattr("quark_fast.trainer.settled_precision", lambda wanted: found)
+        config = small(tmp_path / "run", model, precision="auto", resume=resume)
+        return Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).config.precision
+
+    assert precision("bf16", resume=False) == "bf16"
+    assert precision("fp32", resume=True) == "bf16"
+
+
 def test_run_killed_at_any_moment_resumes_to_identical_results(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
