@@ -22,7 +22,6 @@ import transformers
 from quark_fast import __version__
 from quark_fast.config import UsageError
 
-
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
