@@ -62,7 +62,7 @@ def run(config: Config, console: Terminal) -> None:
     if trainer.about_prompts:
         console.print(trainer.about_prompts)
     console.print(
-        f"unlearning {config.task}: {len(trainer.train_rows)} training and"
+        f"{len(trainer.train_rows)} training and"
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
         f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
     )

@@ -1,0 +1,190 @@
+"""Guided conditioning beside DExperts, which needs two more models: same samples, prompts, scorer and draws.
+
+    python benchmarks/dexperts.py RUN --output FILE
+
+RUN is a finished run. DExperts (Liu et al. 2021, arXiv 2105.03023) samples from
+
+    log p = log p0 + alpha (log p_expert - log p_anti-expert),   renormalised,
+
+p0 the untouched model, the experts copies of it, fine-tuned by the LM loss alone: the expert on the run's
+samples of the best quantile of their rewards, the anti-expert on those of the worst. Each takes as many
+samples, in as many steps, as the run drew for the token of that quantile, with the run's learning rate and
+schedule. The run's own rows are those of its evaluation; all rows share held-out prompts, prefix, scorer,
+sampling and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import DynamicCache
+
+from quark_fast import assets
+from quark_fast.batch import completion_logits, make_batch
+from quark_fast.evaluation import HeldOut, Mode, evaluate, evaluation_sampling, summarise
+from quark_fast.finished import Finished, open_run
+from quark_fast.machine import keep_freed_memory, quiet_libraries, set_threads, versions
+from quark_fast.metrics import Sample
+from quark_fast.ops.loss import quark_loss
+from quark_fast.policy import FAST_ATTENTION, load_pretrained
+from quark_fast.prompts import load_prompts
+from quark_fast.report import read_run, results_table
+from quark_fast.rollout import Conditioning, cache_argument
+from quark_fast.run_folder import HELD_OUT
+from quark_fast.scoring import choose_reward
+from quark_fast.tasks import find_task
+
+
+class Mixture(torch.nn.Module):
+    """Three models that sampling takes for one, each with a cache of its own."""
+
+    def __init__(self, base: Any, expert: Any, anti: Any, alpha: float) -> None:
+        super().__init__()
+        self.models, self.weights = [base, expert, anti], [1.0, alpha, -alpha]
+        self.config, self.device = base.config, base.device
+
+    def forward(self, ids: Tensor, cache: Any = None, logits_to_keep: int = 0, **inputs: Any) -> Any:
+        if ids.shape[1] > 1:  # a new batch of prompts
+            self.rows, self.caches = len(ids), [DynamicCache(config=self.config) for _ in self.models]
+        elif len(ids) > self.rows:  # several samples of each prompt from here on
+            for one in self.caches:
+                one.batch_repeat_interleave(len(ids) // self.rows)
+            self.rows = len(ids)
+        outputs = [
+            model(ids, logits_to_keep=logits_to_keep, **{cache_argument(model): own}, **inputs)
+            for model, own in zip(self.models, self.caches, strict=True)
+        ]
+        scaled = [w * o.logits.float().log_softmax(-1) for w, o in zip(self.weights, outputs, strict=True)]
+        outputs[0].logits = torch.stack(scaled).sum(0)
+        return outputs[0]
+
+
+def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: int, seed: int) -> Any:
+    """A copy of the untouched model after ``steps`` steps of the LM loss on the completions of ``rows``."""
+    config, policy = run.config, run.policy
+    model, _ = load_pretrained(config.model or assets.default_model(), torch.float32)
+    model.to(run.device).eval()  # no dropout, as in the run
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    prompts = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
+    completions = [policy.encode(row["completion"], config.max_new_tokens) for row in rows]
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * batch // len(rows)))])
+    for step in range(steps):
+        chosen = order[step * batch : (step + 1) * batch]
+        made = make_batch(
+            policy,
+            [prompts[i] for i in chosen],
+            [completions[i] for i in chosen],
+            [None] * len(chosen),
+            run.device,
+        )
+        out = quark_loss(
+            completion_logits(model, made),
+            None,
+            made.labels,
+            made.mask,
+            kl_coef=0.0,
+            entropy_coef=0.0,
+            vocab_size=policy.vocabulary,
+        )
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        # As many steps as the run took, so its schedule is theirs.
+        optimizer.param_groups[0]["lr"] = config.learning_rate * config.decay(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(run.reference.dtype).requires_grad_(False)
+    model.set_attn_implementation(FAST_ATTENTION)
+    return model
+
+
+def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str, Any]:
+    run, record = open_run(folder), read_run(folder)
+    config = run.config
+    task = find_task(config.task, config.target)
+    reward = choose_reward(config, task, run.device)
+    scored = [dict(row) for row in record.completions if row["reward"] is not None and row["completion"]]
+    scored.sort(key=lambda row: row["reward"])
+    size, steps = len(scored) // config.quantiles, config.rounds * config.steps
+    shares = config.weights()
+    experts = {}
+    for name, part, share in (
+        ("expert", scored[-size:], shares[-1]),
+        ("anti-expert", scored[:size], shares[0]),
+    ):
+        begun, batch = time.monotonic(), max(1, round(share * config.batch_size))
+        experts[name] = finetune(run, part, batch, steps, config.seed)
+        console.print(
+            f"{name}: {len(part)} texts, {steps} steps of {batch}, {time.monotonic() - begun:.0f} s"
+        )
+    loaded = load_prompts(folder / HELD_OUT)
+    rows, ids, texts = run.policy.encode_rows(loaded.rows, config.max_prompt_tokens, config.prefix_tokens)
+    held_out = HeldOut(rows, ids, config.eval_samples, texts)
+    kept = {"untouched", "best token"} | {f"guided w={w:g}" for w in config.guidances()}
+    table = [
+        Mode(name, Conditioning(), untouched=name == "untouched")
+        for name in dict.fromkeys(row["row"] for row in record.evaluation_rows)
+        if name in kept
+    ]
+    samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+    for row in record.evaluation_rows:
+        if row["row"] in samples:
+            samples[row["row"]].append(Sample(**{key: value for key, value in row.items() if key != "row"}))
+    for alpha in alphas:
+        mixture = Mixture(run.reference, experts["expert"], experts["anti-expert"], alpha)
+        mode = Mode(f"DExperts alpha={alpha:g}", Conditioning())
+        sampling = evaluation_sampling(config)
+        samples[mode.name] = [
+            sample
+            for _, part in evaluate(
+                run.policy,
+                mixture,
+                run.reference,
+                reward,
+                held_out,
+                [mode],
+                sampling,
+                config.seed,
+                task.measures,
+            )
+            for sample in part
+        ]
+        table.append(mode)
+        console.print(f"{mode.name}: sampled")
+    about = {name: value for name, value in record.evaluation.items() if name != "rows"}
+    return summarise(samples, table, about) | {"versions": versions(run.device)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--alphas", default="0.5,1,2", help="values of alpha (default: 0.5,1,2)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    console = Console()
+    quiet_libraries()
+    keep_freed_memory()
+    set_threads(arguments.threads)
+    found = measure(arguments.run, [float(a) for a in arguments.alphas.split(",")], console)
+    found["versions"]["command"] = " ".join(
+        ["python benchmarks/dexperts.py", str(arguments.run), "--alphas", arguments.alphas]
+    )
+    console.print(results_table(found))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
