@@ -336,7 +336,8 @@ def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
 
     evaluation = json.loads((run / "evaluation.json").read_text())
     names = [row["name"] for row in evaluation["rows"]]
-    assert names == ["untouched", "best token", "guided w=2", "guided w=4", "worst token", "no token"]
+    guided = ["guided w=2", "guided w=4"]
+    assert names == ["untouched", "best token", *guided, "quantile 1", "worst token", "no token"]
     assert evaluation["scorer"]["name"] == "tiny_rewards:evens"
     assert len(jsonl(run / "evaluation.jsonl")) == 2 * 2 * len(names)
 
@@ -388,7 +389,7 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert heard.err == ""
     table = json.loads((folder / "table.json").read_text())
     names = [row["name"] for row in table["rows"]]
-    assert names == ["untouched", "best token", "guided w=3", "worst token", "no token"]
+    assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
     assert all(name in heard.out for name in names)
 
