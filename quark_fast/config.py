@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
@@ -63,6 +63,7 @@ FREE_ON_RESUME = {
     "eval_top_p",
     "eval_guidance",
     "eval_quantiles",
+    "eval_modes",
     "show_offensive",
     "reward_cache",
     "reward_batch",
@@ -177,8 +178,8 @@ class Config:
     )
     quantile_weights: str = setting(
         "extremes",
-        "shares of the training draws: extremes (worst and best alone), equal (the paper), or numbers from"
-        " worst to best as '2,1,0,1,2'",
+        "shares of the training draws: extremes (worst and best alone), equal (the paper), best (that one"
+        " alone), or numbers from worst to best as '2,1,0,1,2'",
     )
 
     # sampling
@@ -187,6 +188,9 @@ class Config:
     guidance: float = setting(
         1.5,
         "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
+    )
+    explore_token: Literal["best", "random"] = setting(
+        "best", "reward token that explores; random: drawn for each prompt anew, in place of the best one"
     )
     max_new_tokens: int = setting(20, "length of a completion, tokens")
     min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
@@ -238,6 +242,10 @@ class Config:
     eval_quantiles: Literal["all", "ends"] = setting(
         "all", "quantiles whose token is evaluated alone; ends: the worst and the best"
     )
+    eval_modes: Literal["all", "best"] = setting(
+        "all",
+        "rows of the table; best: the untouched model and the best token alone, in a fraction of the time",
+    )
 
     # machine
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
@@ -271,10 +279,12 @@ class Config:
             return [1 / self.quantiles] * self.quantiles
         if self.quantile_weights == "extremes":
             return [0.5, *[0.0] * (self.quantiles - 2), 0.5]
+        if self.quantile_weights == "best":
+            return [*[0.0] * (self.quantiles - 1), 1.0]
         values = numbers("quantile_weights", self.quantile_weights)
         if len(values) != self.quantiles or min(values) < 0 or not sum(values) > 0:
             raise UsageError(
-                f"quantile_weights = {self.quantile_weights!r}; give extremes, equal, or"
+                f"quantile_weights = {self.quantile_weights!r}; give extremes, equal, best, or"
                 f" {self.quantiles} numbers >= 0, worst quantile first, not all 0"
             )
         return [value / sum(values) for value in values]
@@ -420,8 +430,12 @@ def numbers(name: str, text: str) -> list[float]:
     return values
 
 
-def parse(arguments: Sequence[str], program: str) -> Config:
-    """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked."""
+def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> Config:
+    """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked.
+
+    Args:
+        defaults: the program's own, over the task's.
+    """
     about = "Unlearn a property (Quark)."
     parser = _ConfigParser(Config, prog=program, description=about, formatter_class=_Help)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
@@ -436,7 +450,7 @@ def parse(arguments: Sequence[str], program: str) -> Config:
         file = {name: value for name, value in own.items() if name not in ("output", "resume")}
     parser.set_defaults(**file)
     task = parser.parse_known_args([flag for flag in arguments if flag not in ("-h", "--help")])[0].task
-    parser.set_defaults(**(TASK_DEFAULTS.get(task, {}) | file))
+    parser.set_defaults(**(TASK_DEFAULTS.get(task, {}) | dict(defaults or {}) | file))
     given = vars(parser.parse_args(list(arguments)))
     given.pop("config")
     config = Config(**given)

@@ -24,7 +24,7 @@ from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import Policy
 from quark_fast.prompts import Row
 from quark_fast.reward import Reward
-from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
 from quark_fast.tasks import Task, no_measures
 
 
@@ -105,6 +105,7 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
+    sampler: Sampler = sample,
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every mode, a batch of prompts at a time.
 
@@ -120,7 +121,7 @@ def evaluate(
     """
     for mode in table:
         source = reference if mode.untouched else model
-        for indices, drawn in sample(
+        for indices, drawn in sampler(
             policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
         ):
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
@@ -193,6 +194,41 @@ def completion_nll(
         )
         totals += out.nll.sum(-1).tolist()
     return totals
+
+
+@torch.inference_mode()
+def completion_kl(
+    policy: Policy,
+    model: Any,
+    reference: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantile: int,
+) -> float:
+    """KL(model given the quantile's token || reference without), nats, mean over all completions' tokens.
+
+    Exact over the base vocabulary at every token. NaN without completions.
+    """
+    total, tokens = 0.0, 0
+    rows = max(1, 640 // max(map(len, completions), default=1))  # two models' logits are held at once
+    for start in range(0, len(prompts), rows):
+        part = slice(start, start + rows)
+        conditioned, plain = (
+            make_batch(policy, prompts[part], completions[part], [k] * len(prompts[part]), model.device)
+            for k in (quantile, None)
+        )
+        out = quark_loss(
+            completion_logits(model, conditioned),
+            completion_logits(reference, plain),
+            conditioned.labels,
+            conditioned.mask,
+            kl_coef=1.0,
+            entropy_coef=0.0,
+            vocab_size=policy.vocabulary,
+        )
+        total += float(out.kl.sum())
+        tokens += int(conditioned.mask.sum())
+    return total / tokens if tokens else float("nan")
 
 
 def _with_fit(one: Sample, nll: float, correct: int, tokens: int) -> Sample:
@@ -287,11 +323,18 @@ class Probe:
 
     @classmethod
     def draw(
-        cls, policy: Policy, reference: Any, reward: Reward, held_out: HeldOut, sampling: Sampling, seed: int
+        cls,
+        policy: Policy,
+        reference: Any,
+        reward: Reward,
+        held_out: HeldOut,
+        sampling: Sampling,
+        seed: int,
+        sampler: Sampler = sample,
     ) -> Probe:
         """One completion of every held-out prompt; unscored ones are left out."""
         kept: list[tuple[int, list[int], float]] = []
-        for indices, drawn in sample(policy, reference, held_out.ids, Conditioning(), sampling, 1, seed):
+        for indices, drawn in sampler(policy, reference, held_out.ids, Conditioning(), sampling, 1, seed):
             texts = [policy.decode(completion) for (completion,) in drawn]
             rewards = reward([held_out.rows[i] for i in indices], texts)
             for i, (completion,), value in zip(indices, drawn, rewards, strict=True):
@@ -306,6 +349,15 @@ class Probe:
             for quantile in (policy.quantiles - 1, 0)
         )
         return rank_correlation(np.subtract(worst, best), self.rewards)
+
+    def kl(self, policy: Policy, model: Any, reference: Any) -> float:
+        """Exact KL(policy under the best token || reference), nats, mean over the completions' tokens.
+
+        The contexts are the untouched model's texts, the same for every policy: two of them compare without
+        the luck of what each happens to write.
+        """
+        best = policy.quantiles - 1
+        return completion_kl(policy, model, reference, self.prompts, self.completions, best)
 
 
 def describe_evaluation(

@@ -111,8 +111,14 @@ def versions(device: torch.device) -> dict[str, Any]:
         "accelerate": accelerate.__version__,
         "numpy": np.__version__,
         "machine": f"{processor}, {torch.get_num_threads()} threads",
-        "command": shlex.join(["python", "-m", "quark_fast.train", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"quark_fast.{_program()}", *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """Which of the commands this is; a program of its own may well be one that trains."""
+    started = Path(sys.argv[0])
+    return started.stem if started.parent.name == "quark_fast" else "train"
 
 
 def _cpu_model() -> str:

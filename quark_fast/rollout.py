@@ -8,7 +8,7 @@ new token skips the flash kernel on the CPU, and a token is drawn with one unifo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,13 @@ def sample(
             indices,
             _sample_batch(policy, model, batch, conditioning, sampling, samples, generator),
         )
+
+
+# ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
+Sampler = Callable[
+    [Policy, Any, Sequence[Sequence[int]], Conditioning, Sampling, int, int],
+    Iterator[tuple[list[int], list[list[list[int]]]]],
+]
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ from quark_fast.pool import RolloutPool
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward
-from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
 from quark_fast.scoring import cached, choose_reward
 from quark_fast.tasks import find_task
@@ -74,6 +74,7 @@ class Trainer:
         prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
             chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
+        sampler: in place of ``rollout.sample``; runs that share the untouched model's samples have one.
         listen: called with a ``Progress`` now and then.
 
     Raises:
@@ -87,12 +88,14 @@ class Trainer:
         reward: Function | Reward | None = None,
         prompts: Sequence[str | Row] | None = None,
         held_out: Sequence[str | Row] | None = None,
+        sampler: Sampler = sample,
         listen: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         config = dataclasses.replace(config)
         config.check()
         self.config = config
         self.listen = listen
+        self.sampler = sampler
         self.folder = RunFolder(config.output_folder)
         if config.resume:
             self.folder.check_resumable()
@@ -282,8 +285,6 @@ class Trainer:
         """Explore: sample from the reference first, then guided towards the best token; score; add."""
         config, begun = self.config, time.monotonic()
         first = self.round == 0
-        best = self.policy.quantiles - 1
-        conditioning = Conditioning() if first else Conditioning(best, 0, config.guidance)
         model = self.reference if first else self.policy.frozen_copy(self.sampling_dtype)
         samples = config.initial_samples if first else config.explore_samples
         sampling = Sampling(
@@ -296,10 +297,7 @@ class Trainer:
         total, done, tokens, kept = samples * len(self.train_ids), 0, 0, len(self.pool)
         rewards: list[float] = []
         rows: list[dict[str, Any]] = []
-        seed = config.seed * 1_000_003 + self.round
-        for indices, drawn in sample(
-            self.policy, model, self.train_ids, conditioning, sampling, samples, seed
-        ):
+        for indices, drawn in self._draw(model, sampling, samples):
             flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
             texts = [self.policy.decode(completion) for _, completion in flat]
             scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
@@ -339,11 +337,35 @@ class Trainer:
         for row in rows:
             row["quantile"] = None if row["reward"] is None else next(labels)
         self.folder.append(COMPLETIONS, rows)
-        self.folder.append(METRICS, [self._round_metrics(rewards, done, conditioning, begun)])
+        self.folder.append(METRICS, [self._round_metrics(rewards, done, begun)])
 
-    def _round_metrics(
-        self, rewards: list[float], samples: int, conditioning: Conditioning, begun: float
-    ) -> dict[str, Any]:
+    def _draw(
+        self, model: Any, sampling: Sampling, samples: int
+    ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+        """The round's completions of every training prompt, in the form of ``rollout.sample``."""
+        seed = self.config.seed * 1_000_003 + self.round
+        for place, (conditioning, indices) in enumerate(self._conditionings()):
+            prompts = [self.train_ids[i] for i in indices]
+            for places, drawn in self.sampler(
+                self.policy, model, prompts, conditioning, sampling, samples, seed + (place << 40)
+            ):
+                yield [indices[p] for p in places], drawn
+
+    def _conditionings(self) -> list[tuple[Conditioning, list[int]]]:
+        """What stands before which training prompts in this round."""
+        config, quantiles = self.config, self.policy.quantiles
+        every = list(range(len(self.train_ids)))
+        if self.round == 0:
+            return [(Conditioning(), every)]
+        if config.explore_token == "best":
+            return [(Conditioning(quantiles - 1, 0, config.guidance), every)]
+        tokens = np.random.default_rng([config.seed, self.round, 1]).integers(quantiles, size=len(every))
+        return [
+            (Conditioning(k, 0, config.guidance), np.flatnonzero(tokens == k).tolist())
+            for k in range(quantiles)
+        ]
+
+    def _round_metrics(self, rewards: list[float], samples: int, begun: float) -> dict[str, Any]:
         labels, every = self.pool.labels(), self.pool.rewards
         by_quantile = [every[labels == k] for k in range(self.pool.quantiles)]
         return {
@@ -356,7 +378,7 @@ class Trainer:
             "reward_mean": float(np.mean(rewards)),
             "reward_by_quantile": [float(r.mean()) if len(r) else None for r in by_quantile],
             "thresholds": [float(t) for t in self.pool.thresholds],
-            "guidance": conditioning.guidance,
+            "guidance": self.config.guidance if self.round else 1.0,
             "seconds": time.monotonic() - begun,
         }
 
@@ -399,13 +421,16 @@ class Trainer:
                 # One sample a prompt is mostly prefill: fewer rows side by side.
                 dataclasses.replace(evaluation_sampling(self.config), rows=32),
                 self.config.seed,
+                self.sampler,
             )
-        found = self.probe.measure(self.policy, self.policy.frozen_copy(self.sampling_dtype))
+        model = self.policy.frozen_copy(self.sampling_dtype)
+        found = self.probe.measure(self.policy, model)
         row = {
             "kind": "probe",
             "step": self.step,
             "rank_correlation": found.value,
             "standard_error": found.standard_error,
+            "kl": self.probe.kl(self.policy, model, self.reference),
         }
         self.folder.append(METRICS, [row])
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
@@ -454,6 +479,8 @@ class Trainer:
         if self.task.prompt_classes:
             self._classify()
         table = modes(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
+        if config.eval_modes == "best":
+            table = [mode for mode in table if mode.name in ("untouched", "best token")]
         heard = evaluate(
             self.policy,
             self.policy.frozen_copy(self.sampling_dtype),
@@ -464,6 +491,7 @@ class Trainer:
             evaluation_sampling(self.config),
             seed=config.seed,
             measures=self.task.measures,
+            sampler=self.sampler,
         )
         total = len(self.held_out.rows) * config.eval_samples
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}

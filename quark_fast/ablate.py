@@ -1,0 +1,110 @@
+"""``python -m quark_fast.ablate``: a small grid of runs around a base, one table and one plot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from quark_fast.command import Terminal, exit_status
+from quark_fast.config import Config, Parser, UsageError, parse
+
+PROGRAM = "python -m quark_fast.ablate"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(
+        prog=PROGRAM,
+        description="Ablations: each axis varies one thing around a base, which is the settings given.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    made.add_argument("-h", "--help", action="store_true", help="show this, and the points of the grid")
+    made.add_argument("--grid", metavar="AXES", help="axes, with commas between; default: all")
+    made.add_argument("--seeds", default="0", help="seeds, with commas between (default: 0)")
+    made.add_argument("--dry-run", action="store_true", help="list the points and run nothing")
+    return made
+
+
+def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
+    """The points by axis with their settings, and the number of runs."""
+    from quark_fast.grid import points, runs
+
+    grid = points(base, axes)
+    lines = []
+    for axis in axes:
+        lines.append(f"{axis}:")
+        for point in (point for point in grid if point.axis == axis):
+            settings = "  ".join(f"--{k.replace('_', '-')} {v}" for k, v in point.settings.items())
+            lines.append(f"  {point.value:24}{settings or 'the base'}")
+    count = len(runs(grid))
+    lines.append(f"{count} runs a seed (shared points run once), {count * len(seeds)} in all")
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str], console: Terminal) -> None:
+    """Run or list the grid, then show its table."""
+    from quark_fast.grid import AXES, DEFAULTS
+
+    own, settings = parser().parse_known_args(list(arguments))
+    axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else list(AXES)
+    seeds = _seeds(own.seeds)
+    base = parse(settings, PROGRAM, DEFAULTS)
+    if base.resume:
+        raise UsageError("a grid goes on by itself; leave out --resume")
+    if base.seed:
+        raise UsageError(f"seed = {base.seed}; a grid has --seeds {base.seed}")
+    if own.help:
+        defaults = "  ".join(f"--{k.replace('_', '-')} {v}" for k, v in DEFAULTS.items())
+        console.print(parser().format_help())
+        console.print(
+            "Every other option is a setting of the base (python -m quark_fast.train --help); its defaults"
+            f" here: {defaults}\n"
+        )
+        console.print(listing(base, axes, seeds), soft_wrap=True)
+        return
+    if own.dry_run:
+        console.print(listing(base, axes, seeds), soft_wrap=True)
+        return
+    _run(base, axes, seeds, console)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 19 for part in parts):
+        raise UsageError(f"--seeds {text!r}: give whole numbers with commas between")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Terminal) -> None:
+    import json
+
+    from quark_fast.grid import run_grid, table
+    from quark_fast.machine import keep_freed_memory, quiet_libraries
+    from quark_fast.train import Display
+
+    quiet_libraries()
+    keep_freed_memory()
+    display = Display(console)
+    with display.live:
+        folder = run_grid(base, axes, seeds, about=console.print, listen=display)
+    head, *lines = table(json.loads((folder / "ablations.json").read_text()))
+    shown = Table(*head, box=SIMPLE_HEAD)
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+    console.print(f"{folder / 'ablations.md'}, {folder / 'ablations.svg'}, {folder / 'ablations.json'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped: run it again."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: run(given, Terminal()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

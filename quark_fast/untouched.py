@@ -1,0 +1,67 @@
+"""Samples of the untouched model, kept on disk for all runs that ask for the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from quark_fast.durable import replacing
+from quark_fast.policy import Policy, RewardEmbedding
+from quark_fast.rollout import Conditioning, Sampling, sample
+
+
+class UntouchedSamples:
+    """Stands in for ``rollout.sample``: what the untouched model wrote once is read, not sampled again.
+
+    The untouched model's samples follow from the arguments of ``sample`` alone, no training and no number of
+    quantiles has a say, so a run gets the very ids that it would have sampled itself. Samples of a policy are
+    handed through. A file is there whole or not at all.
+
+    Args:
+        folder: where the files are, one for each call; made with the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(
+        self,
+        policy: Policy,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        conditioning: Conditioning,
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+    ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+        drawn = sample(policy, model, prompts, conditioning, sampling, samples, seed)
+        if isinstance(model.get_input_embeddings(), RewardEmbedding):  # a policy
+            yield from drawn
+            return
+        asked = {
+            "model": [model.config.name_or_path, str(model.dtype), str(model.device)],
+            "prefix": policy.prefix,
+            "vocabulary": policy.vocabulary,
+            "stop": policy.stop_ids,
+            "prompts": [list(ids) for ids in prompts],
+            "sampling": dataclasses.asdict(sampling),
+            "samples": samples,
+            "seed": seed,
+        }
+        path = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.jsonl"
+        if path.exists():
+            for line in path.read_text().splitlines():
+                indices, completions = json.loads(line)
+                yield indices, completions
+            return
+        batches = []
+        for batch in drawn:
+            batches.append(json.dumps(batch))
+            yield batch
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in batches))

@@ -1,0 +1,224 @@
+"""The grid of ablations on a tiny model: its points, sharing, kills, refusals, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trainer import PROMPTS, even_words, rows, small, timeless
+
+from quark_fast import ablate, grid
+from quark_fast.config import Config, UsageError
+from quark_fast.trainer import Progress, Trainer
+
+GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
+
+
+def base(folder: Path, model: Path, **settings: Any) -> Config:
+    few = {"rounds": 2, "steps": 4, "initial_samples": 4, "explore_samples": 2, "eval_samples": 2}
+    return small(folder, model, **few, checkpoint_every=2, eval_modes="best", **settings)
+
+
+def started(folder: Path) -> list[str]:
+    return sorted(f"{path.parent.name}" for path in folder.glob("seed-0/*/config.yaml"))
+
+
+def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None:
+    config = Config()
+    found = grid.points(config, list(grid.AXES))
+    assert {p.value: p.settings for p in found if p.axis == "kl"} == {
+        "beta 0": {"kl_coef": 0.0},
+        "beta 0.25": {"kl_coef": 0.25},
+        "beta 1": {},
+        "beta 4": {"kl_coef": 4.0},
+        "ref_policy": {"kl": "ref_policy"},
+        "sampled": {"kl": "sampled"},
+    }
+    for point in found:
+        if point.axis == "exploration":
+            settings = {"rounds": config.rounds, "steps": config.steps, **point.settings}
+            assert settings["rounds"] * settings["steps"] == config.rounds * config.steps
+    assert [p.settings for p in found].count({}) == 5, "the base stands on each axis"
+    unique = grid.runs(found)
+    assert unique[0] == {} and unique.count({}) == 1
+    assert len(unique) == len(found) - 4
+
+
+def test_selection_is_compared_within_the_papers_loss() -> None:
+    found = {p.value: p for p in grid.points(Config(), ["selection"])}
+    best = found["best, no contrast"]
+    assert best.against == found["equal, no contrast"].settings
+    assert Config(**best.settings).weights() == [0, 0, 0, 0, 1]
+    assert found["equal"].against == {}, "the base's own loss: against the base"
+
+
+@pytest.mark.parametrize(
+    ("settings", "axis", "message"),
+    [
+        ({}, "k", "grid = 'k'"),
+        ({}, "", "grid = ''"),
+        ({"kl_coef": 0.0}, "kl", "kl_coef"),
+        ({"rounds": 3, "steps": 5}, "exploration", "15 steps into 2"),
+        ({"rounds": 1}, "tokens", "rounds = 1"),
+        ({"quantile_weights": "1,0,0,0,1"}, "quantiles", "point K 2: quantile_weights"),
+    ],
+)
+def test_axis_that_the_base_cannot_have_is_refused(settings: dict[str, Any], axis: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        grid.points(Config(**settings), [axis])
+
+
+def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    config = base(tmp_path / "grid", tiny_model())
+    grid.run_grid(config, ["quantiles"], [0], **GIVEN)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "untouched").iterdir()}
+    assert len(kept) == 3, "the pool, the probe, the evaluation: each sampled once for all points"
+    for name, settings in (("base", {}), ("quantiles=8", {"quantiles": 8})):
+        alone = base(tmp_path / name, Path(str(config.model)))
+        for key, value in settings.items():
+            setattr(alone, key, value)
+        Trainer(alone, **GIVEN).train()
+        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            ours = tmp_path / "grid" / "seed-0" / name / file
+            assert timeless(ours) == timeless(tmp_path / name / file), (name, file)
+
+
+def test_killed_grid_goes_on_between_points_and_within_one(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    axes = ["tokens", "selection"]
+    grid.run_grid(base(tmp_path / "whole", model), axes, [0], **GIVEN)
+
+    config = base(tmp_path / "killed", model)
+    lines: list[str] = []
+
+    def between(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 3:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        grid.run_grid(config, axes, [0], about=between, **GIVEN)
+    assert len(started(tmp_path / "killed")) == 2
+
+    def within(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done == 3:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        grid.run_grid(config, axes, [0], listen=within, **GIVEN)
+    assert len(started(tmp_path / "killed")) == 3
+    lines.clear()
+    grid.run_grid(config, axes, [0], about=lines.append, **GIVEN)
+    assert [line.endswith(": finished") for line in lines] == [True] * 2 + [False] * (len(lines) - 2)
+    for name in started(tmp_path / "whole"):
+        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            paths = [tmp_path / folder / "seed-0" / name / file for folder in ("whole", "killed")]
+            assert timeless(paths[0]) == timeless(paths[1]), (name, file)
+    results = [json.loads((tmp_path / f / "ablations.json").read_text()) for f in ("whole", "killed")]
+    for one in results:
+        one.pop("versions")
+        for point in one["points"]:
+            point["mean"].pop("minutes"), point["deviation"].pop("minutes")
+            for seed in point["seeds"]:
+                seed.pop("minutes")
+    assert results[0] == results[1]
+
+
+def test_grid_of_other_settings_is_refused_and_threads_are_free(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    grid.run_grid(base(tmp_path / "grid", model), ["tokens"], [0], **GIVEN)
+    before = (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text()
+    with pytest.raises(UsageError, match=r"kl_coef = 0\.5, but the grid in .* was made with 1\.0"):
+        grid.run_grid(base(tmp_path / "grid", model, kl_coef=0.5), ["tokens"], [0], **GIVEN)
+    grid.run_grid(base(tmp_path / "grid", model, show_offensive=True), ["tokens"], [0], **GIVEN)
+    assert (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is no grid"):
+        grid.run_grid(base(tmp_path / "mine", model), ["tokens"], [0], **GIVEN)
+
+
+def test_table_is_what_the_runs_wrote_averaged_over_seeds(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "grid"
+    grid.run_grid(base(folder, tiny_model(), quantiles=2), ["quantiles"], [0, 1], **GIVEN)
+    results = json.loads((folder / "ablations.json").read_text())
+    point = next(p for p in results["points"] if p["run"] == "quantiles=8")
+    means, probes, samples = [], [], {}
+    for name in ("base", "quantiles=8"):
+        samples[name] = []
+        for seed in (0, 1):
+            run = folder / f"seed-{seed}" / name
+            table = {
+                r["name"]: r["metrics"] for r in json.loads((run / "evaluation.json").read_text())["rows"]
+            }
+            assert list(table) == ["untouched", "best token"]
+            samples[name] += rows(run / "evaluation.jsonl", row="best token")
+            if name == "quantiles=8":
+                means.append(table["best token"]["mean"]["value"])
+                probes.append(rows(run / "metrics.jsonl", kind="probe")[-1])
+    assert point["mean"]["headline"] == pytest.approx(sum(means) / 2)
+    assert point["deviation"]["headline"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
+    assert point["mean"]["kl"] == pytest.approx((probes[0]["kl"] + probes[1]["kl"]) / 2)
+    assert all(probe["kl"] > 0 for probe in probes)
+    difference = sum(s["score"] for s in samples["quantiles=8"]) - sum(s["score"] for s in samples["base"])
+    assert point["difference"]["difference"] == pytest.approx(difference / len(samples["base"]))
+    assert point["difference"]["low"] < point["difference"]["difference"] < point["difference"]["high"]
+    assert next(p for p in results["points"] if p["run"] == "base")["difference"] is None
+    written = (folder / "ablations.md").read_text()
+    assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
+    svg = (folder / "ablations.svg").read_text()
+    assert svg.count(">K 8<") == 2, "each value labelled in both plots"
+
+
+def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    asked: list[tuple[int | None, int]] = []
+
+    def sampler(policy: Any, model: Any, prompts: Any, conditioning: Any, *rest: Any) -> Any:
+        from quark_fast.rollout import sample
+
+        asked.append((conditioning.quantile, len(prompts)))
+        return sample(policy, model, prompts, conditioning, *rest)
+
+    config = base(tmp_path / "run", tiny_model(), explore_token="random")
+    trainer = Trainer(config, sampler=sampler, **GIVEN)
+    trainer.train()
+    explored = [(k, n) for k, n in asked if k is not None][: config.quantiles]
+    assert [k for k, _ in explored] == [0, 1, 2]
+    assert sum(n for _, n in explored) == len(PROMPTS)
+    assert all(n > 0 for _, n in explored)
+    written = rows(tmp_path / "run" / "completions.jsonl", round=1)
+    assert sorted(row["prompt"] for row in written) == sorted(PROMPTS * config.explore_samples)
+
+
+def test_command_lists_the_points_and_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate.main(["--grid", "kl,quantiles", "--seeds", "0,1", "--dry-run", "--kl-coef", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "beta 0.5 " in shown and "--quantiles 8" in shown
+    assert "8 runs a seed (shared points run once), 16 in all" in shown
+    assert ablate.main(["--help", "--grid", "tokens"]) == 0
+    shown = capsys.readouterr().out
+    assert "--explore-token random" in shown and "--seeds" in shown
+    for arguments, message in (
+        (["--grid", "beta"], "choose from kl"),
+        (["--seeds", "x"], "whole numbers"),
+        (["--seed", "3"], "--seeds 3"),
+        (["--resume"], "leave out --resume"),
+        (["--kl-cof", "1"], "--kl-cof"),
+    ):
+        assert ablate.main([*arguments, "--output", str(tmp_path / "grid")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "grid").exists()
