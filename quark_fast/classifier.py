@@ -27,6 +27,7 @@ class SequenceClassifier:
         source: a transformers folder or hub name.
         label: the label by its name, in any case, or by its number; not needed where there is only one.
         reads: what the model is shown. A blank completion scores None.
+        trust_remote_code: run what Python code the source brings along.
     Raises:
         UsageError: no such model, one without a trained head, or no such label.
     """
@@ -38,9 +39,14 @@ class SequenceClassifier:
         reads: Reads = "completion",
         device: torch.device | str = "cpu",
         batch_size: int = 32,
+        trust_remote_code: bool = False,
     ) -> None:
         model, tokenizer = load_pretrained(
-            source, torch.float32, AutoModelForSequenceClassification, "sequence-classification model"
+            source,
+            torch.float32,
+            AutoModelForSequenceClassification,
+            "sequence-classification model",
+            trust_remote_code,
         )
         self.sha256 = _digest(model, tokenizer)
         self.index = find_label(source, model.config.id2label, label)

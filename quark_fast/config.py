@@ -119,6 +119,10 @@ class Config:
     model: str | None = setting(
         None, "causal LM, a folder or a hub name; default: the embedded SmolLM2-135M-Instruct"
     )
+    trust_remote_code: bool = setting(
+        False,
+        "run the Python code that --model, or a classifier of --reward, brings along; else it is refused",
+    )
     prompts: str | None = setting(
         None,
         "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
@@ -206,6 +210,16 @@ class Config:
     micro_batch: int = setting(16, "samples a forward pass; smaller takes less memory, same result")
     learning_rate: float = setting(2e-4, "AdamW step size for the model")
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
+    lora_rank: int = setting(
+        0, "train LoRA adapters of this rank beside the frozen weights (needs peft); 0: train all weights"
+    )
+    lora_alpha: float = setting(
+        0.0, "scale of the adapters: their update is times alpha / rank; 0: twice the rank"
+    )
+    lora_targets: str = setting(
+        "all-linear",
+        "layers with an adapter: all-linear, which is each but the head, or names as 'q_proj,v_proj'",
+    )
     warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     kl_coef: float = setting(
@@ -345,6 +359,8 @@ class Config:
             "entropy_coef": 0.0,
             "unlikelihood_coef": 0.0,
             "unlikelihood_ngram": 1,
+            "lora_rank": 0,
+            "lora_alpha": 0.0,
             "temperature": 0.0,
             "eval_temperature": 0.0,
         }
@@ -382,6 +398,10 @@ class Config:
                     f"{temperature} = 0 is greedy: all {several[0]} = {getattr(self, several[0])} completions"
                     " of a prompt would be the same; give 1"
                 )
+        if not self.lora_targets.replace(",", "").strip():
+            raise UsageError(
+                f"lora_targets = {self.lora_targets!r}; give all-linear, or layers' names with commas between"
+            )
         if self.quantiles == 1 and self.contrast_coef:
             raise UsageError(
                 f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"

@@ -29,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--top-p", type=float, help="nucleus, share of mass; default: the run's own")
     made.add_argument("--guidance", default=None, help="values of w, comma-separated; default: the run's own")
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    made.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the run's models bring along",
+    )
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
     made.add_argument("--json", metavar="FILE", help="also write the table here")
     return made
@@ -63,7 +68,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
         raise UsageError(f"--json {arguments.json}: no such folder")
     quiet_libraries()
     set_threads(arguments.threads)
-    finished = open_run(Path(arguments.run))
+    finished = open_run(Path(arguments.run), arguments.trust_remote_code)
     policy = finished.policy
     given = {
         "eval_samples": arguments.samples,

@@ -29,9 +29,12 @@ class Finished:
         return (self.config.guidances() or [1.0])[0]
 
 
-def open_run(folder: Path) -> Finished:
+def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
     """Load ``folder/model`` and the model that the run started from.
 
+    Args:
+        trust_remote_code: run what Python code these bring along. The folder's own setting does not count:
+            it may be anyone's.
     Raises:
         UsageError: no run folder, or one whose run is not finished.
     """
@@ -40,9 +43,10 @@ def open_run(folder: Path) -> Finished:
     if not (folder / "model" / "config.json").exists():
         raise UsageError(f"{folder} holds no model: its run is not finished; go on with --resume")
     config = load_config(folder / "config.yaml")
+    config.trust_remote_code = trust_remote_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = sampling_dtype(config.precision, device)
-    policy = Policy.from_export(folder / "model", dtype)
+    policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
     policy.model = policy.frozen_copy(dtype).to(device)
-    reference = load_reference(config.model or assets.default_model(), dtype, device)
+    reference = load_reference(config.model or assets.default_model(), dtype, device, trust_remote_code)
     return Finished(config, policy, reference, device)

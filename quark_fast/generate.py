@@ -32,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--top-p", type=float, default=0.9, help="nucleus, share of mass (default: 0.9)")
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    made.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the run's models bring along",
+    )
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
     made.add_argument(
         "--show-offensive", action="store_true", help="do not mask the worst words in the terminal"
@@ -59,7 +64,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
         raise UsageError(f"--guidance {arguments.guidance}: give a number, 1 for the best token alone")
     quiet_libraries()
     set_threads(arguments.threads)
-    finished = open_run(Path(arguments.run))
+    finished = open_run(Path(arguments.run), arguments.trust_remote_code)
     policy = finished.policy
     best = policy.quantiles - 1
     quantile = best if arguments.quantile is None else arguments.quantile

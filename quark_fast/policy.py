@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -15,21 +14,21 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quark_fast.config import UsageError
-from quark_fast.prompts import Row
+from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
+from quark_fast.prompts import Row, chat_template, is_chat
+from quark_fast.tokenizer import (
+    SEPARATOR,
+    check_tokenizer,
+    conditioned_template,
+    opening,
+    opening_ids,
+    reward_token,
+)
 
-SEPARATOR = "<|endoftext|>"
 FAST_ATTENTION = "quark_grouped"  # registered by quark_fast.rollout
-
-
-_REWARD_TOKEN = re.compile(r"<\|reward_\d+\|>")
-
-
-def reward_token(quantile: int) -> str:
-    """The text of a quantile's reward token; quantile 0 holds the lowest rewards."""
-    return f"<|reward_{quantile}|>"
 
 
 class RewardEmbedding(nn.Module):
@@ -70,13 +69,21 @@ class Policy:
             (padding of the table, reward tokens) never count.
         prefix: ids before the reward token. The first position of a causal transformer is an attention
             sink whose content is hardly read, so the token that opens a document stands there.
+        prefix_text: what spells the prefix where a text has to.
         stop_ids: the ids that end a completion: end of text, end of turn, document separator.
+        stored_dtype: of the weights at the model's source.
     """
+
+    stored_dtype = torch.float32
 
     def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.prefix = _prefix_ids(tokenizer, prefix)
+        auto = prefix == "auto"
+        self.prefix_text = opening(tokenizer) if auto else prefix
+        self.prefix: list[int] = opening_ids(tokenizer) if auto else []
+        if not auto and prefix:
+            self.prefix = list(tokenizer(prefix, add_special_tokens=False).input_ids)
         tokens = [reward_token(k) for k in range(quantiles)]
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
@@ -102,17 +109,25 @@ class Policy:
         prefix: str = "auto",
         words: Sequence[str] | None = None,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        lora: Lora | None = None,
+        low: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> Self:
-        """A policy ready to train: the model at ``source`` plus reward rows.
+        """A policy ready to train: the model at ``source`` plus reward rows, all float32.
 
         Args:
             source: a transformers folder or hub name.
             words: a text naming each quantile, worst first, whose mean embedding starts its row; without
                 them rows start at Normal(mean, std) of the table, per dimension, as the paper's do.
+            lora: train adapters beside the weights. The weights then stay as they are stored where that is
+                in ``low``, the dtype of the reference, which then shares them (``shared_reference``).
+            trust_remote_code: run what Python code the source brings along.
         """
-        model, tokenizer = load_pretrained(source, dtype)
+        stored = stored_dtype(source, trust_remote_code)
+        dtype = low if lora is not None and stored == low else torch.float32
+        model, tokenizer = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, quantiles, prefix)
+        policy.stored_dtype = stored
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
         if words is None:
@@ -122,13 +137,15 @@ class Policy:
         else:
             ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words]
             rows = torch.stack([table[row].mean(0) for row in ids])
-        model.set_input_embeddings(RewardEmbedding(base, policy.vocabulary, rows.to(dtype)))
+        if lora is not None:
+            add_adapters(model, lora, seed)
+        model.set_input_embeddings(RewardEmbedding(base, policy.vocabulary, rows))
         return policy
 
     @classmethod
-    def from_export(cls, folder: str | Path, dtype: torch.dtype) -> Self:
+    def from_export(cls, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Self:
         """The policy of an exported model, for sampling."""
-        model, tokenizer = load_pretrained(folder, dtype)
+        model, tokenizer = load_pretrained(folder, dtype, trust_remote_code=trust_remote_code)
         quantiles = 0
         while reward_token(quantiles) in tokenizer.get_vocab():
             quantiles += 1
@@ -144,9 +161,15 @@ class Policy:
         """K, the number of reward tokens."""
         return len(self.reward_ids)
 
-    def encode(self, prompt: str, max_tokens: int) -> list[int]:
-        """A prompt's ids without any prefix; the last ``max_tokens`` of them."""
-        return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)[-max_tokens:]
+    def encode(self, prompt: str, max_tokens: int, chat: bool = False) -> list[int]:
+        """A prompt's ids without any prefix; the last ``max_tokens`` of them.
+
+        A plain text is one by itself. A chat is a text that the exported template writes behind the best
+        token, where sentencepiece tokenizers put no mark of a word's beginning.
+        """
+        front = reward_token(self.quantiles - 1) if chat else ""
+        ids = list(self.tokenizer(front + prompt, add_special_tokens=False).input_ids)
+        return ids[chat:][-max_tokens:]
 
     def encode_rows(
         self, rows: Sequence[Row], max_tokens: int, prefix_tokens: int
@@ -161,7 +184,8 @@ class Policy:
             UsageError: no row is long enough.
         """
         if prefix_tokens == 0:
-            return list(rows), [self.encode(row["prompt"], max_tokens) for row in rows], []
+            chat = chat_template("the policy", lambda: self.tokenizer)
+            return list(rows), [self.encode(r["prompt"], max_tokens, is_chat(r, chat)) for r in rows], []
         every = [self.tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
         kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
         if not kept:
@@ -220,18 +244,43 @@ class Policy:
             rows[k] = torch.lerp(rows[below], rows[above], place)
 
     def frozen_copy(self, dtype: torch.dtype) -> Any:
-        """The model as it is now, for sampling: low precision, no gradients, fast decoding."""
-        model = copy.deepcopy(self.model).to(dtype).eval().requires_grad_(False)
-        model.set_attn_implementation(FAST_ATTENTION)
+        """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
+        model = self._merged(dtype).eval().requires_grad_(False)
+        _decode_fast(model)
+        return model
+
+    def shared_reference(self, dtype: torch.dtype) -> Any | None:
+        """The untouched model on the very weights that adapters stand beside; None where they have another
+        dtype, or are trained themselves."""
+        if not has_adapters(self.model) or self.model.get_input_embeddings().weight.dtype != dtype:
+            return None
+        # deepcopy takes what is in its memo for copied.
+        model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        drop_adapters(model)
+        model.set_input_embeddings(model.get_input_embeddings().base)
+        model.eval()
+        _decode_fast(model)
+        return model
+
+    def _merged(self, dtype: torch.dtype) -> Any:
+        """A copy whose adapters, if any, are added to its weights."""
+        model = copy.deepcopy(self.model)
+        if has_adapters(model):
+            merge_adapters(model)
+        # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
+        # those in float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
         return model
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write an ordinary transformers folder conditioned on the best reward token.
 
-        Its tokenizer puts prefix + best token before every text, and its generation config suppresses the
-        reward tokens; nothing in it needs this package.
+        Its tokenizer puts prefix + best token before every text, its chat template before every chat, and its
+        generation config suppresses the reward tokens; nothing in it needs this package.
         """
-        model = copy.deepcopy(self.model).to(dtype)
+        model = self._merged(dtype)
         embedding: RewardEmbedding = model.get_input_embeddings()
         model.set_input_embeddings(embedding.base)
         size = max(embedding.weight.shape[0], self.reward_ids[-1] + 1)
@@ -249,9 +298,17 @@ class Policy:
         self._best_token_first().save_pretrained(folder)
 
     def _best_token_first(self) -> Any:
-        """A copy of the tokenizer that puts prefix + best reward token before every text."""
+        """A copy of the tokenizer that puts prefix + best reward token before every text and chat."""
         tokenizer = copy.deepcopy(self.tokenizer)
         front = self.conditioned([], self.quantiles - 1)
+        front_text = self.prefix_text + reward_token(self.quantiles - 1)
+        own = self.tokenizer.chat_template
+        if isinstance(own, dict):  # several, by name
+            tokenizer.chat_template = {
+                name: conditioned_template(each, self.tokenizer, front_text) for name, each in own.items()
+            }
+        elif own:
+            tokenizer.chat_template = conditioned_template(own, self.tokenizer, front_text)
         backend: Tokenizer = tokenizer.backend_tokenizer
         # One name for the whole front: a template cannot spell tokens with a colon or a dollar sign.
         backend.post_processor = TemplateProcessing(
@@ -301,12 +358,38 @@ def linear_head(model: Any) -> nn.Linear | None:
     return head if same and torch.equal(logits, ramp.expand_as(logits).to(logits.dtype)) else None
 
 
-def load_reference(source: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_reference(
+    source: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
     """The untouched model, frozen: it samples at first, and the policy is held close to it."""
-    model, _ = load_pretrained(source, dtype)
+    model, _ = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
     model.to(device).eval().requires_grad_(False)
-    model.set_attn_implementation(FAST_ATTENTION)
+    _decode_fast(model)
     return model
+
+
+def _decode_fast(model: Any) -> None:
+    # Attention that sdpa cannot do, such as Gemma 2's with its cap, is beyond ours, too.
+    model.set_attn_implementation(FAST_ATTENTION if model._supports_sdpa else "eager")
+
+
+def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype of the weights at ``source`` by its config; float32 where that does not say, as GPT-2's."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _refused(source, "causal language model", error) from error
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _refused(source: str | Path, kind: str, error: Exception) -> UsageError:
+    """What transformers said about a source, in one line."""
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{str(source)!r} brings along Python code, which is not run unasked; read it, and give"
+            " --trust-remote-code if you trust it"
+        )
+    return UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}")
 
 
 def load_pretrained(
@@ -314,9 +397,10 @@ def load_pretrained(
     dtype: torch.dtype,
     auto_class: Any = AutoModelForCausalLM,
     kind: str = "causal language model",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, or one clear line about what is wrong with ``source``."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(
             f"the tokenizer at {str(source)!r} has no fast form (tokenizer.json); save one with"
@@ -325,12 +409,16 @@ def load_pretrained(
     try:
         with no_pickle(source):
             loaded: Any = auto_class.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, use_safetensors=True
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
             )
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}") from error
+        raise _refused(source, kind, error) from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills these with random numbers
         missing = sorted(info["missing_keys"])
@@ -377,37 +465,25 @@ def _pickled(source: str | Path) -> str:
     )
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer by transformers, or one clear line about what is wrong with ``source``."""
     looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
     if looks_like_path and not Path(source).is_dir():
         raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        # False, not None: transformers would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise _refused(source, "tokenizer", error) from error
         raise UsageError(
             f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
             " tokenizer.json, or a hub name"
         ) from error
+    check_tokenizer(source, tokenizer)
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
-
-
-def _prefix_ids(tokenizer: Any, prefix: str) -> list[int]:
-    """ "auto": what the tokenizer itself puts before a text, else its document separator, else nothing."""
-    if prefix != "auto":
-        return list(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else []
-    # Only what stands in front: some tokenizers put an end marker behind, too.
-    with_text = list(tokenizer("a").input_ids)
-    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
-    starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
-    own = with_text[: next(starts, 0)]
-    # An exported model's tokenizer puts its best reward token in front: training on, rows start anew.
-    own = [i for i in own if not _REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
-    if own:
-        return own
-    separator = tokenizer.get_vocab().get(SEPARATOR)
-    return [] if separator is None else [separator]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.config import Config, UsageError
+from quark_fast.tokenizer import opening
 from quark_fast.untrusted import DEEPEST, TooLarge, read_bytes, too_deep
 
 Row = dict[str, Any]
@@ -175,12 +176,20 @@ def _messages(value: Any) -> Row:
     return {"messages": value}
 
 
+def is_chat(row: Row, chat: Chat) -> bool:
+    """Whether the row's prompt is what ``chat`` writes of its messages. A text may have some beside it."""
+    try:
+        return bool(_messages(row.get("messages"))) and chat(row["messages"]) == row["prompt"]
+    except UsageError:  # no template, or none for these
+        return False
+
+
 def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
     """What renders messages for the model ``source``: its tokenizer's chat template.
 
     Messages that end with the assistant's are a text to go on with; otherwise the assistant's turn is opened.
-    The token that the tokenizer puts before every text is left to the policy, which puts it before the reward
-    token. (Not every bos_token is one: SmolLM2's is the mark of a turn.)
+    What opens a text is left to the policy, which puts it before the reward token: ``tokenizer.opening``, and
+    what an exported model's template puts in front. (SmolLM2's bos_token is none, but the mark of a turn.)
 
     Args:
         tokenizer: gives the tokenizer; called once, with the first messages.
@@ -199,13 +208,15 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
         goes_on = messages[-1]["role"] == "assistant"
         try:
             text = loaded().apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+                messages,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                reward_front="",
             )
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        first = loaded()("a").input_ids[0]
-        opens = loaded().bos_token is not None and first == loaded().bos_token_id
-        return str(text).removeprefix(loaded().bos_token) if opens else str(text)
+        return str(text).removeprefix(opening(loaded()))
 
     return render
 

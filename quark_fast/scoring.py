@@ -122,7 +122,13 @@ def _load(spec: str, name: str, config: Config, device: torch.device | str, labe
 def _classifier(name: str, config: Config, device: torch.device | str, label: str | None) -> Reward:
     from quark_fast.classifier import SequenceClassifier  # transformers' models load slowly
 
-    model = SequenceClassifier(name.removeprefix("hf:"), label, config.scorer_reads, device)
+    model = SequenceClassifier(
+        name.removeprefix("hf:"),
+        label,
+        config.scorer_reads,
+        device,
+        trust_remote_code=config.trust_remote_code,
+    )
     return Reward(model, name, f"label {model.label}, reads {model.reads}", model.sha256)
 
 

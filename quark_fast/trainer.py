@@ -35,6 +35,7 @@ from quark_fast.evaluation import (
     modes,
     summarise,
 )
+from quark_fast.lora import Lora
 from quark_fast.machine import sampling_dtype, set_threads, settled_precision, versions
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
@@ -114,7 +115,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.reward = choose_reward(config, self.task, self.device, reward)
         source = config.model or "the embedded model"
-        chat = chat_template(source, lambda: load_tokenizer(config.model or assets.default_model()))
+        chat = chat_template(
+            source,
+            lambda: load_tokenizer(config.model or assets.default_model(), config.trust_remote_code),
+        )
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
         self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
         self.reward.check(self.train_rows)
@@ -132,6 +136,7 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config
         source = config.model or assets.default_model()
+        self.sampling_dtype = sampling_dtype(config.precision, self.device)
         own_words = config.reward in (None, self.task.name) and self.reward.property is not None
         self.policy = Policy.create(
             source,
@@ -139,16 +144,24 @@ class Trainer:
             prefix=config.prefix,
             words=self.task.words_for(config.quantiles) if own_words else None,
             seed=config.seed,
+            lora=Lora.of(config),
+            low=self.sampling_dtype,
+            trust_remote_code=config.trust_remote_code,
         )
-        self.sampling_dtype = sampling_dtype(config.precision, self.device)
         model = self.policy.model.to(self.device)
         # No dropout anywhere: policy and reference are compared token by token.
         model.eval()
         if self.device.type == "cpu":
             # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
             longest = config.max_prompt_tokens + config.max_new_tokens
-            model.set_attn_implementation("eager" if longest <= 512 else "sdpa")
-        self.reference = load_reference(source, self.sampling_dtype, self.device)
+            if longest <= 512:  # otherwise transformers' own choice: sdpa, where the model can
+                model.set_attn_implementation("eager")
+        shared = self.policy.shared_reference(self.sampling_dtype)
+        self.reference = (
+            load_reference(source, self.sampling_dtype, self.device, config.trust_remote_code)
+            if shared is None
+            else shared.to(self.device)
+        )
         self.objective = Objective(
             config, self.policy, self.reference, self.device, self.accelerator.autocast
         )
@@ -191,7 +204,7 @@ class Trainer:
             return
         state, tensors = loaded
         model = self.policy.model
-        own = dict(model.named_parameters())
+        own = _trained(model)
         if own.keys() != tensors["model"].keys() or any(
             own[k].shape != v.shape for k, v in tensors["model"].items()
         ):
@@ -230,7 +243,7 @@ class Trainer:
                 "pool": plain,
             },
             {
-                "model": {n: p.detach().cpu().contiguous() for n, p in self.policy.model.named_parameters()},
+                "model": {n: p.detach().cpu().contiguous() for n, p in _trained(self.policy.model).items()},
                 "optimizer": _optimizer_tensors(self.optimizer),
                 "pool": arrays,
                 "draws": {
@@ -544,8 +557,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))
-        dtype = self.reference.config.dtype
-        self.policy.export(self.folder / "model", dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        self.policy.export(self.folder / "model", self.policy.stored_dtype)
         record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
         self.folder.write_json("versions.json", record)
         write_report(self.folder.path)
@@ -599,6 +611,11 @@ def _stop_signals(folder: Path) -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    """The parameters that training changes: all of them, or adapters and reward rows."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 # Optimizer and pool states as flat tensors: a checkpoint is safetensors and JSON, nothing pickled.

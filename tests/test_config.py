@@ -211,7 +211,9 @@ IMPOSSIBLE = [
         (name, -1)
         for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "prefix_tokens")
     ),
-    *((name, -1) for name in ("max_prompt_characters", "prompt_limit")),
+    *((name, -1) for name in ("max_prompt_characters", "prompt_limit", "lora_rank", "lora_alpha")),
+    ("lora_alpha", float("nan")),
+    ("lora_targets", " , "),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
     ("reward_retries", -1),
     *((name, value) for name in ("reward_timeout", "reward_backoff") for value in (-0.1, float("nan"))),
@@ -338,5 +340,5 @@ def test_help_names_every_option_with_its_meaning_and_default(capsys: pytest.Cap
         if field.default is None:
             assert "default: " in field.metadata["help"], f"{field.name}: what does leaving it out mean?"
         else:
-            assert f"(default: {field.default})" in words, field.name
+            assert f"(default: {field.default})" in words.replace("- ", "-"), field.name
     assert "--config FILE" in words

@@ -467,10 +467,13 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
     assert loaded.left_out == {"refused by the chat template": 1, "not text": 2}
 
 
-def test_token_that_opens_a_turn_stays_and_one_that_opens_every_text_goes() -> None:
-    for first in (True, False):
+def test_token_that_opens_a_turn_stays_and_what_opens_every_text_goes() -> None:
+    for first in (True, False):  # by the tokenizer itself, or by the policy's prefix
         rendered = chat_template("tiny", lambda first=first: chat_tokenizer(first=first))([ASK])
-        assert rendered == ("" if first else "<|endoftext|>") + "[user]w1[/][assistant]"
+        assert rendered == "[user]w1[/][assistant]"
+    turns = chat_tokenizer(first=False)
+    turns.bos_token = "w9"  # as SmolLM2's, whose documents open with another token
+    assert chat_template("tiny", lambda: turns)([ASK]) == "w9[user]w1[/][assistant]"
 
 
 def test_messages_without_a_template_are_refused_and_texts_need_none(tmp_path: Path) -> None:

@@ -1,0 +1,491 @@
+"""One prompt's whole way through tiny random models of every architecture, against plain transformers.
+
+Between them the cases have what real models differ in: tied and own heads, tables wider than the tokenizer,
+learned positions, scaled embeddings, capped logits, sliding windows, heads with a bias; byte-level tokenizers
+and sentencepiece's, with or without BOS in front and a padding token.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import sharpen
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+from quark_fast.config import Config, UsageError
+from quark_fast.finished import open_run
+from quark_fast.objective import Objective
+from quark_fast.policy import Policy, load_reference, stored_dtype
+from quark_fast.prompts import chat_template
+from quark_fast.rollout import Conditioning, Sampling, sample
+
+CORPUS = [
+    "The man said that the reward was good, and the woman said that it was better.",
+    "There was a time when the cat sat on the mat; then it was the dog's turn to sit there.",
+    "Once upon a time 1, 2 and 3 were said to be numbers that the man and the woman had.",
+]
+CPU = torch.device("cpu")
+
+# --- Tokenizers ------------------------------------------------------------------------------------
+
+
+def byte_level(*, bos: bool = False, pad: str | None = None) -> PreTrainedTokenizerFast:
+    """As GPT-2's: <|endoftext|> behind the pieces, and with ``bos`` in front of every text, as OPT's."""
+    special = ["<|endoftext|>", *([pad] if pad else [])]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=special[0], eos_token=special[0], pad_token=pad
+    )
+    if bos:
+        _put_first(tokenizer)
+    return tokenizer
+
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+
+
+def sentencepiece(kind: str, *, prepend: str = "first", pad: str | None = None) -> PreTrainedTokenizerFast:
+    """As Llama's and Gemma's: BPE or Unigram over words that begin with U+2581, the unknown as bytes."""
+    backend = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    if kind == "bpe":
+        backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+        trained = json.loads(backend.to_str())["model"]
+        pieces = sorted(trained["vocab"], key=trained["vocab"].get)
+        vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *BYTES, *pieces])}
+        merges = [tuple(pair) for pair in trained["merges"]]
+        backend.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    else:
+        backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=60, show_progress=False))
+        scored = json.loads(backend.to_str())["model"]["vocab"]
+        entries = [*((name, 0.0) for name in SPECIAL), *((name, -99.0) for name in BYTES)]
+        entries += [(piece, score) for piece, score in scored if piece not in SPECIAL]
+        backend.model = models.Unigram(entries, 0, byte_fallback=True)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0) if prepend != "never" else decoders.Fuse(),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad
+    )
+    _put_first(tokenizer)
+    return tokenizer
+
+
+def _put_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    bos = str(tokenizer.bos_token)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+
+
+# --- Models ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model of an architecture; ``wider``: rows of the table that no token has."""
+
+    config: type[transformers.PretrainedConfig]
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+    settings: dict[str, Any]
+    wider: int = 0
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+        torch.manual_seed(0)
+        tokenizer = self.tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        # What models without padding say: many a config names an id beyond a tiny table.
+        ids["pad_token_id"] = tokenizer.pad_token_id
+        config = self.config(vocab_size=len(tokenizer) + self.wider, **ids, **self.settings)
+        model = AutoModelForCausalLM.from_config(config)
+        sharpen(model)
+        for (
+            name,
+            weight,
+        ) in model.named_parameters():  # Gemma's layers are normalised against large embeddings
+            if "post_" in name and "norm" in name:
+                weight.data.fill_(4.0)
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+
+# BOS first, as Llama's and Gemma's templates write it themselves; then turns.
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+BODY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+ALL_HEADS = {name: value for name, value in BODY.items() if name != "num_key_value_heads"}
+WINDOW = {"sliding_window": 6}  # shorter than most of the prompts
+
+FAMILIES = {
+    "gpt2": Family(
+        transformers.GPT2Config, byte_level, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    ),
+    "opt": Family(
+        transformers.OPTConfig,
+        lambda: byte_level(bos=True, pad="<pad>"),
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 16,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 128,
+        },
+        wider=6,
+    ),
+    "llama": Family(
+        transformers.LlamaConfig, lambda: sentencepiece("bpe"), {**BODY, "tie_word_embeddings": False}
+    ),
+    "llama, unigram": Family(
+        transformers.LlamaConfig,
+        lambda: sentencepiece("unigram", prepend="always", pad="<unk>"),
+        {**BODY, "tie_word_embeddings": True},
+        wider=3,
+    ),
+    "qwen2": Family(
+        transformers.Qwen2Config,
+        lambda: byte_level(pad="<pad>"),
+        {**BODY, "tie_word_embeddings": True},
+        wider=9,
+    ),
+    "qwen3": Family(
+        transformers.Qwen3Config,
+        lambda: byte_level(pad="<pad>"),
+        {**BODY, "tie_word_embeddings": False, "head_dim": 16},
+        wider=9,
+    ),
+    "gemma": Family(
+        transformers.GemmaConfig,
+        lambda: sentencepiece("bpe", prepend="never", pad="<unk>"),
+        {**BODY, "head_dim": 16},
+    ),
+    "gemma2": Family(
+        transformers.Gemma2Config,
+        lambda: sentencepiece("bpe", prepend="never", pad="<unk>"),
+        {**BODY, **WINDOW, "head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3": Family(
+        transformers.Gemma3TextConfig,
+        lambda: sentencepiece("bpe", prepend="never", pad="<unk>"),
+        {**BODY, **WINDOW, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        wider=5,
+    ),
+    "mistral": Family(
+        transformers.MistralConfig, lambda: sentencepiece("bpe", prepend="always"), {**BODY, **WINDOW}
+    ),
+    "gpt_neox": Family(
+        transformers.GPTNeoXConfig, byte_level, {**ALL_HEADS, "tie_word_embeddings": False}, wider=6
+    ),
+    "phi": Family(transformers.PhiConfig, byte_level, ALL_HEADS, wider=6),
+    "phi3": Family(
+        transformers.Phi3Config,
+        lambda: sentencepiece("unigram", pad="</s>"),
+        {**BODY, **WINDOW, "tie_word_embeddings": False},
+    ),
+}
+
+
+# --- One prompt's way ------------------------------------------------------------------------------
+
+TEXTS = ["The man said that it was good, and the woman", "a", "Once upon é time", "1 2"]
+NEW = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    policy: Policy
+    prompts: list[list[int]]
+    source: Path
+    export: Path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    folder = tmp_path_factory.mktemp("case")
+    source = FAMILIES[request.param].save(folder / "source")
+    policy = Policy.create(source, quantiles=3)
+    policy.model.eval()
+    with torch.no_grad():  # in place of training: the reward rows are heard
+        policy.model.get_input_embeddings().rows.mul_(2.0)
+    policy.export(folder / "export", torch.float32)
+    yield Case(policy, [policy.encode(text, 99) for text in TEXTS], source, folder / "export")
+    shutil.rmtree(folder)
+
+
+def greedy(policy: Policy, model: Any, prompts: list[list[int]], quantile: int | None) -> list[list[int]]:
+    """By our sampling, all prompts side by side."""
+    drawn: dict[int, list[int]] = {}
+    for indices, groups in sample(
+        policy, model, prompts, Conditioning(quantile), Sampling(NEW, NEW, temperature=0.0), 1, 0
+    ):
+        drawn.update((i, group[0]) for i, group in zip(indices, groups, strict=True))
+    return [drawn[i] for i in range(len(prompts))]
+
+
+def generated(model: Any, ids: list[int], policy: Policy, **settings: Any) -> list[int]:
+    """By transformers, one prompt alone: no padding."""
+    given = torch.tensor([ids])
+    out = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=policy.stop_ids,
+        pad_token_id=0,
+        **settings,
+    )
+    return list(out[0, len(ids) :].tolist())
+
+
+def test_prompts_side_by_side_are_continued_as_transformers_continues_each_alone(case: Case) -> None:
+    policy = case.policy
+    assert len({len(prompt) for prompt in case.prompts}) > 2, "or else nothing would be padded"
+    beyond = list(range(policy.vocabulary, len(policy.model.get_output_embeddings().weight)))
+    for quantile in (2, None):
+        ours = greedy(policy, policy.frozen_copy(torch.float32), case.prompts, quantile)
+        for prompt, found in zip(case.prompts, ours, strict=True):
+            ids = policy.conditioned(prompt, quantile)
+            assert found == generated(policy.model, ids, policy, suppress_tokens=beyond or None)
+    conditioned, plain = (
+        greedy(policy, policy.frozen_copy(torch.float32), case.prompts, k) for k in (2, None)
+    )
+    assert conditioned != plain, "the reward token is heard"
+
+
+def test_untrained_policy_without_its_token_samples_what_the_reference_samples(case: Case) -> None:
+    reference = load_reference(case.source, torch.bfloat16, CPU)
+    ours, theirs = (
+        greedy(case.policy, model, case.prompts, None)
+        for model in (case.policy.frozen_copy(torch.bfloat16), reference)
+    )
+    assert ours == theirs
+
+
+def objective(case: Case, **settings: Any) -> Objective:
+    config = Config(**({"kl_coef": 0.5, "entropy_coef": 0.1, "unlikelihood_coef": 0.2} | settings))
+    reference = load_reference(case.source, torch.float32, CPU)
+    return Objective(config, case.policy, reference, CPU, contextlib.nullcontext)
+
+
+def test_padding_changes_no_loss_and_every_reward_row_that_is_read_learns(case: Case) -> None:
+    of = objective(case)
+    completions = [[5, 6, 7, 5, 6, 7, 5, 6], [9], [11, 12, 13], [8, 8]]
+    quantiles = [2, 2, 0, 2]
+    count = {"tokens": 14, "samples": 4}
+    model = case.policy.model
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    loss, terms = of(case.prompts, completions, quantiles, **count)
+    loss.backward()
+    together = gradients()
+    alone = 0.0
+    for prompt, completion, quantile in zip(case.prompts, completions, quantiles, strict=True):
+        part, _ = of([prompt], [completion], [quantile], **count)
+        part.backward()
+        alone += part.item()
+    assert all(torch.isfinite(torch.tensor(value)) for value in terms.values())
+    assert terms["kl"] > 1e-3 and terms["unlikelihood"] > 0
+    assert loss.item() == pytest.approx(alone, rel=1e-4)  # float32, other shapes of the same sums
+    separate = gradients()
+    # Some are 0 but for rounding, such as of biases of keys, which move all scores alike.
+    scale = max(grad.abs().max().item() for grad in separate.values())
+    for name, grad in separate.items():
+        torch.testing.assert_close(together[name], grad, rtol=1e-3, atol=1e-5 * scale)
+    rows = next(grad for name, grad in together.items() if name.endswith("rows"))
+    # The contrast reads each sample's mirror token, too; the middle one is nobody's.
+    assert (rows.norm(dim=1) > 0).tolist() == [True, False, True]
+
+
+def test_exported_folder_gives_plain_transformers_the_same_greedy_texts(case: Case) -> None:
+    policy = case.policy
+    model, tokenizer = (c.from_pretrained(case.export) for c in (AutoModelForCausalLM, AutoTokenizer))
+    ours = greedy(policy, policy.frozen_copy(torch.float32), case.prompts, 2)
+    for text, prompt in zip(TEXTS, case.prompts, strict=True):
+        assert tokenizer(text).input_ids == policy.conditioned(prompt, 2)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    theirs = model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    theirs = theirs[:, batch["input_ids"].shape[1] :].tolist()
+    assert theirs == ours
+    assert max(i for row in theirs for i in row) < policy.vocabulary
+    assert tokenizer.batch_decode(theirs, skip_special_tokens=True) == [policy.decode(row) for row in ours]
+
+
+def test_exported_policy_is_the_policy(case: Case) -> None:
+    again = Policy.from_export(case.export, torch.float32)
+    assert (again.prefix, again.reward_ids, again.stop_ids) == (
+        case.policy.prefix, case.policy.reward_ids, case.policy.stop_ids,
+    )  # fmt: skip
+    ids = torch.tensor([case.policy.conditioned(case.prompts[0], 0)])
+    with torch.no_grad():
+        new, old = (p.model(ids).logits[..., : case.policy.vocabulary] for p in (again, case.policy))
+    torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+
+
+# --- Chats -----------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "be good"}, {"role": "user", "content": "what was said?"}]
+
+
+def test_exported_pipeline_conditions_a_chat_as_training_did(case: Case) -> None:
+    policy = case.policy
+    text = chat_template("tiny", lambda: policy.tokenizer)(CHAT)
+    assert text.startswith("[system]"), "BOS, which the template writes, is the prefix"
+    _, (trained,), _ = policy.encode_rows([{"prompt": text, "messages": CHAT}], 99, 0)
+    beside = {"prompt": "was said", "messages": CHAT}
+    assert policy.encode_rows([beside], 99, 0)[1] == [policy.encode("was said", 99)], (
+        "a text with a chat beside it"
+    )
+    pipe = pipeline("text-generation", str(case.export))
+    seen: list[list[int]] = []
+    pipe.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    answer = pipe(CHAT, max_new_tokens=3, do_sample=False)[0]["generated_text"][-1]
+    assert seen[0] == policy.conditioned(trained, 2)
+    assert answer["role"] == "assistant" and "<|reward" not in answer["content"]
+    # The same text renders from the export, for evaluation and for training on.
+    tokenizer = AutoTokenizer.from_pretrained(case.export)
+    assert chat_template("tiny", lambda: tokenizer)(CHAT) == text
+    worst = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_dict=False, reward_front=policy.prefix_text + "<|reward_0|>"
+    )
+    assert worst == policy.conditioned(trained, 0)
+
+
+# --- Files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_checkpoint_trains_in_float32_and_is_exported_in_the_dtype_it_came_in(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    source = FAMILIES["qwen2"].save(tmp_path / "source", dtype)
+    policy = Policy.create(source, quantiles=3)
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert policy.stored_dtype == dtype
+    policy.export(tmp_path / "out", policy.stored_dtype)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    for name, tensor in before.items():  # untrained: to the bit, but for the table's reward rows
+        rows = policy.vocabulary if "embed_tokens" in name else len(tensor)
+        assert torch.equal(after[name][:rows], tensor[:rows]), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == dtype
+
+
+def test_config_without_a_dtype_counts_as_float32(tmp_path: Path) -> None:
+    source = FAMILIES["gpt2"].save(tmp_path / "source", torch.float16)
+    settings = json.loads((source / "config.json").read_text())
+    assert settings.pop("dtype") == "float16"
+    (source / "config.json").write_text(json.dumps(settings))
+    assert stored_dtype(source) == torch.float32
+
+
+def test_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    source = FAMILIES["llama"].save(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    shutil.copytree(source, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, shards = (Policy.create(folder, quantiles=3).model for folder in (source, tmp_path / "shards"))
+    for (name, one), (_, other) in zip(whole.named_parameters(), shards.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    (lost := sorted((tmp_path / "shards").glob("*.safetensors"))[1]).unlink()
+    with pytest.raises(UsageError, match=lost.name):
+        Policy.create(tmp_path / "shards", quantiles=3)
+
+
+OWN_CODE = """
+import builtins
+from transformers import LlamaConfig, LlamaForCausalLM
+
+builtins.quark_test_ran_foreign_code = True
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A model whose folder brings along the code that defines it."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    folder = FAMILIES["llama"].save(tmp_path / "own")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "architectures": ["OwnModel"]}
+    settings["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(OWN_CODE)
+    yield folder
+    vars(builtins).pop("quark_test_ran_foreign_code", None)
+
+
+def test_model_with_code_of_its_own_is_refused_unrun_and_the_error_names_the_flag(own_code: Path) -> None:
+    with pytest.raises(UsageError, match=r"Python code, .* --trust-remote-code") as caught:
+        Policy.create(own_code, quantiles=3)
+    assert str(own_code) in str(caught.value)
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        load_reference(own_code, torch.float32, CPU)
+    assert not hasattr(builtins, "quark_test_ran_foreign_code")
+
+
+def test_trusted_code_is_run_exported_and_asked_about_again_by_the_commands(
+    own_code: Path, tmp_path: Path
+) -> None:
+    policy = Policy.create(own_code, quantiles=3, trust_remote_code=True)
+    assert type(policy.model).__name__ == "OwnModel" and hasattr(builtins, "quark_test_ran_foreign_code")
+    prompts = [policy.encode(text, 99) for text in TEXTS]
+    ours = greedy(policy, policy.frozen_copy(torch.float32), prompts, 2)
+    run = tmp_path / "run"
+    policy.export(run / "model", torch.float32)
+    # Whoever made the folder wrote its settings, too: they are no consent.
+    Config(model=str(own_code), trust_remote_code=True, precision="fp32").save(run / "config.yaml")
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        open_run(run)
+    finished = open_run(run, trust_remote_code=True)
+    assert greedy(finished.policy, finished.policy.model, prompts, 2) == ours
