@@ -54,6 +54,7 @@ def setting(default: Any, help: str) -> Any:
 FREE_ON_RESUME = {
     "output",
     "resume",
+    "trust_remote_code",
     "threads",
     "micro_batch",
     "checkpoint_every",
@@ -467,7 +468,9 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
         file = _read_yaml(Path(first.config), known)
     elif first.resume and (saved := _output_folder(first) / "config.yaml").exists():
         own = _read_yaml(saved, known)  # a run goes on as it began; only where it lies now is asked again
-        file = {name: value for name, value in own.items() if name not in ("output", "resume")}
+        # Nor does a folder consent to its own code.
+        asked_again = ("output", "resume", "trust_remote_code")
+        file = {name: value for name, value in own.items() if name not in asked_again}
     parser.set_defaults(**file)
     task = parser.parse_known_args([flag for flag in arguments if flag not in ("-h", "--help")])[0].task
     parser.set_defaults(**(TASK_DEFAULTS.get(task, {}) | dict(defaults or {}) | file))

@@ -51,9 +51,10 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     names = [name.strip() for name in lora.targets.split(",") if name.strip()]
     outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
     where = {name: outer[id(module)] for name, module in model.named_modules() if id(module) in outer}
+    alpha: Any = lora.alpha  # for peft an int, which it only divides
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a factor; nothing in it needs a whole number
+        lora_alpha=alpha,
         target_modules=ALL_LINEAR if lora.targets == ALL_LINEAR else names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

@@ -34,6 +34,17 @@ def test_flag_equal_to_the_default_still_wins_over_the_file(tmp_path: Path) -> N
     assert config.resume is False
 
 
+def test_resumed_folder_does_not_consent_to_its_own_code(tmp_path: Path) -> None:
+    saved = Config(output=str(tmp_path), trust_remote_code=True, steps=7)
+    saved.save(tmp_path / "config.yaml")
+    resumed = given("--resume", "--output", str(tmp_path))
+    assert (resumed.steps, resumed.trust_remote_code) == (7, False)
+    trusted = given("--resume", "--output", str(tmp_path), "--trust-remote-code")
+    assert trusted.trust_remote_code
+    for config in (resumed, trusted):
+        config.check_resumes(saved)
+
+
 def test_dashes_and_underscores_in_flags_mean_the_same() -> None:
     assert given("--max-new-tokens", "5") == given("--max_new_tokens", "5")
 
