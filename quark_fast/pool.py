@@ -268,7 +268,7 @@ class RolloutPool:
         completion_rows = _pack("completions", completions, scored)
         group_numbers = self._group_numbers(prompt_rows, groups, scored)
         with self._writing:
-            made_in = self._newest_round if round is None else operator.index(round)
+            made_in = self._newest_round if round is None else _round(round)
             segment = Segment(0, prompt_rows, completion_rows, group_numbers)
             ids = self._append(values, np.array([made_in][: len(segment)], np.int64), [segment])
             self.unscored += len(values) - len(segment)
@@ -456,6 +456,12 @@ class RolloutPool:
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"pool format {state.get('format')!r}; this version reads {_FORMAT}")
+        try:
+            self._load(state)
+        except (LookupError, AttributeError, TypeError, OverflowError) as error:
+            raise ValueError(f"the saved pool is damaged: {type(error).__name__}: {error}") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         for name, mine in self.settings.items():
             theirs = state["settings"].get(name)
             if theirs != mine:
@@ -463,14 +469,22 @@ class RolloutPool:
                     f"the saved pool has {name}={theirs!r}, this one {name}={mine!r}; make the "
                     "pool with the saved settings, or take its samples over with merge()"
                 )
-        ids, rewards = np.asarray(state["ids"], np.int64), np.asarray(state["rewards"], self._dtype)
-        if (np.diff(ids) < 1).any():
+        ids, rewards = _ints("ids", state["ids"]), np.asarray(state["rewards"], self._dtype)
+        if (ids[1:] <= ids[:-1]).any():
             raise ValueError("stored ids must ascend")
         store = self._stored_samples(state, ids)
-        rounds = _Rounds(np.asarray(state["round_starts"]), np.asarray(state["rounds"]))
-        run_sizes = np.asarray(state["run_sizes"]).tolist()
-        synced, draws = state["synced"], state["draws"]
-        unscored, newest_round = state["unscored"], state["newest_round"]
+        starts, numbers = (_ints(name, state[name]) for name in ("round_starts", "rounds"))
+        if len(starts) != len(numbers) or (np.diff(starts) < 1).any() or (starts[:1] > ids[:1]).any():
+            raise ValueError("stored rounds do not belong to the stored samples")
+        if len(ids) and not len(starts):
+            raise ValueError("stored samples are of no round")
+        rounds = _Rounds(starts, numbers)
+        run_sizes = _ints("run_sizes", state["run_sizes"]).tolist()
+        synced = state["synced"]
+        if not isinstance(synced, bool):
+            raise ValueError(f"stored synced is {synced!r}, neither true nor false")
+        draws, unscored = operator.index(state["draws"]), operator.index(state["unscored"])
+        newest_round = _round(state["newest_round"])
         with self._writing, self._reading:
             self._core.restore(ids, rewards, run_sizes, state["next_id"])
             self._core.imposed = synced
@@ -488,10 +502,14 @@ class RolloutPool:
             return store
         if len(ids):
             rows = [
-                TokenRows.of_lengths(state[f"{name}_tokens"], state[f"{name}_lengths"])
+                TokenRows.of_lengths(
+                    _ints(f"{name}_tokens", state[f"{name}_tokens"], np.int32),
+                    _ints(f"{name}_lengths", state[f"{name}_lengths"]),
+                )
                 for name in ("prompt", "completion")
             ]
-            store.append(Segment(int(ids[0]), rows[0], rows[1], state.get("groups"), ids))
+            groups = _ints("groups", state["groups"]) if self.settings["group_by"] else None
+            store.append(Segment(int(ids[0]), rows[0], rows[1], groups, ids))
         return store
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -527,11 +545,18 @@ class RolloutPool:
         text = metadata[_METADATA]
         if metadata.get("crc32") != checksum(text, arrays):
             raise ValueError(f"{path} is damaged: its checksum does not fit its content")
-        state = json.loads(text)
-        if store is None and "store" in state:
-            store = Path(path).parent / state["store"]
-        pool = cls(**state["settings"], store=store)
-        pool.load_state_dict(state | arrays)
+        try:
+            state = json.loads(text)
+            if store is None and "store" in state:
+                store = Path(path).parent / state["store"]
+            if (
+                store is not None and not Path(store).is_dir()
+            ):  # a file does not decide where folders are made
+                raise ValueError(f"its folder of samples {store} is not there; name it by store=")
+            pool = cls(**state["settings"], store=store)
+            pool.load_state_dict(state | arrays)
+        except (LookupError, TypeError, OverflowError, RecursionError, ValueError) as error:
+            raise ValueError(f"{path} holds no sound pool: {error}") from error
         return pool
 
     # --- helpers -----------------------------------------------------------------------------
@@ -673,11 +698,26 @@ def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> No
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def _round(round: Any) -> int:
+    number = operator.index(round)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"round = {round}; give a number of 64 bits")
+    return number
+
+
 def _as_ids(ids: Any) -> Ints:
     array = np.atleast_1d(np.asarray(ids))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"ids must be integers in one dimension, got {ids!r}")
     return array.astype(np.int64)
+
+
+def _ints(name: str, values: Any, dtype: type[np.signedinteger[Any]] = np.int64) -> npt.NDArray[Any]:
+    """A saved column of integers."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(f"stored {name} are {array.dtype} of shape {array.shape}, not {dtype.__name__}")
+    return array
 
 
 def _as_rewards(rewards: Any, dtype: np.dtype[Any]) -> Floats:

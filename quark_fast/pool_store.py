@@ -356,15 +356,18 @@ def _read(folder: Path, name: str) -> Segment:
         raise ValueError(f"{path} is missing: the saved pool has samples in it") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a file of samples: {error}") from error
-    about = json.loads(metadata[_METADATA])
-    segment = Segment(
-        about["first"],
-        TokenRows(arrays["prompt_tokens"], arrays["prompt_ends"]),
-        TokenRows(arrays["completion_tokens"], arrays["completion_ends"]),
-        arrays.get("groups"),
-        arrays.get("ids"),
-        name,
-    )
-    if len(segment) != about["rows"]:
-        raise ValueError(f"{path} is damaged: {len(segment)} samples instead of {about['rows']}")
+    try:
+        about = json.loads(metadata[_METADATA])
+        segment = Segment(
+            int(about["first"]),
+            TokenRows(arrays["prompt_tokens"], arrays["prompt_ends"]),
+            TokenRows(arrays["completion_tokens"], arrays["completion_ends"]),
+            arrays.get("groups"),
+            arrays.get("ids"),
+            name,
+        )
+        if len(segment) != about["rows"]:
+            raise ValueError(f"{len(segment)} samples instead of {about['rows']}")
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return segment

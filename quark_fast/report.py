@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quark_fast.metrics import Change, Interval
-from quark_fast.untrusted import clean
+from quark_fast.untrusted import clean, too_deep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +69,9 @@ def read_run(run_dir: Path) -> Run:
     versions = _read_object(run_dir / "versions.json", "the versions", missing)
     metrics = _read_lines(run_dir / "metrics.jsonl", "the curves", missing)
     completions = _read_lines(run_dir / "completions.jsonl", "the sampled texts", missing)
-    evaluation = _read_object(run_dir / "evaluation.json", "the results", missing)
+    evaluation = _well_formed(_read_object(run_dir / "evaluation.json", "the results", missing), missing)
     rows = _read_lines(run_dir / "evaluation.jsonl", "the before and after texts", missing)
+    rows = [row for row in rows if isinstance(row.get("prompt_id", 0), int)]
 
     def last_of(kind: str, key: str) -> list[Row]:
         found = {_number(row, key): row for row in metrics if row.get("kind") == kind}
@@ -95,7 +96,9 @@ def _read_text(path: Path, what: str, missing: list[str]) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         missing.append(f"{path.name} is not there, so {what} are not shown")
-        return ""
+    except OSError as error:
+        missing.append(f"{path.name} cannot be read ({error.strerror}), so {what} are not shown")
+    return ""
 
 
 def _read_object(path: Path, what: str, missing: list[str]) -> Row:
@@ -103,7 +106,7 @@ def _read_object(path: Path, what: str, missing: list[str]) -> Row:
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = _parsed(text)
     except ValueError as error:
         missing.append(f"{path.name} is not JSON ({error}), so {what} are not shown")
         return {}
@@ -120,7 +123,7 @@ def _read_lines(path: Path, what: str, missing: list[str]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except ValueError:
             row = None
         if isinstance(row, dict):
@@ -135,14 +138,64 @@ def _read_lines(path: Path, what: str, missing: list[str]) -> list[Row]:
     return rows
 
 
+def _parsed(text: str) -> Any:
+    """The JSON value; ValueError if it is none, or nested so deep that nothing could be done with it."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if too_deep(value):
+        raise ValueError("nested too deep")
+    return value
+
+
+# What an evaluation holds under these names; a file may hold anything.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("rows", "columns", "more_columns"), list),
+    **dict.fromkeys(("headline", "property", "target", "task"), str),
+    **dict.fromkeys(("scorer", "sampling"), dict),
+    **dict.fromkeys(("prompts", "samples_per_prompt"), int),
+}
+
+
+def _well_formed(evaluation: Row, missing: list[str]) -> Row:
+    """The evaluation without what is not of its kind, so that nothing behind here has to ask."""
+    found: dict[str, Any]
+    found = {k: v for k, v in evaluation.items() if v is None or isinstance(v, _KINDS.get(k, object))}
+    odd = evaluation.keys() - found.keys()
+    if found.get("headline", "mean") not in {column.key for column in COLUMNS}:
+        odd.add("headline")
+    found = {k: v for k, v in found.items() if k not in odd and v is not None}
+    for name in ("columns", "more_columns"):
+        if name in found:
+            found[name] = [key for key in found[name] if isinstance(key, str)]
+    if "rows" in found:
+        found["rows"] = [
+            {**row, "metrics": _objects_of(row.get("metrics")), "change": _objects_of(row.get("change"))}
+            for row in found["rows"]
+            if isinstance(row, dict)
+        ]
+    if odd:
+        missing.append(f"evaluation.json holds no sound {', '.join(sorted(odd))}, so these are not shown")
+    return found
+
+
+def _objects_of(value: Any) -> dict[str, Row]:
+    return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _number(row: Row, key: str) -> float:
-    """row[key] as a float; NaN where it is absent, null or no number."""
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+    """row[key] as a float; NaN where it is absent, null or no number, or one that no plot can hold."""
+    return _as_float(row.get(key))
+
+
+def _as_float(value: Any) -> float:
+    known = isinstance(value, int | float) and (abs(value) < 1e30 or value in (math.inf, -math.inf))
+    return float(value) if known else math.nan
 
 
 def _series(rows: Sequence[Row], key: str) -> Array:
@@ -150,11 +203,11 @@ def _series(rows: Sequence[Row], key: str) -> Array:
 
 
 def _lists(rows: Sequence[Row], key: str) -> Array:
-    """(rows, longest list) of row[key], NaN where a list is short or absent."""
-    lists = [row.get(key) or [] for row in rows]
+    """(rows, longest list, 1,000 at most) of row[key], NaN where a list is short or absent."""
+    lists = [value[:1000] if isinstance(value := row.get(key), list) else [] for row in rows]
     table = np.full((len(rows), max(map(len, lists), default=0)), np.nan)
     for index, values in enumerate(lists):
-        table[index, : len(values)] = [math.nan if v is None else float(v) for v in values]
+        table[index, : len(values)] = [_as_float(value) for value in values]
     return table
 
 
@@ -429,7 +482,7 @@ def _rows(evaluation: Row) -> list[Row]:
 
 
 def _name(row: Row) -> str:
-    return clean(str(row.get("name", "?")))
+    return _one_line(clean(str(row.get("name", "?"))))[:80]
 
 
 def _interval(row: Row, metric: str) -> Interval:
@@ -446,8 +499,8 @@ def _change(row: Row, metric: str) -> Change:
 def _fill(text: str, evaluation: Row) -> str:
     threshold = _number(evaluation, "threshold")
     return text.format(
-        property=clean(str(evaluation.get("property", "score"))),
-        target=clean(str(evaluation.get("target", "positive"))),
+        property=_one_line(clean(str(evaluation.get("property", "score"))))[:60],
+        target=_one_line(clean(str(evaluation.get("target", "positive"))))[:60],
         threshold=f"{0.5 if math.isnan(threshold) else threshold:g}".replace("0.", "."),
     )
 
@@ -594,7 +647,10 @@ def markdown_table(evaluation: Row) -> str:
     of_the = "the mean" if main == "mean" else _fill(shown[0].title, evaluation)
     titles = ["sampling", f"change of {of_the}", *(_fill(c.title, evaluation) for c in shown)]
     titles[1], titles[2] = titles[2], titles[1]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    lines = [
+        "| " + " | ".join(title.replace("|", "\\|") for title in titles) + " |",
+        "|---" + "|---:" * (len(titles) - 1) + "|",
+    ]
     for row in _rows(evaluation):
         cells = []
         for column in shown:
@@ -606,8 +662,7 @@ def markdown_table(evaluation: Row) -> str:
         cells.insert(1, _format_change(change.relative) if row.get("change") else "")
         if bounds := _format_change_bounds(change):
             cells[1] += f" [{bounds}]"
-        name = _name(row).replace("|", "\\|")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (_name(row), *cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -689,7 +744,7 @@ class _Palette:
             )
 
     def __getitem__(self, role: str) -> str:
-        return f"#0a0b{list(self._colours).index(role):02x}"
+        return f"#0a{0x0B00 + list(self._colours).index(role):04x}"
 
     def css(self, theme: Literal["light", "dark"]) -> str:
         index = 0 if theme == "light" else 1

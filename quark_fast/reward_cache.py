@@ -31,6 +31,7 @@ class RewardCache:
         # The log is appended to by each transaction and not flushed: only a power cut loses the last of them.
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA trusted_schema = OFF")  # no function of its own views and triggers is called
         with database:
             database.execute("CREATE TABLE IF NOT EXISTS rewards (key BLOB PRIMARY KEY, value) WITHOUT ROWID")
         return database
@@ -44,8 +45,11 @@ class RewardCache:
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, value FROM rewards WHERE key IN ({marks})"
                 found |= {k: math.nan if v is None else v for k, v in self._database.execute(query, part)}
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise self._broken(error) from error
+        for value in found.values():  # a column of SQLite holds anything
+            if not isinstance(value, float) or math.isinf(value):
+                raise self._broken(f"it holds {value!r:.80} for a reward")
         return found
 
     def add(self, rewards: Mapping[bytes, float]) -> None:
@@ -57,7 +61,7 @@ class RewardCache:
         except sqlite3.Error as error:
             raise self._broken(error) from error
 
-    def _broken(self, error: sqlite3.Error) -> UsageError:
+    def _broken(self, error: object) -> UsageError:
         return UsageError(
             f"the reward cache {self.path} cannot be used ({error}); delete it, or pass --reward-cache off"
         )

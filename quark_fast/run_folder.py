@@ -107,6 +107,11 @@ class RunFolder:
             state = json.loads((current / "state.json").read_text())
             tensors = {path.stem: load_file(path) for path in sorted(current.glob("*.safetensors"))}
             sizes: dict[str, int] = state.pop("sizes")
+            # They name what is cut: nothing else in the world may be.
+            if sizes.keys() != {METRICS, COMPLETIONS} or not all(
+                type(n) is int and n >= 0 for n in sizes.values()
+            ):
+                raise ValueError(f"sizes of {', '.join(map(str, sizes))}")
         except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
             raise UsageError(f"the checkpoint in {current} is damaged: {error}") from error
         for name, size in sizes.items():

@@ -188,7 +188,15 @@ class Trainer:
         self.prompt_of: list[int] = []
         self.round, self.sampled, self.step, self.seconds = 0, False, 0, 0.0
         if config.resume:
-            self._resume()
+            try:
+                self._resume()
+            except UsageError:
+                raise
+            except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise UsageError(
+                    f"the checkpoint in {self.folder.path} is not one of this run ({type(error).__name__}:"
+                    f" {error}); start anew in another --output"
+                ) from error
         else:
             self.folder.create()
             config.save(self.folder / "config.yaml")
@@ -227,7 +235,16 @@ class Trainer:
         self.draws = Draws(tensors["draws"]["counts"].numpy())
         self.prompt_of = tensors["draws"]["prompt_of"].tolist()
         self.round, self.sampled, self.step = state["round"], state["sampled"], state["step"]
-        self.seconds = state["seconds"]
+        self.seconds = float(state["seconds"])
+        done = self.step - self.round * self.config.steps
+        prompts = range(len(self.train_ids))
+        if not (
+            0 <= self.round <= self.config.rounds
+            and 0 <= done <= self.config.steps
+            and len(self.prompt_of) == len(self.pool) >= len(self.draws.counts)
+            and all(i in prompts for i in self.prompt_of)
+        ):
+            raise ValueError(f"round {self.round}, step {self.step}, {len(self.pool)} samples do not fit")
 
     def _save(self) -> None:
         arrays, plain = _to_tensors(self.pool.state_dict())
