@@ -1159,7 +1159,8 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render_html(run: Run) -> str:
     """The report as one HTML document."""
-    palette = _Palette(_lists(run.rounds, "reward_by_quantile").shape[1])
+    rewards, thresholds = (_lists(run.rounds, name) for name in ("reward_by_quantile", "thresholds"))
+    palette = _Palette(max(rewards.shape[1], thresholds.shape[1] + 1))
     with _plot_style(palette):
         sections = [
             _html_results(run, palette),

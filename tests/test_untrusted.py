@@ -6,10 +6,12 @@ import ast
 import gzip
 import io
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress
@@ -19,7 +21,18 @@ from rich.text import Text
 from quark_fast import train
 from quark_fast.command import Terminal, exit_status
 from quark_fast.config import UsageError
-from quark_fast.run_folder import RunFolder
+from quark_fast.pool import RolloutPool
+from quark_fast.report import (
+    after_names,
+    before_after,
+    headline,
+    markdown_table,
+    read_run,
+    render_html,
+    results_table,
+)
+from quark_fast.reward_cache import RewardCache
+from quark_fast.run_folder import COMPLETIONS, METRICS, RunFolder
 from quark_fast.trainer import Progress as Event
 from quark_fast.untrusted import TooLarge, clean, read_bytes, too_deep
 
@@ -126,6 +139,96 @@ def test_depth_counts_lists_and_objects_within_one_another() -> None:
     for _ in range(99):
         shared = [shared]
     assert not too_deep(shared) and too_deep([shared])
+
+
+def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("untouched")
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.append(METRICS, [{"a": 1}])
+    folder.save_checkpoint({"step": 1}, {"model": {"w": torch.zeros(2)}})
+    state = folder / "checkpoint" / "state.json"
+    sound = json.loads(state.read_text())
+    for sizes in (
+        {"../other.txt": 0},
+        {str(other): 3, METRICS: 1},
+        {METRICS: -1, COMPLETIONS: 0},
+        {METRICS: "1"},
+    ):
+        state.write_text(json.dumps(sound | {"sizes": sizes}))
+        with pytest.raises(UsageError, match="is damaged"):
+            folder.load_checkpoint()
+        assert other.read_text() == "untouched"
+    state.write_text(json.dumps(sound))
+    assert folder.load_checkpoint() is not None
+
+
+@pytest.mark.parametrize("value", ["much", b"\xff", 10**12, 1e999])
+def test_cached_reward_that_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "rewards.sqlite"
+    cache = RewardCache(path)
+    cache.add({b"k": 0.5})
+    database = sqlite3.connect(path)
+    database.execute("UPDATE rewards SET value = ?", (value,))
+    database.commit()
+    database.close()
+    with pytest.raises(UsageError, match=r"cannot be used .*delete it"):
+        cache.find([b"k"])
+
+
+def test_saved_pool_makes_no_folder_where_it_says(tmp_path: Path) -> None:
+    pool = RolloutPool(store=tmp_path / "samples")
+    pool.add([[1]], [[2]], [0.5])
+    pool.save(tmp_path / "pool.safetensors")
+    (tmp_path / "samples").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="samples is not there; name it by store="):
+        RolloutPool.load(tmp_path / "pool.safetensors")
+    assert not (tmp_path / "samples").exists()
+    assert len(RolloutPool.load(tmp_path / "pool.safetensors", store=tmp_path / "moved")) == 1
+
+
+ODD: list[Any] = [None, True, -1, 1e308, 10**400, "x", [], ["x", 5, [1]], {}, {"name": 3}, {"mean": 5}]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:20])
+def test_report_of_a_run_with_odd_values_says_what_it_leaves_out(tmp_path: Path, odd: Any) -> None:
+    number = {"value": 0.5, "low": 0.4, "high": 0.6}
+    names = (
+        "headline columns more_columns property target task threshold level prompts samples_per_prompt scorer"
+    )
+    rows = [{"name": "untouched", "metrics": {"mean": odd}, "change": odd}, odd]
+    rows += [
+        {"name": odd, "metrics": odd},
+        {"name": "best token", "metrics": {"mean": {**number, "low": odd}}},
+    ]
+    evaluation = {"rows": rows, "sampling": odd, **dict.fromkeys(names.split(), odd)}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    metrics = [
+        {"kind": "round", "round": 0, "reward_by_quantile": odd, "reward_mean": odd, "thresholds": [odd]}
+    ]
+    metrics += [{"kind": kind, "step": 1, "loss": odd, "rank_correlation": odd} for kind in ("step", "probe")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    texts = [{"row": "untouched", "prompt_id": odd, "prompt": odd, "completion": odd, "score": 0.5}]
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps(texts[0]))
+    (tmp_path / "completions.jsonl").mkdir()
+    run = read_run(tmp_path)
+    assert (
+        "completions.jsonl cannot be read (Is a directory), so the sampled texts are not shown" in run.missing
+    )
+    for made in (headline(run.evaluation), markdown_table(run.evaluation), after_names(run.evaluation)):
+        assert made is not None
+    console, _ = terminal()
+    console.print(results_table(run.evaluation), before_after(run.evaluation_rows))
+    assert "How to reproduce" in render_html(run) or run.missing
+
+
+def test_cell_of_a_markdown_table_breaks_no_row() -> None:
+    planted = "a|b\nc\x1b[2J"
+    evaluation = {"property": planted, "rows": [{"name": planted, "metrics": {}, "change": None}]}
+    lines = markdown_table(evaluation).splitlines()
+    assert len(lines) == 3 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert "a\\|b c" in lines[2]
 
 
 # --- the package ---------------------------------------------------------------------------------
