@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quark_fast.config import Config, UsageError
+    from quark_fast.evaluator import Evaluator
     from quark_fast.ops.linear import linear_quark_loss
     from quark_fast.ops.loss import QuarkLoss, quark_loss
     from quark_fast.pool import RolloutPool
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "config",
     "UsageError": "config",
+    "Evaluator": "evaluator",
     "QuarkLoss": "ops.loss",
     "linear_quark_loss": "ops.linear",
     "quark_loss": "ops.loss",
@@ -22,7 +24,16 @@ _HOME = {
     "Trainer": "trainer",
 }
 
-__all__ = ["Config", "QuarkLoss", "RolloutPool", "Trainer", "UsageError", "linear_quark_loss", "quark_loss"]
+__all__ = [
+    "Config",
+    "Evaluator",
+    "QuarkLoss",
+    "RolloutPool",
+    "Trainer",
+    "UsageError",
+    "linear_quark_loss",
+    "quark_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -169,6 +169,9 @@ def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path
     return folder
 
 
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
 def default_model() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder (bfloat16 safetensors), made once from the GGUF."""
     return _converted("smollm2-135m-instruct", SMOLLM2, _dequantize_smollm2)
@@ -196,7 +199,7 @@ def _dequantize_smollm2(members: zipfile.ZipFile, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     # The GGUF calls the chat's turn marker BOS; the text itself starts after <|endoftext|>.
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.config._name_or_path = DEFAULT_MODEL
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     gguf.unlink()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 from quark_fast.batch import completion_logits, make_batch
-from quark_fast.config import Config
+from quark_fast.config import Config, UsageError
 from quark_fast.metrics import (
     RankCorrelation,
     Sample,
@@ -26,6 +28,9 @@ from quark_fast.prompts import Row
 from quark_fast.reward import Reward
 from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
 from quark_fast.tasks import Task, no_measures
+
+Nll = Callable[[Sequence[int], Sequence[list[int]], Sequence[str]], list[tuple[float, int]]]
+"""(index of each completion's prompt, completions as ids, as texts) -> (-log p in nats, tokens) of each."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Mode:
     def quantile(self) -> int | None:
         """Place on the curve over quantiles; None where two tokens are mixed, or none is there."""
         return self.conditioning.quantile if self.conditioning.against is None else None
+
+    @property
+    def places(self) -> dict[str, float | None]:
+        """Both, by name."""
+        return {"guidance": self.guidance, "quantile": self.quantile}
 
 
 def modes(quantiles: int, guidance: Sequence[float], every_quantile: bool = True) -> list[Mode]:
@@ -106,6 +116,7 @@ def evaluate(
     seed: int,
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
     sampler: Sampler = sample,
+    nll: Nll | None = None,
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every mode, a batch of prompts at a time.
 
@@ -113,19 +124,20 @@ def evaluate(
 
     Args:
         model: the policy's frozen copy.
-        reference: the untouched model. It samples for the mode "untouched", and the perplexity of every
-            completion is measured under it: prefix and prompt in front, no reward token.
+        reference: the untouched model, which samples for the mode "untouched".
         measures: the task's own, as ``Task.measures``.
+        nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
     Yields:
         (name of the mode, its samples on the next few prompts).
     """
+    nll = nll or id_nll(policy, reference, held_out.ids)
     for mode in table:
         source = reference if mode.untouched else model
         for indices, drawn in sampler(
             policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
         ):
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
-            part = _measure(policy, reference, reward, held_out, flat, measures)
+            part = _measure(policy, reward, held_out, flat, measures, nll)
             if held_out.texts:
                 fits = text_fit(policy, source, [held_out.texts[i] for i in indices], mode.conditioning)
                 of_prompt = dict(zip(indices, fits, strict=True))
@@ -135,18 +147,16 @@ def evaluate(
 
 def _measure(
     policy: Policy,
-    reference: Any,
     reward: Reward,
     held_out: HeldOut,
     completions: Sequence[tuple[int, list[int]]],
     measures: Callable[[Row, Sequence[int], float], dict[str, float]],
+    nll: Nll,
 ) -> list[Sample]:
     """Score and perplexity of completions, each with the index of its prompt."""
     texts = [policy.decode(completion) for _, completion in completions]
     rewards = reward([held_out.rows[i] for i, _ in completions], texts)
-    nll = completion_nll(
-        policy, reference, [held_out.ids[i] for i, _ in completions], [c for _, c in completions]
-    )
+    fluency = nll([i for i, _ in completions], [completion for _, completion in completions], texts)
     return [
         Sample(
             prompt_id=i,
@@ -154,16 +164,68 @@ def _measure(
             completion=text,
             score=None if np.isnan(value) else score(reward, float(value)),
             nll=total,
-            tokens=len(completion),
+            tokens=tokens,
             measures={} if np.isnan(value) else measures(held_out.rows[i], completion, float(value)),
         )
-        for (i, completion), text, value, total in zip(completions, texts, rewards, nll, strict=True)
+        for (i, completion), text, value, (total, tokens) in zip(
+            completions, texts, rewards, fluency, strict=True
+        )
     ]
 
 
 def score(reward: Reward, value: float) -> float:
     """What the tables show: the property (1 - reward) where the reward measures one, else the reward."""
     return value if reward.property is None else 1.0 - value
+
+
+def id_nll(policy: Policy, model: Any, prompts: Sequence[Sequence[int]]) -> Nll:
+    """Of the sampled ids under ``model``, which has the policy's vocabulary; prefix and prompt in front."""
+
+    def measure(
+        indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        nll = completion_nll(policy, model, [prompts[i] for i in indices], completions)
+        return [(total, len(ids)) for total, ids in zip(nll, completions, strict=True)]
+
+    return measure
+
+
+def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int) -> Nll:
+    """Of the text under ``model``, by the policy's tokenizer, whoever wrote it.
+
+    Prompt and completion are tokenised together, since what a tokenizer makes of a word depends on what
+    stands before it. A token that holds any of the completion counts to it; in front are the prefix and the
+    last ``max_tokens`` tokens of the prompt, fewer where the model has no more positions.
+
+    Raises (what is returned):
+        UsageError: a completion is longer than the model has positions.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+
+    def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
+        made = policy.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
+        first = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
+        if not policy.prefix:
+            first = max(first, 1)  # something must stand in front of the first token that counts
+        completion = ids[first:]
+        room = max_tokens if limit is None else min(max_tokens, limit - len(policy.prefix) - len(completion))
+        if room < (0 if policy.prefix else 1):
+            raise UsageError(
+                f"a completion of {len(completion)} tokens is longer than the {limit} positions of the model"
+                " that measures the perplexity; lower max_new_tokens, or name another by --ppl-model"
+            )
+        return ids[max(0, first - room) : first], completion
+
+    def measure(
+        indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        pairs = [split(prompts[i], text) for i, text in zip(indices, texts, strict=True)]
+        kept = [pair for pair in pairs if pair[1]]  # a completion may be nothing but its end
+        nll = iter(completion_nll(policy, model, [front for front, _ in kept], [ids for _, ids in kept]))
+        return [(next(nll), len(ids)) if ids else (0.0, 0) for _, ids in pairs]
+
+    return measure
 
 
 @torch.inference_mode()
@@ -361,9 +423,20 @@ class Probe:
 
 
 def describe_evaluation(
-    task: Task, target: str, reward: Reward, policy: Policy, sampling: Sampling, held_out: HeldOut
+    task: Task,
+    target: str,
+    reward: Reward,
+    policy: Policy,
+    sampling: Sampling,
+    held_out: HeldOut,
+    seed: int,
+    perplexity: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What makes two tables comparable: task, scorer, sampling; and which metrics its tables show."""
+    """What makes two tables comparable: task, scorer, prompts, sampling; and which metrics its tables show.
+
+    Args:
+        perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
+    """
     return {
         "task": task.name,
         "target": target,
@@ -372,33 +445,47 @@ def describe_evaluation(
         "more_columns": list(task.more_columns),
         "property": reward.property or "reward",
         "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
+        "perplexity": dict(perplexity),
         "prompts": len(held_out.rows),
+        "prompts_sha256": _sha256([[row["prompt"] for row in held_out.rows], held_out.texts]),
+        "classes_sha256": classes_sha256(task, held_out.rows),
         "samples_per_prompt": held_out.samples,
         "sampling": {
             "top_p": sampling.top_p,
             "temperature": sampling.temperature,
             "max_new_tokens": sampling.max_new_tokens,
+            "min_new_tokens": sampling.min_new_tokens,
             "prefix": policy.tokenizer.decode(policy.prefix),
+            "seed": seed,
         },
     }
+
+
+def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
+    """Of the prompts' classes; None where the task has none, or a row none yet."""
+    classes = [row.get("prompt_class") for row in rows]
+    return _sha256(classes) if task.prompt_classes and None not in classes else None
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def summarise(
     samples: dict[str, list[Sample]], table: Sequence[Mode], about: dict[str, Any]
 ) -> dict[str, Any]:
     """``evaluation.json``: per mode its metrics, and the change against the first mode."""
-    rows = []
     before = samples[table[0].name]
-    for mode in table:
-        after = samples[mode.name]
-        change = None if after is before else compare(before, after)
-        rows.append(
-            {
-                "name": mode.name,
-                "guidance": mode.guidance,
-                "quantile": mode.quantile,
-                "metrics": {k: as_json(v) for k, v in evaluate_samples(after).items()},
-                "change": None if change is None else {k: as_json(v) for k, v in change.items()},
-            }
-        )
+    rows = [summary(mode.name, samples[mode.name], before, mode.places) for mode in table]
     return {**about, "rows": rows}
+
+
+def summary(name: str, after: list[Sample], before: list[Sample], more: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of a table: its metrics, and the change against ``before``; none where that is the row."""
+    change = None if after is before else compare(before, after)
+    return {
+        "name": name,
+        **more,
+        "metrics": {k: as_json(v) for k, v in evaluate_samples(after).items()},
+        "change": None if change is None else {k: as_json(v) for k, v in change.items()},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ class Finished:
 
     config: Config
     policy: Policy
-    reference: Any
     device: torch.device
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The untouched model, loaded when it is first asked for."""
+        dtype = sampling_dtype(self.config.precision, self.device)
+        source = self.config.model or assets.default_model()
+        return load_reference(source, dtype, self.device, self.config.trust_remote_code)
 
     @property
     def guidance(self) -> float:
@@ -29,12 +36,9 @@ class Finished:
         return (self.config.guidances() or [1.0])[0]
 
 
-def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
-    """Load ``folder/model`` and the model that the run started from.
+def run_config(folder: Path) -> Config:
+    """The settings of a finished run.
 
-    Args:
-        trust_remote_code: run what Python code these bring along. The folder's own setting does not count:
-            it may be anyone's.
     Raises:
         UsageError: no run folder, or one whose run is not finished.
     """
@@ -42,11 +46,22 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
         raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
     if not (folder / "model" / "config.json").exists():
         raise UsageError(f"{folder} holds no model: its run is not finished; go on with --resume")
-    config = load_config(folder / "config.yaml")
+    return load_config(folder / "config.yaml")
+
+
+def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
+    """Load ``folder/model``; what the run started from is loaded when it is asked for.
+
+    Args:
+        trust_remote_code: run what Python code these bring along. The folder's own setting does not count:
+            it may be anyone's.
+    Raises:
+        UsageError: no run folder, or one whose run is not finished.
+    """
+    config = run_config(folder)
     config.trust_remote_code = trust_remote_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = sampling_dtype(config.precision, device)
     policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
     policy.model = policy.frozen_copy(dtype).to(device)
-    reference = load_reference(config.model or assets.default_model(), dtype, device, trust_remote_code)
-    return Finished(config, policy, reference, device)
+    return Finished(config, policy, device)

@@ -21,10 +21,13 @@ from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, mer
 from quark_fast.prompts import Row, chat_template, is_chat
 from quark_fast.tokenizer import (
     SEPARATOR,
+    before_reward_tokens,
     check_tokenizer,
     conditioned_template,
+    export_prefix,
     opening,
     opening_ids,
+    own_front,
     reward_token,
 )
 
@@ -87,9 +90,10 @@ class Policy:
         tokens = [reward_token(k) for k in range(quantiles)]
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
-        self.vocabulary = self.reward_ids[0]
+        # Without reward tokens of its own a policy reads those of an export, but writes none, either.
+        self.vocabulary = self.reward_ids[0] if tokens else before_reward_tokens(tokenizer)
         behind = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= self.vocabulary)
-        if [token for _, token in behind] != tokens:
+        if tokens and [token for _, token in behind] != tokens:
             other = next((token for _, token in behind if token not in tokens), tokens[0])
             raise UsageError(
                 f"{other!r} of the tokenizer stands among or behind the {quantiles} reward tokens, which must"
@@ -152,8 +156,26 @@ class Policy:
         if quantiles < 1:
             raise UsageError(f"{folder} holds no reward tokens; give the folder of a finished run")
         policy = cls(model, tokenizer, quantiles, prefix="")
-        # The exported tokenizer puts prefix + best reward token in front by itself.
-        policy.prefix = list(tokenizer("").input_ids)[:-1]
+        policy.prefix = export_prefix(tokenizer)
+        return policy
+
+    @classmethod
+    def plain(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        prefix: Sequence[int] | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Any model as it is, for sampling: no reward tokens, K = 0.
+
+        Args:
+            prefix: ids before every prompt; default: what the tokenizer itself puts before a text, which for
+                an exported model is its best reward token, too, and for many models nothing.
+        """
+        model, tokenizer = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
+        policy = cls(model, tokenizer, 0, prefix="")
+        policy.prefix = own_front(tokenizer) if prefix is None else list(prefix)
         return policy
 
     @property
@@ -167,6 +189,7 @@ class Policy:
         A plain text is one by itself. A chat is a text that the exported template writes behind the best
         token, where sentencepiece tokenizers put no mark of a word's beginning.
         """
+        chat = chat and self.quantiles > 0  # a plain model's texts all begin alike
         front = reward_token(self.quantiles - 1) if chat else ""
         ids = list(self.tokenizer(front + prompt, add_special_tokens=False).input_ids)
         return ids[chat:][-max_tokens:]
@@ -242,6 +265,10 @@ class Policy:
             above = min((t for t in trained if t > k), default=max(trained))
             place = (k - below) / (above - below) if above > below else 0.0
             rows[k] = torch.lerp(rows[below], rows[above], place)
+
+    def freeze(self, device: torch.device) -> Any:
+        """The model itself, for sampling alone from here on."""
+        return _frozen(self.model, device)
 
     def frozen_copy(self, dtype: torch.dtype) -> Any:
         """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
@@ -363,6 +390,10 @@ def load_reference(
 ) -> Any:
     """The untouched model, frozen: it samples at first, and the policy is held close to it."""
     model, _ = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
+    return _frozen(model, device)
+
+
+def _frozen(model: Any, device: torch.device) -> Any:
     model.to(device).eval().requires_grad_(False)
     _decode_fast(model)
     return model

@@ -153,7 +153,7 @@ def _parsed(text: str) -> Any:
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("rows", "columns", "more_columns"), list),
     **dict.fromkeys(("headline", "property", "target", "task"), str),
-    **dict.fromkeys(("scorer", "sampling"), dict),
+    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on"), dict),
     **dict.fromkeys(("prompts", "samples_per_prompt"), int),
 }
 
@@ -165,7 +165,7 @@ def _well_formed(evaluation: Row, missing: list[str]) -> Row:
     odd = evaluation.keys() - found.keys()
     if found.get("headline", "mean") not in {column.key for column in COLUMNS}:
         odd.add("headline")
-    found = {k: v for k, v in found.items() if k not in odd and v is not None}
+    found = {k: v for k, v in found.items() if k not in {*odd, "out_of_domain"} and v is not None}
     for name in ("columns", "more_columns"):
         if name in found:
             found[name] = [key for key in found[name] if isinstance(key, str)]
@@ -184,8 +184,8 @@ def _objects_of(value: Any) -> dict[str, Row]:
     return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def _number(row: Row, key: str) -> float:
@@ -251,23 +251,24 @@ def pick_examples(
 ) -> list[Example]:
     """n prompts spread over the quarter where the untouched text scored worst; repeatable.
 
-    Before is the untouched model's worst completion of the prompt; after is the completion with the
-    same sample number, whatever it scored, so only the prompts are chosen.
+    Before is the worst completion of the prompt in the first row, the untouched model's; after is the
+    completion with the same sample number, whatever it scored, so only the prompts are chosen.
 
     Args:
-        after: names of the rows to show after the untouched one; None: the first row with the best
-            token and the first guided one.
+        after: names of the rows to show after that one; None: the first row with the best token and
+            the first guided one.
     """
     by_row: dict[str, dict[int, list[Row]]] = {}
     for row in evaluation_rows:
         of_row = by_row.setdefault(str(row.get("row")), {})
         of_row.setdefault(int(row.get("prompt_id", 0)), []).append(row)
-    first = {_mode(name): name for name in reversed(by_row)}
-    if "untouched" not in first:
+    if not by_row:
         return []
     if after is None:
+        first = {_mode(name): name for name in reversed(by_row)}
         after = [first[mode] for mode in ("best", "guided") if mode in first]
-    before = by_row[first["untouched"]]
+    base = next(iter(by_row))
+    before = by_row[base]
 
     worst: list[tuple[float, int, int]] = []
     for prompt_id, samples in before.items():
@@ -281,7 +282,7 @@ def pick_examples(
     examples = []
     for _, prompt_id, index in (quarter[place] for place in places):
         texts = []
-        for name in (first["untouched"], *after):
+        for name in (base, *after):
             samples = by_row.get(name, {}).get(prompt_id, [])
             if index < len(samples):
                 row = samples[index]
@@ -468,12 +469,19 @@ def _format_change_bounds(change: Change) -> str:
 
 
 def _mode(name: str) -> Mode:
-    """Which of the six ways of sampling a row's name stands for; it decides the colour."""
-    lowered = name.lower()
-    for word in ("untouched", "guided", "best", "worst"):
-        if word in lowered:
-            return word
-    return "middle" if "quantile" in lowered else "none"
+    """Which of the six ways of sampling a row's name stands for; it decides the colour.
+
+    Beside other models' a row is named "run: way".
+    """
+    way = name.rpartition(": ")[2]
+    starts: dict[str, Mode] = {
+        "untouched": "untouched",
+        "guided w=": "guided",
+        "best token": "best",
+        "quantile ": "middle",
+        "worst token": "worst",
+    }
+    return next((mode for start, mode in starts.items() if way.startswith(start)), "none")
 
 
 def _rows(evaluation: Row) -> list[Row]:
@@ -513,15 +521,15 @@ def _level(evaluation: Row) -> str:
 def main_row(evaluation: Row) -> Row | None:
     """The row that the headline is about: guided with the run's own w, else the best token.
 
-    That w is `sampling.guidance`; where it is not given, the first guided row counts. The choice
-    does not look at the results.
+    That w is `sampling.guidance`; where it is not given, the first guided row counts. Of models
+    without reward tokens it is the second. The choice does not look at the results.
     """
     rows = _rows(evaluation)
     guided = [row for row in rows if _mode(_name(row)) == "guided"]
     guidance = _number(evaluation.get("sampling") or {}, "guidance")
     own = [row for row in guided if _number(row, "guidance") == guidance]
     best = [row for row in rows if _mode(_name(row)) == "best"]
-    return next(iter(own + guided + best), None)
+    return next(iter(own + guided + best + rows[1:]), None)
 
 
 def after_names(evaluation: Row) -> list[str]:
@@ -530,12 +538,34 @@ def after_names(evaluation: Row) -> list[str]:
     return list(dict.fromkeys(str(row.get("name")) for row in rows if row is not None))
 
 
+def _others(evaluation: Row) -> list[str]:
+    """One row of each further subject: a plain model's own, a run's with the best token."""
+    names = [_name(row) for row in _rows(evaluation)[1:]]
+    return [name for name in names if ": " not in name and _mode(name) == "none" and name != "no token"] + [
+        name for name in names if ": " in name and _mode(name) == "best"
+    ]
+
+
 def _first(evaluation: Row, mode: Mode) -> Row | None:
     return next((row for row in _rows(evaluation) if _mode(_name(row)) == mode), None)
 
 
+def _before(evaluation: Row) -> Row | None:
+    """The row that the changes of the others are against: the first."""
+    return next(iter(_rows(evaluation)), None)
+
+
+def _base(evaluation: Row) -> str:
+    """What that row is called in a sentence."""
+    before = _before(evaluation)
+    name = "untouched" if before is None else _name(before)
+    return "the untouched model" if name == "untouched" else name
+
+
 def _how(row: Row) -> str:
     mode = _mode(_name(row))
+    if ": " in _name(row):
+        return f"“{_name(row)}”"
     if mode == "guided":
         dial = f"(w = {_number(row, 'guidance'):g})".replace(" ", "\N{NO-BREAK SPACE}")
         return f"guided conditioning {dial}"
@@ -544,10 +574,18 @@ def _how(row: Row) -> str:
 
 def headline(evaluation: Row) -> str:
     """The result in one sentence with its interval; empty if there is no result."""
-    row, before = main_row(evaluation), _first(evaluation, "untouched")
-    if row is None or before is None:
-        return ""
+    row, before = main_row(evaluation), _before(evaluation)
     column = _column(_headline_key(evaluation))
+    if before is None:
+        return ""
+    if row is None or row is before:
+        number = _interval(before, column.key)
+        bounds = _format_bounds(number.low, number.high, column.style)
+        return (
+            f"{_fill(column.title, evaluation).capitalize()} of {_name(before)} is"
+            f" {_format(number.value, column.style)}"
+            f"{f' ({_level(evaluation)} interval {bounds})' if bounds else ''}."
+        )
     change = _change(row, column.key)
     old, new = (_format(_interval(one, column.key).value, column.style) for one in (before, row))
     values = f"from {old} to {new}"
@@ -578,29 +616,30 @@ _TERMINAL_COLOURS: dict[Mode, str] = {
 }
 
 
-def results_table(evaluation: Row) -> Table:
+def results_table(evaluation: Row, title: str = "") -> Table:
     """The metrics of each way of sampling, intervals below, 78 columns wide.
 
     The full set of metrics, with a change for each, is in the HTML report.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.title = Text(_about(evaluation), style="bold")
+    table.title = Text(title or _about(evaluation), style="bold")
     table.title_justify = table.caption_justify = "left"
     table.caption = Text(
         f"Below each number: {_level(evaluation)} bootstrap interval over prompts. "
-        "Change: of the first metric, relative to the untouched model, in percent; bold where its "
-        f"interval leaves 0 out.{_unscored(evaluation)}",
+        f"Change: of the first metric, relative to {_base(evaluation)}, in percent; bold where its "
+        f"interval leaves 0 out.{_unscored(evaluation)}\n" + "\n".join(notes(evaluation)),
         style="dim",
     )
     shown = _columns(evaluation, more=False)
     main = shown[0].key
-    table.add_column("sampling", no_wrap=True)
+    table.add_column("sampling", overflow="fold")  # the only one that gives way
     for column in shown:
         table.add_column(_fill(column.short, evaluation), justify="right", no_wrap=True)
         if column.key == main:
             table.add_column("change", justify="right", no_wrap=True)
     for row in _rows(evaluation):
-        cells: list[Text] = [Text(_name(row), style=_TERMINAL_COLOURS[_mode(_name(row))])]
+        name = _name(row).replace(": ", ":\n")  # each row has two lines anyway
+        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[_mode(_name(row))])]
         for column in shown:
             number = _interval(row, column.key)
             cells.append(
@@ -631,7 +670,45 @@ def _about(evaluation: Row) -> str:
     what = _fill("{property}", evaluation).capitalize()
     if prompts is None or samples is None:
         return what
-    return f"{what} on {_count(prompts, 'held-out prompt')} × {_count(samples, 'completion')}"
+    source = evaluation.get("source")
+    of = _count(prompts, "prompt" if source else "held-out prompt")
+    where = f" of {clean(str(source))}" if source else ""
+    return f"{what} on {of}{where} × {_count(samples, 'completion')}"
+
+
+def notes(evaluation: Row) -> list[str]:
+    """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
+    scorer, perplexity = evaluation.get("scorer") or {}, evaluation.get("perplexity") or {}
+    sampling = evaluation.get("sampling") or {}
+    found = []
+    if scorer:
+        sha256 = f", sha256 {scorer['sha256']}" if scorer.get("sha256") else ""
+        found.append(f"Scorer: {_scorer(evaluation)}{sha256}.")
+    ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
+    if ways:
+        found.append(f"Sampling: {', '.join(ways)}.")
+    if perplexity:
+        found.append(f"Perplexity: by {perplexity.get('model')}, of the {perplexity.get('tokens')} tokens.")
+    rows = [row for row in _rows(evaluation) if "prefix" in row]
+    fronts: dict[str, list[str]] = {}
+    for row in rows:
+        fronts.setdefault(str(row["prefix"]) or "nothing", []).append(
+            _name(row).rpartition(": ")[0] or _name(row)
+        )
+    if fronts:
+        each = [f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in fronts.items()]
+        shown = each if len(each) > 1 else list(fronts)
+        found.append(
+            f"Before each prompt, and before the reward token where there is one: {'; '.join(shown)}."
+        )
+    for name, count in (evaluation.get("trained_on") or {}).items():
+        found.append(
+            f"{_count(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
+        )
+    return [clean(line) for line in found]
+
+
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed")
 
 
 def _unscored(evaluation: Row) -> str:
@@ -641,7 +718,7 @@ def _unscored(evaluation: Row) -> str:
 
 
 def markdown_table(evaluation: Row) -> str:
-    """The results as a Markdown table, "value [low, high]" in each cell."""
+    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below."""
     shown = _columns(evaluation)
     main = shown[0].key
     of_the = "the mean" if main == "mean" else _fill(shown[0].title, evaluation)
@@ -663,7 +740,25 @@ def markdown_table(evaluation: Row) -> str:
         if bounds := _format_change_bounds(change):
             cells[1] += f" [{bounds}]"
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (_name(row), *cells)) + " |")
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
+    return "\n".join(lines).strip() + "\n"
+
+
+def markdown_page(evaluation: Row) -> str:
+    """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
+    return "\n".join(f"### {_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation))
+
+
+def _markdown(text: str) -> str:
+    """A text as Markdown shows it: no mark-up, no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _one_line(text))
+
+
+def tables(evaluation: Row) -> list[tuple[str, Row]]:
+    """(title, table) of the evaluation, and of its out-of-domain prompts where it has some."""
+    other = evaluation.get("out_of_domain")
+    found = [(_about(evaluation), evaluation)]
+    return [*found, (f"Out of domain: {_about(other)}", other)] if isinstance(other, dict) else found
 
 
 def before_after(
@@ -876,7 +971,7 @@ def _plot_samplings(run: Run, palette: _Palette) -> str:
     """The first metric, perplexity and variety of each sampling with intervals, side by side."""
     rows = _rows(run.evaluation)
     shown = _main_columns(run.evaluation)
-    before = _first(run.evaluation, "untouched")
+    before = _before(run.evaluation)
 
     def draw(panels: Sequence["Axes"]) -> None:
         for axes, column in zip(panels, shown, strict=True):
@@ -919,7 +1014,7 @@ def _plot_dial(run: Run, palette: _Palette, dial: Literal["guidance", "quantile"
     rows = [row for row in _rows(run.evaluation) if math.isfinite(_number(row, dial))]
     rows.sort(key=lambda row: _number(row, dial))
     column = _column(metric)
-    before = _first(run.evaluation, "untouched")
+    before = _before(run.evaluation)
 
     def draw(panels: Sequence["Axes"]) -> None:
         (axes,) = panels
@@ -940,7 +1035,8 @@ def _plot_dial(run: Run, palette: _Palette, dial: Literal["guidance", "quantile"
         if dial == "quantile":
             _whole_ticks(axes)
         if before is not None:
-            _end_labels(axes, [(base.value, "untouched", grey)])
+            mode = _mode(_name(before))
+            _end_labels(axes, [(base.value, mode if mode == "untouched" else "first row", grey)])
 
     if len(rows) < 2:
         return ""
@@ -951,7 +1047,7 @@ def _plot_dial(run: Run, palette: _Palette, dial: Literal["guidance", "quantile"
 def _scores_by_row(run: Run) -> list[tuple[str, Mode, Array]]:
     """(name, mode, scores) of the untouched row, the best token's and the headline's."""
     found: list[tuple[str, Mode, Array]] = []
-    before = _first(run.evaluation, "untouched")
+    before = _before(run.evaluation)
     for name in [*([str(before.get("name"))] if before else []), *after_names(run.evaluation)]:
         scores = _series([row for row in run.evaluation_rows if row.get("row") == name], "score")
         scores = scores[~np.isnan(scores)]
@@ -1157,6 +1253,33 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
+def comparison_page(evaluation: Row, samples: Iterable[Row], versions: Row) -> str:
+    """The page of an evaluation that no run folder holds, as one HTML document.
+
+    Args:
+        samples: those of ``evaluator.Evaluated``.
+    """
+    rows = _rows(evaluation)
+    runs = {_name(row).rpartition(": ")[0] for row in rows if math.isfinite(_number(row, "guidance"))}
+    if len(runs) > 1:  # no curve goes through the dials of several runs
+        rows = [{k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows]
+    shown = [row for row in samples if not row.get("out_of_domain")]
+    return render_html(
+        Run(
+            name="evaluation",
+            config="",
+            versions=versions,
+            steps=[],
+            rounds=[],
+            probes=[],
+            completions=[],
+            evaluation={**evaluation, "rows": rows},
+            evaluation_rows=shown,
+            missing=[],
+        )
+    )
+
+
 def render_html(run: Run) -> str:
     """The report as one HTML document."""
     rewards, thresholds = (_lists(run.rounds, name) for name in ("reward_by_quantile", "thresholds"))
@@ -1242,7 +1365,7 @@ def _scorer(evaluation: Row) -> str | None:
 def _html_tiles(evaluation: Row) -> str:
     """The three or four numbers to remember."""
     main, best = main_row(evaluation), _first(evaluation, "best")
-    before = _first(evaluation, "untouched")
+    before = _before(evaluation)
     if main is None or before is None:
         return ""
     wanted = [(main, column) for column in _main_columns(evaluation)]
@@ -1274,11 +1397,12 @@ def _html_results(run: Run, palette: _Palette) -> str:
         "results",
         "Before and after",
         _html_table(evaluation),
+        *(f"<h3>{_safe(title)}</h3>{_html_table(one)}" for title, one in tables(evaluation)[1:]),
         _grid(
             _html_plot(
                 "Each way of sampling",
                 _plot_samplings(run, palette),
-                f"Points with {level} intervals; the dotted line is the untouched model.",
+                f"Points with {level} intervals; the dotted line is {_safe(_base(evaluation))}.",
                 wide=True,
             ),
             _html_plot(
@@ -1344,8 +1468,9 @@ def _html_table(evaluation: Row) -> str:
         f'<div class="scroll"><table><thead><tr><th>sampling</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="note">Below each number its {_level(evaluation)} bootstrap interval over '
-        "prompts, then the change relative to the untouched model on the same prompts; a change "
+        f"prompts, then the change relative to {_safe(_base(evaluation))} on the same prompts; a change "
         f"whose interval leaves 0 out is set bold.{_safe(_unscored(evaluation))}</p>"
+        f'<p class="note">{"<br>".join(map(_safe, notes(evaluation)))}</p>'
         f"<details><summary>What each column measures</summary><dl>{meanings}</dl></details>"
     )
 
@@ -1353,16 +1478,17 @@ def _html_table(evaluation: Row) -> str:
 def _html_texts(run: Run) -> str:
     after, worst = after_names(run.evaluation), _first(run.evaluation, "worst")
     after += [str(worst.get("name"))] if worst else []
+    after = list(dict.fromkeys(after + _others(run.evaluation)))
     examples = pick_examples(run.evaluation_rows, 10, after or None)
     return _section(
         "texts",
         "What it writes",
-        _html_examples(examples) if examples else "",
+        _html_examples(examples, _base(run.evaluation)) if examples else "",
         _html_exploration(run.completions),
     )
 
 
-def _html_examples(examples: Sequence[Example]) -> str:
+def _html_examples(examples: Sequence[Example], base: str) -> str:
     articles = []
     for example in examples:
         rows = "".join(_html_text_row(name, _mode(name), text, score) for name, text, score in example.texts)
@@ -1370,7 +1496,7 @@ def _html_examples(examples: Sequence[Example]) -> str:
     return (
         f"<details><summary>{len(examples)} held-out prompts, before and after "
         "<em>may contain offensive language</em></summary>"
-        '<p class="note">Prompts spread over the quarter where the untouched model scored worst. '
+        f'<p class="note">Prompts spread over the quarter where {_safe(base)} scored worst. '
         "Before is its worst completion; after is the completion with the same number, not chosen. "
         "So the table above is the measure, and these texts are an illustration.</p>"
         f"{''.join(articles)}</details>"

@@ -21,19 +21,34 @@ def reward_token(quantile: int) -> str:
     return f"<|reward_{quantile}|>"
 
 
-def opening_ids(tokenizer: Any) -> list[int]:
-    """What a tokenizer itself puts before a text, else its document separator, else nothing."""
+def own_front(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts before a text by itself."""
     # Only what stands in front: some tokenizers put an end marker behind, too.
     with_text = list(tokenizer("a").input_ids)
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
     starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
-    own = with_text[: next(starts, 0)]
+    return with_text[: next(starts, 0)]
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer itself puts before a text, else its document separator, else nothing."""
     # An exported model's tokenizer puts its best reward token in front: training on, rows start anew.
-    own = [i for i in own if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
+    own = [i for i in own_front(tokenizer) if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
     if own:
         return own
     separator = tokenizer.get_vocab().get(SEPARATOR)
     return [] if separator is None else [separator]
+
+
+def export_prefix(tokenizer: Any) -> list[int]:
+    """The prefix of an exported policy, whose tokenizer puts prefix + best reward token before every text."""
+    return list(tokenizer("").input_ids)[:-1]
+
+
+def before_reward_tokens(tokenizer: Any) -> int:
+    """How many ids a tokenizer has, without the reward tokens that an exported one ends with."""
+    vocabulary = tokenizer.get_vocab()
+    return int(vocabulary.get(reward_token(0), max(vocabulary.values()) + 1))
 
 
 def opening(tokenizer: Any) -> str:

@@ -544,6 +544,8 @@ class Trainer:
             self.policy,
             evaluation_sampling(self.config),
             self.held_out,
+            config.seed,
+            {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
         )
         about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         self.folder.write_json("evaluation.json", summarise(samples, table, about))

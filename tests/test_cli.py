@@ -232,7 +232,8 @@ def test_generate_refuses_bad_input_in_one_line(
     [
         ([], "RUN"),
         (["notes"], "notes is no run folder"),
-        (["nowhere", "--prompts", "prompts.txt"], "nowhere is no run folder"),
+        (["nowhere", "--prompts", "prompts.txt"], "nowhere is no run folder: name what to measure by --task"),
+        (["./nowhere", "--task", "toxicity"], "no folder './nowhere'"),
         (["finished", "--prompts", "missing.txt"], "missing.txt cannot be read"),
         (["finished", "--prompts", "empty.txt"], "empty.txt holds no prompt"),
         (["finished", "--prompts", "bad.jsonl"], "bad.jsonl:2:"),
@@ -247,6 +248,26 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--top-p", "2"], "--top-p"),
         (["finished", "--guidance", "strong"], "'strong'"),
         (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
+        (["finished", "--json", "table.txt"], "--json table.txt: give a name in .json"),
+        (["finished", "--html", "notes"], "--html notes: this is a folder"),
+        (["finished", "--markdown", "nowhere/table.md"], "--markdown nowhere/table.md: no such folder"),
+        (["finished", "--markdown", "x.md", "--html", "x.md"], "name one file"),
+        (["finished", "--html", "finished/report.html"], "the run's own report.html"),
+        (
+            ["finished/evaluation.json", "--json", "finished/evaluation.json"],
+            "--json finished/evaluation.json: this is a table",
+        ),
+        (["model"], "model is no run folder: name what to measure by --task"),
+        (["model", "--task", "manners"], "unknown task 'manners'"),
+        (["finished", "finished"], "finished is named twice"),
+        (["finished/evaluation.json", "--samples", "3"], "only tables are named"),
+        (["finished", "--seed", "-1"], "--seed -1"),
+        (["finished", "--max-new-tokens", "1"], "min_new_tokens = 3 is above max_new_tokens = 1"),
+        (["finished", "--max-new-tokens", "3000"], "positions"),
+        (["finished", "--ppl-model", "./missing/model"], "./missing/model"),
+        (["finished", "--out-of-domain", "missing.txt"], "missing.txt cannot be read"),
+        (["finished", "--out-of-domain", "talk.jsonl"], "no chat template"),
+        (["finished", "finished/evaluation.json", "--samples", "7"], "7 in the one, 2 in the other"),
     ],
 )
 def test_evaluate_refuses_bad_input_in_one_line(
@@ -392,6 +413,44 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
     assert all(name in heard.out for name in names)
+
+
+def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--prompts", "prompts.txt", "--samples", "2", "--max-new-tokens", "4", "--threads", "1"]
+    spec = ["--task", "toxicity", "--reward", "tiny_rewards:evens", "--out-of-domain", "one.txt"]
+    files = ["--json", "side.json", "--markdown", "side.md", "--html", "side.html"]
+    assert evaluate.main(["gpt2", "finished", "--ppl-model", "model", *own, *spec, *files]) == 0
+    heard = capsys.readouterr()
+    assert heard.err == ""
+    table = json.loads((folder / "side.json").read_text())
+    assert [row["name"] for row in table["rows"]][:3] == [
+        "gpt2",
+        "finished: untouched",
+        "finished: best token",
+    ]
+    assert table["prompts"] == 20 and table["out_of_domain"]["prompts"] == 1
+    assert table["trained_on"] == {"finished": 18}
+    markdown, page = ((folder / f"side.{kind}").read_text() for kind in ("md", "html"))
+    # Four-digit numbers in the same places of all forms; a hash is broken over lines by the terminal.
+    mean = table["rows"][2]["metrics"]["mean"]
+    for text in (heard.out, markdown, page):
+        assert f"{mean['value']:.3f}"[1:] in text and "Out of domain" in text
+        assert table["scorer"]["sha256"] in text
+    assert "<html" in page and "How to reproduce" in page
+    rows = jsonl(folder / "side.jsonl")
+    assert len(rows) == len(table["rows"]) * (20 * 2 + 1 * 2)
+    assert evaluate.main(["side.json", "--json", "again.json"]) == 0
+    again = json.loads((folder / "again.json").read_text())
+    assert again["rows"] == table["rows"] and again["out_of_domain"] == table["out_of_domain"]
+    # A run's own table, and the run itself: its untouched row is there once.
+    capsys.readouterr()
+    assert (
+        evaluate.main(["finished", "finished/evaluation.json", "--threads", "1", "--json", "both.json"]) == 0
+    )
+    names = [row["name"] for row in json.loads((folder / "both.json").read_text())["rows"]]
+    assert len(names) == len(set(names)) and sum("untouched" in name for name in names) == 1
 
 
 def test_sum_of_rewards_on_a_table_of_prompts_from_training_to_evaluation(

@@ -17,7 +17,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 # Imports go down only: a module imports its own layer and those below it.
 LAYERS = [
     {"train", "evaluate", "generate", "ablate", "command"},
-    {"trainer", "finished", "grid"},
+    {"trainer", "evaluator", "finished", "grid"},
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer"},

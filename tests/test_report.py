@@ -14,8 +14,10 @@ from rich.console import Console
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.report import (
     before_after,
+    comparison_page,
     headline,
     main_row,
+    markdown_page,
     markdown_table,
     mask_profanity,
     pick_examples,
@@ -405,10 +407,100 @@ def test_only_a_change_that_excludes_zero_is_bold():
 def test_markdown_has_equal_columns_and_intervals(finished_run):
     evaluation = evaluation_of(finished_run)
     evaluation["rows"][1]["name"] = "no | token"
-    lines = markdown_table(evaluation).splitlines()
+    table, under = markdown_table(evaluation).split("\n\n")
+    lines = table.splitlines()
     assert len(lines) == 2 + len(SAMPLINGS)
+    assert "Scorer: toxic-comment-classifier 0.3.0, sha256 e5af0f05" in under
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
     assert re.match(r"\| untouched \| \.\d{3} \[\.\d{3}–\.\d{3}\] \|  \|", lines[2])
+
+
+# --- several models -------------------------------------------------------------------------------
+
+
+def several(finished_run, names):
+    """The table and samples of ``evaluate`` with rows of these names, made from the first rows of a run's."""
+    evaluation = evaluation_of(finished_run)
+    ways = {row["name"]: row for row in evaluation["rows"]}
+    of = {name: name.rpartition(": ")[2] for name in names}
+    of = {name: way if way in ways else "best token" for name, way in of.items()} | {names[0]: "untouched"}
+    rows = [{**ways[way], "name": name, "prefix": "<|endoftext|>"} for name, way in of.items()]
+    if of[names[-1]] == "best token":  # a plain model is on no dial
+        rows[-1] |= {"guidance": None, "quantile": None}
+    rows[-1]["prefix"] = ""
+    table = {
+        **evaluation,
+        "perplexity": {"model": "gpt2-xl", "tokens": "re-tokenised"},
+        "source": "rtp.jsonl",
+        "trained_on": {"a": 1, "b": 7},
+        "rows": rows,
+    }
+    table["out_of_domain"] = {**table, "source": "stories.jsonl"}
+    old = rows_of(finished_run)
+    samples = [{**row, "row": name} for name, way in of.items() for row in old if row["row"] == way]
+    return table, samples
+
+
+RUNS = ["untouched", "a: no token", "a: worst token", "a: best token", "a: guided w=2", "b: guided w=2"]
+
+
+def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_form(finished_run):
+    table, samples = several(finished_run, RUNS)
+    page = Page(comparison_page(table, samples, {})).text
+    markdown = markdown_page(table).replace("\\", "")
+    terminal = " ".join(rendered(results_table(table)).split())
+    for text in (page, markdown, terminal):
+        assert f"Scorer: toxic-comment-classifier 0.3.0, sha256 {'e5af0f05' * 8}." in text
+        assert "Perplexity: by gpt2-xl, of the re-tokenised tokens." in text
+        assert "<|endoftext|> (untouched, a); nothing (b)." in text
+        assert "1 of these prompts was trained on by a." in text
+        assert "7 of these prompts were trained on by b." in text
+    for text in (page, markdown):
+        assert "Out of domain: Toxicity on 120 prompts of stories.jsonl" in text
+        assert text.count("Scorer: ") == 2
+
+
+def test_rows_with_the_names_of_runs_fit_80_columns_whole(finished_run):
+    long = "toxicity-with-a-name-that-is-too-long-for-a-table"
+    table, _ = several(finished_run, [*RUNS[:-1], f"{long}: guided w=2"])
+    text = rendered(results_table(table), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "\na: " in text and "a: no token" not in text, "the run's name stands above the way"
+    mean = table["rows"][-1]["metrics"]["mean"]
+    assert f"{mean['low']:.3f}–{mean['high']:.3f}".replace("0.", ".") in text
+
+
+def test_dials_of_two_runs_are_not_one_curve(finished_run):
+    one, samples = several(finished_run, [name for name in RUNS if "b:" not in name])
+    two, more = several(finished_run, RUNS)
+    assert "The guidance dial" in comparison_page(one, samples, {})
+    page = comparison_page(two, more, {})
+    assert "The guidance dial" not in page and "Each way of sampling" in page
+
+
+def test_plain_models_have_a_headline_and_texts_without_a_reward_token(finished_run):
+    # Names that hold the words of a run's rows are not taken for those.
+    table, samples = several(finished_run, ["gpt2", "best-of-worst"])
+    assert main_row(table)["name"] == "best-of-worst"
+    assert headline(table).startswith("Mean toxicity ") and "“best-of-worst”" in headline(table)
+    page = Page(comparison_page(table, samples, {"command": "python -m quark_fast.evaluate gpt2"}))
+    assert "relative to gpt2 on the same prompts" in page.text
+    assert "the quarter where gpt2 scored worst" in page.text
+    alone, _ = several(finished_run, ["gpt2"])
+    mean = alone["rows"][0]["metrics"]["mean"]
+    low, high = (f"{mean[side]:.3f}"[1:] for side in ("low", "high"))
+    assert headline(alone) == (
+        f"Mean toxicity of gpt2 is {mean['value']:.3f} (95% interval {low}–{high}).".replace("0.", ".", 1)
+    )
+
+
+def test_names_from_anywhere_are_no_markup_in_markdown(finished_run):
+    table, _ = several(finished_run, ["gpt2", "x"])
+    table |= {"source": "<img src=x>|[a](b).txt"}
+    for text in (markdown_page(table), markdown_table(table)):
+        assert "<img" not in text.replace("\\<", "") and "](" not in text.replace("\\](", "").replace(
+            "]\\(", ""
+        )
 
 
 # --- before and after -----------------------------------------------------------------------------
