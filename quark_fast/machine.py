@@ -11,13 +11,15 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import accelerate
 import numpy as np
 import torch
 import transformers
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from quark_fast import __version__
 from quark_fast.config import UsageError
@@ -95,6 +97,39 @@ def sampling_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
     if name == "bf16":
         return torch.bfloat16
     return torch.float16 if name == "fp16" and device.type != "cpu" else torch.float32
+
+
+class OutOfMemory(UsageError):
+    """Not even one sample at a time fits."""
+
+
+T = TypeVar("T")
+
+
+def within_memory(work: Callable[[int], T], size: int, smaller: Callable[[int], None]) -> tuple[T, int]:
+    """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
+
+    What running out of memory looks like is accelerate's to say. ``smaller`` hears each n but the first.
+
+    Raises:
+        OutOfMemory: it does not suffice for 1.
+    """
+    while True:
+        try:
+            return work(size), size
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1:
+                raise OutOfMemory(
+                    "one sample in a forward pass is more than the memory holds"
+                    f" ({str(error).splitlines()[0]}); what was done is in the checkpoint: go on with"
+                    " --resume where there is more, or start anew with fewer --max-new-tokens"
+                ) from error
+        # Out of the handler: the error keeps the tensors of the pass that failed.
+        clear_device_cache(garbage_collection=True)
+        size = (size + 1) // 2
+        smaller(size)
 
 
 def versions(device: torch.device) -> dict[str, Any]:

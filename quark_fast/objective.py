@@ -41,6 +41,7 @@ class Objective:
     ) -> None:
         self.config, self.policy, self.reference = config, policy, reference
         self.device, self.autocast = device, autocast
+        self.kl_coef = config.kl_coef  # a controller may change it from step to step
         head, ref_head = linear_head(policy.model), linear_head(reference)
         self.heads = None if head is None or ref_head is None else (head, ref_head)
         self.description = (
@@ -76,7 +77,7 @@ class Objective:
             self.device,
         )
         plain = None
-        if self.config.kl_coef:
+        if self.kl_coef:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
         compute = self._from_logits if self.heads is None else self._from_hidden
         out, contrast, weighted_nll = compute(batch, plain, len(streams), tokens, samples)
@@ -97,7 +98,7 @@ class Objective:
 
     def _options(self) -> dict[str, Any]:
         return {
-            "kl_coef": self.config.kl_coef,
+            "kl_coef": self.kl_coef,
             "entropy_coef": self.config.entropy_coef,
             "kl": self.config.kl,
             "impl": self.config.impl,

@@ -1163,6 +1163,7 @@ _STEP_PANELS = (
     ("kl", "KL to the reference, nats per token"),
     ("entropy", "entropy, nats per token"),
     ("unlikelihood", "unlikelihood, nats per token"),
+    ("kl_coef", "weight of the KL, adapted"),
     ("grad_norm", "gradient norm"),
     ("tokens_per_s", "tokens per second"),
 )

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quark_fast.config import UsageError
-from quark_fast.durable import flush
+from quark_fast.durable import DISK_ERRORS, flush, replacing, sha256, try_lock, unlock
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 REWARDS = "rewards.sqlite"
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
+LOCK = ".lock"  # held by the process that runs the run
+CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
+
+Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
 class RunFolder:
@@ -26,7 +34,7 @@ class RunFolder:
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
     report.html, model/, rewards.sqlite for rewards that are cached and, while the run is not finished,
-    checkpoint/.
+    checkpoint/, the one before it in checkpoint.old/, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,23 +45,51 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Refuse a path with anything in it: no run is overwritten."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_lasting, self.path.iterdir()))):
             raise UsageError(f"{self.path} exists; go on with it by --resume, or choose another --output")
 
     def check_resumable(self) -> None:
-        """Refuse what is not an unfinished run."""
+        """Refuse what is not an unfinished run; one is this process's alone from here on."""
         if not (self / "config.yaml").exists():
             raise UsageError(f"{self.path} is no run folder (no config.yaml): nothing to resume")
+        if not self.finished:
+            self._lock()
         if self.finished:
+            self._drop_checkpoints()  # of a process that ended while it did
             raise UsageError(f"the run in {self.path} is finished: nothing to resume")
+        for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
+            path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def create(self) -> None:
-        """Make the folder; one with anything in it is refused."""
+        """Make the folder, from here on this process's alone; one with anything in it is refused."""
         self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        self._lock()
+        self.check_free()
+
+    def _lock(self) -> None:
+        with self.errors_told():
+            held = try_lock(self / LOCK)
+        if not held:
+            holder = (self / LOCK).read_text().strip() or "another process"
+            raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Have a full disk, or a folder that may not be written to, end the run in one line that says so."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = error.errno if isinstance(error, OSError) else _errno(error)
+            if number not in DISK_ERRORS:
+                raise
+            raise UsageError(
+                f"cannot write to the run folder {self.path}: {os.strerror(number)}; its checkpoints are"
+                f" kept: mend that, then go on with --resume --output {self.path}"
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -63,70 +99,163 @@ class RunFolder:
         """Add rows to a JSONL file."""
         # What UTF-8 cannot spell, half a character out of somebody's JSON, is written as JSON spells it.
         with (self / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            file.writelines(_line(row) for row in rows)
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSONL file whole or not at all."""
+        self._write(name, "".join(_line(row) for row in rows))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
-        scratch = self / f".{name}.tmp"
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(scratch, self / name)
+        self._write(name, json.dumps(value, indent=2, ensure_ascii=False))
 
-    # A checkpoint is a folder made under another name, flushed to disk and renamed: whatever kills the
-    # run, the folder named "checkpoint" is complete. While the old one makes room it is "checkpoint.old".
+    def _write(self, name: str, text: str) -> None:
+        with replacing(self / name) as scratch:
+            scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    @contextmanager
+    def replacing_folder(self, name: str) -> Iterator[Path]:
+        """Another name to fill a folder under, which takes its own name when the block ends without error."""
+        scratch, target = self / f".{name}.tmp", self / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        yield scratch
+        _flush_all(scratch)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+        flush(self.path)
+
+    # A checkpoint is a folder made under another name, flushed to disk, read back for its checksums and
+    # renamed: whatever kills the run, the folder named "checkpoint" is complete. The one before it stays in
+    # "checkpoint.old" until the next is, for a disk that loses what it said it had.
 
     def save_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Replace the checkpoint by ``state`` (JSON) and one safetensors file for each of ``tensors``."""
+        """Add a checkpoint of ``state`` (JSON) and one safetensors file for each of ``tensors``."""
         scratch, current, old = (self / f"checkpoint{suffix}" for suffix in (".tmp", "", ".old"))
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         # How far the JSONL files had come: rows written after this are repeated by a resumed run.
         sizes = {name: _size(self / name) for name in (METRICS, COMPLETIONS)}
+        for name, size in sizes.items():
+            if size:
+                flush(self / name)
         for name, group in tensors.items():
             save_file(dict(group), scratch / f"{name}.safetensors")
         (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
-        for path in [*scratch.iterdir(), scratch]:
-            flush(path)
+        _flush_all(scratch)
+        sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
+        (scratch / CHECKSUMS).write_text(json.dumps(sums))
+        flush(scratch / CHECKSUMS)
+        flush(scratch)
+        shutil.rmtree(old, ignore_errors=True)
         if current.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(current, old)
         os.rename(scratch, current)
         flush(self.path)
-        shutil.rmtree(old, ignore_errors=True)
 
-    def load_checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-        """(state, tensors) of the last complete checkpoint, JSONL files cut back to it; None: none yet."""
+    def load_checkpoint(self) -> Checkpoint | None:
+        """(state, tensors) of the last whole checkpoint, JSONL files cut back to it; None: none was made yet.
+
+        Raises:
+            UsageError: all that there are (two at most) are damaged.
+        """
         current, old = self / "checkpoint", self / "checkpoint.old"
-        if not current.exists() and old.exists():
-            os.rename(old, current)
-        if not current.exists():
+        found = [path for path in (current, old) if path.exists()]
+        damage: list[str] = []
+        for path in found:
+            try:
+                state, tensors = self._read(path)
+            except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
+                damage.append(f"{path.name} is damaged ({' '.join(str(error).split())})")
+                continue
+            break
+        else:
+            if found:
+                raise UsageError(
+                    f"nothing to go on with in {self.path}: {'; '.join(damage)}; start a new run"
+                )
             for name in (METRICS, COMPLETIONS):
                 (self / name).unlink(missing_ok=True)
             return None
-        try:
-            state = json.loads((current / "state.json").read_text())
-            tensors = {path.stem: load_file(path) for path in sorted(current.glob("*.safetensors"))}
-            sizes: dict[str, int] = state.pop("sizes")
-            # They name what is cut: nothing else in the world may be.
-            if sizes.keys() != {METRICS, COMPLETIONS} or not all(
-                type(n) is int and n >= 0 for n in sizes.values()
-            ):
-                raise ValueError(f"sizes of {', '.join(map(str, sizes))}")
-        except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
-            raise UsageError(f"the checkpoint in {current} is damaged: {error}") from error
-        for name, size in sizes.items():
-            if _size(self / name) < size:
-                raise UsageError(f"{self / name} is shorter than when the checkpoint was written")
+        if path == old:
+            if damage:
+                aside = self / "checkpoint.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(current, aside)
+                message = "%s: %s; going on from the one before it, of step %s"
+                logging.getLogger(__name__).warning(message, self.path, damage[0], state.get("step"))
+            os.rename(old, current)
+        for name, size in state.pop("sizes").items():
             if size:
                 os.truncate(self / name, size)
             else:
                 (self / name).unlink(missing_ok=True)
         return state, tensors
 
+    def _read(self, path: Path) -> Checkpoint:
+        """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
+        sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
+        files = {file.name for file in path.iterdir()} - {CHECKSUMS}
+        if files != sums.keys():
+            raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
+        for name, expected in sums.items():
+            if sha256(path / name) != expected:
+                raise ValueError(f"{name} has another checksum than when it was written")
+        state = json.loads((path / "state.json").read_text())
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        sizes = state["sizes"]
+        # They name what is cut: nothing else in the world may be.
+        if sizes.keys() != {METRICS, COMPLETIONS} or not all(
+            type(n) is int and n >= 0 for n in sizes.values()
+        ):
+            raise ValueError(f"sizes of {', '.join(map(str, sizes))}")
+        for name, size in sizes.items():
+            if not _ends_a_line(self / name, size):
+                raise ValueError(f"{name} has lost rows since")
+        return state, tensors
+
     def drop_checkpoint(self) -> None:
-        """The run is finished: its checkpoint, many times the model's size, goes."""
-        shutil.rmtree(self / "checkpoint", ignore_errors=True)
+        """The run is finished: its checkpoints, many times the model's size, go, and its lock."""
+        self._drop_checkpoints()
+        unlock(self / LOCK)
+
+    def _drop_checkpoints(self) -> None:
+        current, scratch = self / "checkpoint", self / "checkpoint.tmp"
+        # One of them at least stays whole until the last moment, which makes the run a finished one.
+        for suffix in (".old", ".damaged", ".tmp"):
+            shutil.rmtree(self / f"checkpoint{suffix}", ignore_errors=True)
+        if current.exists():
+            os.rename(current, scratch)
+            shutil.rmtree(scratch)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def _lasting(path: Path) -> bool:
+    """Whether a file is more than what a process that was killed in its first moments leaves."""
+    return path.name != LOCK and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _ends_a_line(path: Path, size: int) -> bool:
+    """Whether a JSONL file has its first ``size`` bytes, and they are whole lines."""
+    if size <= 0 or _size(path) < size:
+        return size == 0
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) == b"\n"
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def _errno(error: SafetensorError) -> int:
+    """The number of an error of the disk, which safetensors tells as a text; 0: it was none."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0

@@ -36,6 +36,8 @@ class Display:
         from quark_fast.trainer import Progress as Event
 
         assert isinstance(event, Event)
+        if event.note:
+            self.console.print(event.note, markup=False)
         if event.stage != self.stage:
             for task in self.bar.task_ids:
                 self.bar.remove_task(task)

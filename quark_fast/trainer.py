@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,14 @@ from quark_fast.evaluation import (
     summarise,
 )
 from quark_fast.lora import Lora
-from quark_fast.machine import sampling_dtype, set_threads, settled_precision, versions
+from quark_fast.machine import (
+    OutOfMemory,
+    sampling_dtype,
+    set_threads,
+    settled_precision,
+    versions,
+    within_memory,
+)
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
 from quark_fast.ops.loss import Implementation, quark_loss
@@ -48,17 +56,19 @@ from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
 from quark_fast.scoring import cached, choose_reward
+from quark_fast.stability import BadSteps, KLController
 from quark_fast.tasks import find_task
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a listener hears: the stage, how far it is, and numbers worth showing."""
+    """What a listener hears: the stage, how far it is, numbers worth showing, and now and then a remark."""
 
     stage: str
     done: int
     total: int
     numbers: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -187,20 +197,25 @@ class Trainer:
         self.draws = Draws()
         self.prompt_of: list[int] = []
         self.round, self.sampled, self.step, self.seconds = 0, False, 0, 0.0
-        if config.resume:
-            try:
-                self._resume()
-            except UsageError:
-                raise
-            except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-                raise UsageError(
-                    f"the checkpoint in {self.folder.path} is not one of this run ({type(error).__name__}:"
-                    f" {error}); start anew in another --output"
-                ) from error
-        else:
+        self.bad_steps = BadSteps()
+        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.micro_batch = min(config.micro_batch, config.batch_size)
+        if not config.resume:
             self.folder.create()
-            config.save(self.folder / "config.yaml")
-            self.folder.append(HELD_OUT, self.held_out_rows)
+        with self.folder.errors_told():
+            if config.resume:
+                try:
+                    self._resume()
+                except UsageError:
+                    raise
+                except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                    raise UsageError(
+                        f"the checkpoint in {self.folder.path} is not one of this run"
+                        f" ({type(error).__name__}: {error}); start anew in another --output"
+                    ) from error
+            else:
+                config.save(self.folder / "config.yaml")
+            self.folder.write_rows(HELD_OUT, self.held_out_rows)
             self.folder.write_json("versions.json", self._versions())
 
     def _versions(self) -> dict[str, Any]:
@@ -236,6 +251,11 @@ class Trainer:
         self.prompt_of = tensors["draws"]["prompt_of"].tolist()
         self.round, self.sampled, self.step = state["round"], state["sampled"], state["step"]
         self.seconds = float(state["seconds"])
+        self.bad_steps = BadSteps(**state["bad_steps"])
+        self.kl.coef = float(state["kl_coef"])
+        asked, found = state["micro_batch"]
+        if asked == self.config.micro_batch:  # else the user knows better by now
+            self.micro_batch = max(1, min(self.micro_batch, int(found)))
         done = self.step - self.round * self.config.steps
         prompts = range(len(self.train_ids))
         if not (
@@ -255,6 +275,9 @@ class Trainer:
                 "sampled": self.sampled,
                 "step": self.step,
                 "seconds": self.seconds,
+                "bad_steps": self.bad_steps.state_dict(),
+                "kl_coef": self.kl.coef,
+                "micro_batch": [self.config.micro_batch, self.micro_batch],
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "prompts": digest(self.train_rows),
                 "pool": plain,
@@ -279,7 +302,7 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         started = time.monotonic() - self.seconds
-        with _stop_signals(self.folder.path) as self.stop:
+        with self.folder.errors_told(), _stop_signals(self.folder.path) as self.stop:
             while self.round < self.config.rounds:
                 if not self.sampled:
                     with self.stop.at_once():
@@ -301,7 +324,8 @@ class Trainer:
             with self.stop.at_once():
                 self._evaluate()
             self.seconds = time.monotonic() - started
-        self._finish()
+        with self.folder.errors_told():
+            self._finish()
         return self.folder.path
 
     def _stop_if_asked(self) -> None:
@@ -422,7 +446,11 @@ class Trainer:
             labels, config.weights(), lengths, self.draws, config.steps, config.batch_size, rng
         )
         while self.step < (self.round + 1) * config.steps:
-            numbers = self._step(plan[self.step - self.round * config.steps], labels)
+            try:
+                numbers = self._step(plan[self.step - self.round * config.steps], labels)
+            except OutOfMemory:
+                self._save()
+                raise
             self.step += 1
             row = {"kind": "step", "step": self.step, "round": self.round, **numbers}
             self.folder.append(METRICS, [row])
@@ -431,9 +459,17 @@ class Trainer:
                     f"round {self.round + 1}/{config.rounds}: learning",
                     self.step - self.round * config.steps,
                     config.steps,
-                    {k: v for k, v in numbers.items() if k not in ("grad_norm", "lr", "seconds")},
+                    {
+                        k: v
+                        for k, v in numbers.items()
+                        if k not in ("grad_norm", "lr", "seconds") and isinstance(v, int | float)
+                    },
+                    note=f"step {self.step}: no finite {numbers['skipped_for']}, skipped"
+                    if "skipped_for" in numbers
+                    else "",
                 )
             )
+            self.bad_steps.stop(config, self.step, row)
             yield self.step
         self.draws.count(plan)
 
@@ -465,24 +501,31 @@ class Trainer:
         self.folder.append(METRICS, [row])
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
 
-    def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, float]:
+    def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, Any]:
         """One optimizer step; micro-batches add up to exactly the loss of the whole batch."""
         config, begun = self.config, time.monotonic()
         samples = self.pool[self.pool.ids[chosen]]
         total = sum(len(completion) for completion in samples.completions)
-        sums: dict[str, float] = {}
-        for start in range(0, len(chosen), config.micro_batch):
-            part = slice(start, start + config.micro_batch)
-            loss, terms = self.objective(
-                [row.tolist() for row in samples.prompts[part]],
-                [row.tolist() for row in samples.completions[part]],
-                labels[chosen[part]].tolist(),
-                total,
-                len(chosen),
-            )
-            self.accelerator.backward(loss)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
+        self.objective.kl_coef = self.kl.coef
+
+        def gradient(micro_batch: int) -> dict[str, float]:
+            self.optimizer.zero_grad()  # of an attempt that ran out of memory
+            sums: dict[str, float] = {}
+            for start in range(0, len(chosen), micro_batch):
+                part = slice(start, start + micro_batch)
+                loss, terms = self.objective(
+                    [row.tolist() for row in samples.prompts[part]],
+                    [row.tolist() for row in samples.completions[part]],
+                    labels[chosen[part]].tolist(),
+                    total,
+                    len(chosen),
+                )
+                self.accelerator.backward(loss)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            return sums
+
+        sums, self.micro_batch = within_memory(gradient, self.micro_batch, self._smaller)
         parameters = [p for group in self.groups for p in group["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         decay = config.decay(self.step)
@@ -490,16 +533,36 @@ class Trainer:
             self.optimizer.param_groups, (config.learning_rate, config.reward_token_lr), strict=True
         ):
             group["lr"] = base * decay
-        self.optimizer.step()
+        scaler = self.accelerator.scaler
+        bad = self.bad_steps.judge(sums, float(norm), scaler and scaler.get_scale())
+        if bad is None:
+            self.optimizer.step()
+            self.kl.update(sums["kl"], len(chosen))
+        elif scaler is not None:
+            scaler.update()  # it has seen this gradient, and takes no other before
         self.optimizer.zero_grad()
         seconds = time.monotonic() - begun
-        return {
+        numbers: dict[str, Any] = {
             **sums,
+            **({"kl_coef": self.objective.kl_coef} if config.kl_target else {}),
             "grad_norm": float(norm),
             "lr": config.learning_rate * decay,
             "tokens_per_s": total / seconds,
             "seconds": seconds,
         }
+        numbers = {k: v if math.isfinite(v) else None for k, v in numbers.items()}  # JSON has no NaN
+        if self.bad_steps.skipped:
+            numbers["skipped"] = self.bad_steps.skipped
+        return numbers if bad is None else numbers | {"skipped_for": bad}
+
+    def _smaller(self, micro_batch: int) -> None:
+        """Note that the memory sufficed for no more samples at a time."""
+        row = {"kind": "micro_batch", "step": self.step, "micro_batch": micro_batch}
+        self.folder.append(METRICS, [row])
+        note = f"out of memory: from step {self.step + 1} on, {micro_batch} samples at a time, as many a step"
+        done = self.step - self.round * self.config.steps
+        stage = f"round {self.round + 1}/{self.config.rounds}: learning"
+        self.listen(Progress(stage, done, self.config.steps, note=note))
 
     # ---------------------------------------------------------------- the end
 
@@ -535,8 +598,7 @@ class Trainer:
                 numbers[self.task.headline] = sum(shown) / len(shown) if shown else float("nan")
             self.listen(Progress(f"evaluating: {name}", len(samples[name]), total, numbers))
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
-        (self.folder / "evaluation.jsonl").unlink(missing_ok=True)
-        self.folder.append("evaluation.jsonl", rows)
+        self.folder.write_rows("evaluation.jsonl", rows)
         about = describe_evaluation(
             self.task,
             config.target,
@@ -570,13 +632,13 @@ class Trainer:
                 rows[i]["prompt_class"] = name
                 self.listen(Progress("classifying the held-out prompts", done, len(rows)))
         self.held_out = dataclasses.replace(self.held_out, rows=rows)
-        (self.folder / HELD_OUT).unlink(missing_ok=True)
         whole = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
-        self.folder.append(HELD_OUT, whole)
+        self.folder.write_rows(HELD_OUT, whole)
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))
-        self.policy.export(self.folder / "model", self.policy.stored_dtype)
+        with self.folder.replacing_folder("model") as scratch:
+            self.policy.export(scratch, self.policy.stored_dtype)
         record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
         self.folder.write_json("versions.json", record)
         write_report(self.folder.path)
@@ -596,14 +658,17 @@ def _check_impl(impl: Implementation, device: torch.device) -> None:
 class _Stop:
     """Whether the user asked to stop."""
 
-    asked = False
-    safe = False
+    def __init__(self, folder: Path) -> None:
+        self.asked = self.safe = False
+        self.message = f"stopped; go on from the last checkpoint with --resume --output {folder}"
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Work that a resumed run repeats anyway: a signal need not wait for it."""
         self.safe = True
         try:
+            if self.asked:  # while the checkpoint was written
+                raise Interrupted(self.message)
             yield
         finally:
             self.safe = False
@@ -612,11 +677,11 @@ class _Stop:
 @contextlib.contextmanager
 def _stop_signals(folder: Path) -> Iterator[_Stop]:
     """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
-    stop = _Stop()
+    stop = _Stop(folder)
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.asked or stop.safe:
-            raise Interrupted(f"stopped; go on from the last checkpoint with --resume --output {folder}")
+            raise Interrupted(stop.message)
         stop.asked = True
 
     numbers = (signal.SIGINT, signal.SIGTERM)

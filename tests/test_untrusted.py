@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import io
 import json
 import sqlite3
@@ -32,7 +33,7 @@ from quark_fast.report import (
     results_table,
 )
 from quark_fast.reward_cache import RewardCache
-from quark_fast.run_folder import COMPLETIONS, METRICS, RunFolder
+from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
 from quark_fast.trainer import Progress as Event
 from quark_fast.untrusted import TooLarge, clean, read_bytes, too_deep
 
@@ -150,17 +151,22 @@ def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(tm
     folder.save_checkpoint({"step": 1}, {"model": {"w": torch.zeros(2)}})
     state = folder / "checkpoint" / "state.json"
     sound = json.loads(state.read_text())
+    sums = folder / "checkpoint" / CHECKSUMS
+    known = json.loads(sums.read_text())
     for sizes in (
         {"../other.txt": 0},
         {str(other): 3, METRICS: 1},
         {METRICS: -1, COMPLETIONS: 0},
         {METRICS: "1"},
     ):
-        state.write_text(json.dumps(sound | {"sizes": sizes}))
-        with pytest.raises(UsageError, match="is damaged"):
+        planted = json.dumps(sound | {"sizes": sizes}).encode()
+        state.write_bytes(planted)
+        sums.write_text(json.dumps(known | {"state.json": hashlib.sha256(planted).hexdigest()}))
+        with pytest.raises(UsageError, match="is damaged .sizes of"):
             folder.load_checkpoint()
         assert other.read_text() == "untouched"
     state.write_text(json.dumps(sound))
+    sums.write_text(json.dumps(known))
     assert folder.load_checkpoint() is not None
 
 
