@@ -1,0 +1,270 @@
+"""What a run does about a disk that is full, read-only or damaged, and a second process in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import WORDS, save_tiny_model
+from safetensors.torch import load_file
+from test_trainer import PROMPTS, even_words, small, timeless
+
+from quark_fast.config import Config, UsageError
+from quark_fast.run_folder import RunFolder
+from quark_fast.trainer import Progress, Trainer
+
+GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:2]}
+SHORT = {
+    "rounds": 1,
+    "steps": 6,
+    "batch_size": 8,
+    "initial_samples": 2,
+    "eval_samples": 1,
+    "checkpoint_every": 2,
+}
+FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an undisturbed run "whole", and "stopped", which died after step 5: checkpoints 4 and 2."""
+    here = tmp_path_factory.mktemp("disk")
+    save_tiny_model(here / "model", "llama")
+    Trainer(config(here / "whole"), **GIVEN).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def die(progress: Progress) -> None:
+        if progress.stage.endswith("learning") and progress.done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Trainer(config(here / "stopped"), listen=die, **GIVEN).train()
+    return here
+
+
+def config(folder: Path, **settings: Any) -> Config:
+    return small(folder, folder.parent / "model", **(SHORT | settings))
+
+
+@pytest.fixture
+def stopped(here: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    folder = here / f"stopped-{abs(hash(request.node.name))}"
+    shutil.copytree(here / "stopped", folder, ignore=shutil.ignore_patterns(".lock"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def go_on(folder: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(config(folder, resume=True), **GIVEN).train()
+    for name in FILES:
+        assert timeless(folder / name) == timeless(folder.parent / "whole" / name), name
+    assert (folder / "evaluation.json").read_bytes() == (folder.parent / "whole/evaluation.json").read_bytes()
+    ours, theirs = (load_file(of / "model" / "model.safetensors") for of in (folder, folder.parent / "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        # The head's rows for reward tokens, which nothing ever samples, are as transformers fills them.
+        rows = WORDS + 2 if name == "lm_head.weight" else len(value)
+        assert torch.equal(value[:rows], theirs[name][:rows]), name
+
+
+# --- a damaged checkpoint ------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a bit of the weights": lambda folder: flip_a_byte(folder / "model.safetensors"),
+    "a digit of the state": lambda folder: flip_a_byte(folder / "state.json"),
+    "half of a file": lambda folder: os.truncate(folder / "optimizer.safetensors", 1000),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "a foreign file": lambda folder: (folder / "more.safetensors").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
+    stopped: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DAMAGES[damage](stopped / "checkpoint")
+    loaded = RunFolder(stopped).load_checkpoint()
+    assert loaded is not None and loaded[0]["step"] == 2
+    assert "checkpoint is damaged" in caplog.text and "of step 2" in caplog.text
+    steps = [row["step"] for row in timeless(stopped / "metrics.jsonl") if row["kind"] == "step"]
+    assert steps == [1, 2], "the rows are cut back to the checkpoint that is used"
+
+
+def test_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_end(stopped: Path) -> None:
+    flip_a_byte(stopped / "checkpoint" / "optimizer.safetensors")
+    go_on(stopped)
+    assert not list(stopped.glob("checkpoint*")), "nor is the damaged one kept for ever"
+
+
+def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path) -> None:
+    for name in ("checkpoint", "checkpoint.old"):
+        flip_a_byte(stopped / name / "pool.safetensors")
+    with pytest.raises(UsageError, match=r"checkpoint is damaged .*; checkpoint.old is damaged"):
+        RunFolder(stopped).load_checkpoint()
+
+
+def test_next_checkpoint_does_not_push_out_the_good_one_in_favour_of_the_damaged(stopped: Path) -> None:
+    flip_a_byte(stopped / "checkpoint" / "model.safetensors")
+    folder = RunFolder(stopped)
+    loaded = folder.load_checkpoint()
+    assert loaded is not None
+    folder.save_checkpoint({"step": 3}, loaded[1])
+    flip_a_byte(stopped / "checkpoint" / "model.safetensors")
+    again = folder.load_checkpoint()
+    assert again is not None and again[0]["step"] == 2
+
+
+def test_lost_rows_and_torn_ones_are_mended_by_a_checkpoint(stopped: Path) -> None:
+    metrics = stopped / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"kind": "step", "st')
+    loaded = RunFolder(stopped).load_checkpoint()
+    assert loaded is not None and loaded[0]["step"] == 4
+    assert whole.startswith(metrics.read_bytes()) and metrics.read_bytes().endswith(b"\n")
+    # A disk that lost what was appended last: the newest checkpoint counts on rows that are gone.
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    loaded = RunFolder(stopped).load_checkpoint()
+    assert loaded is not None and loaded[0]["step"] == 2
+    assert metrics.read_bytes().endswith(b"\n")
+
+
+# --- a disk that takes no more -------------------------------------------------------------------
+
+
+def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(here: Path) -> None:
+    folder = here / "full"
+
+    def fill(progress: Progress) -> None:
+        if progress.stage.endswith("learning") and progress.done == 3:
+            os.rename(folder / "metrics.jsonl", folder / "metrics")
+            (folder / "metrics.jsonl").symlink_to("/dev/full")
+
+    with pytest.raises(UsageError, match=r"cannot write .*No space left.*--resume --output"):
+        Trainer(config(folder), listen=fill, **GIVEN).train()
+    os.replace(folder / "metrics", folder / "metrics.jsonl")
+    go_on(folder)
+
+
+@pytest.mark.parametrize("stage", ["learning", "evaluating: no token"], ids=["checkpoint", "export"])
+def test_file_that_cannot_be_written_whole_leaves_the_last_checkpoint(here: Path, stage: str) -> None:
+    folder, limits = here / f"limit-{stage[0]}", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(progress: Progress) -> None:
+        if progress.stage.endswith(stage):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # less than the weights take
+
+    try:
+        with pytest.raises(UsageError, match=r"cannot write .*File too large.*--resume --output"):
+            Trainer(config(folder), listen=fill, **GIVEN).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    go_on(folder)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (here / "whole").iterdir())
+
+
+@pytest.fixture
+def read_only(stopped: Path) -> Iterator[Path]:
+    """The stopped run where nothing can be written: root may write past permissions, but not past a mount."""
+    if os.geteuid() != 0:
+        stopped.chmod(0o555)
+        yield stopped
+        stopped.chmod(0o755)
+        return
+    bind = ["mount", "--bind", str(stopped), str(stopped)]
+    if subprocess.run(bind, capture_output=True).returncode != 0:
+        pytest.skip("root, and not allowed to mount")
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(stopped)], check=True)
+    yield stopped
+    subprocess.run(["umount", str(stopped)], check=True)
+
+
+def test_read_only_folder_is_refused_before_any_work(read_only: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot write to the run folder .*: (Read-only|Permission)"):
+        Trainer(config(read_only, resume=True), **GIVEN)
+    with pytest.raises(UsageError, match=r"cannot make the run folder .*(Read-only|Permission)"):
+        RunFolder(read_only / "new").create()
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from quark_fast.durable import try_lock
+assert try_lock(Path(sys.argv[1]) / ".lock")
+child = os.fork()
+if child == 0:
+    time.sleep(100)
+print(child, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_second_process_is_refused_while_the_first_lives_and_not_after_its_death(stopped: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(stopped)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UsageError, match=f"process {holder.pid} on .* is at work in"):
+            Trainer(config(stopped, resume=True), **GIVEN)
+        empty = RunFolder(stopped / "new")
+        empty.create()
+        RunFolder(stopped / "new").create()  # the same process may
+        holder.kill()
+        holder.communicate()
+        RunFolder(stopped).check_resumable()  # although its child lives
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_second_new_run_in_one_folder_is_refused_although_nothing_is_written_yet(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UsageError, match="is at work in"):
+            RunFolder(tmp_path).create()
+    finally:
+        for process in (holder.pid, child):
+            os.kill(process, signal.SIGKILL)
+        holder.communicate()
+    RunFolder(tmp_path).create()
+
+
+def test_settings_that_may_change_are_those_that_change_no_sample_or_weight() -> None:
+    free = {"max_bad_steps", "kl_stop", "micro_batch"}
+    mine, saved = Config(), Config()
+    for field in dataclasses.fields(Config):
+        if field.name in free:
+            setattr(mine, field.name, 7)
+    mine.check_resumes(saved)
+    for name in ("kl_target", "kl_horizon"):
+        with pytest.raises(UsageError, match=name):
+            Config(**{name: 100_000}).check_resumes(saved)
