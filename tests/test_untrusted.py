@@ -162,7 +162,7 @@ def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(tm
         planted = json.dumps(sound | {"sizes": sizes}).encode()
         state.write_bytes(planted)
         sums.write_text(json.dumps(known | {"state.json": hashlib.sha256(planted).hexdigest()}))
-        with pytest.raises(UsageError, match="is damaged .sizes of"):
+        with pytest.raises(UsageError, match=r"is damaged .sizes of"):
             folder.load_checkpoint()
         assert other.read_text() == "untouched"
     state.write_text(json.dumps(sound))

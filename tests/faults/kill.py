@@ -471,10 +471,10 @@ def main(arguments: list[str] | None = None) -> int:
                 harness.asset_trial(kill, fetches, cache, fetch)
             else:
                 harness.trial(kill, trainings, folder, model)
-    result = report(harness, options.seed, time.monotonic() - begun)
+            result = report(harness, options.seed, time.monotonic() - begun)
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if harness.lost else 0
 
 
