@@ -126,6 +126,7 @@ def evaluate(
         model: the policy's frozen copy.
         reference: the untouched model, which samples for the mode "untouched".
         measures: the task's own, as ``Task.measures``.
+        sampler: samples the untouched model, as ``rollout.sample`` does.
         nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
     Yields:
         (name of the mode, its samples on the next few prompts).
@@ -133,7 +134,8 @@ def evaluate(
     nll = nll or id_nll(policy, reference, held_out.ids)
     for mode in table:
         source = reference if mode.untouched else model
-        for indices, drawn in sampler(
+        draw = sampler if mode.untouched else sample
+        for indices, drawn in draw(
             policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
         ):
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
@@ -340,6 +342,7 @@ def classify_prompts(
     sampling: Sampling,
     seed: int,
     target: str,
+    sampler: Sampler = sample,
 ) -> Iterator[tuple[int, str]]:
     """Sort prompts as the paper does, by how many of 25 completions of the untouched model are positive.
 
@@ -360,7 +363,7 @@ def classify_prompts(
         yield i, prompt_class(positive / CLASS_SAMPLES)
     open_ids = [i for i in range(len(held_out.ids)) if i not in counted]
     prompts = [held_out.ids[i] for i in open_ids]
-    for places, drawn in sample(
+    for places, drawn in sampler(
         policy, reference, prompts, Conditioning(), sampling, CLASS_SAMPLES, 1_000_003 * seed + 11
     ):
         for place, completions in zip(places, drawn, strict=True):

@@ -85,7 +85,7 @@ class Trainer:
         prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
             chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
-        sampler: in place of ``rollout.sample``; runs that share the untouched model's samples have one.
+        sampler: samples the untouched model, as ``rollout.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then.
 
     Raises:
@@ -397,10 +397,11 @@ class Trainer:
         self, model: Any, sampling: Sampling, samples: int
     ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
         """The round's completions of every training prompt, in the form of ``rollout.sample``."""
+        draw = sample if self.round else self.sampler
         seed = self.config.seed * 1_000_003 + self.round
         for place, (conditioning, indices) in enumerate(self._conditionings()):
             prompts = [self.train_ids[i] for i in indices]
-            for places, drawn in self.sampler(
+            for places, drawn in draw(
                 self.policy, model, prompts, conditioning, sampling, samples, seed + (place << 40)
             ):
                 yield [indices[p] for p in places], drawn
@@ -626,6 +627,7 @@ class Trainer:
                     sampling,
                     self.config.seed,
                     self.config.target,
+                    self.sampler,
                 ),
                 start=1,
             ):

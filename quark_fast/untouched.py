@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.durable import replacing
-from quark_fast.policy import Policy, RewardEmbedding
+from quark_fast.policy import Policy
 from quark_fast.rollout import Conditioning, Sampling, sample
 
 
 class UntouchedSamples:
-    """Stands in for ``rollout.sample``: what the untouched model wrote once is read, not sampled again.
+    """``rollout.sample`` for a model that stays as it is: what it wrote once is read, not sampled again.
 
-    The untouched model's samples follow from the arguments of ``sample`` alone, no training and no number of
-    quantiles has a say, so a run gets the very ids that it would have sampled itself. Samples of a policy are
-    handed through. A file is there whole or not at all.
+    The samples follow from the arguments alone, no training and no number of quantiles has a say, so a run
+    gets the very ids that it would have sampled itself. A file is there whole or not at all.
 
     Args:
         folder: where the files are, one for each call; made with the first.
@@ -38,15 +37,12 @@ class UntouchedSamples:
         samples: int,
         seed: int,
     ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
-        drawn = sample(policy, model, prompts, conditioning, sampling, samples, seed)
-        if isinstance(model.get_input_embeddings(), RewardEmbedding):  # a policy
-            yield from drawn
-            return
         asked = {
             "model": [model.config.name_or_path, str(model.dtype), str(model.device)],
             "prefix": policy.prefix,
             "vocabulary": policy.vocabulary,
             "stop": policy.stop_ids,
+            "conditioning": dataclasses.asdict(conditioning),
             "prompts": [list(ids) for ids in prompts],
             "sampling": dataclasses.asdict(sampling),
             "samples": samples,
@@ -59,7 +55,7 @@ class UntouchedSamples:
                 yield indices, completions
             return
         batches = []
-        for batch in drawn:
+        for batch in sample(policy, model, prompts, conditioning, sampling, samples, seed):
             batches.append(json.dumps(batch))
             yield batch
         self.folder.mkdir(parents=True, exist_ok=True)

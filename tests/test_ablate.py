@@ -14,12 +14,22 @@ from quark_fast import ablate, grid
 from quark_fast.config import Config, UsageError
 from quark_fast.trainer import Progress, Trainer
 
+
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second of plots for each of many runs; tests/test_report.py looks at them.
+    def write(folder: Path) -> None:
+        (folder / "report.html").write_text("<!doctype html>")
+
+    monkeypatch.setattr("quark_fast.trainer.write_report", write)
+
+
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
 
 
 def base(folder: Path, model: Path, **settings: Any) -> Config:
     few = {"rounds": 2, "steps": 4, "initial_samples": 4, "explore_samples": 2, "eval_samples": 2}
-    return small(folder, model, **few, checkpoint_every=2, eval_modes="best", **settings)
+    return small(folder, model, **(few | {"checkpoint_every": 2, "eval_modes": "best"} | settings))
 
 
 def started(folder: Path) -> list[str]:
@@ -76,21 +86,18 @@ def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: 
     grid.run_grid(config, ["quantiles"], [0], **GIVEN)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "untouched").iterdir()}
     assert len(kept) == 3, "the pool, the probe, the evaluation: each sampled once for all points"
-    for name, settings in (("base", {}), ("quantiles=8", {"quantiles": 8})):
-        alone = base(tmp_path / name, Path(str(config.model)))
-        for key, value in settings.items():
-            setattr(alone, key, value)
-        Trainer(alone, **GIVEN).train()
-        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
-            ours = tmp_path / "grid" / "seed-0" / name / file
-            assert timeless(ours) == timeless(tmp_path / name / file), (name, file)
+    # Not the first point, which sampled them.
+    Trainer(base(tmp_path / "alone", Path(str(config.model)), quantiles=8), **GIVEN).train()
+    for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+        ours = tmp_path / "grid" / "seed-0" / "quantiles=8" / file
+        assert timeless(ours) == timeless(tmp_path / "alone" / file), file
 
 
 def test_killed_grid_goes_on_between_points_and_within_one(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     model = tiny_model()
-    axes = ["tokens", "selection"]
+    axes = ["tokens"]  # three points
     grid.run_grid(base(tmp_path / "whole", model), axes, [0], **GIVEN)
 
     config = base(tmp_path / "killed", model)
@@ -98,12 +105,12 @@ def test_killed_grid_goes_on_between_points_and_within_one(
 
     def between(line: str) -> None:
         lines.append(line)
-        if len(lines) == 3:
+        if len(lines) == 2:
             raise SystemError("killed")
 
     with pytest.raises(SystemError):
         grid.run_grid(config, axes, [0], about=between, **GIVEN)
-    assert len(started(tmp_path / "killed")) == 2
+    assert started(tmp_path / "killed") == ["base"]
 
     def within(progress: Progress) -> None:
         if progress.stage == "round 2/2: learning" and progress.done == 3:
@@ -111,10 +118,10 @@ def test_killed_grid_goes_on_between_points_and_within_one(
 
     with pytest.raises(SystemError):
         grid.run_grid(config, axes, [0], listen=within, **GIVEN)
-    assert len(started(tmp_path / "killed")) == 3
+    assert len(started(tmp_path / "killed")) == 2
     lines.clear()
     grid.run_grid(config, axes, [0], about=lines.append, **GIVEN)
-    assert [line.endswith(": finished") for line in lines] == [True] * 2 + [False] * (len(lines) - 2)
+    assert [line.endswith(": finished") for line in lines] == [True, False, False]
     for name in started(tmp_path / "whole"):
         for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
             paths = [tmp_path / folder / "seed-0" / name / file for folder in ("whole", "killed")]
@@ -133,11 +140,11 @@ def test_grid_of_other_settings_is_refused_and_threads_are_free(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     model = tiny_model()
-    grid.run_grid(base(tmp_path / "grid", model), ["tokens"], [0], **GIVEN)
+    grid.run_grid(base(tmp_path / "grid", model, guidance=1.0), ["tokens"], [0], **GIVEN)
     before = (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text()
     with pytest.raises(UsageError, match=r"kl_coef = 0\.5, but the grid in .* was made with 1\.0"):
-        grid.run_grid(base(tmp_path / "grid", model, kl_coef=0.5), ["tokens"], [0], **GIVEN)
-    grid.run_grid(base(tmp_path / "grid", model, show_offensive=True), ["tokens"], [0], **GIVEN)
+        grid.run_grid(base(tmp_path / "grid", model, guidance=1.0, kl_coef=0.5), ["tokens"], [0], **GIVEN)
+    grid.run_grid(base(tmp_path / "grid", model, guidance=1.0, show_offensive=True), ["tokens"], [0], **GIVEN)
     assert (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -149,11 +156,11 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     folder = tmp_path / "grid"
-    grid.run_grid(base(folder, tiny_model(), quantiles=2), ["quantiles"], [0, 1], **GIVEN)
+    grid.run_grid(base(folder, tiny_model(), guidance=1.0), ["tokens"], [0, 1], **GIVEN)
     results = json.loads((folder / "ablations.json").read_text())
-    point = next(p for p in results["points"] if p["run"] == "quantiles=8")
+    point = next(p for p in results["points"] if p["run"] == "explore_token=random")
     means, probes, samples = [], [], {}
-    for name in ("base", "quantiles=8"):
+    for name in ("base", "explore_token=random"):
         samples[name] = []
         for seed in (0, 1):
             run = folder / f"seed-{seed}" / name
@@ -162,43 +169,43 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
             }
             assert list(table) == ["untouched", "best token"]
             samples[name] += rows(run / "evaluation.jsonl", row="best token")
-            if name == "quantiles=8":
+            if name == "explore_token=random":
                 means.append(table["best token"]["mean"]["value"])
                 probes.append(rows(run / "metrics.jsonl", kind="probe")[-1])
     assert point["mean"]["headline"] == pytest.approx(sum(means) / 2)
     assert point["deviation"]["headline"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
     assert point["mean"]["kl"] == pytest.approx((probes[0]["kl"] + probes[1]["kl"]) / 2)
     assert all(probe["kl"] > 0 for probe in probes)
-    difference = sum(s["score"] for s in samples["quantiles=8"]) - sum(s["score"] for s in samples["base"])
+    difference = sum(s["score"] for s in samples["explore_token=random"]) - sum(
+        s["score"] for s in samples["base"]
+    )
     assert point["difference"]["difference"] == pytest.approx(difference / len(samples["base"]))
     assert point["difference"]["low"] < point["difference"]["difference"] < point["difference"]["high"]
     assert next(p for p in results["points"] if p["run"] == "base")["difference"] is None
+    pools = [rows(folder / f"seed-{seed}" / "base" / "completions.jsonl", round=0) for seed in (0, 1)]
+    assert pools[0] != pools[1], "shared within a seed, not between"
     written = (folder / "ablations.md").read_text()
     assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
     svg = (folder / "ablations.svg").read_text()
-    assert svg.count(">K 8<") == 2, "each value labelled in both plots"
+    assert svg.count(">random<") == 2, "each value labelled in both plots"
 
 
 def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    asked: list[tuple[int | None, int]] = []
-
-    def sampler(policy: Any, model: Any, prompts: Any, conditioning: Any, *rest: Any) -> Any:
-        from quark_fast.rollout import sample
-
-        asked.append((conditioning.quantile, len(prompts)))
-        return sample(policy, model, prompts, conditioning, *rest)
-
-    config = base(tmp_path / "run", tiny_model(), explore_token="random")
-    trainer = Trainer(config, sampler=sampler, **GIVEN)
+    trainer = Trainer(base(tmp_path / "run", tiny_model(), explore_token="random"), **GIVEN)
+    assert [(c.quantile, len(i)) for c, i in trainer._conditionings()] == [(None, len(PROMPTS))]
     trainer.train()
-    explored = [(k, n) for k, n in asked if k is not None][: config.quantiles]
-    assert [k for k, _ in explored] == [0, 1, 2]
-    assert sum(n for _, n in explored) == len(PROMPTS)
-    assert all(n > 0 for _, n in explored)
+    seen = []
+    for trainer.round in (1, 2):
+        explored = trainer._conditionings()
+        assert [(c.quantile, c.against, c.guidance) for c, _ in explored] == [(k, 0, 1.5) for k in range(3)]
+        assert sorted(i for _, indices in explored for i in indices) == list(range(len(PROMPTS)))
+        assert all(indices for _, indices in explored)
+        seen.append([indices for _, indices in explored])
+    assert seen[0] != seen[1], "drawn anew in each round"
     written = rows(tmp_path / "run" / "completions.jsonl", round=1)
-    assert sorted(row["prompt"] for row in written) == sorted(PROMPTS * config.explore_samples)
+    assert sorted(row["prompt"] for row in written) == sorted(PROMPTS * trainer.config.explore_samples)
 
 
 def test_command_lists_the_points_and_refuses_in_one_line(

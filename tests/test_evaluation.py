@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from quark_fast.evaluation import (
     CLASS_SAMPLES,
     HeldOut,
     classify_prompts,
+    completion_kl,
     completion_nll,
     evaluate,
     modes,
@@ -117,6 +119,29 @@ def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Polic
     ]
     assert together == pytest.approx(alone, rel=1e-4)
     assert completion_nll(policy, policy.model, [], []) == []
+
+
+@torch.no_grad()
+def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy: Policy) -> None:
+    reference = copy.deepcopy(policy.model)
+    for weight in reference.parameters():
+        weight.mul_(0.9)
+    completions = [[5] * 40, [1, 2], [3] * 17, [4]] * 10  # 640 tokens a batch: several, of unlike lengths
+    prompts = [[i % 50] for i in range(len(completions))]
+    total, tokens = 0.0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logp, logq = (
+            model(torch.tensor([[*policy.conditioned(prompt, quantile), *completion]]))
+            .logits[0, -len(completion) - 1 : -1, : policy.vocabulary]
+            .double()
+            .log_softmax(-1)
+            for model, quantile in ((policy.model, 2), (reference, None))
+        )
+        total += float((logp.exp() * (logp - logq)).sum())
+        tokens += len(completion)
+    found = completion_kl(policy, policy.model, reference, prompts, completions, 2)
+    assert found == pytest.approx(total / tokens, rel=1e-4)  # float32 logits
+    assert found > 0.01
 
 
 # --- classes of prompts ---------------------------------------------------------------------------
