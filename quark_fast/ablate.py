@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("-h", "--help", action="store_true", help="show this, and the points of the grid")
-    made.add_argument("--grid", metavar="AXES", help="axes, with commas between; default: all")
+    made.add_argument(
+        "--grid", metavar="AXES", help="axes, with commas between; default: all that the base has"
+    )
     made.add_argument("--seeds", default="0", help="seeds, with commas between (default: 0)")
     made.add_argument("--dry-run", action="store_true", help="list the points and run nothing")
     return made
@@ -48,12 +50,12 @@ def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
 
 def run(arguments: Sequence[str], console: Terminal) -> None:
     """Run or list the grid, then show its table."""
-    from quark_fast.grid import AXES, DEFAULTS
+    from quark_fast.grid import DEFAULTS, usual_axes
 
     own, settings = parser().parse_known_args(list(arguments))
-    axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else list(AXES)
     seeds = _seeds(own.seeds)
     base = parse(settings, PROGRAM, DEFAULTS)
+    axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else usual_axes(base)
     if base.resume:
         raise UsageError("a grid goes on by itself; leave out --resume")
     if base.seed:

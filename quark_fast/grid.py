@@ -136,13 +136,34 @@ def _selection(base: Config) -> Values:
         yield weights + suffix, {**plain, "quantile_weights": weights}
 
 
+def _unlikelihood(base: Config) -> Values:
+    """Quark with the unlikelihood of repeated n-grams, and each of the two alone.
+
+    Without Quark there is one quantile, so one token stands before every sample, whatever its reward.
+    """
+    if not base.unlikelihood_coef or base.quantiles == 1:
+        raise UsageError(
+            f"the axis unlikelihood takes a base apart that has both, not unlikelihood_coef ="
+            f" {base.unlikelihood_coef:g} with quantiles = {base.quantiles}; --task repetition has"
+        )
+    yield "Quark + unlikelihood", {}
+    yield "Quark alone", {"unlikelihood_coef": 0.0}
+    yield "unlikelihood alone", {"quantiles": 1, "contrast_coef": 0.0, "guidance": 1.0, "eval_guidance": ""}
+
+
 AXES: dict[str, Callable[[Config], Values]] = {
     "kl": _kl,
     "quantiles": _quantiles,
     "exploration": _exploration,
     "tokens": _tokens,
     "selection": _selection,
+    "unlikelihood": _unlikelihood,
 }
+
+
+def usual_axes(base: Config) -> list[str]:
+    """All axes; that of the unlikelihood only for a base that has it."""
+    return [name for name in AXES if name != "unlikelihood" or base.unlikelihood_coef]
 
 
 def points(base: Config, axes: Sequence[str]) -> list[Point]:
@@ -305,8 +326,9 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
         for name in ("task", "target", "headline", "property", "scorer", "prompts", "samples_per_prompt")
     }
     headline = str(about["headline"])
+    fluency = "text_perplexity" if "text_perplexity" in first.evaluation["columns"] else "perplexity"
     read = {
-        _name(settings): [_read(_run_path(folder, seed, settings), seed, headline) for seed in seeds]
+        _name(settings): [_read(_run_path(folder, seed, settings), seed, headline, fluency) for seed in seeds]
         for settings in runs(grid)
     }
 
@@ -329,12 +351,14 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
             "deviation": {key: _deviation([one[key] for one in numbers]) for key in shown},
             "change": as_json(changes[headline]),
             "difference": None if compared is None else as_json(compared[headline]),
-            "perplexity_difference": None if compared is None else as_json(compared["perplexity"]),
+            "perplexity_change": as_json(changes[fluency]),
+            "perplexity_difference": None if compared is None else as_json(compared[fluency]),
             "seeds": numbers,
         }
 
     return {
         **about,
+        "perplexity_of": fluency,
         "versions": dict(first.versions)
         | {"minutes": sum(r.numbers["minutes"] for p in read.values() for r in p)},
         "seeds": list(seeds),
@@ -347,7 +371,7 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
     }
 
 
-def _read(path: Path, seed: int, headline: str) -> _Finished:
+def _read(path: Path, seed: int, headline: str, fluency: str) -> _Finished:
     run = read_run(path)
     table = {row["name"]: row["metrics"] for row in run.evaluation["rows"]}
     fields = {f.name for f in dataclasses.fields(Sample)}
@@ -360,7 +384,7 @@ def _read(path: Path, seed: int, headline: str) -> _Finished:
         ]
 
     def metrics(name: str) -> Row:
-        keys = {"headline": headline, "perplexity": "perplexity", "dist3": "dist3"}
+        keys = {"headline": headline, "perplexity": fluency, "dist3": "dist3"}
         return {key: table[name][metric]["value"] for key, metric in keys.items()}
 
     probe: Mapping[str, Any] = run.probes[-1] if run.probes else {}
@@ -397,6 +421,10 @@ def headline_title(results: Row) -> str:
     return title.format(property=results["property"], target=results["target"], threshold=".5")
 
 
+def perplexity_title(results: Row) -> str:
+    return "perplexity of text" if results["perplexity_of"] == "text_perplexity" else "perplexity"
+
+
 def table(results: Row) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
     before = results["untouched"]
@@ -408,7 +436,7 @@ def table(results: Row) -> list[list[str]]:
             "change against untouched",
             "difference from",
             "difference",
-            "perplexity",
+            perplexity_title(results),
             "dist-3",
             "KL",
             "probe",
@@ -437,7 +465,7 @@ def table(results: Row) -> list[list[str]]:
                 _percent(point["change"]),
                 "" if point["difference"] is None else named[point["against"]],
                 "" if point["difference"] is None else _difference(point["difference"]),
-                shown("perplexity", 1),
+                f"{shown('perplexity', 1)} ({_percent(point['perplexity_change'], short=True)})",
                 shown("dist3", 2),
                 shown("kl", 3),
                 shown("rank_correlation", 2),
@@ -453,12 +481,12 @@ def _number(value: float | None, digits: int, deviation: float | None = None) ->
     return f"{value:.{digits}f}{spread}"
 
 
-def _percent(change: Row) -> str:
+def _percent(change: Row, short: bool = False) -> str:
     values = [change["relative"], change["relative_low"], change["relative_high"]]
     if None in values:
         return ""
     middle, low, high = (f"{100 * value:+.0f}" for value in values)
-    return f"{middle}% [{low}, {high}]"
+    return f"{middle}%" if short else f"{middle}% [{low}, {high}]"
 
 
 def _difference(change: Row) -> str:
@@ -469,6 +497,11 @@ def markdown(results: Row) -> str:
     """``ablations.md``: the table and what its columns are."""
     head, *lines = table(results)
     seeds = ", ".join(map(str, results["seeds"]))
+    perplexity = (
+        "Perplexity of text: the model's own on the held-out texts, its token in front."
+        if results["perplexity_of"] == "text_perplexity"
+        else "Perplexity: of the completions under the untouched model."
+    )
     several = " (mean ± standard deviation over the seeds)" if len(results["seeds"]) > 1 else ""
     versions = results["versions"]
     return "\n".join(
@@ -479,7 +512,7 @@ def markdown(results: Row) -> str:
             "",
             f"Under the best token alone (w = 1); seeds {seeds}{several}; {results['prompts']} held-out"
             f" prompts, {results['samples_per_prompt']} completions each. In brackets 95% bootstrap intervals"
-            " over prompts, paired by prompt. Perplexity: of the completions under the untouched model."
+            f" over prompts, paired by prompt. {perplexity}"
             " KL: of the policy under the best token from the untouched model, exact, nats a token, on the"
             " untouched model's completions. Probe: rank correlation of reward and"
             " log p(best) - log p(worst) there.",
@@ -529,7 +562,7 @@ def plot(results: Row) -> str:
                     textcoords="offset points",
                     color="#777a82",
                 )
-                panel.set_xlabel("perplexity" if key == "perplexity" else "KL, nats a token")
+                panel.set_xlabel(perplexity_title(results) if key == "perplexity" else "KL, nats a token")
                 panel.margins(0.15, 0.12)
                 for place, point in enumerate(rows):
                     x, y = point["mean"][key], point["mean"]["headline"]

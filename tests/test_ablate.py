@@ -38,7 +38,7 @@ def started(folder: Path) -> list[str]:
 
 def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None:
     config = Config()
-    found = grid.points(config, list(grid.AXES))
+    found = grid.points(config, grid.usual_axes(config))
     assert {p.value: p.settings for p in found if p.axis == "kl"} == {
         "beta 0": {"kl_coef": 0.0},
         "beta 0.25": {"kl_coef": 0.25},
@@ -65,9 +65,20 @@ def test_selection_is_compared_within_the_papers_loss() -> None:
     assert found["equal"].against == {}, "the base's own loss: against the base"
 
 
+def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
+    config = Config(task="repetition")
+    assert grid.usual_axes(config) == list(grid.AXES)
+    both, quark, unlikelihood = grid.points(config, ["unlikelihood"])
+    assert both.settings == {}
+    assert quark.settings == {"unlikelihood_coef": 0.0}
+    assert unlikelihood.settings["quantiles"] == 1 and unlikelihood.settings["contrast_coef"] == 0
+    assert "unlikelihood_coef" not in unlikelihood.settings
+
+
 @pytest.mark.parametrize(
     ("settings", "axis", "message"),
     [
+        ({}, "unlikelihood", "unlikelihood_coef = 0 with quantiles = 5"),
         ({}, "k", "grid = 'k'"),
         ({}, "", "grid = ''"),
         ({"kl_coef": 0.0}, "kl", "kl_coef"),
