@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import hashlib
 import json
@@ -50,6 +51,7 @@ import h5py  # noqa: E402, F401
 import matplotlib.backends.backend_svg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
+import tqdm  # noqa: E402
 from conftest import save_tiny_model  # noqa: E402
 
 from quark_fast import assets  # noqa: E402
@@ -218,6 +220,10 @@ def marked_reward(marks: Marks, own: Any) -> Any:
     return Marked()
 
 
+HANGS_AFTER = 600  # seconds; a run of these takes ten
+tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock in the moment of a fork
+
+
 def fork(folder: Path, kill: Kill | None, work: Callable[[Marks], None]) -> tuple[int, Iterator[list[Any]]]:
     """(process, what it says through the pipe) of a process that does the work."""
     ours, theirs = os.pipe()
@@ -229,6 +235,7 @@ def fork(folder: Path, kill: Kill | None, work: Callable[[Marks], None]) -> tupl
             errors = os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(errors, 1)
             os.dup2(errors, 2)
+            faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
             marks = Marks(theirs, folder, kill)
             sys.addaudithook(marks.audit)
             status = exit_status(lambda: work(marks))
