@@ -374,6 +374,9 @@ def classify_prompts(
             yield open_ids[place], prompt_class(share if target == "positive" else 1 - share)
 
 
+PROBE_TOKENS = 8192  # a look after each round, not a second evaluation
+
+
 @dataclass(frozen=True)
 class Probe:
     """What the policy has learned, without sampling it.
@@ -397,9 +400,13 @@ class Probe:
         seed: int,
         sampler: Sampler = sample,
     ) -> Probe:
-        """One completion of every held-out prompt; unscored ones are left out."""
+        """One completion of each of the first held-out prompts; unscored ones are left out.
+
+        So many prompts that their completions hold ``PROBE_TOKENS`` tokens at most, but 32 at least.
+        """
         kept: list[tuple[int, list[int], float]] = []
-        for indices, drawn in sampler(policy, reference, held_out.ids, Conditioning(), sampling, 1, seed):
+        ids = held_out.ids[: max(32, PROBE_TOKENS // sampling.max_new_tokens)]
+        for indices, drawn in sampler(policy, reference, ids, Conditioning(), sampling, 1, seed):
             texts = [policy.decode(completion) for (completion,) in drawn]
             rewards = reward([held_out.rows[i] for i in indices], texts)
             for i, (completion,), value in zip(indices, drawn, rewards, strict=True):

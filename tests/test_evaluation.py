@@ -13,6 +13,7 @@ from conftest import sharpen
 from quark_fast.evaluation import (
     CLASS_SAMPLES,
     HeldOut,
+    Probe,
     classify_prompts,
     completion_kl,
     completion_nll,
@@ -142,6 +143,18 @@ def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy:
     found = completion_kl(policy, policy.model, reference, prompts, completions, 2)
     assert found == pytest.approx(total / tokens, rel=1e-4)  # float32 logits
     assert found > 0.01
+
+
+@pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 32)])
+def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tokens: int, prompts: int
+) -> None:
+    monkeypatch.setattr("quark_fast.evaluation.PROBE_TOKENS", tokens)
+    rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
+    held_out = HeldOut(rows, [[i] for i in range(40)], 1)
+    reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")
+    probe = Probe.draw(policy, policy.model, reward, held_out, Sampling(2, 0), 0)
+    assert list(probe.rewards) == list(range(prompts)) and len(probe.prompts) == prompts
 
 
 # --- classes of prompts ---------------------------------------------------------------------------
