@@ -25,13 +25,17 @@ namespace {
 using quark::DType;
 using quark::Kl;
 
-// Addresses and strides of a tensor that the Python side keeps alive during the call.
+// Addresses and strides of a tensor that the Python side keeps alive during the call: bfloat16 has
+// no buffer protocol. `elements` of them lie in its memory from there on.
 quark::Rows make_rows(uintptr_t data, const std::string& dtype, int64_t inner, int64_t outer_stride,
-                      int64_t inner_stride) {
-  quark::Rows rows{reinterpret_cast<void*>(data), DType::f32, inner, outer_stride, inner_stride};
-  if (dtype == "float32") return rows;
-  rows.dtype = dtype == "bfloat16" ? DType::bf16 : DType::f16;
-  if (dtype == "bfloat16" || dtype == "float16") return rows;
+                      int64_t inner_stride, int64_t elements) {
+  const auto rows = [&](DType type) {
+    return quark::Rows{
+        reinterpret_cast<void*>(data), type, inner, outer_stride, inner_stride, elements};
+  };
+  if (dtype == "float32") return rows(DType::f32);
+  if (dtype == "bfloat16") return rows(DType::bf16);
+  if (dtype == "float16") return rows(DType::f16);
   throw std::invalid_argument("logits of dtype " + dtype +
                               "; the C++ kernels take float32, bfloat16 and float16");
 }
@@ -45,29 +49,42 @@ Kl kl_of(const std::string& name, bool has_ref) {
                               "'; choose 'policy_ref', 'ref_policy' or 'sampled'");
 }
 
-quark::Problem make_problem(const quark::Rows& logits, const std::optional<quark::Rows>& ref,
-                            uintptr_t labels, uintptr_t weights, int64_t rows, int64_t vocab,
-                            int64_t width, const std::string& kl, double kl_coef,
-                            double entropy_coef) {
-  return {logits,
-          ref.value_or(quark::Rows{nullptr, DType::f32, 1, 0, 0}),
-          reinterpret_cast<const int64_t*>(labels),
-          reinterpret_cast<const float*>(weights),
-          rows,
-          vocab,
-          width,
-          kl_of(kl, ref.has_value()),
-          kl_coef,
-          entropy_coef};
+// Contiguous and of this very type: a converted copy would be read, or written, in vain.
+template <class T>
+using Exact = py::array_t<T, py::array::c_style>;
+
+// The address of as many values as there are rows, times `each`.
+template <class T>
+T* values_of(const char* name, Exact<T>& array, int64_t rows, size_t each = 1) {
+  if (static_cast<uint64_t>(array.size()) != static_cast<uint64_t>(rows) * each) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) +
+                                " values for " + std::to_string(rows) + " rows");
+  }
+  return array.mutable_data();  // throws if it is read-only
 }
 
-void require_labels_in_vocabulary(const quark::Problem& problem) {
-  const int64_t row = quark::first_bad_label(problem);
-  if (row < 0) return;
-  throw std::invalid_argument(
-      "labels[" + std::to_string(row) + "] = " + std::to_string(problem.labels[row]) +
-      " (flattened) is outside the base vocabulary [0, " + std::to_string(problem.vocab) +
-      ") but not masked; mask it, e.g. mask = labels != -100");
+// Holds the arrays that the core knows by address.
+struct Problem {
+  quark::Problem core;
+  Exact<int64_t> labels;
+  Exact<float> weights;
+};
+
+Problem make_problem(const quark::Rows& logits, const std::optional<quark::Rows>& ref,
+                     Exact<int64_t> labels, Exact<float> weights, int64_t vocab, int64_t width,
+                     const std::string& kl, double kl_coef, double entropy_coef) {
+  const int64_t rows = labels.size();
+  if (weights.size() != rows) {
+    throw std::invalid_argument(std::to_string(rows) + " labels but " +
+                                std::to_string(weights.size()) + " weights");
+  }
+  const quark::Problem core{
+      logits,        ref.value_or(quark::Rows{nullptr, DType::f32, 1, 0, 0, 0}),
+      labels.data(), weights.data(),
+      rows,          vocab,
+      width,         kl_of(kl, ref.has_value()),
+      kl_coef,       entropy_coef};
+  return {core, std::move(labels), std::move(weights)};
 }
 
 void bind_quark_loss(py::module_& m) {
@@ -84,43 +101,52 @@ void bind_quark_loss(py::module_& m) {
 
   py::class_<quark::Rows>(m, "Rows",
                           "Where the rows of a tensor lie: row n starts at element\n"
-                          "(n // inner) * outer_stride + (n % inner) * inner_stride of `data`.")
+                          "(n // inner) * outer_stride + (n % inner) * inner_stride of `data`,\n"
+                          "from where on its memory holds `elements`.")
       .def(py::init(&make_rows), py::arg("data"), py::arg("dtype"), py::arg("inner"),
-           py::arg("outer_stride"), py::arg("inner_stride"));
+           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("elements"));
 
-  py::class_<quark::Problem>(m, "Problem",
-                             "The inputs of the loss, by address: labels int64, weights float32.")
-      .def(py::init(&make_problem), py::arg("logits"), py::arg("ref"), py::arg("labels"),
-           py::arg("weights"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("kl"),
-           py::arg("kl_coef"), py::arg("entropy_coef"));
+  py::class_<Problem>(m, "Problem",
+                      "The inputs of the loss: logits and reference by address, which must stay\n"
+                      "alive; labels int64, weights float32, contiguous.")
+      .def(py::init(&make_problem), py::arg("logits"), py::arg("ref"),
+           py::arg("labels").noconvert(), py::arg("weights").noconvert(), py::arg("vocab"),
+           py::arg("width"), py::arg("kl"), py::arg("kl_coef"), py::arg("entropy_coef"));
 
   m.attr("STATS_PER_ROW") = sizeof(quark::RowStats) / sizeof(float);
   m.def(
       "quark_loss_forward",
-      [](const quark::Problem& problem, uintptr_t nll, uintptr_t kl, uintptr_t entropy,
-         uintptr_t stats, const std::optional<quark::Rows>& grad, int threads) {
-        const quark::RowOutputs out{reinterpret_cast<float*>(nll), reinterpret_cast<float*>(kl),
-                                    reinterpret_cast<float*>(entropy),
-                                    reinterpret_cast<quark::RowStats*>(stats)};
+      [](const Problem& problem, Exact<float> nll, Exact<float> kl, Exact<float> entropy,
+         Exact<float> stats, const std::optional<quark::Rows>& grad, int threads) {
+        const int64_t rows = problem.core.rows;
+        float* const row_stats =
+            values_of("stats", stats, rows, sizeof(quark::RowStats) / sizeof(float));
+        const quark::RowOutputs out{values_of("nll", nll, rows), values_of("kl", kl, rows),
+                                    values_of("entropy", entropy, rows),
+                                    reinterpret_cast<quark::RowStats*>(row_stats)};
         const py::gil_scoped_release released;
-        require_labels_in_vocabulary(problem);
-        return quark::forward(problem, out, grad ? &*grad : nullptr, threads);
+        return quark::forward(problem.core, out, grad ? &*grad : nullptr, threads);
       },
-      py::arg("problem"), py::arg("nll"), py::arg("kl"), py::arg("entropy"), py::arg("stats"),
-      py::arg("grad"), py::arg("threads"),
-      "The loss; per-row float32 results go to nll, kl, entropy, and to stats (STATS_PER_ROW\n"
-      "floats a row) unless 0. With grad, its gradient goes there: it may be the logits.\n"
-      "ValueError if a label that is not masked is outside the vocabulary; nothing is written.");
+      py::arg("problem"), py::arg("nll").noconvert(), py::arg("kl").noconvert(),
+      py::arg("entropy").noconvert(), py::arg("stats").noconvert(), py::arg("grad"),
+      py::arg("threads"),
+      "The loss; per-row float32 results go to nll, kl, entropy, and STATS_PER_ROW floats a row "
+      "to\n"
+      "stats. With grad, its gradient goes there: it may be the logits.\n"
+      "ValueError if anything does not fit, such as a label that is not masked and outside the\n"
+      "vocabulary, or rows that reach beyond their memory; nothing is written.");
   m.def(
       "quark_loss_backward",
-      [](const quark::Problem& problem, uintptr_t stats, double scale, const quark::Rows& grad,
+      [](const Problem& problem, Exact<float> stats, double scale, const quark::Rows& grad,
          int threads) {
+        const float* const row_stats =
+            values_of("stats", stats, problem.core.rows, sizeof(quark::RowStats) / sizeof(float));
         const py::gil_scoped_release released;
-        quark::backward(problem, reinterpret_cast<const quark::RowStats*>(stats), scale, grad,
-                        threads);
+        quark::backward(problem.core, reinterpret_cast<const quark::RowStats*>(row_stats), scale,
+                        grad, threads);
       },
-      py::arg("problem"), py::arg("stats"), py::arg("scale"), py::arg("grad"), py::arg("threads"),
-      "The gradient of scale * loss, from the stats of quark_loss_forward.");
+      py::arg("problem"), py::arg("stats").noconvert(), py::arg("scale"), py::arg("grad"),
+      py::arg("threads"), "The gradient of scale * loss, from the stats of quark_loss_forward.");
 }
 
 // --- quantile_pool ----------------------------------------------------------------------------
@@ -307,12 +333,22 @@ void bind_quantile_pools(py::module_& m) {
       .value("last", quark::Remainder::last);
   bind_quantile_pool<float>(m, "QuantilePool32");
   bind_quantile_pool<double>(m, "QuantilePool64");
-  m.def("quantile_cut", &quark::quantile_cut, py::arg("n"), py::arg("j"), py::arg("k"),
-        py::arg("remainder"), "How many of n samples the best j of k quantiles hold.");
+  m.def(
+      "quantile_cut",
+      [](int64_t n, int64_t j, int64_t k, quark::Remainder remainder) {
+        if (n < 0 || k < 1 || k > INT32_MAX || j < 0 || j > k || (j > 0 && n > INT64_MAX / 2 / j)) {
+          throw std::invalid_argument("0 <= j <= k, 1 <= k < 2^31, and j * n must fit in 62 bits");
+        }
+        return quark::quantile_cut(n, j, k, remainder);
+      },
+      py::arg("n"), py::arg("j"), py::arg("k"), py::arg("remainder"),
+      "How many of n samples the best j of k quantiles hold.");
   m.def(
       "permutation_slice",
       [](uint64_t n, uint64_t key, uint64_t start, uint64_t stop) {
-        if (start > stop || stop > n) throw std::invalid_argument("0 <= start <= stop <= n");
+        if (start > stop || stop > n || n > uint64_t{1} << 62) {
+          throw std::invalid_argument("0 <= start <= stop <= n <= 2^62");
+        }
         py::array_t<int64_t> out(static_cast<py::ssize_t>(stop - start));
         int64_t* const data = out.mutable_data();
         {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -123,17 +124,91 @@ void over_rows(const Problem& p, int threads, const Work& work) {
   on_threads(std::max<int64_t>(1, std::min<int64_t>(threads, useful)), run);
 }
 
+// --- Checks -----------------------------------------------------------------------------------
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+bool is_aligned(const void* data, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+
+// How many elements the rows reach from `data` on, or -1 if that is beyond 64 bits.
+int64_t extent(const Rows& rows, int64_t n, int64_t width) {
+  int64_t outer, inner, sum;
+  if (__builtin_mul_overflow(n / rows.inner - 1, rows.outer_stride, &outer) ||
+      __builtin_mul_overflow(rows.inner - 1, rows.inner_stride, &inner) ||
+      __builtin_add_overflow(outer, inner, &sum) || __builtin_add_overflow(sum, width, &sum))
+    return -1;
+  return sum;
+}
+
+void require_within_memory(const std::string& name, const Rows& rows, int64_t n, int64_t width) {
+  require(rows.inner >= 1 && rows.outer_stride >= 0 && rows.inner_stride >= 0,
+          name + ": rows of " + std::to_string(rows.inner) + " with the strides " +
+              std::to_string(rows.outer_stride) + " and " + std::to_string(rows.inner_stride) +
+              " cannot be walked");
+  if (n == 0) return;
+  require(n % rows.inner == 0, name + ": " + std::to_string(n) + " rows are not whole groups of " +
+                                   std::to_string(rows.inner));
+  require(rows.data != nullptr, name + " has no memory");
+  require(is_aligned(rows.data, rows.dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t)),
+          name + " does not lie at a multiple of its element's size; pass a copy (clone())");
+  const int64_t reached = extent(rows, n, width);
+  require(reached >= 0 && reached <= rows.elements, name + ": rows reach beyond the " +
+                                                        std::to_string(rows.elements) +
+                                                        " elements of their memory");
+}
+
+void check(const Problem& p) {
+  int64_t size;
+  require(p.rows >= 0 && p.vocab >= 1 && p.vocab <= p.width &&
+              !__builtin_mul_overflow(p.rows, p.width, &size),
+          std::to_string(p.rows) + " rows of " + std::to_string(p.width) + " for a vocabulary of " +
+              std::to_string(p.vocab) + " cannot be");
+  require_within_memory("logits", p.logits, p.rows, p.width);
+  if (p.kl != Kl::none) require_within_memory("ref_logits", p.ref, p.rows, p.vocab);
+  if (p.rows == 0) return;
+  require(p.labels && p.weights && is_aligned(p.labels, sizeof(int64_t)) &&
+              is_aligned(p.weights, sizeof(float)),
+          "labels or weights have no memory, or not at a multiple of their elements' size");
+  for (int64_t n = 0; n < p.rows; ++n) {
+    if (p.weights[n] == 0) continue;
+    if (!std::isfinite(p.weights[n]))
+      throw std::invalid_argument(
+          "the weight of token " + std::to_string(n) +
+          " (flattened) is not finite: the mask, or normalizer, is at fault");
+    if (p.labels[n] < 0 || p.labels[n] >= p.vocab)
+      throw std::invalid_argument(
+          "labels[" + std::to_string(n) + "] = " + std::to_string(p.labels[n]) +
+          " (flattened) is outside the base vocabulary [0, " + std::to_string(p.vocab) +
+          ") but not masked; mask it, e.g. mask = labels != -100");
+  }
+}
+
+// Where a gradient may be written: no row reaches into another, which a thread may be at.
+void check_gradient(const Problem& p, const Rows& grad) {
+  require_within_memory("the gradient", grad, p.rows, p.width);
+  require(grad.dtype == p.logits.dtype, "the gradient is not of the dtype of the logits");
+  if (p.rows == 0) return;
+  const int64_t outer = p.rows / grad.inner;
+  const bool inner_apart = grad.inner == 1 || grad.inner_stride >= p.width;
+  const bool outer_apart = outer == 1 || grad.outer_stride >= p.width;
+  const bool nested = outer == 1 || grad.inner == 1 ||
+                      grad.outer_stride >= (grad.inner - 1) * grad.inner_stride + p.width ||
+                      grad.inner_stride >= (outer - 1) * grad.outer_stride + p.width;
+  require(inner_apart && outer_apart && nested, "the rows of the gradient overlap");
+}
+
 }  // namespace
 
 const char* isa() { return level().name; }
 
-int64_t first_bad_label(const Problem& p) {
-  for (int64_t n = 0; n < p.rows; ++n)
-    if (p.weights[n] != 0 && (p.labels[n] < 0 || p.labels[n] >= p.vocab)) return n;
-  return -1;
-}
-
 double forward(const Problem& p, const RowOutputs& out, const Rows* grad, int threads) {
+  check(p);
+  if (grad) check_gradient(p, *grad);
+  require(p.rows == 0 || (out.nll && out.kl && out.entropy), "the outputs have no memory");
   const auto rows = level().forward_rows;
   over_rows(p, threads, [&](int64_t begin, int64_t end) { rows(p, out, grad, begin, end); });
   double loss = 0;
@@ -148,6 +223,9 @@ double forward(const Problem& p, const RowOutputs& out, const Rows* grad, int th
 
 void backward(const Problem& p, const RowStats* stats, double scale, const Rows& grad,
               int threads) {
+  check(p);
+  check_gradient(p, grad);
+  require(p.rows == 0 || stats, "the statistics have no memory");
   const auto rows = level().backward_rows;
   over_rows(p, threads,
             [&](int64_t begin, int64_t end) { rows(p, stats, scale, grad, begin, end); });

@@ -16,8 +16,10 @@
 // - -inf logits are probability 0. A KL is +inf where the second distribution is 0 and the first
 //   is not (in float32: above e^-87 of its maximum).
 // - NaN or +inf in a row of weight != 0 gives NaN in that row and in the loss. The gradient of a
-// row
-//   whose KL or entropy is not finite is NaN in all of the first `vocab` columns.
+//   row whose KL or entropy is not finite is NaN in all of the first `vocab` columns.
+// - Nothing is read or written before sizes, strides, addresses, weights and labels are checked
+//   against each other and against the ends of memory that the caller names; what does not fit
+//   throws std::invalid_argument, which names the value.
 // - Sums over a row are kept in double between blocks of a few thousand columns; the result does
 //   not depend on the number of threads.
 // - Time O(rows * width); no memory is allocated that grows with the input.
@@ -33,13 +35,14 @@ enum class Kl { none, policy_ref, ref_policy, sampled };
 
 // Rows where they lie: row n starts at element (n / inner) * outer_stride +
 // (n % inner) * inner_stride, so that logits[:, :-1] of a batch needs no copy. The elements of one
-// row are adjacent.
+// row are adjacent. `elements` is how many of the dtype the memory holds from `data` on.
 struct Rows {
   void* data;
   DType dtype;
   int64_t inner;
   int64_t outer_stride;
   int64_t inner_stride;
+  int64_t elements;
 };
 
 // What backward needs of a row: s = sum e^(z - m) with m about max z, t = sum e^(r - u) with u
@@ -53,13 +56,14 @@ struct Problem {
   Rows logits;            // (rows, width)
   Rows ref;               // (rows, >= vocab); data == nullptr only with Kl::none
   const int64_t* labels;  // (rows,), in [0, vocab) where the weight is not 0
-  const float* weights;   // (rows,)
+  const float* weights;   // (rows,), finite
   int64_t rows, vocab, width;
   Kl kl;
   double kl_coef, entropy_coef;
 };
 
-// Per row, each (rows,). `stats` may be null when no backward follows.
+// Per row, each (rows,); the caller vouches for these sizes, and for those of labels and weights.
+// `stats` may be null when no backward follows.
 struct RowOutputs {
   float* nll;
   float* kl;
@@ -67,11 +71,9 @@ struct RowOutputs {
   RowStats* stats;
 };
 
-// The first row whose label counts (weight != 0) and is outside [0, vocab), or -1.
-int64_t first_bad_label(const Problem& problem);
-
 // Returns the loss. With `grad`, also writes its gradient: (rows, width) in the dtype of the
 // logits, which it may be itself (in place); each row is written while it is still in the cache.
+// Of `grad` the rows must not overlap.
 double forward(const Problem& problem, const RowOutputs& out, const Rows* grad, int threads);
 
 // The gradient of scale * loss from the statistics of a former forward, for dtypes in which an

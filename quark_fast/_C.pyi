@@ -10,16 +10,17 @@ import numpy.typing as npt
 STATS_PER_ROW: int
 
 class Rows:
-    def __init__(self, data: int, dtype: str, inner: int, outer_stride: int, inner_stride: int) -> None: ...
+    def __init__(
+        self, data: int, dtype: str, inner: int, outer_stride: int, inner_stride: int, elements: int
+    ) -> None: ...
 
 class Problem:
     def __init__(
         self,
         logits: Rows,
         ref: Rows | None,
-        labels: int,
-        weights: int,
-        rows: int,
+        labels: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
         vocab: int,
         width: int,
         kl: str,
@@ -31,14 +32,16 @@ def isa() -> str: ...
 def prefer_huge_pages(data: int, bytes: int) -> None: ...
 def quark_loss_forward(
     problem: Problem,
-    nll: int,
-    kl: int,
-    entropy: int,
-    stats: int,
+    nll: npt.NDArray[np.float32],
+    kl: npt.NDArray[np.float32],
+    entropy: npt.NDArray[np.float32],
+    stats: npt.NDArray[np.float32],
     grad: Rows | None,
     threads: int,
 ) -> float: ...
-def quark_loss_backward(problem: Problem, stats: int, scale: float, grad: Rows, threads: int) -> None: ...
+def quark_loss_backward(
+    problem: Problem, stats: npt.NDArray[np.float32], scale: float, grad: Rows, threads: int
+) -> None: ...
 
 # --- quantile_pool ---
 

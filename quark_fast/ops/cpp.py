@@ -10,8 +10,10 @@ STATS_PER_ROW = _C.STATS_PER_ROW
 
 
 def _rows(tensor: Tensor, rows: Rows | None) -> _C.Rows:
+    """Where the rows lie, and how much memory there is, to which C++ holds them."""
     assert rows is not None
-    return _C.Rows(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), *rows)
+    elements = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+    return _C.Rows(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), *rows, elements)
 
 
 class _Inputs:
@@ -34,13 +36,12 @@ class _Inputs:
             ref_logits, rows = with_rows(ref_logits)
             ref_rows = _rows(ref_logits, rows)
         labels, weights = labels.contiguous(), weights.contiguous()
-        self.tensors = (logits, ref_logits, labels, weights)
+        self.tensors = (logits, ref_logits)
         self.problem = _C.Problem(
             logits_rows,
             ref_rows,
-            labels.data_ptr(),
-            weights.data_ptr(),
-            rows=labels.numel(),
+            labels.numpy(),
+            weights.numpy(),
             vocab=vocab_size,
             width=logits.shape[-1],
             kl=kl,
@@ -77,10 +78,10 @@ def forward(
     stats = torch.empty(labels.numel(), STATS_PER_ROW)
     loss = _C.quark_loss_forward(
         inputs.problem,
-        nll.data_ptr(),
-        divergence.data_ptr(),
-        entropy.data_ptr(),
-        stats.data_ptr(),
+        nll.numpy(),
+        divergence.numpy(),
+        entropy.numpy(),
+        stats.numpy(),
         None if grad is None else _rows(grad, rows_of(grad)),
         torch.get_num_threads(),
     )
@@ -110,7 +111,7 @@ def backward(
         return
     inputs = _Inputs(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
     _C.quark_loss_backward(
-        inputs.problem, stats.data_ptr(), scale.item(), _rows(grad, rows_of(grad)), torch.get_num_threads()
+        inputs.problem, stats.numpy(), scale.item(), _rows(grad, rows_of(grad)), torch.get_num_threads()
     )
 
 
