@@ -12,6 +12,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -735,6 +736,13 @@ def _fails(match: str, change: dict[str, object], **options: object) -> object:
             {"logits": torch.ones(1, 4, 9, requires_grad=True).expand(3, 4, 9)},
             inplace=True,
         ),
+        _fails("kl_coef = nan", {}, kl_coef=math.nan),
+        _fails("entropy_coef = inf", {}, entropy_coef=math.inf),
+        _fails("the mask adds up to nan", {"mask": torch.full((3, 4), math.nan)}),
+        _fails("the mask adds up to inf", {"mask": torch.full((3, 4), 1e38)}),
+        _fails("weight of token 0 .* is not finite", {"mask": torch.full((3, 4), math.inf)}, normalizer=2.0),
+        _fails("mask is torch.complex64", {"mask": torch.ones(3, 4, dtype=torch.complex64)}),
+        _fails("logits is nested or of layout torch.sparse", {"logits": torch.ones(3, 4, 9).to_sparse()}),
         _fails("labels is on meta", {"labels": torch.zeros(3, 4, dtype=torch.long, device="meta")}),
     ],
 )
@@ -749,6 +757,114 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=match):
         quark_loss(**(inputs | change), **options)
+
+
+@pytest.mark.parametrize("change", [{"logits": [1.0]}, {"mask": [True]}, {"labels": 1}])
+def test_argument_of_another_type_altogether_is_a_type_error(change: dict[str, object]) -> None:
+    inputs: dict[str, object] = make()._asdict()
+    with pytest.raises(TypeError, match="pass a tensor"):
+        quark_loss(**(inputs | change))
+    with pytest.raises(TypeError, match="pass a whole number"):
+        quark_loss(**inputs, vocab_size=5.0)
+
+
+def test_negated_view_is_read_as_its_values_and_never_written_to() -> None:
+    # What lies in memory are its values negated; torch negates them when an operator needs them.
+    inputs = make(9)
+    logits = torch._neg_view(inputs.logits.clone().requires_grad_() * -1)
+    assert logits.is_neg()
+    assert torch.allclose(quark_loss(logits, *inputs[1:]).loss, quark_loss(*inputs).loss)
+    with pytest.raises(ValueError, match="negated view"):
+        quark_loss(logits, *inputs[1:], inplace=True)
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
+def test_in_place_never_writes_over_the_reference(shift: int) -> None:
+    inputs = make(9, shape=(12,))
+    memory = (torch.randn(14, 14).requires_grad_() * 1)[:, :14]
+    logits, ref = memory[1:13], memory.detach()[1 + shift : 13 + shift]
+    with pytest.raises(ValueError, match="write over ref_logits"):
+        quark_loss(logits, ref, inputs.labels, inplace=True)
+    apart = memory[:6], memory.detach()[6:12]
+    quark_loss(*apart, inputs.labels[:6], inplace=True).loss.backward()
+
+
+# What Python hands over by address: the memory of 6 rows of 5, and numbers that claim other things.
+ROWS = {"inner": 6, "outer_stride": 0, "inner_stride": 5, "elements": 30}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem", "match"),
+    [
+        ({"elements": 29}, {}, "logits: rows reach beyond the 29 elements"),
+        ({"inner_stride": 6}, {}, "reach beyond"),
+        ({"inner": 3, "outer_stride": 2**62}, {}, "reach beyond"),
+        ({"inner": 2, "outer_stride": 2**63 - 1, "inner_stride": 2**63 - 1}, {}, "reach beyond"),
+        ({"inner": 0}, {}, "cannot be walked"),
+        ({"inner": -3}, {}, "cannot be walked"),
+        ({"inner_stride": -5}, {}, "cannot be walked"),
+        ({"inner": 4}, {}, "not whole groups of 4"),
+        ({"data": 0}, {}, "logits has no memory"),
+        ({"offset": 2}, {}, "multiple of its element's size"),
+        ({}, {"vocab": 0}, "for a vocabulary of 0"),
+        ({}, {"vocab": 6}, "for a vocabulary of 6"),
+        ({}, {"width": 2**61}, "cannot be"),
+        ({}, {"width": 6}, "reach beyond"),
+        ({}, {"labels": np.full(6, 5)}, r"labels\[0\] = 5"),
+        ({}, {"labels": np.full(6, -(2**63))}, "outside the base vocabulary"),
+        ({}, {"labels": np.zeros(5, np.int64)}, "5 labels but 6 weights"),
+        ({}, {"weights": np.full(6, np.inf, np.float32)}, "not finite"),
+        ({}, {"kl": "nonsense"}, "kl = 'nonsense'"),
+        ({}, {"nll": np.zeros(5, np.float32)}, "nll has 5 values for 6 rows"),
+        ({}, {"stats": np.zeros((6, 6), np.float32)}, "stats has 36 values"),
+        ({}, {"grad": {"dtype": "bfloat16"}}, "not of the dtype"),
+        ({}, {"grad": {"inner_stride": 4}}, "the gradient overlap"),
+        ({}, {"grad": {"inner": 2, "outer_stride": 5}}, "the gradient overlap"),
+        ({}, {"grad": {"elements": 20}}, "the gradient: rows reach beyond"),
+    ],
+)
+def test_cpp_refuses_numbers_that_do_not_fit_the_memory(
+    rows: dict[str, int], problem: dict[str, object], match: str
+) -> None:
+    logits, ref, grad = (np.zeros((6, 5), np.float32) for _ in range(3))
+
+    def rows_of(array: np.ndarray, **change: object) -> _C.Rows:
+        offset = change.pop("offset", 0)
+        return _C.Rows(**({"data": array.ctypes.data + offset, "dtype": "float32", **ROWS} | change))
+
+    given = {"labels": np.zeros(6, np.int64), "weights": np.ones(6, np.float32), "vocab": 5, "width": 5}
+    given |= {"kl": "policy_ref", "kl_coef": 0.1, "entropy_coef": 0.1, **problem}
+    out = {name: given.pop(name, np.zeros(6, np.float32)) for name in ("nll", "kl_out", "entropy")}
+    stats = given.pop("stats", np.zeros((6, _C.STATS_PER_ROW), np.float32))
+    grad_rows = rows_of(grad, **given.pop("grad", {}))
+    with pytest.raises(ValueError, match=match):
+        made = _C.Problem(rows_of(logits, **rows), rows_of(ref), **given)
+        _C.quark_loss_forward(made, *out.values(), stats, grad_rows, 1)
+    assert not grad.any() and not stats.any(), "something was written"
+    if "kl" not in problem and "labels" not in problem and not {"nll", "stats"} & problem.keys():
+        with pytest.raises(ValueError, match=match):
+            _C.quark_loss_backward(made, stats, 1.0, grad_rows, 1)
+
+
+def test_cpp_takes_no_converted_copy_of_what_it_writes() -> None:
+    logits = np.zeros((6, 5), np.float32)
+    rows = _C.Rows(data=logits.ctypes.data, dtype="float32", **ROWS)
+    labels, weights = np.zeros(6, np.int64), np.ones(6, np.float32)
+    for bad in ({"labels": labels.astype(np.int32)}, {"weights": weights.astype(np.float64)}):
+        with pytest.raises(TypeError):
+            _C.Problem(rows, None, **({"labels": labels, "weights": weights} | bad), **OPTIONS)
+    problem = _C.Problem(rows, None, labels, weights, **OPTIONS)
+    fine, stats = np.zeros(6, np.float32), np.zeros((6, _C.STATS_PER_ROW), np.float32)
+    fixed = np.zeros(6, np.float32)
+    fixed.setflags(write=False)
+    for bad in (np.zeros(6), np.zeros(12, np.float32)[::2]):
+        with pytest.raises(TypeError):
+            _C.quark_loss_forward(problem, bad, fine, fine, stats, None, 1)
+    with pytest.raises(ValueError, match="not writeable"):
+        _C.quark_loss_forward(problem, fixed, fine, fine, stats, None, 1)
+
+
+OPTIONS = {"vocab": 5, "width": 5, "kl": "policy_ref", "kl_coef": 0.0, "entropy_coef": 0.0}
 
 
 def test_float64_is_computed_in_float64() -> None:

@@ -12,7 +12,7 @@ STATS_PER_ROW = _C.STATS_PER_ROW
 def _rows(tensor: Tensor, rows: Rows | None) -> _C.Rows:
     """Where the rows lie, and how much memory there is, to which C++ holds them."""
     assert rows is not None
-    elements = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+    elements = int(tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset())
     return _C.Rows(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), *rows, elements)
 
 

@@ -103,7 +103,7 @@ def linear_quark_loss(
     ref_logits = (
         None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
     )
-    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
     weights = ops._weights(logits, mask, labels, normalizer)
     labels = labels.long()
     ops._check_labels(labels, weights, vocab_size)
@@ -188,7 +188,7 @@ def linear_contrast_loss(
     ref_logits = (
         None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
     )
-    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
     weights = ops._weights(logits, mask, labels, normalizer)
     labels = labels.long()
     ops._check_labels(labels, weights, vocab_size)

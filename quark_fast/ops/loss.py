@@ -77,7 +77,8 @@ def quark_loss(
             dtypes. None for no KL: kl_coef must be 0, vocab_size be given, and kl comes back as 0.
         labels: (...) integers in [0, V) wherever the mask is not 0. Looking at them would make a GPU
             wait, so that "triton" gives a token with any other label a loss and a gradient of NaN.
-        mask: (...) bool or real weights, with no gradient; None counts every token.
+        mask: (...) bool or finite weights, with no gradient; None counts every token. (Like the labels,
+            they are looked at on the CPU alone; elsewhere a NaN shows in the loss.)
         kl_coef: beta of the paper, per nat.
         entropy_coef: gamma, the entropy bonus of the authors' code, per nat.
         kl: direction of the KL, or its sampled form.
@@ -96,13 +97,14 @@ def quark_loss(
         float32. With nothing but masked tokens, loss and gradient are 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels or options that do not fit; the message names
-            the value and the mend.
+        ValueError: shapes, dtypes, layouts, devices, labels or options that do not fit; the message
+            names the value and the mend.
+        TypeError: an argument of another type altogether.
 
     Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
     NeurIPS 2022, arXiv 2205.13636.
     """
-    vocab_size = _check_inputs(logits, ref_logits, labels, mask, kl_coef, kl, vocab_size)
+    vocab_size = _check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
     chosen = _choose(impl, logits, ref_logits)
     weights = _weights(logits, mask, labels, normalizer)
     labels = labels.long()
@@ -115,7 +117,7 @@ def quark_loss(
     elif not (logits.requires_grad and torch.is_grad_enabled()):
         loss, *terms, _ = _two_pass(*problem, chosen)
     elif inplace and not torch.compiler.is_compiling():
-        _check_overwritable(logits)
+        _check_overwritable(logits, ref_logits)
         loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
     elif logits.dtype == torch.float16 or (logits.dtype == torch.bfloat16 and torch.compiler.is_compiling()):
         # The incoming scale must enter before the gradient is rounded: nearly all of a float16 gradient
@@ -133,10 +135,24 @@ def _check_inputs(
     labels: Tensor,
     mask: Tensor | None,
     kl_coef: float,
+    entropy_coef: float,
     kl: str,
     vocab_size: int | None,
 ) -> int:
     """V, after checking everything that shapes, dtypes and devices can tell."""
+    given = {"logits": logits, "ref_logits": ref_logits, "labels": labels, "mask": mask}
+    for name, value in given.items():
+        if value is None and name in ("ref_logits", "mask"):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor")
+        if value.layout != torch.strided or value.is_nested:
+            raise ValueError(f"{name} is nested or of layout {value.layout}; pass a dense tensor")
+    for name, coef in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+        if not math.isfinite(coef):
+            raise ValueError(f"{name} = {coef}; give a finite number")
+    if vocab_size is not None and not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; pass a whole number")
     if kl not in get_args(Kl):
         raise ValueError(f"kl = {kl!r}; choose from {', '.join(map(repr, get_args(Kl)))}")
     if ref_logits is None:
@@ -172,6 +188,8 @@ def _check_inputs(
             )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}; pass integers")
+    if mask is not None and mask.is_complex():
+        raise ValueError(f"mask is {mask.dtype}; pass bool or real weights")
     if mask is not None and mask.shape != labels.shape:
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not fit labels of shape {tuple(labels.shape)}"
@@ -240,6 +258,8 @@ def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: fl
             raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
         return weights / normalizer
     total = weights.sum()
+    if total.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(total.item()):
+        raise ValueError(f"the mask adds up to {total.item()}; its weights must be finite, and their sum")
     return weights / torch.where(total == 0, 1, total)
 
 
@@ -247,6 +267,11 @@ def _check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
     """What the C++ checks by itself. On a GPU the gather's own assertion does: no sync here."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if not weights.isfinite().all():
+        row = int((~weights.isfinite()).flatten().nonzero()[0])
+        raise ValueError(
+            f"the weight of token {row} (flattened) is not finite: the mask, or normalizer, is at fault"
+        )
     bad = (weights != 0) & ((labels < 0) | (labels >= vocab_size))
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
@@ -256,7 +281,7 @@ def _check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_overwritable(logits: Tensor) -> None:
+def _check_overwritable(logits: Tensor, ref_logits: Tensor | None) -> None:
     if logits.is_leaf:
         raise ValueError(
             "inplace=True would overwrite logits that are a leaf of the graph; "
@@ -270,6 +295,22 @@ def _check_overwritable(logits: Tensor) -> None:
             f"inplace=True cannot write to logits of strides {logits.stride()}; each row must be "
             "contiguous and its own memory: pass inplace=False or logits.contiguous()"
         )
+    if logits.is_neg():  # what lies in memory are the logits negated, until somebody needs them
+        raise ValueError("inplace=True cannot write to a negated view; pass logits.resolve_neg()")
+    if ref_logits is not None and _overlap(logits, ref_logits):
+        raise ValueError(
+            "inplace=True would write over ref_logits, which share memory with logits; pass inplace=False"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one has any of the other's within."""
+    spans = []
+    for tensor in (a, b):
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+    (begin, end), (other_begin, other_end) = spans
+    return a.numel() > 0 and b.numel() > 0 and begin < other_end and other_begin < end
 
 
 def terms_and_gradient(
