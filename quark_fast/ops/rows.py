@@ -19,6 +19,8 @@ def rows_of(tensor: Tensor) -> Rows | None:
     Leading dimensions that follow each other in memory are merged; two may remain, as in
     logits[:, :-1] of a (batch, time, vocabulary) tensor.
     """
+    if tensor.numel() == 0:  # of any strides, which no copy would change
+        return Rows(1, 0, 0)
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     leading: list[tuple[int, int]] = []  # (size, stride), outermost first
