@@ -700,6 +700,18 @@ def test_compiled_step_has_no_graph_break(dtype: torch.dtype, inplace: bool, imp
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_step_takes_a_coefficient_that_changes() -> None:
+    # As the one that holds the KL at a value does: torch.compile makes a symbol of a float that changes.
+    logits, *rest = make(9)
+
+    def step(logits: Tensor, kl_coef: float) -> Tensor:
+        return quark_loss(logits, *rest, kl_coef=kl_coef).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for kl_coef in (0.05, 0.06, 0.07):
+        torch.testing.assert_close(compiled(logits, kl_coef), step(logits, kl_coef))
+
+
 # --- Errors ------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,9 @@ def _check_inputs(
         if value.layout != torch.strided or value.is_nested:
             raise ValueError(f"{name} is nested or of layout {value.layout}; pass a dense tensor")
     for name, coef in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
-        if not math.isfinite(coef):
+        if (
+            not abs(coef) < math.inf
+        ):  # not isfinite, which torch.compile does not trace for a float that changes
             raise ValueError(f"{name} = {coef}; give a finite number")
     if vocab_size is not None and not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; pass a whole number")
