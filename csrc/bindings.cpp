@@ -130,9 +130,8 @@ void bind_quark_loss(py::module_& m) {
       py::arg("problem"), py::arg("nll").noconvert(), py::arg("kl").noconvert(),
       py::arg("entropy").noconvert(), py::arg("stats").noconvert(), py::arg("grad"),
       py::arg("threads"),
-      "The loss; per-row float32 results go to nll, kl, entropy, and STATS_PER_ROW floats a row "
-      "to\n"
-      "stats. With grad, its gradient goes there: it may be the logits.\n"
+      "The loss; per-row float32 results go to nll, kl, entropy, and STATS_PER_ROW floats a row\n"
+      "to stats. With grad, its gradient goes there: it may be the logits.\n"
       "ValueError if anything does not fit, such as a label that is not masked and outside the\n"
       "vocabulary, or rows that reach beyond their memory; nothing is written.");
   m.def(

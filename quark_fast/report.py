@@ -725,7 +725,7 @@ def markdown_table(evaluation: Row) -> str:
     titles = ["sampling", f"change of {of_the}", *(_fill(c.title, evaluation) for c in shown)]
     titles[1], titles[2] = titles[2], titles[1]
     lines = [
-        "| " + " | ".join(title.replace("|", "\\|") for title in titles) + " |",
+        "| " + " | ".join(map(_markdown, titles)) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for row in _rows(evaluation):
@@ -739,7 +739,7 @@ def markdown_table(evaluation: Row) -> str:
         cells.insert(1, _format_change(change.relative) if row.get("change") else "")
         if bounds := _format_change_bounds(change):
             cells[1] += f" [{bounds}]"
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (_name(row), *cells)) + " |")
+        lines.append("| " + " | ".join((_markdown(_name(row)), *cells)) + " |")
     lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 

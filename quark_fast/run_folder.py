@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quark_fast.config import UsageError
 from quark_fast.durable import DISK_ERRORS, flush, replacing, sha256, try_lock, unlock
+from quark_fast.untrusted import clean
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
@@ -165,7 +166,8 @@ class RunFolder:
             try:
                 state, tensors = self._read(path)
             except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
-                damage.append(f"{path.name} is damaged ({' '.join(str(error).split())})")
+                reason = clean(" ".join(str(error).split()))[:200]
+                damage.append(f"{path.name} is damaged ({reason})")
                 continue
             break
         else:

@@ -16,6 +16,7 @@ import argparse
 import gzip
 import io
 import json
+import logging
 import math
 import multiprocessing
 import pickle
@@ -42,12 +43,13 @@ from rich.text import Text
 from quark_fast import assets, report
 from quark_fast.command import Terminal
 from quark_fast.config import Config, UsageError, load_config, parse
+from quark_fast.durable import sha256
 from quark_fast.ops.loss import quark_loss
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import load_prompts
 from quark_fast.reward import describe
 from quark_fast.reward_cache import RewardCache
-from quark_fast.run_folder import COMPLETIONS, METRICS, RunFolder
+from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
 from quark_fast.untrusted import clean
 
 Random = random.Random
@@ -681,7 +683,7 @@ def run_folder(r: Random) -> str:
     console.print(text(r), Text(text(r)))
     shown = file.getvalue()
     assert shown == clean(shown), "something steers the terminal"
-    table = report.markdown_table(run.evaluation)
+    table = report.markdown_table(run.evaluation).partition("\n\n")[0]  # notes follow
     bars = {line.replace("\\|", "").count("|") for line in table.splitlines()}
     assert len(bars) == 1, "a cell breaks the table"
     return "right"
@@ -699,41 +701,62 @@ def page(r: Random) -> str:
 
 
 def checkpoint(r: Random) -> str:
-    """A checkpoint with its files changed: nothing but the run's own two files may be cut."""
+    """Two checkpoints, files of them changed: one as it was written is found, and nothing foreign is cut."""
     root = SCRATCH / "checkpoints"
     shutil.rmtree(root, ignore_errors=True)
     folder = RunFolder(root / "run")
     folder.path.mkdir(parents=True)
     other = root / "other.txt"
     other.write_text("untouched")
-    folder.append(METRICS, [{"a": 1}])
-    folder.append(COMPLETIONS, [{"b": 2}])
-    folder.save_checkpoint({"step": 3}, {"model": {"w": torch.arange(3.0)}})
-    state = root / "run" / "checkpoint" / "state.json"
-    made = json.loads(state.read_text())
-    kind = r.randrange(4)
-    if kind == 0:
-        made["sizes"][r.choice(["../other.txt", str(other), METRICS])] = value(r, 1)
-        state.write_text(as_json(made))
-    elif kind == 1:
-        name = r.choice([name for name in made if name != "step"])
-        made[name] = value(r)
-        state.write_text(as_json(made))
-    elif kind == 2:
-        path = r.choice(sorted(state.parent.iterdir()))
-        path.write_bytes(damaged(r, path.read_bytes()))
-    else:
-        (state.parent / r.choice(["model.safetensors", "x.safetensors", "state.json"])).write_bytes(
-            r.randbytes(99)
-        )
+    weights = {"model": {"w": torch.arange(3.0)}}
+    for step in (2, 3):
+        folder.append(METRICS, [{"a": step}])
+        folder.append(COMPLETIONS, [{"b": step}] * (step - 2))
+        folder.save_checkpoint({"step": step}, weights)
+    written = {name: (folder / name).read_bytes() for name in (METRICS, COMPLETIONS)}
+    names = ["checkpoint", "checkpoint.old"]
+    for name in r.choice([names, names[:1]]):
+        _spoil_checkpoint(r, folder / name, other)
+    if r.random() < 0.2:
+        (folder / METRICS).write_bytes(written[METRICS][: r.randrange(len(written[METRICS]))])
+    said: list[str] = []
+    log = logging.getLogger("quark_fast.run_folder")
+    log.addFilter(hear := lambda record: said.append(record.getMessage()))  # and let nothing through
     try:
         loaded = folder.load_checkpoint()
     except UsageError as error:
         assert other.read_text() == "untouched"
         return refused(error)
+    finally:
+        log.removeFilter(hear)
     assert other.read_text() == "untouched"
-    assert loaded is not None and isinstance(loaded[0], dict)
+    assert all(line == clean(line) and "\n" not in line for line in said)
+    assert loaded is not None and loaded[0]["step"] in (2, 3)
+    assert (loaded[0]["step"] == 2) == bool(said), "the older one is used, and nothing said"
+    assert torch.equal(loaded[1]["model"]["w"], weights["model"]["w"])
+    for name, content in written.items():
+        assert content.startswith((folder / name).read_bytes() if (folder / name).exists() else b"")
     return "right"
+
+
+def _spoil_checkpoint(r: Random, folder: Path, other: Path) -> None:
+    state, sums = folder / "state.json", folder / CHECKSUMS
+    kind = r.randrange(5)
+    if kind < 2:  # by somebody who knows the checksums
+        made = json.loads(state.read_text())
+        if kind == 0:
+            made["sizes"][r.choice(["../other.txt", str(other), METRICS, text(r)])] = value(r, 1)
+        else:
+            made["sizes"] = value(r)
+        state.write_text(as_json(made))
+        sums.write_text(json.dumps(json.loads(sums.read_text()) | {state.name: sha256(state)}))
+    elif kind == 2:
+        path = r.choice(sorted(folder.iterdir()))
+        path.write_bytes(damaged(r, path.read_bytes()))
+    elif kind == 3:
+        (folder / r.choice(["model.safetensors", "x.safetensors", "state.json"])).write_bytes(r.randbytes(99))
+    else:
+        sums.write_text(as_json(value(r)))
 
 
 # --- pickles, caches -------------------------------------------------------------------------------

@@ -69,8 +69,7 @@ class Guarded {
 
 size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// --- Values: by the definition of each type, not by the kernels' own conversions
-// ------------------
+// --- Values: by the definition of each type, not by the kernels' own conversions ---------------
 
 double value_of(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[i];
@@ -96,8 +95,7 @@ uint16_t half_of(float x, DType dtype) {  // cut, not rounded: any value will do
                                (bits >> 13 & 0x3ffu));
 }
 
-// --- One problem and its memory
-// -------------------------------------------------------------------
+// --- One problem and its memory ----------------------------------------------------------------
 
 struct Layout {
   int64_t inner, outer_stride, inner_stride, elements;

@@ -142,7 +142,9 @@ def test_depth_counts_lists_and_objects_within_one_another() -> None:
     assert not too_deep(shared) and too_deep([shared])
 
 
-def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(tmp_path: Path) -> None:
+def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = tmp_path / "other.txt"
     other.write_text("untouched")
     folder = RunFolder(tmp_path / "run")
@@ -153,21 +155,31 @@ def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(tm
     sound = json.loads(state.read_text())
     sums = folder / "checkpoint" / CHECKSUMS
     known = json.loads(sums.read_text())
+
+    def plant(sizes: dict[str, Any]) -> None:
+        planted = json.dumps(sound | {"sizes": sizes}).encode()
+        state.write_bytes(planted)
+        sums.write_text(json.dumps(known | {"state.json": hashlib.sha256(planted).hexdigest()}))
+
     for sizes in (
         {"../other.txt": 0},
         {str(other): 3, METRICS: 1},
         {METRICS: -1, COMPLETIONS: 0},
         {METRICS: "1"},
     ):
-        planted = json.dumps(sound | {"sizes": sizes}).encode()
-        state.write_bytes(planted)
-        sums.write_text(json.dumps(known | {"state.json": hashlib.sha256(planted).hexdigest()}))
+        plant(sizes)
         with pytest.raises(UsageError, match=r"is damaged .sizes of"):
             folder.load_checkpoint()
         assert other.read_text() == "untouched"
     state.write_text(json.dumps(sound))
     sums.write_text(json.dumps(known))
     assert folder.load_checkpoint() is not None
+    # With another to go on from there is a warning: log lines go to the terminal as they are.
+    folder.save_checkpoint({"step": 1}, {"model": {"w": torch.zeros(2)}})
+    plant({HOSTILE: 0})
+    assert folder.load_checkpoint() is not None
+    (warning,) = caplog.messages
+    assert HARMLESS.split("[")[0] in warning and no_sequence(warning)
 
 
 @pytest.mark.parametrize("value", ["much", b"\xff", 10**12, 1e999])
