@@ -53,10 +53,10 @@ class RunFolder:
         """Refuse what is not an unfinished run; one is this process's alone from here on."""
         if not (self / "config.yaml").exists():
             raise UsageError(f"{self.path} is no run folder (no config.yaml): nothing to resume")
-        if not self.finished:
+        if not self.finished or (self / LOCK).exists():
             self._lock()
         if self.finished:
-            self._drop_checkpoints()  # of a process that ended while it did
+            self.drop_checkpoint()  # of a process that ended while it did
             raise UsageError(f"the run in {self.path} is finished: nothing to resume")
         for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
             path.unlink() if path.is_file() else shutil.rmtree(path)
