@@ -577,6 +577,8 @@ def _as_type(path: Path, name: str, value: Any, wanted: Any) -> Any:
         if value not in get_args(wanted):
             choices = ", ".join(map(repr, get_args(wanted)))
             raise UsageError(f"--config {path}: {name} = {value!r}; choose from {choices}")
+    elif wanted is str and value is None:
+        raise UsageError(f"--config {path}: {name} is null; give a text, or leave it out")
     elif wanted is not bool and value is not None:
         return str(value)
     return value

@@ -36,7 +36,7 @@ from quark_fast.prompts import Row, chat_template, load_prompts
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, REWARDS
-from quark_fast.scoring import cached, choose_reward
+from quark_fast.scoring import cached, choose_reward, refuse_code_of
 from quark_fast.tasks import find_task
 from quark_fast.tokenizer import export_prefix
 from quark_fast.untrusted import read_bytes
@@ -444,6 +444,8 @@ class Evaluator:
                 lambda c: f"{c.reward or 'its task'}{f' ({c.scorer_label})' if c.scorer_label else ''}",
                 "name one scorer for all by --reward or --task",
             )
+            for run in runs.values():
+                refuse_code_of(run.folder, run.config.reward)
         else:
             given |= {"reward": reward if isinstance(reward, str) else None, "scorer_label": scorer_label}
         if first is not None and self.own_task:

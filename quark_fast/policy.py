@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -100,8 +98,10 @@ class Policy:
                 " be its last ids; its own ids need to be without gaps, and its earlier reward tokens no more"
             )
         eos = model.generation_config.eos_token_id
-        stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR)}
-        stop |= set(eos) if isinstance(eos, list) else {eos}
+        ends = eos if isinstance(eos, list) else [eos]
+        if not all(i is None or isinstance(i, int) for i in ends):
+            raise UsageError(f"the model's generation_config.json has eos_token_id = {eos!r}; give ids")
+        stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR), *ends}
         self.stop_ids = sorted(i for i in stop if i is not None and i < self.vocabulary)
 
     @classmethod
@@ -408,7 +408,7 @@ def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.d
     """The dtype of the weights at ``source`` by its config; float32 where that does not say, as GPT-2's."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file fails in as many ways as transformers reads it
         raise _refused(source, "causal language model", error) from error
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
@@ -448,7 +448,7 @@ def load_pretrained(
             )
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise _refused(source, kind, error) from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills these with random numbers
@@ -504,14 +504,16 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         # False, not None: transformers would ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        check_tokenizer(source, tokenizer)
+    except UsageError:
+        raise
+    except Exception as error:  # in Rust even a plain Exception
         if "trust_remote_code" in str(error):
             raise _refused(source, "tokenizer", error) from error
         raise UsageError(
             f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
             " tokenizer.json, or a hub name"
         ) from error
-    check_tokenizer(source, tokenizer)
     return tokenizer
 
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +70,42 @@ def load_reward(spec: str, config: Config | None = None, device: torch.device | 
     """
     config = config or Config()
     labels = _labels(spec, config)
-    complement = re.fullmatch(r"1\s*-\s+(\S.*)", spec)
-    if complement:
-        part = _load(spec, complement[1].strip(), config, device, labels)
+    if (lowered := _lowered(spec)) is not None:
+        part = _load(spec, lowered, config, device, labels)
         return _sum([(-1.0, part)], offset=1.0, measures=_measured(part))
-    terms = [_term(spec, text) for text in re.split(r"\s\+\s", spec)]
-    parts = [(weight, _load(spec, name, config, device, labels)) for weight, name in terms]
+    parts = [(weight, _load(spec, name, config, device, labels)) for weight, name in _terms(spec)]
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else _sum(parts)
+
+
+def refuse_code_of(folder: Path, spec: str | None) -> None:
+    """Refuse a reward whose module lies in the run folder that names it.
+
+    A run folder may be anyone's, and its settings name the reward to go on with, or to evaluate by. They may
+    name what is installed here, or lies beside the folder, but bring no code along to be run.
+    """
+    if spec is None:
+        return
+    lowered = _lowered(spec)
+    names = [name for _, name in _terms(spec)] if lowered is None else [lowered]
+    for name in names:
+        module = name.partition(":")[0]
+        if ":" in name and not name.startswith("hf:"):
+            places = [Path(entry, *module.split(".")).resolve() for entry in sys.path]
+            if any(place.is_relative_to(folder.resolve()) for place in places):
+                raise UsageError(
+                    f"reward {name!r} is code in {folder}, the run folder that names it, and is not run; if"
+                    " you trust it, move it out of there and name it by --reward package.module:function"
+                )
+
+
+def _lowered(spec: str) -> str | None:
+    """The name in ``1 - name``."""
+    complement = re.fullmatch(r"1\s*-\s+(\S.*)", spec)
+    return complement[1].strip() if complement else None
+
+
+def _terms(spec: str) -> list[tuple[float, str]]:
+    return [_term(spec, text) for text in re.split(r"\s\+\s", spec)]
 
 
 def _labels(spec: str, config: Config) -> list[str]:

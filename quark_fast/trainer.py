@@ -55,7 +55,7 @@ from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
-from quark_fast.scoring import cached, choose_reward
+from quark_fast.scoring import cached, choose_reward, refuse_code_of
 from quark_fast.stability import BadSteps, KLController
 from quark_fast.tasks import find_task
 
@@ -114,6 +114,7 @@ class Trainer:
             if config.precision == "auto":  # whatever would be chosen today, the run goes on as it began
                 config.precision = saved.precision
             config.check_resumes(saved)
+            refuse_code_of(self.folder.path, config.reward)
         else:
             self.folder.check_free()
             config.precision = settled_precision(config.precision)

@@ -13,6 +13,7 @@ is seen, too, with the seed that repeats it: `python tests/fuzz.py --targets los
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import io
 import json
@@ -31,6 +32,7 @@ import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from conftest import save_tiny_model
 from rich.text import Text
 
 from quark_fast import assets, report
 from quark_fast.command import Terminal
 from quark_fast.config import Config, UsageError, load_config, parse
 from quark_fast.durable import sha256
+from quark_fast.evaluator import Evaluator
+from quark_fast.machine import quiet_libraries
+from quark_fast.metrics import Sample
 from quark_fast.ops.loss import quark_loss
+from quark_fast.policy import Policy
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import load_prompts
 from quark_fast.reward import describe
@@ -620,17 +627,22 @@ def _evaluation(r: Random) -> Any:
     made: dict[str, Any] = {"task": "toxicity", "property": "toxicity", "rows": rows, "prompts": 3}
     made |= {"samples_per_prompt": 2, "scorer": {"name": "a", "version": "1"}, "sampling": {"guidance": 1.5}}
     for _ in range(r.randrange(4)):
-        place: Any = made
-        while isinstance(place, dict | list) and place:
-            key = r.choice(list(place)) if isinstance(place, dict) else r.randrange(len(place))
-            if r.random() < 0.4 or not isinstance(place[key], dict | list):
-                place[key] = value(r, 2)
-                break
-            place = place[key]
+        _spoil_value(r, made, lambda: value(r, 2))
     for name in ("headline", "columns", "more_columns", "threshold", "level", "target"):
         if r.random() < 0.15:
             made[name] = value(r, 2)
     return made if r.random() < 0.9 else value(r)
+
+
+def _spoil_value(r: Random, made: Any, other: Callable[[], Any]) -> None:
+    """Another value at a place within lists and objects."""
+    place = made
+    while isinstance(place, dict | list) and place:
+        key = r.choice(list(place)) if isinstance(place, dict) else r.randrange(len(place))
+        if r.random() < 0.4 or not isinstance(place[key], dict | list):
+            place[key] = other()
+            return
+        place = place[key]
 
 
 def _folder(r: Random) -> Path:
@@ -759,6 +771,74 @@ def _spoil_checkpoint(r: Random, folder: Path, other: Path) -> None:
         sums.write_text(as_json(value(r)))
 
 
+# --- models, tables of earlier evaluations ---------------------------------------------------------
+
+
+SMALL: list[Any] = [None, True, 0, -1, 1, 0.5, "", "x", "../../etc/passwd", [], {}, [1], "\x1b]0;t\x07"]
+
+
+@functools.cache
+def _exported() -> Path:
+    policy = Policy.create(save_tiny_model(SCRATCH / "tiny", "llama"), quantiles=2)
+    policy.export(SCRATCH / "exported", torch.float32)
+    return SCRATCH / "exported"
+
+
+def model(r: Random) -> str:
+    """An exported model with one or two of its files changed.
+
+    Not by numbers that ask for a larger one: transformers makes what config.json says.
+    """
+    folder = SCRATCH / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(_exported(), folder)
+    for path in r.sample(sorted(folder.iterdir()), r.choice([1, 1, 2])):
+        if path.suffix == ".json" and r.random() < 0.6:
+            made = json.loads(path.read_text())
+            _spoil_value(r, made, lambda: r.choice(SMALL))
+            path.write_text(json.dumps(made))
+        elif r.random() < 0.9:
+            path.write_bytes(damaged(r, path.read_bytes()))
+        else:
+            path.unlink()
+    try:
+        policy = Policy.from_export(folder, torch.float32)
+    except UsageError as error:
+        return refused(error)
+    ids = policy.conditioned(policy.encode("w1 w2 w3", 9), 0)
+    assert len(policy.model(input_ids=torch.tensor([ids])).logits[0]) == len(ids)
+    return "right"
+
+
+def table(r: Random) -> str:
+    """A table of an earlier evaluation and its samples, changed, shown alone or beside a sound one."""
+    names = ["untouched", text(r)]
+    rows: list[Any] = [{"name": name, "guidance": None, "metrics": {}, "change": None} for name in names]
+    made: dict[str, Any] = {"task": "toxicity", "property": text(r), "rows": rows, "prompts": 2}
+    made |= {"samples_per_prompt": 1, "scorer": {"name": "s", "sha256": "0"}, "sampling": {"guidance": 1.5}}
+    sample = asdict(Sample(0, "p", "c", 0.5, 3.0, 4, {}, 0.1, 1, 2))
+    samples: list[Any] = [sample | {"row": name, "prompt_id": i} for name in names for i in range(2)]
+    paths = [SCRATCH / "sound.json", SCRATCH / "table.json"]
+    for path in paths:
+        path.write_bytes(as_json(made).encode())
+        path.with_suffix(".jsonl").write_bytes("\n".join(map(as_json, samples)).encode())
+        for changed in (made, samples) * r.randrange(2):
+            _spoil_value(r, changed, lambda: value(r, 1))
+    if r.random() < 0.2:
+        path = r.choice([paths[1], paths[1].with_suffix(".jsonl")])
+        path.write_bytes(damaged(r, path.read_bytes()))
+    try:
+        found = Evaluator(r.choice([paths, paths[1:]])).evaluate().table
+    except UsageError as error:
+        return refused(error)
+    file = io.StringIO()
+    console = Terminal(file=file, width=80, color_system=None)
+    console.print(report.headline(found), report.results_table(found))
+    shown = file.getvalue() + report.markdown_page(found)
+    assert shown == clean(shown), "something steers the terminal"
+    return "right"
+
+
 # --- pickles, caches -------------------------------------------------------------------------------
 
 RAN: list[str] = []
@@ -873,6 +953,8 @@ TARGETS: dict[str, tuple[Target, float]] = {
     "run_folder": (run_folder, 1),
     "page": (page, 0.06),
     "checkpoint": (checkpoint, 1),
+    "model": (model, 1),
+    "table": (table, 1),
     "unpickler": (unpickler, 24),
     "reward_cache": (reward_cache, 0.5),
     "terminal": (terminal, 10.44),
@@ -884,6 +966,7 @@ TARGETS: dict[str, tuple[Target, float]] = {
 def _work(name: str, seeds: range, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    quiet_libraries()
     target, _ = TARGETS[name]
     for seed in seeds:
         pipe.send(("at", seed))

@@ -118,6 +118,7 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
         ("learning_rate: {a: 1}", "learning_rate = a list or a mapping; give a single value"),
         ("resume: 1", "resume = 1; give true or false"),
         ("resume: maybe", "resume = 'maybe'; give true or false"),
+        ("lora_targets:", "lora_targets is null; give a text"),
         ("kl: both", "kl = 'both'; choose from 'policy_ref', 'ref_policy', 'sampled'"),
         ("ties: 1", "ties = 1; choose from"),
     ],

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SLOW = {"page": 2, "run_folder": 10, "reward_cache": 15, "checkpoint": 15, "settings": 25, "loss": 40}
+SLOW = {
+    "page": 2,
+    "model": 8,
+    "table": 15,
+    "run_folder": 10,
+    "reward_cache": 15,
+    "checkpoint": 15,
+    "settings": 25,
+    "loss": 40,
+}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

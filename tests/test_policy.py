@@ -229,6 +229,14 @@ def deeper(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
 
 
+def change(name: str, **fields: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        made = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(made | fields))
+
+    return spoil
+
+
 def larger_tokenizer(folder: Path) -> None:
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["x", "y"])
@@ -245,6 +253,13 @@ def larger_tokenizer(folder: Path) -> None:
         pytest.param(drop("config*"), "no causal language model at", id="no-config"),
         pytest.param(drop("*.safetensors"), "no causal language model at", id="no-weights"),
         pytest.param(write("model.safetensors", "cut"), "no causal language model at", id="cut-weights"),
+        # Libraries raise what they like for these: a bare Exception, their own kinds, TypeErrors.
+        pytest.param(change("tokenizer.json", added_tokens=[{"id": -1}]), "no usable", id="odd-tokenizer"),
+        pytest.param(
+            change("tokenizer_config.json", model_max_length="x"), "no usable", id="odd-tokenizer-config"
+        ),
+        pytest.param(change("config.json", eos_token_id={}), "no usable", id="odd-config"),
+        pytest.param(change("config.json", num_hidden_layers=0.5), "no ", id="half-a-layer"),
         # transformers would fill what is missing with random numbers.
         pytest.param(deeper, r"lack 'model.layers.2.input_layernorm.weight' and 8 more", id="missing-layer"),
     ],
@@ -257,6 +272,15 @@ def test_folder_that_cannot_be_used_is_one_clear_line(
     with pytest.raises(UsageError, match=message) as caught:
         load_pretrained(folder, torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", ["x", 0.5, {}, [1, "x"]])
+def test_end_of_text_that_is_no_id_is_one_clear_line(tiny_model: Make, odd: object) -> None:
+    folder = tiny_model()
+    change("generation_config.json", eos_token_id=odd)(folder)
+    with pytest.raises(UsageError, match=r"eos_token_id") as caught:
+        Policy.create(folder, quantiles=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_are_a_pickle_are_never_loaded_whatever_names_them(

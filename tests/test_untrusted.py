@@ -21,7 +21,8 @@ from rich.text import Text
 
 from quark_fast import train
 from quark_fast.command import Terminal, exit_status
-from quark_fast.config import UsageError
+from quark_fast.config import Config, UsageError
+from quark_fast.evaluator import Evaluator
 from quark_fast.pool import RolloutPool
 from quark_fast.report import (
     after_names,
@@ -34,7 +35,9 @@ from quark_fast.report import (
 )
 from quark_fast.reward_cache import RewardCache
 from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
+from quark_fast.scoring import refuse_code_of
 from quark_fast.trainer import Progress as Event
+from quark_fast.trainer import Trainer
 from quark_fast.untrusted import TooLarge, clean, read_bytes, too_deep
 
 HOSTILE = "a\x1b[31mred\x1b[0m\x1b]0;title\x07b\x1b[2J\x9b1mc\x1bcd\r\u202e\ud800[link=http://x]e[/link][/x]"
@@ -247,6 +250,35 @@ def test_cell_of_a_markdown_table_breaks_no_row() -> None:
     lines = markdown_table(evaluation).splitlines()
     assert len(lines) == 3 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert "a\\|b c" in lines[2]
+
+
+@pytest.mark.parametrize("spec", ["{}", "1 - {}", "0.5*vader_like + 0.5*{}", "2*{} + hf:there"])
+@pytest.mark.parametrize("own", ["runs.theirs.payload:score", "runs.theirs:score", "linked.payload:score"])
+def test_run_folder_brings_no_code_that_its_settings_have_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, own: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does with the folder that it is called in
+    folder = tmp_path / "runs" / "theirs"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (tmp_path / "linked").symlink_to(folder)
+    for name in ("__init__", "payload"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nscore = len\n")
+    settings = Config(reward=spec.format(own), output=str(folder), resume=True)
+    settings.save(folder / "config.yaml")
+    for go_on in (lambda: Evaluator([folder]), lambda: Trainer(settings)):
+        with pytest.raises(UsageError, match=r"is code in .*theirs, the run folder that names it"):
+            go_on()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_run_folder_may_name_code_that_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    for spec in (None, "toxicity", "hf:theirs", "mine:score", "1 - theirs_too.payload:score"):
+        refuse_code_of(tmp_path / "theirs", spec)
 
 
 # --- the package ---------------------------------------------------------------------------------
