@@ -224,6 +224,10 @@ IMPOSSIBLE = [
         for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "prefix_tokens")
     ),
     *((name, -1) for name in ("max_prompt_characters", "prompt_limit", "lora_rank", "lora_alpha")),
+    *((name, -1) for name in ("max_bad_steps", "kl_stop", "kl_target")),
+    ("kl_horizon", 0),
+    ("kl_stop", float("nan")),
+    ("kl_target", float("inf")),
     ("lora_alpha", float("nan")),
     ("lora_targets", " , "),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
