@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from quark_fast.config import UsageError
+from quark_fast.processes import Elsewhere
 from quark_fast.untrusted import clean
 
 
@@ -39,6 +41,10 @@ def exit_status(command: Callable[[], None]) -> int:
         command()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Elsewhere:
+        # A launcher ends all processes when the first does: that is to be the one that tells why.
+        time.sleep(2)
         return 2
     except KeyboardInterrupt as stop:  # the trainer's own says how to go on
         print(clean(str(stop)) or "stopped", file=sys.stderr)

@@ -58,6 +58,8 @@ FREE_ON_RESUME = {
     "trust_remote_code",
     "threads",
     "micro_batch",
+    "gradient_checkpointing",
+    "report_to",
     "checkpoint_every",
     "held_out",
     "eval_samples",
@@ -281,8 +283,14 @@ class Config:
         "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",
     )
     threads: int = setting(0, "CPU threads; 0: one for each core that this process may use")
+    gradient_checkpointing: bool = setting(
+        False, "compute each layer again in the backward pass: less memory, a third more time, same result"
+    )
     seed: int = setting(0, "seed of everything random")
     checkpoint_every: int = setting(32, "steps between checkpoints")
+    report_to: str = setting(
+        "", "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between"
+    )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
 
     # The generated __init__ cannot tell a default from a value that equals it: what was given is noted here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,7 @@ def evaluate(
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
     sampler: Sampler = sample,
     nll: Nll | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every mode, a batch of prompts at a time.
 
@@ -128,6 +129,7 @@ def evaluate(
         measures: the task's own, as ``Task.measures``.
         sampler: samples the untouched model, as ``rollout.sample`` does.
         nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
+        share: which of the batches, as of ``sample``.
     Yields:
         (name of the mode, its samples on the next few prompts).
     """
@@ -136,7 +138,14 @@ def evaluate(
         source = reference if mode.untouched else model
         draw = sampler if mode.untouched else sample
         for indices, drawn in draw(
-            policy, source, held_out.ids, mode.conditioning, sampling, held_out.samples, 1_000_003 * seed + 7
+            policy,
+            source,
+            held_out.ids,
+            mode.conditioning,
+            sampling,
+            held_out.samples,
+            1_000_003 * seed + 7,
+            share,
         ):
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
             part = _measure(policy, reward, held_out, flat, measures, nll)
@@ -343,6 +352,7 @@ def classify_prompts(
     seed: int,
     target: str,
     sampler: Sampler = sample,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, str]]:
     """Sort prompts as the paper does, by how many of 25 completions of the untouched model are positive.
 
@@ -354,24 +364,29 @@ def classify_prompts(
     Args:
         sampling: as in the evaluation; if that is greedy, at temperature 1.
         target: "positive" or "negative", the sentiment whose reward it is.
+        share: which of the batches, as of ``sample``.
     Yields:
         (index of the prompt, its class), by ``num_positive`` first.
     """
     sampling = dataclasses.replace(sampling, temperature=sampling.temperature or 1.0)
     counted = {i: float(row["num_positive"]) for i, row in enumerate(held_out.rows) if "num_positive" in row}
-    for i, positive in counted.items():
-        yield i, prompt_class(positive / CLASS_SAMPLES)
+    for i, number in counted.items():
+        yield i, prompt_class(number / CLASS_SAMPLES)
     open_ids = [i for i in range(len(held_out.ids)) if i not in counted]
     prompts = [held_out.ids[i] for i in open_ids]
     for places, drawn in sampler(
-        policy, reference, prompts, Conditioning(), sampling, CLASS_SAMPLES, 1_000_003 * seed + 11
+        policy, reference, prompts, Conditioning(), sampling, CLASS_SAMPLES, 1_000_003 * seed + 11, share
     ):
         for place, completions in zip(places, drawn, strict=True):
             row = held_out.rows[open_ids[place]]
             rewards = reward([row] * len(completions), [policy.decode(one) for one in completions])
             having = np.where(rewards == 0.5, 0.5, rewards > 0.5)[~np.isnan(rewards)]
-            share = float(having.mean()) if len(having) else 0.5
-            yield open_ids[place], prompt_class(share if target == "positive" else 1 - share)
+            positive = float(having.mean()) if len(having) else 0.5
+            yield open_ids[place], prompt_class(positive if target == "positive" else 1 - positive)
+
+
+# (prompt, completion, reward) of each completion of a batch.
+Drawn = list[tuple[Sequence[int], Sequence[int], float]]
 
 
 PROBE_TOKENS = 8192  # a look after each round, not a second evaluation
@@ -389,9 +404,8 @@ class Probe:
     completions: Sequence[Sequence[int]]
     rewards: Sequence[float]
 
-    @classmethod
+    @staticmethod
     def draw(
-        cls,
         policy: Policy,
         reference: Any,
         reward: Reward,
@@ -399,20 +413,33 @@ class Probe:
         sampling: Sampling,
         seed: int,
         sampler: Sampler = sample,
-    ) -> Probe:
-        """One completion of each of the first held-out prompts; unscored ones are left out.
+        share: tuple[int, int] = (0, 1),
+    ) -> list[tuple[str, Drawn]]:
+        """("probe", batch) for one completion of each of the first held-out prompts that is scored.
 
         So many prompts that their completions hold ``PROBE_TOKENS`` tokens at most, but 32 at least.
+
+        Args:
+            share: which of the batches, as of ``sample``.
         """
-        kept: list[tuple[int, list[int], float]] = []
+        kept: list[tuple[str, Drawn]] = []
         ids = held_out.ids[: max(32, PROBE_TOKENS // sampling.max_new_tokens)]
-        for indices, drawn in sampler(policy, reference, ids, Conditioning(), sampling, 1, seed):
+        for indices, drawn in sampler(policy, reference, ids, Conditioning(), sampling, 1, seed, share):
             texts = [policy.decode(completion) for (completion,) in drawn]
             rewards = reward([held_out.rows[i] for i in indices], texts)
-            for i, (completion,), value in zip(indices, drawn, rewards, strict=True):
-                if not np.isnan(value):
-                    kept.append((i, completion, float(value)))
-        return cls([held_out.ids[i] for i, _, _ in kept], [c for _, c, _ in kept], [r for _, _, r in kept])
+            batch: Drawn = [
+                (held_out.ids[i], completion, float(value))
+                for i, (completion,), value in zip(indices, drawn, rewards, strict=True)
+                if not np.isnan(value)
+            ]
+            kept.append(("probe", batch))
+        return kept
+
+    @classmethod
+    def of(cls, drawn: Iterable[Drawn]) -> Probe:
+        """A probe of what was drawn."""
+        every = [one for batch in drawn for one in batch]
+        return cls([p for p, _, _ in every], [c for _, c, _ in every], [r for _, _, r in every])
 
     def measure(self, policy: Policy, model: Any) -> RankCorrelation:
         """The rank correlation under the policy's frozen copy ``model``."""

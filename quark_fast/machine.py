@@ -106,27 +106,38 @@ class OutOfMemory(UsageError):
 T = TypeVar("T")
 
 
-def within_memory(work: Callable[[int], T], size: int, smaller: Callable[[int], None]) -> tuple[T, int]:
+def within_memory(
+    work: Callable[[int], T],
+    size: int,
+    smaller: Callable[[int], None],
+    anywhere: Callable[[str | None], bool] = lambda lack: lack is not None,
+) -> tuple[T, int]:
     """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
 
-    What running out of memory looks like is accelerate's to say. ``smaller`` hears each n but the first.
+    What running out of memory looks like is accelerate's to say. ``smaller`` hears each n but the first;
+    ``anywhere`` says whether any process ran out of it, given what this one did, in words.
 
     Raises:
         OutOfMemory: it does not suffice for 1.
     """
     while True:
+        done: list[T] = []
+        lack = None
         try:
-            return work(size), size
+            done.append(work(size))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if size == 1:
-                raise OutOfMemory(
-                    "one sample in a forward pass is more than the memory holds"
-                    f" ({str(error).splitlines()[0]}); what was done is in the checkpoint: go on with"
-                    " --resume where there is more, or start anew with fewer --max-new-tokens"
-                ) from error
+            lack = str(error).splitlines()[0]
         # Out of the handler: the error keeps the tensors of the pass that failed.
+        if not anywhere(lack):
+            return done[0], size
+        if size == 1:
+            raise OutOfMemory(
+                "one sample in a forward pass is more than the memory holds"
+                f" ({lack or 'on another process'}); what was done is in the checkpoint: go on with"
+                " --resume where there is more, or start anew with fewer --max-new-tokens"
+            )
         clear_device_cache(garbage_collection=True)
         size = (size + 1) // 2
         smaller(size)

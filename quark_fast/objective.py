@@ -55,8 +55,8 @@ class Objective:
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
         quantiles: Sequence[int],
-        tokens: int,
-        samples: int,
+        tokens: float,
+        samples: float,
     ) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
@@ -106,7 +106,7 @@ class Objective:
         }
 
     def _from_hidden(
-        self, batch: Batch, plain: Batch | None, streams: int, tokens: int, samples: int
+        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
     ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
         assert self.heads is not None
         head, ref_head = self.heads
@@ -150,7 +150,7 @@ class Objective:
             ), weighted_nll
 
     def _from_logits(
-        self, batch: Batch, plain: Batch | None, streams: int, tokens: int, samples: int
+        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
     ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
         labels, mask = _own(batch, streams)
         with self.autocast():

@@ -12,10 +12,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quark_fast.config import UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
+from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, chat_template, is_chat
 from quark_fast.tokenizer import (
     SEPARATOR,
@@ -73,9 +76,11 @@ class Policy:
         prefix_text: what spells the prefix where a text has to.
         stop_ids: the ids that end a completion: end of text, end of turn, document separator.
         stored_dtype: of the weights at the model's source.
+        unsharded: a whole model like ``model`` before it had reward tokens; needed to copy a sharded one.
     """
 
     stored_dtype = torch.float32
+    unsharded: Any = None
 
     def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
         self.model = model
@@ -258,13 +263,39 @@ class Policy:
         Args:
             shares: each quantile's share of the training draws, worst first.
         """
-        rows = self.model.get_input_embeddings().rows
+        parameter = self.model.get_input_embeddings().rows
+        rows = whole(parameter).clone()
         trained = [k for k, share in enumerate(shares) if share > 0]
         for k in set(range(len(shares))) - set(trained):
             below = max((t for t in trained if t < k), default=min(trained))
             above = min((t for t in trained if t > k), default=max(trained))
             place = (k - below) / (above - below) if above > below else 0.0
             rows[k] = torch.lerp(rows[below], rows[above], place)
+        assign(parameter, rows)
+
+    def whole_copy(self, dtype: torch.dtype) -> Any:
+        """A copy whose adapters, if any, are added to its weights.
+
+        Of a sharded model it is a whole one on each process, all of which have to ask for it.
+        """
+        own = dict(self.model.named_parameters())
+        sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
+        model = copy.deepcopy(self.unsharded if sharded else self.model)
+        if sharded:
+            embedding: RewardEmbedding = self.model.get_input_embeddings()
+            rows = torch.empty(embedding.rows.shape, device=model.device)
+            base = model.get_input_embeddings()
+            model.set_input_embeddings(RewardEmbedding(base, embedding.first_id, rows))
+        elif has_adapters(model):
+            merge_adapters(model)
+        # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
+        # those in float32.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype)
+            if sharded:
+                parameter.data.copy_(whole(own[name].detach()))
+        model.config.dtype = dtype
+        return model
 
     def freeze(self, device: torch.device) -> Any:
         """The model itself, for sampling alone from here on."""
@@ -272,7 +303,7 @@ class Policy:
 
     def frozen_copy(self, dtype: torch.dtype) -> Any:
         """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
-        model = self._merged(dtype).eval().requires_grad_(False)
+        model = self.whole_copy(dtype).eval().requires_grad_(False)
         _decode_fast(model)
         return model
 
@@ -289,25 +320,16 @@ class Policy:
         _decode_fast(model)
         return model
 
-    def _merged(self, dtype: torch.dtype) -> Any:
-        """A copy whose adapters, if any, are added to its weights."""
-        model = copy.deepcopy(self.model)
-        if has_adapters(model):
-            merge_adapters(model)
-        # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
-        # those in float32.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
-        return model
-
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write an ordinary transformers folder conditioned on the best reward token.
 
         Its tokenizer puts prefix + best token before every text, its chat template before every chat, and its
         generation config suppresses the reward tokens; nothing in it needs this package.
         """
-        model = self._merged(dtype)
+        self.write_export(folder, self.whole_copy(dtype))
+
+    def write_export(self, folder: Path, model: Any) -> None:
+        """``export`` of a ``whole_copy``, which is changed: one process may write what all had to make."""
         embedding: RewardEmbedding = model.get_input_embeddings()
         model.set_input_embeddings(embedding.base)
         size = max(embedding.weight.shape[0], self.reward_ids[-1] + 1)
@@ -351,6 +373,23 @@ class Policy:
         if tokenizer.pad_token is None and self.stop_ids:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         return tokenizer
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep a layer's input alone for the backward pass, which computes the rest of the layer again."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(
+            f"{type(model).__name__} does not support gradient checkpointing; leave it out"
+        ) from error
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            # A layer does it while it is in training, but dropout, its own or a part's, is to stay off.
+            layer.training = True
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
 
 
 @torch.no_grad()

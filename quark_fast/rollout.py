@@ -66,6 +66,7 @@ def sample(
     sampling: Sampling,
     samples: int,
     seed: int,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
     """Sample ``samples`` completions of every prompt, a batch of prompts at a time.
 
@@ -75,12 +76,14 @@ def sample(
     Args:
         model: ``policy.frozen_copy(...)``, or the reference.
         prompts: token ids without prefix.
+        share: (index, count) of a process among several: every count-th batch, from the index-th on.
     Yields:
         (indices into prompts, per index its ``samples`` completions as token ids, the stop id included).
     """
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, sampling.rows // samples)
-    for place, start in enumerate(range(0, len(by_length), size)):
+    index, count = share
+    for place, start in list(enumerate(range(0, len(by_length), size)))[index::count]:
         indices = by_length[start : start + size]
         generator = torch.Generator(model.device).manual_seed((1_000_003 * seed + place) % 2**63)
         batch = [prompts[i] for i in indices]
@@ -92,7 +95,7 @@ def sample(
 
 # ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
 Sampler = Callable[
-    [Policy, Any, Sequence[Sequence[int]], Conditioning, Sampling, int, int],
+    [Policy, Any, Sequence[Sequence[int]], Conditioning, Sampling, int, int, tuple[int, int]],
     Iterator[tuple[list[int], list[list[list[int]]]]],
 ]
 

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Config, parse
+from quark_fast.config import parse
+from quark_fast.processes import Processes
 
 
 class Display:
@@ -51,8 +52,11 @@ class Display:
             self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
 
 
-def run(config: Config, console: Terminal) -> None:
-    """Train, then show the table and three before/after texts."""
+def run(arguments: Sequence[str]) -> None:
+    """Train, then show the table and three before/after texts; of several processes the first shows."""
+    processes = Processes.join()
+    config = processes.everywhere(lambda: parse(arguments, "python -m quark_fast.train"))[processes.index]
+    console = Terminal(quiet=not processes.main)
     from quark_fast.machine import keep_freed_memory, quiet_libraries
     from quark_fast.report import after_names, before_after, headline, read_run, results_table
     from quark_fast.trainer import Trainer
@@ -70,6 +74,8 @@ def run(config: Config, console: Terminal) -> None:
     )
     with display.live:
         folder = trainer.train()
+    if not processes.main:
+        return
     finished = read_run(folder)
     console.print(headline(finished.evaluation))
     console.print(results_table(finished.evaluation))
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped and resumable."""
     logging.basicConfig(level=logging.WARNING)
     given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: run(parse(given, "python -m quark_fast.train"), Terminal()))
+    return exit_status(lambda: run(given))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quark_fast import assets
+from quark_fast import assets, trackers
 from quark_fast.batch import Draws, plan_batches
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.evaluation import (
     HeldOut,
+    Mode,
     Probe,
     classify_prompts,
     describe_evaluation,
@@ -39,6 +41,7 @@ from quark_fast.evaluation import (
 from quark_fast.lora import Lora
 from quark_fast.machine import (
     OutOfMemory,
+    Precision,
     sampling_dtype,
     set_threads,
     settled_precision,
@@ -48,16 +51,19 @@ from quark_fast.machine import (
 from quark_fast.metrics import Sample
 from quark_fast.objective import Objective
 from quark_fast.ops.loss import Implementation, quark_loss
-from quark_fast.policy import Policy, load_reference, load_tokenizer
+from quark_fast.policy import Policy, load_reference, load_tokenizer, recompute_layers
 from quark_fast.pool import RolloutPool
+from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without_data
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
-from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, RunFolder
+from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, Checkpoint, RunFolder
 from quark_fast.scoring import cached, choose_reward, refuse_code_of
 from quark_fast.stability import BadSteps, KLController
 from quark_fast.tasks import find_task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Progress:
     total: int
     numbers: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion of a training prompt; reward NaN: not scored."""
+
+    prompt: int
+    ids: list[int]
+    text: str
+    reward: float
 
 
 class Interrupted(KeyboardInterrupt):
@@ -108,6 +124,17 @@ class Trainer:
         self.listen = listen
         self.sampler = sampler
         self.folder = RunFolder(config.output_folder)
+        self.processes = Processes.join()
+        # What the main process finds there, or chooses, holds for all.
+        config.precision = self.processes.once(self._check_folder)
+        self.processes.everywhere(lambda: self._set_up(reward, prompts, held_out))
+        self._start()
+
+    # ---------------------------------------------------------------- set up
+
+    def _check_folder(self) -> Precision:
+        """Refuse a folder that the run cannot have; the precision that it has."""
+        config = self.config
         if config.resume:
             self.folder.check_resumable()
             saved = load_config(self.folder / "config.yaml")
@@ -118,11 +145,25 @@ class Trainer:
         else:
             self.folder.check_free()
             config.precision = settled_precision(config.precision)
+        return config.precision
+
+    def _set_up(
+        self,
+        reward: Function | Reward | None,
+        prompts: Sequence[str | Row] | None,
+        held_out: Sequence[str | Row] | None,
+    ) -> None:
+        """Everything but the run folder; whatever is wrong shows here."""
+        config = self.config
         self.task = find_task(config.task, config.target)
         set_threads(config.threads)
         self.accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            log_with=trackers.trackers(config.report_to) or None,
+            project_dir=self.folder / "tensorboard",
+            kwargs_handlers=[REPLICATION],
         )
+        self.processes.check(self.accelerator, config)
         self.device = self.accelerator.device
         self.reward = choose_reward(config, self.task, self.device, reward)
         source = config.model or "the embedded model"
@@ -133,16 +174,15 @@ class Trainer:
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
         self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
         self.reward.check(self.train_rows)
-        self.reward = cached(self.reward, config.reward_cache, self.folder / REWARDS)
+        # SQLite is for one machine: files over a network lose its locks.
+        mode = "off" if config.reward_cache == "auto" and self.processes.machines > 1 else config.reward_cache
+        self.reward = cached(self.reward, mode, self.folder / REWARDS)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
             # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
             self.accelerator.native_amp = True
         _check_impl(config.impl, self.device)
         self._load_models()
-        self._start()
-
-    # ---------------------------------------------------------------- set up
 
     def _load_models(self) -> None:
         config = self.config
@@ -162,6 +202,8 @@ class Trainer:
         model = self.policy.model.to(self.device)
         # No dropout anywhere: policy and reference are compared token by token.
         model.eval()
+        if config.gradient_checkpointing:
+            recompute_layers(model)
         if self.device.type == "cpu":
             # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
             longest = config.max_prompt_tokens + config.max_new_tokens
@@ -178,12 +220,11 @@ class Trainer:
         )
         rows = model.get_input_embeddings().rows
         body = [p for p in model.parameters() if p.requires_grad and p is not rows]
-        self.groups: list[dict[str, Any]] = [
+        groups: list[dict[str, Any]] = [
             {"params": body, "lr": config.learning_rate},
             {"params": [rows], "lr": config.reward_token_lr},
         ]
-        optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, fused=True)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         lengths = (config.max_prompt_tokens, config.prefix_tokens)
         self.train_rows, self.train_ids, _ = self.policy.encode_rows(self.train_rows, *lengths)
         rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
@@ -192,19 +233,21 @@ class Trainer:
         self.probe: Probe | None = None  # drawn when it is first asked for
 
     def _start(self) -> None:
-        """A new folder, or the state of the last checkpoint."""
+        """The model on its processes; a new folder, or the state of the last checkpoint."""
         config = self.config
+        self.policy.unsharded = self.reference
+        self.around, self.optimizer = self.processes.prepare(
+            self.accelerator, self.policy.model, self.optimizer
+        )
         self.pool = RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed)
         self.draws = Draws()
         self.prompt_of: list[int] = []
         self.round, self.sampled, self.step, self.seconds = 0, False, 0, 0.0
         self.bad_steps = BadSteps()
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.micro_batch = min(config.micro_batch, config.batch_size)
-        if not config.resume:
-            self.folder.create()
-        with self.folder.errors_told():
-            if config.resume:
+        self.micro_batch = min(config.micro_batch, config.batch_size // self.processes.count)
+        if config.resume:
+            with self.folder.errors_told():
                 try:
                     self._resume()
                 except UsageError:
@@ -214,19 +257,42 @@ class Trainer:
                         f"the checkpoint in {self.folder.path} is not one of this run"
                         f" ({type(error).__name__}: {error}); start anew in another --output"
                     ) from error
-            else:
+        self.processes.once(self._write_start)
+
+    def _write_start(self) -> None:
+        """The run folder, if it is new; what the run is made of; trackers."""
+        config = self.config
+        if not config.resume:
+            self.folder.create()
+        with self.folder.errors_told():
+            if not config.resume:
                 config.save(self.folder / "config.yaml")
             self.folder.write_rows(HELD_OUT, self.held_out_rows)
             self.folder.write_json("versions.json", self._versions())
+            settings, name = dataclasses.asdict(config), str(config.output_folder)
+            trackers.start(self.accelerator, name, settings, self.step)
 
     def _versions(self) -> dict[str, Any]:
-        return versions(self.device) | {"loss": self.objective.description}
+        found = versions(self.device) | {"loss": self.objective.description}
+        if self.processes.count > 1:
+            found["processes"] = f"{self.processes.count}, {self.accelerator.distributed_type.value}"
+        return found
 
     def _resume(self) -> None:
-        loaded = self.folder.load_checkpoint()
+        loaded = self.processes.once(self.folder.load_checkpoint, _small_part)
         if loaded is None:
             return
         state, tensors = loaded
+        self.processes.everywhere(lambda: self._check_checkpoint(state, tensors))
+        own = dict(self.policy.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors["model"].items():
+                own[name].copy_(self.processes.lay_out(value, own[name]))
+        _load_optimizer(self.optimizer, tensors["optimizer"], self.processes)
+        self.processes.everywhere(lambda: self._restore(state, tensors))
+
+    def _check_checkpoint(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Refuse the state of another model, or of other prompts."""
         model = self.policy.model
         own = _trained(model)
         if own.keys() != tensors["model"].keys() or any(
@@ -241,10 +307,9 @@ class Trainer:
                 f"the training prompts are not those that the run in {self.folder.path} began with;"
                 " give it the same"
             )
-        with torch.no_grad():
-            for name, value in tensors["model"].items():
-                own[name].copy_(value)
-        _load_optimizer(self.optimizer, tensors["optimizer"])
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """What every process has of a checkpoint: all but weights and the optimizer's state."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.pool.load_state_dict(_from_tensors(tensors["pool"], state["pool"]))
@@ -270,29 +335,28 @@ class Trainer:
     def _save(self) -> None:
         arrays, plain = _to_tensors(self.pool.state_dict())
         scaler = self.accelerator.scaler
-        self.folder.save_checkpoint(
-            {
-                "round": self.round,
-                "sampled": self.sampled,
-                "step": self.step,
-                "seconds": self.seconds,
-                "bad_steps": self.bad_steps.state_dict(),
-                "kl_coef": self.kl.coef,
-                "micro_batch": [self.config.micro_batch, self.micro_batch],
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "prompts": digest(self.train_rows),
-                "pool": plain,
+        state = {
+            "round": self.round,
+            "sampled": self.sampled,
+            "step": self.step,
+            "seconds": self.seconds,
+            "bad_steps": self.bad_steps.state_dict(),
+            "kl_coef": self.kl.coef,
+            "micro_batch": [self.config.micro_batch, self.micro_batch],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "prompts": digest(self.train_rows),
+            "pool": plain,
+        }
+        tensors = {
+            "model": self.processes.collect(_trained(self.policy.model)),
+            "optimizer": self.processes.collect(_optimizer_tensors(self.optimizer)),
+            "pool": arrays,
+            "draws": {
+                "counts": torch.from_numpy(self.draws.counts),
+                "prompt_of": torch.tensor(self.prompt_of),
             },
-            {
-                "model": {n: p.detach().cpu().contiguous() for n, p in _trained(self.policy.model).items()},
-                "optimizer": _optimizer_tensors(self.optimizer),
-                "pool": arrays,
-                "draws": {
-                    "counts": torch.from_numpy(self.draws.counts),
-                    "prompt_of": torch.tensor(self.prompt_of),
-                },
-            },
-        )
+        }
+        self.processes.once(lambda: self.folder.save_checkpoint(state, tensors))
 
     # ---------------------------------------------------------------- the loop
 
@@ -306,28 +370,43 @@ class Trainer:
         with self.folder.errors_told(), _stop_signals(self.folder.path) as self.stop:
             while self.round < self.config.rounds:
                 if not self.sampled:
-                    with self.stop.at_once():
-                        self._sample()
+                    self._sample()
                     self.sampled = True
                     self.seconds = time.monotonic() - started
                     self._save()
                 for step in self._learn():
                     self.seconds = time.monotonic() - started
-                    if step % self.config.checkpoint_every == 0 or self.stop.asked:
+                    if step % self.config.checkpoint_every == 0 or self.processes.any(self.stop.asked):
                         self._save()
-                    self._stop_if_asked()
-                with self.stop.at_once():
-                    self._probe()
+                    self.processes.everywhere(self._stop_if_asked)
+                self._probe()
                 self.round, self.sampled = self.round + 1, False
             self.policy.place_untrained_rows(self.config.weights())
             self.seconds = time.monotonic() - started
             self._save()
-            with self.stop.at_once():
-                self._evaluate()
+            self._evaluate()
             self.seconds = time.monotonic() - started
         with self.folder.errors_told():
             self._finish()
         return self.folder.path
+
+    def _share(self, work: Callable[[], T]) -> list[T]:
+        """The work of all processes, which a resumed run does again: a signal need not wait for it."""
+
+        def stoppable() -> T:
+            with self.stop.at_once():
+                return work()
+
+        return self.processes.everywhere(stoppable)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """A row for metrics.jsonl and the trackers."""
+
+        def write() -> None:
+            self.folder.append(METRICS, [row])
+            trackers.track(self.accelerator, row)
+
+        self.processes.once(write)
 
     def _stop_if_asked(self) -> None:
         if self.stop.asked:
@@ -349,17 +428,17 @@ class Trainer:
             config.top_p,
             config.sample_batch,
         )
-        total, done, tokens, kept = samples * len(self.train_ids), 0, 0, len(self.pool)
+        kept = len(self.pool)
         rewards: list[float] = []
         rows: list[dict[str, Any]] = []
-        for indices, drawn in self._draw(model, sampling, samples):
-            flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
-            texts = [self.policy.decode(completion) for _, completion in flat]
-            scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
+        shares = self._share(lambda: list(self._scored(model, sampling, samples)))
+        for _, batch in in_turn(shares):
+            texts, scores = [one.text for one in batch], np.array([one.reward for one in batch])
+            prompts = [one.prompt for one in batch]
             self.pool.add(
-                [self.train_ids[i] for i, _ in flat], [c for _, c in flat], scores, round=self.round
+                [self.train_ids[i] for i in prompts], [one.ids for one in batch], scores, round=self.round
             )
-            self.prompt_of += [i for (i, _), s in zip(flat, scores, strict=True) if not np.isnan(s)]
+            self.prompt_of += [i for i, s in zip(prompts, scores, strict=True) if not np.isnan(s)]
             rewards += [float(s) for s in scores if not np.isnan(s)]
             rows += [
                 {
@@ -369,43 +448,70 @@ class Trainer:
                     "completion": text,
                     "reward": None if np.isnan(s) else float(s),
                 }
-                for (i, _), text, s in zip(flat, texts, scores, strict=True)
+                for i, text, s in zip(prompts, texts, scores, strict=True)
             ]
+
+        def write() -> None:
+            if not rewards:
+                raise UsageError(
+                    f"reward {self.reward.name} scored none of {len(rows)} completions in round"
+                    f" {self.round + 1}; the first was {rows[0]['completion']!r}"
+                )
+            labels = iter(self.pool.labels()[kept:].tolist())
+            for row in rows:
+                row["quantile"] = None if row["reward"] is None else next(labels)
+            self.folder.append(COMPLETIONS, rows)
+
+        self.processes.once(write)
+        self._record(self._round_metrics(rewards, len(rows), begun))
+
+    def _scored(self, model: Any, sampling: Sampling, samples: int) -> Iterator[tuple[int, list[Scored]]]:
+        """This process's batches of the round's completions, with their rewards, as of ``_draw``."""
+        begun, done, tokens, rewards = time.monotonic(), 0, 0, 0.0
+        scored = 0
+        total = samples * len(self.train_ids)
+        for place, indices, drawn in self._draw(model, sampling, samples):
+            flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
+            texts = [self.policy.decode(completion) for _, completion in flat]
+            scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
+            batch = [
+                Scored(i, completion, text, float(s))
+                for (i, completion), text, s in zip(flat, texts, scores, strict=True)
+            ]
+            yield place, batch
             done, tokens = done + len(flat), tokens + sum(len(c) for _, c in flat)
+            scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
             self.listen(
                 Progress(
-                    f"round {self.round + 1}/{config.rounds}: sampling",
-                    done,
+                    f"round {self.round + 1}/{self.config.rounds}: sampling",
+                    min(total, done * self.processes.count),
                     total,
                     {
-                        "reward": float(np.mean(rewards)) if rewards else float("nan"),
-                        "tokens/s": tokens / (time.monotonic() - begun),
+                        "reward": rewards / scored if scored else float("nan"),
+                        "tokens/s": tokens * self.processes.count / (time.monotonic() - begun),
                     },
                 )
             )
-        if not rewards:
-            raise UsageError(
-                f"reward {self.reward.name} scored none of {done} completions in round"
-                f" {self.round + 1}; the first was {rows[0]['completion']!r}"
-            )
-        labels = iter(self.pool.labels()[kept:].tolist())
-        for row in rows:
-            row["quantile"] = None if row["reward"] is None else next(labels)
-        self.folder.append(COMPLETIONS, rows)
-        self.folder.append(METRICS, [self._round_metrics(rewards, done, begun)])
 
     def _draw(
         self, model: Any, sampling: Sampling, samples: int
-    ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
-        """The round's completions of every training prompt, in the form of ``rollout.sample``."""
+    ) -> Iterator[tuple[int, list[int], list[list[list[int]]]]]:
+        """This process's part of the round's completions: (conditioning, *what sample yields)."""
         draw = sample if self.round else self.sampler
         seed = self.config.seed * 1_000_003 + self.round
         for place, (conditioning, indices) in enumerate(self._conditionings()):
             prompts = [self.train_ids[i] for i in indices]
             for places, drawn in draw(
-                self.policy, model, prompts, conditioning, sampling, samples, seed + (place << 40)
+                self.policy,
+                model,
+                prompts,
+                conditioning,
+                sampling,
+                samples,
+                seed + (place << 40),
+                self.processes.share,
             ):
-                yield [indices[p] for p in places], drawn
+                yield place, [indices[p] for p in places], drawn
 
     def _conditionings(self) -> list[tuple[Conditioning, list[int]]]:
         """What stands before which training prompts in this round."""
@@ -452,10 +558,11 @@ class Trainer:
                 numbers = self._step(plan[self.step - self.round * config.steps], labels)
             except OutOfMemory:
                 self._save()
-                raise
+                with self.processes.alike():
+                    raise
             self.step += 1
             row = {"kind": "step", "step": self.step, "round": self.round, **numbers}
-            self.folder.append(METRICS, [row])
+            self._record(row)
             self.listen(
                 Progress(
                     f"round {self.round + 1}/{config.rounds}: learning",
@@ -471,7 +578,8 @@ class Trainer:
                     else "",
                 )
             )
-            self.bad_steps.stop(config, self.step, row)
+            with self.processes.alike():
+                self.bad_steps.stop(config, self.step, row)
             yield self.step
         self.draws.count(plan)
 
@@ -480,27 +588,34 @@ class Trainer:
         if self.policy.quantiles == 1:
             return  # one token tells nothing apart
         self.listen(Progress("probing", 0, 1))
-        if self.probe is None:
-            self.probe = Probe.draw(
-                self.policy,
-                self.reference,
-                self.reward,
-                self.held_out,
-                # One sample a prompt is mostly prefill: fewer rows side by side.
-                dataclasses.replace(evaluation_sampling(self.config), rows=32),
-                self.config.seed,
-                self.sampler,
-            )
         model = self.policy.frozen_copy(self.sampling_dtype)
-        found = self.probe.measure(self.policy, model)
+        if self.probe is None:
+            drawn = self._share(
+                lambda: Probe.draw(
+                    self.policy,
+                    self.reference,
+                    self.reward,
+                    self.held_out,
+                    # One sample a prompt is mostly prefill: fewer rows side by side.
+                    dataclasses.replace(evaluation_sampling(self.config), rows=32),
+                    self.config.seed,
+                    self.sampler,
+                    self.processes.share,
+                )
+            )
+            self.probe = Probe.of(batch for _, batch in in_turn(drawn))
+        probe = self.probe
+        found, kl = self._share(
+            lambda: (probe.measure(self.policy, model), probe.kl(self.policy, model, self.reference))
+        )[0]
         row = {
             "kind": "probe",
             "step": self.step,
             "rank_correlation": found.value,
             "standard_error": found.standard_error,
-            "kl": self.probe.kl(self.policy, model, self.reference),
+            "kl": kl,
         }
-        self.folder.append(METRICS, [row])
+        self._record(row)
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
 
     def _step(self, chosen: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> dict[str, Any]:
@@ -508,46 +623,58 @@ class Trainer:
         config, begun = self.config, time.monotonic()
         samples = self.pool[self.pool.ids[chosen]]
         total = sum(len(completion) for completion in samples.completions)
+        # Each process takes its part over the whole batch's counts times its share of them: the mean over
+        # processes, which is what DDP and FSDP2 make of gradients, is then the loss of the whole batch.
+        count = self.processes.count
+        own = self.processes.part(np.arange(len(chosen)))
         self.objective.kl_coef = self.kl.coef
 
         def gradient(micro_batch: int) -> dict[str, float]:
-            self.optimizer.zero_grad()  # of an attempt that ran out of memory
+            self._forget_gradients()  # of an attempt that ran out of memory
             sums: dict[str, float] = {}
-            for start in range(0, len(chosen), micro_batch):
-                part = slice(start, start + micro_batch)
-                loss, terms = self.objective(
-                    [row.tolist() for row in samples.prompts[part]],
-                    [row.tolist() for row in samples.completions[part]],
+            for start in range(0, len(own), micro_batch):
+                part = own[start : start + micro_batch]
+                compute = functools.partial(
+                    self.objective,
+                    [samples.prompts[i].tolist() for i in part],
+                    [samples.completions[i].tolist() for i in part],
                     labels[chosen[part]].tolist(),
-                    total,
-                    len(chosen),
+                    total / count,
+                    len(chosen) / count,
                 )
-                self.accelerator.backward(loss)
+                with self.processes.accumulating(self.accelerator, self.around):
+                    loss, terms = self.around(compute)
+                    self.accelerator.backward(loss)
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
             return sums
 
-        sums, self.micro_batch = within_memory(gradient, self.micro_batch, self._smaller)
-        parameters = [p for group in self.groups for p in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        sums, self.micro_batch = within_memory(
+            gradient, self.micro_batch, self._smaller, self.processes.lacked_memory
+        )
+        self.processes.average_gradients(self.around)
+        sums = self.processes.mean(sums)
+        # In the model's own order, by which accelerate tells that these are the parameters it has sharded.
+        parameters = list(self.around.parameters())
+        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)))
         decay = config.decay(self.step)
         for group, base in zip(
             self.optimizer.param_groups, (config.learning_rate, config.reward_token_lr), strict=True
         ):
             group["lr"] = base * decay
         scaler = self.accelerator.scaler
-        bad = self.bad_steps.judge(sums, float(norm), scaler and scaler.get_scale())
+        bad = self.bad_steps.judge(sums, norm, scaler and scaler.get_scale())
         if bad is None:
             self.optimizer.step()
             self.kl.update(sums["kl"], len(chosen))
         elif scaler is not None:
             scaler.update()  # it has seen this gradient, and takes no other before
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         seconds = time.monotonic() - begun
         numbers: dict[str, Any] = {
             **sums,
             **({"kl_coef": self.objective.kl_coef} if config.kl_target else {}),
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "lr": config.learning_rate * decay,
             "tokens_per_s": total / seconds,
             "seconds": seconds,
@@ -557,10 +684,13 @@ class Trainer:
             numbers["skipped"] = self.bad_steps.skipped
         return numbers if bad is None else numbers | {"skipped_for": bad}
 
+    def _forget_gradients(self) -> None:
+        # DDP's gradients lie in buffers that it keeps: others beside them would take as much again.
+        self.optimizer.zero_grad(set_to_none=not self.processes.replicated)
+
     def _smaller(self, micro_batch: int) -> None:
         """Note that the memory sufficed for no more samples at a time."""
-        row = {"kind": "micro_batch", "step": self.step, "micro_batch": micro_batch}
-        self.folder.append(METRICS, [row])
+        self._record({"kind": "micro_batch", "step": self.step, "micro_batch": micro_batch})
         note = f"out of memory: from step {self.step + 1} on, {micro_batch} samples at a time, as many a step"
         done = self.step - self.round * self.config.steps
         stage = f"round {self.round + 1}/{self.config.rounds}: learning"
@@ -576,29 +706,45 @@ class Trainer:
         table = modes(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
         if config.eval_modes == "best":
             table = [mode for mode in table if mode.name in ("untouched", "best token")]
+        model = self.policy.frozen_copy(self.sampling_dtype)
+        shares = self._share(lambda: list(self._evaluated(table, model)))
+        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        for name, part in in_turn(shares):
+            samples[name] += part
+        self.processes.once(lambda: self._write_evaluation(table, samples))
+
+    def _evaluated(self, table: list[Mode], model: Any) -> Iterator[tuple[str, list[Sample]]]:
+        """This process's batches of every mode."""
         heard = evaluate(
             self.policy,
-            self.policy.frozen_copy(self.sampling_dtype),
+            model,
             self.reference,
             self.reward,
             self.held_out,
             table,
             evaluation_sampling(self.config),
-            seed=config.seed,
+            seed=self.config.seed,
             measures=self.task.measures,
             sampler=self.sampler,
+            share=self.processes.share,
         )
-        total = len(self.held_out.rows) * config.eval_samples
-        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        total = len(self.held_out.rows) * self.config.eval_samples
+        found: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in heard:
-            samples[name] += part
-            scores = [s.score for s in samples[name] if s.score is not None]
+            found[name] += part
+            samples = found[name]
+            scores = [s.score for s in samples if s.score is not None]
             mean = sum(scores) / len(scores) if scores else float("nan")
             numbers = {self.reward.property or "reward": mean}
             if self.task.headline != "mean":
-                shown = [s.measures[self.task.headline] for s in samples[name] if s.measures]
+                shown = [s.measures[self.task.headline] for s in samples if s.measures]
                 numbers[self.task.headline] = sum(shown) / len(shown) if shown else float("nan")
-            self.listen(Progress(f"evaluating: {name}", len(samples[name]), total, numbers))
+            done = min(total, len(samples) * self.processes.count)
+            self.listen(Progress(f"evaluating: {name}", done, total, numbers))
+            yield name, part
+
+    def _write_evaluation(self, table: list[Mode], samples: dict[str, list[Sample]]) -> None:
+        config = self.config
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         self.folder.write_rows("evaluation.jsonl", rows)
         about = describe_evaluation(
@@ -612,40 +758,56 @@ class Trainer:
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
         )
         about["sampling"]["guidance"] = next(iter(config.guidances()), None)
-        self.folder.write_json("evaluation.json", summarise(samples, table, about))
+        summary = summarise(samples, table, about)
+        self.folder.write_json("evaluation.json", summary)
+        for row in summary["rows"]:
+            numbers = {f"{row['name']}/{name}": value["value"] for name, value in row["metrics"].items()}
+            trackers.track(self.accelerator, {"kind": "evaluation", "step": self.step, **numbers})
 
     def _classify(self) -> None:
         """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
         rows = [dict(row) for row in self.held_out.rows]
         if not all("prompt_class" in row for row in rows):
-            sampling = evaluation_sampling(self.config)
-            for done, (i, name) in enumerate(
-                classify_prompts(
-                    self.policy,
-                    self.reference,
-                    self.reward,
-                    self.held_out,
-                    sampling,
-                    self.config.seed,
-                    self.config.target,
-                    self.sampler,
-                ),
-                start=1,
-            ):
-                rows[i]["prompt_class"] = name
-                self.listen(Progress("classifying the held-out prompts", done, len(rows)))
+            for share in self._share(lambda: dict(self._classified())):
+                for i, name in share.items():
+                    rows[i]["prompt_class"] = name
         self.held_out = dataclasses.replace(self.held_out, rows=rows)
-        whole = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
-        self.folder.write_rows(HELD_OUT, whole)
+        texts = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
+        self.processes.once(lambda: self.folder.write_rows(HELD_OUT, texts))
+
+    def _classified(self) -> Iterator[tuple[int, str]]:
+        """(index, class) of this process's part of the held-out prompts."""
+        found = classify_prompts(
+            self.policy,
+            self.reference,
+            self.reward,
+            self.held_out,
+            evaluation_sampling(self.config),
+            self.config.seed,
+            self.config.target,
+            self.sampler,
+            self.processes.share,
+        )
+        total = len(self.held_out.rows)
+        for done, one in enumerate(found, start=1):
+            yield one
+            done = min(total, done * self.processes.count)
+            self.listen(Progress("classifying the held-out prompts", done, total))
 
     def _finish(self) -> None:
         self.listen(Progress("writing the model and the report", 0, 1))
-        with self.folder.replacing_folder("model") as scratch:
-            self.policy.export(scratch, self.policy.stored_dtype)
-        record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
-        self.folder.write_json("versions.json", record)
-        write_report(self.folder.path)
-        self.folder.drop_checkpoint()
+        exported = self.policy.whole_copy(self.policy.stored_dtype)
+
+        def write() -> None:
+            with self.folder.replacing_folder("model") as scratch:
+                self.policy.write_export(scratch, exported)
+            record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
+            self.folder.write_json("versions.json", record)
+            write_report(self.folder.path)
+            trackers.finish(self.accelerator)
+            self.folder.drop_checkpoint()
+
+        self.processes.once(write)
         self.listen(Progress("writing the model and the report", 1, 1))
 
 
@@ -708,20 +870,29 @@ def _trained(model: Any) -> dict[str, Tensor]:
 # Optimizer and pool states as flat tensors: a checkpoint is safetensors and JSON, nothing pickled.
 
 
+def _small_part(loaded: Checkpoint | None) -> Checkpoint | None:
+    """A checkpoint without the data of the tensors that processes share out among themselves."""
+    if loaded is None:
+        return None
+    state, tensors = loaded
+    large = {name: without_data(tensors[name]) for name in ("model", "optimizer")}
+    return state, {**tensors, **large}
+
+
 def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
 
 
-def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor], processes: Processes) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        like = parameters[int(index)]
+        if value.shape != like.shape:  # a count of steps: whole everywhere
+            like = torch.empty(0, device=like.device)
+        state.setdefault(int(index), {})[name] = processes.lay_out(value, like)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

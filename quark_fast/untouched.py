@@ -36,6 +36,7 @@ class UntouchedSamples:
         sampling: Sampling,
         samples: int,
         seed: int,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
         asked = {
             "model": [model.config.name_or_path, str(model.dtype), str(model.device)],
@@ -48,6 +49,8 @@ class UntouchedSamples:
             "samples": samples,
             "seed": seed,
         }
+        if share != (0, 1):
+            asked["share"] = share
         path = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.jsonl"
         if path.exists():
             for line in path.read_text().splitlines():
@@ -55,7 +58,7 @@ class UntouchedSamples:
                 yield indices, completions
             return
         batches = []
-        for batch in sample(policy, model, prompts, conditioning, sampling, samples, seed):
+        for batch in sample(policy, model, prompts, conditioning, sampling, samples, seed, share):
             batches.append(json.dumps(batch))
             yield batch
         self.folder.mkdir(parents=True, exist_ok=True)

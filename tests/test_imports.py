@@ -20,7 +20,8 @@ LAYERS = [
     {"trainer", "evaluator", "finished", "grid"},
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
-    | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer"},
+    | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
+    | {"trackers"},
     {"pool_store", "pool_groups", "pool_union"},
     {"durable", "untrusted"},
     {"_C"},

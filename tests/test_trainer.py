@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sharpen
+from transformers import OPTConfig, OPTForCausalLM
 
 from quark_fast.config import Config, UsageError
 from quark_fast.trainer import Interrupted, Progress, Trainer
@@ -425,3 +426,34 @@ def test_pool_of_a_run_is_numpys_rule_on_what_the_run_wrote(
     encoded = [trainer.policy.encode(row["prompt"], trainer.config.max_prompt_tokens) for row in scored]
     assert [row.tolist() for row in held.prompts] == encoded
     assert held.quantiles.tolist() == [sum(r >= t for t in thresholds) for r in rewards]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_gradient_checkpointing_gives_the_gradients_of_the_formula_without_dropout(
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str
+) -> None:
+    if architecture == "opt":  # its layers drop out by themselves, not by a part of theirs
+        model = tiny_model()
+        shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        words = {"vocab_size": 62, "eos_token_id": 60, "bos_token_id": 60, "pad_token_id": 60}
+        OPTForCausalLM(OPTConfig(dropout=0.5, word_embed_proj_dim=32, **shape, **words)).save_pretrained(
+            model
+        )
+    else:
+        model = tiny_model(architecture)
+    found, calls = [], []
+    for checkpointing in (False, True):
+        config = small(tmp_path / f"run-{checkpointing}", model, gradient_checkpointing=checkpointing)
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
+        body = trainer.policy.model.base_model
+        layers = getattr(body, "layers", None) or getattr(body, "h", None) or body.decoder.layers
+        # Within the layer: hooks of the layer itself stay outside of what is computed again.
+        inner = next(layers[0].children())
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss, _ = trainer.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], 4, 2)
+        before = len(calls)
+        loss.backward()
+        assert (len(calls) > before) is checkpointing, "the layer is computed again, or not"
+        found.append({n: p.grad for n, p in trainer.policy.model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=0, atol=0)

@@ -25,7 +25,7 @@ def contrast_loss(
     mask: Tensor,
     *,
     vocab_size: int,
-    samples: int,
+    samples: float,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """-log sigma(delta) of each sample, and a scalar whose gradient is that of their sum / ``samples``.
@@ -38,7 +38,7 @@ def contrast_loss(
         logits: (2, N, T, >= V), the own rows first, then the same completions under the mirror token.
         labels, mask: (N, T) as for ``quark_loss``.
         vocab_size: V.
-        samples: number of samples in the whole batch, of which N may be a part.
+        samples: number of samples in the whole batch, of which N may be a part; or what else to divide by.
     Returns:
         ((N,) detached values in nats, float32 but for float64 logits; scalar to call backward on).
     """

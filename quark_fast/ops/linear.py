@@ -151,7 +151,7 @@ def linear_contrast_loss(
     mask: Tensor,
     *,
     contrast_coef: float,
-    samples: int,
+    samples: float,
     normalizer: float,
     vocab_size: int,
     bias: Tensor | None = None,
@@ -172,7 +172,7 @@ def linear_contrast_loss(
         ref_hidden: (N, T, D_ref), or None for no KL.
         labels, mask: (N, T); the mask is bool.
         contrast_coef: weight of the sum of -log sigma(delta) / samples, per nat.
-        samples: number of samples in the whole batch, of which N may be a part.
+        samples: number of samples in the whole batch, of which N may be a part; or what else to divide by.
         normalizer: number of tokens in the whole batch.
         chunk: rows at a time, of both streams together; a sample is never cut.
     Returns:

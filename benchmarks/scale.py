@@ -1,0 +1,215 @@
+"""What a run needs on 1, 8 and 64 GPUs, worked out on paper: the tables of docs/scale.md.
+
+    python benchmarks/scale.py
+
+Nothing here is measured. Every number follows from the shapes below by the formulas in the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: grouped-query attention, SwiGLU, RMSNorm, no biases."""
+
+    name: str
+    layers: int
+    width: int
+    feed_forward: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * (self.width // self.heads)
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer."""
+        attention = 2 * self.width * self.width + 2 * self.width * self.key_width
+        return attention + 3 * self.width * self.feed_forward + 2 * self.width
+
+    @property
+    def outside(self) -> int:
+        """Parameters beside the layers: embedding, head, last norm."""
+        tables = 1 if self.tied else 2
+        return tables * self.vocabulary * self.width + self.width
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.outside
+
+    @property
+    def saved(self) -> int:
+        """Bytes a token and layer that the backward pass needs in bf16; attention keeps no scores.
+
+        Both norms keep their input in float32 (4 d each); normed inputs, queries before and after the
+        rotation, attention's output (2 d each, 5 of them); keys before and after, values (2 d_kv each);
+        gate, up, silu and their product (2 f each).
+        """
+        return (2 * 4 + 5 * 2) * self.width + 3 * 2 * self.key_width + 4 * 2 * self.feed_forward
+
+
+SHAPES = [
+    Shape("1B", 16, 2048, 8192, 32, 8, 128_256, tied=True),  # Llama 3.2 1B
+    Shape("8B", 32, 4096, 14_336, 32, 8, 128_256, tied=False),  # Llama 3.1 8B
+    Shape("70B", 80, 8192, 28_672, 64, 8, 128_256, tied=False),  # Llama 3.1 70B
+]
+
+# One setting for all rows: the defaults with longer texts.
+MICRO_BATCH = 16  # samples a forward pass and GPU
+STREAMS = 2  # own and mirror token: the contrast term
+TOKENS = 256  # of prompt and completion together
+COMPLETION = 128
+SAMPLE_BATCH = 128  # completions side by side
+POOL = 1_000_000  # samples
+CHUNK = 2048  # rows whose logits exist at a time: ops/linear.py
+
+
+def state(p: float, sharded_over: int) -> float:
+    """Float32 weights, gradients, Adam's two moments: 16 bytes a parameter, of a shard or of all."""
+    return 16 * p / sharded_over
+
+
+def frozen(p: float) -> float:
+    """A whole bf16 model."""
+    return 2 * p
+
+
+def gathered(shape: Shape, sharded: bool) -> float:
+    """bf16 weights to compute with: autocast's copies of all, or of two layers and what is beside them."""
+    return 2 * (2 * shape.layer + shape.outside if sharded else shape.parameters)
+
+
+def activations(shape: Shape, recompute: bool) -> float:
+    """What the backward of a micro-batch needs; recomputed, the inputs of all layers and the rest of one."""
+    tokens = MICRO_BATCH * STREAMS * TOKENS
+    per_token = 2 * shape.width * shape.layers + shape.saved if recompute else shape.saved * shape.layers
+    return tokens * per_token
+
+
+def loss(shape: Shape) -> float:
+    """bf16 logits of a chunk of both models, and the float32 gradient of the head's weight."""
+    return 2 * CHUNK * shape.vocabulary * 2 + 4 * shape.vocabulary * shape.width
+
+
+def whole_logits(shape: Shape) -> float:
+    """What the linear loss saves: float32 logits of policy (both streams), reference, and a gradient."""
+    return 4 * (2 * STREAMS + 1) * MICRO_BATCH * COMPLETION * shape.vocabulary
+
+
+def cache(shape: Shape, guided: bool = True) -> float:
+    """bf16 keys and values of a sampling batch; guided sampling has two streams."""
+    return 2 * 2 * shape.layers * shape.key_width * TOKENS * SAMPLE_BATCH * (2 if guided else 1)
+
+
+def pool() -> float:
+    """Host RAM of each process: int32 ids, and 14 bytes a sample for rewards and order."""
+    return POOL * (4 * TOKENS + 14)
+
+
+def ddp_traffic(p: float, n: int) -> float:
+    """Bytes that a GPU sends a step: the float32 gradient, all-reduced in a ring."""
+    return 2 * (n - 1) / n * 4 * p
+
+
+def fsdp_traffic(p: float, n: int) -> float:
+    """Bytes that a GPU sends a micro-batch: bf16 weights gathered twice, the float32 gradient scattered."""
+    return (n - 1) / n * (2 * 2 * p + 4 * p)
+
+
+def copy_traffic(p: float, n: int) -> float:
+    """Bytes that a GPU sends when a sampling copy is gathered: float32 weights, once a round."""
+    return (n - 1) / n * 4 * p
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *body))
+
+
+def gb(value: float) -> str:
+    return f"{value / GB:.1f}" if value < 100 * GB else f"{value / GB:.0f}"
+
+
+def memory() -> str:
+    rows = [["GB a GPU", *(f"{s.name} {n}" for s in SHAPES for n in ("DDP", "FSDP2 x8", "FSDP2 x64"))]]
+    layouts = [(s, n) for s in SHAPES for n in (1, 8, 64)]
+    rows.append(["weights, gradients, Adam (float32)", *(gb(state(s.parameters, n)) for s, n in layouts)])
+    rows.append(["weights to compute with (bf16)", *(gb(gathered(s, n > 1)) for s, n in layouts)])
+    rows.append(["reference (bf16, whole)", *(gb(frozen(s.parameters)) for s, _ in layouts)])
+    rows.append(["activations, recomputed", *(gb(activations(s, True)) for s, _ in layouts)])
+    rows.append(["loss from hidden states", *(gb(loss(s)) for s, _ in layouts)])
+    rows.append(["**learning**", *(f"**{gb(learning(s, n))}**" for s, n in layouts)])
+    rows.append(["sampling copy (bf16, whole)", *(gb(frozen(s.parameters)) for s, _ in layouts)])
+    rows.append(["KV cache", *(gb(cache(s)) for s, _ in layouts)])
+    rows.append(["**sampling**", *(f"**{gb(sampling(s, n))}**" for s, n in layouts)])
+    return table(rows)
+
+
+def learning(shape: Shape, n: int) -> float:
+    p = shape.parameters
+    return state(p, n) + gathered(shape, n > 1) + frozen(p) + activations(shape, True) + loss(shape)
+
+
+def sampling(shape: Shape, n: int) -> float:
+    """No gradients and no activations meanwhile: 12 bytes of state instead of 16, and two whole models."""
+    p = shape.parameters
+    return 12 * p / n + 2 * frozen(p) + cache(shape)
+
+
+def traffic() -> str:
+    rows = [["GB sent by a GPU", *(f"{s.name} x{n}" for s in SHAPES for n in (8, 64))]]
+    layouts = [(s.parameters, n) for s in SHAPES for n in (8, 64)]
+    rows.append(["DDP, a step", *(gb(ddp_traffic(p, n)) for p, n in layouts)])
+    rows.append(["FSDP2, a micro-batch", *(gb(fsdp_traffic(p, n)) for p, n in layouts)])
+    rows.append(["FSDP2, a sampling copy", *(gb(copy_traffic(p, n)) for p, n in layouts)])
+    rows.append(["seconds: DDP at 450 GB/s", *(f"{ddp_traffic(p, n) / 450e9:.2f}" for p, n in layouts)])
+    rows.append(["seconds: FSDP2 at 450 GB/s", *(f"{fsdp_traffic(p, n) / 450e9:.2f}" for p, n in layouts)])
+    rows.append(["seconds: FSDP2 at 50 GB/s", *(f"{fsdp_traffic(p, n) / 50e9:.1f}" for p, n in layouts)])
+    return table(rows)
+
+
+def time_shares() -> str:
+    """A round of 100,000 completions and 64 steps of 1,024 samples, on 8 H100 (bf16, on paper)."""
+    rate, bandwidth, gpus = 400e12, 3.35e12, 8  # operations a second at 40% of the peak; bytes a second
+    completions, steps, batch = 100_000, 64, 1_024
+    rows = [["seconds on 8 H100", *(s.name for s in SHAPES)]]
+    decode, prefill, learn = [], [], []
+    for s in SHAPES:
+        p = s.parameters
+        batches = completions / SAMPLE_BATCH / gpus
+        # Each token reads all weights, and on average half of the final cache.
+        decode.append(batches * COMPLETION * (2 * p + cache(s) / 2) / bandwidth)
+        prefill.append(completions * STREAMS * (TOKENS - COMPLETION) * 2 * p / rate / gpus)
+        # Forward, backward and recomputation: 8 operations a parameter and token; the reference: 2.
+        learn.append(steps * batch * TOKENS * (8 * STREAMS + 2) * p / rate / gpus)
+    rows.append(["decoding, at the memory's speed", *(f"{x:.0f}" for x in decode)])
+    rows.append(["prefill", *(f"{x:.0f}" for x in prefill)])
+    rows.append(["learning", *(f"{x:.0f}" for x in learn)])
+    shares = [(d + f) / (d + f + x) for d, f, x in zip(decode, prefill, learn, strict=True)]
+    rows.append(["sampling's share", *(f"{x:.0%}" for x in shares)])
+    return table(rows)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for s in SHAPES:
+        print(f"{s.name}: {s.parameters / GB:.2f} billion parameters, {s.saved:,} bytes a token and layer")
+    print(f"\nMemory of a GPU\n\n{memory()}\n\nTraffic\n\n{traffic()}\n\nTime\n\n{time_shares()}\n")
+    print("Whole float32 logits would take, GB:", *(f"{s.name} {gb(whole_logits(s))}" for s in SHAPES))
+    print(
+        "Activations without recomputation, GB:", *(f"{s.name} {gb(activations(s, False))}" for s in SHAPES)
+    )
+    print(f"Pool of {POOL:,} samples in every process's RAM, GB: {gb(pool())}")
+
+
+if __name__ == "__main__":
+    main()

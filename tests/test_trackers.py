@@ -1,0 +1,66 @@
+"""What trackers hear is what metrics.jsonl holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_trainer import PROMPTS, even_words, rows, small
+
+from quark_fast.config import UsageError
+from quark_fast.trackers import trackers
+from quark_fast.trainer import Progress, Trainer
+
+
+def test_tensorboard_holds_every_number_of_the_metrics_once_across_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done == 3:
+            raise SystemError
+
+    model, folder = tiny_model(), tmp_path / "run"
+    given: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 2, "steps": 4, "batch_size": 4, "checkpoint_every": 2, "eval_samples": 1}
+    config = small(folder, model, report_to="tensorboard", **settings)
+    with pytest.raises(SystemError):  # at step 7, tracked, but later than the checkpoint of step 6
+        Trainer(config, listen=stop, **given).train()
+    Trainer(small(folder, model, report_to="tensorboard", resume=True, **settings), **given).train()
+
+    heard = EventAccumulator(str(folder / "tensorboard" / "quark_fast")).Reload()
+
+    def curve(tag: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in heard.Scalars(tag)]
+
+    for kind, name in (("step", "loss"), ("step", "grad_norm"), ("round", "reward_mean")):
+        written = [(row["step"], row[name]) for row in rows(folder / "metrics.jsonl", kind=kind)]
+        assert curve(f"{kind}/{name}") == [(step, pytest.approx(value, rel=1e-6)) for step, value in written]
+    thresholds = [row["thresholds"][1] for row in rows(folder / "metrics.jsonl", kind="round")]
+    assert [value for _, value in curve("round/thresholds/1")] == pytest.approx(thresholds)
+    table = {
+        row["name"]: row["metrics"] for row in json.loads((folder / "evaluation.json").read_text())["rows"]
+    }
+    assert curve("evaluation/best token/mean") == [(8, pytest.approx(table["best token"]["mean"]["value"]))]
+
+
+def test_trackers_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trackers("") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert trackers(" trackio, tensorboard,trackio") == ["trackio", "tensorboard"]
+    with pytest.raises(UsageError, match="no tracker 'wandb'; choose from tensorboard, trackio"):
+        trackers("tensorboard,wandb")
+
+
+def test_missing_tracker_is_told_with_the_line_to_run_before_any_work(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = small(tmp_path / "run", tiny_model(), report_to="trackio")
+    with pytest.raises(UsageError, match="report_to = trackio needs its package: pip install trackio"):
+        Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    assert not (tmp_path / "run").exists()
