@@ -377,8 +377,10 @@ class Policy:
 
 def recompute_layers(model: Any) -> None:
     """Keep a layer's input alone for the backward pass, which computes the rest of the layer again."""
+    # transformers 5.24 calls it by another name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(
             f"{type(model).__name__} does not support gradient checkpointing; leave it out"

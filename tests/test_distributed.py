@@ -109,9 +109,10 @@ def train(config: Config, stop: bool = False) -> Trainer:
         if stop and progress.stage == "round 2/2: learning" and progress.done == STOP_AT - config.steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer_module.write_report = lambda path: None  # type: ignore[assignment]  # its plots take longer than the run
     trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:5], listen=listen)
-    trainer.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "write_report", lambda path: None)  # its plots take longer than the run
+        trainer.train()
     return trainer
 
 

@@ -153,7 +153,8 @@ def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
     held_out = HeldOut(rows, [[i] for i in range(40)], 1)
     reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")
-    probe = Probe.draw(policy, policy.model, reward, held_out, Sampling(2, 0), 0)
+    drawn = Probe.draw(policy, policy.model, reward, held_out, Sampling(2, 0), 0)
+    probe = Probe.of(batch for _, batch in drawn)
     assert list(probe.rewards) == list(range(prompts)) and len(probe.prompts) == prompts
 
 
