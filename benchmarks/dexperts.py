@@ -52,7 +52,7 @@ class Mixture(torch.nn.Module):
         self.models, self.weights = [base, expert, anti], [1.0, alpha, -alpha]
         self.config, self.device = base.config, base.device
 
-    def forward(self, ids: Tensor, cache: Any = None, logits_to_keep: int = 0, **inputs: Any) -> Any:
+    def forward(self, ids: Tensor, cache: Any = None, logits_to_keep: Any = 0, **inputs: Any) -> Any:
         if ids.shape[1] > 1:  # a new batch of prompts
             self.rows, self.caches = len(ids), [DynamicCache(config=self.config) for _ in self.models]
         elif len(ids) > self.rows:  # several samples of each prompt from here on

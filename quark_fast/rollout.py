@@ -119,7 +119,9 @@ def _sample_batch(
     ids, mask = pad_left(contexts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    step = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
+    # Not as the number 1: that is a slice, and a product with a slice copies the head for every prompt.
+    last = torch.tensor([-1], device=model.device)
+    step = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": last}
     logits = model(ids, attention_mask=mask, position_ids=positions, **step).logits
     if samples > 1:  # the prompt was read once; from here on each sample has its own cache
         cache.batch_repeat_interleave(samples)

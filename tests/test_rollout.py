@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import WORDS, sharpen, tiny_config
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -87,6 +88,17 @@ def plain_logits(policy: Policy, quantile: int | None, samples: int) -> Tensor:
             rows = [policy.model(torch.tensor([c])).logits[0, -1, :VOCABULARY] for c in contexts]
             steps.append(torch.stack(rows).repeat_interleave(samples, 0))
     return torch.stack(steps)
+
+
+def test_prompts_are_read_without_a_copy_of_the_head_for_each(tiny_model: Make) -> None:
+    policy = Policy.create(tiny_model("llama"), quantiles=2)
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        list(sample(policy, policy.frozen_copy(torch.float32), prompts, Conditioning(1), Sampling(2), 1, 0))
+    hidden, vocabulary = policy.model.config.hidden_size, policy.model.config.vocab_size
+    shapes = [shape for event in profiler.events() for shape in event.input_shapes]
+    assert [hidden, vocabulary] in shapes
+    assert [len(prompts), hidden, vocabulary] not in shapes
 
 
 @pytest.mark.parametrize("samples", [1, 3])
