@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from quark_fast.attention import FAST_ATTENTION
 from quark_fast.config import UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
@@ -31,8 +32,6 @@ from quark_fast.tokenizer import (
     own_front,
     reward_token,
 )
-
-FAST_ATTENTION = "quark_grouped"  # registered by quark_fast.rollout
 
 
 class RewardEmbedding(nn.Module):

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
-from quark_fast.policy import FAST_ATTENTION, Policy
+from quark_fast.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -204,39 +202,3 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         above = (others * (others > others.gather(1, draw))).sum(-1)
         open_rows = open_rows[above >= top_p]
     return tokens
-
-
-def grouped_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """sdpa, except that one new token on the CPU attends by two small matmuls.
-
-    PyTorch's CPU flash kernel is made for long queries: with one query a row it takes 2.3 ms a layer where
-    this takes 0.3 (128 rows, 9 heads of 64, 30 keys), which would be half of a decoding step. The query
-    heads that share a key head become the rows of one matrix, so no key is copied per query head.
-    """
-    if query.shape[2] != 1 or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    batch, heads, _, width = query.shape
-    groups = key.shape[1]
-    rows = query.view(batch, groups, heads // groups, width)
-    scores = (rows @ key.transpose(-1, -2)) * (width**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        allowed = attention_mask[..., : key.shape[-2]]
-        if allowed.dtype == torch.bool:
-            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + allowed
-    context = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return context.reshape(batch, 1, heads, width), None
-
-
-AttentionInterface.register(FAST_ATTENTION, grouped_attention)
-# An attention without a mask function of its own is handed no padding mask at all.
-AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)

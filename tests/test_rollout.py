@@ -16,8 +16,9 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quark_fast import rollout
+from quark_fast.attention import grouped_attention
 from quark_fast.policy import Policy
-from quark_fast.rollout import Conditioning, Sampling, grouped_attention, pad_left, sample, sample_tokens
+from quark_fast.rollout import Conditioning, Sampling, pad_left, sample, sample_tokens
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 STOP = WORDS
