@@ -681,6 +681,12 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
   if (kKeyBits == 32 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
     throw std::invalid_argument("next_id is too large for a float32 pool");
   }
+  const std::int64_t span = next_id - (n > 0 ? ids[0] : next_id);
+  if (next_id < 0 || next_id > kMaxId || span > kMaxSpan + 1024 * n) {
+    throw std::invalid_argument(
+        "the stored ids lie too far apart, or next_id is none: " + std::to_string(n) +
+        " samples among ids up to " + std::to_string(next_id));
+  }
   std::int64_t in_runs = 0;
   for (const std::int64_t size : run_sizes) {
     if (size < 1 || size > n - in_runs) throw std::invalid_argument("run sizes do not fit");

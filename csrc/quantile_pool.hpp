@@ -92,7 +92,8 @@ class QuantilePool {
   void remove(const std::int64_t* ids, std::int64_t n);
 
   // Puts back what ids(), rewards(), run_sizes() and next_id() gave. Throws std::invalid_argument,
-  // and changes nothing, if these do not fit together.
+  // and changes nothing, if these do not fit together. Nor may the ids of n samples span more than
+  // 2^26 + 1024 n: each id between them takes a slot, so a small file could ask for any memory.
   void restore(const std::int64_t* ids, const Reward* rewards, std::int64_t n,
                const std::vector<std::int64_t>& run_sizes, std::int64_t next_id);
 
@@ -208,6 +209,8 @@ class QuantilePool {
     std::int64_t end_ = 0;
   };
 
+  static constexpr std::int64_t kMaxId = std::int64_t{1} << 62;
+  static constexpr std::int64_t kMaxSpan = std::int64_t{1} << 26;
   static constexpr Key kDead = ~Key{0};                            // the key of a NaN, of no reward
   static constexpr std::size_t kMaxMerged = std::size_t{1} << 20;  // the largest merge
   static constexpr std::int64_t kBlock = 2048;                     // slots labelled at a time

@@ -408,6 +408,9 @@ def pool_file(r: Random) -> str:
         assert np.array_equal(again.labels(), saved.labels()) or content != path.read_bytes()
         return "right"
     state = saved.state_dict()
+    if r.random() < 0.1:  # ids far apart
+        state["ids"] = state["ids"] + np.cumsum([r.choice([0, 1, 2**20, 2**40]) for _ in state["ids"]])
+        state["next_id"] = r.choice([int(state["ids"][-1]) + 1, 2**62, 2**63 - 1])
     name = r.choice(list(state))
     if isinstance(state[name], np.ndarray) and r.random() < 0.7:
         array = state[name].copy()

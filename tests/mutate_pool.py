@@ -70,6 +70,7 @@ def seen(mutant: str, folder: Path) -> str:
     (folder / "csrc" / "quantile_pool.cpp").write_text(mutant)
     (folder / "tests").mkdir(exist_ok=True)
     (folder / "tests" / "check.cpp").write_text((HERE / "sanitize_pool.cpp").read_text())
+    (folder / "tests" / "chosen.hpp").write_text((HERE / "chosen.hpp").read_text())
     program = folder / "check"
     sources = [folder / "tests" / "check.cpp", folder / "csrc" / "quantile_pool.cpp"]
     compiler = os.environ.get("CXX", "c++")

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../csrc/quark_loss.hpp"
+#include "chosen.hpp"
 
 using quark::DType;
 using quark::Kl;
@@ -27,7 +28,7 @@ using quark::RowStats;
 
 namespace {
 
-std::mt19937_64 random_bits;
+Chosen random_bits;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
 
@@ -119,22 +120,22 @@ int64_t place(const Rows& rows, int64_t n) {
 }
 
 void fill(const Guarded& memory, const Layout& layout, DType dtype, int kind) {
+  std::mt19937_64 values(random_bits());
   std::normal_distribution<float> normal(0, kind == 1 ? 30.f : 3.f);
   for (int64_t i = 0; i < layout.elements; ++i) {
-    float x = normal(random_bits);
+    float x = normal(values);
     if (kind == 2) x = static_cast<float>(i % 97) * 2 - 300 + static_cast<float>(i) / 8;  // rising
-    if (kind == 3 && below(6) == 0) x = -INFINITY;
+    if (kind == 3 && values() % 6 == 0) x = -INFINITY;
     if (kind >= 4) {  // any bits at all
-      const auto bits = static_cast<uint32_t>(random_bits());
-      if (below(kind == 4 ? 50 : 2) == 0) std::memcpy(&x, &bits, sizeof x);
+      const auto bits = static_cast<uint32_t>(values());
+      if (values() % (kind == 4 ? 50 : 2) == 0) std::memcpy(&x, &bits, sizeof x);
     }
     if (dtype == DType::f32) {
       memory.as<float>()[i] = x;
     } else if (std::isinf(x)) {
       memory.as<uint16_t>()[i] = dtype == DType::bf16 ? 0xff80u : 0xfc00u;
     } else {
-      memory.as<uint16_t>()[i] =
-          kind >= 4 ? static_cast<uint16_t>(random_bits()) : half_of(x, dtype);
+      memory.as<uint16_t>()[i] = kind >= 4 ? static_cast<uint16_t>(values()) : half_of(x, dtype);
     }
   }
 }
@@ -272,8 +273,14 @@ void one_problem(bool hostile) {
   const int threads = 1 + static_cast<int>(below(3));
   if (hostile) {
     const auto change = [&](int64_t& number) {
-      const int64_t wild[] = {0,          -1,        number - 1, number + 1,
-                              2 * number, INT64_MAX, INT64_MIN,  int64_t{1} << below(63)};
+      const int64_t wild[] = {0,
+                              -1,
+                              number - 1,
+                              number + 1,
+                              static_cast<int64_t>(2 * static_cast<uint64_t>(number)),
+                              INT64_MAX,
+                              INT64_MIN,
+                              int64_t{1} << below(63)};
       number = wild[below(8)];
     };
     // The memory's true size stays: whoever lies about that cannot be helped.
@@ -326,6 +333,16 @@ void one_problem(bool hostile) {
 
 }  // namespace
 
+#ifdef QUARK_LIBFUZZER
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
+  random_bits = Chosen(bytes, size);
+  one_problem(below(4) > 0);
+  return 0;
+}
+
+#else
+
 int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "isa") == 0) {
     try {
@@ -340,8 +357,10 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   for (int i = 0; i < problems; ++i) {
     seed_of_this_problem = seed + static_cast<uint64_t>(i);
-    random_bits.seed(seed_of_this_problem);
+    random_bits = Chosen(seed_of_this_problem);
     one_problem(i % 2 == 1);
   }
   std::printf("sanitize_loss: %d problems at level %s: ok\n", problems, quark::isa());
 }
+
+#endif

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../csrc/quantile_pool.hpp"
+#include "chosen.hpp"
 
 using quark::QuantilePool;
 using quark::Remainder;
@@ -58,8 +59,80 @@ std::map<std::int64_t, int> labels_by_sorting(const std::map<std::int64_t, Rewar
   return labels;
 }
 
-template <class Reward>
-void random_changes(std::mt19937_64& random, int steps) {
+// A call that may not fit: it throws and changes nothing, or does what it says, and is undone.
+template <class Reward, class Random>
+void misuse(Random& random, QuantilePool<Reward>& pool, const std::vector<std::int64_t>& ids,
+            const std::vector<Reward>& rewards) {
+  using Pool = QuantilePool<Reward>;
+  const auto n = static_cast<std::int64_t>(ids.size());
+  const std::int64_t next_id = pool.next_id();
+  const std::vector<std::int64_t> run_sizes = pool.run_sizes();
+  const std::int64_t odd[] = {-1,
+                              0,
+                              1,
+                              n,
+                              n + 1,
+                              next_id,
+                              next_id + 1,
+                              std::int64_t{1} << random() % 63,
+                              std::numeric_limits<std::int64_t>::max(),
+                              std::numeric_limits<std::int64_t>::min()};
+  const auto any = [&] { return odd[random() % std::size(odd)]; };
+  std::vector<std::int64_t> some(random() % 4);
+  for (std::int64_t& one : some) one = n > 0 && random() % 2 ? ids[random() % ids.size()] : any();
+  const auto count = static_cast<std::int64_t>(some.size());
+  const int call = static_cast<int>(random() % 6);
+  try {
+    if (call == 0) {
+      pool.remove(some.data(), count);
+    } else if (call == 1) {
+      std::vector<Reward> found(some.size());
+      std::vector<std::int64_t> quantiles(some.size());
+      pool.look_up(some.data(), count, found.data(), quantiles.data());
+    } else if (call == 2) {
+      const bool replace = random() % 2;  // as many as one likes, so not too many
+      typename Pool::Request request;
+      request.count = replace ? std::min(any(), n + 1) : any();
+      request.replace = replace;
+      request.stratified = random() % 2;
+      request.key = random();
+      for (const std::int64_t one : some) request.from.push_back(static_cast<int>(one));
+      const auto draw = pool.sample(request);
+      require(static_cast<std::int64_t>(draw.ids.size()) == request.count, "as many as asked for");
+    } else if (call == 3) {
+      auto other_ids = ids;
+      auto other_rewards = rewards;
+      auto sizes = run_sizes;
+      std::int64_t end = next_id;
+      const auto kind = random() % 4;
+      if (kind == 0 && n > 0) other_ids[random() % ids.size()] = any();
+      if (kind == 1 && n > 0) other_rewards[random() % ids.size()] = std::nan("");
+      if (kind == 2) sizes.insert(sizes.begin() + random() % (sizes.size() + 1), any());
+      if (kind != 1) end = any();
+      // Not those that may be restored, but take seconds.
+      if (end > next_id + (1 << 20) && end < std::int64_t{1} << 28) end = next_id;
+      pool.restore(other_ids.data(), other_rewards.data(), n, sizes, end);
+    } else if (call == 4) {
+      std::vector<typename Pool::Item> places;
+      for (const std::int64_t one : some) {
+        places.push_back(Pool::item_of(static_cast<typename Pool::Key>(one), 0));
+      }
+      pool.count_up_to(places);
+      pool.impose(places, std::vector<typename Pool::Key>(random() % 4));
+      pool.quantile_sizes();
+    } else {
+      QuantilePool<Reward>(static_cast<int>(any()), Ties::same, Remainder::spread, 0);
+    }
+  } catch (const std::logic_error&) {  // invalid_argument, out_of_range
+    require(pool.size() == n && pool.next_id() == next_id && pool.run_sizes() == run_sizes,
+            "a refused call changed the pool");
+  }
+  if (pool.imposed()) pool.set_imposed(false);
+  if (call == 0 || call == 3) pool.restore(ids.data(), rewards.data(), n, run_sizes, next_id);
+}
+
+template <class Reward, class Random>
+void random_changes(Random& random, int steps) {
   const Ties ties = random() % 2 ? Ties::same : Ties::arrival;
   const Remainder remainder = random() % 2 ? Remainder::spread : Remainder::last;
   const int k = 1 + static_cast<int>(random() % 40);
@@ -117,6 +190,7 @@ void random_changes(std::mt19937_64& random, int steps) {
     if (random() % 5 == 0) {
       pool.restore(pool_ids.data(), pool_rewards.data(), n, pool.run_sizes(), pool.next_id());
     }
+    misuse(random, pool, pool_ids, pool_rewards);
   }
 }
 
@@ -223,6 +297,20 @@ void readers_beside_a_writer(int rounds) {
 
 }  // namespace
 
+#ifdef QUARK_LIBFUZZER
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
+  Chosen random(bytes, size);
+  if (random() % 2) {
+    random_changes<float>(random, 4);
+  } else {
+    random_changes<double>(random, 4);
+  }
+  return 0;
+}
+
+#else
+
 int main(int argc, char** argv) {
   const int effort = argc > 1 ? std::atoi(argv[1]) : 1;
   std::mt19937_64 random(7);
@@ -237,3 +325,5 @@ int main(int argc, char** argv) {
   readers_beside_a_writer<double>(60 * effort);
   std::puts("sanitize_pool: ok");
 }
+
+#endif

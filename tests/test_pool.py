@@ -642,6 +642,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ({"run_sizes": np.array([1])}, "run sizes"),
         ({"ids": np.array([1, 0])}, "ascend"),
         ({"ids": np.array([0])}, "differ in length"),
+        # Each id between two takes memory: a file of a few bytes must not ask for all there is.
+        ({"ids": np.array([0, 2**40]), "next_id": 2**40 + 1}, "too far apart"),
+        ({"ids": np.array([0, 1]), "next_id": 2**62}, "too far apart"),
+        ({"next_id": -1}, "under next_id"),
         ({"rewards": np.array([np.nan, 1])}, "NaN"),
         ({"rewards": np.array([1.0])}, "as many ids as rewards"),
         ({"prompt_lengths": np.array([1, 7])}, "add up"),
