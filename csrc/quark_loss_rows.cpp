@@ -289,7 +289,7 @@ Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
   for (int64_t i = 0; i < vocab; i += kBlock) {
     const int64_t count = vocab - i < kBlock ? vocab - i : kBlock;
     const Z* z = z_row + i;
-    const R* r = r_row + i;
+    const R* r = has_ref ? r_row + i : nullptr;  // no arithmetic with a null pointer
     if (i == 0) {
       sum.m = maximum(z_block.of(z, count), count);
       if (has_ref) sum.u = maximum(r_block.of(r, count), count);
@@ -396,8 +396,10 @@ void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t la
     const float at_label = gradient.at<kl, Range::any>(load(z[label]), r_label) - label_weight;
     const auto block = gradient.range == Range::moderate ? gradient_block<kl, Range::moderate, Z, R>
                                                          : gradient_block<kl, Range::any, Z, R>;
-    for (int64_t i = 0; i < vocab; i += kBlock)
-      block(gradient, z + i, r + i, vocab - i < kBlock ? vocab - i : kBlock, grad + i);
+    for (int64_t i = 0; i < vocab; i += kBlock) {
+      const R* const r_block = kl == Kl::none ? nullptr : r + i;
+      block(gradient, z + i, r_block, vocab - i < kBlock ? vocab - i : kBlock, grad + i);
+    }
     store(grad[label], at_label);
   } else {
     for (int64_t i = 0; i < vocab; ++i) store_nan(grad[i]);

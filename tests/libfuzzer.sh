@@ -13,5 +13,5 @@ clang++ $flags "$here/sanitize_pool.cpp" "$here/../csrc/quantile_pool.cpp" -pthr
 for core in loss pool; do
   mkdir "$build/corpus-$core"
   "$build/$core" "$build/corpus-$core" -max_total_time="${1:-60}" -max_len=512 -timeout=60 \
-    -verbosity=0 -print_funcs=0 -print_final_stats=1
+    -verbosity=0 -print_funcs=0 -print_final_stats=1 -artifact_prefix="${TMPDIR:-/tmp}/$core-"
 done
