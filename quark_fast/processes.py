@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
+import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,7 +30,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, par
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from quark_fast import zero
 from quark_fast.config import Config, UsageError
+from quark_fast.machine import Precision
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -51,32 +56,33 @@ class Processes:
     Attributes:
         count, index: how many there are, and this one's place among them.
         main: whether this is the first, which alone writes and shows.
-        replicated, sharded: whether each has the whole model (DDP), or a part of it (FSDP2).
+        replicated, sharded, zero: whether each has the whole model (DDP), a part of it (FSDP2), or the whole
+            and a part of the optimizer's state (DeepSpeed).
     """
 
     def __init__(self, count: int = 1, index: int = 0, device: torch.device | str = "cpu") -> None:
         self.count, self.index, self.main = count, index, index == 0
         self.device = torch.device(device)
-        self.replicated = self.sharded = False
+        self.replicated = self.sharded = self.zero = False
 
     @classmethod
     def join(cls) -> Processes:
         """Join the processes that a launcher started with this one.
 
         Raises:
-            UsageError: the launcher asked for an engine that is not supported.
+            UsageError: the launcher asked for an engine that is not installed.
         """
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise UsageError(
-                "DeepSpeed is not supported; FSDP2 shards what ZeRO-3 does: launch with --use_fsdp"
-                " --fsdp_version 2, and --fsdp_reshard_after_forward false for what ZeRO-2 does"
-            )
+        asked = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if asked and importlib.util.find_spec("deepspeed") is None:
+            raise UsageError("--use_deepspeed needs its package: pip install deepspeed")
         # With it, all processes but the first would load empty models, and sample from them.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
         state = PartialState(cpu=cpu, timeout=PATIENCE)
-        return cls(state.num_processes, state.process_index, state.device)
+        joined = cls(state.num_processes, state.process_index, state.device)
+        joined.zero = asked
+        return joined
 
     @property
     def share(self) -> tuple[int, int]:
@@ -177,6 +183,12 @@ class Processes:
                 f"reward_cache = on, but the processes are on {self.machines} machines, and a file on a"
                 " network loses its locks; give auto or off"
             )
+        for name, engine in (("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)):
+            asked = parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
+            if asked and accelerator.distributed_type != engine:  # accelerate itself would go on without
+                raise UsageError(f"--use_{name} needs GPUs, and here is none; launch without it")
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            zero.check(accelerator, config)
         if accelerator.distributed_type != DistributedType.FSDP:
             return
         if not accelerator.is_fsdp2:
@@ -189,7 +201,16 @@ class Processes:
         if accelerator.mixed_precision == "fp16":
             raise UsageError("precision = fp16 is not supported with FSDP2; give bf16 or fp32")
 
-    def prepare(self, accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Around, Any]:
+    def autocast(self, accelerator: Accelerator, precision: Precision) -> Callable[[], Any]:
+        """What the precision of a forward pass is chosen by, around float32 weights."""
+        if self.zero and precision == "bf16":  # DeepSpeed's own would make the weights bf16
+            return functools.partial(torch.autocast, self.device.type, torch.bfloat16)
+        own: Callable[[], Any] = accelerator.autocast
+        return own
+
+    def prepare(
+        self, accelerator: Accelerator, model: Any, optimizer: Any, config: Config
+    ) -> tuple[Around, Any]:
         """The model as accelerate's launcher wants it: as it is, replicated (DDP) or sharded (FSDP2).
 
         Returns:
@@ -197,7 +218,9 @@ class Processes:
         """
         around = Around(model)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        self.replicated = self.count > 1 and not self.sharded
+        self.replicated = self.count > 1 and not self.sharded and not self.zero
+        if self.zero:
+            zero.configure(accelerator, config)
         if self.sharded:
             plugin = accelerator.state.fsdp_plugin
             if plugin.mixed_precision_policy is not None:
@@ -218,37 +241,41 @@ class Processes:
         """
         if self.sharded:
             return contextlib.nullcontext()
+        if self.zero:
+            return _no_step(accelerator)
         context: AbstractContextManager[None] = accelerator.no_sync(around)
         return context
 
-    def average_gradients(self, around: Around) -> None:
+    def average_gradients(self, accelerator: Accelerator, around: Around, finite: bool) -> None:
         """Have DDP make gradients, which have gathered on each process, the mean over processes.
 
         By a backward pass of nothing, and not by that of the last micro-batch: a process that waits for the
-        others' gradients cannot be told that one of them has run out of memory.
+        others' gradients cannot be told that one of them has run out of memory. DeepSpeed makes its step
+        there, too, or skips it if the gradients, or the losses before (``finite``), are not finite.
         """
-        if self.replicated:
+        if self.replicated or self.zero:
             trained = [p for p in around.parameters() if p.requires_grad]
             nothing = around(lambda: torch.stack([p.reshape(-1)[:0].sum().float() for p in trained]).sum())
-            nothing.backward()
+            accelerator.backward(nothing if finite else nothing * math.nan)
 
     def lacked_memory(self, here: str | None) -> bool:
         """Whether any process ran out of memory, given what this one did, in words; if so, all try again.
 
         Raises:
-            UsageError: this one did, in the middle of a pass for which sharded models need all.
+            UsageError: this one did, in the middle of a pass for which the engine needs all.
         """
-        if self.sharded and here is not None:
+        if (self.sharded or self.zero) and here is not None:
             raise UsageError(
-                f"process {self.index} ran out of memory ({here}); with FSDP2 the others cannot repeat the"
-                " step with it: go on from the last checkpoint with --resume and a smaller --micro-batch"
+                f"process {self.index} ran out of memory ({here}); with FSDP2 or DeepSpeed the others cannot"
+                " repeat the step with it: go on from the last checkpoint with --resume and a smaller"
+                " --micro-batch"
             )
         return self.any(here is not None)
 
-    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors whole and in RAM on the main process, nothing on the others, which have to ask, too."""
         found = {}
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             complete = whole(tensor.detach())
             if self.main:
                 found[name] = complete.cpu().contiguous()
@@ -282,6 +309,16 @@ class Around(nn.Module):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             return work()
+
+
+@contextlib.contextmanager
+def _no_step(accelerator: Accelerator) -> Iterator[None]:
+    """What accelerate hands to DeepSpeed's backward pass meanwhile is not followed by its step."""
+    accelerator.sync_gradients = False
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = True
 
 
 def whole(tensor: Tensor) -> Tensor:

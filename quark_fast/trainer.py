@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quark_fast import assets, trackers
+from quark_fast import assets, trackers, zero
 from quark_fast.batch import Draws, plan_batches
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.evaluation import (
@@ -158,7 +158,7 @@ class Trainer:
         self.task = find_task(config.task, config.target)
         set_threads(config.threads)
         self.accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            mixed_precision="no" if config.precision == "fp32" or self.processes.zero else config.precision,
             log_with=trackers.trackers(config.report_to) or None,
             project_dir=self.folder / "tensorboard",
             kwargs_handlers=[REPLICATION],
@@ -216,10 +216,13 @@ class Trainer:
             else shared.to(self.device)
         )
         self.objective = Objective(
-            config, self.policy, self.reference, self.device, self.accelerator.autocast
+            config,
+            self.policy,
+            self.reference,
+            self.device,
+            self.processes.autocast(self.accelerator, config.precision),
         )
-        rows = model.get_input_embeddings().rows
-        body = [p for p in model.parameters() if p.requires_grad and p is not rows]
+        *body, rows = _parameters(model)
         groups: list[dict[str, Any]] = [
             {"params": body, "lr": config.learning_rate},
             {"params": [rows], "lr": config.reward_token_lr},
@@ -237,7 +240,7 @@ class Trainer:
         config = self.config
         self.policy.unsharded = self.reference
         self.around, self.optimizer = self.processes.prepare(
-            self.accelerator, self.policy.model, self.optimizer
+            self.accelerator, self.policy.model, self.optimizer, config
         )
         self.pool = RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed)
         self.draws = Draws()
@@ -288,7 +291,7 @@ class Trainer:
         with torch.no_grad():
             for name, value in tensors["model"].items():
                 own[name].copy_(self.processes.lay_out(value, own[name]))
-        _load_optimizer(self.optimizer, tensors["optimizer"], self.processes)
+        self._load_optimizer(tensors["optimizer"])
         self.processes.everywhere(lambda: self._restore(state, tensors))
 
     def _check_checkpoint(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -332,6 +335,40 @@ class Trainer:
         ):
             raise ValueError(f"round {self.round}, step {self.step}, {len(self.pool)} samples do not fit")
 
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.processes.zero:
+            yield from zero.optimizer_tensors(self.optimizer, _parameters(self.policy.model))
+            return
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                yield f"{index}.{name}", value
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        parameters = _parameters(self.policy.model)
+
+        def laid_out() -> Iterator[tuple[str, Tensor]]:
+            for key, value in tensors.items():
+                like: Tensor = parameters[int(key.partition(".")[0])]
+                if value.shape != like.shape:  # a count of steps: whole everywhere
+                    like = torch.empty(0, device=like.device)
+                yield key, self.processes.lay_out(value, like)
+
+        if self.processes.zero:
+            zero.set_weights(parameters)
+            if tensors:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = 0.0
+                # A step of nothing, for which DeepSpeed makes the state.
+                self.processes.average_gradients(self.accelerator, self.around, finite=True)
+                zero.set_optimizer(self.optimizer, parameters, laid_out())
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in laid_out():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
     def _save(self) -> None:
         arrays, plain = _to_tensors(self.pool.state_dict())
         scaler = self.accelerator.scaler
@@ -348,8 +385,8 @@ class Trainer:
             "pool": plain,
         }
         tensors = {
-            "model": self.processes.collect(_trained(self.policy.model)),
-            "optimizer": self.processes.collect(_optimizer_tensors(self.optimizer)),
+            "model": self.processes.collect(_trained(self.policy.model).items()),
+            "optimizer": self.processes.collect(self._optimizer_tensors()),
             "pool": arrays,
             "draws": {
                 "counts": torch.from_numpy(self.draws.counts),
@@ -652,16 +689,17 @@ class Trainer:
         sums, self.micro_batch = within_memory(
             gradient, self.micro_batch, self._smaller, self.processes.lacked_memory
         )
-        self.processes.average_gradients(self.around)
-        sums = self.processes.mean(sums)
-        # In the model's own order, by which accelerate tells that these are the parameters it has sharded.
-        parameters = list(self.around.parameters())
-        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)))
         decay = config.decay(self.step)
         for group, base in zip(
             self.optimizer.param_groups, (config.learning_rate, config.reward_token_lr), strict=True
         ):
             group["lr"] = base * decay
+        sums = self.processes.mean(sums)
+        finite = all(map(math.isfinite, sums.values()))
+        self.processes.average_gradients(self.accelerator, self.around, finite)
+        # In the model's own order, by which accelerate tells that these are the parameters it has sharded.
+        parameters = list(self.around.parameters())
+        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)))
         scaler = self.accelerator.scaler
         bad = self.bad_steps.judge(sums, norm, scaler and scaler.get_scale())
         if bad is None:
@@ -862,6 +900,12 @@ def _stop_signals(folder: Path) -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+def _parameters(model: Any) -> list[Any]:
+    """What the optimizer has, in its order: the reward tokens' rows, which have a rate of their own, last."""
+    rows = model.get_input_embeddings().rows
+    return [*(p for p in model.parameters() if p.requires_grad and p is not rows), rows]
+
+
 def _trained(model: Any) -> dict[str, Tensor]:
     """The parameters that training changes: all of them, or adapters and reward rows."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -877,24 +921,6 @@ def _small_part(loaded: Checkpoint | None) -> Checkpoint | None:
     state, tensors = loaded
     large = {name: without_data(tensors[name]) for name in ("model", "optimizer")}
     return state, {**tensors, **large}
-
-
-def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor], processes: Processes) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        like = parameters[int(index)]
-        if value.shape != like.shape:  # a count of steps: whole everywhere
-            like = torch.empty(0, device=like.device)
-        state.setdefault(int(index), {})[name] = processes.lay_out(value, like)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

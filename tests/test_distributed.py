@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,12 +35,13 @@ from quark_fast.config import Config, UsageError
 from quark_fast.durable import unlock
 from quark_fast.objective import Objective
 from quark_fast.processes import Elsewhere, Processes
-from quark_fast.run_folder import LOCK
+from quark_fast.run_folder import LOCK, RunFolder
 from quark_fast.trainer import Interrupted, Progress, Trainer
 
 PROMPTS = [f"w{i} w{j}" + " w5" * (i % 3) for i in range(5) for j in range(12, 15)]
 HANGS = 300  # seconds that are too many on any machine
 STOP_AT = 7  # steps; in the second round, between two checkpoints
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ADAPTERS: dict[str, Any] = {"rounds": 1, "lora_rank": 2}
 
 
@@ -75,6 +79,10 @@ def settings(root: Path, name: str, **changed: Any) -> Config:
 # A run in which the loss of a step is infinite and memory holds fewer samples than --micro-batch.
 HARD: dict[str, Any] = {"rounds": 1, "kl_coef": 0.5, "kl_target": 0.02, "kl_horizon": 40, "batch_size": 12}
 SPOILED, FITTING = 3, 2  # the step, the samples
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager
@@ -146,7 +154,10 @@ def work(index: int, root: Path, port: int) -> None:
         attempt("hard", settings(root, "hard", **HARD))
     with trouble(memory=False, loss=True):
         attempt("diverged", settings(root, "diverged", **HARD, max_bad_steps=1))
-    attempt("adapters", settings(root, "adapters", **ADAPTERS))
+    attempt("adapters", settings(root, "adapters", **ADAPTERS, gradient_checkpointing=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", no_space)
+        attempt("full", settings(root, "full"))
 
     # accelerate shards on devices other than the CPU alone, though FSDP2 itself does not mind: it is told
     # that these processes have GPUs once it has made their gloo group.
@@ -165,9 +176,26 @@ def work(index: int, root: Path, port: int) -> None:
         sharded.append(all(isinstance(p, DTensor) for p in self.policy.model.parameters()))
 
     Trainer._start = look  # type: ignore[method-assign]
-    attempt_sharded("sharded", settings(root, "sharded"))
+    attempt_sharded("sharded", settings(root, "sharded", gradient_checkpointing=True))
     attempt_sharded("sharded, stopped", settings(root, "sharded-stopped"), stop=index == 0)
     heard["all parameters sharded"] = str(sharded)
+
+    del os.environ["ACCELERATE_USE_FSDP"]
+    if DEEPSPEED:  # which accelerate takes to GPUs alone, too
+        os.environ |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true"}
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+        def attempt_zero(name: str, stage: int, config: Config, **how: Any) -> None:
+            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+            attempt_sharded(name, config, **how)
+
+        attempt_zero("zero, stopped", 2, settings(root, "zero-2"), stop=index == 0)
+        attempt_zero("zero, resumed", 1, settings(root, "zero-1", resume=True, gradient_checkpointing=True))
+        with trouble(memory=False, loss=index == 0):
+            attempt_zero("zero, hard", 2, settings(root, "zero-hard", **HARD))
     (root / f"heard-{index}.json").write_text(json.dumps(heard))
     torch.distributed.destroy_process_group()
 
@@ -184,6 +212,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Interrupted):
         train(settings(root, "stopped-on-one"), stop=True)
     unlock(root / "stopped-on-one" / LOCK)  # which would otherwise be this process's for its life
+    shutil.copytree(root / "stopped-on-one", root / "zero-1")
     with trouble(memory=False, loss=True):
         train(settings(root, "hard-on-one", **HARD))
     train(settings(root, "adapters-on-one", **ADAPTERS))
@@ -195,6 +224,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             process.kill()
     train(settings(root, "stopped-on-two", resume=True))
     train(settings(root, "sharded-stopped", resume=True))
+    if DEEPSPEED:
+        train(settings(root, "zero-2", resume=True))
     AcceleratorState._reset_state(reset_partial_state=True)
     return root
 
@@ -212,6 +243,76 @@ def test_lack_of_memory_and_a_bad_loss_of_one_process_are_all_processes(root: Pa
 def test_diverged_run_ends_on_all_processes_with_one_message(root: Path) -> None:
     assert heard(root, 0)["diverged"].startswith("Diverged: steps 3 to 3 had no finite kl and were skipped;")
     assert heard(root, 1)["diverged"].startswith("Elsewhere: process 0 failed: steps 3 to 3")
+
+
+def test_full_disk_of_the_one_that_writes_ends_all_with_one_message(root: Path) -> None:
+    assert heard(root, 0)["full"].startswith("UsageError: cannot write to the run folder")
+    assert heard(root, 1)["full"].startswith("Elsewhere: process 0 failed")
+
+
+@pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("one", "other"), [("one", "zero-1"), ("one", "zero-2"), ("hard-on-one", "zero-hard")]
+)
+def test_zero_computes_what_one_process_does_and_each_goes_on_with_the_others_checkpoint(
+    root: Path, one: str, other: str
+) -> None:
+    assert not {"zero, resumed", "zero, hard"} & heard(root, 0).keys()
+    assert heard(root, 0)["zero, stopped"].startswith("Interrupted: stopped in round 2")
+    assert_same_run(root / one, root / other)
+
+
+def accelerator(kind: DistributedType, **state: Any) -> Any:
+    """What launchers leave for the checks."""
+    settings = {"is_fsdp2": True, "mixed_precision": "no"} | state
+    return SimpleNamespace(distributed_type=kind, **settings)
+
+
+def zero_plugin(stage: int, **config: Any) -> Any:
+    """A DeepSpeed configuration as accelerate holds it."""
+    given = {"zero_optimization": {"stage": stage}, **config}
+    offloads = SimpleNamespace(is_offload=lambda: "offload" in config)
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=given, hf_ds_config=offloads)
+    return SimpleNamespace(deepspeed_plugin=plugin)
+
+
+@pytest.mark.parametrize(
+    ("launched", "changed", "message"),
+    [
+        (accelerator(DistributedType.FSDP, is_fsdp2=False), {}, "FSDP version 1 .*--fsdp_version 2"),
+        (accelerator(DistributedType.FSDP), {"lora_rank": 4}, "lora_rank = 4 .* without --use_fsdp"),
+        (accelerator(DistributedType.FSDP, mixed_precision="fp16"), {}, "fp16 .* give bf16 or fp32"),
+        (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(3)), {}, "zero_stage = 3 .*--use_fsdp"),
+        (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2, offload=1)), {}, "offload_optimizer"),
+        (
+            accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2, optimizer={"type": "Adam"})),
+            {},
+            "its own optimizer; leave it out",
+        ),
+        (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2)), {"lora_rank": 4}, "lora_rank = 4"),
+        (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2)), {"precision": "fp16"}, "fp16"),
+    ],
+)
+def test_combination_that_cannot_work_is_refused_with_the_mend(
+    tmp_path: Path, launched: Any, changed: dict[str, Any], message: str
+) -> None:
+    config = settings(tmp_path, "run", **changed)
+    with pytest.raises(UsageError, match=message):
+        Processes(2, 0).check(launched, config)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engine_asked_for_that_accelerate_would_leave_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(UsageError, match=f"--use_{engine} needs GPUs"):
+        Processes(2, 0).check(accelerator(DistributedType.MULTI_CPU), settings(tmp_path, "run"))
+
+
+def test_zero_configuration_that_states_what_the_run_does_is_taken(tmp_path: Path) -> None:
+    state = zero_plugin(2, bf16={"enabled": False}, fp16={"enabled": False})
+    Processes(2, 0).check(accelerator(DistributedType.DEEPSPEED, state=state), settings(tmp_path, "run"))
 
 
 def test_lack_of_memory_that_sharded_processes_cannot_repair_is_told_with_the_mend() -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
-    | {"trackers", "attention"},
+    | {"trackers", "attention", "zero"},
     {"pool_store", "pool_groups", "pool_union"},
     {"durable", "untrusted"},
     {"_C"},
