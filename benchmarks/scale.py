@@ -78,6 +78,11 @@ def state(p: float, sharded_over: int) -> float:
     return 16 * p / sharded_over
 
 
+def zero_state(p: float, n: int, stage: int) -> float:
+    """ZeRO: whole float32 weights, gradients whole (1) or of a part (2), of a part a copy and two moments."""
+    return 4 * p + (4 * p if stage == 1 else 4 * p / n) + 12 * p / n
+
+
 def frozen(p: float) -> float:
     """A whole bf16 model."""
     return 2 * p
@@ -160,9 +165,18 @@ def learning(shape: Shape, n: int) -> float:
 
 
 def sampling(shape: Shape, n: int) -> float:
-    """No gradients and no activations meanwhile: 12 bytes of state instead of 16, and two whole models."""
+    """No activations meanwhile, but two whole models; gradients only of DDP, in the buffers it keeps."""
     p = shape.parameters
-    return 12 * p / n + 2 * frozen(p) + cache(shape)
+    return (16 if n == 1 else 12) * p / n + 2 * frozen(p) + cache(shape)
+
+
+def engines() -> str:
+    rows = [["weights, gradients, Adam, GB a GPU", *(s.name for s in SHAPES)]]
+    for name, n, stage in (("DDP", 8, 0), ("ZeRO 1 x8", 8, 1), ("ZeRO 2 x8", 8, 2), ("FSDP2 x8", 8, 3)):
+        p = [s.parameters for s in SHAPES]
+        needed = [zero_state(x, n, stage) if stage in (1, 2) else state(x, n if stage else 1) for x in p]
+        rows.append([name, *(gb(x) for x in needed)])
+    return table(rows)
 
 
 def traffic() -> str:
@@ -203,7 +217,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     for s in SHAPES:
         print(f"{s.name}: {s.parameters / GB:.2f} billion parameters, {s.saved:,} bytes a token and layer")
-    print(f"\nMemory of a GPU\n\n{memory()}\n\nTraffic\n\n{traffic()}\n\nTime\n\n{time_shares()}\n")
+    print(f"\nMemory of a GPU\n\n{memory()}\n\n{engines()}\n")
+    print(f"Traffic\n\n{traffic()}\n\nTime\n\n{time_shares()}\n")
     print("Whole float32 logits would take, GB:", *(f"{s.name} {gb(whole_logits(s))}" for s in SHAPES))
     print(
         "Activations without recomputation, GB:", *(f"{s.name} {gb(activations(s, False))}" for s in SHAPES)

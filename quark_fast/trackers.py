@@ -34,7 +34,10 @@ def trackers(report_to: str) -> list[str]:
 
 
 def start(accelerator: Accelerator, run: str, config: Mapping[str, Any], step: int) -> None:
-    """Begin to track on the main process, or go on after ``step``: what was tracked beyond it is void."""
+    """Begin to track on the main process, or go on after ``step``: what was tracked beyond it is void.
+
+    trackio has no means for that: it keeps the steps since the checkpoint beside those that repeat them.
+    """
     if accelerator.log_with:
         resuming = {"purge_step": step + 1} if step else {}
         own = {"tensorboard": resuming, "trackio": {"name": run, "resume": "allow"}}

@@ -338,9 +338,9 @@ def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     given = {"reward": "rewards:score", "prompts": str(tmp_path / "prompts.txt"), "held_out": "2"}
     settings(tmp_path, "down", **given).save(tmp_path / "run.yaml")
-    # What accelerate launches GPUs' processes with; on CPUs it takes MPI.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), "-m", "quark_fast.train"]
+    # As on GPUs; with --cpu in place of --multi_gpu it would take MPI.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", str(free_port()), "-m", "quark_fast.train"]
     command += ["--config", str(tmp_path / "run.yaml")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
@@ -438,5 +438,5 @@ def test_page_on_scale_shows_what_its_formulas_give_for_the_models_it_names() ->
     published = {"1B": 1_235_814_400, "8B": 8_030_261_248, "70B": 70_553_706_496}
     assert {shape.name: shape.parameters for shape in scale.SHAPES} == published
     page = (repository / "docs" / "scale.md").read_text()
-    for table in (scale.memory(), scale.traffic(), scale.time_shares()):
+    for table in (scale.memory(), scale.engines(), scale.traffic(), scale.time_shares()):
         assert table in page

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,27 @@ def test_tensorboard_holds_every_number_of_the_metrics_once_across_a_resume(
         row["name"]: row["metrics"] for row in json.loads((folder / "evaluation.json").read_text())["rows"]
     }
     assert curve("evaluation/best token/mean") == [(8, pytest.approx(table["best token"]["mean"]["value"]))]
+
+
+def test_trackio_holds_the_numbers_under_the_name_of_the_run(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it looks once
+    settings = {"rounds": 1, "steps": 3, "batch_size": 4, "eval_samples": 1, "report_to": "trackio"}
+    config = small(tmp_path / "run", tiny_model(), **settings)
+    Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "quark_fast.db")) as store:
+        tracked = store.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in tracked} == {str(tmp_path / "run")}
+    losses = [
+        (step, json.loads(numbers)["step/loss"]) for _, step, numbers in tracked if b"step/loss" in numbers
+    ]
+    written = [
+        (row["step"], row["loss"]) for row in rows(config.output_folder / "metrics.jsonl", kind="step")
+    ]
+    assert losses == [(step, pytest.approx(loss)) for step, loss in written]
 
 
 def test_trackers_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
