@@ -272,6 +272,12 @@ def test_run_folder_brings_no_code_that_its_settings_have_run(
     assert not (tmp_path / "ran").exists()
 
 
+def test_help_says_that_a_function_is_code_that_is_run() -> None:
+    told = {name: field.metadata["help"] for name, field in Config.__dataclass_fields__.items()}
+    assert "this imports and runs its code" in told["reward"]
+    assert "run the Python code" in told["trust_remote_code"]
+
+
 def test_run_folder_may_name_code_that_lies_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
