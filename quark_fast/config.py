@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -77,6 +78,10 @@ FREE_ON_RESUME = {
     "reward_timeout",
     "reward_retries",
     "reward_backoff",
+    "vllm_server",
+    "vllm_timeout",
+    "vllm_retries",
+    "vllm_memory",
 }
 
 
@@ -208,6 +213,20 @@ class Config:
     top_p: float = setting(0.9, "nucleus when exploring, share of the probability mass")
     max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
     sample_batch: int = setting(128, "completions sampled side by side")
+    rollout: Literal["transformers", "vllm"] = setting(
+        "transformers",
+        "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",
+    )
+    vllm_server: str | None = setting(
+        None,
+        "`vllm serve` to sample by, http://host:port; the run shows how to start it; default: vLLM in this"
+        " process",
+    )
+    vllm_timeout: float = setting(
+        600.0, "limit for one request to that server, and for waiting until it is up, seconds"
+    )
+    vllm_retries: int = setting(5, "further attempts after a failed request to that server")
+    vllm_memory: float = setting(0.3, "share of the GPU's memory that vLLM in this process may use")
 
     # learning
     rounds: int = setting(2, "rounds of sampling and learning; the first samples the untouched model")
@@ -365,6 +384,8 @@ class Config:
             "reward_retries": 0,
             "reward_backoff": 0.0,
             "sample_batch": 1,
+            "vllm_timeout": 1.0,
+            "vllm_retries": 0,
             "rounds": 1,
             "steps": 1,
             "batch_size": 1,
@@ -441,9 +462,36 @@ class Config:
             raise UsageError(
                 f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"
             )
+        self._check_rollout()
         self.weights()
         self.guidances()
         self.held_out_count()
+
+    def _check_rollout(self) -> None:
+        if not 0 < self.vllm_memory <= 1:
+            raise UsageError(f"vllm_memory = {self.vllm_memory}; give a share in (0, 1]")
+        if self.rollout == "transformers":
+            if self.vllm_server is not None:
+                raise UsageError(f"vllm_server = {self.vllm_server!r} is for rollout = vllm; give that, too")
+            return
+        if self.vllm_server is not None:
+            try:
+                parts = urlsplit(self.vllm_server)
+                plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:  # a port that is no number
+                plain = False
+            if not plain or parts.path.strip("/") or parts.query:
+                raise UsageError(f"vllm_server = {self.vllm_server!r}; give http://host:port alone")
+        if self.guidance != 1.0:
+            raise UsageError(
+                f"guidance = {self.guidance:g} mixes two streams a token, which vLLM does not do; give"
+                " --guidance 1, or --rollout transformers"
+            )
+        # What vLLM refuses, or changes quietly.
+        if self.temperature > 2 or 0 < self.temperature < 0.01:
+            raise UsageError(f"temperature = {self.temperature:g}; vLLM takes 0, and 0.01 to 2")
+        if self.quantiles > 128:
+            raise UsageError(f"quantiles = {self.quantiles}; vLLM suppresses 128 reward tokens at most")
 
     def check_resumes(self, saved: Config) -> None:
         """Raise UsageError unless a run with the settings ``saved`` can go on with these."""

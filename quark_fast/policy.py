@@ -327,11 +327,14 @@ class Policy:
         """
         self.write_export(folder, self.whole_copy(dtype))
 
-    def write_export(self, folder: Path, model: Any) -> None:
-        """``export`` of a ``whole_copy``, which is changed: one process may write what all had to make."""
+    def write_export(self, folder: Path, model: Any, *, padding: bool = True) -> None:
+        """``export`` of a ``whole_copy``, which is changed: one process may write what all had to make.
+
+        Without ``padding`` the table ends with the last reward token: those are all that is to be suppressed.
+        """
         embedding: RewardEmbedding = model.get_input_embeddings()
         model.set_input_embeddings(embedding.base)
-        size = max(embedding.weight.shape[0], self.reward_ids[-1] + 1)
+        size = max(embedding.weight.shape[0] if padding else 0, self.reward_ids[-1] + 1)
         model.resize_token_embeddings(size, mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().weight[self.reward_ids] = embedding.rows

@@ -7,16 +7,22 @@ new token skips the flash kernel on the CPU, and a token is drawn with one unifo
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast.policy import Policy
+
+# Indices of prompts, and of each its completions as token ids, the stop id included.
+Batch = tuple[list[int], list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,17 @@ class Conditioning:
         return [(self.quantile, self.guidance), (self.against, 1.0 - self.guidance)]
 
 
+def batches(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, share: tuple[int, int]
+) -> list[tuple[int, list[int]]]:
+    """(place, indices into prompts) of each batch of ``share``; prompts of similar length are in one."""
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    size = max(1, sampling.rows // samples)
+    index, count = share
+    every = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    return list(enumerate(every))[index::count]
+
+
 def sample(
     policy: Policy,
     model: Any,
@@ -65,7 +82,7 @@ def sample(
     samples: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+) -> Iterator[Batch]:
     """Sample ``samples`` completions of every prompt, a batch of prompts at a time.
 
     Prompts of similar length share a batch, and each batch has a generator of its own derived from
@@ -78,11 +95,7 @@ def sample(
     Yields:
         (indices into prompts, per index its ``samples`` completions as token ids, the stop id included).
     """
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    size = max(1, sampling.rows // samples)
-    index, count = share
-    for place, start in list(enumerate(range(0, len(by_length), size)))[index::count]:
-        indices = by_length[start : start + size]
+    for place, indices in batches(prompts, sampling, samples, share):
         generator = torch.Generator(model.device).manual_seed((1_000_003 * seed + place) % 2**63)
         batch = [prompts[i] for i in indices]
         yield (
@@ -94,8 +107,58 @@ def sample(
 # ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
 Sampler = Callable[
     [Policy, Any, Sequence[Sequence[int]], Conditioning, Sampling, int, int, tuple[int, int]],
-    Iterator[tuple[list[int], list[list[list[int]]]]],
+    Iterator[Batch],
 ]
+
+
+class Draw(Protocol):
+    """``sample`` of some model."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        conditioning: Conditioning,
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        share: tuple[int, int] = ...,
+    ) -> Iterator[Batch]: ...
+
+
+class Rollout(Protocol):
+    """The engine that samples a round's completions: ``TransformersRollout``, ``VllmRollout``."""
+
+    def synchronised(self, untouched: bool) -> AbstractContextManager[Draw]:
+        """Sample from the policy as it is now; ``untouched``: it did not learn yet, and is the reference.
+
+        All processes of a run have to ask, since the policy may be sharded among them.
+        """
+
+    def close(self) -> None:
+        """No further round is sampled."""
+
+
+class TransformersRollout:
+    """Sampling in this process, by the loop of this module.
+
+    Args:
+        reference: the untouched model.
+        sampler: samples it, as ``sample`` does.
+    """
+
+    def __init__(self, policy: Policy, reference: Any, dtype: torch.dtype, sampler: Sampler = sample) -> None:
+        self.policy, self.reference, self.dtype, self.sampler = policy, reference, dtype, sampler
+
+    @contextlib.contextmanager
+    def synchronised(self, untouched: bool) -> Iterator[Draw]:
+        if untouched:
+            yield functools.partial(self.sampler, self.policy, self.reference)
+        else:
+            # The copy goes when the round is sampled: learning needs its memory.
+            yield functools.partial(sample, self.policy, self.policy.frozen_copy(self.dtype))
+
+    def close(self) -> None:
+        """Nothing is kept between rounds."""
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from quark_fast.untrusted import clean
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 REWARDS = "rewards.sqlite"
+ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 LOCK = ".lock"  # held by the process that runs the run
 CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
@@ -35,7 +36,7 @@ class RunFolder:
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
     report.html, model/, rewards.sqlite for rewards that are cached and, while the run is not finished,
-    checkpoint/, the one before it in checkpoint.old/, and .lock.
+    checkpoint/, the one before it in checkpoint.old/, rollout/ with weights for vLLM, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -57,8 +57,9 @@ from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report import write_report
 from quark_fast.reward import Function, Reward
-from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
-from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, Checkpoint, RunFolder
+from quark_fast.rollout import Conditioning, Draw, Rollout, Sampler, Sampling, TransformersRollout, sample
+from quark_fast.rollout_vllm import check_vllm, vllm_rollout
+from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, ROLLOUT, Checkpoint, RunFolder
 from quark_fast.scoring import cached, choose_reward, refuse_code_of
 from quark_fast.stability import BadSteps, KLController
 from quark_fast.tasks import find_task
@@ -155,6 +156,7 @@ class Trainer:
     ) -> None:
         """Everything but the run folder; whatever is wrong shows here."""
         config = self.config
+        check_vllm(config, self.processes.count)
         self.task = find_task(config.task, config.target)
         set_threads(config.threads)
         self.accelerator = Accelerator(
@@ -233,7 +235,22 @@ class Trainer:
         rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
         self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
         self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
+        self.rollout = self._choose_rollout()
         self.probe: Probe | None = None  # drawn when it is first asked for
+
+    def _choose_rollout(self) -> Rollout:
+        if self.config.rollout == "transformers":
+            return TransformersRollout(self.policy, self.reference, self.sampling_dtype, self.sampler)
+        return vllm_rollout(
+            self.config,
+            self.policy,
+            self.folder / ROLLOUT,
+            self.sampling_dtype,
+            self.device,
+            max(map(len, self.train_ids)),
+            say=lambda text: self.listen(Progress("waiting for the vLLM server", 0, 1, note=text)),
+            once=lambda work: self.processes.once(self._stoppable(work)),
+        )
 
     def _start(self) -> None:
         """The model on its processes; a new folder, or the state of the last checkpoint."""
@@ -418,6 +435,7 @@ class Trainer:
                     self.processes.everywhere(self._stop_if_asked)
                 self._probe()
                 self.round, self.sampled = self.round + 1, False
+            self.processes.once(self.rollout.close)
             self.policy.place_untrained_rows(self.config.weights())
             self.seconds = time.monotonic() - started
             self._save()
@@ -427,14 +445,18 @@ class Trainer:
             self._finish()
         return self.folder.path
 
-    def _share(self, work: Callable[[], T]) -> list[T]:
-        """The work of all processes, which a resumed run does again: a signal need not wait for it."""
+    def _stoppable(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Work that a resumed run does again: a signal need not wait for it."""
 
         def stoppable() -> T:
             with self.stop.at_once():
                 return work()
 
-        return self.processes.everywhere(stoppable)
+        return stoppable
+
+    def _share(self, work: Callable[[], T]) -> list[T]:
+        """The stoppable work of all processes."""
+        return self.processes.everywhere(self._stoppable(work))
 
     def _record(self, row: dict[str, Any]) -> None:
         """A row for metrics.jsonl and the trackers."""
@@ -456,7 +478,6 @@ class Trainer:
         """Explore: sample from the reference first, then guided towards the best token; score; add."""
         config, begun = self.config, time.monotonic()
         first = self.round == 0
-        model = self.reference if first else self.policy.frozen_copy(self.sampling_dtype)
         samples = config.initial_samples if first else config.explore_samples
         sampling = Sampling(
             config.max_new_tokens,
@@ -468,7 +489,8 @@ class Trainer:
         kept = len(self.pool)
         rewards: list[float] = []
         rows: list[dict[str, Any]] = []
-        shares = self._share(lambda: list(self._scored(model, sampling, samples)))
+        with self.rollout.synchronised(untouched=first) as draw:
+            shares = self._share(lambda: list(self._scored(draw, sampling, samples)))
         for _, batch in in_turn(shares):
             texts, scores = [one.text for one in batch], np.array([one.reward for one in batch])
             prompts = [one.prompt for one in batch]
@@ -502,12 +524,12 @@ class Trainer:
         self.processes.once(write)
         self._record(self._round_metrics(rewards, len(rows), begun))
 
-    def _scored(self, model: Any, sampling: Sampling, samples: int) -> Iterator[tuple[int, list[Scored]]]:
-        """This process's batches of the round's completions, with their rewards, as of ``_draw``."""
+    def _scored(self, draw: Draw, sampling: Sampling, samples: int) -> Iterator[tuple[int, list[Scored]]]:
+        """This process's batches of the round's completions, with their rewards, as of ``_drawn``."""
         begun, done, tokens, rewards = time.monotonic(), 0, 0, 0.0
         scored = 0
         total = samples * len(self.train_ids)
-        for place, indices, drawn in self._draw(model, sampling, samples):
+        for place, indices, drawn in self._drawn(draw, sampling, samples):
             flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
             texts = [self.policy.decode(completion) for _, completion in flat]
             scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
@@ -530,23 +552,15 @@ class Trainer:
                 )
             )
 
-    def _draw(
-        self, model: Any, sampling: Sampling, samples: int
+    def _drawn(
+        self, draw: Draw, sampling: Sampling, samples: int
     ) -> Iterator[tuple[int, list[int], list[list[list[int]]]]]:
         """This process's part of the round's completions: (conditioning, *what sample yields)."""
-        draw = sample if self.round else self.sampler
         seed = self.config.seed * 1_000_003 + self.round
         for place, (conditioning, indices) in enumerate(self._conditionings()):
             prompts = [self.train_ids[i] for i in indices]
             for places, drawn in draw(
-                self.policy,
-                model,
-                prompts,
-                conditioning,
-                sampling,
-                samples,
-                seed + (place << 40),
-                self.processes.share,
+                prompts, conditioning, sampling, samples, seed + (place << 40), self.processes.share
             ):
                 yield place, [indices[p] for p in places], drawn
 

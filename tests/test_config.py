@@ -58,6 +58,9 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         "eval_top_p": 0.5,
         "seed": 2**63 - 1,
         "learning_rate": 1e-5,  # YAML reads 1e-05 as a text
+        "guidance": 1.0,  # for vLLM
+        "vllm_server": "http://host:8000",
+        "vllm_memory": 0.5,
     }
     kinds = get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -233,6 +236,9 @@ IMPOSSIBLE = [
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
     ("reward_retries", -1),
     *((name, value) for name in ("reward_timeout", "reward_backoff") for value in (-0.1, float("nan"))),
+    ("vllm_retries", -1),
+    *(("vllm_timeout", value) for value in (0.9, float("nan"))),
+    *(("vllm_memory", value) for value in (0.0, 1.01, float("nan"))),
     ("held_out", "0"),
     ("seed", 2**63),
     *(

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -29,13 +30,15 @@ from conftest import save_tiny_model, sharpen
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from vllm_server import VllmServer
 
 from quark_fast import trainer as trainer_module
 from quark_fast.config import Config, UsageError
 from quark_fast.durable import unlock
 from quark_fast.objective import Objective
 from quark_fast.processes import Elsewhere, Processes
-from quark_fast.run_folder import LOCK, RunFolder
+from quark_fast.rollout_vllm import launch_folder
+from quark_fast.run_folder import LOCK, ROLLOUT, RunFolder
 from quark_fast.trainer import Interrupted, Progress, Trainer
 
 PROMPTS = [f"w{i} w{j}" + " w5" * (i % 3) for i in range(5) for j in range(12, 15)]
@@ -43,6 +46,7 @@ HANGS = 300  # seconds that are too many on any machine
 STOP_AT = 7  # steps; in the second round, between two checkpoints
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ADAPTERS: dict[str, Any] = {"rounds": 1, "lora_rank": 2}
+SERVED: dict[str, Any] = {"rollout": "vllm", "guidance": 1.0, "initial_samples": 2, "explore_samples": 2}
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -116,11 +120,15 @@ def train(config: Config, stop: bool = False) -> Trainer:
     def listen(progress: Progress) -> None:
         if stop and progress.stage == "round 2/2: learning" and progress.done == STOP_AT - config.steps:
             os.kill(os.getpid(), signal.SIGTERM)
+        if progress.stage == "waiting for the vLLM server":
+            port = urlsplit(config.vllm_server or "").port or 0
+            servers.callback(VllmServer(launch_folder(config.output_folder / ROLLOUT), port=port).close)
 
     trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:5], listen=listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "write_report", lambda path: None)  # its plots take longer than the run
-        trainer.train()
+        with contextlib.ExitStack() as servers:
+            trainer.train()
     return trainer
 
 
@@ -131,7 +139,7 @@ def free_port() -> int:
     return port
 
 
-def work(index: int, root: Path, port: int) -> None:
+def work(index: int, root: Path, port: int, url: str) -> None:
     """All that is done on two processes, in one pair of them: starting one takes longest."""
     torch.set_num_threads(1)
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -178,6 +186,7 @@ def work(index: int, root: Path, port: int) -> None:
     Trainer._start = look  # type: ignore[method-assign]
     attempt_sharded("sharded", settings(root, "sharded", gradient_checkpointing=True))
     attempt_sharded("sharded, stopped", settings(root, "sharded-stopped"), stop=index == 0)
+    attempt_sharded("served", settings(root, "served", **SERVED, vllm_server=url))
     heard["all parameters sharded"] = str(sharded)
 
     del os.environ["ACCELERATE_USE_FSDP"]
@@ -216,7 +225,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with trouble(memory=False, loss=True):
         train(settings(root, "hard-on-one", **HARD))
     train(settings(root, "adapters-on-one", **ADAPTERS))
-    pair = torch.multiprocessing.spawn(work, args=(root, free_port()), nprocs=2, join=False)
+    url = f"http://127.0.0.1:{free_port()}"
+    train(settings(root, "served-on-one", **SERVED, vllm_server=url))
+    pair = torch.multiprocessing.spawn(work, args=(root, free_port(), url), nprocs=2, join=False)
     try:
         assert pair.join(timeout=HANGS) or pair.join(timeout=HANGS), "a process waits for what never comes"
     finally:
@@ -401,9 +412,14 @@ def test_two_processes_compute_the_samples_losses_and_weights_of_one(root: Path)
 
 
 def test_sharded_model_computes_the_samples_losses_and_weights_of_a_whole_one(root: Path) -> None:
-    assert heard(root, 0)["all parameters sharded"] == "[true, true]".title()
+    assert heard(root, 0)["all parameters sharded"] == "[True, True, True]"
     assert_same_run(root / "one", root / "sharded")
     assert json.loads((root / "sharded" / "versions.json").read_text())["loss"] == "chunks of hidden states"
+
+
+def test_sharded_processes_are_served_the_samples_that_one_is(root: Path) -> None:
+    assert heard(root, 0).get("served") is heard(root, 1).get("served") is None
+    assert_same_run(root / "served-on-one", root / "served")
 
 
 @pytest.mark.parametrize("name", ["stopped-on-two", "stopped-on-one", "sharded-stopped"])

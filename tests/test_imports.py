@@ -18,6 +18,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 LAYERS = [
     {"train", "evaluate", "generate", "ablate", "command"},
     {"trainer", "evaluator", "finished", "grid"},
+    {"rollout_vllm"},
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
