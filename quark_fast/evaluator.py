@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +158,9 @@ def _read_table(path: Path) -> Saved:
     for key, of_row in samples.items():
         prompts, each = tables[key]["prompts"], tables[key]["samples_per_prompt"]
         for name, found in of_row.items():
-            if sorted(one.prompt_id for one in found) != [i for i in range(prompts) for _ in range(each)]:
+            # Counted first: a table may name any numbers, and a list of so many fill the memory.
+            whole = len(found) == prompts * each > 0
+            if not whole or sorted(one.prompt_id for one in found) != [i // each for i in range(len(found))]:
                 raise UsageError(
                     f"{samples_path(path)} has not {each} samples of each of {prompts} prompts for the row"
                     f" {name!r}, as {path.name} tells: the two do not belong together"
@@ -188,10 +189,10 @@ def _sample(fields: dict[str, Any]) -> Sample:
     counts = [made.prompt_id, made.tokens, made.text_correct, made.text_tokens]
     if not isinstance(made.prompt, str) or not isinstance(made.completion, str):
         raise TypeError("prompt and completion need to be texts")
-    if not all(isinstance(n, int) and n >= 0 for n in counts):
+    if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
         raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
-    if not all(math.isfinite(n) for n in (*numbers, 0.0 if made.score is None else made.score)):
-        raise ValueError("a number is not finite")
+    if not all(abs(n) < 1e30 for n in (*numbers, 0.0 if made.score is None else made.score)):
+        raise ValueError("a number is not finite, or beyond 1e30")
     return made
 
 

@@ -191,7 +191,7 @@ def _change(before: _Sums, after: _Sums, samples: int, seed: int, level: float) 
     old = before.statistic(drawn[:, 0], drawn[:, 1])
     new = after.statistic(drawn[:, 2], drawn[:, 3])
     difference = new - old
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         relative = np.where(old == 0, np.nan, new / old - 1)
     prompts = before.totals.size
     return Change(

@@ -23,6 +23,7 @@ import multiprocessing
 import pickle
 import platform
 import random
+import resource
 import shutil
 import sqlite3
 import sys
@@ -63,6 +64,7 @@ Random = random.Random
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="quark_fast_fuzz_"))
 HANG = 60.0  # seconds for one input
+MEMORY = 4 << 30  # bytes of a target's process; more is a finding
 
 # --- values that nobody expects -------------------------------------------------------------------
 
@@ -970,6 +972,7 @@ def _work(name: str, seeds: range, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     quiet_libraries()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     target, _ = TARGETS[name]
     for seed in seeds:
         pipe.send(("at", seed))

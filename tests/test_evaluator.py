@@ -369,8 +369,11 @@ def test_table_of_an_earlier_version_that_names_no_prompts_is_refused(place: Pat
         (lambda t, s: ({**t, "scorer": "x"}, s), r"no 'scorer' of one in it"),
         (lambda t, s: ({**t, "rows": [{"name": 1}]}, s), r"rows need a name each"),
         (lambda t, s: (t, s[:-1]), r"has not 2 samples of each of 6 prompts"),
+        # No list is made of as many as a file names.
+        (lambda t, s: (t | {"prompts": 2**62}, s), r"has not 2 samples of each of 4611686018427387904"),
         (lambda t, s: (t, [{**s[0], "row": "x"}, *s[1:]]), r"jsonl:1 is no sample of .*KeyError"),
         (lambda t, s: (t, [{**s[0], "nll": math.inf}, *s[1:]]), r"jsonl:1 .*not finite"),
+        (lambda t, s: (t, [{**s[0], "score": 1e308}, *s[1:]]), r"jsonl:1 .*beyond 1e30"),
         (lambda t, s: (t, [*s[:-1], {**s[-1], "tokens": "9"}]), r"jsonl:12 .*counts"),
         (lambda t, s: (t, [{**s[0], "measures": [1]}, *s[1:]]), r"jsonl:1 is no sample"),
         (lambda t, s: (t, [[1]]), r"jsonl:1 is no sample"),
