@@ -124,7 +124,7 @@ def test_repetition_measures_of_hand_counted_ids() -> None:
 
 def test_repetition_texts_are_the_fixed_split() -> None:
     train_rows, held_out = repetition.embedded_prompts()
-    assert (len(train_rows), len(held_out)) == (640, 128)
+    assert (len(train_rows), len(held_out)) == (192, 128)
     assert digest(held_out) == "75460e6350811393"
     assert not any("[MASK]" in row["prompt"] for row in train_rows)
 

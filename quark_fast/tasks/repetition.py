@@ -40,7 +40,7 @@ def repetition_reward() -> Reward:
 
 
 HELD_OUT = 128
-TRAINING = 640  # of 1,290; the default steps draw the extremes of so many
+TRAINING = 192  # of 1,290; the default steps draw the extremes of so many
 
 
 def embedded_prompts() -> tuple[list[Row], list[Row]]:
