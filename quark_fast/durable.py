@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def flush_all(folder: Path) -> None:
+    """Have a folder and everything in it on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -42,6 +49,22 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         scratch.unlink(missing_ok=True)
     flush(path.parent)  # makes the new name last
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Another folder to fill, which takes the place of ``path`` when the block ends without error."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it filled it
+    scratch.mkdir()
+    try:
+        yield scratch
+        flush_all(scratch)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    flush(path.parent)
 
 
 # Record locks of POSIX are the process's: the kernel drops them at its death, whatever that is, and no child

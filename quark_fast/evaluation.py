@@ -467,11 +467,13 @@ def describe_evaluation(
     sampling: Sampling,
     held_out: HeldOut,
     seed: int,
+    guidance: Sequence[float],
     perplexity: Mapping[str, str],
 ) -> dict[str, Any]:
     """What makes two tables comparable: task, scorer, prompts, sampling; and which metrics its tables show.
 
     Args:
+        guidance: values of w for the guided rows; the first is the one that the table is about.
         perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
     """
     return {
@@ -494,6 +496,7 @@ def describe_evaluation(
             "min_new_tokens": sampling.min_new_tokens,
             "prefix": policy.tokenizer.decode(policy.prefix),
             "seed": seed,
+            "guidance": next(iter(guidance), None),
         },
     }
 

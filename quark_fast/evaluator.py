@@ -602,9 +602,9 @@ class Evaluator:
                 evaluation_sampling(self.config),
                 held_out,
                 self.seed,
+                w,
                 self.perplexity,
             )
-            about["sampling"]["guidance"] = next(iter(w), None)
             about["source"] = domain.source
             about["trained_on"] = {
                 label: seen for label, run in self._runs.items() if (seen := _trained_on(run, held_out.rows))

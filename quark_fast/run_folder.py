@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quark_fast.config import UsageError
-from quark_fast.durable import DISK_ERRORS, flush, replacing, sha256, try_lock, unlock
+from quark_fast.durable import DISK_ERRORS, flush, flush_all, replacing, sha256, try_lock, unlock
 from quark_fast.untrusted import clean
 
 METRICS = "metrics.jsonl"
@@ -115,17 +115,6 @@ class RunFolder:
         with replacing(self / name) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    @contextmanager
-    def replacing_folder(self, name: str) -> Iterator[Path]:
-        """Another name to fill a folder under, which takes its own name when the block ends without error."""
-        scratch, target = self / f".{name}.tmp", self / name
-        shutil.rmtree(scratch, ignore_errors=True)
-        yield scratch
-        _flush_all(scratch)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(scratch, target)
-        flush(self.path)
-
     # A checkpoint is a folder made under another name, flushed to disk, read back for its checksums and
     # renamed: whatever kills the run, the folder named "checkpoint" is complete. The one before it stays in
     # "checkpoint.old" until the next is, for a disk that loses what it said it had.
@@ -143,7 +132,7 @@ class RunFolder:
         for name, group in tensors.items():
             save_file(dict(group), scratch / f"{name}.safetensors")
         (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
-        _flush_all(scratch)
+        flush_all(scratch)
         sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
         (scratch / CHECKSUMS).write_text(json.dumps(sums))
         flush(scratch / CHECKSUMS)
@@ -218,10 +207,6 @@ class RunFolder:
 
     def drop_checkpoint(self) -> None:
         """The run is finished: its checkpoints, many times the model's size, go, and its lock."""
-        self._drop_checkpoints()
-        unlock(self / LOCK)
-
-    def _drop_checkpoints(self) -> None:
         current, scratch = self / "checkpoint", self / "checkpoint.tmp"
         # One of them at least stays whole until the last moment, which makes the run a finished one.
         for suffix in (".old", ".damaged", ".tmp"):
@@ -229,6 +214,7 @@ class RunFolder:
         if current.exists():
             os.rename(current, scratch)
             shutil.rmtree(scratch)
+        unlock(self / LOCK)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -251,11 +237,6 @@ def _ends_a_line(path: Path, size: int) -> bool:
     with path.open("rb") as file:
         file.seek(size - 1)
         return file.read(1) == b"\n"
-
-
-def _flush_all(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        flush(path)
 
 
 def _errno(error: SafetensorError) -> int:

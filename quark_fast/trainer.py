@@ -27,6 +27,7 @@ from torch import Tensor
 from quark_fast import assets, trackers, zero
 from quark_fast.batch import Draws, plan_batches
 from quark_fast.config import Config, UsageError, load_config
+from quark_fast.durable import replacing_folder
 from quark_fast.evaluation import (
     HeldOut,
     Mode,
@@ -807,9 +808,9 @@ class Trainer:
             evaluation_sampling(self.config),
             self.held_out,
             config.seed,
+            config.guidances(),
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
         )
-        about["sampling"]["guidance"] = next(iter(config.guidances()), None)
         summary = summarise(samples, table, about)
         self.folder.write_json("evaluation.json", summary)
         for row in summary["rows"]:
@@ -851,7 +852,7 @@ class Trainer:
         exported = self.policy.whole_copy(self.policy.stored_dtype)
 
         def write() -> None:
-            with self.folder.replacing_folder("model") as scratch:
+            with replacing_folder(self.folder / "model") as scratch:
                 self.policy.write_export(scratch, exported)
             record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
             self.folder.write_json("versions.json", record)
