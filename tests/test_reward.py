@@ -408,10 +408,15 @@ def test_interrupt_ends_the_waiting_at_once_and_cancels_the_calls() -> None:
             raise
         return [0.0] * len(prompts)
 
+    # A shell's background job inherits a SIGINT that is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        describe(reward)(ROWS, TEXTS)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            describe(reward)(ROWS, TEXTS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert cancelled.wait(10)
     assert time.monotonic() - begun < 60
 
