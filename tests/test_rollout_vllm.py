@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, sharpen
+from test_trainer import even_words, rows
 from vllm_server import SAMPLING, Vllm, VllmServer
 
 from quark_fast import rollout_vllm
@@ -553,19 +553,6 @@ def test_engine_in_this_process_samples_as_the_local_loop(
 # --- A run ------------------------------------------------------------------------------------------
 
 
-def even_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-    """Share of the words whose number is even."""
-    rewards: list[float | None] = []
-    for text in completions:
-        numbers = [int(word) for word in text.replace("<unk>", "").split("w") if word]
-        rewards.append(sum(n % 2 == 0 for n in numbers) / len(numbers) if numbers else None)
-    return rewards
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_run_learns_by_a_server_and_a_round_half_sampled_is_repeated(
     tmp_path: Path, tiny_model: Make
 ) -> None:
@@ -618,11 +605,9 @@ def test_run_learns_by_a_server_and_a_round_half_sampled_is_repeated(
     run("whole")
     with pytest.raises(SystemError, match="killed"):
         run("cut", die_at=2)  # in the middle of the second round's sampling
-    assert len(lines(tmp_path / "cut" / "completions.jsonl")) == 32, (
-        "the first round's, not one of the second"
-    )
+    assert len(rows(tmp_path / "cut" / "completions.jsonl")) == 32, "the first round's, not one of the second"
     run("cut", resume=True)
-    whole, cut = (lines(tmp_path / name / "completions.jsonl") for name in ("whole", "cut"))
+    whole, cut = (rows(tmp_path / name / "completions.jsonl") for name in ("whole", "cut"))
     assert whole == cut
     first, second = (
         [r["reward"] for r in whole if r["round"] == k and r["reward"] is not None] for k in (0, 1)

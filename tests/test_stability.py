@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import save_tiny_model
-from test_trainer import PROMPTS, even_words, rows, small, timeless
+from test_trainer import PROMPTS, SHORT, even_words, rows, small, timeless
 
 from quark_fast.config import Config, UsageError
 from quark_fast.machine import OutOfMemory
@@ -22,14 +22,6 @@ from quark_fast.objective import Objective
 from quark_fast.stability import BadSteps, Diverged, KLController
 from quark_fast.trainer import Progress, Trainer
 
-SHORT = {
-    "rounds": 1,
-    "steps": 6,
-    "batch_size": 8,
-    "initial_samples": 2,
-    "eval_samples": 1,
-    "checkpoint_every": 2,
-}
 Spoil = Callable[[int, torch.Tensor, dict[str, float]], torch.Tensor]
 
 

@@ -34,6 +34,17 @@ def even_words(prompts: list[str], completions: list[str], **columns: Any) -> li
     return rewards
 
 
+# A run of one round, so short that it can be had often.
+SHORT = {
+    "rounds": 1,
+    "steps": 6,
+    "batch_size": 8,
+    "initial_samples": 2,
+    "eval_samples": 1,
+    "checkpoint_every": 2,
+}
+
+
 def small(folder: Path, model: Path, **settings: Any) -> Config:
     values: dict[str, Any] = {
         "model": str(model),

@@ -53,6 +53,7 @@ import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
 import tqdm  # noqa: E402
 from conftest import save_tiny_model  # noqa: E402
+from test_trainer import even_words  # noqa: E402
 
 from quark_fast import assets  # noqa: E402
 from quark_fast import trainer as trainer_module  # noqa: E402
@@ -92,15 +93,6 @@ class Kill:
     occurrence: int
     at: float
     signal: signal.Signals
-
-
-def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-    """Share of even words; None where there is none: some completions are left out."""
-    rewards: list[float | None] = []
-    for text in completions:
-        numbers = [int(word) for word in text.replace("<unk>", "").split("w") if word]
-        rewards.append(sum(n % 2 == 0 for n in numbers) / len(numbers) if numbers else None)
-    return rewards
 
 
 # --- in the process that is killed ---------------------------------------------------------------
@@ -201,7 +193,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         reward_cache="on",
     )
     with marks.stage("set-up"):
-        trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:3])
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:3])
     # From here on: the check of the reward, in the set-up, is no scoring.
     object.__setattr__(trainer, "reward", marked_reward(marks, trainer.reward))
     marks.say("at", trainer.step)

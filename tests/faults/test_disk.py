@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
@@ -18,21 +19,13 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import WORDS, save_tiny_model
 from safetensors.torch import load_file
-from test_trainer import PROMPTS, even_words, small, timeless
+from test_trainer import PROMPTS, SHORT, even_words, small, timeless
 
 from quark_fast.config import Config, UsageError
 from quark_fast.run_folder import RunFolder
 from quark_fast.trainer import Progress, Trainer
 
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:2]}
-SHORT = {
-    "rounds": 1,
-    "steps": 6,
-    "batch_size": 8,
-    "initial_samples": 2,
-    "eval_samples": 1,
-    "checkpoint_every": 2,
-}
 FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
 
 
@@ -224,37 +217,36 @@ sys.stdin.read()
 """
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """(a process that has the folder, a child of it that outlives it)."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            yield holder, child
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
+
+
 def test_second_process_is_refused_while_the_first_lives_and_not_after_its_death(stopped: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(stopped)]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
-    try:
+    with held(stopped) as (holder, child):
         with pytest.raises(UsageError, match=f"process {holder.pid} on .* is at work in"):
             Trainer(config(stopped, resume=True), **GIVEN)
         empty = RunFolder(stopped / "new")
         empty.create()
         RunFolder(stopped / "new").create()  # the same process may
         holder.kill()
-        holder.communicate()
+        holder.wait()
         RunFolder(stopped).check_resumable()  # although its child lives
         os.kill(child, 0)
-    finally:
-        os.kill(child, signal.SIGKILL)
 
 
 def test_second_new_run_in_one_folder_is_refused_although_nothing_is_written_yet(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
-    try:
-        with pytest.raises(UsageError, match="is at work in"):
-            RunFolder(tmp_path).create()
-    finally:
-        for process in (holder.pid, child):
-            os.kill(process, signal.SIGKILL)
-        holder.communicate()
+    with held(tmp_path), pytest.raises(UsageError, match="is at work in"):
+        RunFolder(tmp_path).create()
     RunFolder(tmp_path).create()
 
 
