@@ -11,8 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from quark_fast.config import UsageError
-from quark_fast.processes import Elsewhere
+from quark_fast.config import Elsewhere, UsageError
 from quark_fast.untrusted import clean
 
 

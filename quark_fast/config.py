@@ -29,6 +29,10 @@ class UsageError(ValueError):
         return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-900:]}"
 
 
+class Elsewhere(Exception):
+    """Another process failed, and tells why; here is nothing to add."""
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as everything else here does, not by a page of usage."""
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quark_fast import zero
-from quark_fast.config import Config, UsageError
+from quark_fast.config import Config, Elsewhere, UsageError
 from quark_fast.machine import Precision
 
 T = TypeVar("T")
@@ -44,10 +44,6 @@ REPLICATION = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadc
 # How long a process waits for the others, which may have slow rewards; the launcher ends those whose sibling
 # died long before.
 PATIENCE = timedelta(days=1)
-
-
-class Elsewhere(Exception):
-    """Another process failed, and tells why; here is nothing to add."""
 
 
 class Processes:

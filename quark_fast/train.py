@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from quark_fast.command import Terminal, exit_status
-from quark_fast.config import parse
-from quark_fast.processes import Processes
+from quark_fast.config import Config, parse
 
 
 class Display:
@@ -54,8 +54,18 @@ class Display:
 
 def run(arguments: Sequence[str]) -> None:
     """Train, then show the table and three before/after texts; of several processes the first shows."""
+
+    def parsed() -> Config:
+        return parse(arguments, "python -m quark_fast.train")
+
+    # Help and bad flags show before torch is imported, unless there are others to agree with.
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    config = None if several else parsed()
+    from quark_fast.processes import Processes
+
     processes = Processes.join()
-    config = processes.everywhere(lambda: parse(arguments, "python -m quark_fast.train"))[processes.index]
+    if config is None:
+        config = processes.everywhere(parsed)[processes.index]
     console = Terminal(quiet=not processes.main)
     from quark_fast.machine import keep_freed_memory, quiet_libraries
     from quark_fast.report import after_names, before_after, headline, read_run, results_table

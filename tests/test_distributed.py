@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM
 from vllm_server import VllmServer
 
 from quark_fast import trainer as trainer_module
-from quark_fast.config import Config, UsageError
+from quark_fast.config import Config, Elsewhere, UsageError
 from quark_fast.durable import unlock
 from quark_fast.objective import Objective
-from quark_fast.processes import Elsewhere, Processes
+from quark_fast.processes import Processes
 from quark_fast.rollout_vllm import launch_folder
 from quark_fast.run_folder import LOCK, ROLLOUT, RunFolder
 from quark_fast.trainer import Interrupted, Progress, Trainer

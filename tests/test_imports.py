@@ -111,6 +111,19 @@ def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> N
     assert not {"torch", "transformers", "numpy", "matplotlib"} & {name.split(".")[0] for name in loaded}
 
 
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
+def test_help_and_bad_flags_do_not_wait_for_torch(command: str, flag: str) -> None:
+    source = f"""
+import contextlib, sys
+from quark_fast.{command} import main
+with contextlib.suppress(SystemExit):
+    main(["{flag}"])
+print("torch" in sys.modules)
+"""
+    assert in_a_new_process(source).endswith("False\n")
+
+
 def test_the_loss_and_the_pool_load_no_transformers() -> None:
     loaded = in_a_new_process(
         "import sys\nfrom quark_fast import RolloutPool, quark_loss\nprint(*sys.modules)"
