@@ -21,7 +21,6 @@ def parser() -> argparse.ArgumentParser:
         description="Ablations: each axis varies one thing around a base, which is the settings given.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
-        allow_abbrev=False,
     )
     made.add_argument("-h", "--help", action="store_true", help="show this, and the points of the grid")
     made.add_argument(
@@ -92,7 +91,7 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Termi
     quiet_libraries()
     keep_freed_memory()
     display = Display(console)
-    with display.live:
+    with display.shown():
         folder = run_grid(base, axes, seeds, about=console.print, listen=display)
     head, *lines = table(json.loads((folder / "ablations.json").read_text()))
     shown = Table(*head, box=SIMPLE_HEAD)

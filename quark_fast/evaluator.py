@@ -32,6 +32,7 @@ from quark_fast.machine import sampling_dtype
 from quark_fast.metrics import Sample
 from quark_fast.policy import Policy, load_tokenizer
 from quark_fast.prompts import Row, chat_template, load_prompts
+from quark_fast.report import markdown_page
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, REWARDS
@@ -308,11 +309,14 @@ class Evaluated:
     """A table, that of the out-of-domain prompts under ``out_of_domain`` in it, and the samples behind both.
 
     A sample is the fields of ``Sample`` and the name of its row, under ``row``; those of the second table are
-    marked by ``out_of_domain``.
+    marked by ``out_of_domain``. Printed, it is its tables in Markdown.
     """
 
     table: dict[str, Any]
     samples: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        return markdown_page(self.table)
 
 
 class Evaluator:
@@ -427,7 +431,7 @@ class Evaluator:
         first = next(iter(configs.values()), None)
         if task is None and first is None:
             models = ", ".join(subject.given for subject in self.live.values())
-            raise UsageError(f"{models} is no run folder: name what to measure by --task")
+            raise UsageError(f"{models}: no run folder here, so a model; name what to measure by --task")
         if task is None:
             _agree(configs, "unlearned", _task_name, "name what to measure by --task")
         own_reward = reward is None and task is None and target is None
@@ -465,7 +469,8 @@ class Evaluator:
             trained_on = _own_scorer(run)
             if trained_on != self.reward.name:
                 raise UsageError(
-                    f"the run's reward was {trained_on}, a function of its program; name one by --reward"
+                    f"the run's reward was {trained_on}, a function of its program: hand it over as reward=,"
+                    " or name one by --reward"
                 )
 
     def _load_prompts(

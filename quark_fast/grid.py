@@ -428,6 +428,7 @@ def perplexity_title(results: Row) -> str:
 def table(results: Row) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
     before = results["untouched"]
+    plain = (results["property"], results["headline"]) == ("reward", "mean")
     lines = [
         [
             "axis",
@@ -462,7 +463,8 @@ def table(results: Row) -> list[list[str]]:
                 point["axis"],
                 point["value"] + (" (base)" if point["run"] == "base" else ""),
                 shown("headline", 3),
-                _percent(point["change"]),
+                # A mean reward may be 0 or below.
+                _difference(point["change"]) if plain else _percent(point["change"]),
                 "" if point["difference"] is None else named[point["against"]],
                 "" if point["difference"] is None else _difference(point["difference"]),
                 f"{shown('perplexity', 1)} ({_percent(point['perplexity_change'], short=True)})",

@@ -61,7 +61,7 @@ class Objective:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
         The reference sees no reward token; the contrast is with each sample's mirror token; the unlikelihood
-        is of repeated n-grams, under both tokens.
+        is of repeated n-grams, under the better of the two, or where there is no contrast the sample's own.
 
         Returns:
             (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
@@ -86,10 +86,9 @@ class Objective:
         if contrast is not None:
             terms["contrast"] = float(contrast.sum()) / samples
         if self.config.unlikelihood_coef:
-            every = tokens * len(streams)
-            repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask)
-            value, surrogate = unlikelihood_loss(lambda weights: weighted_nll(weights, every), repeated)
-            mean = value.sum() / every
+            repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
+            value, surrogate = unlikelihood_loss(lambda weights: weighted_nll(weights, tokens), repeated)
+            mean = value.sum() / tokens
             # The surrogate has the gradient, the value the number.
             loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
             terms["unlikelihood"] = float(mean)
@@ -196,9 +195,16 @@ def _own(batch: Batch, streams: int) -> tuple[Tensor, Tensor]:
     return batch.labels[:count], batch.mask[:count]
 
 
-def _repeated(completions: Sequence[Sequence[int]], n: int, mask: Tensor) -> Tensor:
-    """(streams N, T) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion."""
-    found = torch.zeros_like(mask[: len(completions)], device="cpu")
-    for row, completion in zip(found, completions, strict=True):
-        row[: len(completion)] = torch.tensor(repeated_ngrams(completion, n))
-    return found.repeat(len(mask) // len(completions), 1).to(mask.device)
+def _repeated(
+    completions: Sequence[Sequence[int]], n: int, mask: Tensor, streams: Sequence[Sequence[int]]
+) -> Tensor:
+    """(streams N, T) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion.
+
+    Each completion's are marked in one stream, that with the best of its tokens: a worse one names, among
+    others, the very loops that are to go.
+    """
+    found = torch.zeros_like(mask, device="cpu")
+    for i, (completion, *tokens) in enumerate(zip(completions, *streams, strict=True)):
+        row = tokens.index(max(tokens)) * len(completions) + i
+        found[row, : len(completion)] = torch.tensor(repeated_ngrams(completion, n))
+    return found.to(mask.device)

@@ -449,6 +449,7 @@ def _decode_fast(model: Any) -> None:
 
 def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype of the weights at ``source`` by its config; float32 where that does not say, as GPT-2's."""
+    check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file fails in as many ways as transformers reads it
@@ -539,11 +540,16 @@ def _pickled(source: str | Path) -> str:
     )
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer by transformers, or one clear line about what is wrong with ``source``."""
+def check_source(source: str | Path) -> None:
+    """Refuse what reads as a folder, not as a hub name, and is not there."""
     looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
     if looks_like_path and not Path(source).is_dir():
         raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer by transformers, or one clear line about what is wrong with ``source``."""
+    check_source(source)
     try:
         # False, not None: transformers would ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

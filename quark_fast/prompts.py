@@ -339,7 +339,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
-            f"reading {path} needs pyarrow: pip install 'quark_fast[parquet]', or give .jsonl"
+            f"reading {path} needs pyarrow: pip install 'pyarrow>=17', or give .jsonl"
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -365,7 +365,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"prompts {source} need the datasets library: pip install 'quark_fast[datasets]', or give a file"
+            f"prompts {source} need the datasets library: pip install 'datasets>=4', or give a file"
         ) from error
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():

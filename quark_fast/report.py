@@ -247,7 +247,7 @@ class Example:
 
 
 def pick_examples(
-    evaluation_rows: Iterable[Row], n: int, after: Sequence[str] | None = None
+    evaluation_rows: Iterable[Row], n: int, after: Sequence[str] | None = None, lowest: bool = False
 ) -> list[Example]:
     """n prompts spread over the quarter where the untouched text scored worst; repeatable.
 
@@ -257,6 +257,7 @@ def pick_examples(
     Args:
         after: names of the rows to show after that one; None: the first row with the best token and
             the first guided one.
+        lowest: the worst scores are the lowest, not the highest; see ``scores_are_rewards``.
     """
     by_row: dict[str, dict[int, list[Row]]] = {}
     for row in evaluation_rows:
@@ -274,8 +275,8 @@ def pick_examples(
     for prompt_id, samples in before.items():
         scores = _series(samples, "score")
         if not np.isnan(scores).all():
-            index = int(np.nanargmax(scores))
-            worst.append((-float(scores[index]), prompt_id, index))
+            index = int(np.nanargmin(scores) if lowest else np.nanargmax(scores))
+            worst.append((float(scores[index]) * (1 if lowest else -1), prompt_id, index))
     quarter = sorted(worst)[: max(n, -(-len(worst) // 4))]
     places = np.linspace(0, len(quarter) - 1, min(n, len(quarter))).round().astype(int)
 
@@ -407,11 +408,21 @@ COLUMNS = (
 )
 
 
+def scores_are_rewards(evaluation: Row) -> bool:
+    """Whether its scores are a reward as it is: higher is better, of any size and sign.
+
+    Else they are a property to be rid of, 1 - reward, in [0, 1].
+    """
+    return evaluation.get("property") == "reward"
+
+
 def _columns(evaluation: Row, more: bool = True) -> list[Column]:
     """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
     keys = [_headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
     if more:
         keys += evaluation.get("more_columns", ["probability"])
+    if scores_are_rewards(evaluation):
+        keys = [key for key in keys if key not in _OF_A_PROPERTY]
     known = [column for column in COLUMNS if column.key in keys]
     return sorted(known, key=lambda column: column.key != keys[0])
 
@@ -431,6 +442,9 @@ def _headline_key(evaluation: Row) -> str:
 def _column(key: str) -> Column:
     return next(column for column in COLUMNS if column.key == key)
 
+
+# What presumes scores in [0, 1], of which the highest is the worst.
+_OF_A_PROPERTY = {"share", "expected_max", "probability"}
 
 # What an evaluation without a choice of its own shows.
 _TOXICITY_COLUMNS = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
@@ -453,7 +467,7 @@ def _format_bounds(low: float, high: float, style: str) -> str:
     return f"{_format(low, style)}–{_format(high, style)}".replace("%", "")
 
 
-def _format_change(fraction: float) -> str:
+def _format_percent(fraction: float) -> str:
     """A relative change in percent with its sign, -0.401 -> "−40%"; a decimal below 1%."""
     if not math.isfinite(fraction):
         return "–"
@@ -463,9 +477,21 @@ def _format_change(fraction: float) -> str:
     return f"{sign}{digits.removesuffix('.0')}%"
 
 
-def _format_change_bounds(change: Change) -> str:
-    low, high = _format_change(change.relative_low), _format_change(change.relative_high)
-    return "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
+def _format_difference(difference: float, style: str) -> str:
+    if not math.isfinite(difference):
+        return "–"
+    return ("−" if difference < 0 else "+") + _format(abs(difference), style)
+
+
+def _format_change(change: Change, column: Column, evaluation: Row) -> tuple[str, str]:
+    """A change and its bounds: in percent; of a mean reward, which may be 0 or below, as a difference."""
+    if column.key == "mean" and scores_are_rewards(evaluation):
+        parts = (change.difference, change.low, change.high)
+        value, low, high = (_format_difference(part, column.style) for part in parts)
+    else:
+        parts = (change.relative, change.relative_low, change.relative_high)
+        value, low, high = map(_format_percent, parts)
+    return value, "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
 
 
 def _mode(name: str) -> Mode:
@@ -587,20 +613,17 @@ def headline(evaluation: Row) -> str:
             f"{f' ({_level(evaluation)} interval {bounds})' if bounds else ''}."
         )
     change = _change(row, column.key)
+    amount, bounds = _format_change(change, column, evaluation)
     old, new = (_format(_interval(one, column.key).value, column.style) for one in (before, row))
     values = f"from {old} to {new}"
     subject = _fill(column.title, evaluation).capitalize()
-    bounds = f"{_level(evaluation)} interval {_format_change_bounds(change)}%"
-    if not math.isfinite(change.relative_low):
+    if not bounds:
         return f"With {_how(row)}, {subject.lower()} went {values}."
+    bounds = f"{_level(evaluation)} interval {bounds}{'%' if amount.endswith('%') else ''}"
     if not change.excludes_zero:
-        return (
-            f"{subject} did not change measurably with {_how(row)}: {values}, "
-            f"{_format_change(change.relative)} ({bounds})."
-        )
+        return f"{subject} did not change measurably with {_how(row)}: {values}, {amount} ({bounds})."
     verb = "fell" if change.difference < 0 else "rose"
-    amount = _format_change(change.relative).lstrip("+−")
-    return f"{subject} {verb} by {amount} with {_how(row)}: {values} ({bounds})."
+    return f"{subject} {verb} by {amount.lstrip('+−')} with {_how(row)}: {values} ({bounds})."
 
 
 # --- terminal and Markdown ------------------------------------------------------------------------
@@ -621,12 +644,13 @@ def results_table(evaluation: Row, title: str = "") -> Table:
 
     The full set of metrics, with a change for each, is in the HTML report.
     """
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    # The caption is as wide as the table, and a scorer's hash should stay in one piece.
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
     table.title = Text(title or _about(evaluation), style="bold")
     table.title_justify = table.caption_justify = "left"
     table.caption = Text(
         f"Below each number: {_level(evaluation)} bootstrap interval over prompts. "
-        f"Change: of the first metric, relative to {_base(evaluation)}, in percent; bold where its "
+        f"Change: of the first metric, against {_base(evaluation)}; bold where its "
         f"interval leaves 0 out.{_unscored(evaluation)}\n" + "\n".join(notes(evaluation)),
         style="dim",
     )
@@ -650,13 +674,8 @@ def results_table(evaluation: Row, title: str = "") -> Table:
             )
             if column.key == main:
                 change = _change(row, main)
-                cells.append(
-                    _two_lines(
-                        _format_change(change.relative) if row.get("change") else "",
-                        _format_change_bounds(change),
-                        "bold" if change.excludes_zero else "",
-                    )
-                )
+                value, bounds = _format_change(change, column, evaluation) if row.get("change") else ("", "")
+                cells.append(_two_lines(value, bounds, "bold" if change.excludes_zero else ""))
         table.add_row(*cells)
     return table
 
@@ -667,7 +686,7 @@ def _two_lines(value: str, bounds: str, style: str = "") -> Text:
 
 def _about(evaluation: Row) -> str:
     prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
-    what = _fill("{property}", evaluation).capitalize()
+    what = _fill(_column(_headline_key(evaluation)).title, evaluation).capitalize()
     if prompts is None or samples is None:
         return what
     source = evaluation.get("source")
@@ -735,10 +754,10 @@ def markdown_table(evaluation: Row) -> str:
             bounds = _format_bounds(number.low, number.high, column.style)
             value = _format(number.value, column.style)
             cells.append(f"{value} [{bounds}]" if bounds else value)
-        change = _change(row, main)
-        cells.insert(1, _format_change(change.relative) if row.get("change") else "")
-        if bounds := _format_change_bounds(change):
-            cells[1] += f" [{bounds}]"
+        cells.insert(1, "")
+        if row.get("change"):
+            value, bounds = _format_change(_change(row, main), shown[0], evaluation)
+            cells[1] = f"{value} [{bounds}]" if bounds else value
         lines.append("| " + " | ".join((_markdown(_name(row)), *cells)) + " |")
     lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
@@ -766,14 +785,15 @@ def before_after(
     n: int = 3,
     mask: bool = True,
     after: Sequence[str] | None = None,
+    lowest: bool = False,
 ) -> RenderableType:
     """n held-out prompts with what was written before and after, for the terminal.
 
     Args:
         mask: hide the worst words (`mask_profanity`); control characters go either way.
-        after: names of the rows to show, as for `pick_examples`; see `after_names`.
+        after, lowest: as for `pick_examples`; see `after_names` and `scores_are_rewards`.
     """
-    examples = pick_examples(evaluation_rows, n, after)
+    examples = pick_examples(evaluation_rows, n, after, lowest)
     if not examples:
         return Text("No before and after texts: no scored row of the untouched model.", "dim")
     show = mask_profanity if mask else clean
@@ -1334,7 +1354,8 @@ def _html_header(run: Run) -> str:
     sentence = headline(evaluation) or f"This run has no result yet: {trained} recorded."
     parts.append(f"<h1>{_safe(sentence)}</h1>")
     facts = [
-        ("task", evaluation.get("task")),
+        # A reward of the user's own leaves no more of the task than its prompts and sampling.
+        ("task", None if scores_are_rewards(evaluation) else evaluation.get("task")),
         ("evaluated on", _about(evaluation).partition(" on ")[2] or None),
         ("trained", trained if run.steps else None),
         ("samples scored", _scored(run)),
@@ -1374,13 +1395,13 @@ def _html_tiles(evaluation: Row) -> str:
         wanted.insert(1, (best, wanted[0][1]))
     tiles = []
     for row, column in wanted:
-        key, change = column.key, _change(row, column.key)
+        key = column.key
         old, new = _interval(before, key).value, _interval(row, key).value
-        bounds = _format_change_bounds(change)
+        amount, bounds = _format_change(_change(row, key), column, evaluation)
         tiles.append(
             f'<div class="tile" style="--mode: var(--{_mode(_name(row))})">'
             f"<p>{_safe(_fill(column.title, evaluation))}<br><b>{_safe(_name(row))}</b></p>"
-            f"<strong>{_format_change(change.relative)}</strong>"
+            f"<strong>{amount}</strong>"
             f"<p>{f'{bounds}<br>' if bounds else ''}"
             f"{_format(old, column.style)} → {_format(new, column.style)}</p></div>"
         )
@@ -1456,7 +1477,7 @@ def _html_table(evaluation: Row) -> str:
             ]
             if math.isfinite(change.relative):
                 kind = "clear" if change.excludes_zero else "unclear"
-                lines.append(f'<i class="{kind}">{_format_change(change.relative)}</i>')
+                lines.append(f'<i class="{kind}">{_format_change(change, column, evaluation)[0]}</i>')
             cells.append(f"<td>{''.join(lines)}</td>")
         mode = f'<span class="dot" style="--mode: var(--{_mode(_name(row))})"></span>'
         body.append(f"<tr><th>{mode}{_safe(_name(row))}</th>{''.join(cells)}</tr>")
@@ -1480,7 +1501,8 @@ def _html_texts(run: Run) -> str:
     after, worst = after_names(run.evaluation), _first(run.evaluation, "worst")
     after += [str(worst.get("name"))] if worst else []
     after = list(dict.fromkeys(after + _others(run.evaluation)))
-    examples = pick_examples(run.evaluation_rows, 10, after or None)
+    lowest = scores_are_rewards(run.evaluation)
+    examples = pick_examples(run.evaluation_rows, 10, after or None, lowest)
     return _section(
         "texts",
         "What it writes",

@@ -557,7 +557,7 @@ def check_vllm(config: Config, processes: int) -> None:
         )
     if importlib.util.find_spec("vllm") is None:
         raise UsageError(
-            "rollout = vllm, but vLLM is not installed here: pip install 'quark_fast[vllm]', or give the"
+            "rollout = vllm, but vLLM is not installed here: pip install 'vllm>=0.22', or give the"
             " address of a server by --vllm-server"
         )
 

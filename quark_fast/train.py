@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Group
 from rich.live import Live
@@ -32,6 +33,17 @@ class Display:
         self.numbers = Text("")
         self.live = Live(Group(self.bar, self.numbers), console=console, refresh_per_second=4)
         self.stage, self.begun = "", 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Live while the work goes on; what ends it early has a line of its own."""
+        try:
+            with self.live:
+                yield
+        except BaseException:
+            if not self.console.is_terminal:  # rich ends its last line on a terminal alone
+                self.console.line()
+            raise
 
     def __call__(self, event: object) -> None:
         from quark_fast.trainer import Progress as Event
@@ -68,7 +80,14 @@ def run(arguments: Sequence[str]) -> None:
         config = processes.everywhere(parsed)[processes.index]
     console = Terminal(quiet=not processes.main)
     from quark_fast.machine import keep_freed_memory, quiet_libraries
-    from quark_fast.report import after_names, before_after, headline, read_run, results_table
+    from quark_fast.report import (
+        after_names,
+        before_after,
+        headline,
+        read_run,
+        results_table,
+        scores_are_rewards,
+    )
     from quark_fast.trainer import Trainer
 
     quiet_libraries()
@@ -82,15 +101,20 @@ def run(arguments: Sequence[str]) -> None:
         f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
         f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
     )
-    with display.live:
+    with display.shown():
         folder = trainer.train()
     if not processes.main:
         return
     finished = read_run(folder)
     console.print(headline(finished.evaluation))
     console.print(results_table(finished.evaluation))
-    after = after_names(finished.evaluation)
-    console.print(before_after(finished.evaluation_rows, mask=not config.show_offensive, after=after))
+    texts = before_after(
+        finished.evaluation_rows,
+        mask=not config.show_offensive,
+        after=after_names(finished.evaluation),
+        lowest=scores_are_rewards(finished.evaluation),
+    )
+    console.print(texts)
     console.print(f"report:   {folder / 'report.html'}")
     console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 

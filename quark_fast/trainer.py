@@ -78,6 +78,10 @@ class Progress:
     numbers: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
+    def __str__(self) -> str:
+        shown = "".join(f"  {name} {value:.4g}" for name, value in self.numbers.items())
+        return f"{self.stage}: {self.done}/{self.total}{shown}" + (f"  {self.note}" if self.note else "")
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -104,7 +108,7 @@ class Trainer:
             chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
         sampler: samples the untouched model, as ``rollout.sample`` does; several runs may share one.
-        listen: called with a ``Progress`` now and then.
+        listen: called with a ``Progress`` now and then; ``print`` will do.
 
     Raises:
         UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.
@@ -878,7 +882,13 @@ class _Stop:
 
     def __init__(self, folder: Path) -> None:
         self.asked = self.safe = False
-        self.message = f"stopped; go on from the last checkpoint with --resume --output {folder}"
+        self.folder = folder
+
+    @property
+    def message(self) -> str:
+        known = (self.folder / "checkpoint").exists()
+        how = "go on from the last checkpoint" if known else "there is no checkpoint yet: begin anew"
+        return f"stopped; {how} with --resume --output {self.folder}"
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

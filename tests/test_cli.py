@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -232,7 +234,10 @@ def test_generate_refuses_bad_input_in_one_line(
     [
         ([], "RUN"),
         (["notes"], "notes is no run folder"),
-        (["nowhere", "--prompts", "prompts.txt"], "nowhere is no run folder: name what to measure by --task"),
+        (
+            ["nowhere", "--prompts", "prompts.txt"],
+            "nowhere: no run folder here, so a model; name what to measure by --task",
+        ),
         (["./nowhere", "--task", "toxicity"], "no folder './nowhere'"),
         (["finished", "--prompts", "missing.txt"], "missing.txt cannot be read"),
         (["finished", "--prompts", "empty.txt"], "empty.txt holds no prompt"),
@@ -257,7 +262,7 @@ def test_generate_refuses_bad_input_in_one_line(
             ["finished/evaluation.json", "--json", "finished/evaluation.json"],
             "--json finished/evaluation.json: this is a table",
         ),
-        (["model"], "model is no run folder: name what to measure by --task"),
+        (["model"], "model: no run folder here, so a model; name what to measure by --task"),
         (["model", "--task", "manners"], "unknown task 'manners'"),
         (["finished", "finished"], "finished is named twice"),
         (["finished/evaluation.json", "--samples", "3"], "only tables are named"),
@@ -490,6 +495,20 @@ def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> N
     assert again["prompts"] == before["prompts"] == 2
     # The untouched model, the same seed, prompts and sampling: the same numbers.
     assert again["rows"][0]["metrics"]["mean"] == before["rows"][0]["metrics"]["mean"]
+
+
+def test_stopped_before_the_first_checkpoint_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: trainer.Trainer, *given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(trainer.Trainer, "_scored", stop)
+    assert train.main(flags(output="early")) == 130
+    assert "no checkpoint yet: begin anew with --resume --output early" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main(flags(output="early", resume="true")) == 0
 
 
 def test_stopped_run_says_how_to_go_on_and_does(

@@ -203,6 +203,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("--kl", "both"),
         ("--resume", "maybe"),
         ("--stepz", "1"),
+        ("--learning-rat", "1e-5"),
         ("--steps",),
         ("stray",),
     ],

@@ -301,6 +301,11 @@ def test_saved_table_stands_beside_a_new_one_paired_by_prompt_and_repeats_no_row
                 }
 
 
+def test_what_is_evaluated_prints_as_its_table(table: Evaluated) -> None:
+    shown = str(table)
+    assert shown.startswith("### ") and all(f"| {row['name']} |" in shown for row in table.table["rows"])
+
+
 def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_path: Path) -> None:
     other = made("base", "cousin", **SMALL)
     paths = [saved(tmp_path / "one.json", table), saved(tmp_path / "two.json", other)]

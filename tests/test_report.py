@@ -303,6 +303,23 @@ def test_headline_says_what_the_interval_allows():
     assert headline({}) == ""
 
 
+def test_a_plain_reward_changes_by_a_difference_since_its_mean_may_be_below_zero():
+    evaluation = small_evaluation(-2.5, half_width=0.5, relative=0.16) | {"property": "reward"}
+    before, after = evaluation["rows"]
+    before["metrics"] = {
+        "mean": {"value": -15.0, "low": -16.0, "high": -14.0},
+        "share": {"value": 0.0, "low": 0.0, "high": 0.0},
+    }
+    after["metrics"] = before["metrics"] | {"mean": {"value": -17.5, "low": -18.5, "high": -16.5}}
+    assert headline(evaluation) == (
+        "Mean reward fell by 2.500 with the best reward token in front: from -15.000 to -17.500 "
+        "(95% interval −3.000 to −2.000)."
+    )
+    for shown in (rendered(results_table(evaluation)), markdown_table(evaluation)):
+        assert "−2.500" in shown and "−3.000 to −2.000" in shown and "16%" not in shown
+        assert "≥" not in shown and "max" not in shown  # what such a reward has not
+
+
 def task_run(folder, task, score_of):
     """A run of one of the other tasks, its untouched row and its best token's."""
     write_run(folder, prompts=30, samples=2)
@@ -456,7 +473,7 @@ def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_fo
         assert "1 of these prompts was trained on by a." in text
         assert "7 of these prompts were trained on by b." in text
     for text in (page, markdown):
-        assert "Out of domain: Toxicity on 120 prompts of stories.jsonl" in text
+        assert "Out of domain: Mean toxicity on 120 prompts of stories.jsonl" in text
         assert text.count("Scorer: ") == 2
 
 
@@ -524,6 +541,19 @@ def test_examples_come_from_the_worst_quarter_and_pair_sample_numbers(finished_r
             for name in ("untouched", "guided w=6")
         }
         assert texts["untouched"].index(before) == texts["guided w=6"].index(after)
+
+
+def test_the_worst_texts_of_a_plain_reward_are_those_of_the_lowest(finished_run):
+    rows = [row for row in rows_of(finished_run) if row["score"] is not None]
+    lowest = {}
+    for row in rows:
+        if row["row"] == "untouched":
+            lowest[row["prompt"]] = min(row["score"], lowest.get(row["prompt"], math.inf))
+    examples = pick_examples(rows, 4, lowest=True)
+    assert len(examples) == 4
+    quarter = sorted(lowest.values())[: -(-len(lowest) // 4)]
+    assert all(example.texts[0][2] == lowest[example.prompt] for example in examples)
+    assert all(example.texts[0][2] in quarter for example in examples)
 
 
 def hostile_rows(completion):

@@ -287,14 +287,14 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
 
 @pytest.mark.parametrize("contrast", [0.0, 1.0])
 @pytest.mark.parametrize("whole_logits", [False, True], ids=["hidden", "logits"])
-def test_unlikelihood_adds_the_gradient_of_its_formula_under_every_token_of_the_step(
+def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_samples_tokens(
     tmp_path: Path, tiny_model: Callable[..., Path], contrast: float, whole_logits: bool
 ) -> None:
     prompts = [[1, 2, 3], [4], [5, 6]]
     # Repeated 2-grams stand at places 2-3 of the first and 2-4 of the second; the third has none.
     completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3]]
     repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5)}
-    quantiles, tokens = [0, 2, 2], 13
+    quantiles, tokens = [0, 1, 2], 13
     model = tiny_model()
     found = []
     for name, coefficient in (("without", 0.0), ("with", 3.0)):
@@ -316,15 +316,14 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_every_token_of_the_
     policy = trainer.policy
     policy.model.zero_grad()
     total = torch.zeros(())
-    streams = [quantiles] + ([[2 - k for k in quantiles]] if contrast else [])
-    for stream in streams:
-        for i, (prompt, completion, k) in enumerate(zip(prompts, completions, stream, strict=True)):
-            context = policy.conditioned(prompt, k)
-            logits = policy.model(torch.tensor([context + completion])).logits[0, :, : policy.vocabulary]
-            for t, token in enumerate(completion):
-                if (i, t) in repeated:
-                    total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
-    total = total / (tokens * len(streams))
+    under = [max(k, 2 - k) if contrast else k for k in quantiles]
+    for i, (prompt, completion, k) in enumerate(zip(prompts, completions, under, strict=True)):
+        context = policy.conditioned(prompt, k)
+        logits = policy.model(torch.tensor([context + completion])).logits[0, :, : policy.vocabulary]
+        for t, token in enumerate(completion):
+            if (i, t) in repeated:
+                total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
+    total = total / tokens
     (3.0 * total).backward()
     assert terms["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
     for name, parameter in policy.model.named_parameters():
