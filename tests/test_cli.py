@@ -530,3 +530,11 @@ def test_stopped_run_says_how_to_go_on_and_does(
     # The same as the run that was never stopped.
     ours, theirs = (jsonl(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
     assert ours == theirs
+
+
+def test_the_package_itself_says_which_commands_there_are() -> None:
+    asked = [sys.executable, "-m", "quark_fast"]
+    plain, helped = (subprocess.run(a, capture_output=True, text=True) for a in (asked, [*asked, "--help"]))
+    assert (plain.returncode, helped.returncode) == (2, 0)
+    for name in ("train", "generate", "evaluate", "ablate"):
+        assert f"  {name} " in helped.stdout

@@ -16,7 +16,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 
 # Imports go down only: a module imports its own layer and those below it.
 LAYERS = [
-    {"train", "evaluate", "generate", "ablate", "command"},
+    {"__main__", "train", "evaluate", "generate", "ablate", "command"},
     {"trainer", "evaluator", "finished", "grid"},
     {"rollout_vllm"},
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},

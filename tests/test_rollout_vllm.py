@@ -433,9 +433,7 @@ def test_setting_that_vllm_cannot_do_is_refused(settings: dict[str, Any], words:
 
 def test_vllm_that_cannot_be_in_this_process_is_refused_at_once() -> None:
     config = Config(rollout="vllm", guidance=1.0)
-    with pytest.raises(
-        UsageError, match=r"not installed here: pip install 'quark_fast\[vllm\]', or .*server"
-    ):
+    with pytest.raises(UsageError, match=r"not installed here: pip install 'vllm>=0\.22', or .*server"):
         check_vllm(config, 1)
     with pytest.raises(UsageError, match=r"in each of 8 processes is not supported; start one server"):
         check_vllm(config, 8)
