@@ -107,7 +107,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "temperature": 0.7,
         "max_new_tokens": 128,
         "min_new_tokens": 128,
-        # What the best token explores holds few loops to learn from; one round has the untouched model's.
+        # The untouched model's samples are full of loops to learn from; those of the best token are not.
         "rounds": 1,
         "steps": 18,
         "batch_size": 8,

@@ -16,7 +16,7 @@ from quark_fast.config import Config, UsageError
 from quark_fast.durable import replacing
 from quark_fast.machine import settled_precision
 from quark_fast.metrics import Sample, as_json, compare
-from quark_fast.report import COLUMNS, read_run
+from quark_fast.report import COLUMNS, read_run, scores_are_rewards
 from quark_fast.run_folder import RunFolder
 from quark_fast.trainer import Interrupted, Trainer
 from quark_fast.untouched import UntouchedSamples
@@ -428,7 +428,7 @@ def perplexity_title(results: Row) -> str:
 def table(results: Row) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
     before = results["untouched"]
-    plain = (results["property"], results["headline"]) == ("reward", "mean")
+    plain = results["headline"] == "mean" and scores_are_rewards(results)
     lines = [
         [
             "axis",

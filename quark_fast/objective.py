@@ -17,8 +17,8 @@ from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
 from quark_fast.policy import Policy, linear_head
 
-# (weights (streams N, T), normalizer) -> the loss of all rows of a batch, with its NLL alone.
-WeightedNll = Callable[[Tensor, float], QuarkLoss]
+# weights (streams N, T) -> the loss of all rows of a batch over the batch's tokens, with its NLL alone.
+WeightedNll = Callable[[Tensor], QuarkLoss]
 NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
 
 
@@ -87,7 +87,7 @@ class Objective:
             terms["contrast"] = float(contrast.sum()) / samples
         if self.config.unlikelihood_coef:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
-            value, surrogate = unlikelihood_loss(lambda weights: weighted_nll(weights, tokens), repeated)
+            value, surrogate = unlikelihood_loss(weighted_nll, repeated)
             mean = value.sum() / tokens
             # The surrogate has the gradient, the value the number.
             loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
@@ -116,7 +116,7 @@ class Objective:
                 ref_hidden = completion_hidden(self.reference, plain)
             ref_weight, ref_bias = ref_head.weight, ref_head.bias
 
-        def weighted_nll(weights: Tensor, normalizer: float) -> QuarkLoss:
+        def weighted_nll(weights: Tensor) -> QuarkLoss:
             with self.autocast():
                 return linear_quark_loss(
                     hidden,
@@ -127,7 +127,7 @@ class Objective:
                     weights,
                     **{**self._options(), **NLL_ALONE},
                     bias=head.bias,
-                    normalizer=normalizer,
+                    normalizer=tokens,
                 )
 
         with self.autocast():
@@ -156,8 +156,8 @@ class Objective:
             every = completion_logits(self.policy.model, batch)
         logits = torch.unflatten(every, 0, (streams, -1))
 
-        def weighted_nll(weights: Tensor, normalizer: float) -> QuarkLoss:
-            options = {**self._options(), **NLL_ALONE, "normalizer": normalizer}
+        def weighted_nll(weights: Tensor) -> QuarkLoss:
+            options = {**self._options(), **NLL_ALONE, "normalizer": tokens}
             return quark_loss(every, None, batch.labels, weights, **options)
 
         ref_logits = None

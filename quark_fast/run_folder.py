@@ -97,6 +97,11 @@ class RunFolder:
     def finished(self) -> bool:
         return (self / "report.html").exists() and not (self / "checkpoint").exists()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether ``load_checkpoint`` finds one, damaged or not."""
+        return any((self / name).exists() for name in ("checkpoint", "checkpoint.old"))
+
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file."""
         # What UTF-8 cannot spell, half a character out of somebody's JSON, is written as JSON spells it.

@@ -57,7 +57,7 @@ class Display:
             self.bar.add_task(event.stage, total=event.total)
             self.stage, self.begun = event.stage, time.monotonic()
         self.bar.update(self.bar.task_ids[0], completed=event.done)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in event.numbers.items())
+        shown = event.shown_numbers
         self.numbers.plain = "  " + shown
         if event.done >= event.total:
             # What a log file keeps of the stage.

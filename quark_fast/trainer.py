@@ -78,9 +78,13 @@ class Progress:
     numbers: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def shown_numbers(self) -> str:
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
+
     def __str__(self) -> str:
-        shown = "".join(f"  {name} {value:.4g}" for name, value in self.numbers.items())
-        return f"{self.stage}: {self.done}/{self.total}{shown}" + (f"  {self.note}" if self.note else "")
+        parts = (f"{self.stage}: {self.done}/{self.total}", self.shown_numbers, self.note)
+        return "  ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -426,7 +430,7 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         started = time.monotonic() - self.seconds
-        with self.folder.errors_told(), _stop_signals(self.folder.path) as self.stop:
+        with self.folder.errors_told(), _stop_signals(self.folder) as self.stop:
             while self.round < self.config.rounds:
                 if not self.sampled:
                     self._sample()
@@ -880,15 +884,15 @@ def _check_impl(impl: Implementation, device: torch.device) -> None:
 class _Stop:
     """Whether the user asked to stop."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self.asked = self.safe = False
         self.folder = folder
 
     @property
     def message(self) -> str:
-        known = (self.folder / "checkpoint").exists()
+        known = self.folder.has_checkpoint
         how = "go on from the last checkpoint" if known else "there is no checkpoint yet: begin anew"
-        return f"stopped; {how} with --resume --output {self.folder}"
+        return f"stopped; {how} with --resume --output {self.folder.path}"
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -903,7 +907,7 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_signals(folder: Path) -> Iterator[_Stop]:
+def _stop_signals(folder: RunFolder) -> Iterator[_Stop]:
     """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
     stop = _Stop(folder)
 

@@ -127,7 +127,7 @@ def test_missing_library_is_named_with_what_installs_it(
     for module in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     message = refusal(name)
-    assert f"pip install '{library}>=" in message
+    assert f"pip install '{library}>=" in message and name in message
 
 
 @pytest.fixture

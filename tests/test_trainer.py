@@ -290,11 +290,12 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
 def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_samples_tokens(
     tmp_path: Path, tiny_model: Callable[..., Path], contrast: float, whole_logits: bool
 ) -> None:
-    prompts = [[1, 2, 3], [4], [5, 6]]
-    # Repeated 2-grams stand at places 2-3 of the first and 2-4 of the second; the third has none.
-    completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3]]
-    repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5)}
-    quantiles, tokens = [0, 1, 2], 13
+    prompts = [[1, 2, 3], [4], [5, 6], [3]]
+    # Repeated 2-grams stand at places 2-3 of the first and 1-2, 4-5 of the second; the third has none, the
+    # fourth has them at 2-3.
+    completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3], [2, 6, 2, 6]]
+    repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5), (3, 2), (3, 3)}
+    quantiles, tokens = [0, 1, 2, 2], 17
     model = tiny_model()
     found = []
     for name, coefficient in (("without", 0.0), ("with", 3.0)):
@@ -309,7 +310,7 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
         sharpen(trainer.policy.model)
         if whole_logits:
             trainer.objective.heads = None
-        loss, terms = trainer.objective(prompts, completions, quantiles, tokens, 3)
+        loss, terms = trainer.objective(prompts, completions, quantiles, tokens, 4)
         loss.backward()
         found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
 
