@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quark_fast.config import Config, UsageError
@@ -77,21 +78,29 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def merge_adapters(model: Any) -> None:
-    """W + alpha / rank B A in place of each weight, and no adapter any more."""
-    _remove(model, merge=True)
+def merge_adapters(model: Any, converted: Callable[[Tensor], Tensor]) -> None:
+    """W + alpha / rank B A in place of each weight, and no adapter any more.
+
+    Args:
+        converted: from the float32 sum to what is kept of it.
+    """
+    for name, layer in list(_adapted(model)):
+        base = layer.get_base_layer()
+        base.weight.data = base.weight.data.float()
+        layer.merge()
+        base.weight.data = converted(base.weight.data)
+        model.set_submodule(name, base)
+    _forget_adapters(model)
 
 
 def drop_adapters(model: Any) -> None:
     """The model without its adapters, as if there had been none."""
-    _remove(model, merge=False)
-
-
-def _remove(model: Any, merge: bool) -> None:
     for name, layer in list(_adapted(model)):
-        if merge:
-            layer.merge()
         model.set_submodule(name, layer.get_base_layer())
+    _forget_adapters(model)
+
+
+def _forget_adapters(model: Any) -> None:
     del model.peft_config  # injecting leaves it, and saving would take the model for an adapter
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -21,6 +21,7 @@ from quark_fast.config import UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, chat_template, is_chat
+from quark_fast.rounding import LOST_BITS, stochastic_rounding
 from quark_fast.tokenizer import (
     SEPARATOR,
     before_reward_tokens,
@@ -280,21 +281,33 @@ class Policy:
         own = dict(self.model.named_parameters())
         sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
         model = copy.deepcopy(self.unsharded if sharded else self.model)
+        converted = self._conversion(dtype)
         if sharded:
             embedding: RewardEmbedding = self.model.get_input_embeddings()
             rows = torch.empty(embedding.rows.shape, device=model.device)
             base = model.get_input_embeddings()
             model.set_input_embeddings(RewardEmbedding(base, embedding.first_id, rows))
         elif has_adapters(model):
-            merge_adapters(model)
+            merge_adapters(model, converted)
         # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
         # those in float32.
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype)
             if sharded:
-                parameter.data.copy_(whole(own[name].detach()))
+                parameter.data = converted(whole(own[name].detach())).to(parameter.device)
+            else:
+                parameter.data = converted(parameter.data)
         model.config.dtype = dtype
         return model
+
+    def _conversion(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """How weights get to ``dtype``: to the nearest, unless before training they lay on its very grid.
+
+        There the nearest is mostly where they were. Weights that lay anywhere between keep their changes on
+        average, and an untouched model stays what the reference is.
+        """
+        if dtype in LOST_BITS and self.stored_dtype in (dtype, torch.bfloat16):
+            return stochastic_rounding(dtype)
+        return lambda weights: weights.to(dtype)
 
     def freeze(self, device: torch.device) -> Any:
         """The model itself, for sampling alone from here on."""
@@ -304,6 +317,14 @@ class Policy:
         """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
         model = self.whole_copy(dtype).eval().requires_grad_(False)
         _decode_fast(model)
+        return model
+
+    def exported_copy(self, dtype: torch.dtype) -> Any:
+        """``frozen_copy`` of what an export holds, which is in the dtype that the model came in."""
+        model = self.frozen_copy(self.stored_dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
         return model
 
     def shared_reference(self, dtype: torch.dtype) -> Any | None:

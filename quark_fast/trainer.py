@@ -760,14 +760,14 @@ class Trainer:
     # ---------------------------------------------------------------- the end
 
     def _evaluate(self) -> None:
-        """Held-out prompts in every mode: ``evaluation.json`` and its samples."""
+        """``evaluation.json``: held-out prompts in every mode, of the model as it is exported."""
         config = self.config
         if self.task.prompt_classes:
             self._classify()
         table = modes(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
         if config.eval_modes == "best":
             table = [mode for mode in table if mode.name in ("untouched", "best token")]
-        model = self.policy.frozen_copy(self.sampling_dtype)
+        model = self.policy.exported_copy(self.sampling_dtype)
         shares = self._share(lambda: list(self._evaluated(table, model)))
         samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
         for name, part in in_turn(shares):
