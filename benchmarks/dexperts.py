@@ -39,6 +39,7 @@ from quark_fast.policy import FAST_ATTENTION, load_pretrained
 from quark_fast.prompts import load_prompts
 from quark_fast.report import read_run, results_table
 from quark_fast.rollout import Conditioning, cache_argument
+from quark_fast.rounding import LOST_BITS, stochastic_rounding
 from quark_fast.run_folder import HELD_OUT
 from quark_fast.scoring import choose_reward
 from quark_fast.tasks import find_task
@@ -102,7 +103,10 @@ def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: i
         optimizer.param_groups[0]["lr"] = config.learning_rate * config.decay(step)
         optimizer.step()
         optimizer.zero_grad()
-    model.to(run.reference.dtype).requires_grad_(False)
+    dtype = run.reference.dtype
+    round_weights = stochastic_rounding(dtype) if dtype in LOST_BITS else lambda weights: weights
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.data = round_weights(parameter.data)
     model.set_attn_implementation(FAST_ATTENTION)
     return model
 

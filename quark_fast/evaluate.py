@@ -95,10 +95,12 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
         raise UsageError(f"--seed {arguments.seed}: give a number from 0 to 2**63 - 1")
     quiet_libraries()
     set_threads(threads)
-    bar = Progress(console=console)
+    bar = Progress(console=console, disable=not console.is_terminal)
     shown: dict[str, TaskID] = {}
 
     def listen(stage: str, done: int, total: int) -> None:
+        if not console.is_terminal and done == total:  # a log has no bars
+            console.print(f"{stage}: {done} of {total}")
         if stage not in shown:
             shown[stage] = bar.add_task(stage, total=total)
         bar.update(shown[stage], completed=done)

@@ -418,6 +418,8 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
     assert all(name in heard.out for name in names)
+    progress = [line for line in heard.out.splitlines() if line.endswith(": 4 of 4")]
+    assert progress == [f"{name}: 4 of 4" for name in names], "in a log each row says that it is done"
 
 
 def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
@@ -493,8 +495,9 @@ def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> N
         json.loads((folder / name).read_text()) for name in ("again.json", "finished/evaluation.json")
     )
     assert again["prompts"] == before["prompts"] == 2
-    # The untouched model, the same seed, prompts and sampling: the same numbers.
-    assert again["rows"][0]["metrics"]["mean"] == before["rows"][0]["metrics"]["mean"]
+    # The models, the same seed, prompts and sampling: the same numbers.
+    found = {row["name"]: row["metrics"] for row in again["rows"]}
+    assert all(found[row["name"]]["mean"] == row["metrics"]["mean"] for row in before["rows"])
 
 
 def test_stopped_before_the_first_checkpoint_says_so(

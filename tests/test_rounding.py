@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny_model, sharpen
+from rich.console import Console
 from safetensors.torch import load_file
 from test_trainer import PROMPTS, SHORT, rows, small
 from transformers import AutoModelForCausalLM
@@ -146,3 +148,28 @@ def test_the_table_of_a_run_is_that_of_the_model_it_exports(
     names = {row["row"] for row in own}
     assert names >= {"untouched", "best token", "guided w=2", "worst token"}
     assert [row for row in again if row["row"] in names] == own
+
+
+def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import rounding as benchmark  # the benchmark, not the package's module
+
+    settings: dict[str, Any] = {**SHORT, "learning_rate": 1e-5, "reward": "test_trainer:even_words"}
+    for dtype in (torch.bfloat16, torch.float32):
+        source = stored(tmp_path / f"{dtype}", torch.bfloat16)
+        AutoModelForCausalLM.from_pretrained(source).to(dtype).save_pretrained(source)
+        config = small(tmp_path / f"run-{dtype}", source, **settings)
+        Trainer(config, prompts=PROMPTS, held_out=PROMPTS[:6]).train()
+    with pytest.raises(SystemExit, match="what it lost is gone"):
+        benchmark.measure(tmp_path / "run-torch.bfloat16", Console())
+    found = benchmark.measure(tmp_path / "run-torch.float32", Console())
+    own = rows(tmp_path / "run-torch.float32" / "evaluation.jsonl", row="best token")
+    assert found["rows"][1]["metrics"]["mean"]["value"] == pytest.approx(
+        sum(row["score"] for row in own) / len(own)
+    )
+    assert [row["name"] for row in found["rows"]] == ["untouched", *found["weights_moved"]]
+    whole, nearest, stochastic = found["weights_moved"].values()
+    assert whole > 0.9 > stochastic > 2 * nearest
+    sys.modules.pop("rounding", None)
