@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -296,11 +297,25 @@ def describe(function: Function, name: str | None = None, calls: Calls = Calls()
 
 
 def _source(own: Any) -> bytes:
-    """The file that defines it; in a notebook its cell; nothing for what was compiled."""
+    """The file that defines it; in a notebook its cell; at a prompt its byte code; nothing for a builtin."""
     try:
-        file = inspect.getsourcefile(own)
-    except TypeError:
-        return b""
-    if file is None:
-        return b""
-    return Path(file).read_bytes() if Path(file).is_file() else "".join(linecache.getlines(file)).encode()
+        file = inspect.getsourcefile(own) or ""
+    except (TypeError, OSError):  # a builtin; a class that was typed at a prompt
+        file = ""
+    if Path(file).is_file():
+        return Path(file).read_bytes()
+    lines = "".join(linecache.getlines(file)).encode()
+    code = getattr(own.__call__ if isinstance(own, type) else own, "__code__", None)
+    return lines or (_byte_code(code).encode() if code else b"")
+
+
+def _byte_code(code: CodeType) -> str:
+    """What a function does, with those inside it, but not where it stands."""
+
+    def plain(constant: Any) -> str:
+        if isinstance(constant, CodeType):
+            return _byte_code(constant)
+        # A set of texts has another order in every process.
+        return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+    return repr((code.co_code, code.co_names, [plain(one) for one in code.co_consts]))

@@ -9,6 +9,8 @@ import linecache
 import math
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -207,6 +209,33 @@ def test_hash_is_of_the_source_wherever_the_function_stands() -> None:
         exec(compile(text, name, "exec"), space)
         hashes.add(describe(space["f"]).sha256)
     assert len(hashes) == 2 and NO_SOURCE not in hashes
+
+
+TYPED = """
+import sys
+from quark_fast.reward import describe
+def f(prompts, completions): return [{value} if "a" in c else sum(x for x in [1]) for c in completions]
+
+class F:
+    def __call__(self, prompts, completions): return [c in {{"a", "b", "c", "d"}} for c in completions]
+
+print(describe(f).sha256, describe(F()).sha256)
+"""
+
+
+def test_what_was_typed_at_a_prompt_is_told_apart_by_what_it_does() -> None:
+    """Three interpreters, each with an order of sets of its own."""
+
+    def typed(value: int) -> list[str]:
+        command = [sys.executable, "-i", "-q"]
+        text = TYPED.format(value=value)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        assert "Error" not in done.stderr
+        return done.stdout.split()
+
+    first, again, other = typed(1), typed(1), typed(2)
+    assert first == again and NO_SOURCE not in first
+    assert other[0] != first[0] and other[1] == first[1]
 
 
 # --- Asynchronous --------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""The docs as a newcomer follows them: all Python and the whole tutorial run, and links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from quark_fast.policy import Policy
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def run_line(line: str) -> None:
+    """A shell line of the tutorial; a command of the package runs in this process, which has torch loaded."""
+    words = shlex.split(os.path.expandvars(line))
+    if words[0] == "pip":
+        assert words == ["pip", "install", "-e", "."]  # as the README has it, whose own line CI runs
+        return
+    assert words[:2] == ["python", "-m"] and words[2].startswith("quark_fast."), line
+    assert importlib.import_module(words[2]).main(words[3:]) == 0, line
+
+
+def test_every_block_of_the_tutorial_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MODEL", str(save_tiny_model(tmp_path / "tiny", "llama")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    blocks = BLOCK.findall((DOCS / "tutorial.md").read_text())
+    assert {language for language, _, _ in blocks} == {"sh", "python"} and len(blocks) == 7
+    try:
+        for language, file, text in blocks:
+            if file:
+                Path(file).write_text(text)
+            elif language == "python":
+                exec(compile(text, "tutorial.md", "exec"), {})
+            else:
+                for line in text.splitlines():
+                    run_line(line)
+    finally:
+        sys.modules.pop("brevity", None)
+    shown = capsys.readouterr().out
+    assert "[-3, -11]" in shown
+    assert len(Path("prompts.txt").read_text().splitlines()) == 128
+    evaluation = json.loads(Path("runs/brevity/evaluation.json").read_text())
+    assert evaluation["prompts"] == 32 and evaluation["scorer"]["name"] == "brevity:score"
+    assert Path("runs/brevity/report.html").stat().st_size > 10_000
+
+
+def python_blocks(page: Path) -> list[str]:
+    blocks = [text for language, _, text in BLOCK.findall(page.read_text()) if language == "python"]
+    assert blocks, page
+    return blocks
+
+
+def test_python_of_the_readme_runs_on_tiny_models_of_the_same_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "gpt2", "gpt2")
+    exported = tmp_path / "runs" / "toxicity" / "model"
+    Policy.create(save_tiny_model(tmp_path / "llama", "llama"), quantiles=5).export(exported, torch.float32)
+    # What the loss and the pool are given there without being made.
+    vocabulary = 11
+    given: dict[str, Any] = {
+        "__name__": "readme",
+        "logits": torch.randn(2, 4, vocabulary, requires_grad=True),
+        "ref_logits": torch.randn(2, 4, vocabulary),
+        "labels": torch.randint(vocabulary, (2, 4)),
+        "mask": torch.ones(2, 4),
+        "prompt_ids": [[1, 2], [3]],
+        "completion_ids": [[4], [5, 6]],
+        "rewards": [0.1, 0.9],
+    }
+    short = "rounds=1, steps=2, batch_size=4, initial_samples=1, eval_samples=1, threads=1"
+    for text in python_blocks(DOCS.parent / "README.md"):
+        exec(compile(text.replace('"runs/mine")', f'"runs/mine", {short})'), "README.md", "exec"), given)
+    assert given["logits"].grad.abs().sum() > 0
+    assert len(given["batch"].prompts) == 32
+    evaluation = json.loads((tmp_path / "runs" / "mine" / "evaluation.json").read_text())
+    assert evaluation["prompts"] > 0 and evaluation["scorer"]["name"] == "readme:score"
+    assert "| best token |" in capsys.readouterr().out
+
+
+def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = save_tiny_model(tmp_path / "tiny", "llama")
+    model, reference = (AutoModelForCausalLM.from_pretrained(source) for _ in range(2))
+    ids = torch.randint(model.config.vocab_size, (3, 9))
+    logits = torch.randn(3, 8, model.config.vocab_size, requires_grad=True)
+    given: dict[str, Any] = {
+        **{"torch": torch, "model": model, "reference": reference, "ids": ids, "mask": torch.ones(3, 8)},
+        **{"logits": logits, "ref_logits": torch.randn_like(logits), "labels": ids[:, 1:]},
+    }
+    for text in python_blocks(DOCS / "library.md"):
+        exec(compile(text, "library.md", "exec"), given)
+    torch.testing.assert_close(given["out"].kl, torch.zeros(3, 8), rtol=0, atol=1e-5)
+    assert (tmp_path / "pool.safetensors").exists()
+
+
+def test_links_of_the_docs_lead_somewhere() -> None:
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
