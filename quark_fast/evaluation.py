@@ -469,12 +469,14 @@ def describe_evaluation(
     seed: int,
     guidance: Sequence[float],
     perplexity: Mapping[str, str],
+    dtypes: Iterable[torch.dtype],
 ) -> dict[str, Any]:
     """What makes two tables comparable: task, scorer, prompts, sampling; and which metrics its tables show.
 
     Args:
         guidance: values of w for the guided rows; the first is the one that the table is about.
         perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
+        dtypes: what the models compute in; told, not compared.
     """
     return {
         "task": task.name,
@@ -497,6 +499,7 @@ def describe_evaluation(
             "prefix": policy.tokenizer.decode(policy.prefix),
             "seed": seed,
             "guidance": next(iter(guidance), None),
+            "dtype": " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
         },
     }
 

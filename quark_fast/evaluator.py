@@ -515,6 +515,7 @@ class Evaluator:
         self.prefixes: dict[str, list[int]] = {}
         for run in self._runs.values():
             self.prefixes.setdefault(run.source, self._prefix_of(run))
+        self.dtypes: set[torch.dtype] = set()
         self.untouched_by: dict[str, str] = {}  # which subject samples the untouched model of each kind
         for label in self.live:
             self.untouched_by.setdefault(self._untouched(label), label)
@@ -523,6 +524,7 @@ class Evaluator:
             if any(mode.untouched for mode in opened.modes) or label == self.lead:
                 opened.reference()
             policy = opened.policy
+            self.dtypes.add(opened.model.dtype)
             for domain in self.domains:
                 rows, ids, texts = policy.encode_rows(
                     domain.rows, self.config.max_prompt_tokens, self.config.prefix_tokens
@@ -609,6 +611,7 @@ class Evaluator:
                 self.seed,
                 w,
                 self.perplexity,
+                self.dtypes,
             )
             about["source"] = domain.source
             about["trained_on"] = {

@@ -727,7 +727,7 @@ def notes(evaluation: Row) -> list[str]:
     return [clean(line) for line in found]
 
 
-_SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed")
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
 def _unscored(evaluation: Row) -> str:

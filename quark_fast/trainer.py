@@ -818,6 +818,7 @@ class Trainer:
             config.seed,
             config.guidances(),
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
+            [self.sampling_dtype],
         )
         summary = summarise(samples, table, about)
         self.folder.write_json("evaluation.json", summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,18 @@ def test_rows_of_several_runs_can_be_told_apart_and_share_their_untouched_model(
     assert samples_of(both, "a: best token") == samples_of(one, "best token")
     assert samples_of(both, "b: best token") == samples_of(made("runs/b"), "best token")
     assert samples_of(both, "a: best token") != samples_of(both, "b: best token")
+
+
+def test_table_names_what_its_models_compute_in(place: Path) -> None:
+    run = Path(shutil.copytree("runs/b", "runs/c"))
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("precision: fp32", "precision: bf16"))
+    for subjects, dtype in (
+        (["runs/a"], "float32"),
+        (["runs/c"], "bfloat16"),
+        (["runs/a", "runs/c"], "bfloat16 and float32"),
+    ):
+        assert f"seed 0, dtype {dtype}." in str(made(*subjects))
 
 
 def test_changes_are_against_the_first_row_and_paired_by_prompt(place: Path) -> None:
