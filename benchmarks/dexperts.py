@@ -15,8 +15,6 @@ sampling and seed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,25 +22,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from finished_run import FinishedRun, begin, end, options
 from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast import assets
 from quark_fast.batch import completion_logits, make_batch
-from quark_fast.evaluation import HeldOut, Mode, evaluate, evaluation_sampling, summarise
-from quark_fast.finished import Finished, open_run
-from quark_fast.machine import keep_freed_memory, quiet_libraries, set_threads, versions
+from quark_fast.evaluation import Mode
+from quark_fast.finished import Finished
 from quark_fast.metrics import Sample
 from quark_fast.ops.loss import quark_loss
-from quark_fast.policy import FAST_ATTENTION, load_pretrained
-from quark_fast.prompts import load_prompts
-from quark_fast.report import read_run, results_table
+from quark_fast.policy import FAST_ATTENTION, load_pretrained, stored_dtype
 from quark_fast.rollout import Conditioning, cache_argument
-from quark_fast.rounding import LOST_BITS, stochastic_rounding
-from quark_fast.run_folder import HELD_OUT
-from quark_fast.scoring import choose_reward
-from quark_fast.tasks import find_task
+from quark_fast.rounding import conversion
 
 
 class Mixture(torch.nn.Module):
@@ -72,7 +65,8 @@ class Mixture(torch.nn.Module):
 def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: int, seed: int) -> Any:
     """A copy of the untouched model after ``steps`` steps of the LM loss on the completions of ``rows``."""
     config, policy = run.config, run.policy
-    model, _ = load_pretrained(config.model or assets.default_model(), torch.float32)
+    source = config.model or assets.default_model()
+    model, _ = load_pretrained(source, torch.float32)
     model.to(run.device).eval()  # no dropout, as in the run
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     prompts = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
@@ -103,19 +97,17 @@ def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: i
         optimizer.param_groups[0]["lr"] = config.learning_rate * config.decay(step)
         optimizer.step()
         optimizer.zero_grad()
-    dtype = run.reference.dtype
-    round_weights = stochastic_rounding(dtype) if dtype in LOST_BITS else lambda weights: weights
+    converted = conversion(run.reference.dtype, stored_dtype(source))
     for parameter in model.requires_grad_(False).parameters():
-        parameter.data = round_weights(parameter.data)
+        parameter.data = converted(parameter.data)
     model.set_attn_implementation(FAST_ATTENTION)
     return model
 
 
 def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str, Any]:
-    run, record = open_run(folder), read_run(folder)
+    finished = FinishedRun(folder)
+    run, record = finished.run, finished.record
     config = run.config
-    task = find_task(config.task, config.target)
-    reward = choose_reward(config, task, run.device)
     scored = [dict(row) for row in record.completions if row["reward"] is not None and row["completion"]]
     scored.sort(key=lambda row: row["reward"])
     size, steps = len(scored) // config.quantiles, config.rounds * config.steps
@@ -130,9 +122,6 @@ def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str
         console.print(
             f"{name}: {len(part)} texts, {steps} steps of {batch}, {time.monotonic() - begun:.0f} s"
         )
-    loaded = load_prompts(folder / HELD_OUT)
-    rows, ids, texts = run.policy.encode_rows(loaded.rows, config.max_prompt_tokens, config.prefix_tokens)
-    held_out = HeldOut(rows, ids, config.eval_samples, texts)
     kept = {"untouched", "best token"} | {f"guided w={w:g}" for w in config.guidances()}
     table = [
         Mode(name, Conditioning(), untouched=name == "untouched")
@@ -146,48 +135,20 @@ def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str
     for alpha in alphas:
         mixture = Mixture(run.reference, experts["expert"], experts["anti-expert"], alpha)
         mode = Mode(f"DExperts alpha={alpha:g}", Conditioning())
-        sampling = evaluation_sampling(config)
-        samples[mode.name] = [
-            sample
-            for _, part in evaluate(
-                run.policy,
-                mixture,
-                run.reference,
-                reward,
-                held_out,
-                [mode],
-                sampling,
-                config.seed,
-                task.measures,
-            )
-            for sample in part
-        ]
+        samples[mode.name] = finished.draw(mode, mixture)
         table.append(mode)
         console.print(f"{mode.name}: sampled")
-    about = {name: value for name, value in record.evaluation.items() if name != "rows"}
-    return summarise(samples, table, about) | {"versions": versions(run.device)}
+    return finished.table(table, samples)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser = options(__doc__)
     parser.add_argument("--alphas", default="0.5,1,2", help="values of alpha (default: 0.5,1,2)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    console = Console()
-    quiet_libraries()
-    keep_freed_memory()
-    set_threads(arguments.threads)
+    console = begin(arguments)
     found = measure(arguments.run, [float(a) for a in arguments.alphas.split(",")], console)
-    found["versions"]["command"] = " ".join(
-        ["python benchmarks/dexperts.py", str(arguments.run), "--alphas", arguments.alphas]
-    )
-    console.print(results_table(found))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1))
+    command = f"python benchmarks/dexperts.py {arguments.run} --alphas {arguments.alphas}"
+    end(arguments, console, found, command)
 
 
 if __name__ == "__main__":

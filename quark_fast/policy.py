@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -21,7 +21,7 @@ from quark_fast.config import UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, chat_template, is_chat
-from quark_fast.rounding import LOST_BITS, stochastic_rounding
+from quark_fast.rounding import conversion
 from quark_fast.tokenizer import (
     SEPARATOR,
     before_reward_tokens,
@@ -281,7 +281,7 @@ class Policy:
         own = dict(self.model.named_parameters())
         sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
         model = copy.deepcopy(self.unsharded if sharded else self.model)
-        converted = self._conversion(dtype)
+        converted = conversion(dtype, self.stored_dtype)
         if sharded:
             embedding: RewardEmbedding = self.model.get_input_embeddings()
             rows = torch.empty(embedding.rows.shape, device=model.device)
@@ -298,16 +298,6 @@ class Policy:
                 parameter.data = converted(parameter.data)
         model.config.dtype = dtype
         return model
-
-    def _conversion(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """How weights get to ``dtype``: to the nearest, unless before training they lay on its very grid.
-
-        There the nearest is mostly where they were. Weights that lay anywhere between keep their changes on
-        average, and an untouched model stays what the reference is.
-        """
-        if dtype in LOST_BITS and self.stored_dtype in (dtype, torch.bfloat16):
-            return stochastic_rounding(dtype)
-        return lambda weights: weights.to(dtype)
 
     def freeze(self, device: torch.device) -> Any:
         """The model itself, for sampling alone from here on."""

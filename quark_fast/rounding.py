@@ -19,6 +19,18 @@ LOST_BITS = {torch.bfloat16: 16, torch.float16: 13}
 BLOCK = 2**24  # weights at a time: the random bits of a whole embedding table would take twice its memory
 
 
+def conversion(dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """How weights of a model that came in ``stored`` get to ``dtype``: to the nearest, or stochastically.
+
+    Stochastically where they lay on the very grid of ``dtype`` before training: there the nearest is mostly
+    where they were. Weights that lay anywhere between keep their changes on average by the nearest, too, and
+    an untouched model then stays what the reference is.
+    """
+    if dtype in LOST_BITS and stored in (dtype, torch.bfloat16):
+        return stochastic_rounding(dtype)
+    return lambda weights: weights.to(dtype)
+
+
 def stochastic_rounding(dtype: torch.dtype, seed: int = 0) -> Callable[[Tensor], Tensor]:
     """A function from tensors to ``dtype`` with E[result] = tensor.
 

@@ -1,0 +1,85 @@
+"""More rows for a finished run's table: other models, sampled, scored and measured as its evaluation was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from quark_fast.evaluation import HeldOut, Mode, evaluate, evaluation_sampling, summarise
+from quark_fast.finished import open_run
+from quark_fast.machine import keep_freed_memory, quiet_libraries, set_threads, versions
+from quark_fast.metrics import Sample
+from quark_fast.prompts import load_prompts
+from quark_fast.report import read_run, results_table
+from quark_fast.run_folder import HELD_OUT
+from quark_fast.scoring import choose_reward
+from quark_fast.tasks import find_task
+
+
+class FinishedRun:
+    """A run with what its evaluation had: held-out prompts, scorer, sampling, seed.
+
+    Attributes:
+        run: its models and settings. record: what it wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.run, self.record = open_run(folder), read_run(folder)
+        config = self.run.config
+        self.task = find_task(config.task, config.target)
+        self.reward = choose_reward(config, self.task, self.run.device)
+        rows, ids, texts = self.run.policy.encode_rows(
+            load_prompts(folder / HELD_OUT).rows, config.max_prompt_tokens, config.prefix_tokens
+        )
+        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
+
+    def draw(self, mode: Mode, model: Any) -> list[Sample]:
+        """The samples of a row: of ``model``, or where the mode says so of the untouched one."""
+        batches = evaluate(
+            self.run.policy,
+            model,
+            self.run.reference,
+            self.reward,
+            self.held_out,
+            [mode],
+            evaluation_sampling(self.run.config),
+            self.run.config.seed,
+            self.task.measures,
+        )
+        return [sample for _, part in batches for sample in part]
+
+    def table(self, modes: Sequence[Mode], samples: dict[str, list[Sample]]) -> dict[str, Any]:
+        """What ``evaluation.json`` holds, with these rows in place of the run's, and this machine."""
+        about = {name: value for name, value in self.record.evaluation.items() if name != "rows"}
+        return summarise(samples, modes, about) | {"versions": versions(self.run.device)}
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What such a script is asked."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser
+
+
+def begin(arguments: argparse.Namespace) -> Console:
+    quiet_libraries()
+    keep_freed_memory()
+    set_threads(arguments.threads)
+    return Console()
+
+
+def end(arguments: argparse.Namespace, console: Console, found: Mapping[str, Any], command: str) -> None:
+    """Show the table, and write it where that was asked for, with the command that made it."""
+    found["versions"]["command"] = command
+    console.print(results_table(found))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1))
