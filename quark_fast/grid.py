@@ -528,6 +528,31 @@ def markdown(results: Row) -> str:
 # --- plot -------------------------------------------------------------------------------------------
 
 
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
+
+    def middle(stack: Sequence[int]) -> float:
+        return sum(heights[i] for i in stack) / len(stack)
+
+    def reach(stack: Sequence[int]) -> float:
+        return gap * len(stack) / 2
+
+    for i in order:
+        stacks.append([i])
+        while len(stacks) > 1:
+            below, above = stacks[-2:]
+            if middle(above) - middle(below) >= reach(above) + reach(below):
+                break
+            stacks[-2:] = [below + above]
+    placed = [0.0] * len(heights)
+    for stack in stacks:
+        for place, i in enumerate(stack):
+            placed[i] = middle(stack) + gap * (place - (len(stack) - 1) / 2)
+    return placed
+
+
 def plot(results: Row) -> str:
     """``ablations.svg``: for each axis the headline metric against perplexity, and against KL."""
     import io
@@ -546,8 +571,9 @@ def plot(results: Row) -> str:
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(4.2 * len(axes), 6.2), layout="constrained", facecolor="white")
         panels = figure.subplots(2, len(axes), sharey=True, sharex="row", squeeze=False)
+        labels: dict[Any, list[tuple[str, float, float, str]]] = {}
         for column, axis in enumerate(axes):
             rows = [point for point in results["points"] if point["axis"] == axis]
             panels[0][column].set_title(axis)
@@ -557,16 +583,10 @@ def plot(results: Row) -> str:
             ):
                 panel.axhline(before["headline"], color="#777a82", lw=1, ls=(0, (2, 3)))
                 panel.plot(start, before["headline"], "o", color="#777a82", ms=5)
-                panel.annotate(
-                    "untouched",
-                    (start, before["headline"]),
-                    (5, 4),
-                    textcoords="offset points",
-                    color="#777a82",
-                )
+                labels[panel] = [("untouched", start, before["headline"], "#777a82")]
                 panel.set_xlabel(perplexity_title(results) if key == "perplexity" else "KL, nats a token")
                 panel.margins(0.15, 0.12)
-                for place, point in enumerate(rows):
+                for point in rows:
                     x, y = point["mean"][key], point["mean"]["headline"]
                     if x is None or y is None:
                         continue
@@ -576,10 +596,23 @@ def plot(results: Row) -> str:
                         bounds = [before["headline"] + change[end] for end in ("low", "high")]
                         panel.plot([x, x], bounds, color=colour, lw=1, alpha=0.35)
                     panel.plot(x, y, "o", color=colour, ms=5)
-                    offset = (5, 3) if place % 2 else (5, -9)
-                    panel.annotate(point["value"], (x, y), offset, textcoords="offset points", color=colour)
+                    labels[panel].append((point["value"], x, y, colour))
         for row in panels:
             row[0].set_ylabel(headline_title(results))
+        # Beside the panel, where they hide no point, each with a line to its own.
+        for panel, named in labels.items():
+            low, high = panel.get_ylim()
+            heights = spread([y for _, _, y, _ in named], 0.075 * (high - low))
+            for (name, x, y, colour), height in zip(named, heights, strict=True):
+                panel.annotate(
+                    name,
+                    (x, y),
+                    (1.04, (height - low) / (high - low)),
+                    textcoords="axes fraction",
+                    va="center",
+                    color=colour,
+                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
+                )
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_trainer import PROMPTS, even_words, rows, small, timeless
 
@@ -199,6 +200,20 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
     assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
     svg = (folder / "ablations.svg").read_text()
     assert svg.count(">random<") == 2, "each value labelled in both plots"
+
+
+def test_labels_that_would_touch_are_moved_apart_about_their_middle_and_no_others() -> None:
+    assert grid.spread([0.5, 0.1, 0.9], 0.2) == [0.5, 0.1, 0.9]
+    assert grid.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert grid.spread([0.32, 0.3, 0.9], 0.1) == pytest.approx([0.36, 0.26, 0.9])
+    # The first two, moved apart, come to touch the third.
+    assert grid.spread([0.0, 0.05, 0.13], 0.1) == pytest.approx([-0.04, 0.06, 0.16])
+    for seed in range(50):
+        heights = np.random.default_rng(seed).random(12)
+        placed = np.array(grid.spread(heights.tolist(), 0.05))
+        assert (np.argsort(placed) == np.argsort(heights)).all()
+        assert (np.diff(np.sort(placed)) > 0.05 - 1e-9).all()
+        assert placed.mean() == pytest.approx(heights.mean())
 
 
 def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
