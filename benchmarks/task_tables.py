@@ -35,11 +35,16 @@ def task_table(task: str) -> str:
     for name in ROWS:
         cells = []
         for run in runs:
+            if name not in run:  # a run may have sampled in fewer ways
+                cells.append("")
+                continue
             value = run[name]["metrics"][metric]["value"]
             cells.append(f"{100 * value:.1f}%" if percent else f"{value:.3f}")
             if run[name].get("change"):
                 cells[-1] += f", {change(run[name]['change'][metric])}"
-        costs = " / ".join(f"{run[name]['metrics']['perplexity']['value']:.1f}" for run in runs)
+        costs = " / ".join(
+            f"{run[name]['metrics']['perplexity']['value']:.1f}" for run in runs if name in run
+        )
         lines.append([name, *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
     return markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
