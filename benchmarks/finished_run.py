@@ -15,7 +15,8 @@ from quark_fast.finished import open_run
 from quark_fast.machine import keep_freed_memory, quiet_libraries, set_threads, versions
 from quark_fast.metrics import Sample
 from quark_fast.prompts import load_prompts
-from quark_fast.report import read_run, results_table
+from quark_fast.report.files import read_run
+from quark_fast.report.tables import results_table
 from quark_fast.run_folder import HELD_OUT
 from quark_fast.scoring import choose_reward
 from quark_fast.tasks import find_task

@@ -81,7 +81,9 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     from quark_fast.durable import replacing
     from quark_fast.evaluator import Evaluator, samples_path
     from quark_fast.machine import quiet_libraries, set_threads, versions
-    from quark_fast.report import comparison_page, headline, markdown_page, results_table, tables
+    from quark_fast.report.page import comparison_page
+    from quark_fast.report.results import headline
+    from quark_fast.report.tables import markdown_page, results_table, tables
 
     settings = vars(arguments).copy()
     threads, subjects = settings.pop("threads"), settings.pop("subjects")

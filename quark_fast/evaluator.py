@@ -32,7 +32,7 @@ from quark_fast.machine import sampling_dtype
 from quark_fast.metrics import Sample
 from quark_fast.policy import Policy, load_tokenizer
 from quark_fast.prompts import Row, chat_template, load_prompts
-from quark_fast.report import markdown_page
+from quark_fast.report.tables import markdown_page
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning
 from quark_fast.run_folder import COMPLETIONS, HELD_OUT, REWARDS

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Sample both models on every prompt and print them side by side."""
     from quark_fast.finished import open_run
     from quark_fast.machine import quiet_libraries, set_threads
-    from quark_fast.report import mask_profanity
+    from quark_fast.report.texts import mask_profanity
     from quark_fast.rollout import Conditioning, Sampling, sample
     from quark_fast.untrusted import clean
 

@@ -16,7 +16,8 @@ from quark_fast.config import Config, UsageError
 from quark_fast.durable import replacing
 from quark_fast.machine import settled_precision
 from quark_fast.metrics import Sample, as_json, compare
-from quark_fast.report import COLUMNS, read_run, scores_are_rewards
+from quark_fast.report.columns import COLUMNS, scores_are_rewards
+from quark_fast.report.files import read_run
 from quark_fast.run_folder import RunFolder
 from quark_fast.trainer import Interrupted, Trainer
 from quark_fast.untouched import UntouchedSamples

@@ -80,14 +80,10 @@ def run(arguments: Sequence[str]) -> None:
         config = processes.everywhere(parsed)[processes.index]
     console = Terminal(quiet=not processes.main)
     from quark_fast.machine import keep_freed_memory, quiet_libraries
-    from quark_fast.report import (
-        after_names,
-        before_after,
-        headline,
-        read_run,
-        results_table,
-        scores_are_rewards,
-    )
+    from quark_fast.report.columns import scores_are_rewards
+    from quark_fast.report.files import read_run
+    from quark_fast.report.results import after_names, headline
+    from quark_fast.report.tables import before_after, results_table
     from quark_fast.trainer import Trainer
 
     quiet_libraries()

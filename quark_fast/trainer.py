@@ -56,7 +56,7 @@ from quark_fast.policy import Policy, load_reference, load_tokenizer, recompute_
 from quark_fast.pool import RolloutPool
 from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without_data
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
-from quark_fast.report import write_report
+from quark_fast.report.page import write_report
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning, Draw, Rollout, Sampler, Sampling, TransformersRollout, sample
 from quark_fast.rollout_vllm import check_vllm, vllm_rollout

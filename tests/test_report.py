@@ -12,20 +12,12 @@ import pytest
 from rich.console import Console
 
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
-from quark_fast.report import (
-    before_after,
-    comparison_page,
-    headline,
-    main_row,
-    markdown_page,
-    markdown_table,
-    mask_profanity,
-    pick_examples,
-    read_run,
-    results_table,
-    smooth,
-    write_report,
-)
+from quark_fast.report.files import read_run
+from quark_fast.report.page import comparison_page, write_report
+from quark_fast.report.plots import smooth
+from quark_fast.report.results import headline, main_row
+from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
+from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.tasks import find_task
 
 # How much each way of sampling tones the synthetic scores, and its guidance.
@@ -735,7 +727,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(small_run, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("quark_fast.report.os.replace", fail)
+    monkeypatch.setattr("quark_fast.report.page.os.replace", fail)
     (small_run / "config.yaml").write_text("changed: true")
     with pytest.raises(OSError, match="disk full"):
         write_report(small_run)

@@ -16,7 +16,7 @@ from quark_fast import evaluate, generate, train
 from quark_fast.config import TASK_DEFAULTS, UsageError
 from quark_fast.policy import Policy
 from quark_fast.pool import RolloutPool
-from quark_fast.report import COLUMNS
+from quark_fast.report.columns import COLUMNS
 from quark_fast.tasks import find_task, repetition, sentiment
 
 # --- sentiment --------------------------------------------------------------------------------------

@@ -24,15 +24,10 @@ from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Config, UsageError
 from quark_fast.evaluator import Evaluator
 from quark_fast.pool import RolloutPool
-from quark_fast.report import (
-    after_names,
-    before_after,
-    headline,
-    markdown_table,
-    read_run,
-    render_html,
-    results_table,
-)
+from quark_fast.report.files import read_run
+from quark_fast.report.page import render_html
+from quark_fast.report.results import after_names, headline
+from quark_fast.report.tables import before_after, markdown_table, results_table
 from quark_fast.reward_cache import RewardCache
 from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
 from quark_fast.scoring import refuse_code_of

@@ -1,0 +1,227 @@
+"""How numbers are shown: a column for each metric, and the ways to write a value, a bound, a change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from quark_fast.metrics import Change
+from quark_fast.report.rows import Row, number_of
+from quark_fast.untrusted import clean
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric as the tables show it; `{property}`, `{target}` and `{threshold}` are filled in."""
+
+    key: str
+    title: str
+    short: str
+    style: Literal["3 digits", "2 digits", "percent", "1 digit"]
+    meaning: str
+
+
+# Every metric that a table may show; which ones it does, the task decides.
+COLUMNS = (
+    Column(
+        "target",
+        "share {target}",
+        "{target}",
+        "percent",
+        "Completions with a reward above 0.5: those that the scorer calls {target}.",
+    ),
+    Column(
+        "target_negative",
+        "{target} on negative prompts",
+        "on neg.",
+        "percent",
+        "The same over prompts that the untouched model mostly continues with negative text.",
+    ),
+    Column(
+        "target_neutral",
+        "{target} on neutral prompts",
+        "on neutr.",
+        "percent",
+        "The same over prompts that it continues with positive and negative text alike.",
+    ),
+    Column(
+        "target_positive",
+        "{target} on positive prompts",
+        "on pos.",
+        "percent",
+        "The same over prompts that it mostly continues with positive text.",
+    ),
+    Column(
+        "rep4",
+        "repeated 4-grams",
+        "rep-4",
+        "percent",
+        "rep-4: 4-grams of a completion's tokens that it held before.",
+    ),
+    Column("rep3", "repeated 3-grams", "rep-3", "percent", "rep-3: the same with 3-grams."),
+    Column("rep2", "repeated 2-grams", "rep-2", "percent", "rep-2: the same with 2-grams."),
+    Column(
+        "diversity",
+        "diversity",
+        "divers.",
+        "2 digits",
+        "The product of 1 − rep-n over n = 2, 3, 4: 1 repeats nothing.",
+    ),
+    Column("distinct", "different tokens", "distinct", "1 digit", "Different tokens of a completion."),
+    Column(
+        "mean",
+        "mean {property}",
+        "mean",
+        "3 digits",
+        "The scorer's {property} of the completion alone, averaged over all completions.",
+    ),
+    Column(
+        "share",
+        "share ≥ {threshold}",
+        "≥ {threshold}",
+        "percent",
+        "Completions with a {property} of at least {threshold}.",
+    ),
+    Column(
+        "expected_max",
+        "expected max",
+        "exp. max",
+        "2 digits",
+        "The worst of a prompt's completions, averaged over prompts; grows with their number.",
+    ),
+    Column(
+        "probability",
+        "probability",
+        "prob.",
+        "2 digits",
+        "Prompts of which any completion reaches {threshold}; grows with their number.",
+    ),
+    Column(
+        "perplexity",
+        "perplexity",
+        "perpl.",
+        "1 digit",
+        "exp of the mean negative log-likelihood per token under the frozen reference model: "
+        "how odd the original model finds the text.",
+    ),
+    Column(
+        "text_perplexity",
+        "perplexity of text",
+        "text ppl",
+        "1 digit",
+        "The model's own perplexity on held-out text, with the same token in front.",
+    ),
+    Column(
+        "text_accuracy",
+        "accuracy on text",
+        "accuracy",
+        "percent",
+        "Tokens of held-out text that the model's most probable next token gets right.",
+    ),
+    Column("dist2", "dist-2", "dist-2", "2 digits", "Distinct word pairs per word of a prompt."),
+    Column("dist3", "dist-3", "dist-3", "2 digits", "Distinct word triples per word of a prompt."),
+)
+
+
+def scores_are_rewards(evaluation: Row) -> bool:
+    """Whether its scores are a reward as it is: higher is better, of any size and sign.
+
+    Else they are a property to be rid of, 1 - reward, in [0, 1].
+    """
+    return evaluation.get("property") == "reward"
+
+
+def columns_of(evaluation: Row, more: bool = True) -> list[Column]:
+    """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
+    keys = [headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
+    if more:
+        keys += evaluation.get("more_columns", ["probability"])
+    if scores_are_rewards(evaluation):
+        keys = [key for key in keys if key not in _OF_A_PROPERTY]
+    known = [column for column in COLUMNS if column.key in keys]
+    return sorted(known, key=lambda column: column.key != keys[0])
+
+
+def main_columns(evaluation: Row) -> list[Column]:
+    """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
+    keys = {column.key for column in columns_of(evaluation)}
+    fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
+    variety = "diversity" if "diversity" in keys else "dist3"
+    return [find_column(key) for key in (headline_key(evaluation), fluency, variety)]
+
+
+def headline_key(evaluation: Row) -> str:
+    return str(evaluation.get("headline", "mean"))
+
+
+def find_column(key: str) -> Column:
+    return next(column for column in COLUMNS if column.key == key)
+
+
+# What presumes scores in [0, 1], of which the highest is the worst.
+_OF_A_PROPERTY = {"share", "expected_max", "probability"}
+
+# What an evaluation without a choice of its own shows.
+_TOXICITY_COLUMNS = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
+
+
+def format_value(value: float, style: str) -> str:
+    if not math.isfinite(value):
+        return "–"
+    if style == "percent":
+        return f"{100 * value:.1f}%"
+    if style == "1 digit":
+        return f"{value:.1f}"
+    digits = f"{value:.{style[0]}f}"
+    return digits[1:] if digits.startswith("0.") else digits
+
+
+def format_bounds(low: float, high: float, style: str) -> str:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{format_value(low, style)}–{format_value(high, style)}".replace("%", "")
+
+
+def _format_percent(fraction: float) -> str:
+    """A relative change in percent with its sign, -0.401 -> "−40%"; a decimal below 1%."""
+    if not math.isfinite(fraction):
+        return "–"
+    percent = 100 * fraction
+    digits = f"{abs(percent):.{0 if abs(percent) >= 0.95 else 1}f}"
+    sign = "" if float(digits) == 0 else "−" if percent < 0 else "+"
+    return f"{sign}{digits.removesuffix('.0')}%"
+
+
+def _format_difference(difference: float, style: str) -> str:
+    if not math.isfinite(difference):
+        return "–"
+    return ("−" if difference < 0 else "+") + format_value(abs(difference), style)
+
+
+def format_change(change: Change, column: Column, evaluation: Row) -> tuple[str, str]:
+    """A change and its bounds: in percent; of a mean reward, which may be 0 or below, as a difference."""
+    if column.key == "mean" and scores_are_rewards(evaluation):
+        parts = (change.difference, change.low, change.high)
+        value, low, high = (_format_difference(part, column.style) for part in parts)
+    else:
+        parts = (change.relative, change.relative_low, change.relative_high)
+        value, low, high = map(_format_percent, parts)
+    return value, "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
+
+
+def fill(text: str, evaluation: Row) -> str:
+    threshold = number_of(evaluation, "threshold")
+    return text.format(
+        property=one_line(clean(str(evaluation.get("property", "score"))))[:60],
+        target=one_line(clean(str(evaluation.get("target", "positive"))))[:60],
+        threshold=f"{0.5 if math.isnan(threshold) else threshold:g}".replace("0.", "."),
+    )
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,157 @@
+"""The files of a run folder, read as far as they can be."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quark_fast.report.columns import COLUMNS, counted
+from quark_fast.report.rows import Row, number_of
+from quark_fast.untrusted import too_deep
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run folder as far as they can be read; `missing` says what could not."""
+
+    name: str
+    config: str
+    versions: Row
+    steps: list[Row]
+    rounds: list[Row]
+    probes: list[Row]
+    completions: list[Row]
+    evaluation: Row
+    evaluation_rows: list[Row]
+    missing: list[str]
+
+
+def read_run(run_dir: Path) -> Run:
+    """Reads config.yaml, versions.json, metrics.jsonl, completions.jsonl, evaluation.json(l).
+
+    A step or round that stands twice (a resumed run repeats what came after its checkpoint) counts
+    as last written.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} is not a folder: give the folder of a run")
+    missing: list[str] = []
+    config = _read_text(run_dir / "config.yaml", "the settings", missing)
+    versions = _read_object(run_dir / "versions.json", "the versions", missing)
+    metrics = _read_lines(run_dir / "metrics.jsonl", "the curves", missing)
+    completions = _read_lines(run_dir / "completions.jsonl", "the sampled texts", missing)
+    evaluation = _well_formed(_read_object(run_dir / "evaluation.json", "the results", missing), missing)
+    rows = _read_lines(run_dir / "evaluation.jsonl", "the before and after texts", missing)
+    rows = [row for row in rows if isinstance(row.get("prompt_id", 0), int)]
+
+    def last_of(kind: str, key: str) -> list[Row]:
+        found = {number_of(row, key): row for row in metrics if row.get("kind") == kind}
+        return [found[at] for at in sorted(found) if math.isfinite(at)]
+
+    return Run(
+        name=run_dir.resolve().name,
+        config=config,
+        versions=versions,
+        steps=last_of("step", "step"),
+        rounds=last_of("round", "round"),
+        probes=last_of("probe", "step"),
+        completions=completions,
+        evaluation=evaluation,
+        evaluation_rows=rows,
+        missing=missing,
+    )
+
+
+def _read_text(path: Path, what: str, missing: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        missing.append(f"{path.name} is not there, so {what} are not shown")
+    except OSError as error:
+        missing.append(f"{path.name} cannot be read ({error.strerror}), so {what} are not shown")
+    return ""
+
+
+def _read_object(path: Path, what: str, missing: list[str]) -> Row:
+    text = _read_text(path, what, missing)
+    if not text:
+        return {}
+    try:
+        value = _parsed(text)
+    except ValueError as error:
+        missing.append(f"{path.name} is not JSON ({error}), so {what} are not shown")
+        return {}
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} holds no JSON object, so {what} are not shown")
+        return {}
+    return value
+
+
+def _read_lines(path: Path, what: str, missing: list[str]) -> list[Row]:
+    rows: list[Row] = []
+    broken: list[int] = []
+    for number, line in enumerate(_read_text(path, what, missing).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _parsed(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken:
+        missing.append(
+            f"{path.name} has {counted(len(broken), 'unreadable line')}, first line {broken[0]} "
+            "(a killed run can leave its last line cut off)"
+        )
+    return rows
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value; ValueError if it is none, or nested so deep that nothing could be done with it."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if too_deep(value):
+        raise ValueError("nested too deep")
+    return value
+
+
+# What an evaluation holds under these names; a file may hold anything.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("rows", "columns", "more_columns"), list),
+    **dict.fromkeys(("headline", "property", "target", "task"), str),
+    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on"), dict),
+    **dict.fromkeys(("prompts", "samples_per_prompt"), int),
+}
+
+
+def _well_formed(evaluation: Row, missing: list[str]) -> Row:
+    """The evaluation without what is not of its kind, so that nothing behind here has to ask."""
+    found: dict[str, Any]
+    found = {k: v for k, v in evaluation.items() if v is None or isinstance(v, _KINDS.get(k, object))}
+    odd = evaluation.keys() - found.keys()
+    if found.get("headline", "mean") not in {column.key for column in COLUMNS}:
+        odd.add("headline")
+    found = {k: v for k, v in found.items() if k not in {*odd, "out_of_domain"} and v is not None}
+    for name in ("columns", "more_columns"):
+        if name in found:
+            found[name] = [key for key in found[name] if isinstance(key, str)]
+    if "rows" in found:
+        found["rows"] = [
+            {**row, "metrics": _objects_of(row.get("metrics")), "change": _objects_of(row.get("change"))}
+            for row in found["rows"]
+            if isinstance(row, dict)
+        ]
+    if odd:
+        missing.append(f"evaluation.json holds no sound {', '.join(sorted(odd))}, so these are not shown")
+    return found
+
+
+def _objects_of(value: Any) -> dict[str, Row]:
+    return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}

@@ -1,0 +1,228 @@
+"""An evaluation in the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quark_fast.report.columns import (
+    columns_of,
+    counted,
+    fill,
+    find_column,
+    format_bounds,
+    format_change,
+    format_value,
+    headline_key,
+    one_line,
+)
+from quark_fast.report.results import (
+    Mode,
+    base_name,
+    change_of,
+    interval_of,
+    level_of,
+    mode_of,
+    name_of,
+    rows_of,
+    scorer_name,
+)
+from quark_fast.report.rows import Row
+from quark_fast.report.texts import mask_profanity, pick_examples
+from quark_fast.untrusted import clean
+
+# Middle tones, readable on a dark and on a light terminal.
+_TERMINAL_COLOURS: dict[Mode, str] = {
+    "untouched": "#8a8d94",
+    "none": "#b46f9b",
+    "worst": "#d9712a",
+    "middle": "#8f8a7e",
+    "best": "#3b8fc7",
+    "guided": "#1fa37d",
+}
+
+
+def results_table(evaluation: Row, title: str = "") -> Table:
+    """The metrics of each way of sampling, intervals below, 78 columns wide.
+
+    The full set of metrics, with a change for each, is in the HTML report.
+    """
+    # The caption is as wide as the table, and a scorer's hash should stay in one piece.
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
+    table.title = Text(title or about(evaluation), style="bold")
+    table.title_justify = table.caption_justify = "left"
+    table.caption = Text(
+        f"Below each number: {level_of(evaluation)} bootstrap interval over prompts. "
+        f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
+        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation)),
+        style="dim",
+    )
+    shown = columns_of(evaluation, more=False)
+    main = shown[0].key
+    table.add_column("sampling", overflow="fold")  # the only one that gives way
+    for column in shown:
+        table.add_column(fill(column.short, evaluation), justify="right", no_wrap=True)
+        if column.key == main:
+            table.add_column("change", justify="right", no_wrap=True)
+    for row in rows_of(evaluation):
+        name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
+        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[mode_of(name_of(row))])]
+        for column in shown:
+            number = interval_of(row, column.key)
+            cells.append(
+                _two_lines(
+                    format_value(number.value, column.style),
+                    format_bounds(number.low, number.high, column.style),
+                )
+            )
+            if column.key == main:
+                change = change_of(row, main)
+                value, bounds = format_change(change, column, evaluation) if row.get("change") else ("", "")
+                cells.append(_two_lines(value, bounds, "bold" if change.excludes_zero else ""))
+        table.add_row(*cells)
+    return table
+
+
+def _two_lines(value: str, bounds: str, style: str = "") -> Text:
+    return Text.assemble((value, style), "\n", (bounds, "dim"))
+
+
+def about(evaluation: Row) -> str:
+    prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
+    what = fill(find_column(headline_key(evaluation)).title, evaluation).capitalize()
+    if prompts is None or samples is None:
+        return what
+    source = evaluation.get("source")
+    of = counted(prompts, "prompt" if source else "held-out prompt")
+    where = f" of {clean(str(source))}" if source else ""
+    return f"{what} on {of}{where} × {counted(samples, 'completion')}"
+
+
+def notes(evaluation: Row) -> list[str]:
+    """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
+    scorer, perplexity = evaluation.get("scorer") or {}, evaluation.get("perplexity") or {}
+    sampling = evaluation.get("sampling") or {}
+    found = []
+    if scorer:
+        sha256 = f", sha256 {scorer['sha256']}" if scorer.get("sha256") else ""
+        found.append(f"Scorer: {scorer_name(evaluation)}{sha256}.")
+    ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
+    if ways:
+        found.append(f"Sampling: {', '.join(ways)}.")
+    if perplexity:
+        found.append(f"Perplexity: by {perplexity.get('model')}, of the {perplexity.get('tokens')} tokens.")
+    rows = [row for row in rows_of(evaluation) if "prefix" in row]
+    fronts: dict[str, list[str]] = {}
+    for row in rows:
+        fronts.setdefault(str(row["prefix"]) or "nothing", []).append(
+            name_of(row).rpartition(": ")[0] or name_of(row)
+        )
+    if fronts:
+        each = [f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in fronts.items()]
+        shown = each if len(each) > 1 else list(fronts)
+        found.append(
+            f"Before each prompt, and before the reward token where there is one: {'; '.join(shown)}."
+        )
+    for name, count in (evaluation.get("trained_on") or {}).items():
+        found.append(
+            f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
+        )
+    return [clean(line) for line in found]
+
+
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
+
+
+def unscored_note(evaluation: Row) -> str:
+    shares = [interval_of(row, "unscored").value for row in rows_of(evaluation)]
+    largest = max((share for share in shares if share > 0), default=0.0)
+    return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
+
+
+def markdown_table(evaluation: Row) -> str:
+    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below."""
+    shown = columns_of(evaluation)
+    main = shown[0].key
+    of_the = "the mean" if main == "mean" else fill(shown[0].title, evaluation)
+    titles = ["sampling", f"change of {of_the}", *(fill(c.title, evaluation) for c in shown)]
+    titles[1], titles[2] = titles[2], titles[1]
+    lines = [
+        "| " + " | ".join(map(_markdown, titles)) + " |",
+        "|---" + "|---:" * (len(titles) - 1) + "|",
+    ]
+    for row in rows_of(evaluation):
+        cells = []
+        for column in shown:
+            number = interval_of(row, column.key)
+            bounds = format_bounds(number.low, number.high, column.style)
+            value = format_value(number.value, column.style)
+            cells.append(f"{value} [{bounds}]" if bounds else value)
+        cells.insert(1, "")
+        if row.get("change"):
+            value, bounds = format_change(change_of(row, main), shown[0], evaluation)
+            cells[1] = f"{value} [{bounds}]" if bounds else value
+        lines.append("| " + " | ".join((_markdown(name_of(row)), *cells)) + " |")
+    lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
+    return "\n".join(lines).strip() + "\n"
+
+
+def markdown_page(evaluation: Row) -> str:
+    """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
+    return "\n".join(f"### {_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation))
+
+
+def _markdown(text: str) -> str:
+    """A text as Markdown shows it: no mark-up, no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+
+
+def tables(evaluation: Row) -> list[tuple[str, Row]]:
+    """(title, table) of the evaluation, and of its out-of-domain prompts where it has some."""
+    other = evaluation.get("out_of_domain")
+    found = [(about(evaluation), evaluation)]
+    return [*found, (f"Out of domain: {about(other)}", other)] if isinstance(other, dict) else found
+
+
+def before_after(
+    evaluation_rows: Iterable[Row],
+    n: int = 3,
+    mask: bool = True,
+    after: Sequence[str] | None = None,
+    lowest: bool = False,
+) -> RenderableType:
+    """n held-out prompts with what was written before and after, for the terminal.
+
+    Args:
+        mask: hide the worst words (`mask_profanity`); control characters go either way.
+        after, lowest: as for `pick_examples`; see `after_names` and `scores_are_rewards`.
+    """
+    examples = pick_examples(evaluation_rows, n, after, lowest)
+    if not examples:
+        return Text("No before and after texts: no scored row of the untouched model.", "dim")
+    show = mask_profanity if mask else clean
+    parts: list[RenderableType] = []
+    for example in examples:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True)
+        grid.add_column(justify="right", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, completion, score in example.texts:
+            grid.add_row(
+                Text(clean(name), style=_TERMINAL_COLOURS[mode_of(name)]),
+                Text(format_value(score, "2 digits"), style="dim"),
+                Text(one_line(show(completion)) or "(nothing)"),
+            )
+        parts += [Text(one_line(show(example.prompt)) + " …", style="bold"), grid, Text("")]
+    parts.append(
+        Text(
+            "Prompts where the untouched model wrote some of its worst; the number is the score. "
+            "The after texts are not chosen.",
+            style="dim",
+        )
+    )
+    return Group(*parts)

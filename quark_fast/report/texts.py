@@ -1,0 +1,92 @@
+"""Texts that a model wrote: which ones to show, and the worst words masked."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quark_fast.report.results import mode_of
+from quark_fast.report.rows import Row, number_of, series_of
+from quark_fast.untrusted import clean
+
+# Rot13, so that nobody has to read them to work on this file. A stem matches with any ending, a
+# word as it is or in the plural.
+_STEMS = "shpx zbgureshpx fuvg ohyyfuvg phag avttre avttn snttbg ovgpu juber fyhg nffubyr ergneq"
+_WORDS = "snt xvxr fcvp puvax qlxr pbba gjng jnaxre chffl qvpx pbpx"
+_PROFANITY = re.compile(
+    r"\b(?:(?:{})\w*|(?:{})s?)\b".format(
+        *(codecs.decode(words, "rot13").replace(" ", "|") for words in (_STEMS, _WORDS))
+    ),
+    re.IGNORECASE,
+)
+
+
+def mask_profanity(text: str) -> str:
+    """`clean` text whose worst words keep their first letter only.
+
+    A short list against shock at the terminal, not a filter: it knows neither context nor
+    disguised spellings.
+    """
+
+    def stars(match: re.Match[str]) -> str:
+        return match[0][0] + "*" * (len(match[0]) - 1)
+
+    return _PROFANITY.sub(stars, clean(text))
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the samplings wrote for one held-out prompt: (row name, completion, score) each."""
+
+    prompt: str
+    texts: list[tuple[str, str, float]]
+
+
+def pick_examples(
+    evaluation_rows: Iterable[Row], n: int, after: Sequence[str] | None = None, lowest: bool = False
+) -> list[Example]:
+    """n prompts spread over the quarter where the untouched text scored worst; repeatable.
+
+    Before is the worst completion of the prompt in the first row, the untouched model's; after is the
+    completion with the same sample number, whatever it scored, so only the prompts are chosen.
+
+    Args:
+        after: names of the rows to show after that one; None: the first row with the best token and
+            the first guided one.
+        lowest: the worst scores are the lowest, not the highest; see ``scores_are_rewards``.
+    """
+    by_row: dict[str, dict[int, list[Row]]] = {}
+    for row in evaluation_rows:
+        of_row = by_row.setdefault(str(row.get("row")), {})
+        of_row.setdefault(int(row.get("prompt_id", 0)), []).append(row)
+    if not by_row:
+        return []
+    if after is None:
+        first = {mode_of(name): name for name in reversed(by_row)}
+        after = [first[mode] for mode in ("best", "guided") if mode in first]
+    base = next(iter(by_row))
+    before = by_row[base]
+
+    worst: list[tuple[float, int, int]] = []
+    for prompt_id, samples in before.items():
+        scores = series_of(samples, "score")
+        if not np.isnan(scores).all():
+            index = int(np.nanargmin(scores) if lowest else np.nanargmax(scores))
+            worst.append((float(scores[index]) * (1 if lowest else -1), prompt_id, index))
+    quarter = sorted(worst)[: max(n, -(-len(worst) // 4))]
+    places = np.linspace(0, len(quarter) - 1, min(n, len(quarter))).round().astype(int)
+
+    examples = []
+    for _, prompt_id, index in (quarter[place] for place in places):
+        texts = []
+        for name in (base, *after):
+            samples = by_row.get(name, {}).get(prompt_id, [])
+            if index < len(samples):
+                row = samples[index]
+                texts.append((name, str(row.get("completion", "")), number_of(row, "score")))
+        examples.append(Example(str(before[prompt_id][index].get("prompt", "")), texts))
+    return examples
