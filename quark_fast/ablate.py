@@ -86,6 +86,7 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Termi
 
     from quark_fast.grid import run_grid, table
     from quark_fast.machine import keep_freed_memory, quiet_libraries
+    from quark_fast.report.results import scorer_line
     from quark_fast.train import Display
 
     quiet_libraries()
@@ -93,8 +94,9 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Termi
     display = Display(console)
     with display.shown():
         folder = run_grid(base, axes, seeds, about=console.print, listen=display)
-    head, *lines = table(json.loads((folder / "ablations.json").read_text()))
-    shown = Table(*head, box=SIMPLE_HEAD)
+    results = json.loads((folder / "ablations.json").read_text())
+    head, *lines = table(results)
+    shown = Table(*head, box=SIMPLE_HEAD, caption=scorer_line(results), caption_justify="left")
     for line in lines:
         shown.add_row(*line)
     console.print(shown)

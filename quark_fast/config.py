@@ -58,6 +58,25 @@ class _ConfigParser(Parser, HfArgumentParser):
     """One flag for each field of a dataclass."""
 
 
+class _Classifier(argparse.Action):
+    """``--scorer NAME`` is ``--reward hf:NAME``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, f"hf:{values}")
+
+
+def add_scorer(parser: argparse.ArgumentParser) -> None:
+    """The short form of a reward that is a classifier, for a parser with ``--reward``."""
+    parser.add_argument(
+        "--scorer",
+        action=_Classifier,
+        dest="reward",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="--reward hf:NAME in short: a sequence-classification model, a folder or a hub name",
+    )
+
+
 def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -228,8 +247,11 @@ class Config:
     )
     max_new_tokens: int = setting(20, "length of a completion, tokens")
     min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
-    temperature: float = setting(1.0, "sampling temperature when exploring; 0: greedy")
-    top_p: float = setting(0.9, "nucleus when exploring, share of the probability mass")
+    temperature: float = setting(1.0, "sampling temperature of what is trained on; 0: greedy")
+    explore_temperature: float | None = setting(
+        None, "the same in each later round; default: as in the first, --temperature"
+    )
+    top_p: float = setting(0.9, "nucleus of the same sampling, share of the probability mass")
     max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
     sample_batch: int = setting(128, "completions sampled side by side")
     rollout: Literal["transformers", "vllm"] = setting(
@@ -376,6 +398,16 @@ class Config:
         """The values of w to evaluate."""
         return numbers("eval_guidance", self.eval_guidance)
 
+    def temperature_of(self, round: int) -> float:
+        """Sampling temperature in a round (from 0)."""
+        value: float = getattr(self, self._exploring_by if round else "temperature")
+        return value
+
+    @property
+    def _exploring_by(self) -> str:
+        """Name of the setting that holds the temperature of later rounds."""
+        return "temperature" if self.explore_temperature is None else "explore_temperature"
+
     def decay(self, step: int) -> float:
         """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0."""
         total = self.rounds * self.steps
@@ -431,6 +463,8 @@ class Config:
             "eval_temperature": 0.0,
         }
         at_most = {"quantiles": 1000, "seed": 2**63 - 1, "split_seed": 2**63 - 1}
+        if self.explore_temperature is not None:
+            at_least["explore_temperature"] = 0.0
         for name, low in at_least.items():
             value = getattr(self, name)
             if not value >= low or value == math.inf:
@@ -454,14 +488,14 @@ class Config:
                 f"prefix_tokens = {self.prefix_tokens} leaves no held-out text within max_prompt_tokens ="
                 f" {self.max_prompt_tokens}"
             )
-        for temperature, names in (
-            ("temperature", ("initial_samples", "explore_samples")),
-            ("eval_temperature", ("eval_samples",)),
+        for name, samples in (
+            ("temperature", "initial_samples"),
+            (self._exploring_by, "explore_samples"),
+            ("eval_temperature", "eval_samples"),
         ):
-            several = [name for name in names if getattr(self, name) > 1]
-            if getattr(self, temperature) == 0 and several:
+            if getattr(self, name) == 0 and getattr(self, samples) > 1:
                 raise UsageError(
-                    f"{temperature} = 0 is greedy: all {several[0]} = {getattr(self, several[0])} completions"
+                    f"{name} = 0 is greedy: all {samples} = {getattr(self, samples)} completions"
                     " of a prompt would be the same; give 1"
                 )
         for name in ("kl_stop", "kl_target"):
@@ -507,8 +541,9 @@ class Config:
                 " --guidance 1, or --rollout transformers"
             )
         # What vLLM refuses, or changes quietly.
-        if self.temperature > 2 or 0 < self.temperature < 0.01:
-            raise UsageError(f"temperature = {self.temperature:g}; vLLM takes 0, and 0.01 to 2")
+        for name in ("temperature", self._exploring_by):
+            if getattr(self, name) > 2 or 0 < getattr(self, name) < 0.01:
+                raise UsageError(f"{name} = {getattr(self, name):g}; vLLM takes 0, and 0.01 to 2")
         if self.quantiles > 128:
             raise UsageError(f"quantiles = {self.quantiles}; vLLM suppresses 128 reward tokens at most")
 
@@ -562,6 +597,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     about = "Unlearn a property (Quark)."
     parser = _ConfigParser(Config, prog=program, description=about, formatter_class=_Help)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
+    add_scorer(parser)
     known = {f.name for f in dataclasses.fields(Config)}
     # Help waits for the second pass, which knows the task and so its defaults.
     first, _ = parser.parse_known_args([flag for flag in arguments if flag not in ("-h", "--help")])
@@ -634,6 +670,8 @@ def _flat_mapping(text: str) -> dict[Any, Any]:
 
 def _as_type(path: Path, name: str, value: Any, wanted: Any) -> Any:
     """The YAML value in the field's type; YAML reads 1e-3 as a text and 1 as an integer."""
+    if type(None) in get_args(wanted) and value is not None:
+        (wanted,) = (kind for kind in get_args(wanted) if kind is not type(None))
     try:
         if wanted in (int, float) and isinstance(value, bool):
             raise ValueError

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Parser, UsageError
+from quark_fast.config import Parser, UsageError, add_scorer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--reward",
         help="in any form of training; default: the runs' own, or that of --task where it is given",
     )
+    add_scorer(made)
     made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
     own = "default: the first run's own, without a run the task's"
     made.add_argument("--samples", type=int, help=f"completions a prompt and row; {own}")
@@ -116,15 +117,16 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     for title, table in tables(made.table):
         console.print(results_table(table, title))
     texts = {}
+    record = versions(evaluator.device)
     if "json" in files:
-        texts[files["json"]] = json.dumps(made.table, indent=2, ensure_ascii=False) + "\n"
+        whole = made.table | {"versions": record}
+        texts[files["json"]] = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
         texts[samples_path(files["json"])] = "".join(
             json.dumps(row, ensure_ascii=False) + "\n" for row in made.samples
         )
     if "markdown" in files:
         texts[files["markdown"]] = markdown_page(made.table)
     if "html" in files:
-        record = versions(evaluator.device)
         texts[files["html"]] = comparison_page(made.table, made.samples, record)
     for path, text in texts.items():
         with replacing(path) as scratch:

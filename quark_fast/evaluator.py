@@ -530,6 +530,10 @@ class Evaluator:
                     domain.rows, self.config.max_prompt_tokens, self.config.prefix_tokens
                 )
                 policy.check_fits(ids, self.config.max_new_tokens)
+                if label == self.lead:  # where tokens are counted, the others have its tokenizer
+                    self.remarks += policy.left_out(
+                        f"texts of {domain.source}", len(domain.rows), len(rows), self.config.prefix_tokens
+                    )
                 domain.held_out[label] = HeldOut(rows, ids, self.config.eval_samples, texts)
             words = {token: i for token, i in policy.tokenizer.get_vocab().items() if i < policy.vocabulary}
             self.vocabularies[label] = words

@@ -18,6 +18,7 @@ from quark_fast.machine import settled_precision
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.report.columns import COLUMNS, scores_are_rewards
 from quark_fast.report.files import read_run
+from quark_fast.report.results import scorer_line
 from quark_fast.run_folder import RunFolder
 from quark_fast.trainer import Interrupted, Trainer
 from quark_fast.untouched import UntouchedSamples
@@ -296,6 +297,8 @@ AFTER = "best token"
 class _Finished:
     """What the table needs of one run."""
 
+    path: Path
+    scorer: Row
     numbers: Row
     before: list[Sample]
     after: list[Sample]
@@ -332,6 +335,14 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
         _name(settings): [_read(_run_path(folder, seed, settings), seed, headline, fluency) for seed in seeds]
         for settings in runs(grid)
     }
+    base_run = read["base"][0]
+    for one in (one for every in read.values() for one in every):
+        if one.scorer != base_run.scorer:
+            raise UsageError(
+                f"{one.path} was scored by {dict(one.scorer)}, but {base_run.path} by"
+                f" {dict(base_run.scorer)}: numbers of two scorers do not compare; remove one of these"
+                " folders and run the grid again"
+            )
 
     def together(name: str, side: str) -> list[Sample]:
         return [sample for one in read[name] for sample in getattr(one, side)]
@@ -390,6 +401,8 @@ def _read(path: Path, seed: int, headline: str, fluency: str) -> _Finished:
 
     probe: Mapping[str, Any] = run.probes[-1] if run.probes else {}
     return _Finished(
+        path,
+        run.evaluation["scorer"],
         {
             "seed": seed,
             **metrics(AFTER),
@@ -519,6 +532,8 @@ def markdown(results: Row) -> str:
             " KL: of the policy under the best token from the untouched model, exact, nats a token, on the"
             " untouched model's completions. Probe: rank correlation of reward and"
             " log p(best) - log p(worst) there.",
+            "",
+            scorer_line(results),
             "",
             f"`{versions['command']}`, {versions['machine']}, {versions['minutes']:.0f} minutes.",
             "",

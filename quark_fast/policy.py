@@ -229,6 +229,12 @@ class Policy:
         ]
         return asked, prompts, texts
 
+    @staticmethod
+    def left_out(what: str, rows: int, kept: int, prefix_tokens: int) -> list[str]:
+        """What to tell of the rows that ``encode_rows`` left out: nothing, or one line."""
+        some = f"{rows - kept:,} of {rows:,} {what} left out: no longer than prefix_tokens = {prefix_tokens}"
+        return [some] if kept < rows else []
+
     def check_fits(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise UsageError for a prompt too long for the model's positions, or empty with no prefix."""
         longest = max(map(len, prompts))

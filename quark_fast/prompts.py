@@ -454,16 +454,16 @@ def choose_prompts(
         hashes = [_hash(row, config.split_seed) for row in train]
         first = sorted(range(len(train)), key=hashes.__getitem__)[: config.prompt_limit]
         train = [train[i] for i in sorted(first)]
-    return Chosen(train, test, "; ".join(notes))
+    return Chosen(train, test, notes)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Training rows, held-out rows, and one line on what was left out of the files ("" without files)."""
+    """Training rows, held-out rows, and what was left out of the files (nothing without files)."""
 
     train: list[Row]
     held_out: list[Row]
-    about: str
+    about: list[str]
 
 
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:

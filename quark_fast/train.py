@@ -91,10 +91,10 @@ def run(arguments: Sequence[str]) -> None:
     display = Display(console)
     trainer = Trainer(config, listen=display)
     if trainer.about_prompts:
-        console.print(trainer.about_prompts)
+        console.print("; ".join(trainer.about_prompts))
     console.print(
         f"{len(trainer.train_rows)} training and"
-        f" {len(trainer.held_out_rows)} held-out prompts, reward {trainer.reward.name},"
+        f" {len(trainer.held_out.rows)} held-out prompts, reward {trainer.reward.name},"
         f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
     )
     with display.shown():

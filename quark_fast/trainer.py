@@ -240,8 +240,13 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         lengths = (config.max_prompt_tokens, config.prefix_tokens)
+        given, held_out = len(self.train_rows), len(self.held_out_rows)
         self.train_rows, self.train_ids, _ = self.policy.encode_rows(self.train_rows, *lengths)
         rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
+        self.about_prompts += [
+            *self.policy.left_out("training texts", given, len(self.train_rows), config.prefix_tokens),
+            *self.policy.left_out("held-out texts", held_out, len(rows), config.prefix_tokens),
+        ]
         self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
         self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
         self.rollout = self._choose_rollout()
@@ -491,7 +496,7 @@ class Trainer:
         sampling = Sampling(
             config.max_new_tokens,
             config.min_new_tokens,
-            config.temperature,
+            config.temperature_of(self.round),
             config.top_p,
             config.sample_batch,
         )

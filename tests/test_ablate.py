@@ -202,6 +202,21 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
     assert svg.count(">random<") == 2, "each value labelled in both plots"
 
 
+def test_runs_of_two_scorers_are_refused_in_one_table(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "grid"
+    config = base(folder, tiny_model())
+    grid.run_grid(config, ["tokens"], [0], **GIVEN)
+    other = folder / "seed-0" / "guidance=1.0" / "evaluation.json"
+    evaluation = json.loads(other.read_text())
+    assert f"Scorer: {evaluation['scorer']['name']}" in (folder / "ablations.md").read_text()
+    evaluation["scorer"]["sha256"] = "another"
+    other.write_text(json.dumps(evaluation))
+    with pytest.raises(UsageError, match=r"guidance=1.0 was scored by .*'another'.*remove one"):
+        grid.run_grid(config, ["tokens"], [0], **GIVEN)
+
+
 def test_labels_that_would_touch_are_moved_apart_about_their_middle_and_no_others() -> None:
     assert grid.spread([0.5, 0.1, 0.9], 0.2) == [0.5, 0.1, 0.9]
     assert grid.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
@@ -232,6 +247,42 @@ def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
     assert seen[0] != seen[1], "drawn anew in each round"
     written = rows(tmp_path / "run" / "completions.jsonl", round=1)
     assert sorted(row["prompt"] for row in written) == sorted(PROMPTS * trainer.config.explore_samples)
+
+
+def test_command_runs_a_grid_prints_its_table_and_finds_it_finished(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "grid_rewards.py").write_text(
+        "def evens(prompts, completions, **_):\n"
+        "    return [sum(w.isdigit() and int(w) % 2 for w in c.split('w')) / 9 for c in completions]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = {
+        **{"--model": str(tiny_model()), "--prompts": "prompts.txt", "--reward": "grid_rewards:evens"},
+        **{"--quantiles": "3", "--rounds": "2", "--steps": "2", "--batch-size": "8", "--micro-batch": "8"},
+        **{"--initial-samples": "2", "--explore-samples": "1", "--eval-samples": "2"},
+        **{"--max-new-tokens": "4", "--precision": "fp32", "--threads": "1", "--output": "grid"},
+    }
+    command = ["--grid", "tokens", *(part for pair in given.items() for part in pair)]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert ablate.main(command) == 0
+    first = capsys.readouterr().out
+    results = json.loads((tmp_path / "grid" / "ablations.json").read_text())
+    assert [point["value"] for point in results["points"]] == ["best, w 1.5", "best, w 1", "random, w 1.5"]
+    for point in results["points"]:
+        assert point["value"] in first and f"{point['mean']['headline']:.3f}" in first
+    assert "run 1/3: seed 0, base" in first and results["scorer"]["name"] in first.partition("Scorer: ")[2]
+    for kind in ("md", "svg", "json"):
+        assert f"grid/ablations.{kind}" in first and (tmp_path / "grid" / f"ablations.{kind}").exists()
+    assert ablate.main(command) == 0
+    again = capsys.readouterr().out
+    assert again.count(": finished") == 3 and again.partition("finished")[2].count("axis") == 1
+    assert json.loads((tmp_path / "grid" / "ablations.json").read_text()) == results
 
 
 def test_command_lists_the_points_and_refuses_in_one_line(

@@ -21,6 +21,7 @@ from quark_fast import assets, evaluate, generate, train, trainer
 from quark_fast.assets import AssetError
 from quark_fast.config import load_config
 from quark_fast.ops import triton_kernels
+from quark_fast.rollout import Conditioning, sample
 
 Command = Callable[[Sequence[str]], int]
 
@@ -399,6 +400,26 @@ def test_generate_prints_before_and_after_for_every_prompt(
     assert outputs[0] == outputs[1] != outputs[2], "the seed decides"
 
 
+@pytest.mark.parametrize("quantile", [None, 0, 1, 2])
+@pytest.mark.parametrize("guidance", [None, 0.5, 1.0, 3.0])
+def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quantile: int | None, guidance: float | None
+) -> None:
+    asked = []
+
+    def record(policy: Any, model: Any, prompts: Any, conditioning: Conditioning, *rest: Any) -> Any:
+        asked.append(conditioning)
+        return sample(policy, model, prompts, conditioning, *rest)
+
+    monkeypatch.setattr("quark_fast.rollout.sample", record)
+    flags = {"--quantile": quantile, "--guidance": guidance, "--max-new-tokens": 2, "--threads": 1}
+    given = [str(part) for pair in flags.items() if pair[1] is not None for part in pair]
+    assert generate.main(["finished", "w1 w2", *given]) == 0
+    k, w = 2 if quantile is None else quantile, 2.0 if guidance is None else guidance
+    # Away from the worst token, and of that one from the best.
+    assert asked == [Conditioning(), Conditioning(k, 0 if k else 2, w)]
+
+
 def test_generate_shows_a_long_word_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The tiny model writes no spaces: one word of 40 tokens, wider than the column.
     assert (
@@ -442,6 +463,7 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     markdown, page = ((folder / f"side.{kind}").read_text() for kind in ("md", "html"))
     # Four-digit numbers in the same places of all forms; a hash is broken over lines by the terminal.
     mean = table["rows"][2]["metrics"]["mean"]
+    assert table["versions"]["command"] and table["versions"]["torch"]
     for text in (heard.out, markdown, page):
         assert f"{mean['value']:.3f}"[1:] in text and "Out of domain" in text
         assert table["scorer"]["sha256"] in text

@@ -57,6 +57,7 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         "top_p": 0.123456789012345,
         "eval_top_p": 0.5,
         "seed": 2**63 - 1,
+        "explore_temperature": 0.5,
         "learning_rate": 1e-5,  # YAML reads 1e-05 as a text
         "guidance": 1.0,  # for vLLM
         "vllm_server": "http://host:8000",
@@ -246,7 +247,7 @@ IMPOSSIBLE = [
         (name, value)
         for name in (
             *("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef", "entropy_coef"),
-            *("unlikelihood_coef", "temperature", "eval_temperature"),
+            *("unlikelihood_coef", "temperature", "explore_temperature", "eval_temperature"),
         )
         for value in (-0.1, float("nan"), float("inf"))
     ),
@@ -273,7 +274,7 @@ def test_impossible_number_is_refused_by_name_and_value(name: str, value: Any) -
 
 
 def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
-    numbers = {name for name, kind in get_type_hints(Config).items() if kind in (int, float)}
+    numbers = {name for name, kind in get_type_hints(Config).items() if kind in (int, float, float | None)}
     assert numbers <= {name for name, _ in IMPOSSIBLE}
 
 
@@ -283,6 +284,20 @@ def test_greedy_decoding_of_several_completions_a_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 4"):
         given("--temperature", "0", "--initial-samples", "1")
     given("--temperature", "0", "--initial-samples", "1", "--explore-samples", "1")
+    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 4"):
+        given("--explore-temperature", "0")
+    given("--temperature", "0", "--initial-samples", "1", "--explore-temperature", "0.5")
+
+
+def test_later_rounds_sample_at_their_own_temperature_or_at_the_first_ones(tmp_path: Path) -> None:
+    assert [given("--temperature", "0.7").temperature_of(n) for n in range(3)] == [0.7, 0.7, 0.7]
+    config = given("--temperature", "0.7", "--explore-temperature", "0.3")
+    assert [config.temperature_of(n) for n in range(3)] == [0.7, 0.3, 0.3]
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").explore_temperature == 0.3
+    (tmp_path / "text.yaml").write_text("explore_temperature: warm\n")
+    with pytest.raises(UsageError, match=r"explore_temperature = 'warm'; give a number"):
+        load_config(tmp_path / "text.yaml")
 
 
 def test_one_quantile_has_nothing_to_contrast() -> None:

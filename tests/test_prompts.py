@@ -535,7 +535,11 @@ def choose(
     config = Config(**{name.removeprefix("set_"): value for name, value in settings.items()})
     chat = chat_template("tiny", word_tokenizer)
     chosen = choose_prompts(config, lambda: OWN, chat, prompts, held_out)
-    return [r["prompt"] for r in chosen.train], [r["prompt"] for r in chosen.held_out], chosen.about
+    return (
+        [r["prompt"] for r in chosen.train],
+        [r["prompt"] for r in chosen.held_out],
+        "; ".join(chosen.about),
+    )
 
 
 def test_tasks_own_prompts_stay_as_the_task_splits_them() -> None:
@@ -558,6 +562,16 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     # Also from the task's own prompts.
     kept, _, about = choose(set_held_out=held_out)
     assert "own 2" not in kept and len(kept) == 5 and "1 left out of training" in about
+
+
+def test_settings_of_a_file_reach_its_prompts(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "p.txt", "a", *(f"prompt {i}" for i in range(20)), "a much longer prompt"))
+    limits = {"min_prompt_characters": 2, "max_prompt_characters": 9}
+    train, held_out, about = choose(set_prompts=file, **limits)
+    assert sorted(train + held_out) == sorted(f"prompt {i}" for i in range(20))
+    assert "22 read, left out: 1 shorter than 2 characters, 1 longer than 9 characters" in about
+    other = choose(set_prompts=file, **limits, split_seed=3)[1]
+    assert len(other) == len(held_out) and other != held_out
 
 
 def test_number_of_held_out_prompts_and_limit_of_training_ones(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.report.files import read_run
 from quark_fast.report.page import comparison_page, write_report
-from quark_fast.report.plots import smooth
+from quark_fast.report.plots import Palette, plot_dial, smooth
 from quark_fast.report.results import headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
@@ -616,7 +616,29 @@ def test_the_page_is_whole_and_shows_every_section(report):
     assert "quantile 4 (best)" in page.text and "not complete" not in page.text
     labels = [value for key, value in page.attributes if key == "aria-label"]
     assert len(labels) == 11
-    assert "mean toxicity over the quantile" in labels and "perplexity over the quantile" in labels
+    for dial in ("quantile", "guidance"):
+        assert f"mean toxicity over the {dial}" in labels and f"perplexity over the {dial}" in labels
+
+
+@pytest.mark.parametrize(
+    ("dial", "at"), [("quantile", [0, 1, 2, 3, 4]), ("guidance", [0.0, 1.0, 2.0, 3.0, 6.0])]
+)
+def test_a_dials_curve_goes_through_the_tables_numbers_in_order(finished_run, monkeypatch, dial, at):
+    drawn = []
+    original = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot",
+        lambda axes, *given, **more: drawn.append(given) or original(axes, *given, **more),
+    )
+    run = read_run(finished_run)
+    rows = {row[dial]: row["metrics"] for row in run.evaluation["rows"] if row.get(dial) is not None}
+    assert sorted(rows) == at
+    for metric in ("mean", "perplexity"):
+        drawn.clear()
+        assert plot_dial(run, Palette(5), dial, metric)
+        assert drawn[0] == (at, [rows[place][metric]["value"] for place in at])
+        bars = [given for given in drawn[1:] if isinstance(given[0], list)]
+        assert bars == [([p, p], [rows[p][metric]["low"], rows[p][metric]["high"]]) for p in at]
 
 
 def test_the_page_loads_nothing_from_anywhere(report):

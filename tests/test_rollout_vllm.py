@@ -419,6 +419,7 @@ def test_guided_conditioning_is_refused(serve: Callable[..., Served]) -> None:
         ({"vllm_server": "http://localhost:port"}, r"give http://host:port"),
         ({"temperature": 2.5}, r"vLLM takes 0, and 0.01 to 2"),
         ({"temperature": 0.001}, r"vLLM takes 0, and 0.01 to 2"),
+        ({"explore_temperature": 2.5}, r"explore_temperature = 2.5; vLLM takes 0, and 0.01 to 2"),
         ({"quantiles": 200}, r"suppresses 128"),
         ({"vllm_memory": 1.5}, r"vllm_memory = 1.5"),
         ({"vllm_timeout": 0.0}, r"vllm_timeout = 0.0; give at least 1"),

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_tiny_model
+from conftest import save_tiny_classifier, save_tiny_model
 
 from quark_fast import evaluate, generate, train
-from quark_fast.config import TASK_DEFAULTS, UsageError
+from quark_fast.config import TASK_DEFAULTS, Config, UsageError
 from quark_fast.policy import Policy
 from quark_fast.pool import RolloutPool
 from quark_fast.report.columns import COLUMNS
@@ -248,6 +248,29 @@ def test_repetition_run_decodes_greedily_and_measures_text_and_repeats(
     assert again["prompts"] == evaluation["prompts"] == 3
 
 
+def test_prefix_and_completion_are_as_long_as_the_papers() -> None:
+    config = Config(task="repetition")
+    assert (config.prefix_tokens, config.max_new_tokens, config.min_new_tokens) == (32, 128, 128)
+    assert config.eval_temperature == 0
+
+
+def test_texts_too_short_for_a_prefix_are_left_out_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (folder / "texts.txt").read_text().split("\n")
+    (folder / "some_short.txt").write_text("\n".join(["w1 w2", "w3 w4 w5 w6", *lines]))
+    (folder / "held.txt").write_text("w7 w8 w9 w7 w8\nw7")
+    given = REPETITION | {"prompts": "some_short.txt", "held_out": "held.txt", "rounds": "1", "steps": "1"}
+    assert train.main(flags(**given, output="short")) == 0
+    heard = " ".join(capsys.readouterr().out.split())
+    assert "2 of 32 training texts left out: no longer than prefix_tokens = 4" in heard
+    assert "1 of 2 held-out texts left out: no longer than prefix_tokens = 4" in heard
+    assert "30 training and 1 held-out prompts" in heard
+    assert evaluate.main(["short", "--prompts", "some_short.txt", "--threads", "1"]) == 0
+    heard = " ".join(capsys.readouterr().out.split())
+    assert "2 of 32 texts of some_short.txt left out" in heard and "30 prompts" in heard
+
+
 def test_generate_decodes_greedily_on_demand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["repetition", "w1 w2", "--temperature", "0", "--max-new-tokens", "4", "--threads", "1"]
     heard = []
@@ -328,3 +351,32 @@ def test_sentiment_run_classes_its_prompts_first_and_reports_the_share_of_each(
     (folder / "other.txt").write_text("w1 w2\nw3 w4")
     assert evaluate.main(["sentiment", "--prompts", "other.txt", "--threads", "1", "--json", "o.json"]) == 0
     assert json.loads((folder / "o.json").read_text())["prompts"] == 2
+
+
+def test_negative_sentiment_by_a_classifier_from_training_to_evaluation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_classifier(folder / "scorer")
+    given = {
+        "task": "sentiment",
+        "target": "negative",
+        "scorer": "scorer",
+        "scorer_label": "rude",
+        "max_new_tokens": "6",
+        "eval_samples": "2",
+        "rounds": "1",
+        "output": "rude",
+    }
+    assert train.main(flags(**given)) == 0
+    assert "hare negative" in " ".join(capsys.readouterr().out.split())
+    evaluation = json.loads((folder / "rude" / "evaluation.json").read_text())
+    assert evaluation["scorer"]["name"] == "hf:scorer" and evaluation["target"] == "negative"
+    rows = [row for row in jsonl(folder / "rude" / "evaluation.jsonl") if row["row"] == "best token"]
+    share = sum(row["score"] > 0.5 for row in rows) / len(rows)
+    assert values(folder / "rude" / "evaluation.json", "target")["best token"] == pytest.approx(share)
+
+    # Another label is another scorer; --scorer is --reward hf: there, too.
+    other = ["--scorer", "scorer", "--scorer-label", "kind", "--threads", "1", "--json", "kind.json"]
+    assert evaluate.main(["rude", *other]) == 0
+    again = json.loads((folder / "kind.json").read_text())
+    assert again["scorer"]["name"] == "hf:scorer" and again["scorer"] != evaluation["scorer"]

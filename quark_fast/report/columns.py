@@ -136,7 +136,7 @@ def columns_of(evaluation: Row, more: bool = True) -> list[Column]:
     """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
     keys = [headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
     if more:
-        keys += evaluation.get("more_columns", ["probability"])
+        keys += evaluation.get("more_columns", ["share"])
     if scores_are_rewards(evaluation):
         keys = [key for key in keys if key not in _OF_A_PROPERTY]
     known = [column for column in COLUMNS if column.key in keys]
@@ -163,7 +163,7 @@ def find_column(key: str) -> Column:
 _OF_A_PROPERTY = {"share", "expected_max", "probability"}
 
 # What an evaluation without a choice of its own shows.
-_TOXICITY_COLUMNS = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
+_TOXICITY_COLUMNS = ("mean", "expected_max", "probability", "perplexity", "dist2", "dist3")
 
 
 def format_value(value: float, style: str) -> str:

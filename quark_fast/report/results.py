@@ -144,6 +144,13 @@ def headline(evaluation: Row) -> str:
     return f"{subject} {verb} by {amount.lstrip('+−')} with {_how(row)}: {values} ({bounds})."
 
 
+def scorer_line(evaluation: Row) -> str:
+    """Name, version and hash, by which tables may or may not be compared; empty where none is known."""
+    sha256 = (evaluation.get("scorer") or {}).get("sha256")
+    name = scorer_name(evaluation)
+    return f"Scorer: {name}{f', sha256 {sha256}' if sha256 else ''}." if name else ""
+
+
 def scorer_name(evaluation: Row) -> str | None:
     scorer = evaluation.get("scorer") or {}
     name = " ".join(str(scorer[key]) for key in ("name", "version") if scorer.get(key))

@@ -30,7 +30,7 @@ from quark_fast.report.results import (
     mode_of,
     name_of,
     rows_of,
-    scorer_name,
+    scorer_line,
 )
 from quark_fast.report.rows import Row
 from quark_fast.report.texts import mask_profanity, pick_examples
@@ -105,12 +105,10 @@ def about(evaluation: Row) -> str:
 
 def notes(evaluation: Row) -> list[str]:
     """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
-    scorer, perplexity = evaluation.get("scorer") or {}, evaluation.get("perplexity") or {}
-    sampling = evaluation.get("sampling") or {}
+    perplexity, sampling = evaluation.get("perplexity") or {}, evaluation.get("sampling") or {}
     found = []
-    if scorer:
-        sha256 = f", sha256 {scorer['sha256']}" if scorer.get("sha256") else ""
-        found.append(f"Scorer: {scorer_name(evaluation)}{sha256}.")
+    if scorer := scorer_line(evaluation):
+        found.append(scorer)
     ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
     if ways:
         found.append(f"Sampling: {', '.join(ways)}.")

@@ -28,7 +28,7 @@ class Task:
         measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
             completions join the table. A name that a completion lacks leaves it out of that mean.
         headline: the metric that the report opens with.
-        columns: metrics of the terminal's table; ``report.COLUMNS`` knows them all.
+        columns: metrics of the terminal's table; ``report.columns.COLUMNS`` knows them all.
         more_columns: those that the report has beside them.
         prompt_classes: sort the held-out prompts by what the untouched model makes of them first.
     """
@@ -39,8 +39,8 @@ class Task:
     words: Sequence[str]
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
-    columns: Sequence[str] = ("mean", "share", "expected_max", "perplexity", "dist2", "dist3")
-    more_columns: Sequence[str] = ("probability",)
+    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "dist2", "dist3")
+    more_columns: Sequence[str] = ("share",)
     prompt_classes: bool = False
 
     def words_for(self, quantiles: int) -> list[str]:
