@@ -120,6 +120,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
     "repetition": {
         "prefix_tokens": 32,
+        # A sample loops or does not; and each half has samples enough that none is drawn often.
+        "quantiles": 2,
         "initial_samples": 1,
         "explore_samples": 1,
         "guidance": 1.0,
@@ -128,19 +130,19 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "min_new_tokens": 128,
         # The untouched model's samples are full of loops to learn from; those of the best token are not.
         "rounds": 1,
-        "steps": 18,
+        "steps": 24,
         "batch_size": 8,
         "micro_batch": 4,  # 8 of 160 tokens, under two reward tokens each, take 8 GB
         # Steps of 2e-4 leave the loops by a way of their own: short sentences, over and over.
         "learning_rate": 6e-5,
         "warmup_steps": 2,
         # The contrast sums over a completion's tokens, and here are six times as many.
-        "contrast_coef": 0.15,
+        "contrast_coef": 0.03,
         # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the
         # model sharpen.
         "kl": "ref_policy",
-        # A loop's token is 0.9 likely to the reference, so that smaller ones leave it the likeliest.
-        "unlikelihood_coef": 10.0,
+        # A loop's token is 0.9 likely to the reference, so that small ones leave it the likeliest.
+        "unlikelihood_coef": 20.0,
         "eval_samples": 1,
         "eval_temperature": 0.0,
         "eval_guidance": "1.5",
