@@ -29,8 +29,9 @@ def change(numbers: dict[str, float]) -> str:
 def task_table(task: str) -> str:
     """Ways of sampling down, seeds across: the headline with its change, and what it costs."""
     metric, title, percent = TASKS[task]
-    files = sorted(RESULTS.glob(f"{task}-seed*.json"))
-    runs = [{row["name"]: row for row in json.loads(file.read_text())["rows"]} for file in files]
+    files = sorted(RESULTS.glob(f"{task}-seed?.json"))
+    evaluations = [json.loads(file.read_text()) for file in files]
+    runs = [{row["name"]: row for row in evaluation["rows"]} for evaluation in evaluations]
     lines = []
     for name in ROWS:
         cells = []
@@ -47,7 +48,14 @@ def task_table(task: str) -> str:
         )
         lines.append([name, *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
-    return markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
+    table = markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
+    return f"{table}\n\n{scorer_line([evaluation['scorer'] for evaluation in evaluations])}"
+
+
+def scorer_line(scorers: list[dict[str, str]]) -> str:
+    """What scored a table's runs, which must be one scorer."""
+    assert all(scorer == scorers[0] for scorer in scorers), f"two scorers in one table: {scorers}"
+    return "Scorer: {name} {version}, sha256 {sha256}.".format(**scorers[0])
 
 
 def unlikelihood_table(path: Path) -> str:
@@ -72,7 +80,8 @@ def unlikelihood_table(path: Path) -> str:
             ]
         )
     seeds = [f"seed {one['seed']}" for one in base]
-    return markdown(["repeated 4-grams", *seeds, "change", "perplexity of held-out text"], lines)
+    table = markdown(["repeated 4-grams", *seeds, "change", "perplexity of held-out text"], lines)
+    return f"{table}\n\n{scorer_line([grid['scorer']])}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from quark_fast import train
 from quark_fast.policy import Policy
+from quark_fast.trainer import Trainer
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -32,14 +35,34 @@ def run_line(line: str) -> None:
     assert importlib.import_module(words[2]).main(words[3:]) == 0, line
 
 
-def test_every_block_of_the_tutorial_runs_in_order(
+def interrupt_after_a_step(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training line as it goes on with a Ctrl-C in its second step."""
+    step = Trainer._step
+
+    def interrupted(self: Trainer, *given: Any) -> Any:
+        if self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        assert train.main(shlex.split(os.path.expandvars(line))[3:]) == 130
+
+
+def test_every_command_of_the_tutorial_runs_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MODEL", str(save_tiny_model(tmp_path / "tiny", "llama")))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    blocks = BLOCK.findall((DOCS / "tutorial.md").read_text())
+    page = (DOCS / "tutorial.md").read_text()
+    (resume,) = re.findall(r"^    (python -m quark_fast\.train --resume .*)$", page, re.MULTILINE)
+    (model,) = re.findall(r'MODEL=\$\(python -c "(.*?)"\)', page)
+    tiny = save_tiny_model(tmp_path / "tiny", "llama")
+    monkeypatch.setattr("quark_fast.assets.default_model", lambda: tiny)
+    exec(model, {})
+    monkeypatch.setenv("MODEL", capsys.readouterr().out.splitlines()[-1])
+    blocks = BLOCK.findall(page)
     assert {language for language, _, _ in blocks} == {"sh", "python"} and len(blocks) == 7
     try:
         for language, file, text in blocks:
@@ -47,6 +70,9 @@ def test_every_block_of_the_tutorial_runs_in_order(
                 Path(file).write_text(text)
             elif language == "python":
                 exec(compile(text, "tutorial.md", "exec"), {})
+            elif "quark_fast.train" in text:
+                interrupt_after_a_step(text, monkeypatch)
+                run_line(resume)
             else:
                 for line in text.splitlines():
                     run_line(line)
