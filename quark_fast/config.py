@@ -142,7 +142,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         # model sharpen.
         "kl": "ref_policy",
         # A loop's token is 0.9 likely to the reference, so that small ones leave it the likeliest.
-        "unlikelihood_coef": 20.0,
+        "unlikelihood_coef": 15.0,
         "eval_samples": 1,
         "eval_temperature": 0.0,
         "eval_guidance": "1.5",
