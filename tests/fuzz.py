@@ -44,7 +44,7 @@ import yaml
 from conftest import save_tiny_model
 from rich.text import Text
 
-from quark_fast import assets, report
+from quark_fast import assets
 from quark_fast.command import Terminal
 from quark_fast.config import Config, UsageError, load_config, parse
 from quark_fast.durable import sha256
@@ -55,6 +55,10 @@ from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import Policy
 from quark_fast.pool import RolloutPool
 from quark_fast.prompts import load_prompts
+from quark_fast.report.files import read_run
+from quark_fast.report.page import write_report
+from quark_fast.report.results import after_names, headline
+from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.reward import describe
 from quark_fast.reward_cache import RewardCache
 from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
@@ -690,17 +694,17 @@ def _folder(r: Random) -> Path:
 
 
 def run_folder(r: Random) -> str:
-    run = report.read_run(_folder(r))
+    run = read_run(_folder(r))
     file = io.StringIO()
     console = Terminal(file=file, width=r.choice([40, 80, 200]), color_system=None)
-    after = report.after_names(run.evaluation)
-    console.print(report.headline(run.evaluation))
-    console.print(report.results_table(run.evaluation))
-    console.print(report.before_after(run.evaluation_rows, mask=r.random() < 0.5, after=after))
+    after = after_names(run.evaluation)
+    console.print(headline(run.evaluation))
+    console.print(results_table(run.evaluation))
+    console.print(before_after(run.evaluation_rows, mask=r.random() < 0.5, after=after))
     console.print(text(r), Text(text(r)))
     shown = file.getvalue()
     assert shown == clean(shown), "something steers the terminal"
-    table = report.markdown_table(run.evaluation).partition("\n\n")[0]  # notes follow
+    table = markdown_table(run.evaluation).partition("\n\n")[0]  # notes follow
     bars = {line.replace("\\|", "").count("|") for line in table.splitlines()}
     assert len(bars) == 1, "a cell breaks the table"
     return "right"
@@ -708,7 +712,7 @@ def run_folder(r: Random) -> str:
 
 def page(r: Random) -> str:
     """As `run_folder`, with the whole report and its plots: slow."""
-    html = report.write_report(_folder(r)).read_text(encoding="utf-8")
+    html = write_report(_folder(r)).read_text(encoding="utf-8")
     seen = _Tags(html)
     assert not seen.tags & {"script", "img", "iframe", "object", "embed", "link", "base", "form", "math"}
     assert not [name for name in seen.names if name.startswith("on")]
@@ -838,8 +842,8 @@ def table(r: Random) -> str:
         return refused(error)
     file = io.StringIO()
     console = Terminal(file=file, width=80, color_system=None)
-    console.print(report.headline(found), report.results_table(found))
-    shown = file.getvalue() + report.markdown_page(found)
+    console.print(headline(found), results_table(found))
+    shown = file.getvalue() + markdown_page(found)
     assert shown == clean(shown), "something steers the terminal"
     return "right"
 
