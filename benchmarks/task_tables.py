@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from quark_fast.report.results import scorer_line
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 # task: (headline metric, its name, whether it is shown in percent)
 TASKS = {
@@ -29,7 +31,7 @@ def change(numbers: dict[str, float]) -> str:
 def task_table(task: str) -> str:
     """Ways of sampling down, seeds across: the headline with its change, and what it costs."""
     metric, title, percent = TASKS[task]
-    files = sorted(RESULTS.glob(f"{task}-seed?.json"))
+    files = sorted(RESULTS.glob(f"{task}-seed*.json"))
     evaluations = [json.loads(file.read_text()) for file in files]
     runs = [{row["name"]: row for row in evaluation["rows"]} for evaluation in evaluations]
     lines = []
@@ -49,13 +51,8 @@ def task_table(task: str) -> str:
         lines.append([name, *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
     table = markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
-    return f"{table}\n\n{scorer_line([evaluation['scorer'] for evaluation in evaluations])}"
-
-
-def scorer_line(scorers: list[dict[str, str]]) -> str:
-    """What scored a table's runs, which must be one scorer."""
-    assert all(scorer == scorers[0] for scorer in scorers), f"two scorers in one table: {scorers}"
-    return "Scorer: {name} {version}, sha256 {sha256}.".format(**scorers[0])
+    (scorer,) = {scorer_line(evaluation) for evaluation in evaluations}  # one scorer in one table
+    return f"{table}\n\n{scorer}"
 
 
 def unlikelihood_table(path: Path) -> str:
@@ -81,7 +78,7 @@ def unlikelihood_table(path: Path) -> str:
         )
     seeds = [f"seed {one['seed']}" for one in base]
     table = markdown(["repeated 4-grams", *seeds, "change", "perplexity of held-out text"], lines)
-    return f"{table}\n\n{scorer_line([grid['scorer']])}"
+    return f"{table}\n\n{scorer_line(grid)}"
 
 
 if __name__ == "__main__":

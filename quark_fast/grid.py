@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -14,6 +15,7 @@ from typing import Any
 
 from quark_fast.config import Config, UsageError
 from quark_fast.durable import replacing
+from quark_fast.evaluator import check_comparable
 from quark_fast.machine import settled_precision
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.report.columns import COLUMNS, scores_are_rewards
@@ -298,7 +300,7 @@ class _Finished:
     """What the table needs of one run."""
 
     path: Path
-    scorer: Row
+    evaluation: Mapping[str, Any]
     numbers: Row
     before: list[Sample]
     after: list[Sample]
@@ -324,7 +326,8 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
     paired by prompt, the completions of all seeds together: what the evaluation's luck leaves open. The luck
     of training is in the deviation between seeds alone.
     """
-    first = read_run(_run_path(folder, seeds[0], {}))
+    base_path = _run_path(folder, seeds[0], {})
+    first = read_run(base_path)
     about = {
         name: first.evaluation[name]
         for name in ("task", "target", "headline", "property", "scorer", "prompts", "samples_per_prompt")
@@ -335,14 +338,12 @@ def summarise_grid(folder: Path, base: Config, grid: Sequence[Point], seeds: Seq
         _name(settings): [_read(_run_path(folder, seed, settings), seed, headline, fluency) for seed in seeds]
         for settings in runs(grid)
     }
-    base_run = read["base"][0]
-    for one in (one for every in read.values() for one in every):
-        if one.scorer != base_run.scorer:
-            raise UsageError(
-                f"{one.path} was scored by {dict(one.scorer)}, but {base_run.path} by"
-                f" {dict(base_run.scorer)}: numbers of two scorers do not compare; remove one of these"
-                " folders and run the grid again"
-            )
+    for one in itertools.chain.from_iterable(read.values()):
+        try:
+            # Each seed's untouched model sorts the prompts into classes of its own.
+            check_comparable(str(one.path), one.evaluation, str(base_path), first.evaluation, classes=False)
+        except UsageError as error:
+            raise UsageError(f"{error}; remove one of these folders and run the grid again") from error
 
     def together(name: str, side: str) -> list[Sample]:
         return [sample for one in read[name] for sample in getattr(one, side)]
@@ -402,7 +403,7 @@ def _read(path: Path, seed: int, headline: str, fluency: str) -> _Finished:
     probe: Mapping[str, Any] = run.probes[-1] if run.probes else {}
     return _Finished(
         path,
-        run.evaluation["scorer"],
+        run.evaluation,
         {
             "seed": seed,
             **metrics(AFTER),

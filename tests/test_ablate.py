@@ -203,7 +203,7 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
 
 
 def test_runs_of_two_scorers_are_refused_in_one_table(
-    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     folder = tmp_path / "grid"
     config = base(folder, tiny_model())
@@ -213,7 +213,9 @@ def test_runs_of_two_scorers_are_refused_in_one_table(
     assert f"Scorer: {evaluation['scorer']['name']}" in (folder / "ablations.md").read_text()
     evaluation["scorer"]["sha256"] = "another"
     other.write_text(json.dumps(evaluation))
-    with pytest.raises(UsageError, match=r"guidance=1.0 was scored by .*'another'.*remove one"):
+    with pytest.raises(
+        UsageError, match=r"guidance=1.0 and .*/base do not compare: scorer .*another.*remove one"
+    ):
         grid.run_grid(config, ["tokens"], [0], **GIVEN)
 
 
