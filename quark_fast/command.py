@@ -25,6 +25,12 @@ class Terminal(Console):
         # No highlighting: rich's takes time with the square of a word's length.
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        # A terminal's width says nothing about a log, where a path in two pieces is not found again.
+        if not self.is_terminal and all(isinstance(shown, str) for shown in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(clean(text), **options)
 

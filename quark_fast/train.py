@@ -17,9 +17,14 @@ from rich.text import Text
 from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Config, parse
 
+LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar
+
 
 class Display:
-    """The live display: one bar for the stage, one line of its latest numbers, a line a finished stage."""
+    """The live display: one bar for the stage, one line of its latest numbers, a line a finished stage.
+
+    In a log file: a line a finished stage, and one a minute on the way there.
+    """
 
     def __init__(self, console: Terminal) -> None:
         self.console = console
@@ -32,7 +37,7 @@ class Display:
         )
         self.numbers = Text("")
         self.live = Live(Group(self.bar, self.numbers), console=console, refresh_per_second=4)
-        self.stage, self.begun = "", 0.0
+        self.stage, self.begun, self.logged = "", 0.0, 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -55,13 +60,17 @@ class Display:
             for task in self.bar.task_ids:
                 self.bar.remove_task(task)
             self.bar.add_task(event.stage, total=event.total)
-            self.stage, self.begun = event.stage, time.monotonic()
+            self.stage = event.stage
+            self.begun = self.logged = time.monotonic()
         self.bar.update(self.bar.task_ids[0], completed=event.done)
         shown = event.shown_numbers
         self.numbers.plain = "  " + shown
         if event.done >= event.total:
             # What a log file keeps of the stage.
             self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
+        elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
+            self.logged = time.monotonic()
+            self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, pipeline
 
 from quark_fast import assets, evaluate, generate, train, trainer
 from quark_fast.assets import AssetError
+from quark_fast.command import Terminal
 from quark_fast.config import load_config
 from quark_fast.ops import triton_kernels
 from quark_fast.rollout import Conditioning, sample
@@ -555,6 +557,25 @@ def test_stopped_run_says_how_to_go_on_and_does(
     # The same as the run that was never stopped.
     ours, theirs = (jsonl(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
     assert ours == theirs
+
+
+def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def log_of_a_stage(every_s: float) -> str:
+        monkeypatch.setattr(train, "LOG_EVERY_S", every_s)
+        file = io.StringIO()
+        console = Terminal(file=file, width=20)
+        console.print("run folder /a/folder/whose/path/is/longer/than/the/line")
+        display = train.Display(console)
+        for done in (1, 2, 3):
+            display(trainer.Progress("sampling", done, 3, {"reward": done / 4}))
+        return file.getvalue()
+
+    first = "run folder /a/folder/whose/path/is/longer/than/the/line\n"
+    last = "sampling: reward 0.75  (0 s)\n"
+    assert log_of_a_stage(60) == first + last
+    assert log_of_a_stage(0) == first + "sampling: 1 of 3  reward 0.25\nsampling: 2 of 3  reward 0.5\n" + last
 
 
 def test_the_package_itself_says_which_commands_there_are() -> None:
