@@ -21,11 +21,19 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+# One core each for the processes that run the tests, and for those that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = 60  # w0 ... w59, then the special tokens
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    # A worker for each core of this process, not of the machine; each holds some 1 GB, and 8 end the wait.
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
 @pytest.fixture(autouse=True, scope="session")
