@@ -47,15 +47,39 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows every default, except a None, whose meaning the help text itself gives."""
+    """Flags with dashes, and every default but None and "", whose meaning the help text itself gives."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # HfArgumentParser makes each flag twice, and an optional value of every switch.
+        flags = ", ".join(flag for flag in action.option_strings if "_" not in flag)
+        if action.nargs in (0, "?"):
+            return flags
+        letters: dict[Any, str] = {int: "N", float: "X"}
+        value = letters.get(action.type, action.dest.upper())
+        return f"{flags} {self._format_args(action, value)}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        known = action.default is not None and action.default != argparse.SUPPRESS
+        known = action.default not in (None, "", argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if known else action.help
 
 
 class _ConfigParser(Parser, HfArgumentParser):
-    """One flag for each field of a dataclass."""
+    """One flag for each field of a dataclass; its help has a heading for each of ``SECTIONS``."""
+
+    def format_help(self) -> str:
+        made = self._get_formatter()
+        made.add_usage("%(prog)s [--task TASK] [--SETTING VALUE ...]", [], [])
+        made.add_text(self.description)
+        sections: dict[str, list[argparse.Action]] = {}
+        title = ""
+        for action in self._actions:
+            title = SECTIONS.get(action.dest, title)
+            sections.setdefault(title, []).append(action)
+        for title, actions in sections.items():
+            made.start_section(title)
+            made.add_arguments(actions)
+            made.end_section()
+        return made.format_help()
 
 
 class _Classifier(argparse.Action):
@@ -79,6 +103,23 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
 
 def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+# The headings of --help, each with the first setting under it: the fields stand in this order.
+SECTIONS = {
+    "help": "help, settings from a file",
+    "config": "help, settings from a file",
+    "task": "what to unlearn, in what",
+    "prompts": "prompts",
+    "reward": "reward",
+    "output": "run folder",
+    "quantiles": "pool",
+    "initial_samples": "sampling",
+    "rounds": "learning",
+    "kl_coef": "loss",
+    "eval_samples": "evaluation",
+    "precision": "machine",
+}
 
 
 # Settings that may change when a run is resumed: they leave its samples and its weights as they would be.
@@ -174,6 +215,8 @@ class Config:
         False,
         "run the Python code that --model, or a classifier of --reward, brings along; else it is refused",
     )
+
+    # prompts
     prompts: str | None = setting(
         None,
         "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
@@ -193,6 +236,17 @@ class Config:
         " or a tenth of --prompts, 200 at most",
     )
     split_seed: int = setting(0, "which prompts are held out: another number, others")
+    prefix_tokens: int = setting(
+        0,
+        "length of a prompt, tokens: the first ones of each text, whose others are held-out text; shorter"
+        " texts are left out; 0: the whole text is the prompt",
+    )
+    prefix: str = setting(
+        "auto",
+        "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>",
+    )
+
+    # reward
     reward: str | None = setting(
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
@@ -218,15 +272,12 @@ class Config:
     reward_backoff: float = setting(
         1.0, "wait before the second attempt, seconds; doubled before each further one, 60 at most"
     )
-    prefix_tokens: int = setting(
-        0,
-        "length of a prompt, tokens: the first ones of each text, whose others are held-out text; shorter"
-        " texts are left out; 0: the whole text is the prompt",
-    )
+
+    # run folder
     output: str | None = setting(None, "run folder to make; default: runs/<task>")
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
 
-    # the pool
+    # pool
     quantiles: int = setting(5, "reward quantiles, one reward token each [K]; 1: no conditioning")
     ties: Literal["same", "arrival", "random"] = setting(
         "same", "equal rewards share a quantile, or are split by arrival or at random"
@@ -290,6 +341,11 @@ class Config:
     )
     warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_bad_steps: int = setting(
+        5, "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never"
+    )
+
+    # loss
     kl_coef: float = setting(
         1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
     )
@@ -305,9 +361,6 @@ class Config:
         " 0: kl_coef stays as it is",
     )
     kl_horizon: int = setting(10_000, "how slowly kl_target adapts kl_coef, samples")
-    max_bad_steps: int = setting(
-        5, "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never"
-    )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
     contrast_coef: float = setting(
         1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
@@ -320,10 +373,6 @@ class Config:
     )
     impl: Literal["auto", "eager", "cpp", "triton"] = setting(
         "auto", "implementation of the loss; auto: C++ on the CPU, Triton on a GPU"
-    )
-    prefix: str = setting(
-        "auto",
-        "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>",
     )
 
     # evaluation
@@ -351,7 +400,7 @@ class Config:
     seed: int = setting(0, "seed of everything random")
     checkpoint_every: int = setting(32, "steps between checkpoints")
     report_to: str = setting(
-        "", "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between"
+        "", "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between; default: none"
     )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
 

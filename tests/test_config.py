@@ -365,17 +365,29 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert 0 < factors[-1] <= 1 / 16 and config.decay(20) == 0
 
 
+def test_help_has_each_setting_once_under_the_heading_of_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        given("--help")
+    shown = capsys.readouterr().out
+    sections = {part.split(":\n")[0]: part for part in shown.split("\n\n") if ":\n" in part}
+    headings = {"prompts": "--prefix-tokens N", "reward": "--scorer NAME", "loss": "--kl-coef X"}
+    for heading, flag in (headings | {"help, settings from a file": "--config FILE"}).items():
+        assert f"\n  {flag} " in sections[heading]
+        assert shown.count(f"\n  {flag} ") == 1
+    assert "_" not in shown.split("--prompts PROMPTS")[0], "one spelling of each flag, and a short usage"
+
+
 def test_help_names_every_option_with_its_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         given("--help")
     assert stop.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
-        assert f"--{field.name}" in words
+        assert f"--{field.name.replace('_', '-')}" in words.replace("- ", "-")
         # argparse breaks lines at hyphens, too.
         meaning = " ".join(field.metadata["help"].split()).replace("- ", "-")
         assert meaning in words.replace("- ", "-"), field.name
-        if field.default is None:
+        if field.default in (None, ""):
             assert "default: " in field.metadata["help"], f"{field.name}: what does leaving it out mean?"
         else:
             assert f"(default: {field.default})" in words.replace("- ", "-"), field.name
