@@ -200,7 +200,9 @@ def _sample_batch(
         if sampling.temperature == 0:
             tokens = scores.argmax(-1)
         else:
-            tokens = sample_tokens(scores / sampling.temperature, sampling.top_p, generator)
+            if sampling.temperature != 1:  # a division by 1 would read and write a vocabulary a row
+                scores = scores / sampling.temperature
+            tokens = sample_tokens(scores, sampling.top_p, generator)
         drawn.append(tokens)
         ended |= torch.isin(tokens, stop)
         if length + 1 == sampling.max_new_tokens or bool(ended.all()):
@@ -252,16 +254,16 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
     # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
     cdf = probs.cumsum(-1)
     tokens = torch.empty(len(probs), dtype=torch.long, device=probs.device)
-    open_rows = torch.arange(len(probs), device=probs.device)
+    open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
     while len(open_rows):
         uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
-        target = uniform * cdf[open_rows, -1:]
+        target = uniform * cdf[:, -1:]
         # right=True: the first token whose cumulative mass is above the target, never one of mass 0.
-        draw = torch.searchsorted(cdf[open_rows], target, right=True).clamp(max=probs.shape[1] - 1)
+        draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)
         tokens[open_rows] = draw.squeeze(1)
         if top_p >= 1.0:
             break
-        others = probs[open_rows]
-        above = (others * (others > others.gather(1, draw))).sum(-1)
-        open_rows = open_rows[above >= top_p]
+        above = (probs * (probs > probs.gather(1, draw))).sum(-1)
+        outside = above >= top_p
+        open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
