@@ -264,6 +264,6 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         if top_p >= 1.0:
             break
         above = (probs * (probs > probs.gather(1, draw))).sum(-1)
-        outside = above >= top_p
+        outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
         open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
