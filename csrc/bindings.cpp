@@ -342,6 +342,10 @@ void bind_quantile_pools(py::module_& m) {
       },
       py::arg("n"), py::arg("j"), py::arg("k"), py::arg("remainder"),
       "How many of n samples the best j of k quantiles hold.");
+  m.def("block_reaches", py::vectorize(&quark::block_reaches), py::arg("n"), py::arg("cut"),
+        py::arg("better"), py::arg("equal"),
+        "Whether a block of equal rewards belongs to the best `cut` of n samples under\n"
+        "Ties.same: `better` rewards are better, `equal` are this one. Arrays broadcast.");
   m.def(
       "permutation_slice",
       [](uint64_t n, uint64_t key, uint64_t start, uint64_t stop) {

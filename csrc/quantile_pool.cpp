@@ -149,6 +149,10 @@ void count_reached(const Key* keys, std::size_t n, const Key* boundaries, std::i
   for (std::size_t i = 0; i < n; ++i) counts[i] = m - counts[i] - (boundaries[counts[i]] < keys[i]);
 }
 
+std::int64_t sum(const std::vector<std::size_t>& counts) {
+  return std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
+}
+
 template <class Runs>
 std::size_t total_size(const Runs& runs) {
   std::size_t n = 0;
@@ -160,6 +164,12 @@ std::size_t total_size(const Runs& runs) {
 
 std::int64_t quantile_cut(std::int64_t n, std::int64_t j, std::int64_t k, Remainder remainder) {
   return remainder == Remainder::spread ? (j * n + k - 1) / k : j * (n / k);
+}
+
+bool block_reaches(std::int64_t n, std::int64_t cut, std::int64_t better, std::int64_t equal) {
+  if (equal < n && better == 0) return true;
+  if (equal < n && better + equal == n) return false;
+  return 2 * cut >= 2 * better + equal;
 }
 
 void permutation_slice(std::uint64_t n, std::uint64_t key, std::uint64_t start, std::uint64_t stop,
@@ -434,52 +444,82 @@ template <class Reward>
 auto QuantilePool<Reward>::own_cuts() const -> std::shared_ptr<const Cuts> {
   const auto cuts = no_cuts();
   const auto n = static_cast<std::int64_t>(total_size(runs_));
+  const auto cut = [&](int j) { return quantile_cut(n, j, quantiles_, remainder_); };
   // The first cut is 0 only if all are: an empty pool, or under `last` fewer samples than
-  // quantiles.
-  if (quantile_cut(n, 1, quantiles_, remainder_) == 0) return cuts;
+  // quantiles, where `same` still has a best and a worst reward.
+  const bool same = ties_ == Ties::same;
+  if (n == 0 || (!same && cut(1) == 0)) return cuts;
 
   // The middle boundary first: the others then search only their side of it.
   const auto solve = [&](auto&& self, int low, int high) -> void {
     if (high - low < 2) return;
     const int j = low + (high - low) / 2;
-    cuts->splits[j] = split_at_rank(runs_, quantile_cut(n, j, quantiles_, remainder_),
-                                    cuts->splits[low], cuts->splits[high]);
+    const auto rank = static_cast<std::size_t>(std::max(cut(j), std::int64_t{1}));
+    cuts->splits[j] = split_at_rank(runs_, rank, cuts->splits[low], cuts->splits[high]);
     self(self, low, j);
     self(self, j, high);
   };
   solve(solve, 0, quantiles_);
 
   for (int j = 1; j < quantiles_; ++j) {
-    Item boundary = 0;  // the last item before the cut
-    for (std::size_t r = 0; r < runs_.size(); ++r) {
-      const std::size_t split = cuts->splits[j][r];
-      if (split > 0) boundary = std::max(boundary, runs_[r]->items[split - 1]);
+    Splits& split = cuts->splits[j];
+    if (same) {  // before or behind the whole block that the cut goes through
+      Block block = block_at(split);
+      const std::int64_t better = sum(block.begin);
+      const bool reaches = block_reaches(n, cut(j), better, sum(block.end) - better);
+      split = std::move(reaches ? block.end : block.begin);
     }
-    if (ties_ == Ties::same) boundary |= std::numeric_limits<Key>::max();
+    Item boundary = last_before(split);
+    if (same && boundary > 0) boundary |= std::numeric_limits<Key>::max();
     cuts->boundaries.push_back(boundary);
     cuts->thresholds.push_back(key_in(boundary));
   }
-  if (ties_ == Ties::same) split_runs(*cuts);
   return cuts;
 }
 
-// Moves each split forward to behind all items that reach its boundary.
+// The last item before the split; 0, which is before all items, where there is none.
+template <class Reward>
+auto QuantilePool<Reward>::last_before(const Splits& split) const -> Item {
+  Item last = 0;
+  for (std::size_t r = 0; r < runs_.size(); ++r) {
+    if (split[r] > 0) last = std::max(last, runs_[r]->items[split[r] - 1]);
+  }
+  return last;
+}
+
+// All samples that have the reward of the last one before the split.
+template <class Reward>
+auto QuantilePool<Reward>::block_at(const Splits& split) const -> Block {
+  Block block{key_in(last_before(split)), split, split};
+  const Item first = item_of(block.key, 0), last = item_of(block.key, ~Key{0});
+  for (std::size_t r = 0; r < runs_.size(); ++r) {
+    const Run& run = *runs_[r];
+    std::size_t at = split[r], step = 1;
+    for (; step <= at && run.items[at - step] >= first; step *= 2) at -= step;
+    const Item* const low = run.begin() + (step <= at ? at - step + 1 : 0);
+    block.begin[r] = std::lower_bound(low, run.begin() + at, first) - run.begin();
+    block.end[r] = end_of(run, split[r], last);
+  }
+  return block;
+}
+
+// How many items of the run are at or before `item`, of which `at` are known to be. Galloping: as a
+// rule few more, or none.
+template <class Reward>
+std::size_t QuantilePool<Reward>::end_of(const Run& run, std::size_t at, Item item) {
+  std::size_t step = 1;
+  for (; step <= run.size - at && run.items[at + step - 1] <= item; step *= 2) at += step;
+  const Item* const high = run.begin() + std::min(run.size, at + step - 1);
+  return std::upper_bound(run.begin() + at, high, item) - run.begin();
+}
+
+// Puts each split behind all items that reach its boundary.
 template <class Reward>
 void QuantilePool<Reward>::split_runs(Cuts& cuts) const {
   for (std::size_t r = 0; r < runs_.size(); ++r) {
-    const Run& run = *runs_[r];
     std::size_t at = 0;
     for (std::size_t j = 0; j < cuts.boundaries.size(); ++j) {
-      const Item boundary = cuts.boundaries[j];
-      at = std::max(at, cuts.splits[j + 1][r]);
-      // Galloping: as a rule few items, or none, tie with the boundary.
-      std::size_t step = 1;
-      while (step <= run.size - at && run.items[at + step - 1] <= boundary) {
-        at += step;
-        step *= 2;
-      }
-      const Item* const end = run.begin() + std::min(run.size, at + step - 1);
-      at = std::upper_bound(run.begin() + at, end, boundary) - run.begin();
+      at = end_of(*runs_[r], at, cuts.boundaries[j]);
       cuts.splits[j + 1][r] = at;
     }
   }
@@ -516,8 +556,7 @@ std::vector<std::int64_t> QuantilePool<Reward>::quantile_sizes() const {
   for (int quantile = 0; quantile < quantiles_; ++quantile) {
     const auto& better = cuts->splits[quantiles_ - 1 - quantile];
     const auto& up_to = cuts->splits[quantiles_ - quantile];
-    sizes[quantile] = std::accumulate(up_to.begin(), up_to.end(), std::int64_t{0}) -
-                      std::accumulate(better.begin(), better.end(), std::int64_t{0});
+    sizes[quantile] = sum(up_to) - sum(better);
   }
   return sizes;
 }

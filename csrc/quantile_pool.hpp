@@ -9,14 +9,16 @@
 //   Quantiles  0 is the worst, K - 1 the best.
 //   Cuts       With n live samples the best j quantiles hold exactly c_j samples under `arrival`
 //              and `random`: c_j = ceil(j n / K) (spread) or j floor(n / K) (last: the worst
-//              quantile takes the remainder). Integers throughout. Under `same` the threshold is
-//              the c_j-th best reward and every sample that reaches it belongs to the best j.
-//   Ties       same: equal rewards share a quantile. arrival: the older sample ranks better.
-//              random: a fixed keyed bijection of the id decides, independent of arrival.
+//              quantile takes the remainder). Integers throughout.
+//   Ties       same: equal rewards share a quantile, the one in which the middle of their block
+//              lies (block_reaches); where there are two rewards or more, the lowest is in quantile
+//              0 and the highest in K - 1. arrival: the older sample ranks better. random: a fixed
+//              keyed bijection of the id decides, independent of arrival.
 //   Values     -inf and +inf are ordinary, -0 equals +0 (and is kept as +0), denormals are told
 //              apart whatever the floating-point mode. NaN is not a reward: it gets the id -1.
 //   Ids        Count up from 0 in order of arrival and are never used again.
-//   Empty      No threshold (NaN), no labels, all sizes 0; drawing throws.
+//   Empty      No threshold (NaN), no labels, all sizes 0; drawing throws. A threshold is NaN, too,
+//              where no reward of the pool reaches it.
 //   Draws      Exactly uniform up to the 64-bit generator; a function of the key, the live samples
 //              and run_sizes() alone, the same on every platform.
 //   Cost       R runs: R <= 2 n / 2^20 + log2(n) + 1. add: O(log n) merge steps a reward,
@@ -44,6 +46,12 @@ enum class Remainder { spread, last };
 
 // How many of n samples the best j of k quantiles hold.
 std::int64_t quantile_cut(std::int64_t n, std::int64_t j, std::int64_t k, Remainder remainder);
+
+// Whether a block of equal rewards belongs to the best `cut` of n samples under Ties::same: of the
+// samples, `better` have a better reward and `equal` this one. Its middle decides,
+// cut >= better + equal / 2, except that the best of several rewards always does and the worst
+// never.
+bool block_reaches(std::int64_t n, std::int64_t cut, std::int64_t better, std::int64_t equal);
 
 // Elements start..stop-1 of a keyed permutation of 0..n-1, which is never written out.
 void permutation_slice(std::uint64_t n, std::uint64_t key, std::uint64_t start, std::uint64_t stop,
@@ -114,7 +122,7 @@ class QuantilePool {
                std::int64_t* quantiles) const;
   void contains(const std::int64_t* ids, std::int64_t n, bool* out) const;
 
-  // K - 1 rewards, the best boundary first; NaN where there is none (the cut is 0).
+  // K - 1 rewards, the best boundary first; NaN where no reward of the pool is enough.
   std::vector<Reward> thresholds() const;
   // K counts, the worst quantile first.
   std::vector<std::int64_t> quantile_sizes() const;
@@ -167,8 +175,14 @@ class QuantilePool {
   };
   using Runs = std::vector<std::shared_ptr<const Run>>;
 
-  // The boundaries of the current order, and how many items of each run lie before each of them.
+  // How many items of each run lie before a place in the order.
   using Splits = std::vector<std::size_t>;
+  // The samples of one reward, and where they lie in each run.
+  struct Block {
+    Key key;
+    Splits begin, end;
+  };
+  // The boundaries of the current order, and how many items of each run lie before each of them.
   struct Cuts {
     std::vector<Item> boundaries;  // K - 1, or none
     std::vector<Key> thresholds;   // as many
@@ -231,6 +245,9 @@ class QuantilePool {
   std::shared_ptr<Cuts> no_cuts() const;  // all samples in quantile 0
   std::shared_ptr<const Cuts> own_cuts() const;
   void split_runs(Cuts& cuts) const;
+  Item last_before(const Splits& split) const;
+  Block block_at(const Splits& split) const;
+  static std::size_t end_of(const Run& run, std::size_t at, Item item);
   std::shared_ptr<const Cuts> cuts() const;
   // fill(first id, keys, n, values) gives one value a slot; those of live slots are written.
   template <class Value, class Fill>

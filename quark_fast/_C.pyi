@@ -97,6 +97,9 @@ class QuantilePool32:
 class QuantilePool64(QuantilePool32): ...  # of double; the same members, no real subclass
 
 def quantile_cut(n: int, j: int, k: int, remainder: Remainder) -> int: ...
+def block_reaches(
+    n: npt.ArrayLike, cut: npt.ArrayLike, better: npt.ArrayLike, equal: npt.ArrayLike
+) -> npt.NDArray[np.bool_]: ...
 def permutation_slice(n: int, key: int, start: int, stop: int) -> npt.NDArray[np.int64]: ...
 
 # --- token rows ---

@@ -67,9 +67,11 @@ class RolloutPool:
 
     Args:
         quantiles: K, how many.
-        ties: what decides between equal rewards. "same": nothing, they share a quantile (the one
-            of the best of them; quantiles may then be empty, the best never is). "arrival": the
-            older ranks better. "random": a fixed hash of each sample.
+        ties: what decides between equal rewards. "same": nothing, they share a quantile, the one in
+            which the middle of their block lies: with p rewards better and m equal, quantile
+            K - 1 - #{j : c_j < p + m / 2}. Where there are two rewards or more, the lowest is in quantile
+            0 and the highest in K - 1; quantiles between may be empty. "arrival": the older ranks better.
+            "random": a fixed hash of each sample.
         remainder: see above.
         dtype: of the rewards; float32 halves their memory and merges close neighbours.
         seed: of the pool's own draws and of ties="random".
@@ -197,8 +199,9 @@ class RolloutPool:
     def thresholds(self) -> Floats:
         """(K - 1,) ascending: thresholds[k] is the least reward that reaches quantile k + 1.
 
-        Rewards of the pool, never interpolated. NaN where no reward is enough: an empty pool, or
-        remainder="last" with fewer samples than quantiles.
+        Rewards of the pool, never interpolated. NaN where none of them is enough: an empty pool; with
+        ties="same" a pool of one reward, which is in the middle; else remainder="last" with fewer samples
+        than quantiles.
         """
         if self.settings["group_by"]:
             raise ValueError("with group_by each group has its own thresholds; use labels()")

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quark_fast import _C
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
@@ -85,14 +87,17 @@ def _labels_within_groups(
     starts = np.flatnonzero(new_group)
     group = np.cumsum(new_group) - 1
     size = np.diff(starts, append=n)[group]
-    position = np.arange(n)
-    if settings["ties"] == "same":  # all take the position of the first of their reward
-        new_reward = new_group.copy()
-        new_reward[1:] |= sorted_rewards[1:] != sorted_rewards[:-1]
-        position = np.maximum.accumulate(np.where(new_reward, position, 0))
-    position = position - starts[group]
+    position = np.arange(n) - starts[group]
+    new_reward = new_group.copy()
+    new_reward[1:] |= sorted_rewards[1:] != sorted_rewards[:-1]
+    blocks = np.flatnonzero(new_reward)
+    block = np.cumsum(new_reward) - 1
+    better, equal = position[blocks][block], np.diff(blocks, append=n)[block]
     labels = np.zeros(n, np.int32)
     for j in range(1, k):
         cut = -(-j * size // k) if settings["remainder"] == "spread" else j * (size // k)
-        labels[order] += position < cut
+        if settings["ties"] == "same":
+            labels[order] += _C.block_reaches(size, cut, better, equal)
+        else:
+            labels[order] += position < cut
     return labels

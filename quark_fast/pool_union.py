@@ -22,8 +22,9 @@ def union_boundaries(
     """The K - 1 boundaries of the union of all ranks' pools, in the core's order.
 
     Radix bisection: all ranks count their samples up to 255 candidates for the next 8 bits of each boundary,
-    and add the counts up: 4 all-reduces for float32, 8 for float64 (twice as many where ties are told apart),
-    of at most 2 KB per boundary.
+    and add the counts up: 4 all-reduces for float32 keys, 8 for float64, of at most 2 KB per boundary. Twice:
+    for the ties among equal keys, or with ties="same" for the next better reward, which is the boundary where
+    a block of equal rewards belongs behind it.
 
     Returns:
         keys and ties of the last places on this rank that belong to the best j quantiles, and the
@@ -54,25 +55,34 @@ def union_boundaries(
     cuts = np.array([_C.quantile_cut(n, j, k, remainder) for j in range(1, k)], np.int64)
     word = np.dtype(f"u{np.dtype(settings['dtype']).itemsize}").type
     bits, largest = 8 * word().itemsize, np.iinfo(word).max
-    place = {"key": np.zeros(k - 1, word), "tie": np.full(k - 1, largest, word)}
-    if k == 1 or cuts[0] == 0:
-        none = place["key"][:0]
+    if k == 1 or n == 0 or (cuts[0] == 0 and not same):
+        none = np.zeros(0, word)
         return none, none, none
 
-    # The smallest place with cut_j samples at or before it: 8 bits at a time, keys, then ties.
-    for field in ("key",) if same else ("key", "tie"):
-        place[field][:] = 0
-        for shift in range(bits - 8, -8, -8):
-            rest = word((1 << shift) - 1)
-            digits = np.arange(255, dtype=word) << word(shift)
-            candidates = {name: np.repeat(values, 255) for name, values in place.items()}
-            candidates[field] |= np.tile(digits, k - 1) | rest
-            counts = total(core.count_up_to(candidates["key"], candidates["tie"]))
-            digit = (counts.reshape(k - 1, 255) < cuts[:, None]).sum(1)
-            place[field] |= digit.astype(word) << word(shift)
-    keys, ties = place["key"], place["tie"]
+    def smallest(ranks: Ints, *fields: str) -> tuple[Places, Places]:
+        """The smallest place with so many samples at or before it: 8 bits of each field at a time."""
+        place = {"key": np.zeros(k - 1, word), "tie": np.full(k - 1, largest, word)}
+        for field in fields:
+            place[field][:] = 0
+            for shift in range(bits - 8, -8, -8):
+                rest = word((1 << shift) - 1)
+                digits = np.arange(255, dtype=word) << word(shift)
+                candidates = {name: np.repeat(values, 255) for name, values in place.items()}
+                candidates[field] |= np.tile(digits, k - 1) | rest
+                counts = total(core.count_up_to(candidates["key"], candidates["tie"]))
+                digit = (counts.reshape(k - 1, 255) < ranks[:, None]).sum(1)
+                place[field] |= digit.astype(word) << word(shift)
+        return place["key"], place["tie"]
+
     if same:
+        keys, ties = smallest(np.maximum(cuts, 1), "key")
+        # No reward has the key 0, so there is one before each.
+        better = total(core.count_up_to(keys - word(1), ties))
+        reaches = _C.block_reaches(n, cuts, better, total(core.count_up_to(keys, ties)) - better)
+        next_better = np.where(better > 0, smallest(np.maximum(better, 1), "key")[0], word(0))
+        keys = np.where(reaches, keys, next_better)
         return keys, ties, keys
+    keys, ties = smallest(cuts, "key", "tie")
 
     # Ranks may each have a sample at this very place: the first ranks' belong to the best j.
     first = ties == 0

@@ -323,11 +323,15 @@ def labels_by_sorting(rewards: np.ndarray, k: int, ties: str, remainder: str) ->
     labels = np.zeros(n, np.int64)
     for j in range(1, k):
         cut = -(-j * n // k) if remainder == "spread" else j * (n // k)
-        reached = np.zeros(n, bool)
-        reached[order[:cut]] = True
-        if ties == "same" and cut:
-            reached |= rewards >= rewards[order[cut - 1]]
-        labels += reached
+        if ties == "same":
+            better, equal = (
+                (compare(rewards, rewards[:, None])).sum(1) for compare in (np.greater, np.equal)
+            )
+            labels += 2 * cut >= 2 * better + equal
+        else:
+            labels[order[:cut]] += 1
+    if ties == "same" and n and rewards.min() < rewards.max():
+        labels[rewards == rewards.min()], labels[rewards == rewards.max()] = 0, k - 1
     return labels
 
 

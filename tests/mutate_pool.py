@@ -52,8 +52,33 @@ PLANTED = [
     ),
     (
         "what ties with a boundary is drawn from the worse quantile",
-        "if (ties_ == Ties::same) split_runs(*cuts);",
+        "split = std::move(reaches ? block.end : block.begin);",
+        "reaches ? void() : void(split = std::move(block.begin));",
+    ),
+    (
+        "a block of equal rewards goes where its best lies",
+        "return 2 * cut >= 2 * better + equal;",
+        "return cut > better;",
+    ),
+    (
+        "the middle of a block is rounded",
+        "return 2 * cut >= 2 * better + equal;",
+        "return cut >= better + equal / 2;",
+    ),
+    (
+        "the lowest reward may stand above the worst quantile",
+        "if (equal < n && better + equal == n) return false;",
         "",
+    ),
+    (
+        "the highest reward may stand below the best quantile",
+        "if (equal < n && better == 0) return true;",
+        "",
+    ),
+    (
+        "of a block's samples the first of each run is not seen",
+        "std::lower_bound(low, run.begin() + at, first)",
+        "std::upper_bound(low, run.begin() + at, first)",
     ),
     (
         "the merge takes the worse of two",

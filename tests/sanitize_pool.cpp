@@ -47,14 +47,21 @@ std::map<std::int64_t, int> labels_by_sorting(const std::map<std::int64_t, Rewar
                    [](const auto& a, const auto& b) { return a.second > b.second; });
   std::map<std::int64_t, int> labels;
   for (const auto& sample : order) labels[sample.first] = 0;
-  for (int j = 1; j < k; ++j) {
-    const auto cut = quark::quantile_cut(static_cast<std::int64_t>(order.size()), j, k, remainder);
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      const bool reaches =
-          static_cast<std::int64_t>(i) < cut ||
-          (ties == Ties::same && cut > 0 && order[i].second == order[cut - 1].second);
-      labels[order[i].first] += reaches;
+  const auto n = static_cast<std::int64_t>(order.size());
+  for (std::int64_t begin = 0, end; begin < n; begin = end) {
+    end = begin + 1;  // one sample, or all of one reward
+    if (ties == Ties::same) {
+      while (end < n && order[end].second == order[begin].second) ++end;
     }
+    int missed = 0;
+    for (int j = 1; j < k; ++j) {
+      missed += 2 * quark::quantile_cut(n, j, k, remainder) < begin + end;
+    }
+    if (ties == Ties::same && end - begin < n) {  // the ends are the worst and the best quantile
+      if (begin == 0) missed = 0;
+      if (end == n) missed = k - 1;
+    }
+    for (std::int64_t i = begin; i < end; ++i) labels[order[i].first] = k - 1 - missed;
   }
   return labels;
 }

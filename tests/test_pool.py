@@ -32,20 +32,23 @@ def cuts(n, k, remainder):
 
 def numpy_rule(rewards, k, ties, remainder):
     """The oracle: labels of all samples, in order of arrival; ties as 'same' or by position."""
-    order = np.argsort(-rewards, kind="stable")
-    labels = np.zeros(len(rewards), int)
-    for cut in cuts(len(rewards), k, remainder):
-        if ties == "arrival":
-            labels[order[:cut]] += 1
-        elif cut > 0:
-            labels += rewards >= rewards[order[cut - 1]]
-    return labels
+    c = np.array(cuts(len(rewards), k, remainder), int)
+    if ties == "arrival":
+        labels = np.zeros(len(rewards), int)
+        labels[np.argsort(-rewards, kind="stable")] = [(c > place).sum() for place in range(len(rewards))]
+        return labels
+    worst_first, block, equal = np.unique(rewards, return_inverse=True, return_counts=True)
+    better = len(rewards) - np.cumsum(equal)
+    of_block = k - 1 - (2 * c < (2 * better + equal)[:, None]).sum(1)
+    if len(worst_first) > 1:
+        of_block[[0, -1]] = 0, k - 1
+    return of_block[block]
 
 
-def numpy_thresholds(rewards, k, remainder):
-    best_first = -np.sort(-rewards)
-    by_cut = [best_first[cut - 1] if cut > 0 else np.nan for cut in cuts(len(rewards), k, remainder)]
-    return np.array(by_cut[::-1], rewards.dtype)
+def numpy_thresholds(rewards, labels, k):
+    """The least reward of each quantile and all better ones; NaN where none is so good."""
+    reached = [rewards[labels > quantile] for quantile in range(k - 1)]
+    return np.array([some.min() if len(some) else np.nan for some in reached], rewards.dtype)
 
 
 def rows(ids):
@@ -65,14 +68,14 @@ def assert_is_numpys(made, rewards):
     k, ties, remainder = (made.settings[name] for name in ("quantiles", "ties", "remainder"))
     labels = made.labels()
     np.testing.assert_array_equal(made.rewards, rewards)
-    np.testing.assert_array_equal(made.thresholds, numpy_thresholds(rewards, k, remainder))
+    by_rule = numpy_rule(rewards, k, "same" if ties == "same" else "arrival", remainder)
+    np.testing.assert_array_equal(made.thresholds, numpy_thresholds(rewards, by_rule, k))
     np.testing.assert_array_equal(made.quantile_sizes(), np.bincount(labels, minlength=k))
     np.testing.assert_array_equal(made[made.ids].quantiles, labels)
     if ties != "random":
-        np.testing.assert_array_equal(labels, numpy_rule(rewards, k, ties, remainder))
+        np.testing.assert_array_equal(labels, by_rule)
     else:  # the same sizes as by arrival, and never a better reward in a worse quantile
-        by_arrival = numpy_rule(rewards, k, "arrival", remainder)
-        np.testing.assert_array_equal(np.sort(labels), np.sort(by_arrival))
+        np.testing.assert_array_equal(np.sort(labels), np.sort(by_rule))
         for quantile in range(k - 1):
             worse, better = rewards[labels <= quantile], rewards[labels > quantile]
             assert not len(worse) or not len(better) or worse.max() <= better.min()
@@ -108,6 +111,58 @@ def test_boundaries_stay_exact_when_runs_are_too_large_to_merge(core):
     np.testing.assert_array_equal(made.thresholds(), -np.partition(-rewards, ranks)[ranks])
     labels = (rewards[:, None] >= made.thresholds()).sum(1)
     np.testing.assert_array_equal(made.labels(), labels)
+
+
+PASS_RATES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.98]
+
+
+@pytest.mark.parametrize("k", range(2, 9))
+@pytest.mark.parametrize("pass_rate", PASS_RATES)
+def test_no_failure_is_labelled_best_and_no_success_worst(pass_rate, k):
+    rewards = np.arange(1000) < round(1000 * pass_rate)
+    made = filled(rewards.astype(float), 3, quantiles=k)
+    np.testing.assert_array_equal(made.labels(), np.where(rewards, k - 1, 0))
+    assert made.thresholds.tolist() == [1.0] * (k - 1)
+
+
+@pytest.mark.parametrize("k", range(2, 9))
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [0.9, 0.05, 0.05],
+        [0.05, 0.05, 0.9],
+        [0.05, 0.9, 0.05],
+        [0.25] * 4,
+        [0.7, 0.1, 0.1, 0.1],
+        [0.01, 0.01, 0.98],
+    ],
+)
+def test_few_levels_of_reward_keep_their_order_and_both_ends(shares, k):
+    counts = [round(1000 * share) for share in shares]
+    levels = np.repeat(np.arange(len(shares)), counts)
+    labels = filled(levels.astype(float), 2, quantiles=k).labels()
+    of_level = [np.unique(labels[levels == level]) for level in range(len(shares))]
+    assert all(len(found) == 1 for found in of_level)  # equal rewards share a quantile
+    found = [int(one[0]) for one in of_level]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (0, k - 1)
+    # Between them, each where its middle lies: counted from the worst, in floats.
+    for level in range(1, len(shares) - 1):
+        middle = (sum(counts[:level]) + counts[level] / 2) / 1000 * k
+        assert abs(found[level] + 0.5 - middle) <= 0.5 + k / 1000
+
+
+@pytest.mark.parametrize("ties", ["same", "arrival"])
+def test_with_fewer_samples_than_quantiles_the_ends_are_the_ends(ties):
+    labels = filled([3.0, 1.0, 2.0], quantiles=5, ties=ties).labels().tolist()
+    assert labels == ([4, 0, 3] if ties == "same" else [4, 1, 3])  # cuts: 1, 2, 2, 3
+
+
+def test_one_reward_alone_is_in_the_middle():
+    made = filled([0.5] * 10, 2, quantiles=5)
+    assert made.labels().tolist() == [2] * 10
+    np.testing.assert_array_equal(made.thresholds, [0.5, 0.5, np.nan, np.nan])
+    assert made.quantile_of([0.4, 0.5, 0.6]).tolist() == [0, 2, 2]
 
 
 def test_thresholds_are_numpys_inverted_cdf():
@@ -941,19 +996,17 @@ def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
         id_of = np.concatenate([np.arange(len(shard)) for shard in shards])
         arrival = np.lexsort((np.arange(len(union)), id_of))
         by_rule = np.empty(len(union), int)
-        by_rule[arrival] = numpy_rule(union[arrival], k, ties, remainder)
+        rule = "same" if ties == "same" else "arrival"
+        by_rule[arrival] = numpy_rule(union[arrival], k, rule, remainder)
         if ties == "random":
-            np.testing.assert_array_equal(
-                np.bincount(labels, minlength=k),
-                np.bincount(numpy_rule(union, k, "arrival", remainder), minlength=k),
-            )
+            np.testing.assert_array_equal(np.bincount(labels, minlength=k), np.bincount(by_rule, minlength=k))
         else:
             np.testing.assert_array_equal(labels, by_rule)
         if ties == "same":
             options = {"quantiles": k, "remainder": remainder, "dtype": dtype}
             np.testing.assert_array_equal(labels, filled(union, 2, **options).labels())
         for result in results:
-            np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, k, remainder))
+            np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, by_rule, k))
 
 
 def test_sync_alone_is_the_own_pool():
@@ -1018,7 +1071,7 @@ def test_a_mistake_is_named_and_changes_nothing(mistake, error, message):
         mistake(made)
     assert len(made) == 3
     made.add([[1]], [[1]], [0.0])
-    assert made.labels().tolist() == [2, 3, 4, 1]  # cuts of 4 samples in 5: 1, 2, 3, 4
+    assert made.labels().tolist() == [2, 3, 4, 0]  # cuts of 4 samples in 5: 1, 2, 3, 4; the lowest is in 0
 
 
 def test_repr_says_what_is_in_the_pool():
