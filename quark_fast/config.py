@@ -281,8 +281,8 @@ class Config:
     quantiles: int = setting(5, "reward quantiles, one reward token each [K]; 1: no conditioning")
     ties: Literal["same", "arrival", "random"] = setting(
         "same",
-        "equal rewards share a quantile, the one in which their middle lies (the lowest reward is in the worst"
-        " and the highest in the best), or are split by arrival or at random",
+        "equal rewards share a quantile, the one in which their middle lies (the lowest reward is in the"
+        " worst and the highest in the best), or are split by arrival or at random",
     )
     quantile_weights: str = setting(
         "extremes",
