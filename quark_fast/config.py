@@ -148,6 +148,8 @@ FREE_ON_RESUME = {
     "reward_timeout",
     "reward_retries",
     "reward_backoff",
+    "accept_changed_reward",
+    "sample_batch",
     "vllm_server",
     "vllm_timeout",
     "vllm_retries",
@@ -263,7 +265,9 @@ class Config:
         "completion", "what a classifier is shown"
     )
     reward_cache: Literal["auto", "on", "off"] = setting(
-        "auto", "keep rewards in rewards.sqlite of the run folder; auto: those of asynchronous rewards"
+        "auto",
+        "keep rewards in rewards.sqlite of the run folder; auto: those of rewards that are asynchronous or"
+        " called for one completion at a time",
     )
     reward_batch: int = setting(16, "completions in one call of an asynchronous reward")
     reward_concurrency: int = setting(16, "calls of an asynchronous reward under way at once")
@@ -271,6 +275,11 @@ class Config:
     reward_retries: int = setting(4, "further attempts after a failed call of an asynchronous reward")
     reward_backoff: float = setting(
         1.0, "wait before the second attempt, seconds; doubled before each further one, 60 at most"
+    )
+    accept_changed_reward: bool = setting(
+        False,
+        "go on with --resume although the reward's code, weights or settings are others than before: what was"
+        " scored keeps its rewards, and one pool ranks both",
     )
 
     # run folder
@@ -308,7 +317,11 @@ class Config:
     )
     top_p: float = setting(0.9, "nucleus of the same sampling, share of the probability mass")
     max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
-    sample_batch: int = setting(128, "completions sampled side by side")
+    sample_batch: int = setting(
+        128,
+        "completions sampled side by side; halved where the memory does not suffice; a resumed run may have"
+        " fewer, which changes what is drawn from there on",
+    )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
         "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",
@@ -461,9 +474,13 @@ class Config:
         """Name of the setting that holds the temperature of later rounds."""
         return "temperature" if self.explore_temperature is None else "explore_temperature"
 
-    def decay(self, step: int) -> float:
-        """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0."""
-        total = self.rounds * self.steps
+    def decay(self, step: int, rounds: int | None = None) -> float:
+        """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0.
+
+        Args:
+            rounds: how many learn; default: all.
+        """
+        total = (self.rounds if rounds is None else rounds) * self.steps
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return (total - step) / max(1, total - self.warmup_steps)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from quark_fast.batch import completion_logits, make_batch
 from quark_fast.config import Config, UsageError
+from quark_fast.journal import Kept
+from quark_fast.machine import within_memory
 from quark_fast.metrics import (
     RankCorrelation,
     Sample,
@@ -26,9 +30,11 @@ from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import Policy
 from quark_fast.prompts import Row
 from quark_fast.reward import Reward
-from quark_fast.rollout import Conditioning, Sampler, Sampling, sample
+from quark_fast.rollout import Conditioning, Sampler, Sampling, kept_or_drawn, sample
+from quark_fast.seeds import seed_for
 from quark_fast.tasks import Task, no_measures
 
+T = TypeVar("T")
 Nll = Callable[[Sequence[int], Sequence[list[int]], Sequence[str]], list[tuple[float, int]]]
 """(index of each completion's prompt, completions as ids, as texts) -> (-log p in nats, tokens) of each."""
 
@@ -118,6 +124,7 @@ def evaluate(
     sampler: Sampler = sample,
     nll: Nll | None = None,
     share: tuple[int, int] = (0, 1),
+    kept: Callable[[Mode], Kept[list[Sample]]] = lambda _: Kept(),
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every mode, a batch of prompts at a time.
 
@@ -130,30 +137,47 @@ def evaluate(
         sampler: samples the untouched model, as ``rollout.sample`` does.
         nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
         share: which of the batches, as of ``sample``.
+        kept: the batches of a mode that were made before, and where more are kept.
     Yields:
         (name of the mode, its samples on the next few prompts).
     """
     nll = nll or id_nll(policy, reference, held_out.ids)
     for mode in table:
         source = reference if mode.untouched else model
-        draw = sampler if mode.untouched else sample
-        for indices, drawn in draw(
-            policy,
-            source,
-            held_out.ids,
-            mode.conditioning,
-            sampling,
-            held_out.samples,
-            1_000_003 * seed + 7,
-            share,
-        ):
+
+        def measured(
+            indices: list[int], drawn: list[list[list[int]]], mode: Mode = mode, source: Any = source
+        ) -> list[Sample]:
             flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
             part = _measure(policy, reward, held_out, flat, measures, nll)
             if held_out.texts:
                 fits = text_fit(policy, source, [held_out.texts[i] for i in indices], mode.conditioning)
                 of_prompt = dict(zip(indices, fits, strict=True))
                 part = [_with_fit(one, *of_prompt[one.prompt_id]) for one in part]
+            return part
+
+        for part in kept_or_drawn(
+            functools.partial(sampler if mode.untouched else sample, policy, source),
+            held_out.ids,
+            mode.conditioning,
+            sampling,
+            held_out.samples,
+            seed_for(seed, "evaluation"),
+            share,
+            kept(mode),
+            measured,
+        ):
             yield mode.name, part
+
+
+def first_completions(
+    policy: Policy, model: Any, prompts: HeldOut, sampling: Sampling, seed: int
+) -> Iterator[tuple[list[Row], list[str]]]:
+    """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
+    for number, some in enumerate((slice(0, 4), slice(4, 64))):
+        rows, own_seed = prompts.rows[some], seed_for(seed, "check of the reward", number)
+        for indices, drawn in sample(policy, model, prompts.ids[some], Conditioning(), sampling, 1, own_seed):
+            yield [rows[i] for i in indices], [policy.decode(one) for (one,) in drawn]
 
 
 def _measure(
@@ -248,12 +272,11 @@ def completion_nll(
     quantile: int | None = None,
 ) -> list[float]:
     """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
-    totals: list[float] = []
     if not completions:
-        return totals
+        return []
     rows = max(1, 1280 // max(map(len, completions)))  # the logits of so many tokens are held at once
-    for start in range(0, len(prompts), rows):
-        part = slice(start, start + rows)
+
+    def nll(part: slice) -> list[float]:
         quantiles = [quantile] * len(prompts[part])
         batch = make_batch(policy, prompts[part], completions[part], quantiles, model.device)
         out = quark_loss(
@@ -265,8 +288,26 @@ def completion_nll(
             entropy_coef=0.0,
             vocab_size=policy.vocabulary,
         )
-        totals += out.nll.sum(-1).tolist()
-    return totals
+        return out.nll.sum(-1).tolist()
+
+    return [total for part in _by_parts(len(prompts), rows, nll) for total in part]
+
+
+def _by_parts(count: int, rows: int, work: Callable[[slice], T]) -> Iterator[T]:
+    """``work`` on at most so many of ``count`` rows at a time, on half as many where the memory lacks."""
+    start = 0
+    while start < count:
+
+        def part(size: int, start: int = start) -> T:
+            return work(slice(start, start + size))
+
+        found, rows = within_memory(part, rows, _say_smaller)
+        yield found
+        start += rows
+
+
+def _say_smaller(rows: int) -> None:
+    logging.getLogger(__name__).warning("out of memory: from here on %d texts side by side", rows)
 
 
 @torch.inference_mode()
@@ -282,10 +323,9 @@ def completion_kl(
 
     Exact over the base vocabulary at every token. NaN without completions.
     """
-    total, tokens = 0.0, 0
     rows = max(1, 640 // max(map(len, completions), default=1))  # two models' logits are held at once
-    for start in range(0, len(prompts), rows):
-        part = slice(start, start + rows)
+
+    def kl(part: slice) -> tuple[float, int]:
         conditioned, plain = (
             make_batch(policy, prompts[part], completions[part], [k] * len(prompts[part]), model.device)
             for k in (quantile, None)
@@ -299,9 +339,11 @@ def completion_kl(
             entropy_coef=0.0,
             vocab_size=policy.vocabulary,
         )
-        total += float(out.kl.sum())
-        tokens += int(conditioned.mask.sum())
-    return total / tokens if tokens else float("nan")
+        return float(out.kl.sum()), int(conditioned.mask.sum())
+
+    every = list(_by_parts(len(prompts), rows, kl))
+    tokens = sum(count for _, count in every)
+    return sum(total for total, _ in every) / tokens if tokens else float("nan")
 
 
 def _with_fit(one: Sample, nll: float, correct: int, tokens: int) -> Sample:
@@ -317,9 +359,9 @@ def text_fit(
     Every token but the first, which some models have nothing to predict from, given the conditioning and all
     tokens before it; guided conditioning mixes its two streams as sampling does.
     """
-    fits: list[tuple[float, int, int]] = []
-    for start in range(0, len(texts), rows):
-        part = texts[start : start + rows]
+
+    def fit(rows: slice) -> list[tuple[float, int, int]]:
+        part = texts[rows]
         first, rest = [text[:1] for text in part], [text[1:] for text in part]
         logp: torch.Tensor | None = None
         for quantile, weight in conditioning.streams():
@@ -330,8 +372,9 @@ def text_fit(
         logp = logp.log_softmax(-1)
         nll = -logp.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1).masked_fill(~batch.mask, 0).sum(-1)
         correct = ((logp.argmax(-1) == batch.labels) & batch.mask).sum(-1)
-        fits += zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True)
-    return fits
+        return list(zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True))
+
+    return [one for part in _by_parts(len(texts), rows, fit) for one in part]
 
 
 CLASS_SAMPLES = 25
@@ -353,6 +396,7 @@ def classify_prompts(
     target: str,
     sampler: Sampler = sample,
     share: tuple[int, int] = (0, 1),
+    kept: Kept[list[tuple[int, str]]] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Sort prompts as the paper does, by how many of 25 completions of the untouched model are positive.
 
@@ -374,15 +418,29 @@ def classify_prompts(
         yield i, prompt_class(number / CLASS_SAMPLES)
     open_ids = [i for i in range(len(held_out.ids)) if i not in counted]
     prompts = [held_out.ids[i] for i in open_ids]
-    for places, drawn in sampler(
-        policy, reference, prompts, Conditioning(), sampling, CLASS_SAMPLES, 1_000_003 * seed + 11, share
-    ):
+
+    def classes(places: list[int], drawn: list[list[list[int]]]) -> list[tuple[int, str]]:
+        found = []
         for place, completions in zip(places, drawn, strict=True):
             row = held_out.rows[open_ids[place]]
             rewards = reward([row] * len(completions), [policy.decode(one) for one in completions])
             having = np.where(rewards == 0.5, 0.5, rewards > 0.5)[~np.isnan(rewards)]
             positive = float(having.mean()) if len(having) else 0.5
-            yield open_ids[place], prompt_class(positive if target == "positive" else 1 - positive)
+            found.append((open_ids[place], prompt_class(positive if target == "positive" else 1 - positive)))
+        return found
+
+    for batch in kept_or_drawn(
+        functools.partial(sampler, policy, reference),
+        prompts,
+        Conditioning(),
+        sampling,
+        CLASS_SAMPLES,
+        seed_for(seed, "prompt classes"),
+        share,
+        kept or Kept(),
+        classes,
+    ):
+        yield from ((i, name) for i, name in batch)
 
 
 # (prompt, completion, reward) of each completion of a batch.
@@ -414,6 +472,7 @@ class Probe:
         seed: int,
         sampler: Sampler = sample,
         share: tuple[int, int] = (0, 1),
+        kept: Kept[Drawn] | None = None,
     ) -> list[tuple[str, Drawn]]:
         """("probe", batch) for one completion of each of the first held-out prompts that is scored.
 
@@ -422,18 +481,21 @@ class Probe:
         Args:
             share: which of the batches, as of ``sample``.
         """
-        kept: list[tuple[str, Drawn]] = []
         ids = held_out.ids[: max(32, PROBE_TOKENS // sampling.max_new_tokens)]
-        for indices, drawn in sampler(policy, reference, ids, Conditioning(), sampling, 1, seed, share):
+
+        def scored(indices: list[int], drawn: list[list[list[int]]]) -> Drawn:
             texts = [policy.decode(completion) for (completion,) in drawn]
             rewards = reward([held_out.rows[i] for i in indices], texts)
-            batch: Drawn = [
-                (held_out.ids[i], completion, float(value))
+            return [
+                (list(held_out.ids[i]), completion, float(value))
                 for i, (completion,), value in zip(indices, drawn, rewards, strict=True)
                 if not np.isnan(value)
             ]
-            kept.append(("probe", batch))
-        return kept
+
+        draw = functools.partial(sampler, policy, reference)
+        own_seed = seed_for(seed, "probe")
+        every = kept_or_drawn(draw, ids, Conditioning(), sampling, 1, own_seed, share, kept or Kept(), scored)
+        return [("probe", batch) for batch in every]
 
     @classmethod
     def of(cls, drawn: Iterable[Drawn]) -> Probe:

@@ -22,6 +22,7 @@ from quark_fast.evaluation import (
     describe_evaluation,
     evaluate,
     evaluation_sampling,
+    first_completions,
     id_nll,
     modes,
     summary,
@@ -500,8 +501,6 @@ class Evaluator:
             loaded = load_prompts(out_of_domain, column=other_column, chat=chat)
             self.remarks.append(f"{out_of_domain}: {loaded.counts}")
             self.domains.append(_Domain(OUT_OF_DOMAIN, out_of_domain, loaded.rows))
-        for domain in self.domains:
-            self.reward.check(domain.rows)
         if run is not None:
             self.reward = cached(self.reward, self.config.reward_cache, run.folder / REWARDS)
 
@@ -538,6 +537,10 @@ class Evaluator:
             words = {token: i for token, i in policy.tokenizer.get_vocab().items() if i < policy.vocabulary}
             self.vocabularies[label] = words
         self.opened = opened
+        for domain in self.domains:
+            held_out = domain.held_out[self.lead]
+            how = dataclasses.replace(evaluation_sampling(self.config), rows=64)
+            self.reward.check(first_completions(opened.policy, opened.model, held_out, how, self.seed))
 
     def _prefix_of(self, run: Run) -> list[int]:
         return export_prefix(load_tokenizer(run.tokenizer_at, self.trust))

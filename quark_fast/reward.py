@@ -15,7 +15,7 @@ import linecache
 import math
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -118,6 +118,9 @@ class Reward:
 
         if left and self.asynchronous:
             self._wait_for(batch, left, keep)
+        elif self.one_at_a_time:
+            for i in left:
+                keep([i], self._call(batch, [i]))
         elif left:
             keep(left, self._call(batch, left))
         return rewards
@@ -125,15 +128,15 @@ class Reward:
     def _key(self, row: Row, completion: str) -> bytes | None:
         """What a value in the cache stands for; None for a row with a column that JSON cannot spell."""
         columns = {name: value for name, value in row.items() if name not in RESERVED}
-        scorer = [self.name, self.version, self.sha256]
         try:
-            text = json.dumps([scorer, row["prompt"], completion, columns], sort_keys=True)
+            text = json.dumps([self.identity, row["prompt"], completion, columns], sort_keys=True)
         except (TypeError, ValueError):
             return None
         return hashlib.sha256(text.encode()).digest()
 
     @functools.cached_property
-    def _one_at_a_time(self) -> bool:
+    def one_at_a_time(self) -> bool:
+        """Whether the function is called for one completion at a time."""
         try:
             names = inspect.signature(self.function).parameters.keys()
         except (TypeError, ValueError):  # some builtins have none
@@ -143,15 +146,12 @@ class Reward:
     def _call(self, batch: _Batch, part: Sequence[int]) -> list[float]:
         """The rewards of some of the batch by a plain function."""
         try:
-            if self._one_at_a_time:
-                values: Any = [self.function(**batch.one(i)) for i in part]
-            else:
-                values = self.function(**batch.several(part))
+            values = self.function(**(batch.one(part[0]) if self.one_at_a_time else batch.several(part)))
         except UsageError:
             raise
         except Exception as error:
             raise UsageError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
-        return self._numbers(values, len(part))
+        return self._numbers([values] if self.one_at_a_time else values, len(part))
 
     # ------------------------------------------------------------- asynchronous
 
@@ -159,7 +159,7 @@ class Reward:
         self, batch: _Batch, left: Sequence[int], keep: Callable[[Sequence[int], list[float]], None]
     ) -> None:
         """Call an asynchronous function for all that is left, and keep each call's values as it returns."""
-        size = 1 if self._one_at_a_time else self.calls.batch
+        size = 1 if self.one_at_a_time else self.calls.batch
         free = asyncio.Semaphore(self.calls.concurrency)
 
         async def one(part: Sequence[int]) -> None:
@@ -186,7 +186,7 @@ class Reward:
 
     async def _attempts(self, batch: _Batch, part: Sequence[int]) -> list[float]:
         """One call's values, tried again after an error or a time-out."""
-        arguments = batch.one(part[0]) if self._one_at_a_time else batch.several(part)
+        arguments = batch.one(part[0]) if self.one_at_a_time else batch.several(part)
         attempts = 1 + self.calls.retries
         for attempt in range(1, attempts + 1):
             deadline = asyncio.timeout(self.calls.timeout or None)
@@ -209,7 +209,7 @@ class Reward:
                     ) from error
             wait = min(LONGEST_WAIT, self.calls.backoff * 2.0 ** (attempt - 1))
             await asyncio.sleep(wait * _jitter.uniform(0.5, 1.0))
-        return self._numbers([values] if self._one_at_a_time else values, len(part))
+        return self._numbers([values] if self.one_at_a_time else values, len(part))
 
     # ------------------------------------------------------------- what came back
 
@@ -231,9 +231,9 @@ class Reward:
     def _number(self, value: Any) -> float:
         if value is None:
             return math.nan
-        # numpy and torch scalars have item(); a text, a list, a row of a matrix or a bool is a mistake.
+        # numpy and torch scalars have item(); a bool is 0 or 1; a text or a row of a matrix is a mistake.
         plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-        if isinstance(plain, bool) or not isinstance(plain, int | float):
+        if not isinstance(plain, int | float):
             raise UsageError(f"reward {self.name} returned {value!r:.80}; return numbers or None")
         try:
             number = float(plain)
@@ -243,16 +243,29 @@ class Reward:
             raise UsageError(f"reward {self.name} returned {value!r:.80}; return finite numbers or None")
         return number
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Call the reward on a few texts before any long work, so that its mistakes show at once."""
-        rows = rows[:3]
-        texts = [row["prompt"] for row in rows]  # as good as any text of the user's own domain
-        rewards = self(rows, texts)
-        if np.isnan(rewards).all():
-            raise UsageError(
-                f"reward {self.name} scored none of {len(texts)} texts (None or NaN for"
-                f" {texts[0]!r}); return a number for ordinary text"
-            )
+    def check(self, scored: Iterable[tuple[Sequence[Row], Sequence[str]]]) -> None:
+        """Call the reward on a few completions before any long work, so that its mistakes show at once.
+
+        Args:
+            scored: (rows of prompts, a completion of each), one batch after another. The first with a
+                completion that is scored ends the check: a reward may leave some out.
+        Raises:
+            UsageError: none of all the completions is scored.
+        """
+        tried: list[str] = []
+        for rows, completions in scored:
+            tried += completions
+            if not np.isnan(self(rows, completions)).all():
+                return
+        raise UsageError(
+            f"reward {self.name} scored none of {len(tried)} completions (None or NaN for {tried[0]!r});"
+            " return a number for ordinary text"
+        )
+
+    @functools.cached_property
+    def identity(self) -> list[str]:
+        """What tells this reward from another, also from itself after its code, weights or sum changed."""
+        return [self.name, self.version, self.sha256]
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from quark_fast.journal import Kept
+from quark_fast.machine import within_memory
 from quark_fast.policy import Policy
+from quark_fast.seeds import seed_for
 
+T = TypeVar("T")
 # Indices of prompts, and of each its completions as token ids, the stop id included.
 Batch = tuple[list[int], list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. Lengths in tokens; ``rows`` completions are sampled side by side.
+    """How to draw tokens. Lengths in tokens; ``rows`` completions are a batch, drawn by one generator.
 
     ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
-    ``top_p`` and the seed then have no say.
+    ``top_p`` and the seed then have no say. ``at_once``: fewer completions of a batch side by side, for less
+    memory, which changes what is drawn in that batch; 0: all of it.
     """
 
     max_new_tokens: int = 20
@@ -38,6 +44,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     rows: int = 128
+    at_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,31 +89,108 @@ def sample(
     samples: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    done: Container[int] = (),
 ) -> Iterator[Batch]:
     """Sample ``samples`` completions of every prompt, a batch of prompts at a time.
 
     Prompts of similar length share a batch, and each batch has a generator of its own derived from
-    ``seed`` and its place, so that a batch comes out the same whatever was sampled before it.
+    ``seed`` and its place, so that a batch comes out the same whatever was sampled before it. Where the
+    memory does not suffice for a batch, half of it is sampled at a time, and a warning says so.
 
     Args:
         model: ``policy.frozen_copy(...)``, or the reference.
         prompts: token ids without prefix.
         share: (index, count) of a process among several: every count-th batch, from the index-th on.
+        done: places of batches that are there already and are left out.
     Yields:
         (indices into prompts, per index its ``samples`` completions as token ids, the stop id included).
+    Raises:
+        OutOfMemory: the memory does not suffice for one completion.
     """
+    at_once = sampling.at_once or max(sampling.rows, samples)
     for place, indices in batches(prompts, sampling, samples, share):
-        generator = torch.Generator(model.device).manual_seed((1_000_003 * seed + place) % 2**63)
+        if place in done:
+            continue
         batch = [prompts[i] for i in indices]
-        yield (
-            indices,
-            _sample_batch(policy, model, batch, conditioning, sampling, samples, generator),
+        own_seed = seed_for(seed, "batch", place)
+        draw = functools.partial(
+            _sample_by_parts, policy, model, batch, conditioning, sampling, samples, own_seed
         )
+        completions, at_once = within_memory(draw, at_once, _say_smaller)
+        yield indices, completions
+
+
+def _sample_by_parts(
+    policy: Policy,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    conditioning: Conditioning,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    size: int,
+) -> list[list[list[int]]]:
+    """A batch with at most ``size`` completions side by side."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    found: list[list[list[int]]] = [[] for _ in prompts]
+    for first, count, each in _parts(len(prompts), samples, size):
+        part = slice(first, first + count)
+        drawn = _sample_batch(policy, model, prompts[part], conditioning, sampling, each, generator)
+        for own, more in zip(found[part], drawn, strict=True):
+            own += more
+    return found
+
+
+def _parts(prompts: int, samples: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(first prompt, how many, how many samples of each) so that at most ``size`` are side by side."""
+    together = max(1, size // samples)
+    for first in range(0, prompts, together):
+        count = min(together, prompts - first)
+        for start in range(0, samples, size if count == 1 else samples):
+            yield first, count, min(size if count == 1 else samples, samples - start)
+
+
+def _say_smaller(size: int) -> None:
+    logging.getLogger(__name__).warning(
+        "out of memory: from here on %d completions side by side, whose draws are others", size
+    )
+
+
+def kept_or_drawn(
+    draw: Draw,
+    prompts: Sequence[Sequence[int]],
+    conditioning: Conditioning,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    share: tuple[int, int],
+    kept: Kept[T],
+    make: Callable[[list[int], list[list[list[int]]]], T],
+) -> Iterator[T]:
+    """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
+    drawn = draw(prompts, conditioning, sampling, samples, seed, share, kept)
+    for place, _ in batches(prompts, sampling, samples, share):
+        if place in kept:
+            yield kept[place]
+        else:
+            made = make(*next(drawn))
+            kept.keep(place, made)
+            yield made
 
 
 # ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
 Sampler = Callable[
-    [Policy, Any, Sequence[Sequence[int]], Conditioning, Sampling, int, int, tuple[int, int]],
+    [
+        Policy,
+        Any,
+        Sequence[Sequence[int]],
+        Conditioning,
+        Sampling,
+        int,
+        int,
+        tuple[int, int],
+        Container[int],
+    ],
     Iterator[Batch],
 ]
 
@@ -122,6 +206,7 @@ class Draw(Protocol):
         samples: int,
         seed: int,
         share: tuple[int, int] = ...,
+        done: Container[int] = ...,
     ) -> Iterator[Batch]: ...
 
 

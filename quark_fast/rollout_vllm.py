@@ -30,7 +30,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,13 +147,15 @@ class VllmRollout:
         samples: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        done: Container[int] = (),
     ) -> Iterator[Batch]:
         """As ``rollout.sample``: the same distribution and batches of prompts, other random numbers."""
         if len(conditioning.streams()) > 1:
             raise UsageError(
                 f"guidance = {conditioning.guidance:g} mixes two streams, which vLLM does not; give 1"
             )
-        plan = [indices for _, indices in batches(prompts, sampling, samples, share)]
+        every = batches(prompts, sampling, samples, share)
+        plan = [indices for place, indices in every if place not in done]
         requests = [
             Request(
                 self.policy.conditioned(prompts[i], conditioning.quantile),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 REWARDS = "rewards.sqlite"
 ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
+PENDING = "pending"  # batches of the stage under way
+FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 LOCK = ".lock"  # held by the process that runs the run
 CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
@@ -35,8 +39,9 @@ class RunFolder:
     """Paths and atomic writes of one run.
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
-    report.html, model/, rewards.sqlite for rewards that are cached and, while the run is not finished,
-    checkpoint/, the one before it in checkpoint.old/, rollout/ with weights for vLLM, and .lock.
+    report.html, model/, finished.json, rewards.sqlite for rewards that are cached and, while the run is not
+    finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage under
+    way, rollout/ with weights for vLLM, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,6 +64,11 @@ class RunFolder:
         if self.finished:
             self.drop_checkpoint()  # of a process that ended while it did
             raise UsageError(f"the run in {self.path} is finished: nothing to resume")
+        if not self.has_checkpoint and (lost := self._results()):
+            raise UsageError(
+                f"{self.path} has results ({', '.join(lost)}) but no checkpoint to go on from, and is left as"
+                " it is; choose another --output"
+            )
         for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
             path.unlink() if path.is_file() else shutil.rmtree(path)
 
@@ -95,7 +105,38 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
+        if (self / FINISHED).exists():
+            return True
+        # Runs of earlier versions have no such file.
         return (self / "report.html").exists() and not (self / "checkpoint").exists()
+
+    def _results(self) -> list[str]:
+        """What only a run that had a checkpoint has."""
+        names = ("model", "evaluation.json", "evaluation.jsonl", "report.html")
+        found = [name for name in names if (self / name).exists()]
+        steps = (self / METRICS).exists() and '"kind": "step"' in (self / METRICS).read_text(errors="replace")
+        return [*found, *([METRICS] if steps else [])]
+
+    def add_start(self, record: Mapping[str, Any]) -> None:
+        """``versions.json``: what the run was begun with and, under ``starts``, every start with its time."""
+        record = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        known = self._record()
+        # Earlier versions kept the last start alone.
+        starts = known.pop("starts", [dict(known)] if known else [])
+        self.write_json("versions.json", {**(known or record), "starts": [*starts, record]})
+
+    def _record(self) -> dict[str, Any]:
+        path = self / "versions.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def add_minutes(self, minutes: float) -> None:
+        """How long the run took, into ``versions.json``."""
+        self.write_json("versions.json", self._record() | {"minutes": minutes})
+
+    def finish(self) -> None:
+        """Everything is written: from here on this is a finished run."""
+        self.write_json(FINISHED, {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.drop_checkpoint()
 
     @property
     def has_checkpoint(self) -> bool:
@@ -149,7 +190,7 @@ class RunFolder:
         flush(self.path)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """(state, tensors) of the last whole checkpoint, JSONL files cut back to it; None: none was made yet.
+        """(state, tensors) of the last whole checkpoint; None: none was made yet. See ``cut_back``.
 
         Raises:
             UsageError: all that there are (two at most) are damaged.
@@ -170,8 +211,6 @@ class RunFolder:
                 raise UsageError(
                     f"nothing to go on with in {self.path}: {'; '.join(damage)}; start a new run"
                 )
-            for name in (METRICS, COMPLETIONS):
-                (self / name).unlink(missing_ok=True)
             return None
         if path == old:
             if damage:
@@ -181,12 +220,16 @@ class RunFolder:
                 message = "%s: %s; going on from the one before it, of step %s"
                 logging.getLogger(__name__).warning(message, self.path, damage[0], state.get("step"))
             os.rename(old, current)
-        for name, size in state.pop("sizes").items():
+        return state, tensors
+
+    def cut_back(self, state: Mapping[str, Any] | None) -> None:
+        """Cut the JSONL files back to a checkpoint's ``state``; None: to nothing. The rest is made again."""
+        sizes = dict.fromkeys((METRICS, COMPLETIONS), 0) if state is None else state["sizes"]
+        for name, size in sizes.items():
             if size:
                 os.truncate(self / name, size)
             else:
                 (self / name).unlink(missing_ok=True)
-        return state, tensors
 
     def _read(self, path: Path) -> Checkpoint:
         """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
@@ -219,11 +262,23 @@ class RunFolder:
         if current.exists():
             os.rename(current, scratch)
             shutil.rmtree(scratch)
+        shutil.rmtree(self / PENDING, ignore_errors=True)
         unlock(self / LOCK)
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(_plain(row), ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
 
 
 def _lasting(path: Path) -> bool:

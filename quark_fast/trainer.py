@@ -36,9 +36,11 @@ from quark_fast.evaluation import (
     describe_evaluation,
     evaluate,
     evaluation_sampling,
+    first_completions,
     modes,
     summarise,
 )
+from quark_fast.journal import Journal, Kept
 from quark_fast.lora import Lora
 from quark_fast.machine import (
     OutOfMemory,
@@ -58,10 +60,29 @@ from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without
 from quark_fast.prompts import Row, chat_template, choose_prompts, digest
 from quark_fast.report.page import write_report
 from quark_fast.reward import Function, Reward
-from quark_fast.rollout import Conditioning, Draw, Rollout, Sampler, Sampling, TransformersRollout, sample
+from quark_fast.rollout import (
+    Conditioning,
+    Draw,
+    Rollout,
+    Sampler,
+    Sampling,
+    TransformersRollout,
+    kept_or_drawn,
+    sample,
+)
 from quark_fast.rollout_vllm import check_vllm, vllm_rollout
-from quark_fast.run_folder import COMPLETIONS, HELD_OUT, METRICS, REWARDS, ROLLOUT, Checkpoint, RunFolder
+from quark_fast.run_folder import (
+    COMPLETIONS,
+    HELD_OUT,
+    METRICS,
+    PENDING,
+    REWARDS,
+    ROLLOUT,
+    Checkpoint,
+    RunFolder,
+)
 from quark_fast.scoring import cached, choose_reward, refuse_code_of
+from quark_fast.seeds import seed_for
 from quark_fast.stability import BadSteps, KLController
 from quark_fast.tasks import find_task
 
@@ -95,6 +116,16 @@ class Scored:
     ids: list[int]
     text: str
     reward: float
+
+    @staticmethod
+    def to_json(batch: list[Scored]) -> list[Any]:
+        return [
+            [one.prompt, one.ids, one.text, None if math.isnan(one.reward) else one.reward] for one in batch
+        ]
+
+    @staticmethod
+    def from_json(batch: list[Any]) -> list[Scored]:
+        return [Scored(i, ids, text, math.nan if s is None else s) for i, ids, text, s in batch]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -136,15 +167,16 @@ class Trainer:
         self.folder = RunFolder(config.output_folder)
         self.processes = Processes.join()
         # What the main process finds there, or chooses, holds for all.
-        config.precision = self.processes.once(self._check_folder)
+        config.precision, self.batch_rows = self.processes.once(self._check_folder)
         self.processes.everywhere(lambda: self._set_up(reward, prompts, held_out))
         self._start()
 
     # ---------------------------------------------------------------- set up
 
-    def _check_folder(self) -> Precision:
-        """Refuse a folder that the run cannot have; the precision that it has."""
+    def _check_folder(self) -> tuple[Precision, int]:
+        """Refuse a folder that the run cannot have; its precision and the completions of its batches."""
         config = self.config
+        rows = config.sample_batch
         if config.resume:
             self.folder.check_resumable()
             saved = load_config(self.folder / "config.yaml")
@@ -152,10 +184,11 @@ class Trainer:
                 config.precision = saved.precision
             config.check_resumes(saved)
             refuse_code_of(self.folder.path, config.reward)
+            rows = saved.sample_batch
         else:
             self.folder.check_free()
             config.precision = settled_precision(config.precision)
-        return config.precision
+        return config.precision, rows
 
     def _set_up(
         self,
@@ -184,16 +217,20 @@ class Trainer:
         )
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
         self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
-        self.reward.check(self.train_rows)
-        # SQLite is for one machine: files over a network lose its locks.
-        mode = "off" if config.reward_cache == "auto" and self.processes.machines > 1 else config.reward_cache
-        self.reward = cached(self.reward, mode, self.folder / REWARDS)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
             # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
             self.accelerator.native_amp = True
         _check_impl(config.impl, self.device)
         self._load_models()
+        if not config.resume and self.processes.main:  # a run that is resumed has been through it
+            given = HeldOut(self.train_rows, self.train_ids, 1)
+            self.reward.check(
+                first_completions(self.policy, self.reference, given, self._sampling(0), config.seed)
+            )
+        # SQLite is for one machine: files over a network lose its locks.
+        mode = "off" if config.reward_cache == "auto" and self.processes.machines > 1 else config.reward_cache
+        self.reward = cached(self.reward, mode, self.folder / REWARDS)
 
     def _load_models(self) -> None:
         config = self.config
@@ -205,7 +242,7 @@ class Trainer:
             quantiles=config.quantiles,
             prefix=config.prefix,
             words=self.task.words_for(config.quantiles) if own_words else None,
-            seed=config.seed,
+            seed=seed_for(config.seed, "reward tokens"),
             lora=Lora.of(config),
             low=self.sampling_dtype,
             trust_remote_code=config.trust_remote_code,
@@ -277,6 +314,9 @@ class Trainer:
         self.draws = Draws()
         self.prompt_of: list[int] = []
         self.round, self.sampled, self.step, self.seconds = 0, False, 0, 0.0
+        self.left_out = 0  # rounds that had nothing to learn from
+        self.touched: set[int] = set()  # quantiles whose token training has moved
+        self.journal = Journal(self.folder / PENDING, self.processes.index)
         self.bad_steps = BadSteps()
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.micro_batch = min(config.micro_batch, config.batch_size // self.processes.count)
@@ -301,8 +341,9 @@ class Trainer:
         with self.folder.errors_told():
             if not config.resume:
                 config.save(self.folder / "config.yaml")
+            self.journal.begin({"reward": self.reward.identity})
             self.folder.write_rows(HELD_OUT, self.held_out_rows)
-            self.folder.write_json("versions.json", self._versions())
+            self.folder.add_start(self._versions() | {"step": self.step})
             settings, name = dataclasses.asdict(config), str(config.output_folder)
             trackers.start(self.accelerator, name, settings, self.step)
 
@@ -315,9 +356,13 @@ class Trainer:
     def _resume(self) -> None:
         loaded = self.processes.once(self.folder.load_checkpoint, _small_part)
         if loaded is None:
+            about = self.processes.once(lambda: self.journal.about)
+            self.processes.everywhere(lambda: self._check_reward((about or {}).get("reward")))
+            self.processes.once(lambda: self.folder.cut_back(None))
             return
         state, tensors = loaded
         self.processes.everywhere(lambda: self._check_checkpoint(state, tensors))
+        self.processes.once(lambda: self.folder.cut_back(state))
         own = dict(self.policy.model.named_parameters())
         with torch.no_grad():
             for name, value in tensors["model"].items():
@@ -341,6 +386,18 @@ class Trainer:
                 f"the training prompts are not those that the run in {self.folder.path} began with;"
                 " give it the same"
             )
+        self._check_reward(state.get("reward"))
+
+    def _check_reward(self, before: Sequence[str] | None) -> None:
+        """Refuse to rank one pool by two rewards, unless that is wanted."""
+        if before in (None, self.reward.identity) or self.config.accept_changed_reward:
+            return
+        then, now = (" ".join(one)[:200] for one in (before or (), self.reward.identity))
+        raise UsageError(
+            f"the reward is not the one that scored the samples in {self.folder.path}: its code, weights or"
+            f" settings were {then}, and are {now}; put it back, begin anew in another --output, or go on"
+            " with both on purpose by --accept-changed-reward"
+        )
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """What every process has of a checkpoint: all but weights and the optimizer's state."""
@@ -350,16 +407,19 @@ class Trainer:
         self.draws = Draws(tensors["draws"]["counts"].numpy())
         self.prompt_of = tensors["draws"]["prompt_of"].tolist()
         self.round, self.sampled, self.step = state["round"], state["sampled"], state["step"]
+        self.left_out = int(state.get("left_out", 0))
+        drawn = [k for k, share in enumerate(self.config.weights()) if share > 0]
+        self.touched = set(state.get("touched", drawn if self.step else []))
         self.seconds = float(state["seconds"])
         self.bad_steps = BadSteps(**state["bad_steps"])
         self.kl.coef = float(state["kl_coef"])
         asked, found = state["micro_batch"]
         if asked == self.config.micro_batch:  # else the user knows better by now
             self.micro_batch = max(1, min(self.micro_batch, int(found)))
-        done = self.step - self.round * self.config.steps
+        done = self.step - self._first_step
         prompts = range(len(self.train_ids))
         if not (
-            0 <= self.round <= self.config.rounds
+            0 <= self.left_out <= self.round <= self.config.rounds
             and 0 <= done <= self.config.steps
             and len(self.prompt_of) == len(self.pool) >= len(self.draws.counts)
             and all(i in prompts for i in self.prompt_of)
@@ -413,6 +473,9 @@ class Trainer:
             "micro_batch": [self.config.micro_batch, self.micro_batch],
             "scaler": None if scaler is None else scaler.state_dict(),
             "prompts": digest(self.train_rows),
+            "reward": self.reward.identity,
+            "left_out": self.left_out,
+            "touched": sorted(self.touched),
             "pool": plain,
         }
         tensors = {
@@ -442,15 +505,24 @@ class Trainer:
                     self.sampled = True
                     self.seconds = time.monotonic() - started
                     self._save()
-                for step in self._learn():
-                    self.seconds = time.monotonic() - started
-                    if step % self.config.checkpoint_every == 0 or self.processes.any(self.stop.asked):
-                        self._save()
-                    self.processes.everywhere(self._stop_if_asked)
-                self._probe()
+                    self.processes.once(lambda: self.journal.forget(self._stage))
+                if self._tells_apart():
+                    for step in self._learn():
+                        self.seconds = time.monotonic() - started
+                        ends = step == self._first_step + self.config.steps
+                        if (
+                            ends
+                            or step % self.config.checkpoint_every == 0
+                            or self.processes.any(self.stop.asked)
+                        ):
+                            self._save()
+                        self.processes.everywhere(self._stop_if_asked)
+                    self._probe()
+                else:
+                    self.left_out += 1
                 self.round, self.sampled = self.round + 1, False
             self.processes.once(self.rollout.close)
-            self.policy.place_untrained_rows(self.config.weights())
+            self.policy.place_untrained_rows([float(k in self.touched) for k in range(self.policy.quantiles)])
             self.seconds = time.monotonic() - started
             self._save()
             self._evaluate()
@@ -488,22 +560,77 @@ class Trainer:
                 f" go on with --resume --output {self.folder.path}"
             )
 
+    @property
+    def _first_step(self) -> int:
+        """Steps that were made before the round."""
+        return (self.round - self.left_out) * self.config.steps
+
+    @property
+    def _stage(self) -> str:
+        """What the round's samples are kept under."""
+        return f"round-{self.round + 1}"
+
+    def _tells_apart(self) -> bool:
+        """Whether the pool has two rewards or more. If not, the round has nothing to learn from: it is said.
+
+        Raises:
+            UsageError: no round is left that could find a second one.
+        """
+        rewards = self.pool.rewards
+        if self.policy.quantiles == 1 or rewards.min() < rewards.max():
+            return True
+        found = f"all {len(rewards):,} rewards are {rewards[0]:g}"
+        if self.round + 1 == self.config.rounds:
+            with self.processes.alike():
+                raise UsageError(
+                    f"{found}, so there is nothing to tell apart and nothing was learned; the samples are"
+                    f" kept in {self.folder / COMPLETIONS}. Give a reward that differs between them, or more"
+                    " --initial-samples or --rounds or a higher --temperature, and another --output"
+                )
+        stage = f"round {self.round + 1}/{self.config.rounds}: learning"
+        note = f"{found}: nothing to tell apart yet; round {self.round + 1} is left out, the next one samples"
+        self.listen(Progress(stage, 0, self.config.steps, note=note))
+        return False
+
+    def _sampling(self, round: int) -> Sampling:
+        """How the completions of a round are drawn."""
+        config = self.config
+        return self._in_batches(
+            Sampling(config.max_new_tokens, config.min_new_tokens, config.temperature_of(round), config.top_p)
+        )
+
+    def _evaluation_sampling(self) -> Sampling:
+        return self._in_batches(evaluation_sampling(self.config))
+
+    def _in_batches(self, sampling: Sampling) -> Sampling:
+        """In the batches that the run began with, and no more side by side than is asked for now."""
+        rows, at_once = self.batch_rows, self.config.sample_batch
+        return dataclasses.replace(sampling, rows=rows, at_once=at_once if at_once < rows else 0)
+
+    def _kept(
+        self,
+        stage: str,
+        settings: Any = None,
+        encode: Callable[[T], Any] = lambda value: value,
+        decode: Callable[[Any], T] = lambda value: value,
+    ) -> Kept[T]:
+        """What is on disk of a stage's batches, where this process sees the run folder."""
+        if self.processes.main or self.processes.machines == 1:
+            return self.journal.stage(stage, settings, encode, decode)
+        return Kept()
+
     def _sample(self) -> None:
         """Explore: sample from the reference first, then guided towards the best token; score; add."""
         config, begun = self.config, time.monotonic()
-        first = self.round == 0
-        samples = config.initial_samples if first else config.explore_samples
-        sampling = Sampling(
-            config.max_new_tokens,
-            config.min_new_tokens,
-            config.temperature_of(self.round),
-            config.top_p,
-            config.sample_batch,
-        )
-        kept = len(self.pool)
+        samples = config.explore_samples if self.round else config.initial_samples
+        sampling = self._sampling(self.round)
+        if config.sample_batch > self.batch_rows:
+            note = f"sample_batch = {config.sample_batch}: the run's batches stay those of {self.batch_rows}"
+            self.listen(Progress(f"round {self.round + 1}/{config.rounds}: sampling", 0, 1, note=note))
+        before = len(self.pool)
         rewards: list[float] = []
         rows: list[dict[str, Any]] = []
-        with self.rollout.synchronised(untouched=first) as draw:
+        with self.rollout.synchronised(untouched=self.step == 0) as draw:
             shares = self._share(lambda: list(self._scored(draw, sampling, samples)))
         for _, batch in in_turn(shares):
             texts, scores = [one.text for one in batch], np.array([one.reward for one in batch])
@@ -525,34 +652,28 @@ class Trainer:
             ]
 
         def write() -> None:
+            labels = iter(self.pool.labels()[before:].tolist())
+            for row in rows:
+                row["quantile"] = None if row["reward"] is None else next(labels)
+            self.folder.append(COMPLETIONS, rows)
             if not rewards:
                 raise UsageError(
                     f"reward {self.reward.name} scored none of {len(rows)} completions in round"
                     f" {self.round + 1}; the first was {rows[0]['completion']!r}"
                 )
-            labels = iter(self.pool.labels()[kept:].tolist())
-            for row in rows:
-                row["quantile"] = None if row["reward"] is None else next(labels)
-            self.folder.append(COMPLETIONS, rows)
 
         self.processes.once(write)
         self._record(self._round_metrics(rewards, len(rows), begun))
 
     def _scored(self, draw: Draw, sampling: Sampling, samples: int) -> Iterator[tuple[int, list[Scored]]]:
-        """This process's batches of the round's completions, with their rewards, as of ``_drawn``."""
+        """This process's batches of the round's completions, with their rewards: (conditioning, batch)."""
         begun, done, tokens, rewards = time.monotonic(), 0, 0, 0.0
         scored = 0
         total = samples * len(self.train_ids)
-        for place, indices, drawn in self._drawn(draw, sampling, samples):
-            flat = [(i, c) for i, group in zip(indices, drawn, strict=True) for c in group]
-            texts = [self.policy.decode(completion) for _, completion in flat]
-            scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
-            batch = [
-                Scored(i, completion, text, float(s))
-                for (i, completion), text, s in zip(flat, texts, scores, strict=True)
-            ]
-            yield place, batch
-            done, tokens = done + len(flat), tokens + sum(len(c) for _, c in flat)
+        for number, batch in self._batches(draw, sampling, samples):
+            yield number, batch
+            scores = np.array([one.reward for one in batch])
+            done, tokens = done + len(batch), tokens + sum(len(one.ids) for one in batch)
             scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
             self.listen(
                 Progress(
@@ -566,27 +687,42 @@ class Trainer:
                 )
             )
 
-    def _drawn(
-        self, draw: Draw, sampling: Sampling, samples: int
-    ) -> Iterator[tuple[int, list[int], list[list[list[int]]]]]:
-        """This process's part of the round's completions: (conditioning, *what sample yields)."""
-        seed = self.config.seed * 1_000_003 + self.round
-        for place, (conditioning, indices) in enumerate(self._conditionings()):
-            prompts = [self.train_ids[i] for i in indices]
-            for places, drawn in draw(
-                prompts, conditioning, sampling, samples, seed + (place << 40), self.processes.share
+    def _batches(self, draw: Draw, sampling: Sampling, samples: int) -> Iterator[tuple[int, list[Scored]]]:
+        """(number of the conditioning, batch): as it was kept, or as it is sampled and scored now."""
+        for number, (conditioning, indices) in enumerate(self._conditionings()):
+            for batch in kept_or_drawn(
+                draw,
+                [self.train_ids[i] for i in indices],
+                conditioning,
+                sampling,
+                samples,
+                seed_for(self.config.seed, "round", self.round, number),
+                self.processes.share,
+                self._kept(self._stage, number, Scored.to_json, Scored.from_json),
+                functools.partial(self._score, indices),
             ):
-                yield place, [indices[p] for p in places], drawn
+                yield number, batch
+
+    def _score(self, prompts: list[int], places: list[int], drawn: list[list[list[int]]]) -> list[Scored]:
+        """Completions of the prompts at these places, with their rewards."""
+        flat = [(prompts[place], one) for place, group in zip(places, drawn, strict=True) for one in group]
+        texts = [self.policy.decode(completion) for _, completion in flat]
+        scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
+        return [
+            Scored(i, completion, text, float(score))
+            for (i, completion), text, score in zip(flat, texts, scores, strict=True)
+        ]
 
     def _conditionings(self) -> list[tuple[Conditioning, list[int]]]:
         """What stands before which training prompts in this round."""
         config, quantiles = self.config, self.policy.quantiles
         every = list(range(len(self.train_ids)))
-        if self.round == 0:
+        if self.step == 0:  # nothing was learned yet
             return [(Conditioning(), every)]
         if config.explore_token == "best":
             return [(Conditioning(quantiles - 1, 0, config.guidance), every)]
-        tokens = np.random.default_rng([config.seed, self.round, 1]).integers(quantiles, size=len(every))
+        seed = seed_for(config.seed, "tokens to explore by", self.round)
+        tokens = np.random.default_rng(seed).integers(quantiles, size=len(every))
         return [
             (Conditioning(k, 0, config.guidance), np.flatnonzero(tokens == k).tolist())
             for k in range(quantiles)
@@ -605,7 +741,7 @@ class Trainer:
             "reward_mean": float(np.mean(rewards)),
             "reward_by_quantile": [float(r.mean()) if len(r) else None for r in by_quantile],
             "thresholds": [float(t) for t in self.pool.thresholds],
-            "guidance": self.config.guidance if self.round else 1.0,
+            "guidance": self.config.guidance if self.step else 1.0,
             "seconds": time.monotonic() - begun,
         }
 
@@ -613,14 +749,19 @@ class Trainer:
         """The round's optimizer steps on samples under their current quantile's token."""
         config = self.config
         labels = self.pool.labels()
-        rng = np.random.default_rng([config.seed, self.round])
+        rng = np.random.default_rng(seed_for(config.seed, "draws", self.round))
         lengths = np.array([len(self.train_ids[i]) for i in self.prompt_of])
         plan = plan_batches(
             labels, config.weights(), lengths, self.draws, config.steps, config.batch_size, rng
         )
-        while self.step < (self.round + 1) * config.steps:
+        drawn = set(np.unique(labels[plan]).tolist())
+        self.touched |= drawn
+        if config.contrast_coef:  # it trains each sample's mirror token, too
+            self.touched |= {config.quantiles - 1 - k for k in drawn}
+        first = self._first_step
+        while self.step < first + config.steps:
             try:
-                numbers = self._step(plan[self.step - self.round * config.steps], labels)
+                numbers = self._step(plan[self.step - first], labels)
             except OutOfMemory:
                 self._save()
                 with self.processes.alike():
@@ -631,7 +772,7 @@ class Trainer:
             self.listen(
                 Progress(
                     f"round {self.round + 1}/{config.rounds}: learning",
-                    self.step - self.round * config.steps,
+                    self.step - first,
                     config.steps,
                     {
                         k: v
@@ -655,6 +796,7 @@ class Trainer:
         self.listen(Progress("probing", 0, 1))
         model = self.policy.frozen_copy(self.sampling_dtype)
         if self.probe is None:
+            sampling = dataclasses.replace(self._evaluation_sampling(), rows=32)
             drawn = self._share(
                 lambda: Probe.draw(
                     self.policy,
@@ -662,10 +804,11 @@ class Trainer:
                     self.reward,
                     self.held_out,
                     # One sample a prompt is mostly prefill: fewer rows side by side.
-                    dataclasses.replace(evaluation_sampling(self.config), rows=32),
+                    sampling,
                     self.config.seed,
                     self.sampler,
                     self.processes.share,
+                    self._kept("probe", self._what_is_measured(sampling)),
                 )
             )
             self.probe = Probe.of(batch for _, batch in in_turn(drawn))
@@ -717,7 +860,7 @@ class Trainer:
         sums, self.micro_batch = within_memory(
             gradient, self.micro_batch, self._smaller, self.processes.lacked_memory
         )
-        decay = config.decay(self.step)
+        decay = config.decay(self.step, config.rounds - self.left_out)
         for group, base in zip(
             self.optimizer.param_groups, (config.learning_rate, config.reward_token_lr), strict=True
         ):
@@ -758,7 +901,7 @@ class Trainer:
         """Note that the memory sufficed for no more samples at a time."""
         self._record({"kind": "micro_batch", "step": self.step, "micro_batch": micro_batch})
         note = f"out of memory: from step {self.step + 1} on, {micro_batch} samples at a time, as many a step"
-        done = self.step - self.round * self.config.steps
+        done = self.step - self._first_step
         stage = f"round {self.round + 1}/{self.config.rounds}: learning"
         self.listen(Progress(stage, done, self.config.steps, note=note))
 
@@ -781,6 +924,16 @@ class Trainer:
 
     def _evaluated(self, table: list[Mode], model: Any) -> Iterator[tuple[str, list[Sample]]]:
         """This process's batches of every mode."""
+        sampling = self._evaluation_sampling()
+
+        def kept(mode: Mode) -> Kept[list[Sample]]:
+            return self._kept(
+                "evaluation",
+                [mode.name, dataclasses.asdict(mode.conditioning), *self._what_is_measured(sampling)],
+                lambda part: [vars(one) for one in part],
+                lambda part: [Sample(**one) for one in part],
+            )
+
         heard = evaluate(
             self.policy,
             model,
@@ -788,11 +941,12 @@ class Trainer:
             self.reward,
             self.held_out,
             table,
-            evaluation_sampling(self.config),
+            sampling,
             seed=self.config.seed,
             measures=self.task.measures,
             sampler=self.sampler,
             share=self.processes.share,
+            kept=kept,
         )
         total = len(self.held_out.rows) * self.config.eval_samples
         found: dict[str, list[Sample]] = {mode.name: [] for mode in table}
@@ -808,6 +962,12 @@ class Trainer:
             done = min(total, len(samples) * self.processes.count)
             self.listen(Progress(f"evaluating: {name}", done, total, numbers))
             yield name, part
+
+    def _what_is_measured(self, sampling: Sampling) -> list[Any]:
+        """What samples of the held-out prompts follow from that may change at a resume, as JSON."""
+        # How many are side by side may change in the middle.
+        how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
+        return [how, self.held_out.samples, self.held_out.rows, self.held_out.ids, self.held_out.texts]
 
     def _write_evaluation(self, table: list[Mode], samples: dict[str, list[Sample]]) -> None:
         config = self.config
@@ -844,16 +1004,22 @@ class Trainer:
 
     def _classified(self) -> Iterator[tuple[int, str]]:
         """(index, class) of this process's part of the held-out prompts."""
+        sampling = self._evaluation_sampling()
         found = classify_prompts(
             self.policy,
             self.reference,
             self.reward,
             self.held_out,
-            evaluation_sampling(self.config),
+            sampling,
             self.config.seed,
             self.config.target,
             self.sampler,
             self.processes.share,
+            self._kept(
+                "classes",
+                self._what_is_measured(sampling),
+                decode=lambda batch: [(int(i), str(name)) for i, name in batch],
+            ),
         )
         total = len(self.held_out.rows)
         for done, one in enumerate(found, start=1):
@@ -868,11 +1034,10 @@ class Trainer:
         def write() -> None:
             with replacing_folder(self.folder / "model") as scratch:
                 self.policy.write_export(scratch, exported)
-            record = self._versions() | {"minutes": round(self.seconds / 60, 1)}
-            self.folder.write_json("versions.json", record)
+            self.folder.add_minutes(round(self.seconds / 60, 1))
             write_report(self.folder.path)
             trackers.finish(self.accelerator)
-            self.folder.drop_checkpoint()
+            self.folder.finish()
 
         self.processes.once(write)
         self.listen(Progress("writing the model and the report", 1, 1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from quark_fast.durable import replacing
 from quark_fast.policy import Policy
-from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.rollout import Conditioning, Sampling, batches, sample
 
 
 class UntouchedSamples:
@@ -37,6 +37,7 @@ class UntouchedSamples:
         samples: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        done: Container[int] = (),
     ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
         asked = {
             "model": [model.config.name_or_path, str(model.dtype), str(model.device)],
@@ -52,15 +53,19 @@ class UntouchedSamples:
         if share != (0, 1):
             asked["share"] = share
         path = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.jsonl"
+        places = [place for place, _ in batches(prompts, sampling, samples, share)]
         if path.exists():
-            for line in path.read_text().splitlines():
-                indices, completions = json.loads(line)
-                yield indices, completions
+            for place, line in zip(places, path.read_text().splitlines(), strict=True):
+                if place not in done:
+                    indices, completions = json.loads(line)
+                    yield indices, completions
             return
-        batches = []
-        for batch in sample(policy, model, prompts, conditioning, sampling, samples, seed, share):
-            batches.append(json.dumps(batch))
+        lines = []
+        for batch in sample(policy, model, prompts, conditioning, sampling, samples, seed, share, done):
+            lines.append(json.dumps(batch))
             yield batch
+        if len(lines) < len(places):
+            return  # the others were kept by the run that was killed: no file without them
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
-            scratch.write_text("".join(f"{line}\n" for line in batches))
+            scratch.write_text("".join(f"{line}\n" for line in lines))

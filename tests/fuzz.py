@@ -749,6 +749,7 @@ def checkpoint(r: Random) -> str:
     log.addFilter(hear := lambda record: said.append(record.getMessage()))  # and let nothing through
     try:
         loaded = folder.load_checkpoint()
+        folder.cut_back(loaded and loaded[0])
     except UsageError as error:
         assert other.read_text() == "untouched"
         return refused(error)

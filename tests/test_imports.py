@@ -24,7 +24,8 @@ LAYERS = [
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
     | {"trackers", "attention", "zero"},
     {"pool_store", "pool_groups", "pool_union"},
-    {"durable", "untrusted", "rounding"},
+    {"journal"},
+    {"durable", "untrusted", "rounding", "seeds"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -91,9 +91,6 @@ def test_wrong_length_is_refused_with_both_lengths(count: int) -> None:
     ("value", "shown"),
     [
         ("0.5", "'0.5'"),
-        (True, "True"),
-        (np.bool_(False), "False"),
-        (torch.tensor(True), "True"),
         ([0.5], "[0.5]"),
         (1j, "1j"),
         (np.array([1.0, 2.0]), "array"),
@@ -139,22 +136,31 @@ def test_exception_of_the_reward_is_named_in_one_line() -> None:
         describe(lambda prompts, completions: [0.0] * 3, "mine")([{"prompt": "a", "label": 1}], ["x"])
 
 
-def test_reward_that_scores_no_text_at_all_is_refused_before_work() -> None:
+@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True)])
+def test_true_and_false_are_rewards(value: Any) -> None:
+    assert returning([value, ~value if hasattr(value, "ndim") else not value, 0.5])(ROWS, TEXTS).tolist() == [
+        *(1.0, 0.0, 0.5)
+    ]
+    assert returning(np.array([True, False, True]))(ROWS, TEXTS).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_reward_that_scores_nothing_at_all_is_refused_before_work() -> None:
     for values in ([None] * 3, [math.nan] * 3):
-        with pytest.raises(UsageError, match=r"scored none of 3 texts .*'a'"):
-            returning(values).check(ROWS)
-    returning([None, 1.0, None]).check(ROWS)
+        with pytest.raises(UsageError, match=rf"scored none of 6 completions .*{TEXTS[0]!r}"):
+            returning(values).check([(ROWS, TEXTS)] * 2)
+    returning([None, 1.0, None]).check([(ROWS, TEXTS)])
 
 
-def test_check_shows_the_reward_a_few_texts_only() -> None:
-    seen: list[int] = []
+def test_check_goes_on_until_a_completion_is_scored_and_no_further() -> None:
+    seen: list[list[str]] = []
 
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        seen.append(len(completions))
-        return [0.0] * len(completions)
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        seen.append(completions)
+        return [float(len(text)) if "scored" in text else None for text in completions]
 
-    describe(reward).check([{"prompt": str(i)} for i in range(1000)])
-    assert seen == [3]
+    batches = [["left out"], ["scored", "left out"], ["scored"]]
+    describe(reward).check(([{"prompt": "a"}] * len(texts), texts) for texts in batches)
+    assert seen == batches[:2]
 
 
 def test_callable_objects_and_partials_can_be_rewards() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,7 +389,9 @@ def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
         Trainer(small(tmp_path / "run", model, **settings), reward=fails_later, **given).train()
     assert (tmp_path / "run" / "checkpoint" / "state.json").exists()
     config = small(tmp_path / "run", model, **settings, resume=True)
-    Trainer(config, reward=even_words, **given).train()
+    with pytest.raises(UsageError, match="--accept-changed-reward"):
+        Trainer(config, reward=even_words, **given)
+    Trainer(dataclasses.replace(config, accept_changed_reward=True), reward=even_words, **given).train()
     assert len(rows(tmp_path / "run" / "metrics.jsonl", kind="step")) == 12
 
 
@@ -419,8 +423,15 @@ def test_pool_of_a_run_is_numpys_rule_on_what_the_run_wrote(
     for about in rounds:
         of_round = [r for r in written if r["round"] == about["round"] and r["reward"] is not None]
         rewards += [row["reward"] for row in of_round]
-        best_first = sorted(rewards, reverse=True)
-        thresholds = [best_first[-(-j * len(rewards) // 3) - 1] for j in (2, 1)]
+        levels, n = Counter(rewards), len(rewards)
+        assert len(levels) > 2
+        quantile = {}
+        for level, equal in levels.items():
+            better = sum(count for other, count in levels.items() if other > level)
+            cuts = [-(-j * n // 3) for j in (1, 2)]
+            quantile[level] = 2 - sum(2 * cut < 2 * better + equal for cut in cuts)
+        quantile[min(levels)], quantile[max(levels)] = 0, 2
+        thresholds = [min(level for level in levels if quantile[level] > k) for k in (0, 1)]
         assert about["thresholds"] == thresholds
         expected = [sum(row["reward"] >= t for t in thresholds) for row in of_round]
         assert [row["quantile"] for row in of_round] == expected

@@ -95,12 +95,18 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def loaded_and_cut_back(folder: Path) -> Any:
+    loaded = RunFolder(folder).load_checkpoint()
+    RunFolder(folder).cut_back(loaded and loaded[0])
+    return loaded
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     stopped: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGES[damage](stopped / "checkpoint")
-    loaded = RunFolder(stopped).load_checkpoint()
+    loaded = loaded_and_cut_back(stopped)
     assert loaded is not None and loaded[0]["step"] == 2
     assert "checkpoint is damaged" in caplog.text and "of step 2" in caplog.text
     steps = [row["step"] for row in timeless(stopped / "metrics.jsonl") if row["kind"] == "step"]
@@ -135,12 +141,12 @@ def test_lost_rows_and_torn_ones_are_mended_by_a_checkpoint(stopped: Path) -> No
     metrics = stopped / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"kind": "step", "st')
-    loaded = RunFolder(stopped).load_checkpoint()
+    loaded = loaded_and_cut_back(stopped)
     assert loaded is not None and loaded[0]["step"] == 4
     assert whole.startswith(metrics.read_bytes()) and metrics.read_bytes().endswith(b"\n")
     # A disk that lost what was appended last: the newest checkpoint counts on rows that are gone.
     metrics.write_bytes(metrics.read_bytes()[:-5])
-    loaded = RunFolder(stopped).load_checkpoint()
+    loaded = loaded_and_cut_back(stopped)
     assert loaded is not None and loaded[0]["step"] == 2
     assert metrics.read_bytes().endswith(b"\n")
 

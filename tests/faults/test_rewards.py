@@ -69,7 +69,7 @@ def test_plain_reward_that_hangs_or_raises_costs_the_round_and_no_more(
     with pytest.raises(error, match=says):
         run(tmp_path / "run", model, failing(fail, SECOND_ROUND))
     assert len(rows(tmp_path / "run" / "metrics.jsonl", kind="step")) == 2, "the first round is done"
-    run(tmp_path / "run", model, even_words, resume=True)
+    run(tmp_path / "run", model, even_words, resume=True, accept_changed_reward=True)
     run(tmp_path / "whole", model, even_words)
     for name in FILES:
         assert timeless(tmp_path / "run" / name) == timeless(tmp_path / "whole" / name), name
