@@ -479,3 +479,144 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_formula_without_dropo
         found.append({n: p.grad for n, p in trainer.policy.model.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=0, atol=0)
+
+
+# --- coarse rewards -------------------------------------------------------------------------------
+
+
+def test_yes_or_no_puts_failures_under_the_worst_token_and_successes_under_the_best(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def passes(prompts: list[str], completions: list[str], **columns: Any) -> list[bool]:
+        return [text.startswith("w7") for text in completions]
+
+    config = small(tmp_path / "run", tiny_model(), rounds=1, steps=4, quantiles=5)
+    trainer = Trainer(config, reward=passes, prompts=PROMPTS, held_out=PROMPTS[:4])
+    trainer.train()
+    written = rows(tmp_path / "run" / "completions.jsonl")
+    share = sum(row["reward"] for row in written) / len(written)
+    assert 0.01 < share < 0.2, "so few that all were labelled best before"
+    assert all(row["quantile"] == (4 if row["reward"] else 0) for row in written)
+    labels = trainer.pool.labels()[: len(trainer.draws.counts)]
+    drawn = [int(trainer.draws.counts[labels == k].sum()) for k in range(5)]
+    assert drawn == [64, 0, 0, 0, 64], "half of the draws each"
+
+
+def constant_until(round_of_change: int) -> Callable[..., list[float | None]]:
+    """All rewards are 0 until the prompts have been scored in so many rounds."""
+    scored: Counter[str] = Counter()
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        scored.update(set(prompts))
+        late = max(scored[prompt] for prompt in prompts) > round_of_change + 1  # the check is one
+        return even_words(prompts, completions) if late else [0.0] * len(completions)
+
+    return reward
+
+
+def test_pool_of_one_reward_ends_the_run_in_one_line_and_keeps_its_samples(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    notes: list[str] = []
+    config = small(tmp_path / "run", tiny_model(), rounds=2, steps=4, initial_samples=2, explore_samples=1)
+    trainer = Trainer(
+        config,
+        reward=lambda prompts, completions, **_: [0.25] * len(prompts),
+        prompts=PROMPTS,
+        held_out=PROMPTS[:4],
+        listen=lambda progress: notes.append(progress.note),
+    )
+    with pytest.raises(UsageError, match=r"all 72 rewards are 0\.25.*completions\.jsonl.*--initial-samples"):
+        trainer.train()
+    assert [note for note in notes if "all 48 rewards are 0.25" in note]
+    assert len(rows(tmp_path / "run" / "completions.jsonl")) == 72
+    assert not rows(tmp_path / "run" / "metrics.jsonl", kind="step")
+    assert (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_round_without_a_second_reward_is_left_out_and_the_next_learns(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    settings = {"rounds": 3, "steps": 4, "initial_samples": 1, "explore_samples": 1, "checkpoint_every": 2}
+    given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
+
+    def train(name: str, die_at: str = "", resume: bool = False, **more: Any) -> Trainer:
+        def listen(progress: Progress) -> None:
+            if die_at and progress.stage.startswith(die_at) and progress.done == 3:
+                raise SystemError
+
+        config = small(tmp_path / name, model, **settings, resume=resume, **more)
+        trainer = Trainer(config, listen=listen, **given, reward=reward)
+        trainer.train()
+        return trainer
+
+    reward: Any = constant_until(1)
+    trainer = train("whole")
+    steps = rows(tmp_path / "whole" / "metrics.jsonl", kind="step")
+    assert [(row["step"], row["round"]) for row in steps] == [(i + 1, 1 + i // 4) for i in range(8)]
+    assert trainer.left_out == 1
+    # The schedule is that of two rounds: it falls to its end.
+    assert steps[-1]["lr"] == pytest.approx(trainer.config.learning_rate * trainer.config.decay(7, 2))
+    assert [row["guidance"] for row in rows(tmp_path / "whole" / "metrics.jsonl", kind="round")] == [
+        1,
+        1,
+        1.5,
+    ]
+    reward = constant_until(1)
+    with pytest.raises(SystemError):
+        train("run", die_at="round 2/3: learning")
+    train("run", resume=True)
+    for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_tokens_that_training_touched_stay_as_it_left_them(
+    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float
+) -> None:
+    config = small(
+        tmp_path / "run", tiny_model(), rounds=1, steps=3, quantile_weights="best", contrast_coef=contrast
+    )
+    trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    trained: list[torch.Tensor] = []
+    own = trainer._probe
+
+    def probe() -> None:
+        trained.append(trainer.policy.model.get_input_embeddings().rows.detach().clone())
+        own()
+
+    trainer._probe = probe  # type: ignore[method-assign]
+    trainer.train()
+    worst, between, best = trainer.policy.model.get_input_embeddings().rows.detach()
+    torch.testing.assert_close(best, trained[0][2], rtol=0, atol=0)
+    if contrast:  # its mirror token was trained as well
+        torch.testing.assert_close(worst, trained[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(between, (worst + best) / 2)
+    else:
+        torch.testing.assert_close(worst, best, rtol=0, atol=0)
+
+
+def test_check_at_the_start_scores_completions_of_the_model(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        heard.extend(zip(prompts, completions, strict=True))
+        # A prompt in place of a completion would be left out, and so are most completions.
+        return [1.0 if text.count("w") == 8 and text.endswith("7") else None for text in completions]
+
+    config = small(tmp_path / "run", tiny_model(), **SHORT)
+    Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:4])
+    assert {prompt for prompt, _ in heard} <= set(PROMPTS)
+    assert all(text.count("w") > 2 for _, text in heard)
+    assert len(heard) in (4, 24)
+    with pytest.raises(UsageError, match="scored none of 24 completions"):
+        Trainer(
+            small(tmp_path / "other", tiny_model(), **SHORT),
+            reward=lambda prompts, completions, **_: [None] * len(prompts),
+            prompts=PROMPTS,
+            held_out=PROMPTS[:4],
+        )
+    assert not (tmp_path / "other").exists()

@@ -12,7 +12,8 @@ Every run is a process forked off this one, whose imports are done. A kill is a 
   run folder or cache.
 
 A killed run is resumed, and often killed again. When it has ended, every file is compared with the
-undisturbed one's: metrics, completions, evaluation (without what a clock says) and weights to the last bit.
+undisturbed one's: metrics, completions, evaluation (without what a clock says) and weights to the last bit;
+and the reward has been asked again for no more than the batch under way at each kill.
 Assets are fetched by pip, out of a folder, and converted into a cache of their own, which must end up with
 the same files, none of them left over.
 """
@@ -64,6 +65,7 @@ from quark_fast.pool import RolloutPool  # noqa: E402
 from quark_fast.trainer import Trainer  # noqa: E402
 
 INTERVAL = 2  # steps between checkpoints
+BATCH = 16  # completions sampled, and so scored, at once
 PROMPTS = [f"w{i} w{j}" for i in range(8) for j in (12, 13)]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 CLOCK = {"seconds", "tokens_per_s"}
@@ -177,7 +179,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         quantiles=3,
         initial_samples=4,
         explore_samples=3,
-        sample_batch=32,
+        sample_batch=BATCH,
         rounds=2,
         steps=5,
         batch_size=8,
@@ -190,14 +192,31 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         precision="fp32",
         threads=1,
         checkpoint_every=INTERVAL,
-        reward_cache="on",
     )
+    calls = calls_of(folder)
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        scores = even_words(prompts, completions)
+        with calls.open("a") as file:
+            file.write(f"{len(completions)}\n")
+        return scores
+
     with marks.stage("set-up"):
-        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:3])
+        trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:3])
     # From here on: the check of the reward, in the set-up, is no scoring.
     object.__setattr__(trainer, "reward", marked_reward(marks, trainer.reward))
     marks.say("at", trainer.step)
     trainer.train()
+
+
+def calls_of(folder: Path) -> Path:
+    """Beside the run folder: how many completions each call of the reward had."""
+    return folder.with_suffix(".calls")
+
+
+def scored(folder: Path) -> int:
+    """Completions for which the reward was asked."""
+    return sum(map(int, calls_of(folder).read_text().split()))
 
 
 def marked_reward(marks: Marks, own: Any) -> Any:
@@ -342,7 +361,7 @@ class Harness:
         self.scratch, self.wanted, self.rng = scratch, kills, random.Random(seed)
         self.kills: Counter[tuple[str, str]] = Counter()
         self.lost: list[str] = []
-        self.trials = self.steps_repeated = 0
+        self.trials = self.steps_repeated = self.scored_again = 0
         # Every stage in turn, in an order of chance, so that none is left out.
         self.turn: list[tuple[str, signal.Signals]] = []
 
@@ -394,6 +413,11 @@ class Harness:
                 plan = usual.draw(stage, STAGES[stage], self.rng.choice(SIGNALS), self.rng)
                 story.append(plan)
         found = differences(folder, undisturbed)
+        # At most the batch that was under way is scored again, and where a run had not begun the check's few.
+        extra, kills = scored(folder) - scored(undisturbed), len(story)
+        if extra > kills * (BATCH + 4):
+            found.append(f"{extra} completions were scored again after {kills} kills")
+        self.scored_again += max(0, extra)
         if found:
             self.lost.append(f"{story}: {'; '.join(found)}")
             return
@@ -497,6 +521,7 @@ def report(harness: Harness, seed: int, seconds: float) -> dict[str, Any]:
         "by_stage": stages,
         "by_signal": {s.name: sum(v for (_, n), v in harness.kills.items() if n == s.name) for s in SIGNALS},
         "steps_repeated": harness.steps_repeated,
+        "scored_again": harness.scored_again,
         "lost": harness.lost,
         "seconds": round(seconds),
     }
