@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from quark_fast.config import UsageError
+from quark_fast.machine import by_parts
 from quark_fast.policy import load_pretrained
 
 Reads = Literal["completion", "prompt+completion"]
@@ -68,9 +69,8 @@ class SequenceClassifier:
         texts = list(completions)
         if self.reads == "prompt+completion":
             texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        values: list[float] = []
-        for start in range(0, len(texts), self.batch_size):
-            values += self._probabilities(texts[start : start + self.batch_size]).tolist()
+        parts = by_parts(len(texts), self.batch_size, lambda part: self._probabilities(texts[part]).tolist())
+        values = [value for part in parts for value in part]
         return [value if text.strip() else None for value, text in zip(values, completions, strict=True)]
 
     @torch.inference_mode()

@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch
 from quark_fast.batch import completion_logits, make_batch
 from quark_fast.config import Config, UsageError
 from quark_fast.journal import Kept
-from quark_fast.machine import within_memory
+from quark_fast.machine import by_parts
 from quark_fast.metrics import (
     RankCorrelation,
     Sample,
@@ -34,7 +33,6 @@ from quark_fast.rollout import Conditioning, Sampler, Sampling, kept_or_drawn, s
 from quark_fast.seeds import seed_for
 from quark_fast.tasks import Task, no_measures
 
-T = TypeVar("T")
 Nll = Callable[[Sequence[int], Sequence[list[int]], Sequence[str]], list[tuple[float, int]]]
 """(index of each completion's prompt, completions as ids, as texts) -> (-log p in nats, tokens) of each."""
 
@@ -290,24 +288,7 @@ def completion_nll(
         )
         return out.nll.sum(-1).tolist()
 
-    return [total for part in _by_parts(len(prompts), rows, nll) for total in part]
-
-
-def _by_parts(count: int, rows: int, work: Callable[[slice], T]) -> Iterator[T]:
-    """``work`` on at most so many of ``count`` rows at a time, on half as many where the memory lacks."""
-    start = 0
-    while start < count:
-
-        def part(size: int, start: int = start) -> T:
-            return work(slice(start, start + size))
-
-        found, rows = within_memory(part, rows, _say_smaller)
-        yield found
-        start += rows
-
-
-def _say_smaller(rows: int) -> None:
-    logging.getLogger(__name__).warning("out of memory: from here on %d texts side by side", rows)
+    return [total for part in by_parts(len(prompts), rows, nll) for total in part]
 
 
 @torch.inference_mode()
@@ -341,7 +322,7 @@ def completion_kl(
         )
         return float(out.kl.sum()), int(conditioned.mask.sum())
 
-    every = list(_by_parts(len(prompts), rows, kl))
+    every = list(by_parts(len(prompts), rows, kl))
     tokens = sum(count for _, count in every)
     return sum(total for total, _ in every) / tokens if tokens else float("nan")
 
@@ -374,7 +355,7 @@ def text_fit(
         correct = ((logp.argmax(-1) == batch.labels) & batch.mask).sum(-1)
         return list(zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True))
 
-    return [one for part in _by_parts(len(texts), rows, fit) for one in part]
+    return [one for part in by_parts(len(texts), rows, fit) for one in part]
 
 
 CLASS_SAMPLES = 25

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from quark_fast.config import UsageError
 from quark_fast.durable import flush, replacing
 
 T = TypeVar("T")
@@ -24,25 +26,23 @@ class Kept(Generic[T]):
 
     Args:
         file: this process's own lines.
-        known: what any process kept before, as JSON.
-        encode, decode: of a batch, to JSON and back.
+        known: what any process kept before.
+        encode: of a batch, to JSON.
     """
 
     def __init__(
         self,
         file: Path | None = None,
-        known: Mapping[int, Any] | None = None,
+        known: Mapping[int, T] | None = None,
         encode: Callable[[T], Any] = lambda value: value,
-        decode: Callable[[Any], T] = lambda value: value,
     ) -> None:
-        self._file, self._known = file, known or {}
-        self._encode, self._decode = encode, decode
+        self._file, self._known, self._encode = file, known or {}, encode
 
     def __contains__(self, number: object) -> bool:
         return number in self._known
 
     def __getitem__(self, number: int) -> T:
-        return self._decode(self._known[number])
+        return self._known[number]
 
     def keep(self, number: int, batch: T) -> None:
         """Append the batch and have it on disk; another stage's file is not touched."""
@@ -90,15 +90,18 @@ class Journal:
         Args:
             settings: JSON of what the batches follow from, where that may change at a resume: other settings
                 are another stage.
+            encode, decode: of a batch, to JSON and back.
+        Raises:
+            UsageError: a file holds something else.
         """
         self.folder.mkdir(exist_ok=True)
         mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        known: dict[int, Any] = {}
+        known: dict[int, T] = {}
         for path in sorted(self.folder.glob(f"{name}.{mark}.*.jsonl")):
-            known |= _whole_lines(path)
+            known |= _whole_lines(path, decode)
         own = self.folder / f"{name}.{mark}.{self.process}.jsonl"
         _cut_half_line(own)
-        return Kept(own, known, encode, decode)
+        return Kept(own, known, encode)
 
     def forget(self, name: str) -> None:
         """A stage is over."""
@@ -110,10 +113,20 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _whole_lines(path: Path) -> dict[int, Any]:
+def _whole_lines(path: Path, decode: Callable[[Any], T]) -> dict[int, T]:
     """A process may have been killed in the middle of its last line."""
-    text = path.read_text(encoding="utf-8")
-    return dict(json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines())
+    found: dict[int, T] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            number, batch = json.loads(line)
+            found[operator.index(number)] = decode(batch)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UsageError(
+            f"{path} is damaged ({reason}); delete it, and its batches are made again"
+        ) from error
+    return found
 
 
 def _cut_half_line(path: Path) -> None:

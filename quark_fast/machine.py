@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -141,6 +141,23 @@ def within_memory(
         clear_device_cache(garbage_collection=True)
         size = (size + 1) // 2
         smaller(size)
+
+
+def by_parts(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]:
+    """``work`` on at most so many of ``count`` texts at a time, on half as many where the memory lacks."""
+    start = 0
+    while start < count:
+
+        def part(size: int, start: int = start) -> T:
+            return work(slice(start, start + size))
+
+        found, size = within_memory(part, size, _say_smaller)
+        yield found
+        start += size
+
+
+def _say_smaller(size: int) -> None:
+    logging.getLogger(__name__).warning("out of memory: from here on %d texts side by side", size)
 
 
 def versions(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, sharpen, word_tokenizer
+from conftest import WORDS, save_tiny_classifier, sharpen, word_tokenizer
 from tokenizers import normalizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -172,3 +172,21 @@ def test_what_is_no_classifier_is_refused(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no usable tokenizer"):
         load_reward(f"hf:{tmp_path / 'empty'}")
+
+
+def test_texts_that_run_out_of_memory_are_scored_by_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = SequenceClassifier(str(save_tiny_classifier(tmp_path / "rude")), "rude", batch_size=8)
+    texts = [f"w{i} w{i + 1}" for i in range(20)]
+    expected = scorer([""] * 20, texts)
+    own = scorer._probabilities
+
+    def limited(part: list[str]) -> torch.Tensor:
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return own(part)
+
+    monkeypatch.setattr(scorer, "_probabilities", limited)
+    assert scorer([""] * 20, texts) == pytest.approx(expected, abs=1e-6)
+    assert "out of memory: from here on 2 texts side by side" in caplog.text

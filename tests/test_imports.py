@@ -22,9 +22,8 @@ LAYERS = [
     {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
-    | {"trackers", "attention", "zero"},
+    | {"trackers", "attention", "zero", "journal"},
     {"pool_store", "pool_groups", "pool_union"},
-    {"journal"},
     {"durable", "untrusted", "rounding", "seeds"},
     {"_C"},
 ]

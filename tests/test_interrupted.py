@@ -19,7 +19,7 @@ from quark_fast import evaluation, rollout
 from quark_fast.config import UsageError
 from quark_fast.journal import Journal
 from quark_fast.rollout import Conditioning, Sampling, _parts, sample
-from quark_fast.trainer import Progress, Trainer
+from quark_fast.trainer import Progress, Scored, Trainer
 
 SHORT = {
     "rounds": 2,
@@ -151,6 +151,16 @@ def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path: Path) -> None:
     assert 0 not in journal.stage("round-1", ["other settings"])
     journal.forget("round-1")
     assert 0 not in journal.stage("round-1")
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '["a", []]', "[0, [[1, 2]]]", "[0, 7]", "[" * 10**5, "\udcff"])
+def test_damaged_file_of_batches_is_named(tmp_path: Path, line: str) -> None:
+    journal = Journal(tmp_path / "pending")
+    journal.stage("round-1").keep(0, [])
+    (file,) = (tmp_path / "pending").glob("round-1.*")
+    file.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(UsageError, match=r"round-1\..*is damaged .*delete it"):
+        journal.stage("round-1", decode=Scored.from_json)
 
 
 def test_evaluation_with_other_settings_does_not_take_the_old_ones_batches(
