@@ -1062,7 +1062,7 @@ class _Stop:
     @property
     def message(self) -> str:
         known = self.folder.has_checkpoint
-        how = "go on from the last checkpoint" if known else "there is no checkpoint yet: begin anew"
+        how = "go on from the last checkpoint" if known else "what was sampled is kept: go on"
         return f"stopped; {how} with --resume --output {self.folder.path}"
 
     @contextlib.contextmanager
