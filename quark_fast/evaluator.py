@@ -411,6 +411,8 @@ class Evaluator:
             self._describe_saved()
         for saved in self.saved.values():
             self._check_saved(saved)
+        if self.live:
+            self._check_reward()
 
     # ---------------------------------------------------------------- checks
 
@@ -537,10 +539,13 @@ class Evaluator:
             words = {token: i for token, i in policy.tokenizer.get_vocab().items() if i < policy.vocabulary}
             self.vocabularies[label] = words
         self.opened = opened
+
+    def _check_reward(self) -> None:
+        """The first subject's completions of a few prompts are scored before the long work."""
         for domain in self.domains:
-            held_out = domain.held_out[self.lead]
-            how = dataclasses.replace(evaluation_sampling(self.config), rows=64)
-            self.reward.check(first_completions(opened.policy, opened.model, held_out, how, self.seed))
+            held_out, how = domain.held_out[self.lead], evaluation_sampling(self.config)
+            some = first_completions(self.opened.policy, self.opened.model, held_out, how, self.seed)
+            self.reward.check(some)
 
     def _prefix_of(self, run: Run) -> list[int]:
         return export_prefix(load_tokenizer(run.tokenizer_at, self.trust))

@@ -169,13 +169,16 @@ def kept_or_drawn(
 ) -> Iterator[T]:
     """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
     drawn = draw(prompts, conditioning, sampling, samples, seed, share, kept)
-    for place, _ in batches(prompts, sampling, samples, share):
+    places = [place for place, _ in batches(prompts, sampling, samples, share)]
+    for place in places:
         if place in kept:
             yield kept[place]
         else:
             made = make(*next(drawn))
             kept.keep(place, made)
             yield made
+    if not all(place in kept for place in places):
+        next(drawn, None)  # have it do what it does behind its last batch
 
 
 # ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.

@@ -117,8 +117,12 @@ def refused(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Command, Sequence[str]], str]:
     """Runs a command that must refuse its input: status 2, one line, nothing sampled, nothing made."""
-    for module in ("quark_fast.trainer", "quark_fast.evaluation", "quark_fast.rollout"):
-        monkeypatch.setattr(f"{module}.sample", lambda *_, **__: pytest.fail("sampling began"))
+    for module in (
+        "quark_fast.trainer",
+        "quark_fast.evaluation",
+    ):  # all but the few that a reward is tried on
+        monkeypatch.setattr(f"{module}.kept_or_drawn", lambda *_, **__: pytest.fail("sampling began"))
+    monkeypatch.setattr("quark_fast.rollout.sample", lambda *_, **__: pytest.fail("sampling began"))
 
     def run(main: Command, arguments: Sequence[str]) -> str:
         before = sorted(folder.rglob("*"))
@@ -166,8 +170,8 @@ def refused(
         ({"reward": "tiny_rewards:odds"}, ["no function 'odds'"]),
         ({"reward": "tiny_rewards:raises"}, ["raised ConnectionError: scorer is down at the second line"]),
         ({"reward": "tiny_rewards:text"}, ["returned 'good'"]),
-        ({"reward": "tiny_rewards:short"}, ["1 values for 3 completions"]),
-        ({"reward": "tiny_rewards:nothing"}, ["scored none of 3 texts"]),
+        ({"reward": "tiny_rewards:short"}, ["1 values for 4 completions"]),
+        ({"reward": "tiny_rewards:nothing"}, ["scored none of 18 completions"]),
         ({"reward": "tiny_rewards:infinite"}, ["returned inf"]),
         ({"model": "no-tokenizer"}, ["no usable tokenizer at 'no-tokenizer'"]),
         ({"model": "./missing/model"}, ["./missing/model"]),
@@ -533,7 +537,7 @@ def test_stopped_before_the_first_checkpoint_says_so(
 
     monkeypatch.setattr(trainer.Trainer, "_scored", stop)
     assert train.main(flags(output="early")) == 130
-    assert "no checkpoint yet: begin anew with --resume --output early" in capsys.readouterr().err
+    assert "what was sampled is kept: go on with --resume --output early" in capsys.readouterr().err
     monkeypatch.undo()
     assert train.main(flags(output="early", resume="true")) == 0
 

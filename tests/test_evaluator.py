@@ -352,7 +352,7 @@ def test_tables_that_differ_refuse_to_be_compared_and_name_both(
         saved(place / "plain.json", made("base", **SMALL))
     for suffix in (".json", ".jsonl"):
         path.with_suffix(suffix).write_bytes((place / "plain").with_suffix(suffix).read_bytes())
-    monkeypatch.setattr("quark_fast.evaluation.sample", lambda *_, **__: pytest.fail("sampling began"))
+    monkeypatch.setattr("quark_fast.evaluation.kept_or_drawn", lambda *_, **__: pytest.fail("sampling began"))
     if "task" in change:
         (place / "texts.txt").write_text("\n".join(" ".join([f"w{i}"] * 40) for i in range(6)))
         change = {**change, "prompts": "texts.txt"}
