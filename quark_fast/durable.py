@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,12 +39,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _readable(path: Path) -> None:
+    """Give a file that a library made for the user alone, as safetensors does, the rights of any other."""
+    if path.is_file() and stat.S_IMODE(path.stat().st_mode) == 0o600:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Another name to write the file under, which takes its own name when the block ends without error."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield scratch
+        _readable(scratch)
         flush(scratch)
         os.replace(scratch, path)
     finally:
@@ -59,6 +69,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
+        for file in scratch.rglob("*"):
+            _readable(file)
         flush_all(scratch)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(scratch, path)

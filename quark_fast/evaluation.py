@@ -109,6 +109,19 @@ def evaluation_sampling(config: Config) -> Sampling:
     )
 
 
+def generation_settings(sampling: Sampling) -> dict[str, Any]:
+    """How completions were drawn, as transformers' generation config spells it."""
+    if sampling.temperature == 0:
+        return {"do_sample": False, "min_new_tokens": sampling.min_new_tokens or None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,  # off; left out it is 50
+        "min_new_tokens": sampling.min_new_tokens or None,
+    }
+
+
 def evaluate(
     policy: Policy,
     model: Any,
@@ -236,7 +249,7 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     limit = getattr(model.config, "max_position_embeddings", None)
 
     def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
-        made = policy.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
+        made = policy.text_tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
         ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
         first = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
         if not policy.prefix:

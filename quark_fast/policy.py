@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quark_fast.attention import FAST_ATTENTION
@@ -23,14 +24,17 @@ from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, chat_template, is_chat
 from quark_fast.rounding import conversion
 from quark_fast.tokenizer import (
+    MIDDLE,
     SEPARATOR,
     before_reward_tokens,
     check_tokenizer,
     conditioned_template,
     export_prefix,
+    for_texts,
     opening,
     opening_ids,
     own_front,
+    own_reward_tokens,
     reward_token,
 )
 
@@ -90,7 +94,11 @@ class Policy:
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []
         if not auto and prefix:
             self.prefix = list(tokenizer(prefix, add_special_tokens=False).input_ids)
-        tokens = [reward_token(k) for k in range(quantiles)]
+        self.text_tokenizer = for_texts(tokenizer)
+        tokens = own_reward_tokens(tokenizer)  # of an export
+        if len(tokens) != quantiles:
+            tokens = [reward_token(k) for k in range(quantiles)]
+            self.tokenizer = tokenizer = for_texts(tokenizer, middle=False) if tokens else tokenizer
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
         # Without reward tokens of its own a policy reads those of an export, but writes none, either.
@@ -155,9 +163,7 @@ class Policy:
     def from_export(cls, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Self:
         """The policy of an exported model, for sampling."""
         model, tokenizer = load_pretrained(folder, dtype, trust_remote_code=trust_remote_code)
-        quantiles = 0
-        while reward_token(quantiles) in tokenizer.get_vocab():
-            quantiles += 1
+        quantiles = len(own_reward_tokens(tokenizer))
         if quantiles < 1:
             raise UsageError(f"{folder} holds no reward tokens; give the folder of a finished run")
         policy = cls(model, tokenizer, quantiles, prefix="")
@@ -192,11 +198,12 @@ class Policy:
         """A prompt's ids without any prefix; the last ``max_tokens`` of them.
 
         A plain text is one by itself. A chat is a text that the exported template writes behind the best
-        token, where sentencepiece tokenizers put no mark of a word's beginning.
+        token, where sentencepiece tokenizers put no mark of a word's beginning. Reward tokens that are
+        spelled in either are ordinary characters.
         """
         chat = chat and self.quantiles > 0  # a plain model's texts all begin alike
-        front = reward_token(self.quantiles - 1) if chat else ""
-        ids = list(self.tokenizer(front + prompt, add_special_tokens=False).input_ids)
+        front = MIDDLE if chat else ""
+        ids = list(self.text_tokenizer(front + prompt, add_special_tokens=False).input_ids)
         return ids[chat:][-max_tokens:]
 
     def encode_rows(
@@ -214,7 +221,7 @@ class Policy:
         if prefix_tokens == 0:
             chat = chat_template("the policy", lambda: self.tokenizer)
             return list(rows), [self.encode(r["prompt"], max_tokens, is_chat(r, chat)) for r in rows], []
-        every = [self.tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
+        every = [self.text_tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
         kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
         if not kept:
             raise UsageError(
@@ -336,40 +343,78 @@ class Policy:
         _decode_fast(model)
         return model
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, sampling: Mapping[str, Any] | None = None) -> None:
         """Write an ordinary transformers folder conditioned on the best reward token.
 
-        Its tokenizer puts prefix + best token before every text, its chat template before every chat, and its
-        generation config suppresses the reward tokens; nothing in it needs this package.
-        """
-        self.write_export(folder, self.whole_copy(dtype))
+        Its tokenizer puts prefix + best token before every text, its chat template before every chat; nothing
+        in it needs this package. Reward tokens are suppressed by its generation config, which not every
+        engine reads, and have rows in the head that do not win: the mean of those of the least probable
+        tokens, so that their probability is the geometric mean of these tokens'. A head that was tied to the
+        embeddings is therefore a table of its own.
 
-    def write_export(self, folder: Path, model: Any, *, padding: bool = True) -> None:
+        Args:
+            sampling: of the generation config, in transformers' words.
+        """
+        self.write_export(folder, self.whole_copy(dtype), sampling)
+
+    def write_export(
+        self, folder: Path, model: Any, sampling: Mapping[str, Any] | None = None, *, padding: bool = True
+    ) -> None:
         """``export`` of a ``whole_copy``, which is changed: one process may write what all had to make.
 
-        Without ``padding`` the table ends with the last reward token: those are all that is to be suppressed.
+        Without ``padding``, for vLLM, the table ends with the last reward token, those are all that is to be
+        suppressed, and the head stays as it is.
         """
         embedding: RewardEmbedding = model.get_input_embeddings()
+        rare = self._least_probable(model) if padding else None
         model.set_input_embeddings(embedding.base)
         size = max(embedding.weight.shape[0] if padding else 0, self.reward_ids[-1] + 1)
         model.resize_token_embeddings(size, mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().weight[self.reward_ids] = embedding.rows
-        # Reward tokens and the padding of the table: training left the logits of either as they fell.
-        model.generation_config.suppress_tokens = list(range(self.vocabulary, size))
-        if model.generation_config.pad_token_id is None:
-            model.generation_config.pad_token_id = self.stop_ids[0] if self.stop_ids else 0
-        # A base model may carry its own decoding taste; a clash in it (temperature without sampling)
-        # would make saving fail.
-        model.generation_config.do_sample = True
+            if rare is not None:
+                _never_win(model, range(self.vocabulary, size), rare)
+        model.generation_config = self._generation_config(model.generation_config, size, sampling or {})
         model.save_pretrained(folder)
-        self._best_token_first().save_pretrained(folder)
+        mark = hashlib.sha256(embedding.rows.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
+        # vLLM is told by their text which tokens not to sample.
+        self._best_token_first(mark if padding else "").save_pretrained(folder)
 
-    def _best_token_first(self) -> Any:
+    def _generation_config(self, base: Any, size: int, sampling: Mapping[str, Any]) -> GenerationConfig:
+        """How the export is to be sampled: as it was evaluated, whatever taste the base model came with.
+
+        Reward tokens and the padding of the table are suppressed, with what the base model suppresses.
+        """
+        kept = {"cache_implementation": base.cache_implementation} if base.cache_implementation else {}
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            bos_token_id=base.bos_token_id,
+            eos_token_id=self.stop_ids or base.eos_token_id,
+            pad_token_id=(self.stop_ids or [0])[0] if base.pad_token_id is None else base.pad_token_id,
+            suppress_tokens=sorted({*(base.suppress_tokens or ()), *range(self.vocabulary, size)}),
+            **kept,
+            **{"do_sample": True, **sampling},
+        )
+
+    @torch.no_grad()
+    def _least_probable(self, model: Any) -> Tensor:
+        """Base ids that ``model`` finds least probable all over random texts, with and without the front."""
+        generator = torch.Generator().manual_seed(0)
+        texts = torch.randint(self.vocabulary, (8, 32), generator=generator)
+        front = torch.tensor(self.conditioned([], self.quantiles - 1)).expand(8, -1)
+        highest = torch.full((self.vocabulary,), -torch.inf)
+        for ids in (texts, torch.cat([front, texts], dim=1)):
+            logits = model(ids.to(model.device), use_cache=False).logits[..., : self.vocabulary]
+            highest = torch.maximum(highest, logits.float().log_softmax(-1).amax((0, 1)).cpu())
+        return highest.argsort()[: max(1, min(64, self.vocabulary // 64))]
+
+    def _best_token_first(self, mark: str = "") -> Any:
         """A copy of the tokenizer that puts prefix + best reward token before every text and chat."""
-        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer = for_texts(self.tokenizer, middle=False)
+        tokens = [reward_token(k, mark) for k in range(self.quantiles)]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        assert tokenizer.convert_tokens_to_ids(tokens) == self.reward_ids
         front = self.conditioned([], self.quantiles - 1)
-        front_text = self.prefix_text + reward_token(self.quantiles - 1)
+        front_text = self.prefix_text + tokens[-1]
         own = self.tokenizer.chat_template
         if isinstance(own, dict):  # several, by name
             tokenizer.chat_template = {
@@ -392,6 +437,22 @@ class Policy:
         if tokenizer.pad_token is None and self.stop_ids:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         return tokenizer
+
+
+def _never_win(model: Any, ids: range, rare: Tensor) -> None:
+    """Give these ids the mean of the rare tokens' rows in the head, which is untied from the embeddings."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if head is None or not ids:
+        return
+    if head.weight is table:
+        head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    wanted = torch.tensor(list(ids), device=head.weight.device)
+    for parameter in (head.weight, getattr(head, "bias", None)):
+        if parameter is not None:
+            mean = parameter.data[rare.to(wanted.device)].float().mean(0)
+            parameter.data[wanted] = mean.to(parameter.dtype)
 
 
 def recompute_layers(model: Any) -> None:

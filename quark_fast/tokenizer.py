@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -13,12 +14,39 @@ from tokenizers import Tokenizer
 from quark_fast.config import UsageError
 
 SEPARATOR = "<|endoftext|>"
-REWARD_TOKEN = re.compile(r"<\|reward_\d+\|>")
+REWARD_TOKEN = re.compile(r"<\|reward_(\d+)(?::[0-9a-f]{12})?\|>")
+# Stands in front of a text that is to be read as the middle of one; nobody types it.
+MIDDLE = "\ue000middle\ue000"
 
 
-def reward_token(quantile: int) -> str:
-    """The text of a quantile's reward token; quantile 0 holds the lowest rewards."""
-    return f"<|reward_{quantile}|>"
+def reward_token(quantile: int, mark: str = "") -> str:
+    """The text of a quantile's reward token; quantile 0 holds the lowest rewards.
+
+    An export's have a ``mark`` of their own, 12 hexadecimal digits: a text that spells "<|reward_0|>" is then
+    a text, and only who has the export can write its tokens.
+    """
+    return f"<|reward_{quantile}{f':{mark}' if mark else ''}|>"
+
+
+def own_reward_tokens(tokenizer: Any) -> list[str]:
+    """The reward tokens that a tokenizer has, quantile 0 first, with mark or without."""
+    found = {int(m[1]): token for token in tokenizer.get_vocab() if (m := REWARD_TOKEN.fullmatch(token))}
+    return [found[k] for k in range(len(found)) if k in found]
+
+
+def for_texts(tokenizer: Any, middle: bool = True) -> Any:
+    """A copy that reads what users write: reward tokens spelled in it are ordinary characters.
+
+    With ``MIDDLE`` in front, where it has that, a text is read as one that stands behind something.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = content.get("added_tokens") or []
+    content["added_tokens"] = [one for one in added if not REWARD_TOKEN.fullmatch(one["content"])]
+    made = copy.deepcopy(tokenizer)
+    made._tokenizer = Tokenizer.from_str(json.dumps(content))
+    if middle:
+        made.add_tokens([MIDDLE], special_tokens=True)
+    return made
 
 
 def own_front(tokenizer: Any) -> list[int]:
@@ -47,8 +75,8 @@ def export_prefix(tokenizer: Any) -> list[int]:
 
 def before_reward_tokens(tokenizer: Any) -> int:
     """How many ids a tokenizer has, without the reward tokens that an exported one ends with."""
-    vocabulary = tokenizer.get_vocab()
-    return int(vocabulary.get(reward_token(0), max(vocabulary.values()) + 1))
+    vocabulary, own = tokenizer.get_vocab(), own_reward_tokens(tokenizer)
+    return int(vocabulary[own[0]] if own else max(vocabulary.values()) + 1)
 
 
 def opening(tokenizer: Any) -> str:

@@ -37,6 +37,7 @@ from quark_fast.evaluation import (
     evaluate,
     evaluation_sampling,
     first_completions,
+    generation_settings,
     modes,
     summarise,
 )
@@ -1033,7 +1034,8 @@ class Trainer:
 
         def write() -> None:
             with replacing_folder(self.folder / "model") as scratch:
-                self.policy.write_export(scratch, exported)
+                how = generation_settings(self._evaluation_sampling())
+                self.policy.write_export(scratch, exported, how)
             self.folder.add_minutes(round(self.seconds / 60, 1))
             write_report(self.folder.path)
             trackers.finish(self.accelerator)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,17 +21,20 @@ import pytest
 import torch
 import transformers
 from conftest import sharpen
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from quark_fast.config import Config, UsageError
+from quark_fast.durable import replacing, replacing_folder
+from quark_fast.evaluation import generation_settings
 from quark_fast.finished import open_run
 from quark_fast.objective import Objective
 from quark_fast.policy import Policy, load_reference, stored_dtype
 from quark_fast.prompts import chat_template
 from quark_fast.rollout import Conditioning, Sampling, sample
+from quark_fast.tokenizer import own_reward_tokens
 
 CORPUS = [
     "The man said that the reward was good, and the woman said that it was better.",
@@ -387,7 +391,10 @@ def test_exported_pipeline_conditions_a_chat_as_training_did(case: Case) -> None
     tokenizer = AutoTokenizer.from_pretrained(case.export)
     assert chat_template("tiny", lambda: tokenizer)(CHAT) == text
     worst = tokenizer.apply_chat_template(
-        CHAT, add_generation_prompt=True, return_dict=False, reward_front=policy.prefix_text + "<|reward_0|>"
+        CHAT,
+        add_generation_prompt=True,
+        return_dict=False,
+        reward_front=policy.prefix_text + own_reward_tokens(tokenizer)[0],
     )
     assert worst == policy.conditioned(trained, 0)
 
@@ -489,3 +496,107 @@ def test_trusted_code_is_run_exported_and_asked_about_again_by_the_commands(
         open_run(run)
     finished = open_run(run, trust_remote_code=True)
     assert greedy(finished.policy, finished.policy.model, prompts, 2) == ours
+
+
+SPELLED = "w3 <|reward_0|> w4 <|reward_2|> said"
+
+
+def test_reward_tokens_spelled_in_a_text_are_characters_for_policy_and_export(case: Case) -> None:
+    policy = case.policy
+    bare = list(policy.text_tokenizer(SPELLED, add_special_tokens=False).input_ids)
+    assert max(bare) < policy.vocabulary, "no id beyond the base vocabulary"
+    assert policy.encode(SPELLED, 99) == bare
+    tokenizer = AutoTokenizer.from_pretrained(case.export)
+    own = list(tokenizer(SPELLED).input_ids)
+    assert own == policy.conditioned(bare, policy.quantiles - 1), "prefix and best token in front, by id"
+    chat = [{"role": "user", "content": SPELLED}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    front = policy.conditioned([], policy.quantiles - 1)
+    assert ids[: len(front)] == front
+    assert max(ids[len(front) :]) < policy.vocabulary
+    text = chat_template("tiny", lambda: policy.tokenizer)(chat)
+    _, (trained,), _ = policy.encode_rows([{"prompt": text, "messages": chat}], 99, 0)
+    assert ids == [*front, *trained]
+
+
+def test_export_is_the_same_twice_and_its_reward_tokens_never_win(case: Case, tmp_path: Path) -> None:
+    policy = case.policy
+    for name in ("one", "two"):
+        policy.export(tmp_path / name, torch.float32)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    ids = torch.randint(policy.vocabulary, (4, 20), generator=torch.Generator().manual_seed(5))
+    logp = model(ids).logits.log_softmax(-1)
+    beyond = logp[..., policy.vocabulary :].amax(-1)
+    # With so few tokens in all none is as improbable as in a real vocabulary, but these are the least.
+    assert (beyond < logp[..., : policy.vocabulary].amax(-1)).all()
+    assert beyond.exp().mean() <= logp[..., : policy.vocabulary].exp().mean()
+    suppressed = model.generation_config.suppress_tokens
+    assert suppressed == list(range(policy.vocabulary, logp.shape[-1]))
+
+
+def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    source = tiny_model()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    sharpen(model)
+    model.generation_config.suppress_tokens = [7, 9]
+    model.generation_config.repetition_penalty = 1.5  # a taste of its own, by which nothing was evaluated
+    model.save_pretrained(source)
+    policy = Policy.create(source, quantiles=3)
+    sampling = Sampling(6, 2, 0.8, 0.7, rows=600)
+    policy.export(tmp_path / "out", torch.float32, generation_settings(sampling))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert {7, 9} < set(config.suppress_tokens), "what the base model suppresses stays so"
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.8, 0.7, 0)
+    assert (config.min_new_tokens, config.repetition_penalty) == (2, None)
+    assert config.eos_token_id == policy.stop_ids
+
+    def even(texts: list[str]) -> list[float]:
+        numbers = [[int(n) for n in text.split("w") if n.strip().isdecimal()] for text in texts]
+        return [sum(n % 2 == 0 for n in found) / max(1, len(found)) for found in numbers]
+
+    ((_, (drawn,)),) = sample(
+        policy,
+        policy.frozen_copy(torch.float32),
+        [policy.encode("w3 w4", 9)],
+        Conditioning(2),
+        sampling,
+        600,
+        0,
+    )
+    ours = torch.tensor(even([policy.decode(one) for one in drawn]))
+    torch.manual_seed(0)
+    pipe = pipeline("text-generation", str(tmp_path / "out"))
+    # All 600 in one batch; without what the base model suppresses, which our loop draws as any other token.
+    pipe.model.generation_config.suppress_tokens = list(range(policy.vocabulary, policy.vocabulary + 3))
+    answers = pipe(["w3 w4"] * 600, max_new_tokens=6, return_full_text=False, batch_size=600)
+    theirs = torch.tensor(even([answer[0]["generated_text"] for answer in answers]))
+    error = (ours.var() / 600 + theirs.var() / 600).sqrt()
+    assert abs(ours.mean() - theirs.mean()) < 4 * error
+    assert 0.005 < error < 0.05
+
+
+def test_greedy_evaluation_is_exported_as_greedy(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    policy.export(tmp_path / "out", torch.float32, generation_settings(Sampling(6, 0, 0.0)))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert config.do_sample is False and config.top_p is None
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_files_have_the_rights_that_the_umask_gives(
+    tmp_path: Path, tiny_model: Callable[..., Path], umask: int, mode: int
+) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    before = os.umask(umask)
+    try:
+        with replacing_folder(tmp_path / "model") as scratch:
+            policy.export(scratch, torch.float32)
+        with replacing(tmp_path / "one.safetensors") as scratch:
+            save_file({"a": torch.zeros(2)}, scratch)
+    finally:
+        os.umask(before)
+    written = [*(tmp_path / "model").iterdir(), tmp_path / "one.safetensors"]
+    assert len(written) > 4
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
