@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
     "repetition": {
         "prefix_tokens": 32,
+        "max_prompt_tokens": 128,
         # A sample loops or does not; and each half has samples enough that none is drawn often.
         "quantiles": 2,
         "initial_samples": 1,
@@ -283,7 +285,9 @@ class Config:
     )
 
     # run folder
-    output: str | None = setting(None, "run folder to make; default: runs/<task>")
+    output: str | None = setting(
+        None, "run folder to make; default: runs/<task>, with a --reward of your own runs/<its name>"
+    )
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint")
 
     # pool
@@ -316,7 +320,16 @@ class Config:
         None, "the same in each later round; default: as in the first, --temperature"
     )
     top_p: float = setting(0.9, "nucleus of the same sampling, share of the probability mass")
-    max_prompt_tokens: int = setting(128, "longer prompts are cut in front, tokens")
+    max_prompt_tokens: int = setting(
+        0,
+        "longest prompt, tokens; longer ones are left out and counted; 0: what the model's positions leave"
+        " beside the new tokens, 1024 at most; with --prefix-tokens texts are cut behind so many",
+    )
+    long_prompts: Literal["leave_out", "cut"] = setting(
+        "leave_out",
+        "prompts that are too long: left out, or cut to their last tokens; a chat, which would lose its"
+        " opening, is left out either way",
+    )
     sample_batch: int = setting(
         128,
         "completions sampled side by side; halved where the memory does not suffice; a resumed run may have"
@@ -493,7 +506,7 @@ class Config:
             "explore_samples": 1,
             "max_new_tokens": 1,
             "min_new_tokens": 0,
-            "max_prompt_tokens": 1,
+            "max_prompt_tokens": 0,
             "prefix_tokens": 0,
             "min_prompt_characters": 1,
             "max_prompt_characters": 0,
@@ -553,7 +566,7 @@ class Config:
             raise UsageError(
                 f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}"
             )
-        if self.prefix_tokens and self.prefix_tokens >= self.max_prompt_tokens:
+        if self.prefix_tokens and 0 < self.max_prompt_tokens <= self.prefix_tokens:
             raise UsageError(
                 f"prefix_tokens = {self.prefix_tokens} leaves no held-out text within max_prompt_tokens ="
                 f" {self.max_prompt_tokens}"
@@ -644,7 +657,17 @@ def _shown(value: Any) -> str:
 
 
 def _output_folder(settings: Any) -> Path:
-    return Path(settings.output or f"runs/{settings.task}")
+    """The folder given, else one by the name of the user's own reward, else by the task's."""
+    if settings.output:
+        return Path(settings.output)
+    own = settings.reward if settings.reward not in (None, *TASK_DEFAULTS) else None
+    return Path("runs", settings.task if own is None else _short_name(own))
+
+
+def _short_name(reward: str) -> str:
+    """What a folder is called after a reward: "score" for my_pkg.my_module:score, "name" for hf:org/name."""
+    bare = re.sub(r"hf:([^\s+*]*/)?|[\w.]+:", "", reward)
+    return re.sub(r"[^A-Za-z0-9._]+", "-", bare).strip("-.")[:60] or "reward"
 
 
 def numbers(name: str, text: str) -> list[float]:

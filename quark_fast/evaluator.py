@@ -31,8 +31,8 @@ from quark_fast.evaluation import (
 from quark_fast.finished import open_run, run_config
 from quark_fast.machine import sampling_dtype
 from quark_fast.metrics import Sample
-from quark_fast.policy import Policy, load_tokenizer
-from quark_fast.prompts import Row, chat_template, load_prompts
+from quark_fast.policy import LONGEST_PROMPT, Policy, load_tokenizer
+from quark_fast.prompts import Row, chat_template, given, load_prompts
 from quark_fast.report.tables import markdown_page
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import Conditioning
@@ -528,17 +528,38 @@ class Evaluator:
             self.dtypes.add(opened.model.dtype)
             for domain in self.domains:
                 rows, ids, texts = policy.encode_rows(
-                    domain.rows, self.config.max_prompt_tokens, self.config.prefix_tokens
+                    domain.rows,
+                    policy.room(self.config.max_new_tokens, self.config.max_prompt_tokens),
+                    self.config.prefix_tokens,
+                    cut=self.config.long_prompts == "cut",
+                    what=f"texts of {domain.source}",
+                    # Of the others that other model's tokens are counted.
+                    tell=self.remarks.append if label == self.lead else lambda _: None,
                 )
                 policy.check_fits(ids, self.config.max_new_tokens)
-                if label == self.lead:  # where tokens are counted, the others have its tokenizer
-                    self.remarks += policy.left_out(
-                        f"texts of {domain.source}", len(domain.rows), len(rows), self.config.prefix_tokens
-                    )
                 domain.held_out[label] = HeldOut(rows, ids, self.config.eval_samples, texts)
             words = {token: i for token, i in policy.tokenizer.get_vocab().items() if i < policy.vocabulary}
             self.vocabularies[label] = words
         self.opened = opened
+        for domain in self.domains if not self.config.prefix_tokens else ():
+            self._keep_what_fits_all(domain)
+
+    def _keep_what_fits_all(self, domain: _Domain) -> None:
+        """Every row of a table is of the same prompts: none that is too long for one of the models."""
+        fitting = [{given(row) for row in held.rows} for held in domain.held_out.values()]
+        common = set.intersection(*fitting)
+        if any(len(one) > len(common) for one in fitting):
+            count = max(map(len, fitting)) - len(common)
+            self.remarks.append(
+                f"{count:,} texts of {domain.source} left out: too long for one of the models"
+            )
+        for label, held in domain.held_out.items():
+            kept = [i for i, row in enumerate(held.rows) if given(row) in common]
+            if not kept:
+                raise UsageError(f"no text of {domain.source} is short enough for all of the models")
+            rows, ids = [held.rows[i] for i in kept], [held.ids[i] for i in kept]
+            texts = [held.texts[i] for i in kept] if held.texts else ()
+            domain.held_out[label] = HeldOut(rows, ids, held.samples, texts)
 
     def _check_reward(self) -> None:
         """The first subject's completions of a few prompts are scored before the long work."""
@@ -595,7 +616,7 @@ class Evaluator:
         if ppl_model is not None:
             policy = Policy.plain(ppl_model, self.dtype, trust_remote_code=self.trust)
             model = policy.freeze(self.device)
-        longest = self.config.max_prompt_tokens
+        longest = self.config.max_prompt_tokens or LONGEST_PROMPT
         self.nll: dict[str, Nll] = {}
         for domain in self.domains:
             held_out = domain.held_out[self.lead]
@@ -603,7 +624,8 @@ class Evaluator:
                 self.nll[domain.key] = id_nll(policy, model, held_out.ids)
                 continue
             texts = [row["prompt"] for row in held_out.rows]
-            policy.check_fits([policy.encode(text, longest) for text in texts], self.config.max_new_tokens)
+            room = policy.room(self.config.max_new_tokens, longest)
+            policy.check_fits([policy.encode(text, room) for text in texts], self.config.max_new_tokens)
             self.nll[domain.key] = text_nll(policy, model, texts, longest)
 
     def _describe(self) -> None:
@@ -784,11 +806,11 @@ def _suffix(key: str) -> str:
 
 def _agree(configs: Mapping[str, Config], verb: str, what: Callable[[Config], str], mend: str) -> None:
     """Raise UsageError where two runs differ in something that all rows must share."""
-    said = {given: what(config) for given, config in configs.items()}
+    said = {name: what(config) for name, config in configs.items()}
     first = next(iter(said), "")
-    for given, value in said.items():
+    for name, value in said.items():
         if value != said[first]:
-            raise UsageError(f"{first} {verb} {said[first]}, but {given} {verb} {value}; {mend}")
+            raise UsageError(f"{first} {verb} {said[first]}, but {name} {verb} {value}; {mend}")
 
 
 def _task_name(config: Config) -> str:

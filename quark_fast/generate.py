@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
     guidance = finished.guidance if arguments.guidance is None else arguments.guidance
     sampling = Sampling(arguments.max_new_tokens, 1, arguments.temperature, arguments.top_p)
-    prompts = [policy.encode(text, finished.config.max_prompt_tokens) for text in arguments.prompts]
+    prompts = [policy.encode(text) for text in arguments.prompts]
     policy.check_fits(prompts, arguments.max_new_tokens)
 
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -21,7 +21,7 @@ from quark_fast.attention import FAST_ATTENTION
 from quark_fast.config import UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
-from quark_fast.prompts import Row, chat_template, is_chat
+from quark_fast.prompts import Row, is_chat
 from quark_fast.rounding import conversion
 from quark_fast.tokenizer import (
     MIDDLE,
@@ -194,8 +194,8 @@ class Policy:
         """K, the number of reward tokens."""
         return len(self.reward_ids)
 
-    def encode(self, prompt: str, max_tokens: int, chat: bool = False) -> list[int]:
-        """A prompt's ids without any prefix; the last ``max_tokens`` of them.
+    def encode(self, prompt: str, max_tokens: int = 0, chat: bool = False) -> list[int]:
+        """A prompt's ids without any prefix; with ``max_tokens`` the last so many of them.
 
         A plain text is one by itself. A chat is a text that the exported template writes behind the best
         token, where sentencepiece tokenizers put no mark of a word's beginning. Reward tokens that are
@@ -206,21 +206,40 @@ class Policy:
         ids = list(self.text_tokenizer(front + prompt, add_special_tokens=False).input_ids)
         return ids[chat:][-max_tokens:]
 
+    def room(self, new_tokens: int, most: int = 0) -> int:
+        """The longest prompt, tokens: what the positions leave beside prefix, reward token and new tokens.
+
+        At most ``most``, of which 0 is ``LONGEST_PROMPT``.
+        """
+        limit = positions(self.model.config)
+        most = most or LONGEST_PROMPT
+        return most if limit is None else min(most, limit - len(self.prefix) - 1 - new_tokens)
+
     def encode_rows(
-        self, rows: Sequence[Row], max_tokens: int, prefix_tokens: int
+        self,
+        rows: Sequence[Row],
+        max_tokens: int,
+        prefix_tokens: int,
+        *,
+        cut: bool = False,
+        what: str = "prompts",
+        tell: Callable[[str], None] = lambda _: None,
     ) -> tuple[list[Row], list[list[int]], list[list[int]]]:
         """The rows with what is asked of the model, that as ids, and the ids of the rows' held-out texts.
 
         With ``prefix_tokens`` a row's text is held-out text, cut behind its first ``max_tokens`` tokens, and
         its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
-        text is the prompt, and there are no held-out texts. A cut row keeps its whole text under ``text``.
+        text is the prompt, and there are no held-out texts; rows of more than ``max_tokens`` are left out. A
+        cut row keeps its whole text under ``text``.
 
+        Args:
+            cut: prompts that are too long are cut to their last tokens, but for chats.
+            what: what the rows are called in the line that ``tell`` gets for those left out or cut.
         Raises:
-            UsageError: no row is long enough.
+            UsageError: no row is left.
         """
         if prefix_tokens == 0:
-            chat = chat_template("the policy", lambda: self.tokenizer)
-            return list(rows), [self.encode(r["prompt"], max_tokens, is_chat(r, chat)) for r in rows], []
+            return *self._encode_prompts(rows, max_tokens, cut, what, tell), []
         every = [self.text_tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
         kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
         if not kept:
@@ -234,24 +253,44 @@ class Policy:
             {**rows[i], "prompt": self.decode(ids), "text": rows[i]["prompt"]}
             for i, ids in zip(kept, prompts, strict=True)
         ]
+        if len(kept) < len(rows):
+            count = f"{len(rows) - len(kept):,} of {len(rows):,}"
+            tell(f"{count} {what} left out: no longer than prefix_tokens = {prefix_tokens}")
         return asked, prompts, texts
 
-    @staticmethod
-    def left_out(what: str, rows: int, kept: int, prefix_tokens: int) -> list[str]:
-        """What to tell of the rows that ``encode_rows`` left out: nothing, or one line."""
-        some = f"{rows - kept:,} of {rows:,} {what} left out: no longer than prefix_tokens = {prefix_tokens}"
-        return [some] if kept < rows else []
+    def _encode_prompts(
+        self, rows: Sequence[Row], most: int, cut: bool, what: str, tell: Callable[[str], None]
+    ) -> tuple[list[Row], list[list[int]]]:
+        """Those of the rows that are not too long, and their ids."""
+        every = [self.encode(row["prompt"], chat=is_chat(row)) for row in rows]
+        long = [i for i, ids in enumerate(every) if len(ids) > most]
+        shortened = {i for i in long if cut and most > 0 and not is_chat(rows[i])}
+        kept = [i for i, ids in enumerate(every) if len(ids) <= most or i in shortened]
+        if not kept:
+            raise UsageError(
+                f"none of {len(rows):,} {what} fits: the shortest has {min(map(len, every))} tokens, and"
+                f" {most} is the limit (the model's positions: {positions(self.model.config) or 'any'}); give"
+                " shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
+            )
+        if shortened:
+            tell(f"{len(shortened):,} of {len(rows):,} {what} cut to their last {most:,} tokens")
+        if len(kept) < len(rows):
+            count = f"{len(rows) - len(kept):,} of {len(rows):,}"
+            tell(
+                f"{count} {what} left out: longer than {most:,} tokens (the longest {max(map(len, every)):,})"
+            )
+        return [rows[i] for i in kept], [every[i][-most:] for i in kept]
 
     def check_fits(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise UsageError for a prompt too long for the model's positions, or empty with no prefix."""
         longest = max(map(len, prompts))
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = positions(self.model.config)
         needed = len(self.prefix) + 1 + longest + new_tokens
         if limit is not None and needed > limit:
             raise UsageError(
                 f"a prompt of {longest} tokens needs {needed} positions with prefix, reward token and"
-                f" {new_tokens} new tokens, but the model has {limit}; lower max_prompt_tokens or"
-                " max_new_tokens"
+                f" {new_tokens} new tokens, but the model has {limit}; give a shorter one, or lower"
+                " max_prompt_tokens or max_new_tokens"
             )
         if not self.prefix and min(map(len, prompts)) == 0:
             raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")
@@ -453,6 +492,15 @@ def _never_win(model: Any, ids: range, rare: Tensor) -> None:
         if parameter is not None:
             mean = parameter.data[rare.to(wanted.device)].float().mean(0)
             parameter.data[wanted] = mean.to(parameter.dtype)
+
+
+LONGEST_PROMPT = 1024  # unless a run asks for longer ones, tokens
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model can read, by its config or its text model's; None: it does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def recompute_layers(model: Any) -> None:

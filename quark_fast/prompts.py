@@ -100,13 +100,14 @@ def load_prompts(
             reason = f"shorter than {min_characters:,} characters"
         if not reason and 0 < max_characters < len(prompt):
             reason = f"longer than {max_characters:,} characters"
-        if not reason and prompt in seen:
+        made = {**row, **_messages(value), "prompt": prompt}
+        if not reason and given(made) in seen:
             reason = "duplicate"
         if reason:
             loaded.left_out[reason] += 1
             continue
-        seen.add(prompt)
-        loaded.rows.append({**row, **_messages(value), "prompt": prompt})
+        seen.add(given(made))
+        loaded.rows.append(made)
     if loaded.read and not found:
         wanted = "'prompt' or 'messages'" if column is None else repr(column)
         raise UsageError(
@@ -176,12 +177,24 @@ def _messages(value: Any) -> Row:
     return {"messages": value}
 
 
-def is_chat(row: Row, chat: Chat) -> bool:
-    """Whether the row's prompt is what ``chat`` writes of its messages. A text may have some beside it."""
-    try:
-        return bool(_messages(row.get("messages"))) and chat(row["messages"]) == row["prompt"]
-    except UsageError:  # no template, or none for these
-        return False
+def is_chat(row: Row) -> bool:
+    """Whether the row's prompt was written from its messages. A text may have some beside it.
+
+    Told by what the messages say, not by rendering them again: a template may write today's date.
+    """
+    messages = _messages(row.get("messages")).get("messages", [])
+    return bool(messages) and all(m["content"].strip() in row["prompt"] for m in messages)
+
+
+def given(row: Row) -> str:
+    """What the user gave: the prompt's text, or its messages as JSON. Two runs share what is given alike."""
+    return json.dumps(row["messages"], sort_keys=True) if is_chat(row) else str(row["prompt"])
+
+
+def as_rendered(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """The rows with their chats as they were rendered ``before``, where the same messages stand there."""
+    known = {given(row): row["prompt"] for row in before if is_chat(row)}
+    return [{**row, "prompt": known.get(given(row), row["prompt"])} if is_chat(row) else row for row in rows]
 
 
 def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
@@ -382,7 +395,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
 
 
 def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a split by the hash of each prompt's text, so adding rows moves few others.
+    """(train, held out): a split by the hash of what was given as a prompt, so adding rows moves few others.
 
     Without ``held_out`` a tenth is held out, at least 1 and at most 200. Another seed, another split.
     """
@@ -439,8 +452,8 @@ def choose_prompts(
     if test is None:
         train, test = split(train, count, config.split_seed)
     elif prompts is None:  # what is measured must not have been trained on
-        texts = {row["prompt"] for row in test}
-        kept = [row for row in train if row["prompt"] not in texts]
+        measured = set(map(given, test))
+        kept = [row for row in train if given(row) not in measured]
         if len(kept) < len(train):
             notes.append(f"{len(train) - len(kept):,} left out of training, as they are held out, too")
         train = kept
@@ -469,20 +482,20 @@ class Chosen:
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:
     """Rows of a program: nothing is left out of them quietly."""
     made: list[Row] = []
-    for i, given in enumerate(rows):
-        row: Row = {"prompt": given} if isinstance(given, str) else dict(given)
+    for i, one in enumerate(rows):
+        row: Row = {"prompt": one} if isinstance(one, str) else dict(one)
         prompt, reason = _prompt(row.get("prompt"), chat)
         if reason:
-            raise UsageError(f"{name}[{i}] is {reason}: {given!r:.80}")
+            raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
         made.append({**row, **_messages(row["prompt"]), "prompt": prompt})
     return made
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """sha256 over the prompts in their order."""
-    return hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).hexdigest()
+    """sha256 over the prompts as they were given, in their order."""
+    return hashlib.sha256(json.dumps([given(row) for row in rows]).encode()).hexdigest()
 
 
 def _hash(row: Row, seed: int) -> str:
-    text = row["prompt"] if seed == 0 else f"{seed}\n{row['prompt']}"
+    text = given(row) if seed == 0 else f"{seed}\n{given(row)}"
     return hashlib.sha256(text.encode()).hexdigest()

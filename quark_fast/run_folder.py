@@ -29,6 +29,7 @@ ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
 PENDING = "pending"  # batches of the stage under way
 FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
+PROMPTS = "prompts.jsonl"  # training prompts that were rendered from messages, as they were
 LOCK = ".lock"  # held by the process that runs the run
 CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
 
@@ -51,9 +52,21 @@ class RunFolder:
         return self.path / name
 
     def check_free(self) -> None:
-        """Refuse a path with anything in it: no run is overwritten."""
-        if self.path.exists() and (not self.path.is_dir() or any(map(_lasting, self.path.iterdir()))):
-            raise UsageError(f"{self.path} exists; go on with it by --resume, or choose another --output")
+        """Refuse a path with anything in it: no run is overwritten. What there is decides what to type."""
+        path = self.path
+        if not path.exists() or (path.is_dir() and not any(map(_lasting, path.iterdir()))):
+            return
+        anew = "to train anew choose another --output"
+        if path.is_dir() and self.finished:
+            raise UsageError(
+                f"{path} exists: a finished run. Its report is {self / 'report.html'}, its texts come by"
+                f' `python -m quark_fast.generate {path} "The man said"`; {anew}'
+            )
+        if (self / "config.yaml").exists():
+            raise UsageError(
+                f"{path} exists: a run that is not finished. Go on by --resume --output {path}; {anew}"
+            )
+        raise UsageError(f"{path} exists and is no run: choose another --output")
 
     def check_resumable(self) -> None:
         """Refuse what is not an unfinished run; one is this process's alone from here on."""
@@ -63,7 +76,10 @@ class RunFolder:
             self._lock()
         if self.finished:
             self.drop_checkpoint()  # of a process that ended while it did
-            raise UsageError(f"the run in {self.path} is finished: nothing to resume")
+            raise UsageError(
+                f"the run in {self.path} is finished: nothing to resume; its report is"
+                f" {self / 'report.html'}, and `python -m quark_fast.report {self.path}` writes that again"
+            )
         if not self.has_checkpoint and (lost := self._results()):
             raise UsageError(
                 f"{self.path} has results ({', '.join(lost)}) but no checkpoint to go on from, and is left as"
@@ -152,6 +168,14 @@ class RunFolder:
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSONL file whole or not at all."""
         self._write(name, "".join(_line(row) for row in rows))
+
+    def rows_of(self, *names: str) -> list[dict[str, Any]]:
+        """The rows of those of the JSONL files that are there."""
+        texts = [(self / name).read_text(encoding="utf-8") for name in names if (self / name).exists()]
+        try:
+            return [json.loads(line) for text in texts for line in text.split("\n") if line]
+        except ValueError as error:
+            raise UsageError(f"{' or '.join(names)} in {self.path} is damaged: {error}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""

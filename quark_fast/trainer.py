@@ -58,7 +58,7 @@ from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.policy import Policy, load_reference, load_tokenizer, recompute_layers
 from quark_fast.pool import RolloutPool
 from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without_data
-from quark_fast.prompts import Row, chat_template, choose_prompts, digest
+from quark_fast.prompts import Row, as_rendered, chat_template, choose_prompts, digest, is_chat
 from quark_fast.report.page import write_report
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import (
@@ -77,6 +77,7 @@ from quark_fast.run_folder import (
     HELD_OUT,
     METRICS,
     PENDING,
+    PROMPTS,
     REWARDS,
     ROLLOUT,
     Checkpoint,
@@ -217,7 +218,14 @@ class Trainer:
             lambda: load_tokenizer(config.model or assets.default_model(), config.trust_remote_code),
         )
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
-        self.train_rows, self.held_out_rows, self.about_prompts = chosen.train, chosen.held_out, chosen.about
+        before = self.folder.rows_of(PROMPTS, HELD_OUT) if config.resume else []
+        self.train_rows, self.held_out_rows = (
+            as_rendered(rows, before) for rows in (chosen.train, chosen.held_out)
+        )
+        self.about_prompts = chosen.about
+        own_reward = reward is not None or config.reward not in (None, self.task.name)
+        if own_reward and prompts is None and config.prompts is None:
+            self.about_prompts.append(f"no --prompts, so those of the task {self.task.name}")
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
             # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
@@ -253,11 +261,12 @@ class Trainer:
         model.eval()
         if config.gradient_checkpointing:
             recompute_layers(model)
-        if self.device.type == "cpu":
-            # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
-            longest = config.max_prompt_tokens + config.max_new_tokens
-            if longest <= 512:  # otherwise transformers' own choice: sdpa, where the model can
-                model.set_attn_implementation("eager")
+        self._encode_prompts()
+        longest = max(map(len, self.train_ids)) + config.max_new_tokens
+        if self.device.type == "cpu" and longest <= 512:
+            # Over sequences this short, PyTorch's CPU flash kernel takes 1.4 times a whole eager step. Over
+            # longer ones it is transformers' own choice: sdpa, where the model can.
+            model.set_attn_implementation("eager")
         shared = self.policy.shared_reference(self.sampling_dtype)
         self.reference = (
             load_reference(source, self.sampling_dtype, self.device, config.trust_remote_code)
@@ -277,18 +286,26 @@ class Trainer:
             {"params": [rows], "lr": config.reward_token_lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        lengths = (config.max_prompt_tokens, config.prefix_tokens)
-        given, held_out = len(self.train_rows), len(self.held_out_rows)
-        self.train_rows, self.train_ids, _ = self.policy.encode_rows(self.train_rows, *lengths)
-        rows, ids, texts = self.policy.encode_rows(self.held_out_rows, *lengths)
-        self.about_prompts += [
-            *self.policy.left_out("training texts", given, len(self.train_rows), config.prefix_tokens),
-            *self.policy.left_out("held-out texts", held_out, len(rows), config.prefix_tokens),
-        ]
-        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
-        self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
         self.rollout = self._choose_rollout()
         self.probe: Probe | None = None  # drawn when it is first asked for
+
+    def _encode_prompts(self) -> None:
+        """The prompts as ids; those that are too long, or too short, are left out and counted."""
+        config = self.config
+        encode = functools.partial(
+            self.policy.encode_rows,
+            max_tokens=self.policy.room(config.max_new_tokens, config.max_prompt_tokens),
+            prefix_tokens=config.prefix_tokens,
+            cut=config.long_prompts == "cut",
+            tell=self.about_prompts.append,
+        )
+        what = "texts" if config.prefix_tokens else "prompts"
+        self.train_rows, self.train_ids, _ = encode(self.train_rows, what=f"training {what}")
+        rows, ids, texts = encode(self.held_out_rows, what=f"held-out {what}")
+        if not config.prefix_tokens:
+            self.held_out_rows = rows
+        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
+        self.policy.check_fits([*self.train_ids, *ids], config.max_new_tokens)
 
     def _choose_rollout(self) -> Rollout:
         if self.config.rollout == "transformers":
@@ -344,12 +361,14 @@ class Trainer:
                 config.save(self.folder / "config.yaml")
             self.journal.begin({"reward": self.reward.identity})
             self.folder.write_rows(HELD_OUT, self.held_out_rows)
+            if chats := [row for row in self.train_rows if is_chat(row)]:
+                self.folder.write_rows(PROMPTS, chats)
             self.folder.add_start(self._versions() | {"step": self.step})
             settings, name = dataclasses.asdict(config), str(config.output_folder)
             trackers.start(self.accelerator, name, settings, self.step)
 
     def _versions(self) -> dict[str, Any]:
-        found = versions(self.device) | {"loss": self.objective.description}
+        found = versions(self.device) | {"loss": self.objective.description, "prompts": self.about_prompts}
         if self.processes.count > 1:
             found["processes"] = f"{self.processes.count}, {self.accelerator.distributed_type.value}"
         return found

@@ -62,6 +62,7 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         "guidance": 1.0,  # for vLLM
         "vllm_server": "http://host:8000",
         "vllm_memory": 0.5,
+        "max_prompt_tokens": 99,
     }
     kinds = get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -220,7 +221,7 @@ def test_bad_flag_is_one_line_not_a_page_of_usage(
 
 
 IMPOSSIBLE = [
-    *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens", "max_prompt_tokens")),
+    *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens")),
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every")),
     *((name, 0) for name in ("quantiles", "unlikelihood_ngram")),
@@ -252,7 +253,7 @@ IMPOSSIBLE = [
         for value in (-0.1, float("nan"), float("inf"))
     ),
     *(("max_grad_norm", v) for v in (0.0, -1.0, float("nan"), float("inf"))),
-    ("prefix_tokens", 128),
+    ("max_prompt_tokens", -1),
     *((name, value) for name in ("top_p", "eval_top_p") for value in (0.0, 1.01, -0.5, float("nan"))),
     *(("guidance", value) for value in (float("nan"), float("inf"))),
     ("quantile_weights", "1,2"),
@@ -392,3 +393,23 @@ def test_help_names_every_option_with_its_meaning_and_default(capsys: pytest.Cap
         else:
             assert f"(default: {field.default})" in words.replace("- ", "-"), field.name
     assert "--config FILE" in words
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, "runs/toxicity"),
+        ({"task": "sentiment"}, "runs/sentiment"),
+        ({"reward": "toxicity"}, "runs/toxicity"),
+        ({"reward": "my_pkg.my_module:score"}, "runs/score"),
+        ({"reward": "hf:org/some-name"}, "runs/some-name"),
+        ({"reward": "hf:/home/me/scorer"}, "runs/scorer"),
+        ({"reward": "1 - hf:org/rude"}, "runs/1-rude"),
+        ({"reward": "0.7*toxicity + 0.3*a.b:score"}, "runs/0.7-toxicity-0.3-score"),
+        ({"reward": "m:score", "output": "elsewhere"}, "elsewhere"),
+    ],
+)
+def test_run_is_named_after_the_reward_that_it_has(settings: dict[str, Any], folder: str) -> None:
+    assert Config(**settings).output_folder == Path(folder)
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    assert parse(flags, "train").output_folder == Path(folder)

@@ -21,7 +21,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from quark_fast.config import UsageError
-from quark_fast.policy import Policy, RewardEmbedding, linear_head, load_pretrained, reward_token
+from quark_fast.policy import (
+    Policy,
+    RewardEmbedding,
+    linear_head,
+    load_pretrained,
+    positions,
+    reward_token,
+)
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
 SEPARATOR_ID = WORDS
@@ -583,3 +590,48 @@ def test_head_of_a_frozen_copy_with_fast_attention_is_linear(dtype: torch.dtype,
     policy = Policy.create(tiny_model(), quantiles=3)
     assert linear_head(policy.model) is policy.model.lm_head
     assert linear_head(policy.frozen_copy(dtype)) is not None
+
+
+# --- Long prompts ---------------------------------------------------------------------------------
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats(
+    tiny_model: Callable[..., Path],
+) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    chat = [{"role": "system", "content": "w1 w2"}, {"role": "user", "content": "w3 w4"}]
+    rows = [
+        {"prompt": "w1 w2 w3 w4 w5"},
+        {"prompt": "w6 w7"},
+        {"prompt": "w1 w2 w3 w4 w9", "messages": chat},
+        {"prompt": "w5 w6 w7 w8 w9", "messages": chat},  # a text, with a chat beside it
+    ]
+    for cut, kept, said in (
+        (False, [[6, 7]], ["3 of 4 prompts left out: longer than 3 tokens (the longest 5)"]),
+        (
+            True,
+            [[3, 4, 5], [6, 7], [7, 8, 9]],
+            [
+                "2 of 4 prompts cut to their last 3 tokens",
+                "1 of 4 prompts left out: longer than 3 tokens (the longest 5)",
+            ],
+        ),
+    ):
+        told: list[str] = []
+        found, ids, _ = policy.encode_rows(rows, 3, 0, cut=cut, tell=told.append)
+        assert (ids, told) == (kept, said)
+        assert len(found) == len(ids) and all(row["prompt"] != "w1 w2 w3 w4 w9" for row in found)
+    with pytest.raises(UsageError, match=r"none of 4 prompts fits: the shortest has 2 tokens, and 1 is the"):
+        policy.encode_rows(rows, 1, 0)
+
+
+def test_longest_prompt_follows_from_the_positions_also_of_a_model_within_a_model(
+    tiny_model: Callable[..., Path],
+) -> None:
+    policy = Policy.create(tiny_model("gpt2"), quantiles=2)
+    assert policy.room(20) == 128 - 2 - 20
+    assert policy.room(20, 50) == 50
+    assert Policy.create(tiny_model("llama"), quantiles=2).room(20) == 1024, "of 2048 positions"
+    text = transformers.LlamaConfig(max_position_embeddings=77)
+    assert positions(transformers.LlavaConfig(text_config=text)) == 77
+    assert positions(transformers.MambaConfig()) is None

@@ -24,7 +24,17 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from quark_fast.config import Config, UsageError
-from quark_fast.prompts import Row, chat_template, choose_prompts, load_prompts, split
+from quark_fast.prompts import (
+    Chosen,
+    Row,
+    as_rendered,
+    chat_template,
+    choose_prompts,
+    digest,
+    is_chat,
+    load_prompts,
+    split,
+)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -598,3 +608,31 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
             choose(prompts=["fine", bad], held_out=["x"])
     with pytest.raises(UsageError, match="no chat template"):
         choose(prompts=[{"prompt": [ASK]}], held_out=["x"])
+
+
+# --- templates that write the date ----------------------------------------------------------------
+
+
+def test_chats_are_split_and_identified_by_what_was_given_and_not_by_the_date() -> None:
+    chats = [[{"role": "user", "content": f"question {i}?"}] for i in range(40)]
+
+    def on(date: str) -> Chosen:
+        def render(messages: list[dict[str, Any]]) -> str:
+            return f"Today is {date}. " + " ".join(m["content"] for m in messages) + " Answer:"
+
+        return choose_prompts(
+            Config(), lambda: ([], []), render, prompts=[{"prompt": chat} for chat in chats]
+        )
+
+    today, tomorrow = on("28 Nov"), on("29 Nov")
+    assert [row["messages"] for row in today.held_out] == [row["messages"] for row in tomorrow.held_out]
+    assert digest(today.train) == digest(tomorrow.train)
+    assert today.train[0]["prompt"] != tomorrow.train[0]["prompt"]
+    again = as_rendered(tomorrow.train, [*today.train, *today.held_out])
+    assert [row["prompt"] for row in again] == [row["prompt"] for row in today.train]
+    assert all(is_chat(row) for row in again)
+
+
+def test_digest_of_texts_is_that_of_earlier_versions() -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "messages": [{"role": "user", "content": "beside"}]}]
+    assert digest(rows) == hashlib.sha256(json.dumps(["a", "b"]).encode()).hexdigest()

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -386,6 +387,10 @@ def test_headline_without_an_interval_claims_no_fall():
 def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finished_run):
     evaluation = evaluation_of(finished_run)
     assert main_row(evaluation)["name"] == "guided w=3"  # w = 6 has less toxicity
+    best = next(row for row in evaluation["rows"] if row["name"] == "best token")["metrics"]["mean"]["value"]
+    alone = f"the exported model by itself, which is the best token, is at {best:.3f} (".replace("0.", ".")
+    assert "That takes quark_fast.generate (--guidance 3);" in headline(evaluation)
+    assert alone in headline(evaluation), "both, with what each needs"
     evaluation["sampling"] = {}
     assert main_row(evaluation)["name"] == "guided w=2"  # the first one
     evaluation["rows"] = [row for row in evaluation["rows"] if "guided" not in row["name"]]
@@ -781,3 +786,24 @@ def test_smoothing_steps_over_a_missing_value():
     values = np.array([math.nan, 1.0, math.nan, 1.0])
     assert smooth(values)[1:] == pytest.approx([1.0, 1.0, 1.0])
     assert math.isnan(smooth(values)[0])
+
+
+def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(finished_run, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(finished_run, folder)
+    first = {
+        "command": "python -m quark_fast.train --task toxicity",
+        "machine": "here",
+        "time": "2026-01-01",
+        "step": 0,
+    }
+    later = {
+        "command": "python -m quark_fast.train --resume",
+        "machine": "there",
+        "time": "2026-01-02",
+        "step": 7,
+    }
+    (folder / "versions.json").write_text(json.dumps(first | {"starts": [first, later]}))
+    page = Page(write_report(folder).read_text())
+    assert "python -m quark_fast.train --task toxicity" in page.text
+    assert "from step 7: python -m quark_fast.train --resume (there)" in page.text

@@ -620,3 +620,44 @@ def test_check_at_the_start_scores_completions_of_the_model(
             held_out=PROMPTS[:4],
         )
     assert not (tmp_path / "other").exists()
+
+
+def test_run_of_chats_goes_on_after_midnight_with_the_date_that_it_began_with(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+
+    def train(name: str, date: str, die: bool = False, resume: bool = False) -> None:
+        template = "{% for m in messages %}" + date + " {{ m['content'] }} w9 {% endfor %}"
+        (model / "chat_template.jinja").write_text(template)
+
+        def listen(progress: Progress) -> None:
+            if die and progress.stage.endswith("1/2: learning") and progress.done == 3:
+                raise SystemError
+
+        config = small(tmp_path / name, model, **(SHORT | {"rounds": 2}), resume=resume)
+        Trainer(config, reward=even_words, prompts=chats, listen=listen).train()
+
+    train("whole", "w28")
+    with pytest.raises(SystemError):
+        train("run", "w28", die=True)
+    train("run", "w29", resume=True)
+    for file in ("completions.jsonl", "evaluation.jsonl", "held_out.jsonl", "prompts.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
+
+
+def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    config = small(tmp_path / "run", tiny_model("gpt2"), **SHORT, max_prompt_tokens=3)
+    given = [*PROMPTS, "w1 w2 w3 w4 w5"]
+    trainer = Trainer(config, reward=even_words, prompts=given, held_out=[*PROMPTS[:4], "w1 w2 w3 w4"])
+    lines = [
+        "1 of 25 training prompts left out: longer than 3 tokens (the longest 5)",
+        "1 of 5 held-out prompts left out: longer than 3 tokens (the longest 4)",
+    ]
+    assert trainer.about_prompts == lines
+    trainer.train()
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["prompts"] == lines
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 25 training prompts left out" in page
+    assert len(rows(tmp_path / "run" / "held_out.jsonl")) == 4

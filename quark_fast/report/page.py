@@ -404,6 +404,12 @@ def _html_reproduce(run: Run) -> str:
     if not command and run.config:
         command = "python -m quark_fast.train --config config.yaml"
     versions = {**run.versions, "scorer": run.evaluation.get("scorer")}
+    starts = versions.pop("starts", None)
+    resumed = [one for one in starts[1:] if isinstance(one, dict)] if isinstance(starts, list) else []
+    again = {
+        str(one.get("time")): f"from step {one.get('step')}: {one.get('command')} ({one.get('machine')})"
+        for one in resumed
+    }
     sampling = run.evaluation.get("sampling") or {}
     return _section(
         "reproduce",
@@ -412,6 +418,7 @@ def _html_reproduce(run: Run) -> str:
         '<div class="columns">',
         _html_pairs("Versions", {k: v for k, v in versions.items() if k != "command" and v}),
         _html_pairs("Sampling at evaluation", sampling),
+        _html_pairs("Resumed", again),
         f'<div><h3>Config</h3><pre class="config">{_safe(run.config)}</pre></div>' if run.config else "",
         "</div>",
     )

@@ -117,7 +117,26 @@ def _how(row: Row) -> str:
 
 
 def headline(evaluation: Row) -> str:
-    """The result in one sentence with its interval; empty if there is no result."""
+    """The result with its interval, and what it takes to have it; empty if there is no result."""
+    return " ".join(part for part in (_result(evaluation), _what_it_takes(evaluation)) if part)
+
+
+def _what_it_takes(evaluation: Row) -> str:
+    """The guided row is not what the exported model does by itself: both by name, with what each needs."""
+    row, best = main_row(evaluation), first_row(evaluation, "best")
+    if row is None or best is None or mode_of(name_of(row)) != "guided" or ": " in name_of(row):
+        return ""
+    column = find_column(headline_key(evaluation))
+    amount, _ = format_change(change_of(best, column.key), column, evaluation)
+    value = format_value(interval_of(best, column.key).value, column.style)
+    return (
+        f"That takes quark_fast.generate (--guidance {number_of(row, 'guidance'):g}); the exported model by"
+        f" itself, which is the best token, is at {value}{f' ({amount})' if amount else ''}."
+    )
+
+
+def _result(evaluation: Row) -> str:
+    """The headline's row in one sentence."""
     row, before = main_row(evaluation), base_row(evaluation)
     column = find_column(headline_key(evaluation))
     if before is None:
