@@ -34,8 +34,10 @@ class FinishedRun:
         config = self.run.config
         self.task = find_task(config.task, config.target)
         self.reward = choose_reward(config, self.task, self.run.device)
-        rows, ids, texts = self.run.policy.encode_rows(
-            load_prompts(folder / HELD_OUT).rows, config.max_prompt_tokens, config.prefix_tokens
+        policy = self.run.policy
+        most = policy.room(config.max_new_tokens, config.max_prompt_tokens)
+        rows, ids, texts = policy.encode_rows(
+            load_prompts(folder / HELD_OUT).rows, most, config.prefix_tokens, cut=config.long_prompts == "cut"
         )
         self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
 

@@ -80,13 +80,16 @@ class RunFolder:
                 f"the run in {self.path} is finished: nothing to resume; its report is"
                 f" {self / 'report.html'}, and `python -m quark_fast.report {self.path}` writes that again"
             )
+        for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    def check_results(self) -> None:
+        """Refuse to begin anew over what only a run that had a checkpoint has."""
         if not self.has_checkpoint and (lost := self._results()):
             raise UsageError(
                 f"{self.path} has results ({', '.join(lost)}) but no checkpoint to go on from, and is left as"
                 " it is; choose another --output"
             )
-        for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
-            path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def create(self) -> None:
         """Make the folder, from here on this process's alone; one with anything in it is refused."""

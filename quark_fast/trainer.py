@@ -186,6 +186,7 @@ class Trainer:
                 config.precision = saved.precision
             config.check_resumes(saved)
             refuse_code_of(self.folder.path, config.reward)
+            self.folder.check_results()
             rows = saved.sample_batch
         else:
             self.folder.check_free()

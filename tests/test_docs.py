@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, word_tokenizer
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
@@ -59,6 +60,9 @@ def test_every_command_of_the_tutorial_runs_in_order(
     (resume,) = re.findall(r"^    (python -m quark_fast\.train --resume .*)$", page, re.MULTILINE)
     (model,) = re.findall(r'MODEL=\$\(python -c "(.*?)"\)', page)
     tiny = save_tiny_model(tmp_path / "tiny", "llama")
+    spaced = word_tokenizer()  # the tutorial's reward counts words
+    spaced.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
+    spaced.save_pretrained(tiny)
     monkeypatch.setattr("quark_fast.assets.default_model", lambda: tiny)
     exec(model, {})
     monkeypatch.setenv("MODEL", capsys.readouterr().out.splitlines()[-1])

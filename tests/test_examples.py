@@ -34,6 +34,12 @@ def test_length_reward_counts_words() -> None:
     assert values[[0, 2]].tolist() == [3, 1] and values[1] != values[1]
 
 
+def test_yes_or_no_reward_passes_what_is_clearly_positive() -> None:
+    reward = load_reward("examples.yes_or_no_reward:clearly_positive")
+    texts = ["a wonderful, happy day full of love", "a table", "a terrible day"]
+    assert reward([{"prompt": ""}] * 3, texts).tolist() == [1.0, 0.0, 0.0]
+
+
 def test_keyword_reward_reads_the_column_of_the_prompts() -> None:
     reward = load_reward("examples.keyword_reward:score")
     keywords: list[Any] = [["soup", "Bread"], ["soup"], None]
