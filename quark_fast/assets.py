@@ -114,6 +114,7 @@ def fetch(wheel: Wheel) -> Path:
                 scratch.mkdir()
                 try:
                     _pip_download(wheel, scratch)
+                    durable.share(scratch / wheel.filename)
                     durable.flush(scratch / wheel.filename)
                     os.replace(scratch / wheel.filename, path)
                 finally:

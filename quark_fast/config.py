@@ -140,6 +140,7 @@ FREE_ON_RESUME = {
     "eval_guidance",
     "eval_quantiles",
     "eval_modes",
+    "export_head",
     "show_offensive",
     "max_bad_steps",
     "kl_stop",
@@ -429,6 +430,12 @@ class Config:
     checkpoint_every: int = setting(32, "steps between checkpoints")
     report_to: str = setting(
         "", "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between; default: none"
+    )
+    export_head: Literal["own", "tied"] = setting(
+        "own",
+        "head of the exported model where the base model ties it to the embeddings: own, a second table in"
+        " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
+        " transformers are then to be told suppress_tokens of its generation config",
     )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal")
 

@@ -39,12 +39,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _readable(path: Path) -> None:
+def share(path: Path) -> None:
     """Give a file that a library made for the user alone, as safetensors does, the rights of any other."""
-    if path.is_file() and stat.S_IMODE(path.stat().st_mode) == 0o600:
-        umask = os.umask(0o077)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
+    if not path.is_file() or stat.S_IMODE(path.stat().st_mode) != 0o600:
+        return
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode.tmp")
+    try:
+        probe.touch()  # the umask itself can only be read by changing it, for all threads
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield scratch
-        _readable(scratch)
+        share(scratch)
         flush(scratch)
         os.replace(scratch, path)
     finally:
@@ -69,8 +73,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        for file in scratch.rglob("*"):
-            _readable(file)
+        for file in list(scratch.rglob("*")):
+            share(file)
         flush_all(scratch)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(scratch, path)

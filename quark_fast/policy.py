@@ -397,12 +397,18 @@ class Policy:
         self.write_export(folder, self.whole_copy(dtype), sampling)
 
     def write_export(
-        self, folder: Path, model: Any, sampling: Mapping[str, Any] | None = None, *, padding: bool = True
+        self,
+        folder: Path,
+        model: Any,
+        sampling: Mapping[str, Any] | None = None,
+        *,
+        padding: bool = True,
+        untie: bool = True,
     ) -> None:
         """``export`` of a ``whole_copy``, which is changed: one process may write what all had to make.
 
         Without ``padding``, for vLLM, the table ends with the last reward token, those are all that is to be
-        suppressed, and the head stays as it is.
+        suppressed, and the head stays as it is; so does a tied one without ``untie``.
         """
         embedding: RewardEmbedding = model.get_input_embeddings()
         rare = self._least_probable(model) if padding else None
@@ -412,7 +418,7 @@ class Policy:
         with torch.no_grad():
             model.get_input_embeddings().weight[self.reward_ids] = embedding.rows
             if rare is not None:
-                _never_win(model, range(self.vocabulary, size), rare)
+                _never_win(model, range(self.vocabulary, size), rare, untie)
         model.generation_config = self._generation_config(model.generation_config, size, sampling or {})
         model.save_pretrained(folder)
         mark = hashlib.sha256(embedding.rows.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
@@ -478,10 +484,14 @@ class Policy:
         return tokenizer
 
 
-def _never_win(model: Any, ids: range, rare: Tensor) -> None:
-    """Give these ids the mean of the rare tokens' rows in the head, which is untied from the embeddings."""
+def _never_win(model: Any, ids: range, rare: Tensor, untie: bool) -> None:
+    """Give these ids the mean of the rare tokens' rows in the head, which is untied from the embeddings.
+
+    Their logit is the mean of the rare ones, so it is below the highest whatever the hidden state, and their
+    probability the geometric mean of the rare ones'.
+    """
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    if head is None or not ids:
+    if head is None or not ids or (head.weight is table and not untie):
         return
     if head.weight is table:
         head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)

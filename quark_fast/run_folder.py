@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quark_fast.config import UsageError
-from quark_fast.durable import DISK_ERRORS, flush, flush_all, replacing, sha256, try_lock, unlock
+from quark_fast.durable import DISK_ERRORS, flush, flush_all, replacing, sha256, share, try_lock, unlock
 from quark_fast.untrusted import clean
 
 METRICS = "metrics.jsonl"
@@ -205,6 +205,8 @@ class RunFolder:
         for name, group in tensors.items():
             save_file(dict(group), scratch / f"{name}.safetensors")
         (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
+        for file in list(scratch.iterdir()):
+            share(file)
         flush_all(scratch)
         sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
         (scratch / CHECKSUMS).write_text(json.dumps(sums))

@@ -1055,7 +1055,8 @@ class Trainer:
         def write() -> None:
             with replacing_folder(self.folder / "model") as scratch:
                 how = generation_settings(self._evaluation_sampling())
-                self.policy.write_export(scratch, exported, how)
+                untie = self.config.export_head == "own"
+                self.policy.write_export(scratch, exported, how, untie=untie)
             self.folder.add_minutes(round(self.seconds / 60, 1))
             write_report(self.folder.path)
             trackers.finish(self.accelerator)

@@ -600,3 +600,14 @@ def test_files_have_the_rights_that_the_umask_gives(
     written = [*(tmp_path / "model").iterdir(), tmp_path / "one.safetensors"]
     assert len(written) > 4
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
+
+
+def test_tied_head_stays_tied_where_that_is_asked_for(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    policy = Policy.create(tiny_model("qwen2"), quantiles=2)
+    for untie in (True, False):
+        policy.write_export(tmp_path / str(untie), policy.whole_copy(torch.float32), untie=untie)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(untie))
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tied is not untie
