@@ -23,6 +23,7 @@ from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, mer
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, is_chat
 from quark_fast.rounding import conversion
+from quark_fast.seeds import seed_for
 from quark_fast.tokenizer import (
     MIDDLE,
     SEPARATOR,
@@ -148,14 +149,14 @@ class Policy:
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
         if words is None:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed_for(seed, "reward tokens"))
             noise = torch.randn(quantiles, table.shape[1], generator=generator)
             rows = table.mean(0) + table.std(0) * noise
         else:
             ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words]
             rows = torch.stack([table[row].mean(0) for row in ids])
         if lora is not None:
-            add_adapters(model, lora, seed)
+            add_adapters(model, lora, seed_for(seed, "adapters"))
         model.set_input_embeddings(RewardEmbedding(base, policy.vocabulary, rows))
         return policy
 

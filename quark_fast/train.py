@@ -103,7 +103,8 @@ def run(arguments: Sequence[str]) -> None:
         console.print("; ".join(trainer.about_prompts))
     console.print(
         f"{len(trainer.train_rows)} training and"
-        f" {len(trainer.held_out.rows)} held-out prompts, reward {trainer.reward.name},"
+        f" {len(trainer.held_out.rows)} held-out prompts, none longer than {trainer.longest_prompt:,} tokens,"
+        f" reward {trainer.reward.name},"
         f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
     )
     with display.shown():

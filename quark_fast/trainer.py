@@ -252,7 +252,7 @@ class Trainer:
             quantiles=config.quantiles,
             prefix=config.prefix,
             words=self.task.words_for(config.quantiles) if own_words else None,
-            seed=seed_for(config.seed, "reward tokens"),
+            seed=config.seed,
             lora=Lora.of(config),
             low=self.sampling_dtype,
             trust_remote_code=config.trust_remote_code,
@@ -293,9 +293,10 @@ class Trainer:
     def _encode_prompts(self) -> None:
         """The prompts as ids; those that are too long, or too short, are left out and counted."""
         config = self.config
+        self.longest_prompt = self.policy.room(config.max_new_tokens, config.max_prompt_tokens)
         encode = functools.partial(
             self.policy.encode_rows,
-            max_tokens=self.policy.room(config.max_new_tokens, config.max_prompt_tokens),
+            max_tokens=self.longest_prompt,
             prefix_tokens=config.prefix_tokens,
             cut=config.long_prompts == "cut",
             tell=self.about_prompts.append,
