@@ -45,7 +45,9 @@ def main() -> None:
         found[name] = {"positions": len(mass), "mean": mass.mean().item(), "highest": mass.max().item()}
         print(f"{name}: {len(mass):,} positions, mean {mass.mean():.2g}, highest {mass.max():.2g}")
     if given.json:
-        record = {"reward_tokens": "all together, a position", **found, "versions": versions(head.device)}
+        command = f"python benchmarks/reward_mass.py RUN --samples {given.samples}"
+        made_with = versions(head.device) | {"command": command}
+        record = {"reward_tokens": "all together, a position", **found, "versions": made_with}
         given.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
