@@ -705,7 +705,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     if first.config:
         file = _read_yaml(Path(first.config), known)
     elif first.resume and (saved := _output_folder(first) / "config.yaml").exists():
-        own = _read_yaml(saved, known)  # a run goes on as it began; only where it lies now is asked again
+        own = _read_run(saved, known)  # a run goes on as it began; only where it lies now is asked again
         # Nor does a folder consent to its own code.
         asked_again = ("output", "resume", "trust_remote_code")
         file = {name: value for name, value in own.items() if name not in asked_again}
@@ -721,9 +721,17 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
 
 def load_config(path: Path) -> Config:
     """The settings of a YAML file, as ``Config.save`` writes them; checked."""
-    config = Config(**_read_yaml(path, {f.name for f in dataclasses.fields(Config)}))
+    config = Config(**_read_run(path, {f.name for f in dataclasses.fields(Config)}))
     config.check()
     return config
+
+
+def _read_run(path: Path, known: set[str]) -> dict[str, Any]:
+    """The settings of a run's own config.yaml, which may be of an earlier version."""
+    settings = _read_yaml(path, known)
+    if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole record, as ``Config.save`` writes it
+        settings.setdefault("long_prompts", "cut")  # what every run did before it was a setting
+    return settings
 
 
 def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:

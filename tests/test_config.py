@@ -413,3 +413,14 @@ def test_run_is_named_after_the_reward_that_it_has(settings: dict[str, Any], fol
     assert Config(**settings).output_folder == Path(folder)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     assert parse(flags, "train").output_folder == Path(folder)
+
+
+def test_run_of_a_version_without_long_prompts_goes_on_cutting_them(tmp_path: Path) -> None:
+    Config(max_prompt_tokens=128).save(tmp_path / "config.yaml")
+    record = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert load_config(tmp_path / "config.yaml").long_prompts == "leave_out"
+    del record["long_prompts"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    assert load_config(tmp_path / "config.yaml").long_prompts == "cut"
+    resumed = parse(["--resume", "--output", str(tmp_path)], "train")
+    assert resumed.long_prompts == "cut"
