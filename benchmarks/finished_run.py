@@ -35,7 +35,7 @@ class FinishedRun:
         self.task = find_task(config.task, config.target)
         self.reward = choose_reward(config, self.task, self.run.device)
         policy = self.run.policy
-        most = policy.room(config.max_new_tokens, config.max_prompt_tokens)
+        most = policy.room_of(config)
         rows, ids, texts = policy.encode_rows(
             load_prompts(folder / HELD_OUT).rows, most, config.prefix_tokens, cut=config.long_prompts == "cut"
         )

@@ -529,7 +529,7 @@ class Evaluator:
             for domain in self.domains:
                 rows, ids, texts = policy.encode_rows(
                     domain.rows,
-                    policy.room(self.config.max_new_tokens, self.config.max_prompt_tokens),
+                    policy.room_of(self.config),
                     self.config.prefix_tokens,
                     cut=self.config.long_prompts == "cut",
                     what=f"texts of {domain.source}",
@@ -625,7 +625,11 @@ class Evaluator:
                 continue
             texts = [row["prompt"] for row in held_out.rows]
             room = policy.room(self.config.max_new_tokens, longest)
-            policy.check_fits([policy.encode(text, room) for text in texts], self.config.max_new_tokens)
+            every = [policy.encode(text) for text in texts]
+            policy.check_fits([ids[-room:] for ids in every], self.config.max_new_tokens)
+            if long := sum(len(ids) > room for ids in every):
+                cut = f"{long:,} texts of {domain.source} cut to their last {room:,} tokens"
+                self.remarks.append(f"{cut} for the perplexity")
             self.nll[domain.key] = text_nll(policy, model, texts, longest)
 
     def _describe(self) -> None:

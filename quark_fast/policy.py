@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quark_fast.attention import FAST_ATTENTION
-from quark_fast.config import UsageError
+from quark_fast.config import Config, UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, is_chat
@@ -207,6 +207,10 @@ class Policy:
         ids = list(self.text_tokenizer(front + prompt, add_special_tokens=False).input_ids)
         return ids[chat:][-max_tokens:]
 
+    def room_of(self, config: Config) -> int:
+        """The longest prompt of a run, tokens; with ``prefix_tokens`` the longest text, read as it is."""
+        return self.room(0 if config.prefix_tokens else config.max_new_tokens, config.max_prompt_tokens)
+
     def room(self, new_tokens: int, most: int = 0) -> int:
         """The longest prompt, tokens: what the positions leave beside prefix, reward token and new tokens.
 
@@ -241,6 +245,11 @@ class Policy:
         """
         if prefix_tokens == 0:
             return *self._encode_prompts(rows, max_tokens, cut, what, tell), []
+        if prefix_tokens >= max_tokens:
+            raise UsageError(
+                f"prefix_tokens = {prefix_tokens} leaves no held-out text within the {max_tokens} tokens that"
+                " a text may have; give fewer"
+            )
         every = [self.text_tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
         kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
         if not kept:
@@ -263,9 +272,14 @@ class Policy:
         self, rows: Sequence[Row], most: int, cut: bool, what: str, tell: Callable[[str], None]
     ) -> tuple[list[Row], list[list[int]]]:
         """Those of the rows that are not too long, and their ids."""
+        if most < 1:
+            raise UsageError(
+                f"the model's {positions(self.model.config)} positions leave no room for a prompt beside"
+                " prefix, reward token and the new tokens; lower max_new_tokens"
+            )
         every = [self.encode(row["prompt"], chat=is_chat(row)) for row in rows]
         long = [i for i, ids in enumerate(every) if len(ids) > most]
-        shortened = {i for i in long if cut and most > 0 and not is_chat(rows[i])}
+        shortened = {i for i in long if cut and not is_chat(rows[i])}
         kept = [i for i, ids in enumerate(every) if len(ids) <= most or i in shortened]
         if not kept:
             raise UsageError(

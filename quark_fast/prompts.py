@@ -88,7 +88,7 @@ def load_prompts(
                 f"{source}, record {loaded.read}: more than {DEEPEST} lists or objects stand in one another;"
                 " flatten it"
             )
-        row = {"prompt": record} if isinstance(record, str) else record
+        row = {"prompt": record} if isinstance(record, str) else from_file(record)
         names |= dict.fromkeys(map(str, row))
         held, value = (True, record) if isinstance(record, str) else _find(row, column)
         found |= held
@@ -151,7 +151,7 @@ def _prompt(value: Any, chat: Chat | None) -> tuple[str, str]:
     if _messages(value):
         if chat is None:
             raise UsageError("these prompts are messages, and no chat template renders them; give texts")
-        value = chat(value)
+        value = Rendered(chat(value))
     if value is None:
         return "", "without a prompt"
     if not isinstance(value, str):
@@ -177,13 +177,29 @@ def _messages(value: Any) -> Row:
     return {"messages": value}
 
 
-def is_chat(row: Row) -> bool:
-    """Whether the row's prompt was written from its messages. A text may have some beside it.
+class Rendered(str):
+    """A prompt that was written from messages by a chat template.
 
-    Told by what the messages say, not by rendering them again: a template may write today's date.
+    Marked when it is, not told by rendering again: a template may write today's date, or leave something out.
     """
-    messages = _messages(row.get("messages")).get("messages", [])
-    return bool(messages) and all(m["content"].strip() in row["prompt"] for m in messages)
+
+
+def is_chat(row: Row) -> bool:
+    """Whether the row's prompt was written from its messages. A text may have some beside it."""
+    return isinstance(row["prompt"], Rendered)
+
+
+def to_file(row: Row) -> Row:
+    """The row as a file of the run has it, which keeps the mark; ``from_file`` gives it back."""
+    return {**row, "rendered": True} if is_chat(row) else row
+
+
+def from_file(row: Row) -> Row:
+    """A row that ``to_file`` made; any other as it is."""
+    if row.get("rendered") is not True or not _messages(row.get("messages")):
+        return row
+    bare = {name: value for name, value in row.items() if name != "rendered"}
+    return {**bare, "prompt": Rendered(row["prompt"])}
 
 
 def given(row: Row) -> str:
@@ -229,7 +245,7 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
             )
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        return str(text).removeprefix(opening(loaded()))
+        return Rendered(str(text).removeprefix(opening(loaded())))
 
     return render
 

@@ -29,7 +29,7 @@ ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
 PENDING = "pending"  # batches of the stage under way
 FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
-PROMPTS = "prompts.jsonl"  # training prompts that were rendered from messages, as they were
+PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they were
 LOCK = ".lock"  # held by the process that runs the run
 CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
 

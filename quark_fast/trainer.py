@@ -58,7 +58,16 @@ from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.policy import Policy, load_reference, load_tokenizer, recompute_layers
 from quark_fast.pool import RolloutPool
 from quark_fast.processes import REPLICATION, Processes, in_turn, whole, without_data
-from quark_fast.prompts import Row, as_rendered, chat_template, choose_prompts, digest, is_chat
+from quark_fast.prompts import (
+    Row,
+    as_rendered,
+    chat_template,
+    choose_prompts,
+    digest,
+    from_file,
+    is_chat,
+    to_file,
+)
 from quark_fast.report.page import write_report
 from quark_fast.reward import Function, Reward
 from quark_fast.rollout import (
@@ -219,10 +228,12 @@ class Trainer:
             lambda: load_tokenizer(config.model or assets.default_model(), config.trust_remote_code),
         )
         chosen = choose_prompts(config, self.task.prompts, chat, prompts, held_out)
-        before = self.folder.rows_of(PROMPTS, HELD_OUT) if config.resume else []
+        before = list(map(from_file, self.folder.rows_of(PROMPTS))) if config.resume else []
         self.train_rows, self.held_out_rows = (
             as_rendered(rows, before) for rows in (chosen.train, chosen.held_out)
         )
+        # Also those that will be left out: another day's rendering might fit.
+        self.chats = [row for row in [*self.train_rows, *self.held_out_rows] if is_chat(row)]
         self.about_prompts = chosen.about
         own_reward = reward is not None or config.reward not in (None, self.task.name)
         if own_reward and prompts is None and config.prompts is None:
@@ -293,7 +304,7 @@ class Trainer:
     def _encode_prompts(self) -> None:
         """The prompts as ids; those that are too long, or too short, are left out and counted."""
         config = self.config
-        self.longest_prompt = self.policy.room(config.max_new_tokens, config.max_prompt_tokens)
+        self.longest_prompt = self.policy.room_of(config)
         encode = functools.partial(
             self.policy.encode_rows,
             max_tokens=self.longest_prompt,
@@ -362,9 +373,9 @@ class Trainer:
             if not config.resume:
                 config.save(self.folder / "config.yaml")
             self.journal.begin({"reward": self.reward.identity})
-            self.folder.write_rows(HELD_OUT, self.held_out_rows)
-            if chats := [row for row in self.train_rows if is_chat(row)]:
-                self.folder.write_rows(PROMPTS, chats)
+            self.folder.write_rows(HELD_OUT, map(to_file, self.held_out_rows))
+            if self.chats:
+                self.folder.write_rows(PROMPTS, map(to_file, self.chats))
             self.folder.add_start(self._versions() | {"step": self.step})
             settings, name = dataclasses.asdict(config), str(config.output_folder)
             trackers.start(self.accelerator, name, settings, self.step)
@@ -1022,7 +1033,7 @@ class Trainer:
                     rows[i]["prompt_class"] = name
         self.held_out = dataclasses.replace(self.held_out, rows=rows)
         texts = [{**row, "prompt": row["text"]} if self.config.prefix_tokens else row for row in rows]
-        self.processes.once(lambda: self.folder.write_rows(HELD_OUT, texts))
+        self.processes.once(lambda: self.folder.write_rows(HELD_OUT, map(to_file, texts)))
 
     def _classified(self) -> Iterator[tuple[int, str]]:
         """(index, class) of this process's part of the held-out prompts."""

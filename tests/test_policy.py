@@ -29,6 +29,7 @@ from quark_fast.policy import (
     positions,
     reward_token,
 )
+from quark_fast.prompts import Rendered
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
 SEPARATOR_ID = WORDS
@@ -603,14 +604,14 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats
     rows = [
         {"prompt": "w1 w2 w3 w4 w5"},
         {"prompt": "w6 w7"},
-        {"prompt": "w1 w2 w3 w4 w9", "messages": chat},
-        {"prompt": "w5 w6 w7 w8 w9", "messages": chat},  # a text, with a chat beside it
+        {"prompt": Rendered("w1 w2 w3 w4 w9"), "messages": chat},
+        {"prompt": "w1 w2 w3 w4 w8", "messages": chat},  # a text, with a chat beside it
     ]
     for cut, kept, said in (
         (False, [[6, 7]], ["3 of 4 prompts left out: longer than 3 tokens (the longest 5)"]),
         (
             True,
-            [[3, 4, 5], [6, 7], [7, 8, 9]],
+            [[3, 4, 5], [6, 7], [3, 4, 8]],
             [
                 "2 of 4 prompts cut to their last 3 tokens",
                 "1 of 4 prompts left out: longer than 3 tokens (the longest 5)",
@@ -621,6 +622,10 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats
         found, ids, _ = policy.encode_rows(rows, 3, 0, cut=cut, tell=told.append)
         assert (ids, told) == (kept, said)
         assert len(found) == len(ids) and all(row["prompt"] != "w1 w2 w3 w4 w9" for row in found)
+    with pytest.raises(UsageError, match=r"prefix_tokens = 4 leaves no held-out text within the 4 tokens"):
+        policy.encode_rows(rows, 4, 4)
+    with pytest.raises(UsageError, match=r"leave no room for a prompt .*lower max_new_tokens"):
+        policy.encode_rows(rows, -3, 0)
     with pytest.raises(UsageError, match=r"none of 4 prompts fits: the shortest has 2 tokens, and 1 is the"):
         policy.encode_rows(rows, 1, 0)
 

@@ -629,7 +629,8 @@ def test_run_of_chats_goes_on_after_midnight_with_the_date_that_it_began_with(
     chats = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
 
     def train(name: str, date: str, die: bool = False, resume: bool = False) -> None:
-        template = "{% for m in messages %}" + date + " {{ m['content'] }} w9 {% endfor %}"
+        # What a template leaves out of a message does not matter, either.
+        template = "{% for m in messages %}" + date + " {{ m['content'][3:] }} w9 {% endfor %}"
         (model / "chat_template.jinja").write_text(template)
 
         def listen(progress: Progress) -> None:
