@@ -434,7 +434,7 @@ def classify_prompts(
         kept or Kept(),
         classes,
     ):
-        yield from ((i, name) for i, name in batch)
+        yield from batch
 
 
 # (prompt, completion, reward) of each completion of a batch.

@@ -558,8 +558,7 @@ class Evaluator:
             if not kept:
                 raise UsageError(f"no text of {domain.source} is short enough for all of the models")
             rows, ids = [held.rows[i] for i in kept], [held.ids[i] for i in kept]
-            texts = [held.texts[i] for i in kept] if held.texts else ()
-            domain.held_out[label] = HeldOut(rows, ids, held.samples, texts)
+            domain.held_out[label] = dataclasses.replace(held, rows=rows, ids=ids)
 
     def _check_reward(self) -> None:
         """The first subject's completions of a few prompts are scored before the long work."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import operator
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -107,10 +106,6 @@ class Journal:
         """A stage is over."""
         for path in self.folder.glob(f"{name}.*.jsonl"):
             path.unlink(missing_ok=True)
-
-    def drop(self) -> None:
-        """The run is over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _whole_lines(path: Path, decode: Callable[[Any], T]) -> dict[int, T]:
