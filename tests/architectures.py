@@ -175,8 +175,8 @@ UNIGRAM_FIRST = partial(sentencepiece, "unigram", pad="</s>")
 GEMMA = partial(sentencepiece, "bpe", prepend="never", pad="<unk>")
 GEMMA_CLASS = partial(_as, GemmaTokenizer, GEMMA, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 COHERE_CLASS = partial(_as, CohereTokenizer, GPT2)
-# What else a folder of qwen2 or qwen3_5_moe_text names, transformers puts its pieces into these classes, which
-# split numbers into digits: GPT2's ids would not come back.
+# Whatever a folder of qwen2 or qwen3_5_moe_text names, transformers puts its pieces into these classes,
+# which split numbers into digits: GPT2's ids would not come back.
 QWEN2_CLASS = partial(_as, Qwen2Tokenizer, GPT2_PAD, pad_token="<pad>")
 QWEN3_5_CLASS = partial(_as, Qwen3_5Tokenizer, GPT2_PAD, pad_token="<pad>")
 
@@ -218,15 +218,18 @@ class Architecture:
 
 
 def _tiny(model_type: str, settings: Settings, vocabulary: int, ids: Settings) -> PretrainedConfig:
-    known = {"vocab_size": vocabulary, **ids}
-    resolved = {key: value(known) if callable(value) else value for key, value in settings.items()}
-    return AutoConfig.for_model(model_type, **(known | resolved))
+    return AutoConfig.for_model(model_type, **_resolved(settings, {"vocab_size": vocabulary, **ids}))
 
 
 def _nested(model_type: str, settings: Settings, vocabulary: int, ids: Settings) -> PretrainedConfig:
     """Of a model of several modalities, whose text model has a config of its own inside."""
-    text = {"vocab_size": vocabulary, **ids, **settings["text_config"]}
+    text = _resolved(settings["text_config"], {"vocab_size": vocabulary, **ids})
     return AutoConfig.for_model(model_type, **ids, **(settings | {"text_config": text}))
+
+
+def _resolved(settings: Settings, known: Settings) -> Settings:
+    """With what is said to be read from ``known``, the size of the vocabulary and the special ids."""
+    return known | {key: value(known) if callable(value) else value for key, value in settings.items()}
 
 
 def _of(
@@ -295,6 +298,12 @@ MAMBA2: Settings = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
 }
+COMPRESSED = [
+    "sliding_attention",
+    "heavily_compressed_attention",
+    "compressed_sparse_attention",
+    "sliding_attention",
+]
 STATES: Settings = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 DELTA: Settings = {
     "linear_key_head_dim": 8,
@@ -314,6 +323,26 @@ VISION: Settings = {
     "image_size": 16,
     "patch_size": 8,
 }
+VISION_QWEN: Settings = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+VISION_GOT: Settings = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_channels": 8,
+    "image_size": 16,
+    "patch_size": 8,
+    "mlp_dim": 16,
+    "global_attn_indexes": [0],
+}
+BLT: Settings = {**BODY, "num_hidden_layers": 1, "num_key_value_heads": 4, "vocab_size": 331}
 GEMMA3: Settings = {**WIDE, **WINDOW, **BOTH}
 PER_LAYER: Settings = {
     **WIDE,
@@ -408,6 +437,37 @@ DECODERS = [
     _of("nanochat", BODY, tokenizer=LLAMA3),
     _of("internlm3", BODY, tokenizer=LLAMA2, head_dim=8),
     _of("cwm", WIDE, WINDOW, tokenizer=LLAMA3, layer_types=["full_attention", "sliding_attention"]),
+    _of("exaone", BODY, tokenizer=GPT2_PAD, head_dim=8),
+    _of("hyperclovax", BODY, tokenizer=GPT2_PAD, head_dim=8),
+    _of(
+        "granite_swa", BODY, WINDOW, tokenizer=GPT2_PAD, layer_types=["full_attention", "sliding_attention"],
+        layer_rope_theta=[10000.0, 10000.0],
+    ),
+    _of("iquestcoder", BODY, tokenizer=LLAMA3, head_dim=8),
+    _of("apertus1p5_text", BODY, tokenizer=LLAMA3),
+    _of("opt, norms behind", ALL_HEADS, tokenizer=OPT, do_layer_norm_before=False, ffn_dim=48),
+    _of("gpt_bigcode, keys for every head", GPT, multi_query=False),
+    _of(
+        "dory", WIDE, WINDOW, tokenizer=LLAMA3, n_input_layers=1, n_recurrent_layers=2, n_output_layers=1,
+        num_hidden_layers=4, layer_types=["sliding_attention", "mlp", "full_attention", "mlp"],
+    ),
+    _of(
+        "hrm_text", ALL_HEADS, tokenizer=LLAMA3, head_dim=8, num_layers_per_stack=1, H_cycles=2, L_cycles=2,
+        num_hidden_layers=6,
+    ),
+    _of("qwen3_5", tokenizer=QWEN3_5_CLASS, text_config={**WIDE, **DELTA}, vision_config=VISION_QWEN),
+    _of(
+        "llama4", tokenizer=LLAMA3, text_config={**BODY, **LOCAL, "head_dim": 8, "intermediate_size_mlp": 48},
+        vision_config=VISION,
+    ),
+    _of("emu3", tokenizer=GPT2_PAD, text_config=BODY),
+    _of("got_ocr2", tokenizer=GPT2_PAD, text_config=BODY, vision_config=VISION_GOT),
+    _of(
+        "fuyu", tokenizer=UNIGRAM, text_config={**ALL_HEADS, "model_type": "persimmon"}, hidden_size=32,
+        patch_size=4,
+    ),
+    _of("git", ALL_HEADS, tokenizer=wordpiece, vision_config=VISION),
+    _of("moshi", BODY, tokenizer=UNIGRAM, ffn_dim=48, head_dim=8, audio_vocab_size=16, num_codebooks=2),
 ]
 
 MIXTURES = [
@@ -438,6 +498,55 @@ MIXTURES = [
         "llama4_text", BODY, LOCAL, FOUR, tokenizer=LLAMA3, head_dim=8, intermediate_size_mlp=48,
         interleave_moe_layer_step=2, no_rope_layers=[1, 0, 1, 0], attention_chunk_size=8,
     ),
+    _of("afmoe", WIDE, EXPERTS, WINDOW, BOTH, tokenizer=LLAMA3, num_dense_layers=1, num_shared_experts=1),
+    _of(
+        "aria_text", BODY, tokenizer=LLAMA2, head_dim=8, moe_num_experts=4, moe_topk=2,
+        moe_num_shared_experts=1,
+    ),
+    _of(
+        "cohere2_moe", WIDE, EXPERTS, WINDOW, BOTH, tokenizer=LLAMA3, logit_scale=0.5,
+        mlp_layer_types=["sparse", "sparse"],
+    ),
+    _of("exaone_moe", BODY, EXPERTS, WINDOW, BOTH, DENSE_SPARSE, tokenizer=GPT2_PAD, n_group=1, topk_group=1),
+    _of(
+        "granitemoe_swa", BODY, LOCAL, WINDOW, tokenizer=GPT2_PAD,
+        layer_types=["full_attention", "sliding_attention"], layer_rope_theta=[10000.0, 10000.0],
+    ),
+    _of("hy_v3", WIDE, EXPERTS, DENSE_SPARSE, tokenizer=GPT2_PAD, num_shared_experts=1),
+    _of(
+        "kolibri1", WIDE, LOCAL, WINDOW, BOTH, tokenizer=LLAMA3, moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    ),
+    _of(
+        "laguna", WIDE, SHARED, WINDOW, DENSE_SPARSE, tokenizer=LLAMA3,
+        layer_types=["full_attention", "sliding_attention"], num_attention_heads_per_layer=[4, 4],
+    ),
+    _of(
+        "mellum", WIDE, LOCAL, WINDOW, tokenizer=GPT2_PAD, moe_intermediate_size=24,
+        layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["sparse", "sparse"],
+    ),
+    _of(
+        "mimo_v2_flash", WIDE, ROUTED, WINDOW, DENSE_SPARSE, tokenizer=GPT2_PAD, v_head_dim=8,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    _of("solar_open", BODY, ROUTED, tokenizer=LLAMA3, head_dim=8),
+    _of("sarvam_moe", BODY, ROUTED, ONE_DENSE, tokenizer=LLAMA3, head_dim=8),
+    _of(
+        "flint", WIDE, SHARED, WINDOW, tokenizer=LLAMA3, layer_types=["full_attention", "sliding_attention"],
+        mlp_only_layers=[0],
+    ),
+    _of("beam", WIDE, EXPERTS, WINDOW, BOTH, DENSE_SPARSE, tokenizer=GPT2_PAD, n_group=1, topk_group=1),
+    _of("doge, experts", BODY, EXPERTS, tokenizer=LLAMA3, is_moe=True),
+    _of(
+        "minimax_m3_vl_text", BODY, LOCAL, tokenizer=GPT2_PAD, head_dim=8, dense_intermediate_size=48,
+        shared_intermediate_size=24, rotary_dim=4, mlp_layer_types=["dense", "sparse"], index_n_heads=2,
+        index_head_dim=8, index_block_size=4, index_topk_blocks=2,
+        layer_types=["full_attention", "full_attention"],
+    ),
+    _of(
+        "zaya", WIDE, tokenizer=GEMMA, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=24,
+        router_hidden_size=16, layer_types=["hybrid", "hybrid"],
+    ),
 ]
 
 LATENT_AND_LINEAR = [
@@ -462,6 +571,43 @@ LATENT_AND_LINEAR = [
     _of(
         "kimi_linear", ALL_HEADS, LATENT, HYBRID, DENSE_SPARSE, num_experts=4, num_experts_per_token=2,
         num_shared_experts=1, moe_intermediate_size=24, linear_head_dim=8, linear_num_heads=4,
+    ),
+    _of("axk1", ALL_HEADS, LATENT, ROUTED, DENSE_SPARSE, tokenizer=LLAMA3),
+    _of(
+        "axk2", ALL_HEADS, LATENT, ROUTED, DENSE_SPARSE, tokenizer=LLAMA3, index_topk=4, index_head_dim=8,
+        index_n_heads=2, gated_norm_rank=4,
+    ),
+    _of(
+        "glm_moe_dsa", ALL_HEADS, LATENT, ROUTED, DENSE_SPARSE, tokenizer=GPT2_PAD, index_topk=4,
+        index_head_dim=8, index_n_heads=2,
+    ),
+    _of(
+        "hy_v4", ALL_HEADS, LATENT, ROUTED, DENSE_SPARSE, tokenizer=GPT2_PAD, index_topk=4, index_head_dim=8,
+        index_n_heads=2, hc_mult=2,
+    ),
+    _of("sarvam_mla", ALL_HEADS, LATENT, ROUTED, ONE_DENSE, tokenizer=LLAMA3),
+    _of(
+        "bailing_hybrid", ALL_HEADS, LATENT, HYBRID, DENSE_SPARSE, tokenizer=GPT2_PAD, num_experts=4,
+        num_experts_per_token=2, num_shared_experts=1, moe_intermediate_size=24, num_expert_group=1,
+        topk_group=1, linear_head_dim=8, linear_num_heads=4, first_k_dense_replace=1,
+    ),
+    _of(
+        "lara_mini", WIDE, SHARED, DELTA, WINDOW, tokenizer=GPT2_PAD,
+        layer_types=["linear_attention", "sliding_attention"],
+    ),
+    _of(
+        "deepseek_v4", ALL_HEADS, FOUR, WINDOW, tokenizer=LLAMA3, num_key_value_heads=1, head_dim=16,
+        q_lora_rank=16, num_experts_per_tok=2, n_routed_experts=4, n_shared_experts=1,
+        moe_intermediate_size=24, hc_mult=2, hc_sinkhorn_iters=4, o_groups=2, o_lora_rank=8, index_n_heads=2,
+        index_head_dim=8, index_topk=4, qk_rope_head_dim=4, layer_types=COMPRESSED,
+        mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    ),
+    _of(
+        "inkling_text", WIDE, tokenizer=GPT2_PAD, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+        swa_head_dim=16, sliding_window_size=6, d_rel=4, rel_extent=16,
+        layer_types=["hybrid_sliding", "hybrid"], mlp_layer_types=["dense", "sparse"], n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=24,
     ),
 ]
 
@@ -496,9 +642,15 @@ STATE_SPACES = [
         context_length=128,
     ),
     _of(
-        "xlstm", hidden_size=128, embedding_dim=128, num_hidden_layers=2, num_blocks=2, num_heads=2,
-        chunk_size=8,
+        "xlstm", hidden_size=128, embedding_dim=128, num_hidden_layers=2, num_blocks=2, ffn_proj_factor=0.5,
+        v_dim_factor=0.5, ffn_round_up_to_multiple_of=8, num_heads=2, chunk_size=8,
     ),
+    _of(
+        "zamba", ALL_HEADS, MAMBA, FOUR, tokenizer=LLAMA2, num_key_value_heads=4, attn_layer_period=2,
+        attn_layer_offset=1, attention_head_dim=16, attention_hidden_size=64, n_mamba_heads=2,
+        mamba_dt_rank=4, use_mamba_kernels=False, layers_block_type=["mamba", "hybrid"] * 2,
+    ),
+    _of("lfm3", WIDE, WINDOW, tokenizer=LLAMA3, layer_types=["conv", "sliding_attention"], conv_L_cache=3),
 ]
 
 PER_LAYER_TABLES = [
@@ -507,6 +659,26 @@ PER_LAYER_TABLES = [
         activation_sparsity_pattern=[0.0, 0.0, 0.0, 0.0],
     ),
     _of("gemma4_text", PER_LAYER, tokenizer=GEMMA, global_head_dim=16),
+    _of(
+        "gemma4_text, no table in the layers", PER_LAYER, tokenizer=GEMMA, global_head_dim=16,
+        hidden_size_per_layer_input=0,
+    ),
+    _of(
+        "gemma4_text, experts and shared keys", PER_LAYER, tokenizer=GEMMA, global_head_dim=16,
+        num_kv_shared_layers=2, enable_moe_block=True, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
+    _of("gemma4", tokenizer=GEMMA, text_config={**PER_LAYER, "global_head_dim": 16}),
+    _of("gemma4_unified_text", PER_LAYER, tokenizer=GEMMA, global_head_dim=16),
+    _of(
+        "gemma3n_text, shared keys", PER_LAYER, tokenizer=GEMMA, laurel_rank=8, altup_num_inputs=2,
+        intermediate_size=48, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0], num_kv_shared_layers=2,
+    ),
+    _of(
+        "qwen4_exp_text", WIDE, SHARED, DELTA, tokenizer=GPT2_PAD, hc_count=2, hc_lowrank=8,
+        ple_layer_ids=[1], ple_embed_dim=8, ngram_vocab_size_base=500, make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=4, heads_per_ngram=2,
+    ),
 ]
 
 UNUSUAL = [
@@ -518,6 +690,20 @@ UNUSUAL = [
     ),
     _of("xlm", tokenizer=GPT2_PAD, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=128),
     _of("cpmant", ALL_HEADS, tokenizer=GPT2_PAD, dim_head=8, dim_ff=48, prompt_length=4),
+    _of(
+        "reformer, hashed", tokenizer=UNIGRAM, is_decoder=True, attn_layers=["local", "lsh"], hidden_size=32,
+        attention_head_size=8, num_attention_heads=4, feed_forward_size=48, max_position_embeddings=128,
+        axial_pos_embds=False, local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_buckets=4, hash_seed=0,
+    ),
+    _of(
+        "xlm, causal", tokenizer=GPT2_PAD, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=128,
+        causal=True,
+    ),
+    _of(
+        "blt", tokenizer=GPT2_PAD, max_position_embeddings=128, encoder_hash_byte_group_vocab=50,
+        local_attention_window_len=8, patcher_config=BLT, encoder_config={**BLT, "hidden_size_global": 64},
+        decoder_config={**BLT, "hidden_size_global": 64}, global_config={**BLT, "hidden_size": 64},
+    ),
 ]
 
 # Texts read from both sides, unless they say that they are decoders.
@@ -531,6 +717,26 @@ TWO_SIDED = [
     _of("big_bird, decoder", ALL_HEADS, tokenizer=wordpiece, is_decoder=True, attention_type="original_full"),
     _of("roformer, decoder", ALL_HEADS, tokenizer=wordpiece, embedding_size=32, is_decoder=True),
     _of("megatron-bert, decoder", ALL_HEADS, tokenizer=wordpiece, is_decoder=True),
+    _of("bert-generation, decoder", ALL_HEADS, tokenizer=UNIGRAM, is_decoder=True),
+    _of("camembert, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
+    _of("data2vec-text, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
+    _of("ernie, decoder", ALL_HEADS, tokenizer=wordpiece, is_decoder=True),
+    _of(
+        "rembert, decoder", ALL_HEADS, tokenizer=UNIGRAM, is_decoder=True, input_embedding_size=16,
+        output_embedding_size=48,
+    ),
+    _of("roberta-prelayernorm, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
+    _of(
+        "roc_bert, decoder", ALL_HEADS, tokenizer=wordpiece, is_decoder=True, enable_pronunciation=False,
+        enable_shape=False, pronunciation_vocab_size=8, shape_vocab_size=8, pronunciation_embed_dim=8,
+        shape_embed_dim=8,
+    ),
+    _of("xlm-roberta, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
+    _of("xlm-roberta-xl, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
+    _of(
+        "xmod, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True, languages=["en_XX"],
+        default_language="en_XX",
+    ),
 ]
 
 # Decoders of pairs of encoder and decoder, alone.
@@ -540,6 +746,21 @@ HALVES = [
     _of("marian", SEQ2SEQ, tokenizer=ended, decoder_start_token_id=0, forced_eos_token_id=None),
     _of("pegasus", SEQ2SEQ, tokenizer=ended, forced_eos_token_id=None),
     _of("trocr", SEQ2SEQ, tokenizer=enclosing),
+    _of("mbart", SEQ2SEQ, tokenizer=enclosing, forced_eos_token_id=None),
+    _of("mvp", SEQ2SEQ, tokenizer=enclosing),
+    _of("plbart", SEQ2SEQ, tokenizer=enclosing, forced_eos_token_id=None),
+    _of("blenderbot", SEQ2SEQ, tokenizer=enclosing, forced_eos_token_id=None),
+    _of("blenderbot-small", SEQ2SEQ, tokenizer=enclosing, forced_eos_token_id=None),
+    _of("bigbird_pegasus", SEQ2SEQ, tokenizer=ended),
+    _of(
+        "whisper", SEQ2SEQ, tokenizer=GPT2_PAD, max_source_positions=16, max_target_positions=128,
+        begin_suppress_tokens=None, decoder_start_token_id=0,
+    ),
+    _of(
+        "prophetnet", tokenizer=wordpiece, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4, max_position_embeddings=128,
+    ),
 ]
 
 # fmt: on
