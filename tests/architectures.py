@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import log
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CohereTokenizer,
     GemmaTokenizer,
     PretrainedConfig,
@@ -62,22 +64,20 @@ BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 def sentencepiece(kind: str, *, prepend: str = "first", pad: str | None = None) -> PreTrainedTokenizerFast:
     """As Llama's and Gemma's: BPE or Unigram over words that begin with U+2581, the unknown as bytes."""
-    backend = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
+    backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    trained = json.loads(backend.to_str())["model"]
+    pieces = sorted(trained["vocab"], key=trained["vocab"].get)
     if kind == "bpe":
-        backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
-        trained = json.loads(backend.to_str())["model"]
-        pieces = sorted(trained["vocab"], key=trained["vocab"].get)
         vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *BYTES, *pieces])}
         merges = [tuple(pair) for pair in trained["merges"]]
         backend.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     else:
-        backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=60, show_progress=False))
-        scored = json.loads(backend.to_str())["model"]["vocab"]
+        # A UnigramTrainer, which sums in any order, gives other pieces in every process.
+        text = " ".join(["", *CORPUS]).replace(" ", "▁")
         entries = [*((name, 0.0) for name in SPECIAL), *((name, -99.0) for name in BYTES)]
-        # Pieces of the same score come in another order in every process.
-        pieces = sorted((-score, piece) for piece, score in scored if piece not in SPECIAL)
-        entries += [(piece, -score) for score, piece in pieces]
+        entries += [(piece, log(max(text.count(piece), 1) / len(text))) for piece in pieces]
         backend.model = models.Unigram(entries, 0, byte_fallback=True)
     backend.decoder = decoders.Sequence(
         [
@@ -193,17 +193,17 @@ class Architecture:
     config: Callable[[int, Settings], PretrainedConfig]  # of the size of the vocabulary and the special ids
     tokenizer: Callable[[], Any] = GPT2
     wider: int = 0  # rows of the table that no token has
-    sharp: bool = True  # with large weights; not where these make NaN
     tokenizer_class: str | None = None  # what tokenizer_config.json is to name
+    whole: bool = False  # saved with its eyes, of which AutoModelForCausalLM leaves out what writes no text
 
     def save(self, folder: Path) -> Path:
         torch.manual_seed(0)
         tokenizer = self.tokenizer()
         # What models without padding say: many a config names an id beyond a tiny table.
-        ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        model = AutoModelForCausalLM.from_config(self.config(len(tokenizer) + self.wider, ids))
-        if self.sharp:
-            sharpen(model)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        kind = AutoModelForImageTextToText if self.whole else AutoModelForCausalLM
+        model = kind.from_config(self.config(len(tokenizer) + self.wider, ids))
+        sharpen(model)
         for name, weight in model.named_parameters():
             if "post_" in name and "norm" in name:  # Gemma's layers are normalised against large embeddings
                 weight.data.fill_(4.0)
@@ -233,12 +233,12 @@ def _resolved(settings: Settings, known: Settings) -> Settings:
 
 
 def _of(
-    name: str, *sizes: Settings, tokenizer: Callable[[], Any] = GPT2, wider: int = 0, sharp: bool = True,
-    tokenizer_class: str | None = None, **settings: Any,
+    name: str, *sizes: Settings, tokenizer: Callable[[], Any] = GPT2, wider: int = 0,
+    tokenizer_class: str | None = None, whole: bool = False, **settings: Any,
 ) -> Architecture:  # fmt: skip
     given = {key: value for each in [*sizes, settings] for key, value in each.items()}
     config = partial(_nested if "text_config" in given else _tiny, name.split(",")[0], given)
-    return Architecture(name, config, tokenizer, wider, sharp, tokenizer_class)
+    return Architecture(name, config, tokenizer, wider, tokenizer_class, whole)
 
 
 # Sizes under the names that most configs have, and under those of GPT-2's kin and of BART's.
@@ -251,6 +251,7 @@ ALL_HEADS: Settings = {
 }
 BODY: Settings = {**ALL_HEADS, "num_key_value_heads": 2}
 WIDE: Settings = {**BODY, "head_dim": 16}  # heads wider than hidden_size / heads
+THREE: Settings = {"num_hidden_layers": 3}
 FOUR: Settings = {"num_hidden_layers": 4}  # where kinds of layers alternate
 WINDOW: Settings = {"sliding_window": 6}  # shorter than most prompts
 GPT: Settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
@@ -260,6 +261,7 @@ SEQ2SEQ: Settings = {
     for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
 } | {"d_model": 32, "max_position_embeddings": 128}
 BOTH: Settings = {"layer_types": ["sliding_attention", "full_attention"]}
+FULL_FIRST = BOTH["layer_types"][::-1]
 ROPE: Settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 OWN_HEAD: Settings = {"tie_word_embeddings": False}
 TIED: Settings = {"tie_word_embeddings": True}
@@ -342,7 +344,28 @@ VISION_GOT: Settings = {
     "mlp_dim": 16,
     "global_attn_indexes": [0],
 }
-BLT: Settings = {**BODY, "num_hidden_layers": 1, "num_key_value_heads": 4, "vocab_size": 331}
+# Each of its four models has a table of its own, of at least the tokenizer's size.
+BLT: Settings = {**BODY, "num_hidden_layers": 1, "num_key_value_heads": 4, "vocab_size": 400}
+VISION_LLAMA4: Settings = {
+    **VISION,
+    "intermediate_size": 64,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+VISION_MLLAMA: Settings = {
+    "hidden_size": 16,
+    "attention_heads": 2,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_global_layers": 1,
+    "vision_output_dim": 32,
+    "intermediate_layers_indices": [0],
+    "image_size": 16,
+    "patch_size": 8,
+    "max_num_tiles": 1,
+    "supported_aspect_ratios": [[1, 1]],
+}
 GEMMA3: Settings = {**WIDE, **WINDOW, **BOTH}
 PER_LAYER: Settings = {
     **WIDE,
@@ -431,16 +454,16 @@ DECODERS = [
     _of("doge", BODY, tokenizer=LLAMA3),
     _of(
         "modernbert-decoder", ALL_HEADS, tokenizer=GPT2_PAD, local_attention=12, global_attn_every_n_layers=2,
-        layer_types=["full_attention", "sliding_attention"], cls_token_id=0, sep_token_id=0,
+        layer_types=FULL_FIRST, cls_token_id=0, sep_token_id=0,
     ),
     _of("jais2", BODY, head_dim=8),
     _of("nanochat", BODY, tokenizer=LLAMA3),
     _of("internlm3", BODY, tokenizer=LLAMA2, head_dim=8),
-    _of("cwm", WIDE, WINDOW, tokenizer=LLAMA3, layer_types=["full_attention", "sliding_attention"]),
+    _of("cwm", WIDE, WINDOW, tokenizer=LLAMA3, layer_types=FULL_FIRST),
     _of("exaone", BODY, tokenizer=GPT2_PAD, head_dim=8),
     _of("hyperclovax", BODY, tokenizer=GPT2_PAD, head_dim=8),
     _of(
-        "granite_swa", BODY, WINDOW, tokenizer=GPT2_PAD, layer_types=["full_attention", "sliding_attention"],
+        "granite_swa", BODY, WINDOW, tokenizer=GPT2_PAD, layer_types=FULL_FIRST,
         layer_rope_theta=[10000.0, 10000.0],
     ),
     _of("iquestcoder", BODY, tokenizer=LLAMA3, head_dim=8),
@@ -448,19 +471,27 @@ DECODERS = [
     _of("opt, norms behind", ALL_HEADS, tokenizer=OPT, do_layer_norm_before=False, ffn_dim=48),
     _of("gpt_bigcode, keys for every head", GPT, multi_query=False),
     _of(
-        "dory", WIDE, WINDOW, tokenizer=LLAMA3, n_input_layers=1, n_recurrent_layers=2, n_output_layers=1,
-        num_hidden_layers=4, layer_types=["sliding_attention", "mlp", "full_attention", "mlp"],
+        "dory", WIDE, WINDOW, tokenizer=LLAMA3, n_input_layers=2, n_recurrent_layers=4, n_output_layers=2,
+        num_hidden_layers=8, layer_types=["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
     ),
     _of(
         "hrm_text", ALL_HEADS, tokenizer=LLAMA3, head_dim=8, num_layers_per_stack=1, H_cycles=2, L_cycles=2,
         num_hidden_layers=6,
     ),
-    _of("qwen3_5", tokenizer=QWEN3_5_CLASS, text_config={**WIDE, **DELTA}, vision_config=VISION_QWEN),
     _of(
-        "llama4", tokenizer=LLAMA3, text_config={**BODY, **LOCAL, "head_dim": 8, "intermediate_size_mlp": 48},
-        vision_config=VISION,
+        "qwen3_5", whole=True, tokenizer=QWEN3_5_CLASS, text_config={**WIDE, **DELTA},
+        vision_config=VISION_QWEN,
     ),
-    _of("emu3", tokenizer=GPT2_PAD, text_config=BODY),
+    _of(
+        "llama4", whole=True, tokenizer=LLAMA3,
+        text_config={**BODY, **LOCAL, "head_dim": 8, "intermediate_size_mlp": 48},
+        vision_config=VISION_LLAMA4,
+    ),
+    _of(
+        "mllama", whole=True, tokenizer=LLAMA3,
+        text_config={**BODY, **ROPE, **THREE, "pad_token_id": 0, "cross_attention_layers": [1]},
+        vision_config=VISION_MLLAMA,
+    ),
     _of("got_ocr2", tokenizer=GPT2_PAD, text_config=BODY, vision_config=VISION_GOT),
     _of(
         "fuyu", tokenizer=UNIGRAM, text_config={**ALL_HEADS, "model_type": "persimmon"}, hidden_size=32,
@@ -509,8 +540,8 @@ MIXTURES = [
     ),
     _of("exaone_moe", BODY, EXPERTS, WINDOW, BOTH, DENSE_SPARSE, tokenizer=GPT2_PAD, n_group=1, topk_group=1),
     _of(
-        "granitemoe_swa", BODY, LOCAL, WINDOW, tokenizer=GPT2_PAD,
-        layer_types=["full_attention", "sliding_attention"], layer_rope_theta=[10000.0, 10000.0],
+        "granitemoe_swa", BODY, LOCAL, WINDOW, tokenizer=GPT2_PAD, layer_types=FULL_FIRST,
+        layer_rope_theta=[10000.0, 10000.0],
     ),
     _of("hy_v3", WIDE, EXPERTS, DENSE_SPARSE, tokenizer=GPT2_PAD, num_shared_experts=1),
     _of(
@@ -518,24 +549,22 @@ MIXTURES = [
         shared_expert_intermediate_size=24,
     ),
     _of(
-        "laguna", WIDE, SHARED, WINDOW, DENSE_SPARSE, tokenizer=LLAMA3,
-        layer_types=["full_attention", "sliding_attention"], num_attention_heads_per_layer=[4, 4],
+        "laguna", WIDE, SHARED, WINDOW, DENSE_SPARSE, tokenizer=LLAMA3, layer_types=FULL_FIRST,
+        num_attention_heads_per_layer=[4, 4],
     ),
     _of(
-        "mellum", WIDE, LOCAL, WINDOW, tokenizer=GPT2_PAD, moe_intermediate_size=24,
-        layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["sparse", "sparse"],
+        "mellum", WIDE, LOCAL, WINDOW, tokenizer=GPT2_PAD, moe_intermediate_size=24, layer_types=FULL_FIRST,
+        mlp_layer_types=["sparse", "sparse"],
     ),
     _of(
         "mimo_v2_flash", WIDE, ROUTED, WINDOW, DENSE_SPARSE, tokenizer=GPT2_PAD, v_head_dim=8,
-        layer_types=["full_attention", "sliding_attention"],
+        layer_types=FULL_FIRST,
     ),
     _of("solar_open", BODY, ROUTED, tokenizer=LLAMA3, head_dim=8),
     _of("sarvam_moe", BODY, ROUTED, ONE_DENSE, tokenizer=LLAMA3, head_dim=8),
-    _of(
-        "flint", WIDE, SHARED, WINDOW, tokenizer=LLAMA3, layer_types=["full_attention", "sliding_attention"],
-        mlp_only_layers=[0],
-    ),
+    _of("flint", WIDE, SHARED, WINDOW, tokenizer=LLAMA3, layer_types=FULL_FIRST, mlp_only_layers=[0]),
     _of("beam", WIDE, EXPERTS, WINDOW, BOTH, DENSE_SPARSE, tokenizer=GPT2_PAD, n_group=1, topk_group=1),
+    # Not causal: a token changes the logits in front of it, by the experts that those tokens go to.
     _of("doge, experts", BODY, EXPERTS, tokenizer=LLAMA3, is_moe=True),
     _of(
         "minimax_m3_vl_text", BODY, LOCAL, tokenizer=GPT2_PAD, head_dim=8, dense_intermediate_size=48,
@@ -677,11 +706,13 @@ PER_LAYER_TABLES = [
     _of(
         "qwen4_exp_text", WIDE, SHARED, DELTA, tokenizer=GPT2_PAD, hc_count=2, hc_lowrank=8,
         ple_layer_ids=[1], ple_embed_dim=8, ngram_vocab_size_base=500, make_ngram_vocab_size_divisible_by=8,
-        split_ngram_parts=4, heads_per_ngram=2,
+        split_ngram_parts=4, heads_per_ngram=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16,
+        indexer_budget=8, indexer_compress_ratio=2,
     ),
 ]
 
 UNUSUAL = [
+    # From both sides; generate() puts a token behind the text that it is to replace, as it does for both xlm.
     _of("xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48, tokenizer=UNIGRAM),
     _of(
         "reformer", tokenizer=UNIGRAM, is_decoder=True, attn_layers=["local", "local"], hidden_size=32,
@@ -689,6 +720,7 @@ UNUSUAL = [
         axial_pos_embds=False, local_attn_chunk_length=8,
     ),
     _of("xlm", tokenizer=GPT2_PAD, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=128),
+    # The prompt in front of every text is the model's own, and read from both sides.
     _of("cpmant", ALL_HEADS, tokenizer=GPT2_PAD, dim_head=8, dim_ff=48, prompt_length=4),
     _of(
         "reformer, hashed", tokenizer=UNIGRAM, is_decoder=True, attn_layers=["local", "lsh"], hidden_size=32,
@@ -699,17 +731,22 @@ UNUSUAL = [
         "xlm, causal", tokenizer=GPT2_PAD, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=128,
         causal=True,
     ),
+    # With a cache it does not run in transformers 5.24: its config counts no layers.
     _of(
-        "blt", tokenizer=GPT2_PAD, max_position_embeddings=128, encoder_hash_byte_group_vocab=50,
-        local_attention_window_len=8, patcher_config=BLT, encoder_config={**BLT, "hidden_size_global": 64},
-        decoder_config={**BLT, "hidden_size_global": 64}, global_config={**BLT, "hidden_size": 64},
+        "blt", tokenizer=GPT2_PAD, use_cache=False, max_position_embeddings=128,
+        encoder_hash_byte_group_vocab=50, local_attention_window_len=8, patcher_config=BLT,
+        encoder_config={**BLT, "hidden_size_global": 64}, decoder_config={**BLT, "hidden_size_global": 64},
+        global_config={**BLT, "hidden_size": 64},
     ),
 ]
 
 # Texts read from both sides, unless they say that they are decoders.
 TWO_SIDED = [
+    # generate() nevertheless caches: a token is written as if those in front of it had not seen it.
     _of("bert", ALL_HEADS, tokenizer=wordpiece),
     _of("bert, decoder", ALL_HEADS, tokenizer=wordpiece, is_decoder=True),
+    # generate() counts its positions from 0, the forward pass by itself from behind the padding's id: they
+    # differ in all of RoBERTa's kin below (camembert, data2vec-text, xlm-roberta ..., xmod).
     _of("roberta", ALL_HEADS, tokenizer=enclosing),
     _of("roberta, decoder", ALL_HEADS, tokenizer=enclosing, is_decoder=True),
     _of("electra", ALL_HEADS, tokenizer=wordpiece, embedding_size=16),
@@ -741,7 +778,7 @@ TWO_SIDED = [
 
 # Decoders of pairs of encoder and decoder, alone.
 HALVES = [
-    # The last token that generate() may write is EOS by force.
+    # The last token that generate() may write is EOS by force, as in BART's own folders.
     _of("bart", SEQ2SEQ, tokenizer=enclosing, forced_eos_token_id=itemgetter("eos_token_id")),
     _of("marian", SEQ2SEQ, tokenizer=ended, decoder_start_token_id=0, forced_eos_token_id=None),
     _of("pegasus", SEQ2SEQ, tokenizer=ended, forced_eos_token_id=None),
@@ -756,6 +793,7 @@ HALVES = [
         "whisper", SEQ2SEQ, tokenizer=GPT2_PAD, max_source_positions=16, max_target_positions=128,
         begin_suppress_tokens=None, decoder_start_token_id=0,
     ),
+    # generate() fails: it hands on positions, which this wants only to find itself.
     _of(
         "prophetnet", tokenizer=wordpiece, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48,
         num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
