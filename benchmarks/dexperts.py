@@ -34,7 +34,8 @@ from quark_fast.finished import Finished
 from quark_fast.metrics import Sample
 from quark_fast.ops.loss import quark_loss
 from quark_fast.policy import FAST_ATTENTION, load_pretrained, stored_dtype
-from quark_fast.rollout import Conditioning, cache_argument
+from quark_fast.reading import cache_argument
+from quark_fast.rollout import Conditioning
 from quark_fast.rounding import conversion
 
 

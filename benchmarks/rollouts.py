@@ -27,7 +27,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from quark_fast import assets
 from quark_fast.machine import keep_freed_memory, quiet_libraries, sampling_dtype, set_threads, versions
 from quark_fast.policy import Policy, load_pretrained, load_reference
-from quark_fast.rollout import Conditioning, Sampling, pad_left, sample
+from quark_fast.reading import pad_left
+from quark_fast.rollout import Conditioning, Sampling, sample
 from quark_fast.tasks import find_task
 
 Engine = Callable[[Sampling], list[list[int]]]

@@ -32,7 +32,7 @@ def grouped_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, width = query.shape
     groups = key.shape[1]
-    rows = query.view(batch, groups, heads // groups, width)
+    rows = query.reshape(batch, groups, heads // groups, width)
     scores = (rows @ key.transpose(-1, -2)) * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         allowed = attention_mask[..., : key.shape[-2]]
@@ -41,7 +41,7 @@ def grouped_attention(
         else:
             scores = scores + allowed
     context = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return context.reshape(batch, 1, heads, width), None
+    return context.reshape(batch, 1, heads, value.shape[-1]), None
 
 
 AttentionInterface.register(FAST_ATTENTION, grouped_attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quark_fast.policy import Policy
-from quark_fast.rollout import pad_left
+from quark_fast.reading import Reading, pad_left, positions_of, read
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,12 +88,14 @@ class Batch:
         ids, attention_mask: (N, P + C) what the policy reads: prefix, reward token, prompt, completion.
         labels: (N, C) completion ids, 0 beyond the end.
         mask: (N, C) bool, True on completion tokens.
+        reading: how the policy's model is to be read.
     """
 
     ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     mask: Tensor
+    reading: Reading
 
 
 def make_batch(
@@ -113,31 +115,49 @@ def make_batch(
         attention_mask=torch.cat([context_mask, mask], dim=1),
         labels=labels,
         mask=mask.bool(),
+        reading=policy.reading,
     )
 
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
     """(N, C, >= V) logits of each completion token, given everything before it."""
-    logits: Tensor = model(**_inputs(batch), logits_to_keep=_before_completion(batch)).logits
-    return logits
+
+    def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        columns = _before_completion(batch, ids)
+        found: Tensor = read(model, ids, mask, positions, columns=columns).logits
+        return found
+
+    return _by_length(batch, logits)
 
 
 def completion_hidden(model: Any, batch: Batch) -> Tensor:
     """(N, C, D) what the model's head takes to predict each completion token (``policy.linear_head``)."""
-    hidden: Tensor = model.base_model(**_inputs(batch)).last_hidden_state
-    return hidden[:, _before_completion(batch)]
+
+    def hidden(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        found: Tensor = read(model.base_model, ids, mask, positions).last_hidden_state
+        return found[:, _before_completion(batch, ids)]
+
+    return _by_length(batch, hidden)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
-        "use_cache": False,
-    }
+def _by_length(batch: Batch, compute: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    """The rows together, or where the model reads no padding, contexts of one length at a time.
+
+    What follows a completion needs no mask: a causal model reads it later.
+    """
+    if batch.reading.padding:
+        return compute(batch.ids, batch.attention_mask, positions_of(batch.attention_mask))
+    width = batch.ids.shape[1] - batch.labels.shape[1]
+    starts = width - batch.attention_mask[:, :width].sum(1)
+    parts, order = [], []
+    for start in sorted({*starts.tolist()}):
+        rows = (starts == start).nonzero().squeeze(1)
+        parts.append(compute(batch.ids[rows, start:], None, None))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def _before_completion(batch: Batch) -> Tensor:
-    """The columns that predict the completion; its last token predicts nothing that is trained on."""
-    length, width = batch.labels.shape[1], batch.ids.shape[1]
-    return torch.arange(width - length - 1, width - 1, device=batch.ids.device)
+def _before_completion(batch: Batch, ids: Tensor) -> Tensor:
+    """The columns of ids that predict the completion; its last token predicts nothing that is trained on."""
+    length, width = batch.labels.shape[1], ids.shape[1]
+    return torch.arange(width - length - 1, width - 1, device=ids.device)

@@ -187,8 +187,12 @@ def first_completions(
     """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
     for number, some in enumerate((slice(0, 4), slice(4, 64))):
         rows, own_seed = prompts.rows[some], seed_for(seed, "check of the reward", number)
-        for indices, drawn in sample(policy, model, prompts.ids[some], Conditioning(), sampling, 1, own_seed):
-            yield [rows[i] for i in indices], [policy.decode(one) for (one,) in drawn]
+        some_ids = prompts.ids[some]
+        for indices, drawn in sample(policy, model, some_ids, Conditioning(), sampling, 1, own_seed):
+            yield (
+                [rows[i] for i in indices],
+                [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],
+            )
 
 
 def _measure(
@@ -200,7 +204,7 @@ def _measure(
     nll: Nll,
 ) -> list[Sample]:
     """Score and perplexity of completions, each with the index of its prompt."""
-    texts = [policy.decode(completion) for _, completion in completions]
+    texts = [policy.decode(completion, held_out.ids[i]) for i, completion in completions]
     rewards = reward([held_out.rows[i] for i, _ in completions], texts)
     fluency = nll([i for i, _ in completions], [completion for _, completion in completions], texts)
     return [
@@ -417,7 +421,8 @@ def classify_prompts(
         found = []
         for place, completions in zip(places, drawn, strict=True):
             row = held_out.rows[open_ids[place]]
-            rewards = reward([row] * len(completions), [policy.decode(one) for one in completions])
+            texts = [policy.decode(one, prompts[place]) for one in completions]
+            rewards = reward([row] * len(completions), texts)
             having = np.where(rewards == 0.5, 0.5, rewards > 0.5)[~np.isnan(rewards)]
             positive = float(having.mean()) if len(having) else 0.5
             found.append((open_ids[place], prompt_class(positive if target == "positive" else 1 - positive)))
@@ -478,7 +483,7 @@ class Probe:
         ids = held_out.ids[: max(32, PROBE_TOKENS // sampling.max_new_tokens)]
 
         def scored(indices: list[int], drawn: list[list[list[int]]]) -> Drawn:
-            texts = [policy.decode(completion) for (completion,) in drawn]
+            texts = [policy.decode(one, held_out.ids[i]) for i, (one,) in zip(indices, drawn, strict=True)]
             rewards = reward([held_out.rows[i] for i in indices], texts)
             return [
                 (list(held_out.ids[i]), completion, float(value))

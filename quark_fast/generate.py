@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
         parts = sample(policy, model, prompts, conditioning, sampling, arguments.samples, arguments.seed)
         for indices, drawn in parts:
             for i, group in zip(indices, drawn, strict=True):
-                texts[i] = [policy.decode(completion) for completion in group]
+                texts[i] = [policy.decode(completion, prompts[i]) for completion in group]
         return texts
 
     before = completions(finished.reference, Conditioning())

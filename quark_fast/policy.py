@@ -22,6 +22,7 @@ from quark_fast.config import Config, UsageError
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, is_chat
+from quark_fast.reading import Reading
 from quark_fast.rounding import conversion
 from quark_fast.seeds import seed_for
 from quark_fast.tokenizer import (
@@ -81,10 +82,12 @@ class Policy:
         prefix_text: what spells the prefix where a text has to.
         stop_ids: the ids that end a completion: end of text, end of turn, document separator.
         stored_dtype: of the weights at the model's source.
+        reading: how the model is read right, ``checked.py`` finds out.
         unsharded: a whole model like ``model`` before it had reward tokens; needed to copy a sharded one.
     """
 
     stored_dtype = torch.float32
+    reading = Reading()
     unsharded: Any = None
 
     def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
@@ -96,6 +99,7 @@ class Policy:
         if not auto and prefix:
             self.prefix = list(tokenizer(prefix, add_special_tokens=False).input_ids)
         self.text_tokenizer = for_texts(tokenizer)
+        self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
         tokens = own_reward_tokens(tokenizer)  # of an export
         if len(tokens) != quantiles:
             tokens = [reward_token(k) for k in range(quantiles)]
@@ -260,7 +264,7 @@ class Policy:
         texts = [list(every[i])[:max_tokens] for i in kept]
         prompts = [ids[:prefix_tokens] for ids in texts]
         asked = [
-            {**rows[i], "prompt": self.decode(ids), "text": rows[i]["prompt"]}
+            {**rows[i], "prompt": self.decode(ids, prompt=[]), "text": rows[i]["prompt"]}
             for i, ids in zip(kept, prompts, strict=True)
         ]
         if len(kept) < len(rows):
@@ -310,9 +314,20 @@ class Policy:
         if not self.prefix and min(map(len, prompts)) == 0:
             raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")
 
-    def decode(self, completion: Sequence[int]) -> str:
-        """A completion's text, special tokens left out."""
-        return str(self.tokenizer.decode(completion, skip_special_tokens=True))
+    def decode(self, completion: Sequence[int], prompt: Sequence[int] | None = None) -> str:
+        """What a completion adds to its prompt's text, special tokens left out, nothing tidied up.
+
+        Alone its text may be another: sentencepiece tokenizers drop a text's first space, and a character may
+        begin in the prompt. An empty prompt is the beginning of a text; None: behind some prompt or other.
+        """
+        # So many tokens that what stands before them has no part in how a token is spelled.
+        before = self._some_text if prompt is None else list(prompt[-16:])
+        alone, together = (
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (before, [*before, *completion])
+        )
+        common = (i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b)
+        return str(together[next(common, min(len(alone), len(together))) :])
 
     def conditioned(self, prompt: Sequence[int], quantile: int | None) -> list[int]:
         """prefix + reward token + prompt; without a quantile, prefix + prompt: what the reference sees."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,11 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from quark_fast.config import UsageError
 from quark_fast.journal import Kept
 from quark_fast.machine import within_memory
 from quark_fast.policy import Policy
+from quark_fast.reading import next_logits, runs_of_one_length
 from quark_fast.seeds import seed_for
 
 T = TypeVar("T")
@@ -133,21 +133,25 @@ def _sample_by_parts(
     """A batch with at most ``size`` completions side by side."""
     generator = torch.Generator(model.device).manual_seed(seed)
     found: list[list[list[int]]] = [[] for _ in prompts]
-    for first, count, each in _parts(len(prompts), samples, size):
-        part = slice(first, first + count)
+    lengths = [len(prompt) for prompt in prompts]
+    for part, each in _parts(lengths, samples, size, policy.reading.padding):
         drawn = _sample_batch(policy, model, prompts[part], conditioning, sampling, each, generator)
         for own, more in zip(found[part], drawn, strict=True):
             own += more
     return found
 
 
-def _parts(prompts: int, samples: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """(first prompt, how many, how many samples of each) so that at most ``size`` are side by side."""
+def _parts(lengths: Sequence[int], samples: int, size: int, padding: bool) -> Iterator[tuple[slice, int]]:
+    """(prompts, how many samples of each) so that at most ``size`` are side by side, all of one length
+    without ``padding``."""
     together = max(1, size // samples)
-    for first in range(0, prompts, together):
-        count = min(together, prompts - first)
-        for start in range(0, samples, size if count == 1 else samples):
-            yield first, count, min(size if count == 1 else samples, samples - start)
+    every = slice(0, len(lengths))
+    for run in [every] if padding else runs_of_one_length(lengths):
+        for first in range(run.start, run.stop, together):
+            part = slice(first, min(first + together, run.stop))
+            at_once = size if part.stop - first == 1 else samples
+            for start in range(0, samples, at_once):
+                yield part, min(at_once, samples - start)
 
 
 def _say_smaller(size: int) -> None:
@@ -265,28 +269,19 @@ def _sample_batch(
     stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=model.device)
 
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in prompts]
-    ids, mask = pad_left(contexts, model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    # Not as the number 1: that is a slice, and a product with a slice copies the head for every prompt.
-    last = torch.tensor([-1], device=model.device)
-    step = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": last}
-    logits = model(ids, attention_mask=mask, position_ids=positions, **step).logits
-    if samples > 1:  # the prompt was read once; from here on each sample has its own cache
-        cache.batch_repeat_interleave(samples)
-        logits, mask, positions = (t.repeat_interleave(samples, 0) for t in (logits, mask, positions))
-    position = positions[:, -1:]
-
+    reader = next_logits(model, contexts, samples, policy.reading)
+    logits = next(reader)
     drawn: list[Tensor] = []
     ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
     for length in range(sampling.max_new_tokens):
-        scores = logits[:, -1, : policy.vocabulary].float()
+        scores = logits[:, : policy.vocabulary].float()
         if len(streams) > 1:
             scores = (scores.log_softmax(-1).view(len(streams), rows, -1) * weights).sum(0)
         if length < sampling.min_new_tokens:
             scores[:, stop] = -torch.inf
         if sampling.temperature == 0:
-            tokens = scores.argmax(-1)
+            highest, tokens = scores.max(-1)
+            check_finite(highest)
         else:
             if sampling.temperature != 1:  # a division by 1 would read and write a vocabulary a row
                 scores = scores / sampling.temperature
@@ -295,18 +290,23 @@ def _sample_batch(
         ended |= torch.isin(tokens, stop)
         if length + 1 == sampling.max_new_tokens or bool(ended.all()):
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        next_ids = tokens.repeat(len(streams)).unsqueeze(1)
-        logits = model(next_ids, attention_mask=mask, position_ids=position, **step).logits
+        logits = reader.send(tokens.repeat(len(streams)))
 
     completions = [_until_stop(row, policy.stop_ids) for row in torch.stack(drawn, 1).tolist()]
     return [completions[i : i + samples] for i in range(0, rows, samples)]
 
 
-def cache_argument(model: Any) -> str:
-    """What the model calls its cache: transformers 5.24 renamed it, and warns at the old name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+class NotFinite(UsageError):
+    """A model's logits are NaN or infinite."""
+
+
+def check_finite(found: Tensor) -> None:
+    """Raise NotFinite for what a model's logits cannot give if they are numbers."""
+    if not bool(found.isfinite().all()):
+        raise NotFinite(
+            "the model's logits are NaN or infinite, so there is nothing to sample from: its weights have"
+            " diverged, or it overflows in this precision; give sound weights, or --precision fp32"
+        )
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -315,14 +315,6 @@ def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
         if token in stop_ids:
             return tokens[: place + 1]
     return tokens
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, L) ids aligned at their right end, and their attention mask. The padding id is never read."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -337,10 +329,13 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         logits: (N, V) float32.
     Returns:
         (N,) token ids.
+    Raises:
+        NotFinite: a row has a NaN or +inf.
     """
     probs = logits.softmax(-1)
     # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
     cdf = probs.cumsum(-1)
+    check_finite(cdf[:, -1])
     tokens = torch.empty(len(probs), dtype=torch.long, device=probs.device)
     open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
     while len(open_rows):

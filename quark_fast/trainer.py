@@ -739,7 +739,7 @@ class Trainer:
     def _score(self, prompts: list[int], places: list[int], drawn: list[list[list[int]]]) -> list[Scored]:
         """Completions of the prompts at these places, with their rewards."""
         flat = [(prompts[place], one) for place, group in zip(places, drawn, strict=True) for one in group]
-        texts = [self.policy.decode(completion) for _, completion in flat]
+        texts = [self.policy.decode(completion, self.train_ids[i]) for i, completion in flat]
         scores = self.reward([self.train_rows[i] for i, _ in flat], texts)
         return [
             Scored(i, completion, text, float(score))

@@ -12,6 +12,7 @@ from conftest import WORDS, sharpen
 
 from quark_fast.batch import WINDOW, Draws, completion_logits, make_batch, plan_batches
 from quark_fast.policy import Policy
+from quark_fast.reading import Reading
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 CPU = torch.device("cpu")
@@ -41,13 +42,15 @@ COMPLETIONS = [[12], [13, 14, 15, 16, WORDS], [17, 18], [19, 20, 21], [0, 0, 0]]
 QUANTILES = [0, 2, None, 1, 2]
 
 
+@pytest.mark.parametrize("padding", [True, False])
 @pytest.mark.parametrize("attention", ["quark_grouped", "sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_and_gradients_are_those_of_each_sequence_alone(
-    tiny_model: Make, architecture: str, attention: str
+    tiny_model: Make, architecture: str, attention: str, padding: bool
 ) -> None:
     policy = Policy.create(tiny_model(architecture, padded_vocabulary=10), quantiles=3)
     policy.model.eval()
+    policy.reading = Reading(padding=padding)
     sharpen(policy.model)
     parameters = list(policy.model.parameters())
 

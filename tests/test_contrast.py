@@ -108,3 +108,15 @@ def test_certain_and_mistaken_samples_stay_finite(sign: float) -> None:
     surrogate.backward()
     torch.testing.assert_close(value.double(), plain(far, labels, mask).detach(), rtol=1e-5, atol=1e-6)
     assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "cpp"])
+def test_logits_that_are_not_finite_show_in_value_and_gradient_and_blame_no_mask(impl: str) -> None:
+    logits, labels, mask = problem(torch.float32)
+    with torch.no_grad():
+        logits[0, 2, 1, 5] = torch.nan
+    value, surrogate = contrast_loss(logits, labels, mask, vocab_size=VOCABULARY, samples=SAMPLES, impl=impl)
+    surrogate.backward()
+    assert value.isfinite().tolist() == [True, True, False, True, True]
+    broken = ~logits.grad.isfinite().all(-1)
+    assert broken.nonzero().tolist() == [[0, 2, 1]]

@@ -368,9 +368,10 @@ def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
     prompts: int, samples: int, size: int
 ) -> None:
     counts = [0] * prompts
-    for first, count, each in _parts(prompts, samples, size):
-        assert count * each <= size
-        for i in range(first, first + count):
+    for part, each in _parts([3] * prompts, samples, size, padding=True):
+        places = range(prompts)[part]
+        assert len(places) * each <= size
+        for i in places:
             counts[i] += each
     assert counts == [samples] * prompts
 

@@ -20,10 +20,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import byte_level, sentencepiece
 from conftest import sharpen
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from quark_fast.config import Config, UsageError
@@ -36,75 +35,7 @@ from quark_fast.prompts import chat_template
 from quark_fast.rollout import Conditioning, Sampling, sample
 from quark_fast.tokenizer import own_reward_tokens
 
-CORPUS = [
-    "The man said that the reward was good, and the woman said that it was better.",
-    "There was a time when the cat sat on the mat; then it was the dog's turn to sit there.",
-    "Once upon a time 1, 2 and 3 were said to be numbers that the man and the woman had.",
-]
 CPU = torch.device("cpu")
-
-# --- Tokenizers ------------------------------------------------------------------------------------
-
-
-def byte_level(*, bos: bool = False, pad: str | None = None) -> PreTrainedTokenizerFast:
-    """As GPT-2's: <|endoftext|> behind the pieces, and with ``bos`` in front of every text, as OPT's."""
-    special = ["<|endoftext|>", *([pad] if pad else [])]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=special[0], eos_token=special[0], pad_token=pad
-    )
-    if bos:
-        _put_first(tokenizer)
-    return tokenizer
-
-
-SPECIAL = ["<unk>", "<s>", "</s>"]
-BYTES = [f"<0x{i:02X}>" for i in range(256)]
-
-
-def sentencepiece(kind: str, *, prepend: str = "first", pad: str | None = None) -> PreTrainedTokenizerFast:
-    """As Llama's and Gemma's: BPE or Unigram over words that begin with U+2581, the unknown as bytes."""
-    backend = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
-    if kind == "bpe":
-        backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
-        trained = json.loads(backend.to_str())["model"]
-        pieces = sorted(trained["vocab"], key=trained["vocab"].get)
-        vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *BYTES, *pieces])}
-        merges = [tuple(pair) for pair in trained["merges"]]
-        backend.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    else:
-        backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=60, show_progress=False))
-        scored = json.loads(backend.to_str())["model"]["vocab"]
-        entries = [*((name, 0.0) for name in SPECIAL), *((name, -99.0) for name in BYTES)]
-        entries += [(piece, score) for piece, score in scored if piece not in SPECIAL]
-        backend.model = models.Unigram(entries, 0, byte_fallback=True)
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0) if prepend != "never" else decoders.Fuse(),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad
-    )
-    _put_first(tokenizer)
-    return tokenizer
-
-
-def _put_first(tokenizer: PreTrainedTokenizerFast) -> None:
-    bos = str(tokenizer.bos_token)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
-    )
-
 
 # --- Models ----------------------------------------------------------------------------------------
 
@@ -351,7 +282,10 @@ def test_exported_folder_gives_plain_transformers_the_same_greedy_texts(case: Ca
     theirs = theirs[:, batch["input_ids"].shape[1] :].tolist()
     assert theirs == ours
     assert max(i for row in theirs for i in row) < policy.vocabulary
-    assert tokenizer.batch_decode(theirs, skip_special_tokens=True) == [policy.decode(row) for row in ours]
+    for text, prompt, row, whole in zip(TEXTS, case.prompts, ours, theirs, strict=True):
+        both = policy.tokenizer.decode([*prompt, *row], skip_special_tokens=True)
+        assert text + policy.decode(row, prompt) == both, "what the model wrote, behind its prompt"
+        assert tokenizer.decode(whole, skip_special_tokens=True).strip() == policy.decode(row, prompt).strip()
 
 
 def test_exported_policy_is_the_policy(case: Case) -> None:

@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from quark_fast import rollout
 from quark_fast.attention import grouped_attention
 from quark_fast.policy import Policy
-from quark_fast.rollout import Conditioning, Sampling, pad_left, sample, sample_tokens
+from quark_fast.reading import Reading, cache_argument, pad_left
+from quark_fast.rollout import Conditioning, NotFinite, Sampling, sample, sample_tokens
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 STOP = WORDS
@@ -208,6 +209,60 @@ def test_greedy_completions_are_those_of_transformers_generate(tiny_model: Make,
         assert ours == theirs[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("conditioning", [Conditioning(2), Conditioning(2, 0, 2.0)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_way_of_reading_gives_the_same_completions(
+    tiny_model: Make, architecture: str, conditioning: Conditioning, samples: int
+) -> None:
+    policy = lively_policy(tiny_model(architecture))
+    sampling = Sampling(9, 9, temperature=0.0, rows=4)
+    found = []
+    for policy.reading in (Reading(p, c) for p in (True, False) for c in (True, False)):
+        found.append(run(policy, policy.model, PROMPTS, conditioning, sampling, samples, 0))
+    assert all(one == found[0] for one in found)
+    assert len({len(row) for group in found[0] for row in group}) == 1 and found[0][0] != found[0][2]
+
+
+def test_reading_without_padding_has_rows_of_one_length_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Make
+) -> None:
+    policy = lively_policy(tiny_model())
+    policy.reading = Reading(padding=False)
+    seen: list[Any] = []
+    own = rollout.next_logits
+
+    def watched(model: Any, contexts: Any, *rest: Any) -> Any:
+        seen.append(sorted({len(one) for one in contexts}))
+        return own(model, contexts, *rest)
+
+    monkeypatch.setattr(rollout, "next_logits", watched)
+    prompts = [[1] * n for n in (1, 4, 1, 2, 4, 4)]
+    drawn = run(policy, policy.model, prompts, Conditioning(1, 0, 2.0), Sampling(3, 3, rows=6), 1, 0)
+    assert [len(group) for group in drawn] == [1] * 6
+    assert seen == [[3], [4], [6]], "prefix and token with them"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+def test_logits_that_are_no_numbers_are_an_error_and_nothing_is_drawn(
+    tiny_model: Make, temperature: float, top_p: float, value: float
+) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    policy.model.eval()
+    head = policy.model.get_output_embeddings().weight
+    with torch.no_grad():
+        policy.model.get_input_embeddings().base.weight[7] = torch.nan  # only a row that reads it is broken
+    sampling = Sampling(5, 2, temperature, top_p)
+    assert len(run(policy, policy.model, [[1, 2], [3]], Conditioning(1), sampling, 1, 0)) == 2
+    with pytest.raises(NotFinite, match="NaN or infinite, so there is nothing to sample from"):
+        list(sample(policy, policy.model, [[1, 2], [7]], Conditioning(1), sampling, 1, 0))
+    with torch.no_grad():
+        head[3, 0] = value
+    with pytest.raises(NotFinite):
+        list(sample(policy, policy.model, [[1, 2]], Conditioning(1), sampling, 1, 0))
+
+
 def test_guidance_of_one_reads_one_stream() -> None:
     assert Conditioning(0, 0, 3.0).streams() == [(0, 1.0)], "a single quantile is its own opposite"
     assert Conditioning(2, 0, 1.0).streams() == [(2, 1.0)]
@@ -247,7 +302,7 @@ def test_decoding_step_with_padding_is_the_same_with_grouped_attention_and_sdpa(
         policy.model.set_attn_implementation(attention)
         ids, mask = pad_left([policy.conditioned(p, 1) for p in PROMPTS], torch.device("cpu"))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = {rollout.cache_argument(policy.model): DynamicCache(config=policy.model.config)}
+        cache = {cache_argument(policy.model): DynamicCache(config=policy.model.config)}
         with torch.no_grad():
             first = policy.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

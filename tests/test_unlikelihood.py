@@ -132,3 +132,18 @@ def test_nothing_repeated_is_nothing_to_learn() -> None:
     value, surrogate = term(logits, labels, torch.zeros_like(repeated), 70)
     surrogate.backward()
     assert (value == 0).all() and surrogate.item() == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "cpp"])
+def test_logits_that_are_not_finite_show_in_value_and_gradient_and_blame_no_mask(impl: str) -> None:
+    logits = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(0))
+    logits[1, 2, 5] = torch.nan
+    logits.requires_grad_()
+    labels, repeated = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    options = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": VOCABULARY, "impl": impl, "normalizer": 6}
+    value, surrogate = unlikelihood_loss(
+        lambda weights: quark_loss(logits, None, labels, weights, **options), repeated
+    )
+    surrogate.backward()
+    assert (~value.isfinite()).nonzero().tolist() == [[1, 2]]
+    assert (~logits.grad.isfinite().all(-1)).nonzero().tolist() == [[1, 2]]

@@ -56,7 +56,8 @@ def contrast_loss(
         )
     own, mirror = plain.nll.sum(-1)
     delta = mirror - own
-    weight = torch.sigmoid(-delta).unsqueeze(-1) * mask
+    # Logits that are not finite show in the values; a weight that is not would be refused as a faulty mask.
+    weight = torch.sigmoid(-delta).nan_to_num(nan=1.0).unsqueeze(-1) * mask
     surrogate = quark_loss(
         logits,
         None,

@@ -460,7 +460,8 @@ def _contrast(
     loss = loss + coef * contrast.sum()
     if not want_grad:
         return loss, nll, divergence, entropy, contrast, grad_own
-    weight = coef * torch.sigmoid(-delta)[place // length]
+    # As in contrast.py: what is not finite shows in the values, and is no faulty mask.
+    weight = coef * torch.sigmoid(-delta).nan_to_num(nan=1.0)[place // length]
     *_, grad = ops.terms_and_gradient(
         z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone, want_grad=True
     )

@@ -59,5 +59,6 @@ def unlikelihood_loss(weighted_nll: Callable[[Tensor], QuarkLoss], repeated: Ten
     with torch.no_grad():
         nll = weighted_nll(repeated).nll.clamp(min=SUREST)
         value = torch.where(repeated, -torch.log(-torch.expm1(-nll)), 0)
-        weights = torch.where(repeated, -1 / torch.expm1(nll), 0)
+        # As in contrast.py: what is not finite shows in the values, and is no faulty mask.
+        weights = torch.where(repeated, -1 / torch.expm1(nll), 0).nan_to_num(nan=-1.0)
     return value, weighted_nll(weights).loss
