@@ -28,7 +28,10 @@ def grouped_attention(
     this takes 0.3 (128 rows, 9 heads of 64, 30 keys), which would be half of a decoding step. The query
     heads that share a key head become the rows of one matrix, so no key is copied per query head.
     """
-    if query.shape[2] != 1 or query.device.type != "cpu":
+    # A bias of positions, a cap or a mask of each head is sdpa's, or its refusal.
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
+    per_head = attention_mask is not None and attention_mask.shape[1] != 1
+    if query.shape[2] != 1 or query.device.type != "cpu" or special or per_head:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, width = query.shape
     groups = key.shape[1]

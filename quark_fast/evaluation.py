@@ -26,7 +26,7 @@ from quark_fast.metrics import (
     rank_correlation,
 )
 from quark_fast.ops.loss import quark_loss
-from quark_fast.policy import Policy, positions
+from quark_fast.policy import Policy
 from quark_fast.prompts import Row
 from quark_fast.reward import Reward
 from quark_fast.rollout import Conditioning, Sampler, Sampling, kept_or_drawn, sample
@@ -250,7 +250,7 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     Raises (what is returned):
         UsageError: a completion is longer than the model has positions.
     """
-    limit = positions(model.config)
+    limit = policy.positions
 
     def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
         made = policy.text_tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quark_fast import assets
+from quark_fast.checked import check_reading
 from quark_fast.config import Config, UsageError, numbers
 from quark_fast.evaluation import (
     HeldOut,
@@ -583,6 +584,7 @@ class Evaluator:
         if isinstance(subject, Plain):
             policy = Policy.plain(subject.given, self.dtype, self.prefixes.get(subject.source), self.trust)
             model = policy.freeze(self.device)
+            check_reading(policy, model, [None] * 3)
             only = [Mode(UNTOUCHED, Conditioning(), untouched=True)] if samples_untouched else []
             return _Open(policy, model, lambda: model, only)
         finished = open_run(subject.folder, self.trust)
@@ -615,6 +617,7 @@ class Evaluator:
         if ppl_model is not None:
             policy = Policy.plain(ppl_model, self.dtype, trust_remote_code=self.trust)
             model = policy.freeze(self.device)
+            check_reading(policy, model, [None] * 3)
         longest = self.config.max_prompt_tokens or LONGEST_PROMPT
         self.nll: dict[str, Nll] = {}
         for domain in self.domains:

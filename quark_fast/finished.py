@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quark_fast import assets
+from quark_fast.checked import check_reading
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.machine import sampling_dtype
 from quark_fast.policy import Policy, load_reference
@@ -64,4 +65,5 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
     dtype = sampling_dtype(config.precision, device)
     policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
     policy.model = policy.frozen_copy(dtype).to(device)
+    check_reading(policy, policy.model, [policy.quantiles - 1, 0, None])
     return Finished(config, policy, device)

@@ -38,6 +38,7 @@ from quark_fast.tokenizer import (
     own_front,
     own_reward_tokens,
     reward_token,
+    save_tokenizer,
 )
 
 
@@ -77,38 +78,49 @@ class Policy:
         reward_ids: id of each quantile's reward token, lowest reward first.
         vocabulary: base vocabulary V, the tokenizer's before the reward tokens; logits at and beyond V
             (padding of the table, reward tokens) never count.
+        positions: how many tokens the model can read; None: no limit is known.
         prefix: ids before the reward token. The first position of a causal transformer is an attention
             sink whose content is hardly read, so the token that opens a document stands there.
         prefix_text: what spells the prefix where a text has to.
         stop_ids: the ids that end a completion: end of text, end of turn, document separator.
         stored_dtype: of the weights at the model's source.
+        trust_remote_code: whether what Python code the source brings along may run.
         reading: how the model is read right, ``checked.py`` finds out.
+        other_tables: modules beside the input embedding that look up ids; they see reward tokens as token 0.
         unsharded: a whole model like ``model`` before it had reward tokens; needed to copy a sharded one.
     """
 
     stored_dtype = torch.float32
+    trust_remote_code = False
     reading = Reading()
     unsharded: Any = None
 
     def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.other_tables: list[str] = []
         auto = prefix == "auto"
         self.prefix_text = opening(tokenizer) if auto else prefix
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []
         if not auto and prefix:
             self.prefix = list(tokenizer(prefix, add_special_tokens=False).input_ids)
-        self.text_tokenizer = for_texts(tokenizer)
-        self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
+        rows, found = len(model.get_input_embeddings().weight), _learned_positions(model)
+        self.positions = min((n for n in (positions(model.config), found) if n is not None), default=None)
         tokens = own_reward_tokens(tokenizer)  # of an export
-        if len(tokens) != quantiles:
+        exported = len(tokens) == quantiles > 0
+        if not exported:
             tokens = [reward_token(k) for k in range(quantiles)]
-            self.tokenizer = tokenizer = for_texts(tokenizer, middle=False) if tokens else tokenizer
+            self.tokenizer = tokenizer = for_texts(tokenizer, rows, middle=False) if tokens else tokenizer
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
         # Without reward tokens of its own a policy reads those of an export, but writes none, either.
-        self.vocabulary = self.reward_ids[0] if tokens else before_reward_tokens(tokenizer)
-        behind = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= self.vocabulary)
+        first = self.reward_ids[0] if tokens else before_reward_tokens(tokenizer)
+        # Special tokens behind the table, of images say, are none of the model's.
+        self.vocabulary = min(first, rows)
+        self.text_tokenizer = for_texts(tokenizer, self.vocabulary)
+        self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
+        last = rows if exported else len(tokenizer)
+        behind = sorted((i, token) for token, i in tokenizer.get_vocab().items() if first <= i < last)
         if tokens and [token for _, token in behind] != tokens:
             other = next((token for _, token in behind if token not in tokens), tokens[0])
             raise UsageError(
@@ -149,7 +161,7 @@ class Policy:
         dtype = low if lora is not None and stored == low else torch.float32
         model, tokenizer = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, quantiles, prefix)
-        policy.stored_dtype = stored
+        policy.stored_dtype, policy.trust_remote_code = stored, trust_remote_code
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
         if words is None:
@@ -161,7 +173,7 @@ class Policy:
             rows = torch.stack([table[row].mean(0) for row in ids])
         if lora is not None:
             add_adapters(model, lora, seed_for(seed, "adapters"))
-        model.set_input_embeddings(RewardEmbedding(base, policy.vocabulary, rows))
+        model.set_input_embeddings(RewardEmbedding(base, policy.reward_ids[0], rows))
         return policy
 
     @classmethod
@@ -194,6 +206,11 @@ class Policy:
         policy.prefix = own_front(tokenizer) if prefix is None else list(prefix)
         return policy
 
+    def keep_from(self, tables: Sequence[str]) -> None:
+        """Show reward tokens to these modules as token 0."""
+        self.other_tables += tables
+        _hide_reward_tokens(self.model, tables, self.vocabulary)
+
     @property
     def quantiles(self) -> int:
         """K, the number of reward tokens."""
@@ -220,7 +237,7 @@ class Policy:
 
         At most ``most``, of which 0 is ``LONGEST_PROMPT``.
         """
-        limit = positions(self.model.config)
+        limit = self.positions
         most = most or LONGEST_PROMPT
         return most if limit is None else min(most, limit - len(self.prefix) - 1 - new_tokens)
 
@@ -278,7 +295,7 @@ class Policy:
         """Those of the rows that are not too long, and their ids."""
         if most < 1:
             raise UsageError(
-                f"the model's {positions(self.model.config)} positions leave no room for a prompt beside"
+                f"the model's {self.positions} positions leave no room for a prompt beside"
                 " prefix, reward token and the new tokens; lower max_new_tokens"
             )
         every = [self.encode(row["prompt"], chat=is_chat(row)) for row in rows]
@@ -288,7 +305,7 @@ class Policy:
         if not kept:
             raise UsageError(
                 f"none of {len(rows):,} {what} fits: the shortest has {min(map(len, every))} tokens, and"
-                f" {most} is the limit (the model's positions: {positions(self.model.config) or 'any'}); give"
+                f" {most} is the limit (the model's positions: {self.positions or 'any'}); give"
                 " shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
             )
         if shortened:
@@ -303,7 +320,7 @@ class Policy:
     def check_fits(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise UsageError for a prompt too long for the model's positions, or empty with no prefix."""
         longest = max(map(len, prompts))
-        limit = positions(self.model.config)
+        limit = self.positions
         needed = len(self.prefix) + 1 + longest + new_tokens
         if limit is not None and needed > limit:
             raise UsageError(
@@ -369,6 +386,7 @@ class Policy:
             rows = torch.empty(embedding.rows.shape, device=model.device)
             base = model.get_input_embeddings()
             model.set_input_embeddings(RewardEmbedding(base, embedding.first_id, rows))
+            _hide_reward_tokens(model, self.other_tables, self.vocabulary)
         elif has_adapters(model):
             merge_adapters(model, converted)
         # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
@@ -444,16 +462,22 @@ class Policy:
         rare = self._least_probable(model) if padding else None
         model.set_input_embeddings(embedding.base)
         size = max(embedding.weight.shape[0] if padding else 0, self.reward_ids[-1] + 1)
+        mean = embedding.weight.detach()[: self.vocabulary].float().mean(0)
         model.resize_token_embeddings(size, mean_resizing=False)
         with torch.no_grad():
-            model.get_input_embeddings().weight[self.reward_ids] = embedding.rows
+            table = model.get_input_embeddings().weight
+            table[len(embedding.weight) :] = mean.to(table.dtype)  # not at random
+            table[self.reward_ids] = embedding.rows
+            for name in self.other_tables:
+                _as_token_0(model, name, self.reward_ids, size)
             if rare is not None:
                 _never_win(model, range(self.vocabulary, size), rare, untie)
         model.generation_config = self._generation_config(model.generation_config, size, sampling or {})
         model.save_pretrained(folder)
         mark = hashlib.sha256(embedding.rows.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
         # vLLM is told by their text which tokens not to sample.
-        self._best_token_first(mark if padding else "").save_pretrained(folder)
+        made = self._best_token_first(mark if padding else "")
+        save_tokenizer(made, folder, self.trust_remote_code)
 
     def _generation_config(self, base: Any, size: int, sampling: Mapping[str, Any]) -> GenerationConfig:
         """How the export is to be sampled: as it was evaluated, whatever taste the base model came with.
@@ -534,6 +558,29 @@ def _never_win(model: Any, ids: range, rare: Tensor, untie: bool) -> None:
             parameter.data[wanted] = mean.to(parameter.dtype)
 
 
+def _hide_reward_tokens(model: Any, tables: Sequence[str], first_id: int) -> None:
+    for name in tables:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].masked_fill(inputs[0] >= first_id, 0), *inputs[1:])
+        )
+
+
+def _as_token_0(model: Any, name: str, ids: Sequence[int], size: int) -> None:
+    """Give these ids token 0's row in a table, which gets ``size`` rows if it has fewer."""
+    module = model.get_submodule(name)
+    table, before = module.weight, len(module.weight)
+    if before < size:
+        more = table.data[:1].expand(size - before, -1)
+        module.weight = nn.Parameter(torch.cat([table.data, more]), requires_grad=False)
+        module.num_embeddings = size
+        # Some setting has the number of rows; what else it may be called, an export that is loaded shows.
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            for key, value in config.to_dict().items():
+                if "vocab" in key and value == before:
+                    setattr(config, key, size)
+    module.weight.data[list(ids)] = module.weight.data[0].clone()
+
+
 LONGEST_PROMPT = 1024  # unless a run asks for longer ones, tokens
 
 
@@ -541,6 +588,35 @@ def positions(config: Any) -> int | None:
     """How many tokens a model can read, by its config or its text model's; None: it does not say."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) else None
+
+
+@torch.no_grad()
+def _learned_positions(model: Any) -> int | None:
+    """How many positions a table has in which the model looks them up; None: it has no such table."""
+    tokens = 3
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    seen: list[int] = []
+
+    def watch(table: nn.Embedding, inputs: tuple[Tensor, ...]) -> None:
+        places = sorted({*inputs[0].flatten().tolist()})
+        if places == list(range(places[0], places[0] + tokens)):
+            seen.append(table.num_embeddings - places[0])  # some begin behind a place for padding
+
+    hooks = [table.register_forward_pre_hook(watch) for table in tables]
+    try:
+        # The same token each time: tables of tokens see but one number.
+        if tables:
+            model(torch.full((1, tokens), 1, device=model.device))
+    except Exception:  # foreign code fails in any way; what does, checked.py tells
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(seen, default=None)
 
 
 def recompute_layers(model: Any) -> None:
@@ -608,6 +684,17 @@ def _frozen(model: Any, device: torch.device) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """The model with the attention by which it is sampled."""
+    before = model.config._attn_implementation
+    _decode_fast(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def _decode_fast(model: Any) -> None:
     # Attention that sdpa cannot do, such as Gemma 2's with its cap, is beyond ours, too.
     model.set_attn_implementation(FAST_ATTENTION if model._supports_sdpa else "eager")
@@ -630,7 +717,7 @@ def _refused(source: str | Path, kind: str, error: Exception) -> UsageError:
             f"{str(source)!r} brings along Python code, which is not run unasked; read it, and give"
             " --trust-remote-code if you trust it"
         )
-    return UsageError(f"no {kind} at {str(source)!r}: {_first_line(error)}")
+    return UsageError(f"no {kind} at {str(source)!r}: {first_line(error)}")
 
 
 def load_pretrained(
@@ -667,14 +754,37 @@ def load_pretrained(
             f"the weights at {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more;"
             f" give a complete {kind}"
         )
-    highest = max(tokenizer.get_vocab().values())
-    rows = len(model.get_input_embeddings().weight)
-    if highest >= rows:
+    if getattr(model, "peft_config", None):
+        raise _adapters(source)
+    _no_extra_outputs(model)
+    rows, special = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
+    # Special tokens may stand behind the table: Gemma 3's for images, which its text models do not have.
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
+    if any(i not in special or not special[i].special for i in beyond):
         raise UsageError(
-            f"the tokenizer at {str(source)!r} has ids up to {highest}, but the model embeds {rows};"
+            f"the tokenizer at {str(source)!r} has ids up to {max(beyond)}, but the model embeds {rows};"
             " the two do not belong together"
         )
     return model, tokenizer
+
+
+def _no_extra_outputs(model: Any) -> None:
+    """Switch off what a config may have a model return beside its logits, and return it by name."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name, value in list(getattr(config, "__dict__", {}).items()):
+            if name.lstrip("_").startswith("output_") and value is True:
+                setattr(config, name, False)
+            elif name == "return_dict":
+                setattr(config, name, True)
+
+
+def _adapters(source: str | Path) -> UsageError:
+    return UsageError(
+        f"{str(source)!r} holds the adapters of a model (adapter_config.json), not a model; merge them into"
+        " it: peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER),"
+        " save the tokenizer there, too, and give that folder"
+    )
 
 
 @contextlib.contextmanager
@@ -711,6 +821,8 @@ def check_source(source: str | Path) -> None:
     looks_like_path = Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")
     if looks_like_path and not Path(source).is_dir():
         raise UsageError(f"no folder {str(source)!r}; give a transformers folder or a hub name")
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise _adapters(source)
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -726,12 +838,12 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in str(error):
             raise _refused(source, "tokenizer", error) from error
         raise UsageError(
-            f"no usable tokenizer at {str(source)!r}: {_first_line(error)}; give a folder with"
+            f"no usable tokenizer at {str(source)!r}: {first_line(error)}; give a folder with"
             " tokenizer.json, or a hub name"
         ) from error
     return tokenizer
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

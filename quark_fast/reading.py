@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,13 @@ class Reading:
     padding: bool = True
     cache: bool = True
 
+    @property
+    def rows(self) -> str:
+        return "rows of all lengths together" if self.padding else "rows of one length together"
+
     def __str__(self) -> str:
-        rows = "rows of all lengths together" if self.padding else "rows of one length together, no padding"
-        return f"{rows}, {'with a cache' if self.cache else 'no cache: the whole text again for each token'}"
+        how = "with a cache" if self.cache else "without a cache (the whole text again for each token)"
+        return f"{self.rows}, {how}"
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,16 +60,16 @@ def runs_of_one_length(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 @functools.cache
-def _arguments(kind: Any) -> tuple[frozenset[str], bool]:
-    """What ``forward`` of a model's class names, and whether it takes any other."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def _arguments(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The names that the function takes, and whether it takes any other."""
+    parameters = inspect.signature(forward).parameters.values()
     named = frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def cache_argument(model: Any) -> str:
     """What the model calls its cache: transformers 5.24 renamed it, and warns at the old name."""
-    return "cache" if "cache" in _arguments(type(model))[0] else "past_key_values"
+    return "cache" if "cache" in _arguments(type(model).forward)[0] else "past_key_values"
 
 
 def read(
@@ -92,7 +96,7 @@ def read(
     inputs |= {name: value for name, value in given.items() if value is not None}
     if cache is not None:
         inputs[cache_argument(model)] = cache
-    named, any_other = _arguments(type(model))
+    named, any_other = _arguments(type(model).forward)
     output = model(ids, **{name: value for name, value in inputs.items() if any_other or name in named})
     if columns is not None and output.logits.shape[1] != len(columns):
         output.logits = output.logits[:, columns]

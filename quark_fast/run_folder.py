@@ -48,6 +48,11 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @property
+    def existing_parent(self) -> Path:
+        """The nearest folder above that exists: the one that the run's folder is or will be made in."""
+        return next(path for path in self.path.absolute().parents if path.is_dir())
+
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 

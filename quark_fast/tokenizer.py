@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from quark_fast.config import UsageError
 
@@ -34,14 +35,20 @@ def own_reward_tokens(tokenizer: Any) -> list[str]:
     return [found[k] for k in range(len(found)) if k in found]
 
 
-def for_texts(tokenizer: Any, middle: bool = True) -> Any:
+def for_texts(tokenizer: Any, below: int | None = None, middle: bool = True) -> Any:
     """A copy that reads what users write: reward tokens spelled in it are ordinary characters.
+
+    So are other added tokens whose ids are not ``below`` a number.
 
     With ``MIDDLE`` in front, where it has that, a text is read as one that stands behind something.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     added = content.get("added_tokens") or []
-    content["added_tokens"] = [one for one in added if not REWARD_TOKEN.fullmatch(one["content"])]
+    content["added_tokens"] = [
+        one
+        for one in added
+        if not REWARD_TOKEN.fullmatch(one["content"]) and (below is None or one["id"] < below)
+    ]
     made = copy.deepcopy(tokenizer)
     made._tokenizer = Tokenizer.from_str(json.dumps(content))
     if middle:
@@ -110,6 +117,31 @@ def conditioned_template(template: str, tokenizer: Any, front: str) -> str:
 def _quoted(text: str) -> str:
     """As a string of Jinja, whose escapes are JSON's but for characters written in two halves."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    """Save a tokenizer beside its model so that AutoTokenizer reads texts as it does.
+
+    Some classes (GPT-NeoX's) rebuild what stands before a text when they are loaded: the generic class, which
+    takes tokenizer.json as it is, then stands in for them.
+
+    Raises:
+        UsageError: neither reads as the tokenizer does.
+    """
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    for kind in (type(tokenizer).__name__, "PreTrainedTokenizerFast", "TokenizersBackend"):
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        if content.get("tokenizer_class") != kind:
+            content["tokenizer_class"] = kind
+            settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if loaded(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids:
+            return
+    raise UsageError(
+        f"transformers reads {SENTENCE!r} by the exported {type(tokenizer).__name__} as"
+        f" {loaded(SENTENCE).input_ids}, not as {tokenizer(SENTENCE).input_ids}; give it another tokenizer"
+    )
 
 
 SENTENCE = "The man said that it is good."

@@ -99,6 +99,7 @@ def run(arguments: Sequence[str]) -> None:
     keep_freed_memory()
     display = Display(console)
     trainer = Trainer(config, listen=display)
+    console.print("; ".join(trainer.checked.lines))
     if trainer.about_prompts:
         console.print("; ".join(trainer.about_prompts))
     console.print(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quark_fast import assets, trackers, zero
 from quark_fast.batch import Draws, plan_batches
+from quark_fast.checked import check_model
 from quark_fast.config import Config, UsageError, load_config
 from quark_fast.durable import replacing_folder
 from quark_fast.evaluation import (
@@ -285,6 +286,15 @@ class Trainer:
             if shared is None
             else shared.to(self.device)
         )
+        self.checked = check_model(
+            self.policy,
+            self.reference,
+            self.folder.existing_parent,
+            generation_settings(self._evaluation_sampling()),
+            untie=config.export_head == "own",
+            export=self.processes.main,  # which writes it
+            notes=assets.cache_dir() if config.model is None else None,
+        )
         self.objective = Objective(
             config,
             self.policy,
@@ -381,7 +391,11 @@ class Trainer:
             trackers.start(self.accelerator, name, settings, self.step)
 
     def _versions(self) -> dict[str, Any]:
-        found = versions(self.device) | {"loss": self.objective.description, "prompts": self.about_prompts}
+        found = versions(self.device) | {
+            "loss": self.objective.description,
+            "prompts": self.about_prompts,
+            "model": self.checked.lines,
+        }
         if self.processes.count > 1:
             found["processes"] = f"{self.processes.count}, {self.accelerator.distributed_type.value}"
         return found
@@ -1067,8 +1081,7 @@ class Trainer:
         def write() -> None:
             with replacing_folder(self.folder / "model") as scratch:
                 how = generation_settings(self._evaluation_sampling())
-                untie = self.config.export_head == "own"
-                self.policy.write_export(scratch, exported, how, untie=untie)
+                self.policy.write_export(scratch, exported, how, untie=self.checked.untie)
             self.folder.add_minutes(round(self.seconds / 60, 1))
             write_report(self.folder.path)
             trackers.finish(self.accelerator)

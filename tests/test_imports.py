@@ -19,7 +19,7 @@ LAYERS = [
     {"__main__", "train", "evaluate", "generate", "ablate", "command"},
     {"trainer", "evaluator", "finished", "grid"},
     {"rollout_vllm"},
-    {"objective", "rollout", "untouched", "batch", "evaluation", "report"},
+    {"objective", "rollout", "untouched", "batch", "evaluation", "report", "checked"},
     {"policy", "pool", "ops", "tasks", "reward", "prompts", "config", "assets", "machine", "run_folder"}
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
     | {"trackers", "attention", "zero", "journal"},

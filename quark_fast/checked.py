@@ -1,0 +1,424 @@
+"""A model is checked when it is loaded: it is read right, repaired by a general means, or refused.
+
+The judge of everything is the model itself: its logits for each sequence alone, without padding, cache or
+given positions. No architecture is known by name, so one that is invented next year is right or refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from quark_fast.batch import completion_hidden, completion_logits, make_batch
+from quark_fast.config import UsageError
+from quark_fast.lora import has_adapters
+from quark_fast.policy import Policy, decoding, first_line, linear_head, load_tokenizer
+from quark_fast.reading import Reading, next_logits, read
+from quark_fast.tokenizer import SENTENCE
+
+# The share of the spread of a position's logits by which two ways to compute them may differ. Another order
+# of summation makes 1e-6 to 1e-3 in float32 and up to 5e-2 in bfloat16; what is wrong makes 1e-1 and more.
+TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+LENGTHS = (9, 2, 14)  # of the prompts, tokens
+NEW = 5  # tokens behind each of them
+SAMPLES = 2
+
+
+class WrongModel(UsageError):
+    """A model that cannot be read right in any way that there is."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found: whether an export's head is to be untied, and lines for the user."""
+
+    untie: bool
+    lines: list[str]
+
+
+def check_model(
+    policy: Policy,
+    reference: Any,
+    near: Path,
+    sampling: Mapping[str, Any],
+    *,
+    untie: bool,
+    export: bool = True,
+    notes: Path | None = None,
+) -> Checked:
+    """Check a policy that is to be trained, and what will be exported of it.
+
+    Args:
+        near, sampling, untie: as of ``check_export``.
+        export: whether the export is checked, too.
+        notes: a folder where it is noted that this very model is as usual, which then is not checked again.
+    Raises:
+        WrongModel: it cannot be read right, or cannot be exported.
+    """
+    begun = time.monotonic()
+    note = None if notes is None else notes / f"model-{_fingerprint(policy, reference, sampling, untie)}"
+    if note is not None and note.exists():
+        return Checked(untie, ["model checked before, with the same versions"])
+    remarks = check_policy(policy, reference)
+    if export:
+        untie, more = check_export(policy, near, sampling, untie)
+        remarks += more
+    if note is not None and export and not remarks:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: it is checked each time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+    seconds = f"model checked in {time.monotonic() - begun:.1f} s"
+    return Checked(untie, [f"{seconds}: {policy.reading}", *remarks] if not remarks else [seconds, *remarks])
+
+
+def _fingerprint(policy: Policy, reference: Any, sampling: Mapping[str, Any], untie: bool) -> str:
+    """Of all that a check depends on but the model's files."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    versions = (torch.__version__, transformers.__version__, tokenizers.__version__)
+    kind = [
+        (model.dtype, model.device.type, model.config._attn_implementation, has_adapters(model))
+        for model in (policy.model, reference)
+    ]
+    made = (policy.prefix, policy.reward_ids, policy.stored_dtype, sorted(sampling.items()), untie)
+    digest.update(repr((versions, kind, made)).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_policy(policy: Policy, reference: Any) -> list[str]:
+    """Find out how a policy that is to be trained is read; what is told to the user where that is unusual.
+
+    Sets ``policy.reading`` and keeps the reward tokens out of tables that are not theirs.
+
+    Raises:
+        WrongModel: it cannot be read right.
+    """
+    best = policy.quantiles - 1
+    remarks = _keep_reward_tokens_to_their_table(policy)
+    remarks += check_reading(policy, policy.model, [best, 0, None])
+    # In the precision in which it samples.
+    probe = _Probe.of(policy, [None] * len(LENGTHS))
+    with torch.no_grad():
+        own = _own_logits(policy, reference, probe)
+        _first([policy.reading], lambda reading: _decoding(policy, reference, probe, own, reading), reference)
+    return remarks
+
+
+def check_reading(policy: Policy, model: Any, quantiles: Sequence[int | None]) -> list[str]:
+    """Set ``policy.reading`` to the first way that gives the model's own logits, in training and decoding.
+
+    Args:
+        model: the policy's, or one of its kind.
+        quantiles: three, on which prompts are conditioned; None where the model has no reward tokens.
+    Returns:
+        what is told to the user where it is not the usual one.
+    Raises:
+        WrongModel: there is none.
+    """
+    probe = _Probe.of(policy, quantiles)
+    with torch.no_grad():
+        own = _own_logits(policy, model, probe)
+        _check_causal(policy, model, probe, own)
+        trained, said = _first(
+            [Reading(), Reading(padding=False)],
+            lambda reading: _training(policy, model, probe, own, reading),
+            model,
+            lambda reading: f"in training, {reading.rows}",
+        )
+        paddings = [True, False] if trained.padding else [False]
+        ways = [Reading(padding, cache) for cache in (True, False) for padding in paddings]
+        with decoding(model):
+            policy.reading, more = _first(
+                ways, lambda reading: _decoding(policy, model, probe, own, reading), model
+            )
+    said += more
+    return [f"{type(model).__name__} is read as {policy.reading}, since {'; '.join(said)}"] if said else []
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Prompts of ordinary tokens at random, each conditioned on a quantile of its own, and continuations."""
+
+    prompts: list[list[int]]
+    quantiles: list[int | None]
+    continuations: list[list[list[int]]]  # of each prompt SAMPLES
+
+    @staticmethod
+    def of(policy: Policy, quantiles: Sequence[int | None]) -> _Probe:
+        generator = torch.Generator().manual_seed(0)
+        special = {*policy.tokenizer.all_special_ids, *policy.stop_ids, *policy.prefix}
+        ordinary = [i for i in range(policy.vocabulary) if i not in special]
+
+        def some(count: int) -> list[int]:
+            return [ordinary[i] for i in torch.randint(len(ordinary), (count,), generator=generator).tolist()]
+
+        room = max(1, policy.room(NEW, max(LENGTHS)))
+        prompts = [some(min(length, room)) for length in LENGTHS]
+        return _Probe(prompts, list(quantiles), [[some(NEW) for _ in range(SAMPLES)] for _ in prompts])
+
+    def contexts(self, policy: Policy) -> list[list[int]]:
+        return [policy.conditioned(p, k) for p, k in zip(self.prompts, self.quantiles, strict=True)]
+
+
+def _alone(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
+    """(L, V) the model's own logits of a sequence."""
+    logits: Tensor = read(model, torch.tensor([ids], device=model.device)).logits
+    return logits[0, :, : policy.vocabulary].float()
+
+
+def _own_logits(policy: Policy, model: Any, probe: _Probe) -> Tensor:
+    """(prompts, SAMPLES, NEW, V) what the tokens of the continuations are predicted with."""
+    try:
+        found = [
+            [_alone(policy, model, context + one[:-1])[-NEW:] for one in continuations]
+            for context, continuations in zip(probe.contexts(policy), probe.continuations, strict=True)
+        ]
+    except Exception as error:  # foreign code fails in any way
+        raise _wrong(model, f"does not read a text: {_said(error)}") from error
+    own = torch.stack([torch.stack(each) for each in found])
+    if not bool(own.isfinite().all()):
+        raise _wrong(
+            model, "has logits that are NaN or infinite, already on ordinary text: its weights are broken"
+        )
+    return own
+
+
+def _check_causal(policy: Policy, model: Any, probe: _Probe, own: Tensor) -> None:
+    """What is predicted behind a prompt must not depend on what follows, nor on whether anything does."""
+    last = torch.stack([_alone(policy, model, context)[-1] for context in probe.contexts(policy)])
+    gap = max(_gap(model, last, follows) for follows in own[:, :, 0].unbind(1))
+    if gap > _tolerance(model):
+        raise _wrong(
+            model,
+            f"is no causal language model: its logits behind a prompt change by {gap:.0%} of their spread"
+            " with what follows (encoders such as BERT need is_decoder = true in their config.json)",
+        )
+
+
+def _training(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: Reading) -> float:
+    """How far the logits of a training batch are from the model's own, both ways that a step may take."""
+    before, policy.reading = policy.reading, reading
+    places = [(i, s) for s in range(SAMPLES) for i in range(len(probe.prompts))]
+    lengths = [NEW - (i + s) % 3 for i, s in places]  # of the completions, which are padded, too
+    batch = make_batch(
+        policy,
+        [probe.prompts[i] for i, _ in places],
+        [probe.continuations[i][s][:length] for (i, s), length in zip(places, lengths, strict=True)],
+        [probe.quantiles[i] for i, _ in places],
+        model.device,
+    )
+    policy.reading = before
+    expected = torch.cat([own[i, s, :length] for (i, s), length in zip(places, lengths, strict=True)])
+    every = [completion_logits(model, batch)]
+    if (head := linear_head(model)) is not None:
+        every.append(head(completion_hidden(model, batch)))
+    return max(_gap(model, logits[batch.mask][:, : policy.vocabulary], expected) for logits in every)
+
+
+def _decoding(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: Reading) -> float:
+    """How far the logits of decoding are from the model's own."""
+    contexts = probe.contexts(policy)
+    # Where rows of different lengths must not stand together, one by one.
+    parts = [list(range(len(contexts)))] if reading.padding else [[i] for i in range(len(contexts))]
+    found, expected = [], []
+    for part in parts:
+        reader = next_logits(model, [contexts[i] for i in part], SAMPLES, reading)
+        logits = next(reader)
+        for step in range(NEW):
+            found.append(logits[:, : policy.vocabulary])
+            expected.append(own[part, :, step].flatten(0, 1))
+            if step + 1 < NEW:
+                tokens = [one[step] for i in part for one in probe.continuations[i]]
+                logits = reader.send(torch.tensor(tokens, device=model.device))
+    return _gap(model, torch.cat(found), torch.cat(expected))
+
+
+def _gap(model: Any, found: Tensor, expected: Tensor) -> float:
+    """By how much (N, V) logits differ, as a share of the spread of each row's: the largest.
+
+    In low precision it is the median, since a rounding sends a token to other experts now and then.
+    """
+    spread = (expected.amax(-1) - expected.amin(-1)).clamp(min=1e-6)
+    shares = (found.float() - expected).abs().amax(-1) / spread
+    if not bool(shares.isfinite().all()):
+        return math.inf
+    return float(shares.max() if model.dtype in (torch.float32, torch.float64) else shares.median())
+
+
+def _tolerance(model: Any) -> float:
+    return TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
+
+
+def _first(
+    ways: Iterable[Reading],
+    gap: Callable[[Reading], float],
+    model: Any,
+    name: Callable[[Reading], str] = str,
+) -> tuple[Reading, list[str]]:
+    """The first way whose gap is small, and what is wrong with those before it."""
+    said: list[str] = []
+    for way in ways:
+        try:
+            found = gap(way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # foreign code fails in any way
+            said.append(f"{name(way)}: {_said(error)}")
+            continue
+        if found <= _tolerance(model):
+            return way, said
+        said.append(f"{name(way)}: its logits are {found:.1%} of their spread from those of each text alone")
+    raise _wrong(model, f"cannot be read right: {'; '.join(said)}")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _wrong(model: Any, what: str) -> WrongModel:
+    low = model.dtype != torch.float32
+    fix = "give --precision fp32, or another --model" if low else "give another --model"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return WrongModel(f"{type(model).__name__} ({model.config.model_type}, {dtype}) {what}; {fix}")
+
+
+# --- The export ------------------------------------------------------------------------------------
+
+TEXTS = (SENTENCE, "a", " 1 2")
+
+
+def check_export(
+    policy: Policy, near: Path, sampling: Mapping[str, Any], untie: bool
+) -> tuple[bool, list[str]]:
+    """Export into a scratch folder and have plain transformers read it: the same ids, the same logits.
+
+    Args:
+        near: an existing folder, where there will have to be room for the export anyway.
+        sampling, untie: as of ``Policy.write_export``. Some models share more than a head by the setting
+            that ties it; theirs then stays tied.
+    Returns:
+        (whether the head is to be untied, what is told to the user where that is not as asked).
+    Raises:
+        WrongModel: it cannot be written or loaded, or reads a text otherwise than the policy does.
+    """
+    try:
+        _check_export(policy, near, sampling, untie)
+    except WrongModel as error:
+        if not untie:
+            raise
+        try:
+            _check_export(policy, near, sampling, untie=False)
+        except WrongModel:
+            raise error from None
+        return False, [f"the export's head stays tied, as by --export-head tied: with one of its own {error}"]
+    return untie, []
+
+
+def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie: bool) -> None:
+    model = policy.whole_copy(policy.stored_dtype)
+    device, trust = model.device, policy.trust_remote_code
+    texts = [policy.conditioned(policy.encode(text), policy.quantiles - 1) for text in TEXTS]
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch:
+        own = torch.cat([_alone(policy, model, ids) for ids in texts])
+        try:
+            policy.write_export(Path(scratch), model, sampling, untie=untie)
+            del model
+            tokenizer = load_tokenizer(scratch, trust)
+            again = AutoModelForCausalLM.from_pretrained(
+                scratch, dtype=policy.stored_dtype, trust_remote_code=trust
+            ).to(device)
+            read_as = [list(tokenizer(text).input_ids) for text in TEXTS]
+            logits = torch.cat([_alone(policy, again, ids) for ids in texts])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # foreign code fails in any way
+            raise _wrong(policy.model, f"cannot be exported: {_said(error)}") from error
+    for text, found, expected in zip(TEXTS, read_as, texts, strict=True):
+        if found != expected:
+            kind = type(tokenizer).__name__
+            raise _wrong(
+                policy.model,
+                f"has a tokenizer whose export ({kind}) reads {text!r} as {found}, the policy as {expected}",
+            )
+    if (gap := _gap(again, logits, own)) > _tolerance(again) / 2:
+        what = f"is another model when its export is loaded: its logits differ by {gap:.1%} of their spread"
+        raise _wrong(policy.model, what)
+
+
+# --- Other tables ----------------------------------------------------------------------------------
+
+
+class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the tables in which any of some ids is looked up."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ids, self.tables = ids, list[Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("embedding", "index", "index_select", "gather"):
+            indices = [t for t in itertools.chain(args[1:], *filter(_listed, args[1:])) if _integers(t)]
+            if any(bool(torch.isin(t, torch.tensor(self.ids, device=t.device)).any()) for t in indices):
+                self.tables.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
+    """Tables beside the input embedding, which some models have in every layer, see an ordinary id instead.
+
+    Raises:
+        WrongModel: such a table is no module of its own.
+    """
+    model = policy.model
+    for _ in range(8):  # a table that has no such row ends the pass before the next table
+        with torch.no_grad(), _Lookups(policy.reward_ids) as seen:
+            ids = policy.conditioned([policy.stop_ids[0] if policy.stop_ids else 0], policy.quantiles - 1)
+            try:
+                read(model, torch.tensor([ids], device=model.device))
+            except Exception:  # what fails without such tables, too, is told by the check of reading
+                if not seen.tables:
+                    return []
+        if not seen.tables:
+            break
+        pointers = {table.data_ptr() for table in seen.tables}
+        names = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module.weight.data_ptr() in pointers
+        ]
+        if not names:
+            raise _wrong(
+                model, f"looks up reward tokens in a table of its own, of shape {tuple(seen.tables[0].shape)}"
+            )
+        policy.keep_from(names)
+    if not policy.other_tables:
+        return []
+    return [
+        f"{type(model).__name__} looks tokens up in {', '.join(policy.other_tables)}, too, where reward"
+        " tokens share the row of token 0"
+    ]
