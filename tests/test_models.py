@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import byte_level, sentencepiece
+from architectures import ARCHITECTURES, byte_level, sentencepiece
 from conftest import sharpen
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from tried_models import DOCS, try_out
 
 from quark_fast.config import Config, UsageError
 from quark_fast.durable import replacing, replacing_folder
@@ -297,6 +298,43 @@ def test_exported_policy_is_the_policy(case: Case) -> None:
     with torch.no_grad():
         new, old = (p.model(ids).logits[..., : case.policy.vocabulary] for p in (again, case.policy))
     torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+
+
+# --- Every architecture ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    tried, policy = try_out(ARCHITECTURES[name], tmp_path / "model")
+    assert str(tried) in DOCS.read_text().splitlines(), "python tests/tried_models.py writes the table anew"
+    assert not any(tmp_path.glob(".quark*")), "the scratch export is gone"
+    if policy is None:
+        assert tried.outcome.startswith("refused: ") and "\n" not in tried.outcome
+        return
+    # Not by the check's own means: greedy tokens of a sample are those of bare forward passes.
+    prompts = [policy.encode(text) for text in ("The man said that", "a", "Once upon a time there was")]
+    sampling = Sampling(4, 4, temperature=0.0)
+    for indices, groups in sample(
+        policy, policy.frozen_copy(torch.float32), prompts, Conditioning(2), sampling, 2, 0
+    ):
+        for i, (one, other) in zip(indices, groups, strict=True):
+            assert one == other and len(one) == 4
+            _check_greedy(policy, prompts[i], one)
+
+
+@torch.no_grad()
+def _check_greedy(policy: Policy, prompt: list[int], drawn: list[int]) -> None:
+    ids = policy.conditioned(prompt, 2)
+    for token in drawn:
+        logits = policy.model(torch.tensor([ids])).logits[0, -1, : policy.vocabulary]
+        spread = logits.max() - logits.min()
+        logits[policy.stop_ids] = -torch.inf
+        assert logits[token] >= logits.max() - 0.01 * spread, "the most probable token, but for rounding"
+        ids.append(token)
+    before, whole = (
+        policy.tokenizer.decode(x, skip_special_tokens=True) for x in (prompt, [*prompt, *drawn])
+    )
+    assert before + policy.decode(drawn, prompt) == whole
 
 
 # --- Chats -----------------------------------------------------------------------------------------

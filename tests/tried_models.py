@@ -1,0 +1,103 @@
+"""What became of each architecture: python tests/tried_models.py writes docs/models.md."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from architectures import ARCHITECTURES, Architecture
+
+from quark_fast.checked import check_model
+from quark_fast.config import UsageError
+from quark_fast.evaluation import generation_settings
+from quark_fast.machine import quiet_libraries
+from quark_fast.policy import Policy, load_reference
+from quark_fast.rollout import Sampling
+
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One line of the table."""
+
+    name: str
+    model: str
+    tokenizer: str
+    outcome: str
+
+    def __str__(self) -> str:
+        return f"| {' | '.join(text.replace('|', '/') for text in vars(self).values())} |"
+
+
+def try_out(one: Architecture, folder: Path) -> tuple[Tried, Policy | None]:
+    """Load a tiny model as training does, and check it; the policy where it is not refused."""
+    one.save(folder)
+    try:
+        policy = Policy.create(folder, quantiles=3)
+    except UsageError as error:
+        return Tried(one.name, "", "", f"refused: {_without_numbers(error)}"), None
+    policy.model.eval()
+    policy.model.set_attn_implementation("eager")  # as for short texts on the CPU
+    reference = load_reference(folder, torch.bfloat16, torch.device("cpu"))
+    kinds = type(policy.model).__name__, type(policy.tokenizer).__name__
+    how = generation_settings(Sampling())
+    try:
+        checked = check_model(policy, reference, folder.parent, how, untie=True)
+    except UsageError as error:
+        text = _without_numbers(error).removeprefix(f"{kinds[0]} ").split("; give ")[0]
+        return Tried(one.name, *kinds, f"refused: it {re.sub(r'^[(][^)]*[)] ', '', text)}"), None
+    said = [_without_numbers(line).replace(kinds[0], "it") for line in checked.lines[1:]]
+    return Tried(one.name, *kinds, "; ".join(["right", *said]).split(", since ")[0]), policy
+
+
+def _without_numbers(text: object) -> str:
+    """Shares are other ones on other machines, and sets have another order in every process."""
+    return re.sub(r"\{[^}]*\}", "{…}", re.sub(r"[\d.]+%", "…%", str(text)))
+
+
+HEAD = """# Models that were tried
+
+Every model is checked when it is loaded. Greedy decoding by our loop (cache, padding on the left, several
+samples a prompt) and the padded logits of training must be the model's own for each text alone; reward tokens
+must not be looked up in a table that is not theirs; an export must give plain transformers the same ids and
+logits. What does not hold is repaired by a general means (texts of one length together, no cache, another
+tokenizer class), or the model is refused in one line before anything long.
+
+The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
+which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,
+and `tests/test_models.py` tries them all again and compares their greedy texts with bare forward passes. Real
+weights of these architectures were not tried: the machine that wrote this reaches no model hub.
+
+| model type | model class | tokenizer class | outcome |
+| --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    quiet_libraries()
+    torch.set_num_threads(1)
+    rows = []
+    for name, one in ARCHITECTURES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            rows.append(try_out(one, Path(scratch) / "model")[0])
+        print(f"{name}: {rows[-1].outcome}", file=sys.stderr)
+    right = [row for row in rows if row.outcome.startswith("right")]
+    text = HEAD.format(
+        count=len(rows),
+        kinds=len({row.name.split(",")[0] for row in rows}),
+        version=transformers.__version__,
+        right=len(right),
+        repaired=sum(row.outcome != "right" for row in right),
+        refused=len(rows) - len(right),
+    )
+    DOCS.write_text(text + "\n".join(map(str, rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
