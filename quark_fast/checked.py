@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 import tempfile
 import time
@@ -21,11 +20,11 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from quark_fast.batch import completion_hidden, completion_logits, make_batch
 from quark_fast.config import UsageError
+from quark_fast.lookups import Lookups
 from quark_fast.lora import has_adapters
 from quark_fast.policy import Policy, decoding, first_line, linear_head, load_tokenizer
 from quark_fast.reading import Reading, next_logits, read
@@ -364,30 +363,6 @@ def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie
 # --- Other tables ----------------------------------------------------------------------------------
 
 
-class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the tables in which any of some ids is looked up."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ids, self.tables = ids, list[Tensor]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("embedding", "index", "index_select", "gather"):
-            indices = [t for t in itertools.chain(args[1:], *filter(_listed, args[1:])) if _integers(t)]
-            if any(bool(torch.isin(t, torch.tensor(self.ids, device=t.device)).any()) for t in indices):
-                self.tables.append(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _integers(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
-
-
 def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
     """Tables beside the input embedding, which some models have in every layer, see an ordinary id instead.
 
@@ -395,17 +370,21 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
         WrongModel: such a table is no module of its own.
     """
     model = policy.model
+    own = torch.tensor(policy.reward_ids, device=model.device)
+    ids = policy.conditioned([policy.stop_ids[0] if policy.stop_ids else 0], policy.quantiles - 1)
     for _ in range(8):  # a table that has no such row ends the pass before the next table
-        with torch.no_grad(), _Lookups(policy.reward_ids) as seen:
-            ids = policy.conditioned([policy.stop_ids[0] if policy.stop_ids else 0], policy.quantiles - 1)
+        failed = False
+        with torch.no_grad(), Lookups() as lookups:
             try:
                 read(model, torch.tensor([ids], device=model.device))
             except Exception:  # what fails without such tables, too, is told by the check of reading
-                if not seen.tables:
-                    return []
-        if not seen.tables:
+                failed = True
+        seen = [table for table, numbers in lookups.seen if bool(torch.isin(numbers, own).any())]
+        if not seen:
+            if failed:
+                return []
             break
-        pointers = {table.data_ptr() for table in seen.tables}
+        pointers = {table.data_ptr() for table in seen}
         names = [
             name
             for name, module in model.named_modules()
@@ -413,7 +392,7 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
         ]
         if not names:
             raise _wrong(
-                model, f"looks up reward tokens in a table of its own, of shape {tuple(seen.tables[0].shape)}"
+                model, f"looks up reward tokens in a table of its own, of shape {tuple(seen[0].shape)}"
             )
         policy.keep_from(names)
     if not policy.other_tables:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quark_fast.attention import FAST_ATTENTION
 from quark_fast.config import Config, UsageError
+from quark_fast.lookups import Lookups
 from quark_fast.lora import Lora, add_adapters, drop_adapters, has_adapters, merge_adapters
 from quark_fast.processes import assign, whole
 from quark_fast.prompts import Row, is_chat
@@ -590,33 +591,35 @@ def positions(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-@torch.no_grad()
 def _learned_positions(model: Any) -> int | None:
     """How many positions a table has in which the model looks them up; None: it has no such table."""
-    tokens = 3
-    tables = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-    ]
-    seen: list[int] = []
-
-    def watch(table: nn.Embedding, inputs: tuple[Tensor, ...]) -> None:
-        places = sorted({*inputs[0].flatten().tolist()})
-        if places == list(range(places[0], places[0] + tokens)):
-            seen.append(table.num_embeddings - places[0])  # some begin behind a place for padding
-
-    hooks = [table.register_forward_pre_hook(watch) for table in tables]
+    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    if len(tables) < 2:
+        return None
     try:
-        # The same token each time: tables of tokens see but one number.
-        if tables:
-            model(torch.full((1, tokens), 1, device=model.device))
+        # By two lengths: a table of something else may be asked for 0, 1 and 2 by chance.
+        short, long = (_counted(model, tables, tokens) for tokens in (3, 7))
     except Exception:  # foreign code fails in any way; what does, checked.py tells
         return None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return min(seen, default=None)
+    return min((rows - start for rows, start in short & long), default=None)
+
+
+@torch.no_grad()
+def _counted(model: Any, tables: set[int], tokens: int) -> set[tuple[int, int]]:
+    """(rows, start) of the tables in which a text has start, start + 1, ... looked up, once a token.
+
+    Some begin behind places for padding.
+    """
+    # The same token each time: a table of tokens is asked for one number. It is no padding.
+    token = len(model.get_input_embeddings().weight) // 2
+    with Lookups() as lookups:
+        model(torch.full((1, tokens), token, device=model.device))
+    numbers = (
+        (len(table), sorted({*places.flatten().tolist()}))
+        for table, places in lookups.seen
+        if table.data_ptr() in tables
+    )
+    return {(rows, found[0]) for rows, found in numbers if found == [found[0] + i for i in range(tokens)]}
 
 
 def recompute_layers(model: Any) -> None:

@@ -197,6 +197,18 @@ class Processes:
         if accelerator.mixed_precision == "fp16":
             raise UsageError("precision = fp16 is not supported with FSDP2; give bf16 or fp32")
 
+    def check_padding(self, accelerator: Accelerator, padding: bool) -> None:
+        """Raise UsageError for a sharded model that reads rows of each length by themselves.
+
+        Its processes would put the model together a different number of times, and wait for each other.
+        """
+        sharded = self.zero or accelerator.distributed_type == DistributedType.FSDP
+        if sharded and not padding:
+            raise UsageError(
+                "this model's rows of different lengths must not stand together (padding changes its logits),"
+                " which FSDP2 and DeepSpeed cannot wait for; launch without --use_fsdp or --use_deepspeed"
+            )
+
     def autocast(self, accelerator: Accelerator, precision: Precision) -> Callable[[], Any]:
         """What the precision of a forward pass is chosen by, around float32 weights."""
         if self.zero and precision == "bf16":  # DeepSpeed's own would make the weights bf16

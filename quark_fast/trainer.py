@@ -295,6 +295,7 @@ class Trainer:
             export=self.processes.main,  # which writes it
             notes=assets.cache_dir() if config.model is None else None,
         )
+        self.processes.check_padding(self.accelerator, self.policy.reading.padding)
         self.objective = Objective(
             config,
             self.policy,

@@ -24,7 +24,7 @@ LAYERS = [
     | {"stability", "classifier", "reward_cache", "scoring", "metrics", "lora", "tokenizer", "processes"}
     | {"trackers", "attention", "zero", "journal"},
     {"pool_store", "pool_groups", "pool_union"},
-    {"durable", "untrusted", "rounding", "seeds", "reading"},
+    {"durable", "untrusted", "rounding", "seeds", "reading", "lookups"},
     {"_C"},
 ]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

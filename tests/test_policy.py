@@ -15,21 +15,25 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS, save_tiny_model, sharpen, tiny_config, word_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from quark_fast.checked import check_export, check_policy
 from quark_fast.config import UsageError
 from quark_fast.policy import (
     Policy,
     RewardEmbedding,
     linear_head,
     load_pretrained,
+    load_reference,
     positions,
     reward_token,
 )
 from quark_fast.prompts import Rendered
+from quark_fast.rollout import Conditioning, Sampling, sample
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
 SEPARATOR_ID = WORDS
@@ -280,6 +284,69 @@ def test_folder_that_cannot_be_used_is_one_clear_line(
     with pytest.raises(UsageError, match=message) as caught:
         load_pretrained(folder, torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_special_tokens_behind_the_table_are_characters_in_a_text(tmp_path: Path, tiny_model: Make) -> None:
+    folder = tiny_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    assert tokenizer("<image_soft_token>").input_ids == [WORDS + 2], "an id more than the table has"
+    tokenizer.save_pretrained(folder)
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    assert policy.vocabulary == WORDS + 2 and policy.reward_ids == [WORDS + 2, WORDS + 3, WORDS + 4]
+    assert max(policy.encode("w1 <image_soft_token> w2")) < policy.vocabulary
+    assert check_policy(policy, policy.model) == []
+    assert check_export(policy, tmp_path, {}, untie=True) == (True, [])
+    policy.export(tmp_path / "out", torch.float32)
+    again = Policy.from_export(tmp_path / "out", torch.float32)
+    assert (again.vocabulary, again.reward_ids) == (policy.vocabulary, policy.reward_ids)
+    assert again.encode("w1 <image_soft_token> w2") == policy.encode("w1 <image_soft_token> w2")
+
+
+def test_outputs_that_a_config_switches_on_do_not_matter(tiny_model: Make) -> None:
+    plain = Policy.create(tiny_model("llama"), quantiles=2)
+    folder = tiny_model("llama")
+    change("config.json", output_hidden_states=True, output_attentions=True, return_dict=False)(folder)
+    policy = Policy.create(folder, quantiles=2)
+    policy.model.eval()
+    assert check_policy(policy, load_reference(folder, torch.float32, torch.device("cpu"))) == []
+    drawn = [
+        list(sample(one, one.model.eval(), [[1, 2], [3]], Conditioning(1), Sampling(5), 2, 0))
+        for one in (plain, policy)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
+@pytest.mark.parametrize("also_config", [False, True])
+def test_adapters_given_as_a_model_are_named_as_such(tiny_model: Make, also_config: bool) -> None:
+    folder = tiny_model("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(folder)
+    if not also_config:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).unlink()
+    with pytest.raises(UsageError, match=r"holds the adapters of a model .*merge_and_unload\(\)") as caught:
+        Policy.create(folder, quantiles=2)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_learned_positions_are_a_limit_whatever_the_config_says(tiny_model: Make) -> None:
+    folder = tiny_model("gpt2")
+    assert Policy.create(folder, quantiles=2).positions == 128
+    model, tokenizer = load_pretrained(folder, torch.float32)
+    model.config.n_positions = 10**6  # it overstates
+    assert Policy(model, tokenizer, 2).positions == 128
+    opt = transformers.OPTConfig(
+        vocab_size=70, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=40,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(opt)
+    assert len(model.model.decoder.embed_positions.weight) == 42
+    model.config.max_position_embeddings = 42  # what the table has, two places for padding included
+    assert Policy(model, word_tokenizer(), 2).positions == 40
 
 
 @pytest.mark.parametrize("odd", ["x", 0.5, {}, [1, "x"]])

@@ -18,10 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import sharpen
 from transformers import OPTConfig, OPTForCausalLM
 
+from quark_fast.checked import Checked
 from quark_fast.config import Config, UsageError
+from quark_fast.policy import Policy
+from quark_fast.processes import Processes
+from quark_fast.reading import Reading
 from quark_fast.trainer import Interrupted, Progress, Trainer
 
 PROMPTS = [f"w{i} w{j}" for i in range(12) for j in range(12, 14)]
@@ -72,6 +77,24 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
 def rows(path: Path, **wanted: Any) -> list[dict[str, Any]]:
     every = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in every if all(row[k] == v for k, v in wanted.items())]
+
+
+def test_sharded_model_whose_rows_must_not_be_padded_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(policy: Policy, *_: object, **__: object) -> Checked:
+        policy.reading = Reading(padding=False)
+        return Checked(True, ["checked"])
+
+    monkeypatch.setattr("quark_fast.trainer.check_model", check)
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    Trainer(small(tmp_path / "one", tiny_model()), **given)
+    monkeypatch.setattr(
+        "accelerate.Accelerator.distributed_type", property(lambda _: DistributedType.FSDP), raising=False
+    )
+    monkeypatch.setattr(Processes, "check", lambda *_: None)
+    with pytest.raises(UsageError, match=r"rows of different lengths must not .*without --use_fsdp"):
+        Trainer(small(tmp_path / "two", tiny_model()), **given)
 
 
 def test_reward_rises_and_best_is_above_none_above_worst(
