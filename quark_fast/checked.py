@@ -379,7 +379,7 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
                 read(model, torch.tensor([ids], device=model.device))
             except Exception:  # what fails without such tables, too, is told by the check of reading
                 failed = True
-        seen = [table for table, numbers in lookups.seen if bool(torch.isin(numbers, own).any())]
+        seen = [one.table for one in lookups.seen if bool(torch.isin(one.numbers, own).any())]
         if not seen:
             if failed:
                 return []

@@ -591,35 +591,22 @@ def positions(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+@torch.no_grad()
 def _learned_positions(model: Any) -> int | None:
     """How many positions a table has in which the model looks them up; None: it has no such table."""
-    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
-    if len(tables) < 2:
+    if sum(isinstance(module, nn.Embedding) for module in model.modules()) < 2:
         return None
-    try:
-        # By two lengths: a table of something else may be asked for 0, 1 and 2 by chance.
-        short, long = (_counted(model, tables, tokens) for tokens in (3, 7))
-    except Exception:  # foreign code fails in any way; what does, checked.py tells
-        return None
-    return min((rows - start for rows, start in short & long), default=None)
-
-
-@torch.no_grad()
-def _counted(model: Any, tables: set[int], tokens: int) -> set[tuple[int, int]]:
-    """(rows, start) of the tables in which a text has start, start + 1, ... looked up, once a token.
-
-    Some begin behind places for padding.
-    """
-    # The same token each time: a table of tokens is asked for one number. It is no padding.
-    token = len(model.get_input_embeddings().weight) // 2
-    with Lookups() as lookups:
-        model(torch.full((1, tokens), token, device=model.device))
-    numbers = (
-        (len(table), sorted({*places.flatten().tolist()}))
-        for table, places in lookups.seen
-        if table.data_ptr() in tables
-    )
-    return {(rows, found[0]) for rows, found in numbers if found == [found[0] + i for i in range(tokens)]}
+    token = len(model.get_input_embeddings().weight) // 2  # no padding
+    found = []
+    # By two lengths: a table of something else may be asked for 0, 1 and 2 by chance.
+    for tokens in (3, 7):
+        with Lookups() as lookups:
+            try:
+                model(torch.full((1, tokens), token, device=model.device))
+            except Exception:  # foreign code fails in any way; what does, checked.py tells
+                return None
+        found.append(lookups.counted(tokens))
+    return min((rows - start for rows, start in set.intersection(*found)), default=None)
 
 
 def recompute_layers(model: Any) -> None:
