@@ -20,13 +20,12 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from quark_fast.batch import completion_hidden, completion_logits, make_batch
 from quark_fast.config import UsageError
 from quark_fast.lookups import Lookups
 from quark_fast.lora import has_adapters
-from quark_fast.policy import Policy, decoding, first_line, linear_head, load_tokenizer
+from quark_fast.policy import Policy, decoding, first_line, linear_head, load_pretrained
 from quark_fast.reading import Reading, next_logits, read
 from quark_fast.tokenizer import SENTENCE
 
@@ -39,7 +38,11 @@ SAMPLES = 2
 
 
 class WrongModel(UsageError):
-    """A model that cannot be read right in any way that there is."""
+    """A model that cannot be read right in any way that there is; ``what`` is wrong with it."""
+
+    def __init__(self, who: str, what: str, fix: str) -> None:
+        super().__init__(f"{who} {what}; {fix}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -287,14 +290,15 @@ def _first(
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+    return kind + first_line(error)
 
 
 def _wrong(model: Any, what: str) -> WrongModel:
     low = model.dtype != torch.float32
     fix = "give --precision fp32, or another --model" if low else "give another --model"
     dtype = str(model.dtype).removeprefix("torch.")
-    return WrongModel(f"{type(model).__name__} ({model.config.model_type}, {dtype}) {what}; {fix}")
+    return WrongModel(f"{type(model).__name__} ({model.config.model_type}, {dtype})", what, fix)
 
 
 # --- The export ------------------------------------------------------------------------------------
@@ -325,7 +329,8 @@ def check_export(
             _check_export(policy, near, sampling, untie=False)
         except WrongModel:
             raise error from None
-        return False, [f"the export's head stays tied, as by --export-head tied: with one of its own {error}"]
+        line = f"the export's head stays tied (--export-head tied), since otherwise the model {error.what}"
+        return False, [line]
     return untie, []
 
 
@@ -338,16 +343,15 @@ def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie
         try:
             policy.write_export(Path(scratch), model, sampling, untie=untie)
             del model
-            tokenizer = load_tokenizer(scratch, trust)
-            again = AutoModelForCausalLM.from_pretrained(
-                scratch, dtype=policy.stored_dtype, trust_remote_code=trust
-            ).to(device)
+            again, tokenizer = load_pretrained(scratch, policy.stored_dtype, trust_remote_code=trust)
+            again.to(device)
             read_as = [list(tokenizer(text).input_ids) for text in TEXTS]
             logits = torch.cat([_alone(policy, again, ids) for ids in texts])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code fails in any way
-            raise _wrong(policy.model, f"cannot be exported: {_said(error)}") from error
+            said = _said(error).replace(repr(scratch), "the export")
+            raise _wrong(policy.model, f"cannot be exported: {said}") from error
     for text, found, expected in zip(TEXTS, read_as, texts, strict=True):
         if found != expected:
             kind = type(tokenizer).__name__

@@ -113,10 +113,7 @@ class SequenceClassifier:
             tokenizer.truncation_side = "left"
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
-        self.configs = _configs(model.config)
-        rope = getattr(self.configs[-1], "rope_parameters", None) or {}
-        self._stretched = rope.get("original_max_position_embeddings") or float("inf")
-        self._takes = inspect.signature(model.forward).parameters
+        self._settle_config()
         self._find_padding()
         # While it is on the CPU: a position beyond its table ends the process on a GPU.
         self.limit = self._longest_input()
@@ -214,6 +211,13 @@ class SequenceClassifier:
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} texts")
         return logits.double()
 
+    def _settle_config(self) -> None:
+        """What the configs say of the model's input."""
+        self.configs = _configs(self.model.config)
+        rope = getattr(self.configs[-1], "rope_parameters", None) or {}
+        self._stretched = rope.get("original_max_position_embeddings") or float("inf")
+        self._takes = inspect.signature(self.model.forward).parameters
+
     def _find_padding(self) -> None:
         """Settle what padding is: the id by which the model knows it, whatever the tokenizer has.
 
@@ -255,7 +259,7 @@ class SequenceClassifier:
         known = [int(n) for n in claims if isinstance(n, int | float) and 0 < n < UNSET]
         self.limit = min(known, default=None)
         # There and back: numbers that the model looks up in order are then not the text's own.
-        (probe,) = self._encode([" ".join(self._sample((3,)))])
+        (probe,) = self._encode([" ".join(self._sample(3))])
         if len(probe.ids) > 2:
             with Lookups() as lookups:
                 self._alone(probe)
@@ -295,9 +299,11 @@ class SequenceClassifier:
         Raises:
             UsageError: a text by itself does not score alike twice.
         """
-        rows = [row for row in self._encode(self._sample((1, 4, 9))) if row.ids]
-        rows += self._encode(self._sample((self._cheap_length(),))[:1])
-        rows.sort(key=lambda row: len(row.ids))
+        # One word; four, and the same four backwards, which are as many tokens; many.
+        texts = [*self._sample(1)[:1], *self._sample(4), *self._sample(self._cheap_length())[:1]]
+        rows = sorted((row for row in self._encode(texts) if row.ids), key=lambda row: len(row.ids))
+        if len(rows) < 2:
+            raise UsageError(f"the tokenizer of {self.source} makes no tokens of its own words")
         alone = torch.stack([self._alone(row) for row in rows])
         twice = [0, len(rows) - 1]
         again = torch.stack([self._alone(rows[i]) for i in twice])
@@ -317,45 +323,37 @@ class SequenceClassifier:
                 BATCHINGS[self.batching],
             )
 
-    def _sample(self, lengths: Sequence[int]) -> list[str]:
-        """Texts of so many words, each forwards and backwards, of tokens from all over the vocabulary."""
+    def _sample(self, length: int) -> list[str]:
+        """A text of so many words, forwards and backwards, of tokens from all over the vocabulary."""
         special = set(self.tokenizer.all_special_ids)
         for config in self.configs:
             special |= {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep")}
         ids = sorted(i for i in self.tokenizer.get_vocab().values() if i not in special)
         count = len(ids)
-        words = [self.tokenizer.decode([ids[(k * 7919 + count // 2) % count]]) for k in range(max(lengths))]
-        chosen = [words[:n] for n in lengths]
-        return [" ".join(text) for each in chosen for text in (each, each[::-1])]
+        words = [self.tokenizer.decode([ids[(k * 7919 + count // 2) % count]]) for k in range(length)]
+        return [" ".join(words), " ".join(reversed(words))]
 
     def _cheap_length(self) -> int:
         """Words of a text that is as long as the limit where that takes little time."""
         size = sum(weight.numel() for weight in self.model.parameters())
-        budget = 3 * 10**9 if self.model.device.type == "cpu" else 10**13
+        budget = 2 * 10**9 if self.model.device.type == "cpu" else 10**13
         return max(9, min(self.limit or 1024, 1024, int(budget // size)))
 
     def _agrees(self, way: Batching, rows: Sequence[Encoded], alone: Tensor, allowed: float) -> bool:
-        """Whether texts, the short ones and the longest with the shortest, score this way as they do alone.
+        """Whether texts score this way as they do alone, which is ``alone``.
 
-        ``alone`` are their logits alone. The way is this classifier's from here on.
+        The way is this classifier's from here on.
         """
         self.batching = way
         if way == "alone":
             return True
-        for part in (slice(0, -1), slice(0, None, len(rows) - 1)):
-            try:
-                found = torch.cat([self._batch(list(g)) for _, g in groupby(rows[part], key=self._group)])
-            except (
-                LookupError,
-                RuntimeError,
-                ValueError,
-            ) as error:  # such as "Cannot handle batch sizes > 1"
-                if should_reduce_batch_size(error):
-                    raise
-                return False
-            if not (found - alone[part]).abs().max().item() <= allowed:  # NaN, too
-                return False
-        return True
+        try:
+            found = torch.cat([self._batch(list(group)) for _, group in groupby(rows, key=self._group)])
+        except (LookupError, RuntimeError, ValueError) as error:  # such as "Cannot handle batch sizes > 1"
+            if should_reduce_batch_size(error):
+                raise
+            return False
+        return (found - alone).abs().max().item() <= allowed  # NaN is not
 
 
 def _configs(config: Any) -> list[Any]:

@@ -159,7 +159,9 @@ def _classifier(name: str, config: Config, device: torch.device | str, label: st
         device,
         trust_remote_code=config.trust_remote_code,
     )
-    return Reward(model, name, f"label {model.label}, reads {model.reads}", model.sha256)
+    # The words are part of what identifies the scores: a long text's were other ones when its end was cut.
+    reads = model.reads if model.reads == "completion" else f"{model.reads}, its front cut"
+    return Reward(model, name, f"label {model.label}, reads {reads}", model.sha256)
 
 
 def _function(name: str, config: Config) -> Reward:

@@ -239,11 +239,13 @@ def test_head_stays_tied_where_an_own_one_makes_another_model(
 ) -> None:
     def check(policy: Policy, near: Path, sampling: Any, untie: bool) -> None:
         if untie:
-            raise WrongModel("it is another model")
+            raise WrongModel("Kind (kind)", "is another model", "give another")
 
     monkeypatch.setattr(checked, "_check_export", check)
     untie, lines = check_export(policy, tmp_path, HOW, untie=True)
-    assert untie is False and "stays tied" in lines[0] and "it is another model" in lines[0]
+    assert untie is False and lines == [
+        "the export's head stays tied (--export-head tied), since otherwise the model is another model"
+    ]
 
 
 # --- What is kept ----------------------------------------------------------------------------------

@@ -472,3 +472,24 @@ def test_model_that_fails_on_a_text_is_refused_in_a_line(
     word_tokenizer().save_pretrained(folder)  # adds no end token, which the model looks for
     with pytest.raises(UsageError, match=r"cannot score a text of \d+ tokens, 'w.*ValueError"):
         SequenceClassifier(folder, "Toxic")
+
+
+def test_batches_are_of_the_texts_in_the_order_given_and_padded_as_transformers_pads(
+    save_any: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_any("bert", pad="<|endoftext|>", pad_token_id=WORDS)
+    scorer = SequenceClassifier(folder, "Toxic", batch_size=3)
+    seen: list[list[str]] = []
+    own = scorer._batch
+
+    def record(rows: Any) -> torch.Tensor:
+        seen.append([row.text for row in rows])
+        return own(rows)
+
+    monkeypatch.setattr(scorer, "_batch", record)
+    found = scorer([""] * 6, VARIED)
+    assert seen == [VARIED[:3], VARIED[3:]]
+    inputs = AutoTokenizer.from_pretrained(folder)(VARIED[:3], padding=True, return_tensors="pt")
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        assert found[:3] == model(**inputs).logits.double().softmax(-1)[:, 1].tolist(), "to the last bit"

@@ -52,8 +52,8 @@ def try_out(one: Architecture, folder: Path) -> tuple[Tried, Policy | None]:
     except UsageError as error:
         text = _without_numbers(error).removeprefix(f"{kinds[0]} ").split("; give ")[0]
         return Tried(one.name, *kinds, f"refused: it {re.sub(r'^[(][^)]*[)] ', '', text)}"), None
-    said = [_without_numbers(line).replace(kinds[0], "it") for line in checked.lines[1:]]
-    return Tried(one.name, *kinds, "; ".join(["right", *said]).split(", since ")[0]), policy
+    said = [line.split(", since ")[0].replace(kinds[0], "it") for line in checked.lines[1:]]
+    return Tried(one.name, *kinds, "; ".join(["right", *said])), policy
 
 
 def _without_numbers(text: object) -> str:
