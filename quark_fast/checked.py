@@ -191,6 +191,8 @@ def _own_logits(policy: Policy, model: Any, probe: _Probe) -> Tensor:
             [_alone(policy, model, context + one[:-1])[-NEW:] for one in continuations]
             for context, continuations in zip(probe.contexts(policy), probe.continuations, strict=True)
         ]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # foreign code fails in any way
         raise _wrong(model, f"does not read a text: {_said(error)}") from error
     own = torch.stack([torch.stack(each) for each in found])

@@ -32,6 +32,9 @@ class Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in itertools.chain(args[1:], *listed):
                 if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
                     self.seen.append(Lookup(by, args[0], value))
+                    if by == "embedding" and value.numel() and int(value.max()) >= len(args[0]):
+                        # Before a GPU finds out, which ends the process.
+                        raise IndexError(f"row {int(value.max())} of a table of {len(args[0])}")
         return func(*args, **(kwargs or {}))
 
     def counted(self, tokens: int) -> set[tuple[int, int]]:

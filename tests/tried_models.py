@@ -67,7 +67,8 @@ Every model is checked when it is loaded. Greedy decoding by our loop (cache, pa
 samples a prompt) and the padded logits of training must be the model's own for each text alone; reward tokens
 must not be looked up in a table that is not theirs; an export must give plain transformers the same ids and
 logits. What does not hold is repaired by a general means (texts of one length together, no cache, another
-tokenizer class), or the model is refused in one line before anything long.
+tokenizer class), or the model is refused in one line before anything long. The texts are short, some 20
+tokens: what begins behind more, such as a window or a scaling of positions, is not tried.
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,
