@@ -25,6 +25,7 @@ from quark_fast.batch import completion_hidden, completion_logits, make_batch
 from quark_fast.config import UsageError
 from quark_fast.lookups import Lookups
 from quark_fast.lora import has_adapters
+from quark_fast.objective import Objective
 from quark_fast.policy import Policy, decoding, first_line, linear_head, load_pretrained
 from quark_fast.reading import Reading, next_logits, read
 from quark_fast.tokenizer import SENTENCE
@@ -32,7 +33,8 @@ from quark_fast.tokenizer import SENTENCE
 # The share of the spread of a position's logits by which two ways to compute them may differ. Another order
 # of summation makes 1e-6 to 1e-3 in float32 and up to 5e-2 in bfloat16; what is wrong makes 1e-1 and more.
 TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-LENGTHS = (9, 2, 14)  # of the prompts, tokens
+LENGTHS = (9, 2)  # of the prompts, tokens; a third is as long as the run's longest
+LONGEST = 128  # tokens on a CPU, where more would take long
 NEW = 5  # tokens behind each of them
 SAMPLES = 2
 
@@ -60,6 +62,8 @@ def check_model(
     sampling: Mapping[str, Any],
     *,
     untie: bool,
+    longest: int = 14,
+    objective: Callable[[], Objective] | None = None,
     export: bool = True,
     notes: Path | None = None,
 ) -> Checked:
@@ -67,16 +71,23 @@ def check_model(
 
     Args:
         near, sampling, untie: as of ``check_export``.
+        longest: of the prompts, tokens; on a CPU no more than ``LONGEST`` are tried.
+        objective: makes that by which the policy is trained: a step is tried out.
         export: whether the export is checked, too.
         notes: a folder where it is noted that this very model is as usual, which then is not checked again.
     Raises:
         WrongModel: it cannot be read right, or cannot be exported.
     """
     begun = time.monotonic()
-    note = None if notes is None else notes / f"model-{_fingerprint(policy, reference, sampling, untie)}"
+    if policy.model.device.type == "cpu":
+        longest = min(longest, LONGEST)
+    made_of = (sorted(sampling.items()), untie, longest)
+    note = None if notes is None else notes / f"model-{_fingerprint(policy, reference, made_of)}"
     if note is not None and note.exists():
         return Checked(untie, ["model checked before, with the same versions"])
-    remarks = check_policy(policy, reference)
+    remarks = check_policy(policy, reference, longest)
+    if objective is not None:
+        _check_step(policy, reference, objective)
     if export:
         untie, more = check_export(policy, near, sampling, untie)
         remarks += more
@@ -88,7 +99,7 @@ def check_model(
     return Checked(untie, [f"{seconds}: {policy.reading}", *remarks] if not remarks else [seconds, *remarks])
 
 
-def _fingerprint(policy: Policy, reference: Any, sampling: Mapping[str, Any], untie: bool) -> str:
+def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
     """Of all that a check depends on but the model's files."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -98,12 +109,12 @@ def _fingerprint(policy: Policy, reference: Any, sampling: Mapping[str, Any], un
         (model.dtype, model.device.type, model.config._attn_implementation, has_adapters(model))
         for model in (policy.model, reference)
     ]
-    made = (policy.prefix, policy.reward_ids, policy.stored_dtype, sorted(sampling.items()), untie)
+    made = (policy.prefix, policy.reward_ids, policy.stored_dtype, more)
     digest.update(repr((versions, kind, made)).encode())
     return digest.hexdigest()[:16]
 
 
-def check_policy(policy: Policy, reference: Any) -> list[str]:
+def check_policy(policy: Policy, reference: Any, longest: int = 14) -> list[str]:
     """Find out how a policy that is to be trained is read; what is told to the user where that is unusual.
 
     Sets ``policy.reading`` and keeps the reward tokens out of tables that are not theirs.
@@ -113,16 +124,42 @@ def check_policy(policy: Policy, reference: Any) -> list[str]:
     """
     best = policy.quantiles - 1
     remarks = _keep_reward_tokens_to_their_table(policy)
-    remarks += check_reading(policy, policy.model, [best, 0, None])
-    # In the precision in which it samples.
-    probe = _Probe.of(policy, [None] * len(LENGTHS))
-    with torch.no_grad():
-        own = _own_logits(policy, reference, probe)
-        _first([policy.reading], lambda reading: _decoding(policy, reference, probe, own, reading), reference)
+    remarks += check_reading(policy, policy.model, [best, 0, None], longest)
+    _check_decoding(policy, reference, [None] * 3)  # in the precision in which it samples
     return remarks
 
 
-def check_reading(policy: Policy, model: Any, quantiles: Sequence[int | None]) -> list[str]:
+@torch.no_grad()
+def _check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None]) -> None:
+    """Refuse a model that cannot be sampled in the way that was found for its kind."""
+    probe = _Probe.of(policy, quantiles, 14)
+    own = _own_logits(policy, model, probe)
+    _first([policy.reading], lambda reading: _decoding(policy, model, probe, own, reading), model)
+
+
+def _check_step(policy: Policy, reference: Any, objective: Callable[[], Objective]) -> None:
+    """Try out a training step in its precision, and a copy for sampling behind it, as every round has."""
+    best = policy.quantiles - 1
+    probe = _Probe.of(policy, [best, 0, best // 2], 14)
+    completions = [first for first, *_ in probe.continuations]
+    quantiles = [k for k in probe.quantiles if k is not None]
+    try:
+        loss, _ = objective()(probe.prompts, completions, quantiles, tokens=3.0 * NEW, samples=3.0)
+        # Through all layers, but with no gradient kept of any weight but the reward tokens'.
+        torch.autograd.grad(loss, [policy.model.get_input_embeddings().rows])
+        copied = policy.frozen_copy(reference.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # foreign code fails in any way
+        raise _wrong(reference, f"cannot be trained: {_said(error)}") from error
+    if not bool(loss.isfinite()):
+        raise _wrong(reference, "cannot be trained: the loss of a step is NaN or infinite")
+    _check_decoding(policy, copied, [best, 0, None])
+
+
+def check_reading(
+    policy: Policy, model: Any, quantiles: Sequence[int | None], longest: int = 14
+) -> list[str]:
     """Set ``policy.reading`` to the first way that gives the model's own logits, in training and decoding.
 
     Args:
@@ -133,7 +170,7 @@ def check_reading(policy: Policy, model: Any, quantiles: Sequence[int | None]) -
     Raises:
         WrongModel: there is none.
     """
-    probe = _Probe.of(policy, quantiles)
+    probe = _Probe.of(policy, quantiles, longest)
     with torch.no_grad():
         own = _own_logits(policy, model, probe)
         _check_causal(policy, model, probe, own)
@@ -162,7 +199,7 @@ class _Probe:
     continuations: list[list[list[int]]]  # of each prompt SAMPLES
 
     @staticmethod
-    def of(policy: Policy, quantiles: Sequence[int | None]) -> _Probe:
+    def of(policy: Policy, quantiles: Sequence[int | None], longest: int) -> _Probe:
         generator = torch.Generator().manual_seed(0)
         special = {*policy.tokenizer.all_special_ids, *policy.stop_ids, *policy.prefix}
         ordinary = [i for i in range(policy.vocabulary) if i not in special]
@@ -170,8 +207,9 @@ class _Probe:
         def some(count: int) -> list[int]:
             return [ordinary[i] for i in torch.randint(len(ordinary), (count,), generator=generator).tolist()]
 
-        room = max(1, policy.room(NEW, max(LENGTHS)))
-        prompts = [some(min(length, room)) for length in LENGTHS]
+        lengths = (*LENGTHS, max(longest, 14))
+        room = max(1, policy.room(NEW, max(lengths)))
+        prompts = [some(min(length, room)) for length in lengths]
         return _Probe(prompts, list(quantiles), [[some(NEW) for _ in range(SAMPLES)] for _ in prompts])
 
     def contexts(self, policy: Policy) -> list[list[int]]:
@@ -210,8 +248,9 @@ def _check_causal(policy: Policy, model: Any, probe: _Probe, own: Tensor) -> Non
     if gap > _tolerance(model):
         raise _wrong(
             model,
-            f"is no causal language model: its logits behind a prompt change by {gap:.0%} of their spread"
-            " with what follows (encoders such as BERT need is_decoder = true in their config.json)",
+            f"is no causal language model: its logits behind a prompt change by {gap:.1%} of their spread"
+            " with what follows, or with the length of the text (encoders such as BERT need is_decoder = true"
+            " in their config.json)",
         )
 
 
@@ -337,16 +376,16 @@ def check_export(
 
 
 def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie: bool) -> None:
-    model = policy.whole_copy(policy.stored_dtype)
-    device, trust = model.device, policy.trust_remote_code
+    trust = policy.trust_remote_code
     texts = [policy.conditioned(policy.encode(text), policy.quantiles - 1) for text in TEXTS]
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch:
-        own = torch.cat([_alone(policy, model, ids) for ids in texts])
         try:
+            model = policy.whole_copy(policy.stored_dtype)
+            own = torch.cat([_alone(policy, model, ids) for ids in texts])
             policy.write_export(Path(scratch), model, sampling, untie=untie)
-            del model
+            del model  # not both in memory
             again, tokenizer = load_pretrained(scratch, policy.stored_dtype, trust_remote_code=trust)
-            again.to(device)
+            again.to(policy.model.device)
             read_as = [list(tokenizer(text).input_ids) for text in TEXTS]
             logits = torch.cat([_alone(policy, again, ids) for ids in texts])
         except torch.OutOfMemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +61,43 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of patterns that peft itself makes for experts.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(settings, model)
         except ValueError as error:  # peft's word for names that no layer has
             raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
+    _leave_bare_weights_alone(model, lora)
     for name, _ in _adapted(model):
         if name in where:
             raise UsageError(
                 f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
                 " body"
             )
+
+
+def _leave_bare_weights_alone(model: Any, lora: Lora) -> None:
+    """Unwrap experts and routers, whose weights are no layers: peft wraps them unasked, in a way of its own.
+
+    Raises:
+        UsageError: they were asked for by name.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrapped = [name for name, layer in _adapted(model) if isinstance(layer, ParamWrapper)]
+    if wrapped and lora.targets != ALL_LINEAR:
+        raise UsageError(
+            f"lora_targets = {lora.targets!r} reaches {wrapped[0]}, whose weights are no linear layers; give"
+            " layers of the attention, or all-linear, which leaves them as they are"
+        )
+    for name in wrapped:
+        if not name.endswith(".base_layer"):  # several weights of one module are wrapped one in the other
+            layer = model.get_submodule(name)
+            while isinstance(layer, ParamWrapper):
+                layer = layer.get_base_layer()
+            model.set_submodule(name, layer)
 
 
 def has_adapters(model: Any) -> bool:

@@ -100,6 +100,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.other_tables: list[str] = []
+        self._buffers: dict[torch.dtype, dict[str, torch.dtype]] = {}
         auto = prefix == "auto"
         self.prefix_text = opening(tokenizer) if auto else prefix
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []
@@ -133,7 +134,7 @@ class Policy:
         if not all(i is None or isinstance(i, int) for i in ends):
             raise UsageError(f"the model's generation_config.json has eos_token_id = {eos!r}; give ids")
         stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR), *ends}
-        self.stop_ids = sorted(i for i in stop if i is not None and i < self.vocabulary)
+        self.stop_ids = sorted(i for i in stop if i is not None and 0 <= i < self.vocabulary)
 
     @classmethod
     def create(
@@ -380,6 +381,7 @@ class Policy:
         """
         own = dict(self.model.named_parameters())
         sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
+        _forget_graphs(self.model)
         model = copy.deepcopy(self.unsharded if sharded else self.model)
         converted = conversion(dtype, self.stored_dtype)
         if sharded:
@@ -390,8 +392,8 @@ class Policy:
             _hide_reward_tokens(model, self.other_tables, self.vocabulary)
         elif has_adapters(model):
             merge_adapters(model, converted)
-        # Not model.to(dtype), which would round the rotary frequencies, too: loaded in any dtype, a model has
-        # those in float32.
+        # Not model.to(dtype), which would round the rotary frequencies, too.
+        self._cast_buffers(model, dtype)
         for name, parameter in model.named_parameters():
             if sharded:
                 parameter.data = converted(whole(own[name].detach())).to(parameter.device)
@@ -413,16 +415,30 @@ class Policy:
     def exported_copy(self, dtype: torch.dtype) -> Any:
         """``frozen_copy`` of what an export holds, which is in the dtype that the model came in."""
         model = self.frozen_copy(self.stored_dtype)
+        self._cast_buffers(model, dtype)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         return model
+
+    def _cast_buffers(self, model: Any, dtype: torch.dtype) -> None:
+        """Give a copy's buffers the dtypes that they have in a model loaded in ``dtype``.
+
+        Rotary frequencies are float32 in any; masks, decays or positions may not be.
+        """
+        if dtype not in self._buffers:
+            self._buffers[dtype] = _buffer_dtypes(model, dtype)
+        for name, buffer in model.named_buffers():
+            wanted = self._buffers[dtype].get(name.replace(".base.", "."), buffer.dtype)
+            if buffer.is_floating_point() and wanted.is_floating_point:
+                buffer.data = buffer.data.to(wanted)
 
     def shared_reference(self, dtype: torch.dtype) -> Any | None:
         """The untouched model on the very weights that adapters stand beside; None where they have another
         dtype, or are trained themselves."""
         if not has_adapters(self.model) or self.model.get_input_embeddings().weight.dtype != dtype:
             return None
+        _forget_graphs(self.model)
         # deepcopy takes what is in its memo for copied.
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         drop_adapters(model)
@@ -499,8 +515,9 @@ class Policy:
     def _least_probable(self, model: Any) -> Tensor:
         """Base ids that ``model`` finds least probable all over random texts, with and without the front."""
         generator = torch.Generator().manual_seed(0)
-        texts = torch.randint(self.vocabulary, (8, 32), generator=generator)
         front = torch.tensor(self.conditioned([], self.quantiles - 1)).expand(8, -1)
+        length = min(32, max(1, (self.positions or 32) - front.shape[1]))
+        texts = torch.randint(self.vocabulary, (8, length), generator=generator)
         highest = torch.full((self.vocabulary,), -torch.inf)
         for ids in (texts, torch.cat([front, texts], dim=1)):
             logits = model(ids.to(model.device), use_cache=False).logits[..., : self.vocabulary]
@@ -557,6 +574,24 @@ def _never_win(model: Any, ids: range, rare: Tensor, untie: bool) -> None:
         if parameter is not None:
             mean = parameter.data[rare.to(wanted.device)].float().mean(0)
             parameter.data[wanted] = mean.to(parameter.dtype)
+
+
+def _forget_graphs(model: Any) -> None:
+    """Detach what modules keep of their last forward pass, such as a state: it could not be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+
+
+def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of a model of this kind when it is made in ``dtype``; nothing where it cannot be made without data."""
+    try:
+        with torch.device("meta"):
+            made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    except Exception:  # foreign code fails in any way; what does not fit then, checked.py tells
+        return {}
+    return {name: buffer.dtype for name, buffer in made.named_buffers()}
 
 
 def _hide_reward_tokens(model: Any, tables: Sequence[str], first_id: int) -> None:
@@ -697,7 +732,13 @@ def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.d
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file fails in as many ways as transformers reads it
         raise _refused(source, "causal language model", error) from error
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if stored not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UsageError(
+            f"the weights at {str(source)!r} are in {stored}, which cannot be trained; give them in bfloat16,"
+            " float16 or float32"
+        )
+    return stored
 
 
 def _refused(source: str | Path, kind: str, error: Exception) -> UsageError:
@@ -835,5 +876,6 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    text = " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
+    return text[:200]

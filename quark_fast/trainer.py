@@ -286,23 +286,27 @@ class Trainer:
             if shared is None
             else shared.to(self.device)
         )
-        self.checked = check_model(
-            self.policy,
-            self.reference,
-            self.folder.existing_parent,
-            generation_settings(self._evaluation_sampling()),
-            untie=config.export_head == "own",
-            export=self.processes.main,  # which writes it
-            notes=assets.cache_dir() if config.model is None else None,
-        )
-        self.processes.check_padding(self.accelerator, self.policy.reading.padding)
-        self.objective = Objective(
+        objective = functools.partial(
+            Objective,
             config,
             self.policy,
             self.reference,
             self.device,
             self.processes.autocast(self.accelerator, config.precision),
         )
+        self.checked = check_model(
+            self.policy,
+            self.reference,
+            self.folder.existing_parent,
+            generation_settings(self._evaluation_sampling()),
+            untie=config.export_head == "own",
+            longest=max(map(len, [*self.train_ids, *self.held_out.ids])) + config.max_new_tokens,
+            objective=objective,
+            export=self.processes.main,  # which writes it
+            notes=assets.cache_dir() if config.model is None else None,
+        )
+        self.processes.check_padding(self.accelerator, self.policy.reading.padding)
+        self.objective = objective()
         *body, rows = _parameters(model)
         groups: list[dict[str, Any]] = [
             {"params": body, "lr": config.learning_rate},

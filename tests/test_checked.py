@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import sharpen
 from torch import Tensor, nn
 
 from quark_fast import checked
 from quark_fast.checked import WrongModel, check_export, check_model, check_policy
+from quark_fast.config import Config
+from quark_fast.objective import Objective
 from quark_fast.policy import Policy, load_reference
 from quark_fast.reading import Reading
 
@@ -147,6 +152,71 @@ def test_reference_that_fails_in_low_precision_is_refused_with_the_precision(
         check_policy(policy, reference)
     reference.forward = own
     assert check_policy(policy, reference) == []
+
+
+def test_fault_behind_some_tokens_is_found_where_the_run_has_such_texts(policy: Policy) -> None:
+    def change(forward: Any, ids: Tensor, **inputs: Any) -> Any:
+        out = forward(ids, **inputs)
+        if ids.shape[1] > 40 and len(ids) > 1:  # long texts are wrong in company
+            out.logits = out.logits.flip(0)
+        return out
+
+    plant(policy, change)
+    assert check_policy(policy, policy.model, 14) == []
+    with pytest.raises(WrongModel, match="cannot be read right"):
+        check_policy(policy, policy.model, 60)
+
+
+# --- A step ----------------------------------------------------------------------------------------
+
+
+def step_of(policy: Policy, reference: Any) -> Callable[[], Objective]:
+    return functools.partial(Objective, Config(), policy, reference, CPU, contextlib.nullcontext)
+
+
+def test_step_that_fails_is_refused_before_the_run(policy: Policy, tmp_path: Path) -> None:
+    def change(forward: Any, ids: Tensor, **inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("index_add_(): self (Float) and source (BFloat16)")
+        return forward(ids, **inputs)
+
+    reference = policy.frozen_copy(torch.float32)
+
+    def check() -> list[str]:
+        objective = step_of(policy, reference)
+        return check_model(policy, reference, tmp_path, HOW, untie=True, objective=objective).lines
+
+    assert check()[0].startswith("model checked in")
+    assert all(p.grad is None for p in policy.model.parameters()), "nothing is left of the step"
+    own = policy.model.model.forward
+
+    def forward(self: Any, input_ids: Tensor, **inputs: Any) -> Any:  # a step reads the body by itself
+        return change(own, input_ids, **inputs)
+
+    policy.model.model.forward = types.MethodType(forward, policy.model.model)
+    with pytest.raises(WrongModel, match=r"cannot be trained: RuntimeError: index_add_\(\)"):
+        check()
+
+
+def test_state_that_a_module_keeps_of_a_step_is_no_hindrance_to_a_copy(policy: Policy) -> None:
+    layer = policy.model.model.layers[0]
+    layer.state = (layer.mlp.up_proj.weight * 2).sum()
+    assert layer.state.grad_fn is not None
+    assert policy.whole_copy(torch.float32).model.layers[0].state.grad_fn is None
+
+
+@pytest.mark.parametrize("name", ["xglm", "minimax", "llama"])
+def test_copy_in_low_precision_has_the_buffers_of_a_model_loaded_in_it(name: str, tmp_path: Path) -> None:
+    folder = ARCHITECTURES[name].save(tmp_path / "model")
+    policy = Policy.create(folder, quantiles=2)
+    policy.model.eval()
+    reference = load_reference(folder, torch.bfloat16, CPU)
+    copied = policy.frozen_copy(torch.bfloat16)
+    kinds = {k.replace(".base.", "."): b.dtype for k, b in copied.named_buffers()}
+    assert kinds == {k: b.dtype for k, b in reference.named_buffers()}
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert copied(ids).logits.isfinite().all()
 
 
 # --- Tables ----------------------------------------------------------------------------------------

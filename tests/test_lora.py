@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES as EVERY
 from conftest import save_tiny_model, sharpen
 from safetensors.torch import load_file
 from test_trainer import PROMPTS, even_words, rows, small, timeless
@@ -198,3 +199,15 @@ def test_run_with_adapters_learns_resumes_to_identical_results_and_exports_the_m
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(exported[name], trainer.policy.frozen_copy(torch.bfloat16).state_dict()[name])
     assert not torch.equal(exported[name], load_file(model / "model.safetensors")[name])
+
+
+def test_experts_and_routers_are_left_as_they_are_or_refused_by_name(tmp_path: Path) -> None:
+    folder = EVERY["mixtral"].save(tmp_path / "model")
+    policy = Policy.create(folder, quantiles=2, lora=Lora(2, 4.0))
+    adapted = [name for name, _ in policy.model.named_parameters() if "lora_A" in name]
+    assert adapted and all("self_attn" in name for name in adapted)
+    copied = policy.whole_copy(torch.float32)
+    assert not any("lora" in name for name, _ in copied.named_parameters())
+    for targets, said in (("q_proj,w1,w3", "experts, whose weights are no linear layers"), ("experts", "lora_targets")):
+        with pytest.raises(UsageError, match=said):
+            Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))

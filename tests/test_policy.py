@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from quark_fast.checked import check_export, check_policy
 from quark_fast.config import UsageError
@@ -331,6 +331,25 @@ def test_adapters_given_as_a_model_are_named_as_such(tiny_model: Make, also_conf
     with pytest.raises(UsageError, match=r"holds the adapters of a model .*merge_and_unload\(\)") as caught:
         Policy.create(folder, quantiles=2)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_in_eight_bits_are_refused(tiny_model: Make) -> None:
+    folder = tiny_model("llama")
+    change("config.json", dtype="float8_e4m3fn")(folder)
+    with pytest.raises(UsageError, match=r"in torch.float8_e4m3fn, which cannot be trained"):
+        Policy.create(folder, quantiles=2)
+
+
+def test_model_of_few_positions_can_be_exported_and_an_end_below_0_is_none(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=12)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    change("generation_config.json", eos_token_id=[3, -1])(tmp_path / "model")
+    policy = Policy.create(tmp_path / "model", quantiles=2)
+    policy.model.eval()
+    assert policy.positions == 12 and policy.stop_ids == [3, SEPARATOR_ID]
+    assert check_policy(policy, policy.model) == []
+    assert check_export(policy, tmp_path, {}, untie=True) == (True, [])
 
 
 def test_learned_positions_are_a_limit_whatever_the_config_says(tiny_model: Make) -> None:

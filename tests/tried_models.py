@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import tempfile
@@ -13,9 +14,10 @@ import transformers
 from architectures import ARCHITECTURES, Architecture
 
 from quark_fast.checked import check_model
-from quark_fast.config import UsageError
+from quark_fast.config import Config, UsageError
 from quark_fast.evaluation import generation_settings
 from quark_fast.machine import quiet_libraries
+from quark_fast.objective import Objective
 from quark_fast.policy import Policy, load_reference
 from quark_fast.rollout import Sampling
 
@@ -47,8 +49,10 @@ def try_out(one: Architecture, folder: Path) -> tuple[Tried, Policy | None]:
     reference = load_reference(folder, torch.bfloat16, torch.device("cpu"))
     kinds = type(policy.model).__name__, type(policy.tokenizer).__name__
     how = generation_settings(Sampling())
+    low = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    objective = functools.partial(Objective, Config(), policy, reference, torch.device("cpu"), low)
     try:
-        checked = check_model(policy, reference, folder.parent, how, untie=True)
+        checked = check_model(policy, reference, folder.parent, how, untie=True, objective=objective)
     except UsageError as error:
         text = _without_numbers(error).removeprefix(f"{kinds[0]} ").split("; give ")[0]
         return Tried(one.name, *kinds, f"refused: it {re.sub(r'^[(][^)]*[)] ', '', text)}"), None
@@ -67,8 +71,9 @@ Every model is checked when it is loaded. Greedy decoding by our loop (cache, pa
 samples a prompt) and the padded logits of training must be the model's own for each text alone; reward tokens
 must not be looked up in a table that is not theirs; an export must give plain transformers the same ids and
 logits. What does not hold is repaired by a general means (texts of one length together, no cache, another
-tokenizer class), or the model is refused in one line before anything long. The texts are short, some 20
-tokens: what begins behind more, such as a window or a scaling of positions, is not tried.
+tokenizer class), or the model is refused in one line before anything long. A training step in the run's
+precision is tried out, too. The longest text has the length of the run's longest prompt, but on a CPU 128
+tokens at most, and here 14: what begins behind more, such as a window, is not tried.
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,
