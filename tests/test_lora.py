@@ -208,6 +208,9 @@ def test_experts_and_routers_are_left_as_they_are_or_refused_by_name(tmp_path: P
     assert adapted and all("self_attn" in name for name in adapted)
     copied = policy.whole_copy(torch.float32)
     assert not any("lora" in name for name, _ in copied.named_parameters())
-    for targets, said in (("q_proj,w1,w3", "experts, whose weights are no linear layers"), ("experts", "lora_targets")):
+    for targets, said in (
+        ("q_proj,w1,w3", "experts, whose weights are no linear layers"),
+        ("experts", "lora_targets"),
+    ):
         with pytest.raises(UsageError, match=said):
             Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))

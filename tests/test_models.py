@@ -305,8 +305,12 @@ def test_exported_policy_is_the_policy(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    if name.split(",")[0] not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
     tried, policy = try_out(ARCHITECTURES[name], tmp_path / "model")
-    assert str(tried) in DOCS.read_text().splitlines(), "python tests/tried_models.py writes the table anew"
+    table = DOCS.read_text()
+    if f"of transformers {transformers.__version__}:" in table:  # other versions may do more, or less
+        assert str(tried) in table.splitlines(), "python tests/tried_models.py writes the table anew"
     assert not any(tmp_path.glob(".quark*")), "the scratch export is gone"
     if policy is None:
         assert tried.outcome.startswith("refused: ") and "\n" not in tried.outcome
