@@ -25,6 +25,7 @@ from quark_fast.batch import completion_hidden, completion_logits, make_batch
 from quark_fast.config import UsageError
 from quark_fast.lookups import Lookups
 from quark_fast.lora import has_adapters
+from quark_fast.machine import OutOfMemory, within_memory
 from quark_fast.objective import Objective
 from quark_fast.policy import Policy, decoding, first_line, linear_head, load_pretrained
 from quark_fast.reading import Reading, next_logits, read
@@ -76,7 +77,8 @@ def check_model(
         export: whether the export is checked, too.
         notes: a folder where it is noted that this very model is as usual, which then is not checked again.
     Raises:
-        WrongModel: it cannot be read right, or cannot be exported.
+        WrongModel: it cannot be read right, trained or exported.
+        OutOfMemory: not even that fits.
     """
     begun = time.monotonic()
     if policy.model.device.type == "cpu":
@@ -85,12 +87,18 @@ def check_model(
     note = None if notes is None else notes / f"model-{_fingerprint(policy, reference, made_of)}"
     if note is not None and note.exists():
         return Checked(untie, ["model checked before, with the same versions"])
-    remarks = check_policy(policy, reference, longest)
-    if objective is not None:
-        _check_step(policy, reference, objective)
-    if export:
-        untie, more = check_export(policy, near, sampling, untie)
-        remarks += more
+    try:
+        remarks = check_policy(policy, reference, longest)
+        if objective is not None:
+            _check_step(policy, reference, objective)
+        if export:
+            untie, more = check_export(policy, near, sampling, untie)
+            remarks += more
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the memory does not hold a few short texts ({first_line(error)}); give a smaller --model, or"
+            " --lora-rank"
+        ) from error
     if note is not None and export and not remarks:
         with contextlib.suppress(OSError):  # a cache that cannot be written: it is checked each time
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +151,19 @@ def _check_step(policy: Policy, reference: Any, objective: Callable[[], Objectiv
     probe = _Probe.of(policy, [best, 0, best // 2], 14)
     completions = [first for first, *_ in probe.continuations]
     quantiles = [k for k in probe.quantiles if k is not None]
-    try:
-        loss, _ = objective()(probe.prompts, completions, quantiles, tokens=3.0 * NEW, samples=3.0)
+
+    def step(size: int) -> Tensor:
+        some = slice(0, size)
+        tokens = float(NEW * size)
+        loss, _ = objective()(probe.prompts[some], completions[some], quantiles[some], tokens, float(size))
         # Through all layers, but with no gradient kept of any weight but the reward tokens'.
         torch.autograd.grad(loss, [policy.model.get_input_embeddings().rows])
+        return loss.detach()
+
+    try:
+        loss, _ = within_memory(step, len(quantiles), lambda _: None)
         copied = policy.frozen_copy(reference.dtype)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutOfMemory):
         raise
     except Exception as error:  # foreign code fails in any way
         raise _wrong(reference, f"cannot be trained: {_said(error)}") from error
@@ -391,7 +406,9 @@ def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code fails in any way
-            said = _said(error).replace(repr(scratch), "the export")
+            # What our loader says names the scratch folder; what transformers said does not.
+            said = _said(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            said = said.replace(repr(scratch), "the export")
             raise _wrong(policy.model, f"cannot be exported: {said}") from error
     for text, found, expected in zip(TEXTS, read_as, texts, strict=True):
         if found != expected:
