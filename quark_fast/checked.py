@@ -11,7 +11,7 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from quark_fast.tokenizer import SENTENCE
 # The share of the spread of a position's logits by which two ways to compute them may differ. Another order
 # of summation makes 1e-6 to 1e-3 in float32 and up to 5e-2 in bfloat16; what is wrong makes 1e-1 and more.
 TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-LENGTHS = (9, 2)  # of the prompts, tokens; a third is as long as the run's longest
+LENGTHS = (9, 2)  # of the prompts, tokens; a third is as long as the run's longest,
+SHORT = 14  # and no shorter than this
 LONGEST = 128  # tokens on a CPU, where more would take long
 NEW = 5  # tokens behind each of them
 SAMPLES = 2
@@ -63,7 +64,7 @@ def check_model(
     sampling: Mapping[str, Any],
     *,
     untie: bool,
-    longest: int = 14,
+    longest: int = SHORT,
     objective: Callable[[], Objective] | None = None,
     export: bool = True,
     notes: Path | None = None,
@@ -122,7 +123,7 @@ def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_policy(policy: Policy, reference: Any, longest: int = 14) -> list[str]:
+def check_policy(policy: Policy, reference: Any, longest: int = SHORT) -> list[str]:
     """Find out how a policy that is to be trained is read; what is told to the user where that is unusual.
 
     Sets ``policy.reading`` and keeps the reward tokens out of tables that are not theirs.
@@ -140,7 +141,7 @@ def check_policy(policy: Policy, reference: Any, longest: int = 14) -> list[str]
 @torch.no_grad()
 def _check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None]) -> None:
     """Refuse a model that cannot be sampled in the way that was found for its kind."""
-    probe = _Probe.of(policy, quantiles, 14)
+    probe = _Probe.of(policy, quantiles)
     own = _own_logits(policy, model, probe)
     _first([policy.reading], lambda reading: _decoding(policy, model, probe, own, reading), model)
 
@@ -148,7 +149,7 @@ def _check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None])
 def _check_step(policy: Policy, reference: Any, objective: Callable[[], Objective]) -> None:
     """Try out a training step in its precision, and a copy for sampling behind it, as every round has."""
     best = policy.quantiles - 1
-    probe = _Probe.of(policy, [best, 0, best // 2], 14)
+    probe = _Probe.of(policy, [best, 0, best // 2])
     completions = [first for first, *_ in probe.continuations]
     quantiles = [k for k in probe.quantiles if k is not None]
 
@@ -160,20 +161,16 @@ def _check_step(policy: Policy, reference: Any, objective: Callable[[], Objectiv
         torch.autograd.grad(loss, [policy.model.get_input_embeddings().rows])
         return loss.detach()
 
-    try:
+    with _blamed(reference, "cannot be trained"):
         loss, _ = within_memory(step, len(quantiles), lambda _: None)
         copied = policy.frozen_copy(reference.dtype)
-    except (torch.OutOfMemoryError, OutOfMemory):
-        raise
-    except Exception as error:  # foreign code fails in any way
-        raise _wrong(reference, f"cannot be trained: {_said(error)}") from error
     if not bool(loss.isfinite()):
         raise _wrong(reference, "cannot be trained: the loss of a step is NaN or infinite")
     _check_decoding(policy, copied, [best, 0, None])
 
 
 def check_reading(
-    policy: Policy, model: Any, quantiles: Sequence[int | None], longest: int = 14
+    policy: Policy, model: Any, quantiles: Sequence[int | None], longest: int = SHORT
 ) -> list[str]:
     """Set ``policy.reading`` to the first way that gives the model's own logits, in training and decoding.
 
@@ -214,7 +211,7 @@ class _Probe:
     continuations: list[list[list[int]]]  # of each prompt SAMPLES
 
     @staticmethod
-    def of(policy: Policy, quantiles: Sequence[int | None], longest: int) -> _Probe:
+    def of(policy: Policy, quantiles: Sequence[int | None], longest: int = SHORT) -> _Probe:
         generator = torch.Generator().manual_seed(0)
         special = {*policy.tokenizer.all_special_ids, *policy.stop_ids, *policy.prefix}
         ordinary = [i for i in range(policy.vocabulary) if i not in special]
@@ -222,7 +219,7 @@ class _Probe:
         def some(count: int) -> list[int]:
             return [ordinary[i] for i in torch.randint(len(ordinary), (count,), generator=generator).tolist()]
 
-        lengths = (*LENGTHS, max(longest, 14))
+        lengths = (*LENGTHS, max(longest, SHORT))
         room = max(1, policy.room(NEW, max(lengths)))
         prompts = [some(min(length, room)) for length in lengths]
         return _Probe(prompts, list(quantiles), [[some(NEW) for _ in range(SAMPLES)] for _ in prompts])
@@ -239,15 +236,11 @@ def _alone(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
 
 def _own_logits(policy: Policy, model: Any, probe: _Probe) -> Tensor:
     """(prompts, SAMPLES, NEW, V) what the tokens of the continuations are predicted with."""
-    try:
+    with _blamed(model, "does not read a text"):
         found = [
             [_alone(policy, model, context + one[:-1])[-NEW:] for one in continuations]
             for context, continuations in zip(probe.contexts(policy), probe.continuations, strict=True)
         ]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # foreign code fails in any way
-        raise _wrong(model, f"does not read a text: {_said(error)}") from error
     own = torch.stack([torch.stack(each) for each in found])
     if not bool(own.isfinite().all()):
         raise _wrong(
@@ -350,6 +343,22 @@ def _said(error: Exception) -> str:
     return kind + first_line(error)
 
 
+@contextlib.contextmanager
+def _blamed(model: Any, what: str, export: str | None = None) -> Iterator[None]:
+    """Whatever fails here, but for a lack of memory, is the model's: foreign code fails in any way."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, OutOfMemory):
+        raise
+    except Exception as error:
+        # What our loader says names the scratch folder; what transformers said, its cause, does not.
+        loader = isinstance(error, UsageError) and isinstance(error.__cause__, Exception)
+        said = _said(error.__cause__ if loader else error)  # type: ignore[arg-type]
+        if export is not None:
+            said = said.replace(repr(export), "the export")
+        raise _wrong(model, f"{what}: {said}") from error
+
+
 def _wrong(model: Any, what: str) -> WrongModel:
     low = model.dtype != torch.float32
     fix = "give --precision fp32, or another --model" if low else "give another --model"
@@ -393,23 +402,19 @@ def check_export(
 def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie: bool) -> None:
     trust = policy.trust_remote_code
     texts = [policy.conditioned(policy.encode(text), policy.quantiles - 1) for text in TEXTS]
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch:
-        try:
-            model = policy.whole_copy(policy.stored_dtype)
-            own = torch.cat([_alone(policy, model, ids) for ids in texts])
-            policy.write_export(Path(scratch), model, sampling, untie=untie)
-            del model  # not both in memory
-            again, tokenizer = load_pretrained(scratch, policy.stored_dtype, trust_remote_code=trust)
-            again.to(policy.model.device)
-            read_as = [list(tokenizer(text).input_ids) for text in TEXTS]
-            logits = torch.cat([_alone(policy, again, ids) for ids in texts])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # foreign code fails in any way
-            # What our loader says names the scratch folder; what transformers said does not.
-            said = _said(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-            said = said.replace(repr(scratch), "the export")
-            raise _wrong(policy.model, f"cannot be exported: {said}") from error
+    with (
+        torch.no_grad(),
+        tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch,
+        _blamed(policy.model, "cannot be exported", scratch),
+    ):
+        model = policy.whole_copy(policy.stored_dtype)
+        own = torch.cat([_alone(policy, model, ids) for ids in texts])
+        policy.write_export(Path(scratch), model, sampling, untie=untie)
+        del model  # not both in memory
+        again, tokenizer = load_pretrained(scratch, policy.stored_dtype, trust_remote_code=trust)
+        again.to(policy.model.device)
+        read_as = [list(tokenizer(text).input_ids) for text in TEXTS]
+        logits = torch.cat([_alone(policy, again, ids) for ids in texts])
     for text, found, expected in zip(TEXTS, read_as, texts, strict=True):
         if found != expected:
             kind = type(tokenizer).__name__

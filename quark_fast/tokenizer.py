@@ -130,10 +130,9 @@ def save_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool = False
     """
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    for kind in (type(tokenizer).__name__, "PreTrainedTokenizerFast", "TokenizersBackend"):
-        content = json.loads(settings.read_text(encoding="utf-8"))
-        if content.get("tokenizer_class") != kind:
-            content["tokenizer_class"] = kind
+    for kind in (None, "PreTrainedTokenizerFast", "TokenizersBackend"):  # at first the class as it was saved
+        if kind:
+            content = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": kind}
             settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if loaded(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids:
