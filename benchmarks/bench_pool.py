@@ -38,7 +38,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from quark_fast import _C
-from quark_fast.pool import RolloutPool
+from quark_fast.pool.pool import RolloutPool
 
 try:
     import datasketches

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from quark_fast.machine import versions
+from quark_fast.runtime.machine import versions
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -27,16 +27,17 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
-from quark_fast import assets
-from quark_fast.batch import completion_logits, make_batch
-from quark_fast.evaluation import Mode
-from quark_fast.finished import Finished
+from quark_fast.data import assets
+from quark_fast.evaluation.modes import Mode
+from quark_fast.evaluation.trained_run import Finished
 from quark_fast.metrics import Sample
+from quark_fast.model.attention import FAST_ATTENTION
+from quark_fast.model.batch import completion_logits, make_batch
+from quark_fast.model.loading import load_pretrained, stored_dtype
+from quark_fast.model.reading import cache_argument
+from quark_fast.model.rounding import conversion
 from quark_fast.ops.loss import quark_loss
-from quark_fast.policy import FAST_ATTENTION, load_pretrained, stored_dtype
-from quark_fast.reading import cache_argument
-from quark_fast.rollout import Conditioning
-from quark_fast.rounding import conversion
+from quark_fast.rollout.sampling import Conditioning
 
 
 class Mixture(torch.nn.Module):

@@ -10,16 +10,18 @@ from typing import Any
 
 from rich.console import Console
 
-from quark_fast.evaluation import HeldOut, Mode, evaluate, evaluation_sampling, summarise
-from quark_fast.finished import open_run
-from quark_fast.machine import keep_freed_memory, quiet_libraries, set_threads, versions
+from quark_fast.data.prompts import load_prompts
+from quark_fast.evaluation.held_out import evaluate
+from quark_fast.evaluation.modes import HeldOut, Mode, evaluation_sampling
+from quark_fast.evaluation.summary import summarise
+from quark_fast.evaluation.trained_run import open_run
 from quark_fast.metrics import Sample
-from quark_fast.prompts import load_prompts
 from quark_fast.report.files import read_run
 from quark_fast.report.tables import results_table
-from quark_fast.run_folder import HELD_OUT
-from quark_fast.scoring import choose_reward
-from quark_fast.tasks import find_task
+from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
+from quark_fast.runtime.memory import keep_freed_memory
+from quark_fast.runtime.run_folder import HELD_OUT
+from quark_fast.tasks.by_name import choose_reward, find_task
 
 
 class FinishedRun:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quark_fast.machine import versions
+from quark_fast.runtime.machine import versions
 
 
 @torch.no_grad()

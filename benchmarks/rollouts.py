@@ -1,4 +1,4 @@
-"""The decoding loop of ``rollout.py`` beside transformers' ``generate`` and its continuous batching.
+"""Our decoding loop beside transformers' ``generate`` and its continuous batching.
 
     python benchmarks/rollouts.py --threads 1 --output benchmarks/results/rollouts-1-thread.json
 
@@ -24,12 +24,15 @@ import torch
 from rich.console import Console
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from quark_fast import assets
-from quark_fast.machine import keep_freed_memory, quiet_libraries, sampling_dtype, set_threads, versions
-from quark_fast.policy import Policy, load_pretrained, load_reference
-from quark_fast.reading import pad_left
-from quark_fast.rollout import Conditioning, Sampling, sample
-from quark_fast.tasks import find_task
+from quark_fast.data import assets
+from quark_fast.model.loading import load_pretrained, load_reference
+from quark_fast.model.policy import Policy
+from quark_fast.model.reading import pad_left
+from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.transformers import sample
+from quark_fast.runtime.machine import quiet_libraries, sampling_dtype, set_threads, versions
+from quark_fast.runtime.memory import keep_freed_memory
+from quark_fast.tasks.by_name import find_task
 
 Engine = Callable[[Sampling], list[list[int]]]
 

@@ -18,11 +18,11 @@ import torch
 from finished_run import FinishedRun, begin, end, options
 from rich.console import Console
 
-from quark_fast.evaluation import Mode
+from quark_fast.evaluation.modes import Mode
 from quark_fast.metrics import Sample
-from quark_fast.policy import stored_dtype
-from quark_fast.rollout import Conditioning
-from quark_fast.rounding import stochastic_rounding
+from quark_fast.model.loading import stored_dtype
+from quark_fast.model.rounding import stochastic_rounding
+from quark_fast.rollout.sampling import Conditioning
 
 
 def measure(folder: Path, console: Console) -> dict[str, Any]:

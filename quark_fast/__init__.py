@@ -6,22 +6,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quark_fast.config import Config, UsageError
-    from quark_fast.evaluator import Evaluator
+    from quark_fast.config import Config
+    from quark_fast.errors import UsageError
+    from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.ops.linear import linear_quark_loss
     from quark_fast.ops.loss import QuarkLoss, quark_loss
-    from quark_fast.pool import RolloutPool
-    from quark_fast.trainer import Trainer
+    from quark_fast.pool.pool import RolloutPool
+    from quark_fast.training.trainer import Trainer
 
 _HOME = {
     "Config": "config",
-    "UsageError": "config",
-    "Evaluator": "evaluator",
+    "UsageError": "errors",
+    "Evaluator": "evaluation.side_by_side",
     "QuarkLoss": "ops.loss",
     "linear_quark_loss": "ops.linear",
     "quark_loss": "ops.loss",
-    "RolloutPool": "pool",
-    "Trainer": "trainer",
+    "RolloutPool": "pool.pool",
+    "Trainer": "training.trainer",
 }
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The loss and the pool are useful alone: importing them must not wait for transformers.
+    if name == "assets":  # rewards that users wrote import it from here
+        return import_module("quark_fast.data.assets")
     if name in _HOME:
         return getattr(import_module(f"quark_fast.{_HOME[name]}"), name)
     raise AttributeError(f"module 'quark_fast' has no attribute {name!r}")

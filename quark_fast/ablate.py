@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Config, Parser, UsageError, parse
+from quark_fast.config import Config, Parser, parse
+from quark_fast.errors import UsageError
+from quark_fast.terminal import Terminal, exit_status
 
 PROGRAM = "python -m quark_fast.ablate"
 
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
     """The points by axis with their settings, and the number of runs."""
-    from quark_fast.grid import points, runs
+    from quark_fast.ablation.axes import points, runs
 
     grid = points(base, axes)
     lines = []
@@ -49,7 +50,7 @@ def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
 
 def run(arguments: Sequence[str], console: Terminal) -> None:
     """Run or list the grid, then show its table."""
-    from quark_fast.grid import DEFAULTS, usual_axes
+    from quark_fast.ablation.axes import DEFAULTS, usual_axes
 
     own, settings = parser().parse_known_args(list(arguments))
     seeds = _seeds(own.seeds)
@@ -84,9 +85,11 @@ def _seeds(text: str) -> list[int]:
 def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Terminal) -> None:
     import json
 
-    from quark_fast.grid import run_grid, table
-    from quark_fast.machine import keep_freed_memory, quiet_libraries
+    from quark_fast.ablation.grid import run_grid
+    from quark_fast.ablation.table import table
     from quark_fast.report.results import scorer_line
+    from quark_fast.runtime.machine import quiet_libraries
+    from quark_fast.runtime.memory import keep_freed_memory
     from quark_fast.train import Display
 
     quiet_libraries()

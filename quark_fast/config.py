@@ -17,21 +17,9 @@ from urllib.parse import urlsplit
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from quark_fast.durable import replacing
-from quark_fast.untrusted import TooLarge, clean, read_bytes
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done. The message is one line: the value and the mend."""
-
-    def __str__(self) -> str:
-        # What it quotes (a value, the error of a reward) may have many lines, no end, and steer the terminal.
-        text = clean(" ".join(super().__str__().split("\n")))
-        return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-900:]}"
-
-
-class Elsewhere(Exception):
-    """Another process failed, and tells why; here is nothing to add."""
+from quark_fast.errors import UsageError
+from quark_fast.files.atomic import replacing
+from quark_fast.files.safe_read import TooLarge, read_bytes
 
 
 class Parser(argparse.ArgumentParser):

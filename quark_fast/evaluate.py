@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Parser, UsageError, add_scorer
+from quark_fast.config import Parser, add_scorer
+from quark_fast.errors import UsageError
+from quark_fast.terminal import Terminal, exit_status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,12 +80,13 @@ OUTPUTS = ("json", "markdown", "html")
 
 def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Evaluate every subject, print the tables and write them."""
-    from quark_fast.durable import replacing
-    from quark_fast.evaluator import Evaluator, samples_path
-    from quark_fast.machine import quiet_libraries, set_threads, versions
+    from quark_fast.evaluation.side_by_side import Evaluator
+    from quark_fast.evaluation.subjects import samples_path
+    from quark_fast.files.atomic import replacing
     from quark_fast.report.page import comparison_page
     from quark_fast.report.results import headline
     from quark_fast.report.tables import markdown_page, results_table, tables
+    from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
 
     settings = vars(arguments).copy()
     threads, subjects = settings.pop("threads"), settings.pop("subjects")

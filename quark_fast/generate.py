@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Parser, UsageError
+from quark_fast.config import Parser
+from quark_fast.errors import UsageError
+from quark_fast.terminal import Terminal, exit_status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,11 +47,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Sample both models on every prompt and print them side by side."""
-    from quark_fast.finished import open_run
-    from quark_fast.machine import quiet_libraries, set_threads
+    from quark_fast.evaluation.trained_run import open_run
+    from quark_fast.files.safe_text import clean
     from quark_fast.report.texts import mask_profanity
-    from quark_fast.rollout import Conditioning, Sampling, sample
-    from quark_fast.untrusted import clean
+    from quark_fast.rollout.sampling import Conditioning, Sampling
+    from quark_fast.rollout.transformers import sample
+    from quark_fast.runtime.machine import quiet_libraries, set_threads
 
     if arguments.samples is None:
         arguments.samples = 3 if arguments.temperature else 1

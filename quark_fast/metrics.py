@@ -9,6 +9,8 @@ Definitions: Lu et al., "Quark", 2022, section 4 (arXiv 2205.13636); Gehman et a
 "RealToxicityPrompts", 2020, for expected maximum and probability.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

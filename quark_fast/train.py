@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from quark_fast.command import Terminal, exit_status
 from quark_fast.config import Config, parse
+from quark_fast.terminal import Terminal, exit_status
 
 LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar
 
@@ -51,7 +51,7 @@ class Display:
             raise
 
     def __call__(self, event: object) -> None:
-        from quark_fast.trainer import Progress as Event
+        from quark_fast.training.progress import Progress as Event
 
         assert isinstance(event, Event)
         if event.note:
@@ -82,18 +82,19 @@ def run(arguments: Sequence[str]) -> None:
     # Help and bad flags show before torch is imported, unless there are others to agree with.
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     config = None if several else parsed()
-    from quark_fast.processes import Processes
+    from quark_fast.runtime.distributed import Processes
 
     processes = Processes.join()
     if config is None:
         config = processes.everywhere(parsed)[processes.index]
     console = Terminal(quiet=not processes.main)
-    from quark_fast.machine import keep_freed_memory, quiet_libraries
     from quark_fast.report.columns import scores_are_rewards
     from quark_fast.report.files import read_run
     from quark_fast.report.results import after_names, headline
     from quark_fast.report.tables import before_after, results_table
-    from quark_fast.trainer import Trainer
+    from quark_fast.runtime.machine import quiet_libraries
+    from quark_fast.runtime.memory import keep_freed_memory
+    from quark_fast.training.trainer import Trainer
 
     quiet_libraries()
     keep_freed_memory()

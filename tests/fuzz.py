@@ -44,25 +44,26 @@ import yaml
 from conftest import save_tiny_model
 from rich.text import Text
 
-from quark_fast import assets
-from quark_fast.command import Terminal
-from quark_fast.config import Config, UsageError, load_config, parse
-from quark_fast.durable import sha256
-from quark_fast.evaluator import Evaluator
-from quark_fast.machine import quiet_libraries
+from quark_fast.config import Config, load_config, parse
+from quark_fast.data import assets
+from quark_fast.data.prompts import load_prompts
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.side_by_side import Evaluator
+from quark_fast.files.atomic import sha256
+from quark_fast.files.safe_text import clean
 from quark_fast.metrics import Sample
+from quark_fast.model.policy import Policy
 from quark_fast.ops.loss import quark_loss
-from quark_fast.policy import Policy
-from quark_fast.pool import RolloutPool
-from quark_fast.prompts import load_prompts
+from quark_fast.pool.pool import RolloutPool
 from quark_fast.report.files import read_run
 from quark_fast.report.page import write_report
 from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
-from quark_fast.reward import describe
-from quark_fast.reward_cache import RewardCache
-from quark_fast.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
-from quark_fast.untrusted import clean
+from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.reward import describe
+from quark_fast.runtime.machine import quiet_libraries
+from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
+from quark_fast.terminal import Terminal
 
 Random = random.Random
 
@@ -745,7 +746,7 @@ def checkpoint(r: Random) -> str:
     if r.random() < 0.2:
         (folder / METRICS).write_bytes(written[METRICS][: r.randrange(len(written[METRICS]))])
     said: list[str] = []
-    log = logging.getLogger("quark_fast.run_folder")
+    log = logging.getLogger("quark_fast.runtime.run_folder")
     log.addFilter(hear := lambda record: said.append(record.getMessage()))  # and let nothing through
     try:
         loaded = folder.load_checkpoint()

@@ -19,13 +19,16 @@ import torch
 from conftest import save_tiny_classifier, save_tiny_model
 from transformers import AutoTokenizer, pipeline
 
-from quark_fast import assets, evaluate, generate, train, trainer
-from quark_fast.assets import AssetError
-from quark_fast.command import Terminal
+from quark_fast import evaluate, generate, train
 from quark_fast.config import load_config
+from quark_fast.data import assets
+from quark_fast.data.assets import AssetError
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
-from quark_fast.rollout import Conditioning, sample
+from quark_fast.rollout.sampling import Conditioning
+from quark_fast.rollout.transformers import sample
+from quark_fast.terminal import Terminal
+from quark_fast.training import trainer
 
 Command = Callable[[Sequence[str]], int]
 
@@ -120,11 +123,13 @@ def refused(
 ) -> Callable[[Command, Sequence[str]], str]:
     """Runs a command that must refuse its input: status 2, one line, nothing sampled, nothing made."""
     for module in (
-        "quark_fast.trainer",
-        "quark_fast.evaluation",
+        "quark_fast.training.trainer",
+        "quark_fast.evaluation.held_out",
     ):  # all but the few that a reward is tried on
         monkeypatch.setattr(f"{module}.kept_or_drawn", lambda *_, **__: pytest.fail("sampling began"))
-    monkeypatch.setattr("quark_fast.rollout.sample", lambda *_, **__: pytest.fail("sampling began"))
+    monkeypatch.setattr(
+        "quark_fast.rollout.transformers.sample", lambda *_, **__: pytest.fail("sampling began")
+    )
 
     def run(main: Command, arguments: Sequence[str]) -> str:
         before = sorted(folder.rglob("*"))
@@ -315,7 +320,7 @@ def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
     folder: Path, refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(folder / "finished" / "config.yaml")
-    monkeypatch.setattr("quark_fast.finished.load_config", lambda _: config)
+    monkeypatch.setattr("quark_fast.evaluation.trained_run.load_config", lambda _: config)
     config.reward = "tiny_rewards:nothing"
     assert "the run's reward was tiny_rewards:evens" in refused(evaluate.main, ["finished"])
 
@@ -419,7 +424,7 @@ def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
         asked.append(conditioning)
         return sample(policy, model, prompts, conditioning, *rest)
 
-    monkeypatch.setattr("quark_fast.rollout.sample", record)
+    monkeypatch.setattr("quark_fast.rollout.transformers.sample", record)
     flags = {"--quantile": quantile, "--guidance": guidance, "--max-new-tokens": 2, "--threads": 1}
     given = [str(part) for pair in flags.items() if pair[1] is not None for part in pair]
     assert generate.main(["finished", "w1 w2", *given]) == 0

@@ -19,8 +19,8 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
-from quark_fast.policy import Policy
-from quark_fast.trainer import Trainer
+from quark_fast.model.policy import Policy
+from quark_fast.training.trainer import Trainer
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -63,7 +63,7 @@ def test_every_command_of_the_tutorial_runs_in_order(
     spaced = word_tokenizer()  # the tutorial's reward counts words
     spaced.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
     spaced.save_pretrained(tiny)
-    monkeypatch.setattr("quark_fast.assets.default_model", lambda: tiny)
+    monkeypatch.setattr("quark_fast.data.assets.default_model", lambda: tiny)
     exec(model, {})
     monkeypatch.setenv("MODEL", capsys.readouterr().out.splitlines()[-1])
     blocks = BLOCK.findall(page)

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from quark_fast import train
-from quark_fast.config import Config, UsageError
-from quark_fast.scoring import load_reward
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.tasks.by_name import load_reward
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,13 +13,15 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture
 
-from quark_fast.checked import check_model
-from quark_fast.config import Config, UsageError
-from quark_fast.evaluation import generation_settings
-from quark_fast.machine import quiet_libraries
-from quark_fast.objective import Objective
-from quark_fast.policy import Policy, load_reference
-from quark_fast.rollout import Sampling
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.modes import generation_settings
+from quark_fast.model.checks import check_model
+from quark_fast.model.loading import load_reference
+from quark_fast.model.policy import Policy
+from quark_fast.rollout.sampling import Sampling
+from quark_fast.runtime.machine import quiet_libraries
+from quark_fast.training.objective import Objective
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -77,8 +79,8 @@ tokens at most, and here 14: what begins behind more, such as a window, is not t
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,
-and `tests/test_models.py` tries them all again and compares their greedy texts with bare forward passes. Real
-weights of these architectures were not tried: the machine that wrote this reaches no model hub.
+and `tests/model/test_models.py` tries them all again and compares their greedy texts with bare
+forward passes. Real weights of these architectures were not tried: the machine that wrote this has no hub.
 
 | model type | model class | tokenizer class | outcome |
 | --- | --- | --- | --- |

@@ -1,1 +1,1 @@
-"""The fused loss: `loss` (public), `linear` (from hidden states), `eager` (the equation), `cpp` (CPU)."""
+"""The fused losses: the equation in PyTorch, the C++ and the Triton kernels."""

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quark_fast.command import Terminal, exit_status
-from quark_fast.config import Parser, UsageError
+from quark_fast.config import Parser
+from quark_fast.errors import UsageError
+from quark_fast.terminal import Terminal, exit_status
 
 
 def parser() -> argparse.ArgumentParser:

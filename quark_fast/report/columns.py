@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from quark_fast.files.safe_text import clean
 from quark_fast.metrics import Change
 from quark_fast.report.rows import Row, number_of
-from quark_fast.untrusted import clean
 
 
 @dataclass(frozen=True)

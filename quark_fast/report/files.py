@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quark_fast.files.safe_read import too_deep
 from quark_fast.report.columns import COLUMNS, counted
 from quark_fast.report.rows import Row, number_of
-from quark_fast.untrusted import too_deep
 
 
 @dataclass(frozen=True)

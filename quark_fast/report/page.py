@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from quark_fast.files.safe_text import clean
 from quark_fast.report.columns import (
     columns_of,
     counted,
@@ -57,7 +58,6 @@ from quark_fast.report.results import (
 from quark_fast.report.rows import Row, lists_of, number_of, series_of
 from quark_fast.report.tables import about, notes, tables, unscored_note
 from quark_fast.report.texts import Example, pick_examples
-from quark_fast.untrusted import clean
 
 
 def write_report(run_dir: Path | str) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from quark_fast.files.safe_text import clean
 from quark_fast.report.columns import fill, find_column, main_columns
 from quark_fast.report.files import Run
 from quark_fast.report.results import (
@@ -24,7 +25,6 @@ from quark_fast.report.results import (
     rows_of,
 )
 from quark_fast.report.rows import Array, lists_of, number_of, series_of
-from quark_fast.untrusted import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from quark_fast.files.safe_text import clean
 from quark_fast.metrics import Change, Interval
 from quark_fast.report.columns import (
     fill,
@@ -16,7 +17,6 @@ from quark_fast.report.columns import (
     one_line,
 )
 from quark_fast.report.rows import Row, number_of
-from quark_fast.untrusted import clean
 
 Mode = Literal["untouched", "none", "worst", "middle", "best", "guided"]
 

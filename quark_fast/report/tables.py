@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quark_fast.files.safe_text import clean
 from quark_fast.report.columns import (
     columns_of,
     counted,
@@ -34,7 +35,6 @@ from quark_fast.report.results import (
 )
 from quark_fast.report.rows import Row
 from quark_fast.report.texts import mask_profanity, pick_examples
-from quark_fast.untrusted import clean
 
 # Middle tones, readable on a dark and on a light terminal.
 _TERMINAL_COLOURS: dict[Mode, str] = {

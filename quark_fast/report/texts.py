@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quark_fast.files.safe_text import clean
 from quark_fast.report.results import mode_of
 from quark_fast.report.rows import Row, number_of, series_of
-from quark_fast.untrusted import clean
 
 # Rot13, so that nobody has to read them to work on this file. A stem matches with any ending, a
 # word as it is or in the plural.

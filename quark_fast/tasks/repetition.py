@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quark_fast import assets
+from quark_fast.data import assets
+from quark_fast.data.chat import Row
+from quark_fast.data.split import split
 from quark_fast.metrics import diversity, repetition
-from quark_fast.prompts import Row, split
-from quark_fast.reward import Reward
-from quark_fast.tasks import Task
+from quark_fast.rewards.reward import Reward
+from quark_fast.tasks.task import Task
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quark_fast import assets
-from quark_fast.prompts import Row, split
-from quark_fast.reward import Reward
-from quark_fast.tasks import Task
+from quark_fast.data import assets
+from quark_fast.data.chat import Row
+from quark_fast.data.split import split
+from quark_fast.rewards.reward import Reward
+from quark_fast.tasks.task import Task
 
 
 def sentiment_reward(target: str) -> Reward:

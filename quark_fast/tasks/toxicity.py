@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quark_fast import assets
-from quark_fast.prompts import Row, split
-from quark_fast.reward import Reward
-from quark_fast.tasks import Task
+from quark_fast.data import assets
+from quark_fast.data.chat import Row
+from quark_fast.data.split import split
+from quark_fast.rewards.reward import Reward
+from quark_fast.tasks.task import Task
 
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 WORDS = 100  # the classifier's fixed input length, padded in front

@@ -54,15 +54,15 @@ import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
 import tqdm  # noqa: E402
 from conftest import save_tiny_model  # noqa: E402
-from test_trainer import even_words  # noqa: E402
+from tiny_runs import even_words  # noqa: E402
 
-from quark_fast import assets  # noqa: E402
-from quark_fast import trainer as trainer_module  # noqa: E402
-from quark_fast.command import exit_status  # noqa: E402
 from quark_fast.config import Config  # noqa: E402
-from quark_fast.machine import versions  # noqa: E402
-from quark_fast.pool import RolloutPool  # noqa: E402
-from quark_fast.trainer import Trainer  # noqa: E402
+from quark_fast.data import assets  # noqa: E402
+from quark_fast.pool.pool import RolloutPool  # noqa: E402
+from quark_fast.runtime.machine import versions  # noqa: E402
+from quark_fast.terminal import exit_status  # noqa: E402
+from quark_fast.training import trainer as trainer_module  # noqa: E402
+from quark_fast.training.trainer import Trainer  # noqa: E402
 
 INTERVAL = 2  # steps between checkpoints
 BATCH = 16  # completions sampled, and so scored, at once

@@ -19,11 +19,13 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import WORDS, save_tiny_model
 from safetensors.torch import load_file
-from test_trainer import PROMPTS, SHORT, even_words, small, timeless
+from tiny_runs import PROMPTS, SHORT, even_words, small, timeless
 
-from quark_fast.config import Config, UsageError
-from quark_fast.run_folder import RunFolder
-from quark_fast.trainer import Progress, Trainer
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.runtime.run_folder import RunFolder
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
 
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:2]}
 FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
@@ -213,7 +215,7 @@ def test_read_only_folder_is_refused_before_any_work(read_only: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from quark_fast.durable import try_lock
+from quark_fast.files.locks import try_lock
 assert try_lock(Path(sys.argv[1]) / ".lock")
 child = os.fork()
 if child == 0:

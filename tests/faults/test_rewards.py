@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from test_trainer import PROMPTS, even_words, rows, small, timeless
+from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
-from quark_fast.config import UsageError
-from quark_fast.trainer import Interrupted, Trainer
+from quark_fast.errors import Interrupted, UsageError
+from quark_fast.training.trainer import Trainer
 
 SHORT = {
     "rounds": 2,

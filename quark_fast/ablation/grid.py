@@ -1,0 +1,98 @@
+"""Ablations: a grid of runs around a base, each axis varied alone, and what came out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quark_fast.ablation.axes import binding, name_of, points, run_path, runs
+from quark_fast.ablation.summary import write_results
+from quark_fast.config import Config
+from quark_fast.errors import Interrupted, UsageError
+from quark_fast.files.atomic import replacing
+from quark_fast.rollout.shared_samples import UntouchedSamples
+from quark_fast.runtime.machine import settled_precision
+from quark_fast.runtime.run_folder import RunFolder
+from quark_fast.training.trainer import Trainer
+
+# --- running ----------------------------------------------------------------------------------------
+
+
+def run_grid(
+    base: Config,
+    axes: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    about: Callable[[str], None] = lambda _: None,
+    **given: Any,
+) -> Path:
+    """Run what is not finished of the grid in ``base.output``, and write its table and plot.
+
+    A point is a run folder ``seed-N/SETTINGS`` of its own. All take the untouched model's samples of a seed
+    from one place, which changes no number (``untouched.UntouchedSamples``). Calling this again goes on
+    where the last call ended, also within a point, and may have other axes or seeds; the table has those of
+    the last call.
+
+    Args:
+        about: called with a line before every run.
+        given: to the ``Trainer``.
+    Raises:
+        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings.
+        Interrupted: Ctrl-C or SIGTERM; calling again goes on.
+    """
+    if not seeds or not axes:
+        raise UsageError("a grid needs at least one axis and one seed")
+    grid = points(base, axes)
+    folder = base.output_folder
+    base = _begin(folder, base)
+    sampler = UntouchedSamples(folder / "untouched")
+    wanted = [(seed, settings) for seed in seeds for settings in runs(grid)]
+    for place, (seed, settings) in enumerate(wanted, start=1):
+        path = run_path(folder, seed, settings)
+        line = f"run {place}/{len(wanted)}: seed {seed}, {name_of(settings)}"
+        if RunFolder(path).finished:
+            about(f"{line}: finished")
+            continue
+        about(line)
+        resume = (path / "config.yaml").exists()
+        config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
+        try:
+            Trainer(config, sampler=sampler, **given).train()
+        except Interrupted as stop:
+            raise Interrupted(f"stopped in {line}; the same command goes on") from stop
+        gc.collect()  # two models and an optimizer, in circles
+    return write_results(folder, base, grid, seeds)
+
+
+def _begin(folder: Path, base: Config) -> Config:
+    """Make the grid's folder, or check that it is this grid's; the base with its precision settled."""
+    record = folder / "grid.json"
+    if not record.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} exists and is no grid (no grid.json); choose another --output")
+        base = dataclasses.replace(base, precision=settled_precision(base.precision))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        with replacing(record) as scratch:
+            scratch.write_text(json.dumps(binding(base), indent=2))
+        return base
+    try:
+        saved = json.loads(record.read_text())
+    except ValueError as error:
+        raise UsageError(f"{record} is damaged ({error}); choose another --output") from error
+    if base.precision == "auto":
+        base = dataclasses.replace(base, precision=saved["precision"])
+    mine = binding(base)
+    for name in sorted(mine.keys() | saved.keys()):
+        if mine.get(name) != saved.get(name):
+            raise UsageError(
+                f"{name} = {mine.get(name)!r}, but the grid in {folder} was made with {saved.get(name)!r};"
+                " give it its own, or choose another --output"
+            )
+    return base

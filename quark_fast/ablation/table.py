@@ -1,0 +1,151 @@
+"""A grid's table for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quark_fast.ablation.axes import Row
+from quark_fast.report.columns import COLUMNS, scores_are_rewards
+from quark_fast.report.results import scorer_line
+
+# --- table ------------------------------------------------------------------------------------------
+
+
+def headline_title(results: Row) -> str:
+    """What the headline metric is called."""
+    title = next(column.title for column in COLUMNS if column.key == results["headline"])
+    return title.format(property=results["property"], target=results["target"], threshold=".5")
+
+
+def perplexity_title(results: Row) -> str:
+    return "perplexity of text" if results["perplexity_of"] == "text_perplexity" else "perplexity"
+
+
+def table(results: Row) -> list[list[str]]:
+    """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
+    before = results["untouched"]
+    plain = results["headline"] == "mean" and scores_are_rewards(results)
+    lines = [
+        [
+            "axis",
+            "point",
+            headline_title(results),
+            "change against untouched",
+            "difference from",
+            "difference",
+            perplexity_title(results),
+            "dist-3",
+            "KL",
+            "probe",
+        ],
+        [
+            "",
+            "untouched",
+            _number(before["headline"], 3),
+            *[""] * 3,
+            _number(before["perplexity"], 1),
+            _number(before["dist3"], 2),
+            *[""] * 2,
+        ],
+    ]
+    named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
+    for point in results["points"]:
+
+        def shown(key: str, digits: int, point: Row = point) -> str:
+            return _number(point["mean"][key], digits, point["deviation"][key])
+
+        lines.append(
+            [
+                point["axis"],
+                point["value"] + (" (base)" if point["run"] == "base" else ""),
+                shown("headline", 3),
+                # A mean reward may be 0 or below.
+                _difference(point["change"]) if plain else _percent(point["change"]),
+                "" if point["difference"] is None else named[point["against"]],
+                "" if point["difference"] is None else _difference(point["difference"]),
+                f"{shown('perplexity', 1)} ({_percent(point['perplexity_change'], short=True)})",
+                shown("dist3", 2),
+                shown("kl", 3),
+                shown("rank_correlation", 2),
+            ]
+        )
+    return lines
+
+
+def _number(value: float | None, digits: int, deviation: float | None = None) -> str:
+    if value is None:
+        return ""
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{value:.{digits}f}{spread}"
+
+
+def _percent(change: Row, short: bool = False) -> str:
+    values = [change["relative"], change["relative_low"], change["relative_high"]]
+    if None in values:
+        return ""
+    middle, low, high = (f"{100 * value:+.0f}" for value in values)
+    return f"{middle}%" if short else f"{middle}% [{low}, {high}]"
+
+
+def _difference(change: Row) -> str:
+    return f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+
+
+def markdown(results: Row) -> str:
+    """``ablations.md``: the table and what its columns are."""
+    head, *lines = table(results)
+    seeds = ", ".join(map(str, results["seeds"]))
+    perplexity = (
+        "Perplexity of text: the model's own on the held-out texts, its token in front."
+        if results["perplexity_of"] == "text_perplexity"
+        else "Perplexity: of the completions under the untouched model."
+    )
+    several = " (mean ± standard deviation over the seeds)" if len(results["seeds"]) > 1 else ""
+    versions = results["versions"]
+    return "\n".join(
+        [
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+            f"Under the best token alone (w = 1); seeds {seeds}{several}; {results['prompts']} held-out"
+            f" prompts, {results['samples_per_prompt']} completions each. In brackets 95% bootstrap intervals"
+            f" over prompts, paired by prompt. {perplexity}"
+            " KL: of the policy under the best token from the untouched model, exact, nats a token, on the"
+            " untouched model's completions. Probe: rank correlation of reward and"
+            " log p(best) - log p(worst) there.",
+            "",
+            scorer_line(results),
+            "",
+            f"`{versions['command']}`, {versions['machine']}, {versions['minutes']:.0f} minutes.",
+            "",
+        ]
+    )
+
+
+# --- plot -------------------------------------------------------------------------------------------
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
+
+    def middle(stack: Sequence[int]) -> float:
+        return sum(heights[i] for i in stack) / len(stack)
+
+    def reach(stack: Sequence[int]) -> float:
+        return gap * len(stack) / 2
+
+    for i in order:
+        stacks.append([i])
+        while len(stacks) > 1:
+            below, above = stacks[-2:]
+            if middle(above) - middle(below) >= reach(above) + reach(below):
+                break
+            stacks[-2:] = [below + above]
+    placed = [0.0] * len(heights)
+    for stack in stacks:
+        for place, i in enumerate(stack):
+            placed[i] = middle(stack) + gap * (place - (len(stack) - 1) / 2)
+    return placed

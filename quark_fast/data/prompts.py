@@ -1,0 +1,143 @@
+"""Prompts: from a file or a data set to training and held-out rows, and a count of what was left out.
+
+A row is a dict with a text under ``prompt``; its other columns go to the reward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quark_fast.data.chat import Chat, ChatTemplateError, Rendered, Row, from_file, given, messages
+from quark_fast.data.readers import listed, read_rows
+from quark_fast.errors import UsageError
+from quark_fast.files.safe_read import DEEPEST, too_deep
+
+
+@dataclass
+class Loaded:
+    """Rows of one source, each prompt once, in its order.
+
+    Attributes:
+        read: how many records the source holds.
+        left_out: reason -> how many records were left out for it.
+    """
+
+    source: str
+    rows: list[Row] = field(default_factory=list)
+    read: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def counts(self) -> str:
+        """Such as "12 read, left out: 2 duplicate, 1 empty"."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+        return f"{self.read:,} read" + (f", left out: {reasons}" if reasons else "")
+
+
+def load_prompts(
+    source: str | Path,
+    *,
+    column: str | None = None,
+    chat: Chat | None = None,
+    min_characters: int = 1,
+    max_characters: int = 0,
+) -> Loaded:
+    """The usable prompts of a file or data set, each once, in its order, with a count of the others.
+
+    Args:
+        source: a file of ``FORMATS``, or ``hf:NAME``, ``hf:NAME:SPLIT``, ``hf:NAME:CONFIG:SPLIT`` for a data
+            set of the ``datasets`` library, by hub name or folder; without a split it is ``train``.
+        column: where the prompt stands, with dots into nested objects ("meta.question"). Without it
+            ``prompt``: a text, an object with a ``text`` as in RealToxicityPrompts, or a list of messages;
+            else ``messages``, a conversation, whose closing answers of the assistant are cut off.
+        chat: renders messages. A record that holds messages is refused without it.
+        min_characters, max_characters: shorter and longer prompts are left out; maximum 0: no limit.
+    Raises:
+        UsageError: the source is missing, malformed (the message names the line), has no such column, or
+            holds no usable prompt at all.
+    """
+    loaded = Loaded(str(source))
+    seen: set[str] = set()
+    names: dict[str, None] = {}  # an ordered set
+    found = False
+    for record in read_rows(str(source)):
+        loaded.read += 1
+        if too_deep(record):  # it will be written as JSON, where that ends in a crash
+            raise UsageError(
+                f"{source}, record {loaded.read}: more than {DEEPEST} lists or objects stand in one another;"
+                " flatten it"
+            )
+        row = {"prompt": record} if isinstance(record, str) else from_file(record)
+        names |= dict.fromkeys(map(str, row))
+        held, value = (True, record) if isinstance(record, str) else _find(row, column)
+        found |= held
+        try:
+            prompt, reason = prompt_of(value, chat)
+        except ChatTemplateError:
+            prompt, reason = "", "refused by the chat template"
+        if not reason and len(prompt) < min_characters:
+            reason = f"shorter than {min_characters:,} characters"
+        if not reason and 0 < max_characters < len(prompt):
+            reason = f"longer than {max_characters:,} characters"
+        made = {**row, **messages(value), "prompt": prompt}
+        if not reason and given(made) in seen:
+            reason = "duplicate"
+        if reason:
+            loaded.left_out[reason] += 1
+            continue
+        seen.add(given(made))
+        loaded.rows.append(made)
+    if loaded.read and not found:
+        wanted = "'prompt' or 'messages'" if column is None else repr(column)
+        raise UsageError(
+            f"{source} has no column {wanted}, but {listed(names)}; name the prompts' by --prompt-column"
+        )
+    if not loaded.rows:
+        raise UsageError(f"{source} holds no prompt" + (f" to use: {loaded.counts}" if loaded.read else ""))
+    return loaded
+
+
+# --------------------------------------------------------------------- one record
+
+
+def _find(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
+    """(whether the row has the column, its value)."""
+    if column is None and "prompt" not in row and isinstance(row.get("messages"), list):
+        asked = row["messages"]
+        while asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") == "assistant":
+            asked = asked[:-1]
+        return True, asked
+    column = column or "prompt"
+    value: Any = row
+    if column in row:  # a name with a dot in it is a name first
+        return True, row[column]
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
+def prompt_of(value: Any, chat: Chat | None) -> tuple[str, str]:
+    """(the prompt, "") or ("", the reason why there is none)."""
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if messages(value):
+        if chat is None:
+            raise UsageError("these prompts are messages, and no chat template renders them; give texts")
+        value = Rendered(chat(value))
+    if value is None:
+        return "", "without a prompt"
+    if not isinstance(value, str):
+        return "", "not text"
+    if not value.strip():
+        return "", "empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        return "", "not text"
+    return value, ""

@@ -1,0 +1,182 @@
+"""Files and data sets of prompts as rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import reprlib
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quark_fast.data.chat import Row
+from quark_fast.errors import UsageError
+from quark_fast.files.safe_read import TooLarge, read_bytes
+
+FORMATS = ".jsonl, .json, .csv, .tsv or .txt (each also .gz), .parquet, or hf:NAME for a data set"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    shown = [repr(name[:40]) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+# --------------------------------------------------------------------- files
+
+
+def read_rows(source: str) -> Iterator[Row | str]:
+    """The records of a source; a text stands for a row with that prompt alone."""
+    if source.startswith("hf:"):
+        yield from _read_dataset(source)
+        return
+    path = Path(source)
+    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    read = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".txt": _read_lines,
+    }.get(suffix.lower())
+    if suffix.lower() == ".parquet" and path.suffix.lower() != ".gz":
+        yield from _read_parquet(path)
+    elif read is None:
+        raise UsageError(f"prompts {source}: cannot read {suffix!r}; give {FORMATS}")
+    else:
+        yield from read(source, _text(path))
+
+
+def _text(path: Path) -> str:
+    """The file's text: UTF-8, with or without a byte-order mark."""
+    try:
+        content = read_bytes(path)
+    except TooLarge as error:  # a few kilobytes of gzip unpack to gigabytes
+        raise UsageError(f"prompts file {path}: {error}; split it") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip's own; a NUL in the name
+        raise UsageError(f"prompts file {path} cannot be read: {error}") from error
+    # UTF-16 without a byte-order mark passes as UTF-8 with NULs between the letters.
+    bad = content.find(b"\0")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad = error.start
+    if bad >= 0:
+        line = content.count(b"\n", 0, bad) + 1
+        raise UsageError(
+            f"{path}:{line}: byte 0x{content[bad]:02x} at offset {bad:,} is no UTF-8 text; save the file as"
+            " UTF-8"
+        )
+    return text
+
+
+def _read_lines(source: str, text: str) -> Iterator[str]:
+    # Not splitlines(): JSON and prose hold U+2028 and other "line ends" inside a line.
+    return (line.strip() for line in text.split("\n") if line.strip())
+
+
+def _read_jsonl(source: str, text: str) -> Iterator[Row | str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _record(f"{source}:{number}", _parse_json(source, number, line))
+
+
+def _read_json(source: str, text: str) -> Iterator[Row | str]:
+    """A list of objects or texts, or an object of columns of one length."""
+    value = _parse_json(source, 1, text)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        lengths = {name: len(column) for name, column in value.items()}
+        if len(set(lengths.values())) > 1:
+            raise UsageError(f"{source}: the columns have different lengths: {lengths}")
+        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        raise UsageError(f"{source}: needs a list of objects, found {reprlib.repr(value)[:60]}")
+    for number, item in enumerate(value, start=1):
+        yield _record(f"{source}, item {number}", item)
+
+
+def _parse_json(source: str, first_line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UsageError(f"{source}:{line}: not JSON ({error.msg} at column {error.colno})") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise UsageError(f"{source}:{first_line}: JSON beyond all limits ({error})") from error
+
+
+def _record(where: str, value: Any) -> Row | str:
+    if isinstance(value, dict | str):
+        return value
+    raise UsageError(f"{where}: needs an object, found {reprlib.repr(value)[:60]}")
+
+
+def _read_csv(source: str, text: str) -> Iterator[Row]:
+    tabs = Path(source.removesuffix(".gz")).suffix.lower() == ".tsv"
+    # Columns beside the prompt may hold whole articles; the module's limit is for the whole process.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise UsageError(f"{source}:{reader.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        return
+    names = rows[0][1]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"{source}:1: the columns {listed(twice)} stand there twice; rename one")
+    for number, row in rows[1:]:
+        if len(row) > len(names):
+            raise UsageError(f"{source}:{number}: {len(row)} fields under {len(names)} column names")
+        yield dict(zip(names, row, strict=False))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            f"reading {path} needs pyarrow: pip install 'pyarrow>=17', or give .jsonl"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise UsageError(f"{path}: column names stand there twice: {listed(names)}")
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except UsageError:
+        raise
+    except Exception as error:  # each of Arrow's types has exceptions of its own on the way to Python
+        raise UsageError(f"prompts file {path} cannot be read: {error}") from error
+
+
+def _read_dataset(source: str) -> Iterator[Row]:
+    parts = re.fullmatch(r"hf:([^:]+?)(?::([^:\[\]]+))??(?::([^:\[\]]+(?:\[[^\]]*\])?))?", source)
+    if parts is None:
+        raise UsageError(
+            f"prompts {source!r}: write a data set as hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
+        )
+    name, config, split = parts[1], parts[2], parts[3] or "train"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"prompts {source} need the datasets library: pip install 'datasets>=4', or give a file"
+        ) from error
+    try:
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(name)
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the network's, the hub's, and every builder's own
+        raise UsageError(f"prompts {source}: {type(error).__name__}: {str(error)[:300]}") from error
+    yield from data

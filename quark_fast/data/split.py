@@ -1,0 +1,122 @@
+"""Which prompts are trained on, and which are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quark_fast.config import Config
+from quark_fast.data.chat import Chat, Row, given, messages
+from quark_fast.data.prompts import load_prompts, prompt_of
+from quark_fast.errors import UsageError
+
+# --------------------------------------------------------------------- training and held out
+
+
+def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a split by the hash of what was given as a prompt, so adding rows moves few others.
+
+    Without ``held_out`` a tenth is held out, at least 1 and at most 200. Another seed, another split.
+    """
+    if held_out is None:
+        held_out = max(1, min(200, len(rows) // 10))
+    by_hash = sorted(rows, key=lambda row: _hash(row, seed))
+    return by_hash[held_out:], by_hash[:held_out]
+
+
+def choose_prompts(
+    config: Config,
+    tasks_own: Callable[[], tuple[list[Row], list[Row]]],
+    chat: Chat,
+    prompts: Sequence[str | Row] | None = None,
+    held_out: Sequence[str | Row] | None = None,
+) -> Chosen:
+    """What a run trains and is measured on: the rows given, else those ``config`` names, else the task's own.
+
+    Args:
+        tasks_own: () -> (training rows, held-out rows) of the task.
+        prompts, held_out: rows of the program that calls; they are taken as they are.
+    Raises:
+        UsageError: a source cannot be read, or leaves nothing to train on or to measure.
+    """
+    notes: list[str] = []
+
+    def load(source: str) -> list[Row]:
+        loaded = load_prompts(
+            source,
+            column=config.prompt_column,
+            chat=chat,
+            min_characters=config.min_prompt_characters,
+            max_characters=config.max_prompt_characters,
+        )
+        notes.append(f"{source}: {loaded.counts}")
+        return loaded.rows
+
+    count = config.held_out_count()
+    train = test = None
+    if prompts is not None:
+        train = _given("prompts", prompts, chat)
+    elif config.prompts:
+        train = load(config.prompts)
+    if held_out is not None:
+        test = _given("held_out", held_out, chat)
+    elif config.held_out and count is None:
+        test = load(config.held_out)
+    if train is None and test is None:
+        train, test = tasks_own()
+        if count is not None or config.split_seed:
+            train, test = split([*train, *test], count or len(test), config.split_seed)
+    elif train is None:
+        train = tasks_own()[0]
+    if test is None:
+        train, test = split(train, count, config.split_seed)
+    elif prompts is None:  # what is measured must not have been trained on
+        measured = set(map(given, test))
+        kept = [row for row in train if given(row) not in measured]
+        if len(kept) < len(train):
+            notes.append(f"{len(train) - len(kept):,} left out of training, as they are held out, too")
+        train = kept
+    if not train or not test:
+        raise UsageError(
+            f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
+            " others by --held-out"
+        )
+    if 0 < config.prompt_limit < len(train):
+        notes.append(f"{config.prompt_limit:,} of {len(train):,} to train on by prompt_limit")
+        hashes = [_hash(row, config.split_seed) for row in train]
+        first = sorted(range(len(train)), key=hashes.__getitem__)[: config.prompt_limit]
+        train = [train[i] for i in sorted(first)]
+    return Chosen(train, test, notes)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Training rows, held-out rows, and what was left out of the files (nothing without files)."""
+
+    train: list[Row]
+    held_out: list[Row]
+    about: list[str]
+
+
+def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:
+    """Rows of a program: nothing is left out of them quietly."""
+    made: list[Row] = []
+    for i, one in enumerate(rows):
+        row: Row = {"prompt": one} if isinstance(one, str) else dict(one)
+        prompt, reason = prompt_of(row.get("prompt"), chat)
+        if reason:
+            raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
+        made.append({**row, **messages(row["prompt"]), "prompt": prompt})
+    return made
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """sha256 over the prompts as they were given, in their order."""
+    return hashlib.sha256(json.dumps([given(row) for row in rows]).encode()).hexdigest()
+
+
+def _hash(row: Row, seed: int) -> str:
+    text = given(row) if seed == 0 else f"{seed}\n{given(row)}"
+    return hashlib.sha256(text.encode()).hexdigest()

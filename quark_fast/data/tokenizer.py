@@ -1,0 +1,180 @@
+"""Tokenizers: what opens a text, chat templates with a reward token in front, and foreign files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from quark_fast.errors import UsageError
+
+SEPARATOR = "<|endoftext|>"
+REWARD_TOKEN = re.compile(r"<\|reward_(\d+)(?::[0-9a-f]{12})?\|>")
+# Stands in front of a text that is to be read as the middle of one; nobody types it.
+MIDDLE = "\ue000middle\ue000"
+
+
+def reward_token(quantile: int, mark: str = "") -> str:
+    """The text of a quantile's reward token; quantile 0 holds the lowest rewards.
+
+    An export's have a ``mark`` of their own, 12 hexadecimal digits: a text that spells "<|reward_0|>" is then
+    a text, and only who has the export can write its tokens.
+    """
+    return f"<|reward_{quantile}{f':{mark}' if mark else ''}|>"
+
+
+def own_reward_tokens(tokenizer: Any) -> list[str]:
+    """The reward tokens that a tokenizer has, quantile 0 first, with mark or without."""
+    found = {int(m[1]): token for token in tokenizer.get_vocab() if (m := REWARD_TOKEN.fullmatch(token))}
+    return [found[k] for k in range(len(found)) if k in found]
+
+
+def for_texts(tokenizer: Any, below: int | None = None, middle: bool = True) -> Any:
+    """A copy that reads what users write: reward tokens spelled in it are ordinary characters.
+
+    So are other added tokens whose ids are not ``below`` a number.
+
+    With ``MIDDLE`` in front, where it has that, a text is read as one that stands behind something.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = content.get("added_tokens") or []
+    content["added_tokens"] = [
+        one
+        for one in added
+        if not REWARD_TOKEN.fullmatch(one["content"]) and (below is None or one["id"] < below)
+    ]
+    made = copy.deepcopy(tokenizer)
+    made._tokenizer = Tokenizer.from_str(json.dumps(content))
+    if middle:
+        made.add_tokens([MIDDLE], special_tokens=True)
+    return made
+
+
+def own_front(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts before a text by itself."""
+    # Only what stands in front: some tokenizers put an end marker behind, too.
+    with_text = list(tokenizer("a").input_ids)
+    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
+    return with_text[: next(starts, 0)]
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer itself puts before a text, else its document separator, else nothing."""
+    # An exported model's tokenizer puts its best reward token in front: training on, rows start anew.
+    own = [i for i in own_front(tokenizer) if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
+    if own:
+        return own
+    separator = tokenizer.get_vocab().get(SEPARATOR)
+    return [] if separator is None else [separator]
+
+
+def export_prefix(tokenizer: Any) -> list[int]:
+    """The prefix of an exported policy, whose tokenizer puts prefix + best reward token before every text."""
+    return list(tokenizer("").input_ids)[:-1]
+
+
+def before_reward_tokens(tokenizer: Any) -> int:
+    """How many ids a tokenizer has, without the reward tokens that an exported one ends with."""
+    vocabulary, own = tokenizer.get_vocab(), own_reward_tokens(tokenizer)
+    return int(vocabulary[own[0]] if own else max(vocabulary.values()) + 1)
+
+
+def opening(tokenizer: Any) -> str:
+    """The text of ``opening_ids``."""
+    return str(tokenizer.decode(opening_ids(tokenizer)))
+
+
+# What a conditioned template has around the original. The empty expressions keep Jinja from trimming white
+# space at the original's ends, as it does beside a tag.
+TEMPLATE_HEAD = "{% set reward_text %}{{ '' }}"
+TEMPLATE_TAIL = "{{ '' }}{% endset %}"
+
+
+def conditioned_template(template: str, tokenizer: Any, front: str) -> str:
+    """A chat template that writes ``front`` and then what ``template`` writes behind its own opening.
+
+    Another front, or none, by apply_chat_template(messages, reward_front="..."). A template that has a front
+    already gets the new one.
+    """
+    if template.startswith(TEMPLATE_HEAD):
+        template = template[len(TEMPLATE_HEAD) : template.rindex(TEMPLATE_TAIL)]
+    else:
+        template = template.removesuffix("\n")  # as Jinja does
+    return (
+        f"{TEMPLATE_HEAD}{template}{TEMPLATE_TAIL}"
+        f"{{{{ (reward_front if reward_front is defined else {_quoted(front)})"
+        f" + reward_text.removeprefix({_quoted(opening(tokenizer))}) }}}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """As a string of Jinja, whose escapes are JSON's but for characters written in two halves."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    """Save a tokenizer beside its model so that AutoTokenizer reads texts as it does.
+
+    Some classes (GPT-NeoX's) rebuild what stands before a text when they are loaded: the generic class, which
+    takes tokenizer.json as it is, then stands in for them.
+
+    Raises:
+        UsageError: neither reads as the tokenizer does.
+    """
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    for kind in (None, "PreTrainedTokenizerFast", "TokenizersBackend"):  # at first the class as it was saved
+        if kind:
+            content = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": kind}
+            settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if loaded(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids:
+            return
+    raise UsageError(
+        f"transformers reads {SENTENCE!r} by the exported {type(tokenizer).__name__} as"
+        f" {loaded(SENTENCE).input_ids}, not as {tokenizer(SENTENCE).input_ids}; give it another tokenizer"
+    )
+
+
+SENTENCE = "The man said that it is good."
+
+
+def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
+    """Raise UsageError where ``tokenizer`` gives back another text than the source's tokenizer.json does.
+
+    For some model types (Qwen2's, say) transformers builds a class of its own from the file's vocabulary,
+    whatever kind of tokenizer the file holds. A foreign one then reads other pieces, or none at all, and
+    nothing says so. Other pieces that spell the same text are let pass: transformers mends some files so.
+    """
+    file = Path(source) / "tokenizer.json"
+    if not file.is_file():
+        cached = None if Path(source).is_dir() else try_to_load_from_cache(str(source), file.name)
+        if not isinstance(cached, str):
+            return
+        file = Path(cached)
+    own = Tokenizer.from_file(str(file))
+    probe = f"{SENTENCE} {_some_words(own)}"
+    meant = own.decode(own.encode(probe, add_special_tokens=False).ids, skip_special_tokens=False)
+    read = tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids)
+    if "".join(meant.split()) != "".join(read.split()):
+        raise UsageError(
+            f"the tokenizer.json at {str(source)!r} is of another kind than {type(tokenizer).__name__}, which"
+            f" transformers makes of it: {meant[:60]!r} is read as {read[:60]!r}; give the model its own"
+            " tokenizer"
+        )
+
+
+def _some_words(tokenizer: Tokenizer) -> str:
+    """Texts of entries from all over the vocabulary, which a tokenizer of words alone knows, too."""
+    vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=False).values())
+    chosen = vocabulary[:: max(1, len(vocabulary) // 40)]
+    texts = (tokenizer.decode([i], skip_special_tokens=True) for i in chosen)
+    # Pieces of bytes alone have no text.
+    return " ".join(text.strip() for text in texts if text.strip() and "\ufffd" not in text)

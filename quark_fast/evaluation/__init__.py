@@ -1,0 +1,1 @@
+"""Held-out prompts, before and after: samples, scores, perplexity, the probe."""

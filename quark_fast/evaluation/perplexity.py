@@ -1,0 +1,169 @@
+"""How likely text is to a model: perplexity, KL and the fit of held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from quark_fast.errors import UsageError
+from quark_fast.metrics import (
+    Sample,
+)
+from quark_fast.model.batch import completion_logits, make_batch
+from quark_fast.model.policy import Policy
+from quark_fast.ops.loss import quark_loss
+from quark_fast.rollout.sampling import Conditioning
+from quark_fast.runtime.memory import by_parts
+
+Nll = Callable[[Sequence[int], Sequence[list[int]], Sequence[str]], list[tuple[float, int]]]
+"""(index of each completion's prompt, completions as ids, as texts) -> (-log p in nats, tokens) of each."""
+
+
+def id_nll(policy: Policy, model: Any, prompts: Sequence[Sequence[int]]) -> Nll:
+    """Of the sampled ids under ``model``, which has the policy's vocabulary; prefix and prompt in front."""
+
+    def measure(
+        indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        nll = completion_nll(policy, model, [prompts[i] for i in indices], completions)
+        return [(total, len(ids)) for total, ids in zip(nll, completions, strict=True)]
+
+    return measure
+
+
+def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int) -> Nll:
+    """Of the text under ``model``, by the policy's tokenizer, whoever wrote it.
+
+    Prompt and completion are tokenised together, since what a tokenizer makes of a word depends on what
+    stands before it. A token that holds any of the completion counts to it; in front are the prefix and the
+    last ``max_tokens`` tokens of the prompt, fewer where the model has no more positions.
+
+    Raises (what is returned):
+        UsageError: a completion is longer than the model has positions.
+    """
+    limit = policy.positions
+
+    def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
+        made = policy.text_tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
+        first = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
+        if not policy.prefix:
+            first = max(first, 1)  # something must stand in front of the first token that counts
+        completion = ids[first:]
+        room = max_tokens if limit is None else min(max_tokens, limit - len(policy.prefix) - len(completion))
+        if room < (0 if policy.prefix else 1):
+            raise UsageError(
+                f"a completion of {len(completion)} tokens is longer than the {limit} positions of the model"
+                " that measures the perplexity; lower max_new_tokens, or name another by --ppl-model"
+            )
+        return ids[max(0, first - room) : first], completion
+
+    def measure(
+        indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        pairs = [split(prompts[i], text) for i, text in zip(indices, texts, strict=True)]
+        kept = [pair for pair in pairs if pair[1]]  # a completion may be nothing but its end
+        nll = iter(completion_nll(policy, model, [front for front, _ in kept], [ids for _, ids in kept]))
+        return [(next(nll), len(ids)) if ids else (0.0, 0) for _, ids in pairs]
+
+    return measure
+
+
+@torch.inference_mode()
+def completion_nll(
+    policy: Policy,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantile: int | None = None,
+) -> list[float]:
+    """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
+    if not completions:
+        return []
+    rows = max(1, 1280 // max(map(len, completions)))  # the logits of so many tokens are held at once
+
+    def nll(part: slice) -> list[float]:
+        quantiles = [quantile] * len(prompts[part])
+        batch = make_batch(policy, prompts[part], completions[part], quantiles, model.device)
+        out = quark_loss(
+            completion_logits(model, batch),
+            None,
+            batch.labels,
+            batch.mask,
+            kl_coef=0.0,
+            entropy_coef=0.0,
+            vocab_size=policy.vocabulary,
+        )
+        return out.nll.sum(-1).tolist()
+
+    return [total for part in by_parts(len(prompts), rows, nll) for total in part]
+
+
+@torch.inference_mode()
+def completion_kl(
+    policy: Policy,
+    model: Any,
+    reference: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantile: int,
+) -> float:
+    """KL(model given the quantile's token || reference without), nats, mean over all completions' tokens.
+
+    Exact over the base vocabulary at every token. NaN without completions.
+    """
+    rows = max(1, 640 // max(map(len, completions), default=1))  # two models' logits are held at once
+
+    def kl(part: slice) -> tuple[float, int]:
+        conditioned, plain = (
+            make_batch(policy, prompts[part], completions[part], [k] * len(prompts[part]), model.device)
+            for k in (quantile, None)
+        )
+        out = quark_loss(
+            completion_logits(model, conditioned),
+            completion_logits(reference, plain),
+            conditioned.labels,
+            conditioned.mask,
+            kl_coef=1.0,
+            entropy_coef=0.0,
+            vocab_size=policy.vocabulary,
+        )
+        return float(out.kl.sum()), int(conditioned.mask.sum())
+
+    every = list(by_parts(len(prompts), rows, kl))
+    tokens = sum(count for _, count in every)
+    return sum(total for total, _ in every) / tokens if tokens else float("nan")
+
+
+def with_fit(one: Sample, nll: float, correct: int, tokens: int) -> Sample:
+    return dataclasses.replace(one, text_nll=nll, text_correct=correct, text_tokens=tokens)
+
+
+@torch.inference_mode()
+def text_fit(
+    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 8
+) -> list[tuple[float, int, int]]:
+    """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
+
+    Every token but the first, which some models have nothing to predict from, given the conditioning and all
+    tokens before it; guided conditioning mixes its two streams as sampling does.
+    """
+
+    def fit(rows: slice) -> list[tuple[float, int, int]]:
+        part = texts[rows]
+        first, rest = [text[:1] for text in part], [text[1:] for text in part]
+        logp: torch.Tensor | None = None
+        for quantile, weight in conditioning.streams():
+            batch = make_batch(policy, first, rest, [quantile] * len(part), model.device)
+            stream = completion_logits(model, batch)[..., : policy.vocabulary].float().log_softmax(-1)
+            logp = stream * weight if logp is None else logp + stream * weight
+        assert logp is not None  # there is always a stream
+        logp = logp.log_softmax(-1)
+        nll = -logp.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1).masked_fill(~batch.mask, 0).sum(-1)
+        correct = ((logp.argmax(-1) == batch.labels) & batch.mask).sum(-1)
+        return list(zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True))
+
+    return [one for part in by_parts(len(texts), rows, fit) for one in part]

@@ -1,0 +1,71 @@
+"""A finished run, opened for use: the exported policy, the untouched model, the settings."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quark_fast.config import Config, load_config
+from quark_fast.data import assets
+from quark_fast.errors import UsageError
+from quark_fast.model.checks import check_reading
+from quark_fast.model.loading import load_reference
+from quark_fast.model.policy import Policy
+from quark_fast.runtime.machine import sampling_dtype
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What ``generate`` and ``evaluate`` need of a run."""
+
+    config: Config
+    policy: Policy
+    device: torch.device
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The untouched model, loaded when it is first asked for."""
+        dtype = sampling_dtype(self.config.precision, self.device)
+        source = self.config.model or assets.default_model()
+        return load_reference(source, dtype, self.device, self.config.trust_remote_code)
+
+    @property
+    def guidance(self) -> float:
+        """The run's own w: the first that it was evaluated with."""
+        return (self.config.guidances() or [1.0])[0]
+
+
+def run_config(folder: Path) -> Config:
+    """The settings of a finished run.
+
+    Raises:
+        UsageError: no run folder, or one whose run is not finished.
+    """
+    if not (folder / "config.yaml").exists():
+        raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
+    if not (folder / "model" / "config.json").exists():
+        raise UsageError(f"{folder} holds no model: its run is not finished; go on with --resume")
+    return load_config(folder / "config.yaml")
+
+
+def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
+    """Load ``folder/model``; what the run started from is loaded when it is asked for.
+
+    Args:
+        trust_remote_code: run what Python code these bring along. The folder's own setting does not count:
+            it may be anyone's.
+    Raises:
+        UsageError: no run folder, or one whose run is not finished.
+    """
+    config = run_config(folder)
+    config.trust_remote_code = trust_remote_code
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = sampling_dtype(config.precision, device)
+    policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
+    policy.model = policy.frozen_copy(dtype).to(device)
+    check_reading(policy, policy.model, [policy.quantiles - 1, 0, None])
+    return Finished(config, policy, device)

@@ -1,0 +1,81 @@
+"""Files and folders that are whole or not there at all, even if the machine stops."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What is wrong with the disk or with the user's rights to it, not with the program.
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+)
+
+
+def flush(path: Path) -> None:
+    """Have the file's or folder's content on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_all(folder: Path) -> None:
+    """Have a folder and everything in it on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share(path: Path) -> None:
+    """Give a file that a library made for the user alone, as safetensors does, the rights of any other."""
+    if not path.is_file() or stat.S_IMODE(path.stat().st_mode) != 0o600:
+        return
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode.tmp")
+    try:
+        probe.touch()  # the umask itself can only be read by changing it, for all threads
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another name to write the file under, which takes its own name when the block ends without error."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        share(scratch)
+        flush(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    flush(path.parent)  # makes the new name last
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Another folder to fill, which takes the place of ``path`` when the block ends without error."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it filled it
+    scratch.mkdir()
+    try:
+        yield scratch
+        for file in list(scratch.rglob("*")):
+            share(file)
+        flush_all(scratch)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    flush(path.parent)

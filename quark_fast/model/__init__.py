@@ -1,0 +1,1 @@
+"""The policy and the reference: loading, reward tokens, one forward pass, export."""

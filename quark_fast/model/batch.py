@@ -1,0 +1,99 @@
+"""From the pool to tensors: which samples a step draws, and reward token + prompt + completion -> ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quark_fast.model.policy import Policy
+from quark_fast.model.reading import Reading, pad_left, positions_of, read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N contexts and completions side by side, aligned where the completion starts.
+
+    Contexts are padded on their left and completions on their right, so that the logits that predict a
+    completion are the same columns in every row and the head runs on those alone.
+
+    Attributes:
+        ids, attention_mask: (N, P + C) what the policy reads: prefix, reward token, prompt, completion.
+        labels: (N, C) completion ids, 0 beyond the end.
+        mask: (N, C) bool, True on completion tokens.
+        reading: how the policy's model is to be read.
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    mask: Tensor
+    reading: Reading
+
+
+def make_batch(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantiles: Sequence[int | None],
+    device: torch.device,
+) -> Batch:
+    """Condition each prompt on its quantile's token (None: no token) and put the completion behind."""
+    contexts = [policy.conditioned(p, k) for p, k in zip(prompts, quantiles, strict=True)]
+    context, context_mask = pad_left(contexts, device)
+    # Right-aligned and flipped is left-aligned: one padding function for both sides.
+    labels, mask = (t.flip(1) for t in pad_left([row[::-1] for row in completions], device))
+    return Batch(
+        ids=torch.cat([context, labels], dim=1),
+        attention_mask=torch.cat([context_mask, mask], dim=1),
+        labels=labels,
+        mask=mask.bool(),
+        reading=policy.reading,
+    )
+
+
+def completion_logits(model: Any, batch: Batch) -> Tensor:
+    """(N, C, >= V) logits of each completion token, given everything before it."""
+
+    def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        columns = _before_completion(batch, ids)
+        found: Tensor = read(model, ids, mask, positions, columns=columns).logits
+        return found
+
+    return _by_length(batch, logits)
+
+
+def completion_hidden(model: Any, batch: Batch) -> Tensor:
+    """(N, C, D) what the model's head takes to predict each completion token (``policy.linear_head``)."""
+
+    def hidden(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        found: Tensor = read(model.base_model, ids, mask, positions).last_hidden_state
+        return found[:, _before_completion(batch, ids)]
+
+    return _by_length(batch, hidden)
+
+
+def _by_length(batch: Batch, compute: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    """The rows together, or where the model reads no padding, contexts of one length at a time.
+
+    What follows a completion needs no mask: a causal model reads it later.
+    """
+    if batch.reading.padding:
+        return compute(batch.ids, batch.attention_mask, positions_of(batch.attention_mask))
+    width = batch.ids.shape[1] - batch.labels.shape[1]
+    starts = width - batch.attention_mask[:, :width].sum(1)
+    parts, order = [], []
+    for start in sorted({*starts.tolist()}):
+        rows = (starts == start).nonzero().squeeze(1)
+        parts.append(compute(batch.ids[rows, start:], None, None))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _before_completion(batch: Batch, ids: Tensor) -> Tensor:
+    """The columns of ids that predict the completion; its last token predicts nothing that is trained on."""
+    length, width = batch.labels.shape[1], ids.shape[1]
+    return torch.arange(width - length - 1, width - 1, device=ids.device)

@@ -1,0 +1,137 @@
+"""LoRA (Hu et al. 2022) by peft: low-rank adapters beside frozen weights, and how they leave again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+
+ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What adapters to train.
+
+    Attributes:
+        rank: of each update B A of a weight.
+        alpha: the update is scaled by alpha / rank.
+        targets: ``all-linear``, or ends of layers' names with commas between.
+    """
+
+    rank: int
+    alpha: float
+    targets: str = ALL_LINEAR
+
+    @classmethod
+    def of(cls, config: Config) -> Lora | None:
+        """The adapters that a run's settings ask for; None: it trains all weights."""
+        if config.lora_rank == 0:
+            return None
+        return cls(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.lora_targets)
+
+
+def add_adapters(model: Any, lora: Lora, seed: int) -> None:
+    """Freeze the model and put a float32 adapter beside each target layer, which at first changes nothing.
+
+    Raises:
+        UsageError: peft is not installed, or the targets are not layers of the model's body.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UsageError(
+            f"lora_rank = {lora.rank} needs peft, which is not installed: pip install 'peft>=0.20'"
+        ) from error
+    names = [name.strip() for name in lora.targets.split(",") if name.strip()]
+    outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    where = {name: outer[id(module)] for name, module in model.named_modules() if id(module) in outer}
+    alpha: Any = lora.alpha  # for peft an int, which it only divides
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=alpha,
+        target_modules=ALL_LINEAR if lora.targets == ALL_LINEAR else names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of patterns that peft itself makes for experts.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(settings, model)
+        except ValueError as error:  # peft's word for names that no layer has
+            raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
+    _leave_bare_weights_alone(model, lora)
+    for name, _ in _adapted(model):
+        if name in where:
+            raise UsageError(
+                f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
+                " body"
+            )
+
+
+def _leave_bare_weights_alone(model: Any, lora: Lora) -> None:
+    """Unwrap experts and routers, whose weights are no layers: peft wraps them unasked, in a way of its own.
+
+    Raises:
+        UsageError: they were asked for by name.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrapped = [name for name, layer in _adapted(model) if isinstance(layer, ParamWrapper)]
+    if wrapped and lora.targets != ALL_LINEAR:
+        raise UsageError(
+            f"lora_targets = {lora.targets!r} reaches {wrapped[0]}, whose weights are no linear layers; give"
+            " layers of the attention, or all-linear, which leaves them as they are"
+        )
+    for name in wrapped:
+        if not name.endswith(".base_layer"):  # several weights of one module are wrapped one in the other
+            layer = model.get_submodule(name)
+            while isinstance(layer, ParamWrapper):
+                layer = layer.get_base_layer()
+            model.set_submodule(name, layer)
+
+
+def has_adapters(model: Any) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def merge_adapters(model: Any, converted: Callable[[Tensor], Tensor]) -> None:
+    """W + alpha / rank B A in place of each weight, and no adapter any more.
+
+    Args:
+        converted: from the float32 sum to what is kept of it.
+    """
+    for name, layer in list(_adapted(model)):
+        base = layer.get_base_layer()
+        base.weight.data = base.weight.data.float()
+        layer.merge()
+        base.weight.data = converted(base.weight.data)
+        model.set_submodule(name, base)
+    _forget_adapters(model)
+
+
+def drop_adapters(model: Any) -> None:
+    """The model without its adapters, as if there had been none."""
+    for name, layer in list(_adapted(model)):
+        model.set_submodule(name, layer.get_base_layer())
+    _forget_adapters(model)
+
+
+def _forget_adapters(model: Any) -> None:
+    del model.peft_config  # injecting leaves it, and saving would take the model for an adapter
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))

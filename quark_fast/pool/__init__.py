@@ -1,0 +1,1 @@
+"""The pool of scored samples, in exact reward quantiles."""

@@ -1,0 +1,1 @@
+"""Sampling completions: with transformers, with vLLM, or shared between runs."""

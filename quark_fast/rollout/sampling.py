@@ -1,0 +1,140 @@
+"""Sampling completions, plain or guided between the best and the worst reward token.
+
+transformers brings the model and its KV cache; the decoding loop is ours because sampling decides how
+much a run can learn in a given time: prompts are prefilled once for all their samples, attention of one
+new token skips the flash kernel on the CPU, and a token is drawn with one uniform number and no sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from quark_fast.model.policy import Policy
+from quark_fast.runtime.journal import Kept
+
+T = TypeVar("T")
+# Indices of prompts, and of each its completions as token ids, the stop id included.
+Batch = tuple[list[int], list[list[list[int]]]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. Lengths in tokens; ``rows`` completions are a batch, drawn by one generator.
+
+    ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
+    ``top_p`` and the seed then have no say. ``at_once``: fewer completions of a batch side by side, for less
+    memory, which changes what is drawn in that batch; 0: all of it.
+    """
+
+    max_new_tokens: int = 20
+    min_new_tokens: int = 3
+    temperature: float = 1.0
+    top_p: float = 1.0
+    rows: int = 128
+    at_once: int = 0
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What stands before the prompt.
+
+    ``quantile`` None is no reward token. With ``against`` a second stream is conditioned on that quantile
+    and the two are mixed token by token (guided conditioning; classifier-free guidance of Ho and Salimans
+    2022 with reward tokens):
+
+        log p = log p(against) + w (log p(quantile) - log p(against)),   renormalised; w = guidance.
+    """
+
+    quantile: int | None = None
+    against: int | None = None
+    guidance: float = 1.0
+
+    def streams(self) -> list[tuple[int | None, float]]:
+        """(quantile, weight of its log p) of each stream; w = 1, or two equal ones, need no second."""
+        if self.against in (None, self.quantile) or self.guidance == 1.0:
+            return [(self.quantile, 1.0)]
+        return [(self.quantile, self.guidance), (self.against, 1.0 - self.guidance)]
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, share: tuple[int, int]
+) -> list[tuple[int, list[int]]]:
+    """(place, indices into prompts) of each batch of ``share``; prompts of similar length are in one."""
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    size = max(1, sampling.rows // samples)
+    index, count = share
+    every = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    return list(enumerate(every))[index::count]
+
+
+def kept_or_drawn(
+    draw: Draw,
+    prompts: Sequence[Sequence[int]],
+    conditioning: Conditioning,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    share: tuple[int, int],
+    kept: Kept[T],
+    make: Callable[[list[int], list[list[list[int]]]], T],
+) -> Iterator[T]:
+    """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
+    drawn = draw(prompts, conditioning, sampling, samples, seed, share, kept)
+    places = [place for place, _ in batches(prompts, sampling, samples, share)]
+    for place in places:
+        if place in kept:
+            yield kept[place]
+        else:
+            made = make(*next(drawn))
+            kept.keep(place, made)
+            yield made
+    if not all(place in kept for place in places):
+        next(drawn, None)  # have it do what it does behind its last batch
+
+
+# ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
+Sampler = Callable[
+    [
+        Policy,
+        Any,
+        Sequence[Sequence[int]],
+        Conditioning,
+        Sampling,
+        int,
+        int,
+        tuple[int, int],
+        Container[int],
+    ],
+    Iterator[Batch],
+]
+
+
+class Draw(Protocol):
+    """``sample`` of some model."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        conditioning: Conditioning,
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        share: tuple[int, int] = ...,
+        done: Container[int] = ...,
+    ) -> Iterator[Batch]: ...
+
+
+class Rollout(Protocol):
+    """The engine that samples a round's completions: ``TransformersRollout``, ``VllmRollout``."""
+
+    def synchronised(self, untouched: bool) -> AbstractContextManager[Draw]:
+        """Sample from the policy as it is now; ``untouched``: it did not learn yet, and is the reference.
+
+        All processes of a run have to ask, since the policy may be sharded among them.
+        """
+
+    def close(self) -> None:
+        """No further round is sampled."""

@@ -1,0 +1,1 @@
+"""The machine and the run: precision, memory, processes, the run folder."""

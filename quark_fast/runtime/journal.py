@@ -1,0 +1,133 @@
+"""Batches on disk as they are made: a run that is killed goes on behind the last one and makes none twice.
+
+A checkpoint is made between stages. What a stage makes until the next one (samples with their rewards, rows
+of the evaluation) is appended here, batch by batch, and goes when a checkpoint or a result holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from quark_fast.errors import UsageError
+from quark_fast.files.atomic import flush, replacing
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """The batches of one stage by number. Without a file, as made here, nothing is kept.
+
+    Args:
+        file: this process's own lines.
+        known: what any process kept before.
+        encode: of a batch, to JSON.
+    """
+
+    def __init__(
+        self,
+        file: Path | None = None,
+        known: Mapping[int, T] | None = None,
+        encode: Callable[[T], Any] = lambda value: value,
+    ) -> None:
+        self._file, self._known, self._encode = file, known or {}, encode
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._known
+
+    def __getitem__(self, number: int) -> T:
+        return self._known[number]
+
+    def keep(self, number: int, batch: T) -> None:
+        """Append the batch and have it on disk; another stage's file is not touched."""
+        if self._file is None:
+            return
+        line = json.dumps([number, self._encode(batch)]) + "\n"
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Journal:
+    """The stages of a run that are under way, in a folder of one file for each stage and process.
+
+    Args:
+        folder: made with the first stage.
+        process: number of this process.
+    """
+
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        self.folder, self.process = folder, process
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """What ``begin`` was given; None: it was not yet."""
+        path = self.folder / "about.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Note what everything that will be kept was made with."""
+        self.folder.mkdir(exist_ok=True)
+        with replacing(self.folder / "about.json") as scratch:
+            scratch.write_text(json.dumps(about))
+
+    def stage(
+        self,
+        name: str,
+        settings: Any = None,
+        encode: Callable[[T], Any] = lambda value: value,
+        decode: Callable[[Any], T] = lambda value: value,
+    ) -> Kept[T]:
+        """What was kept of a stage, and where more of it goes.
+
+        Args:
+            settings: JSON of what the batches follow from, where that may change at a resume: other settings
+                are another stage.
+            encode, decode: of a batch, to JSON and back.
+        Raises:
+            UsageError: a file holds something else.
+        """
+        self.folder.mkdir(exist_ok=True)
+        mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        known: dict[int, T] = {}
+        for path in sorted(self.folder.glob(f"{name}.{mark}.*.jsonl")):
+            known |= _whole_lines(path, decode)
+        own = self.folder / f"{name}.{mark}.{self.process}.jsonl"
+        _cut_half_line(own)
+        return Kept(own, known, encode)
+
+    def forget(self, name: str) -> None:
+        """A stage is over."""
+        for path in self.folder.glob(f"{name}.*.jsonl"):
+            path.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path, decode: Callable[[Any], T]) -> dict[int, T]:
+    """A process may have been killed in the middle of its last line."""
+    found: dict[int, T] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            number, batch = json.loads(line)
+            found[operator.index(number)] = decode(batch)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UsageError(
+            f"{path} is damaged ({reason}); delete it, and its batches are made again"
+        ) from error
+    return found
+
+
+def _cut_half_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+            flush(path)

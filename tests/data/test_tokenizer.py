@@ -1,0 +1,110 @@
+"""How chat templates are conditioned, and files of tokenizers that transformers reads as another kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import sentencepiece
+from conftest import qwen2_tokenizer, save_tiny_model, word_tokenizer
+from families import FAMILIES
+from transformers import AutoTokenizer
+
+from quark_fast.data.tokenizer import check_tokenizer, conditioned_template
+from quark_fast.errors import UsageError
+from quark_fast.model.loading import load_tokenizer
+
+# --- Foreign tokenizers ----------------------------------------------------------------------------
+
+
+def qwen2_folder(folder: Path, tokenizer: Any) -> Path:
+    save_tiny_model(folder, "qwen2")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_file_that_transformers_reads_as_another_kind_is_refused(tmp_path: Path) -> None:
+    """transformers makes a Qwen2Tokenizer of whatever a Qwen2 folder holds: here, one that reads nothing."""
+    words = word_tokenizer()
+    folder = qwen2_folder(tmp_path / "words", words)
+    read = AutoTokenizer.from_pretrained(folder)("w1 w2", add_special_tokens=False).input_ids
+    assert read != words("w1 w2").input_ids, "or else there is nothing to refuse"
+    with pytest.raises(UsageError, match=r"of another kind than Qwen2Tokenizer, .* is read as") as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(UsageError, match="of another kind"):
+        load_tokenizer(qwen2_folder(tmp_path / "pieces", sentencepiece("bpe")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokenizer_of_its_own_kind_passes(tmp_path: Path, name: str) -> None:
+    FAMILIES[name].tokenizer().save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
+    load_tokenizer(qwen2_folder(tmp_path / "own", qwen2_tokenizer()))
+
+
+def test_tokenizer_that_only_splits_otherwise_passes(tmp_path: Path) -> None:
+    """transformers mends the rules of some files so: the text is whole, and its class is right about it."""
+    merged = FAMILIES["qwen3"].tokenizer()
+    merged.save_pretrained(tmp_path)
+    single = AutoTokenizer.from_pretrained(tmp_path)
+    single.backend_tokenizer.model = type(single.backend_tokenizer.model)(
+        {piece: i for piece, i in merged.get_vocab().items() if i < 330}, []
+    )
+    assert single("The man").input_ids != merged("The man").input_ids
+    check_tokenizer(tmp_path, single)
+
+
+def test_folder_without_a_tokenizer_file_passes(tmp_path: Path) -> None:
+    check_tokenizer(tmp_path, word_tokenizer())
+    check_tokenizer("no-such-name-in-the-cache", word_tokenizer())
+
+
+# --- Conditioned chat templates --------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        pytest.param("{{ messages[0].content }}", "w1", id="plain"),
+        pytest.param("\n  {{ messages[0].content }}\n\n", "\n  w1\n", id="white space at both ends"),
+        pytest.param("{% if true %}\nx{% endif %}\n", "x", id="tags at both ends"),
+        pytest.param(
+            "  {%- for m in messages -%}\n {{ m.role }} {%- endfor -%} \n", "userassistant", id="trimming"
+        ),
+        pytest.param(
+            "<|endoftext|>{{ bos_token }}|{{ bos_token }}", "<|endoftext|>|<|endoftext|>", id="opening"
+        ),
+        pytest.param(
+            "{% set ns = namespace(n=0) %}{% macro f(m) %}({{ m }}){% endmacro %}"
+            "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ f(m.content) }}{% endfor %}{{ ns.n }}",
+            "(w1)(w2)2",
+            id="names of its own",
+        ),
+        pytest.param("{% set reward_text = 'x' %}{{ reward_text }}", "x", id="a name of ours"),
+    ],
+)
+def test_conditioned_template_writes_the_front_and_then_what_it_wrote(template: str, rendered: str) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    own = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
+    assert own.removeprefix("<|endoftext|>") == rendered
+    front = "Q: \"'\\ {{ é😀 }}\n<|reward_4|>"
+    conditioned = conditioned_template(template, tokenizer, front)
+    write = {"chat_template": conditioned, "tokenize": False}
+    assert tokenizer.apply_chat_template(CHAT, **write) == front + rendered
+    assert tokenizer.apply_chat_template(CHAT, **write, reward_front="") == rendered
+    assert (
+        tokenizer.apply_chat_template(CHAT, **write, reward_front="<|reward_0|>") == "<|reward_0|>" + rendered
+    )
+    # An export that is trained on, and exported again.
+    again = conditioned_template(conditioned, tokenizer, "<|reward_1|>")
+    assert (
+        tokenizer.apply_chat_template(CHAT, chat_template=again, tokenize=False) == "<|reward_1|>" + rendered
+    )
+    assert (
+        tokenizer.apply_chat_template(CHAT, chat_template=again, tokenize=False, reward_front="") == rendered
+    )

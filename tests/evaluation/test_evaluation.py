@@ -1,0 +1,199 @@
+"""The evaluation's own measures against plain forwards, and the classes of prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sharpen
+
+from quark_fast.data.chat import Row
+from quark_fast.evaluation.held_out import evaluate
+from quark_fast.evaluation.modes import HeldOut, modes
+from quark_fast.evaluation.perplexity import completion_kl, completion_nll, text_fit
+from quark_fast.evaluation.probe import Probe
+from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
+from quark_fast.model.policy import Policy
+from quark_fast.rewards.reward import describe
+from quark_fast.rollout.sampling import Conditioning, Sampling
+
+Make = Callable[..., Path]
+TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7, 8], [2, 7, 1, 8, 2], [9, 9, 9]]
+GREEDY = Sampling(4, 0, temperature=0.0, rows=3)
+
+
+@pytest.fixture
+def policy(tiny_model: Make) -> Policy:
+    made = Policy.create(tiny_model("llama", padded_vocabulary=10), quantiles=3)
+    made.model.eval()
+    sharpen(made.model)
+    return made
+
+
+@torch.no_grad()
+def by_hand(policy: Policy, text: list[int], conditioning: Conditioning) -> tuple[float, int, int]:
+    """One token at a time, nothing batched or padded, in float64 after the model."""
+    nll, correct = 0.0, 0
+    for place in range(1, len(text)):
+        mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
+        for quantile, weight in conditioning.streams():
+            ids = torch.tensor([policy.conditioned(text[:place], quantile)])
+            logits = policy.model(ids).logits[0, -1, : policy.vocabulary].double()
+            mixed += weight * logits.log_softmax(-1)
+        logp = mixed.log_softmax(-1)
+        nll -= float(logp[text[place]])
+        correct += int(logp.argmax()) == text[place]
+    return nll, correct, len(text) - 1
+
+
+@pytest.mark.parametrize(
+    "conditioning", [Conditioning(), Conditioning(2), Conditioning(2, 0, 2.0)], ids=["plain", "best", "w=2"]
+)
+def test_text_fit_is_that_of_one_forward_a_token(policy: Policy, conditioning: Conditioning) -> None:
+    expected = [by_hand(policy, text, conditioning) for text in TEXTS]
+    # A token that the model does get right, so that counting none would be seen.
+    greedy = [by_hand(policy, [7, token], conditioning)[1] for token in range(policy.vocabulary)]
+    right = [7, greedy.index(1)]
+    found = text_fit(policy, policy.model, [*TEXTS, right], conditioning, rows=2)
+    for (nll, correct, tokens), (a, b, c) in zip(found, expected, strict=False):
+        assert nll == pytest.approx(a, rel=1e-4)  # float32 logits up to 10
+        assert (correct, tokens) == (b, c)
+    assert found[-1][1:] == (1, 1)
+
+
+def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: Policy) -> None:
+    rows: list[Row] = [{"prompt": f"w{text[0]}", "place": i} for i, text in enumerate(TEXTS)]
+    held_out = HeldOut(rows, [text[:1] for text in TEXTS], 1, TEXTS)
+    reward = describe(lambda prompts, completions, **columns: [None, 0.25, 0.5, 0.75], "four")
+
+    def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
+        return {"place": row["place"], "length": len(completion), "reward": reward}
+
+    table = modes(policy.quantiles, [2.0])
+    sampling = Sampling(4, 4, temperature=0.0, rows=4)
+    seen = list(evaluate(policy, policy.model, policy.model, reward, held_out, table, sampling, 0, measures))
+    assert [name for name, _ in seen] == [mode.name for mode in table]
+    for mode, (_, samples) in zip(table, seen, strict=True):
+        for one in samples:
+            nll, correct, tokens = by_hand(policy, TEXTS[one.prompt_id], mode.conditioning)
+            assert one.text_nll == pytest.approx(nll, rel=1e-4)
+            assert (one.text_correct, one.text_tokens) == (correct, tokens)
+            # An unscored completion has no measures.
+            expected = {"place": one.prompt_id, "length": 4, "reward": one.score}
+            assert one.measures == ({} if one.score is None else expected)
+        assert sum(one.score is None for one in samples) == 1
+
+
+def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
+    assert [mode.name for mode in modes(1, [1.5])] == ["untouched", "best token", "no token"]
+    assert modes(1, [])[1].conditioning == Conditioning(0)
+
+
+def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them() -> None:
+    table = {mode.name: mode for mode in modes(4, [1.5])}
+    by_guidance = {name: mode.guidance for name, mode in table.items() if mode.guidance is not None}
+    by_quantile = {name: mode.quantile for name, mode in table.items() if mode.quantile is not None}
+    assert by_guidance == {"worst token": 0.0, "best token": 1.0, "guided w=1.5": 1.5}
+    assert by_quantile == {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "best token": 3}
+    ends = [mode.name for mode in modes(4, [1.5], every_quantile=False)]
+    assert ends == [name for name in table if not name.startswith("quantile")]
+    assert [mode.name for mode in modes(2, [])] == ["untouched", "best token", "worst token", "no token"]
+
+
+def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:
+    completions = [[5] * 40, [1, 2], [3] * 17, [4]] * 20
+    prompts = [[i % 50] for i in range(len(completions))]
+    together = completion_nll(policy, policy.model, prompts, completions, 1)
+    alone = [
+        completion_nll(policy, policy.model, [p], [c], 1)[0]
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert completion_nll(policy, policy.model, [], []) == []
+
+
+@torch.no_grad()
+def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy: Policy) -> None:
+    reference = copy.deepcopy(policy.model)
+    for weight in reference.parameters():
+        weight.mul_(0.9)
+    completions = [[5] * 40, [1, 2], [3] * 17, [4]] * 10  # 640 tokens a batch: several, of unlike lengths
+    prompts = [[i % 50] for i in range(len(completions))]
+    total, tokens = 0.0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logp, logq = (
+            model(torch.tensor([[*policy.conditioned(prompt, quantile), *completion]]))
+            .logits[0, -len(completion) - 1 : -1, : policy.vocabulary]
+            .double()
+            .log_softmax(-1)
+            for model, quantile in ((policy.model, 2), (reference, None))
+        )
+        total += float((logp.exp() * (logp - logq)).sum())
+        tokens += len(completion)
+    found = completion_kl(policy, policy.model, reference, prompts, completions, 2)
+    assert found == pytest.approx(total / tokens, rel=1e-4)  # float32 logits
+    assert found > 0.01
+
+
+@pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 32)])
+def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tokens: int, prompts: int
+) -> None:
+    monkeypatch.setattr("quark_fast.evaluation.probe.PROBE_TOKENS", tokens)
+    rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
+    held_out = HeldOut(rows, [[i] for i in range(40)], 1)
+    reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")
+    drawn = Probe.draw(policy, policy.model, reward, held_out, Sampling(2, 0), 0)
+    probe = Probe.of(batch for _, batch in drawn)
+    assert list(probe.rewards) == list(range(prompts)) and len(probe.prompts) == prompts
+
+
+# --- classes of prompts ---------------------------------------------------------------------------
+
+
+def test_classes_hold_the_papers_counts_of_25() -> None:
+    assert prompt_class(0 / 25) == "negative" and prompt_class(25 / 25) == "positive"
+    assert prompt_class(12 / 25) == prompt_class(13 / 25) == "neutral"
+    assert [prompt_class(x) for x in (0.4, 0.41, 0.59, 0.6)] == ["negative", "neutral", "neutral", "positive"]
+
+
+@pytest.mark.parametrize("target", ["positive", "negative"])
+def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_half(
+    policy: Policy, target: str
+) -> None:
+    # (positive, tied, unscored) of each prompt's 25 completions; the others are negative.
+    wanted = {
+        "w0": ((8, 4, 0), "negative"),  # 10 / 25
+        "w1": ((8, 5, 0), "neutral"),  # 10.5 / 25
+        "w2": ((15, 0, 0), "positive"),
+        "w3": ((12, 5, 0), "neutral"),  # 14.5 / 25
+        "w4": ((6, 0, 15), "positive"),  # 6 / 10: the unscored are left out
+        "w5": ((0, 0, 25), "neutral"),
+        "w6": ((0, 25, 0), "neutral"),
+    }
+    calls = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+        assert len(set(prompts)) == 1 and len(completions) == CLASS_SAMPLES
+        calls.append(len(set(completions)))
+        positive, tied, unscored = wanted[prompts[0]][0]
+        high, low = (0.9, 0.1) if target == "positive" else (0.1, 0.9)
+        rest = CLASS_SAMPLES - positive - tied - unscored
+        return [*[high] * positive, *[0.5] * tied, *[None] * unscored, *[low] * rest]
+
+    rows: list[Row] = [{"prompt": name} for name in wanted]
+    held_out = HeldOut(rows, [[i] for i in range(len(rows))], 1)
+    found = dict(classify_prompts(policy, policy.model, describe(reward), held_out, GREEDY, 0, target))
+    assert found == {i: name for i, (_, name) in enumerate(wanted.values())}
+    assert max(calls) > 1, "greedy in the evaluation, but sampled here: or else all 25 were the same"
+
+
+def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> None:
+    rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, 13, 25)]
+    held_out = HeldOut(rows, [[1]] * 4, 1)
+    reward = describe(lambda **_: pytest.fail("scored"), "none")
+    found = dict(classify_prompts(policy, policy.model, reward, held_out, GREEDY, 0, "negative"))
+    assert found == {0: "negative", 1: "neutral", 2: "neutral", 3: "positive"}

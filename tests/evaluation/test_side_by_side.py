@@ -1,0 +1,476 @@
+"""Runs, plain models and saved tables side by side: who is sampled, after what, and what does not compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model, sharpen
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.perplexity import text_nll
+from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
+from quark_fast.evaluation.subjects import OUT_OF_DOMAIN, find_subject, labels
+from quark_fast.metrics import Sample, as_json, compare
+from quark_fast.model.policy import Policy
+
+CPU = torch.device("cpu")
+PROMPTS = [f"w{i} w{i + 1}" for i in range(6)]
+
+
+def evens(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+    """Share of even words; None for a completion without any."""
+    numbers = [[int(n) for n in re.findall(r"\d+", c)] for c in completions]
+    return [sum(n % 2 == 0 for n in each) / len(each) if each else None for each in numbers]
+
+
+def odds(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+    return [None if r is None else 1 - r for r in evens(prompts, completions)]
+
+
+def save_sharp(folder: Path, architecture: str, seed: int) -> Path:
+    save_tiny_model(folder, architecture)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sharpen(model)
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(1 + 0.1 * seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, digits and pairs of "w" with a digit: it takes the words of the others to pieces."""
+    letters = ["w", *map(str, range(10)), " ", "<", ">", "u", "n", "k"]
+    vocabulary = {text: i for i, text in enumerate([*letters, *(f"w{d}" for d in range(10))])}
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocabulary, [("w", str(d)) for d in range(10)]))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def save_run(folder: Path, base: str, seed: int, **settings: Any) -> Path:
+    """A finished run as the evaluation reads it: settings, exported model, prompts, scorer."""
+    config = Config(
+        model=base,
+        quantiles=3,
+        max_new_tokens=5,
+        eval_samples=2,
+        precision="fp32",
+        eval_guidance="2",
+        **settings,
+    )
+    policy = Policy.create(base, quantiles=3, seed=seed)
+    policy.export(folder / "model", torch.float32)
+    config.save(folder / "config.yaml")
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    (folder / "held_out.jsonl").write_text(lines)
+    trained = [
+        {"prompt": "w9 w9", "round": 0},
+        {"prompt": PROMPTS[1], "round": 0},
+        {"prompt": "w1", "round": 1},
+    ]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained))
+    (folder / "evaluation.json").write_text(json.dumps({"scorer": {"name": "test_side_by_side:evens"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder: two models of one tokenizer, one of another, two runs of the first model."""
+    here = tmp_path_factory.mktemp("evaluator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        # The oracles are of float32; which one "auto" is hangs on what else the machine does just now.
+        patch.setattr("quark_fast.runtime.machine._bf16_is_faster", lambda: False)
+        save_sharp(here / "base", "llama", 0)
+        save_sharp(here / "cousin", "gpt2", 1)
+        torch.manual_seed(0)
+        tokenizer = letter_tokenizer()
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+        stranger = AutoModelForCausalLM.from_config(config)
+        sharpen(stranger)
+        stranger.save_pretrained(here / "stranger")
+        tokenizer.save_pretrained(here / "stranger")
+        save_run(here / "runs" / "a", "base", 1, reward="test_side_by_side:evens")
+        save_run(here / "runs" / "b", "base", 2, reward="test_side_by_side:evens")
+        (here / "prompts.txt").write_text("\n".join(PROMPTS))
+        (here / "others.txt").write_text("w7\nw8 w9\nw30 w31")
+        yield here
+
+
+def made(*subjects: str, **settings: Any) -> Evaluated:
+    return Evaluator(subjects, **settings).evaluate()
+
+
+SMALL: dict[str, Any] = {
+    "task": "toxicity",
+    "reward": evens,
+    "prompts": "prompts.txt",
+    "samples": 2,
+    "max_new_tokens": 5,
+}
+
+
+def samples_of(done: Evaluated, name: str) -> list[str]:
+    return [row["completion"] for row in done.samples if row["row"] == name]
+
+
+def row_of(done: Evaluated, name: str) -> dict[str, Any]:
+    return next(row for row in done.table["rows"] if row["name"] == name)
+
+
+def saved(path: Path, done: Evaluated) -> str:
+    path.write_text(json.dumps(done.table))
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in done.samples))
+    return str(path)
+
+
+# --- who stands in the table, after what ----------------------------------------------------------
+
+
+def test_rows_of_several_runs_can_be_told_apart_and_share_their_untouched_model(place: Path) -> None:
+    one = made("runs/a")
+    modes = ["best token", "guided w=2", "quantile 1", "worst token", "no token"]
+    assert [row["name"] for row in one.table["rows"]] == ["untouched", *modes]
+    both = made("runs/a", "runs/b")
+    expected = ["untouched", *(f"{run}: {mode}" for run in "ab" for mode in modes)]
+    assert [row["name"] for row in both.table["rows"]] == expected
+    assert len(set(expected)) == len(both.table["rows"]) and both.table["prompts"] == len(PROMPTS)
+    # The same seed, prompts and sampling for all, whoever stands beside them.
+    assert samples_of(both, "a: best token") == samples_of(one, "best token")
+    assert samples_of(both, "b: best token") == samples_of(made("runs/b"), "best token")
+    assert samples_of(both, "a: best token") != samples_of(both, "b: best token")
+
+
+def test_table_names_what_its_models_compute_in(place: Path) -> None:
+    run = Path(shutil.copytree("runs/b", "runs/c"))
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("precision: fp32", "precision: bf16"))
+    for subjects, dtype in (
+        (["runs/a"], "float32"),
+        (["runs/c"], "bfloat16"),
+        (["runs/a", "runs/c"], "bfloat16 and float32"),
+    ):
+        assert f"seed 0, dtype {dtype}." in str(made(*subjects))
+
+
+def test_changes_are_against_the_first_row_and_paired_by_prompt(place: Path) -> None:
+    done = made("cousin", "base", **SMALL)
+    by_row: dict[str, list[Sample]] = {"cousin": [], "base": []}
+    for row in done.samples:
+        by_row[row["row"]].append(Sample(**{k: v for k, v in row.items() if k != "row"}))
+    expected = {k: as_json(v) for k, v in compare(by_row["cousin"], by_row["base"]).items()}
+    assert row_of(done, "cousin")["change"] is None
+    assert row_of(done, "base")["change"] == expected
+
+
+def test_plain_model_of_a_run_is_its_untouched_row_after_the_runs_own_prefix(place: Path) -> None:
+    run = made("runs/a")
+    for subjects in (("runs/a", "base"), ("base", "runs/a")):
+        beside = made(*subjects)
+        names = [row["name"] for row in beside.table["rows"]]
+        assert names[0] == "base" and "untouched" not in " ".join(names) and names[1] == "a: best token"
+        assert samples_of(beside, "base") == samples_of(run, "untouched")
+        assert row_of(beside, "base")["prefix"] == "<|endoftext|>"
+    # Alone it gets what its tokenizer puts in front, which here is nothing.
+    alone = made("base", **SMALL)
+    assert row_of(alone, "base")["prefix"] == ""
+    assert samples_of(alone, "base") != samples_of(run, "untouched")
+
+
+def test_exported_model_as_a_plain_one_writes_what_the_run_does_with_its_best_token(place: Path) -> None:
+    run, export = made("runs/a"), made("runs/a/model", **SMALL)
+    (row,) = export.table["rows"]
+    prefix = re.sub(r":[0-9a-f]{12}", "", row["prefix"])
+    assert (row["name"], prefix) == ("a/model", "<|endoftext|><|reward_2|>")
+    assert samples_of(export, "a/model") == samples_of(run, "best token")
+
+
+def test_short_names_tell_subjects_apart_and_keep_hub_names_whole(place: Path) -> None:
+    (place / "old" / "a").mkdir(parents=True, exist_ok=True)
+    (place / "old" / "a" / "config.yaml").write_bytes((place / "runs/a/config.yaml").read_bytes())
+    (place / "old" / "a" / "model").symlink_to(place / "runs" / "a" / "model")
+    found = [find_subject(one) for one in ("runs/a", "old/a", "base", "org/no-such-model")]
+    assert labels(found) == ["runs/a", "old/a", f"{place.name}/base", "org/no-such-model"]
+    with pytest.raises(UsageError, match=r"base is named twice"):
+        labels([find_subject("base"), find_subject("base")])
+
+
+def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
+    assert made("runs/a").table["trained_on"] == {"a": 1}
+    assert made("runs/a", prompts="others.txt").table["trained_on"] == {}
+
+
+# --- perplexity -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(folder: Path, prompt: str, text: str) -> tuple[float, int]:
+    """-log p of the tokens that hold a letter of the text, one forward of the whole, float64 after it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer(prompt + text).input_ids
+    logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    place, nll, tokens = 0, 0.0, 0
+    for at, i in enumerate(ids):
+        place += len(tokenizer.convert_ids_to_tokens(i))
+        if place > len(prompt) and at > 0:
+            nll -= float(logp[at - 1, i])
+            tokens += 1
+    return nll, tokens
+
+
+def test_perplexity_model_reads_the_text_with_its_own_tokenizer_prompt_in_front(place: Path) -> None:
+    done = made("base", ppl_model="stranger", **SMALL)
+    assert done.table["perplexity"] == {"model": "stranger", "tokens": "re-tokenised"}
+    for row in done.samples:
+        nll, tokens = by_hand(place / "stranger", row["prompt"], row["completion"])
+        assert row["tokens"] == tokens and row["nll"] == pytest.approx(nll, rel=1e-4)
+    total, count = (sum(row[name] for row in done.samples) for name in ("nll", "tokens"))
+    value = row_of(done, "base")["metrics"]["perplexity"]["value"]
+    assert value == pytest.approx(math.exp(total / count), rel=1e-9)
+
+
+def test_token_across_the_border_of_prompt_and_completion_counts_to_the_completion(place: Path) -> None:
+    policy = Policy.plain(place / "stranger", torch.float32)
+    # Together "w" and "1" are one token. A text without any token counts nothing.
+    pairs = [("w2 w", "1 w3"), ("w", "1w"), ("w5", " 7"), ("w4", "")]
+    measure = text_nll(policy, policy.freeze(CPU), [prompt for prompt, _ in pairs], 40)
+    found = measure(range(len(pairs)), [], [text for _, text in pairs])
+    for (nll, tokens), (prompt, text) in zip(found, pairs, strict=True):
+        expected, count = by_hand(place / "stranger", prompt, text) if text else (0.0, 0)
+        assert tokens == count and nll == pytest.approx(expected, rel=1e-4)
+
+
+def test_long_prompt_is_cut_in_front_and_a_completion_beyond_all_positions_refused(place: Path) -> None:
+    policy = Policy.plain(place / "stranger", torch.float32)  # 64 positions
+    model = policy.freeze(CPU)
+    prompt = "w1" + " w1" * 60  # 121 tokens
+    for most, kept in ((10, 5), (100, 31)):  # the completion has 2 tokens
+        (cut,) = text_nll(policy, model, [prompt], most)([0], [], [" w3"])
+        nll, tokens = by_hand(place / "stranger", " w1" * kept, " w3")
+        assert cut[1] == tokens == 2 and cut[0] == pytest.approx(nll, rel=1e-4)
+    with pytest.raises(UsageError, match=r"longer than the 64 positions .* --ppl-model"):
+        text_nll(policy, model, ["w1"], 10)([0], [], [" w3" * 33])
+
+
+def test_models_of_different_tokenizers_are_measured_on_the_text_of_all(place: Path) -> None:
+    assert made("base", "cousin", **SMALL).table["perplexity"] == {"model": "base", "tokens": "sampled"}
+    done = made("base", "stranger", **SMALL)
+    assert done.table["perplexity"] == {"model": "base", "tokens": "re-tokenised"}
+    for row in done.samples:
+        ids = AutoTokenizer.from_pretrained("base")(row["prompt"] + row["completion"]).input_ids
+        # The last word of the prompt is one with the completion, unless that begins with a space.
+        grown = bool(row["completion"]) and not row["completion"].startswith(" ")
+        assert row["tokens"] == len(ids) - len(row["prompt"].split()) + grown
+
+
+def test_task_that_counts_tokens_refuses_two_tokenizers(place: Path) -> None:
+    settings = {**SMALL, "task": "repetition", "max_new_tokens": 8, "min_new_tokens": 8}
+    (place / "texts.txt").write_text("\n".join(" ".join([f"w{i}"] * 40) for i in range(3)))
+    settings |= {"prompts": "texts.txt", "samples": 1}
+    assert made("base", "cousin", **settings).table["prompts"] == 3
+    with pytest.raises(
+        UsageError, match=r"base and stranger have different tokenizers, but repetition counts"
+    ):
+        Evaluator(["base", "stranger"], **settings)
+
+
+# --- saved tables ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(place: Path) -> Evaluated:
+    return made("runs/a", "base", **SMALL, out_of_domain="others.txt")
+
+
+def test_saved_table_stands_beside_a_new_one_paired_by_prompt_and_repeats_no_row(
+    place: Path, table: Evaluated, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "before.json", table)
+    beside = made("base", path, "runs/b", **SMALL, out_of_domain="others.txt")
+    names = [row["name"] for row in beside.table["rows"]]
+    # base of the saved table is, to the last sample, the base of this one.
+    assert names[:2] == ["base", "before: a: best token"] and names[-1] == "b: no token"
+    assert len(names) == len(set(names)) == 11
+    for mine, theirs in (
+        (beside.table, table.table),
+        (beside.table[OUT_OF_DOMAIN], table.table[OUT_OF_DOMAIN]),
+    ):
+        old = {row["name"]: row for row in theirs["rows"]}
+        for row in mine["rows"]:
+            if row["name"].startswith("before: "):
+                before = old[row["name"].removeprefix("before: ")]
+                assert {k: row[k] for k in ("metrics", "change", "prefix", "guidance")} == {
+                    k: before[k] for k in ("metrics", "change", "prefix", "guidance")
+                }
+
+
+def test_what_is_evaluated_prints_as_its_table(table: Evaluated) -> None:
+    shown = str(table)
+    assert shown.startswith("### ") and all(f"| {row['name']} |" in shown for row in table.table["rows"])
+
+
+def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_path: Path) -> None:
+    other = made("base", "cousin", **SMALL)
+    paths = [saved(tmp_path / "one.json", table), saved(tmp_path / "two.json", other)]
+    evaluator = Evaluator(paths)
+    assert "two.json has no table of out-of-domain prompts" in evaluator.remarks[0]
+    done = evaluator.evaluate()
+    assert [row["name"] for row in done.table["rows"]][-1] == "two: cousin"
+    assert OUT_OF_DOMAIN not in done.table
+    assert made(paths[0]).table["rows"] == table.table["rows"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"reward": odds}, r"scorer test_side_by_side:odds .*test_side_by_side:evens"),
+        ({"prompts": "others.txt"}, r"prompts 3 of sha256 .* 6 of sha256"),
+        ({"samples": 3}, r"samples a prompt 3 in the one, 2 in the other"),
+        ({"top_p": 0.5}, r"top_p 0\.5 in the one, 0\.9 in the other"),
+        ({"temperature": 0.5}, r"temperature 0\.5"),
+        ({"max_new_tokens": 6}, r"max_new_tokens 6 in the one, 5 in the other"),
+        ({"ppl_model": "cousin"}, r"by cousin of re-tokenised tokens in the one, by base of sampled"),
+        ({"task": "repetition", "samples": 2, "temperature": 1.0, "min_new_tokens": 3}, "task repetition"),
+        ({"out_of_domain": "others.txt"}, r"has no table of out-of-domain prompts"),
+    ],
+)
+def test_tables_that_differ_refuse_to_be_compared_and_name_both(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "saved.json"
+    if not (place / "plain.json").exists():
+        saved(place / "plain.json", made("base", **SMALL))
+    for suffix in (".json", ".jsonl"):
+        path.with_suffix(suffix).write_bytes((place / "plain").with_suffix(suffix).read_bytes())
+    monkeypatch.setattr(
+        "quark_fast.evaluation.held_out.kept_or_drawn", lambda *_, **__: pytest.fail("sampling began")
+    )
+    if "task" in change:
+        (place / "texts.txt").write_text("\n".join(" ".join([f"w{i}"] * 40) for i in range(6)))
+        change = {**change, "prompts": "texts.txt"}
+    with pytest.raises(UsageError, match=named) as refused:
+        Evaluator(["base", str(path)], **{**SMALL, **change})
+    assert str(path) in str(refused.value)
+
+
+def test_same_scorer_of_another_hash_or_version_does_not_compare(place: Path, tmp_path: Path) -> None:
+    done = made("base", **SMALL)
+    first = saved(tmp_path / "first.json", done)
+    for field, other in (("sha256", "0" * 64), ("version", "2")):
+        changed = {**done.table, "scorer": {**done.table["scorer"], field: other}}
+        second = saved(tmp_path / "second.json", Evaluated(changed, done.samples))
+        with pytest.raises(
+            UsageError, match=r"first.json and .*second.json do not compare: scorer .*evens"
+        ) as no:
+            Evaluator([first, second])
+        assert other in str(no.value)
+
+
+def test_table_of_an_earlier_version_that_names_no_prompts_is_refused(place: Path, tmp_path: Path) -> None:
+    done = made("base", **SMALL)
+    old = {k: v for k, v in done.table.items() if k not in ("prompts_sha256", "perplexity")}
+    paths = [saved(tmp_path / "new.json", done), saved(tmp_path / "old.json", Evaluated(old, done.samples))]
+    with pytest.raises(UsageError, match=r"unknown ones of an earlier version"):
+        Evaluator(paths)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda t, s: (None, s), r"no 'rows' of one in it"),
+        (lambda t, s: ({**t, "scorer": "x"}, s), r"no 'scorer' of one in it"),
+        (lambda t, s: ({**t, "rows": [{"name": 1}]}, s), r"rows need a name each"),
+        (lambda t, s: (t, s[:-1]), r"has not 2 samples of each of 6 prompts"),
+        # No list is made of as many as a file names.
+        (lambda t, s: (t | {"prompts": 2**62}, s), r"has not 2 samples of each of 4611686018427387904"),
+        (lambda t, s: (t, [{**s[0], "row": "x"}, *s[1:]]), r"jsonl:1 is no sample of .*KeyError"),
+        (lambda t, s: (t, [{**s[0], "nll": math.inf}, *s[1:]]), r"jsonl:1 .*not finite"),
+        (lambda t, s: (t, [{**s[0], "score": 1e308}, *s[1:]]), r"jsonl:1 .*beyond 1e30"),
+        (lambda t, s: (t, [*s[:-1], {**s[-1], "tokens": "9"}]), r"jsonl:12 .*counts"),
+        (lambda t, s: (t, [{**s[0], "measures": [1]}, *s[1:]]), r"jsonl:1 is no sample"),
+        (lambda t, s: (t, [[1]]), r"jsonl:1 is no sample"),
+    ],
+)
+def test_damaged_table_is_refused_with_its_file_and_line(
+    place: Path, tmp_path: Path, damage: Callable[[Any, Any], tuple[Any, Any]], named: str
+) -> None:
+    done = made("base", **SMALL)
+    path = saved(tmp_path / "table.json", Evaluated(*damage(done.table, done.samples)))
+    with pytest.raises(UsageError, match=named) as refused:
+        Evaluator([path])
+    assert "table.json" in str(refused.value)
+
+
+def test_table_without_its_samples_is_refused(place: Path, tmp_path: Path) -> None:
+    path = Path(saved(tmp_path / "table.json", made("base", **SMALL)))
+    path.with_suffix(".jsonl").unlink()
+    with pytest.raises(UsageError, match=r"table\.jsonl cannot be read: No such file"):
+        Evaluator([str(path)])
+    (tmp_path / "not.json").write_text("{")
+    path.with_name("not.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"not\.json is no table of an evaluation"):
+        Evaluator([str(tmp_path / "not.json")])
+
+
+# --- what all must share --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"task": "sentiment"},
+            r"runs/a unlearned toxicity, but runs/c unlearned sentiment to positive; .*--task",
+        ),
+        (
+            {"reward": "toxicity"},
+            r"runs/a was rewarded by .*evens, but runs/c was rewarded by toxicity; .*--reward",
+        ),
+    ],
+)
+def test_runs_of_different_tasks_or_rewards_need_one_named(
+    place: Path, settings: dict[str, str], named: str
+) -> None:
+    config = {"reward": "test_side_by_side:evens", **settings}
+    save_run(place / "runs" / "c", "base", 3, **config)
+    with pytest.raises(UsageError, match=named):
+        Evaluator(["runs/a", "runs/c"])
+    assert Evaluator(["runs/a", "runs/c"], **SMALL).reward.name.endswith("evens")
+
+
+def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(place: Path) -> None:
+    evaluator = Evaluator(["runs/a"], task="sentiment", prompts="prompts.txt")
+    assert evaluator.reward.name == "vader" and evaluator.config.eval_samples == Config().eval_samples
+    assert evaluator.tables[""]["headline"] == "target" and evaluator.config.precision == "fp32"
+    evaluator = Evaluator(["runs/a"], task="toxicity")
+    assert evaluator.reward.name == "jigsaw-bilstm" and len(evaluator.domains[0].rows) == len(PROMPTS)
+    assert evaluator.config.eval_samples == 2, "the same task, the run's own sampling"
+
+
+def test_classes_of_prompts_are_the_first_subjects_and_must_be_the_saved_tables(
+    place: Path, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "task": "sentiment", "samples": 1}
+    done = made("base", "cousin", **settings)
+    counted = {name for row in done.samples for name in row["measures"]}
+    assert "target" in counted and len(counted) >= 2
+    path = saved(tmp_path / "classed.json", done)
+    again = made("base", path, **settings)
+    assert [row["name"] for row in again.table["rows"]] == ["base", "classed: cousin"]
+    changed = {**done.table, "classes_sha256": "0" * 64}
+    other = saved(tmp_path / "other.json", Evaluated(changed, done.samples))
+    with pytest.raises(UsageError, match=r"classes of the prompts of sha256 .* of sha256 000000000000"):
+        made("base", other, **settings)

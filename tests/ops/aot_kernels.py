@@ -1,0 +1,174 @@
+"""Compile the loss's kernels for GPUs that are not there, through the launchers, and read the machine code.
+
+    python tests/ops/aot_kernels.py
+
+prints a table; `--json` prints the measurements of every kernel, which test_triton_aot.py judges. It needs
+a Triton that does not interpret, so that the tests run it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from quark_fast.ops import triton_kernels
+from quark_fast.ops.triton_kernels import Blocking
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def cut_for(what: str, dtype: torch.dtype) -> Blocking:
+    """What `blocking` chooses for many rows."""
+    per_thread = 32 // dtype.itemsize
+    if what == "one_pass":
+        return Blocking(splits=1, warps=16, per_thread=per_thread, stages=3)
+    return Blocking(splits=1, warps=8, per_thread=per_thread)
+
+
+SPLIT = Blocking(splits=12, warps=4, per_thread=16)  # for few rows
+
+
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # the key of Triton's cache of kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_by(arch: int, call: Any) -> dict[str, Any]:
+    """The kernels that a call of a launcher would run, by name."""
+    kernels = {}
+
+    def record(self: triton.JITFunction, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            kernels[self.__name__.strip("_")] = self.run(*args, grid=grid, warmup=True, **kwargs)
+
+        return launch
+
+    triton.runtime.driver.set_active(NoGpu(arch))
+    triton.JITFunction.__getitem__ = record
+    call()
+    return kernels
+
+
+def measurements(kernel: Any) -> dict[str, Any]:
+    """Registers, bytes of stack (spills) and of shared memory, and the instructions of each loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
+        code = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions: list[str] = []
+    labels, loops = {}, []
+    for line in code.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
+            instructions.append(instruction[1])
+            target = re.match(r"BRA.*`\(\.(L_x_\d+)\)", instruction[1])
+            # A jump back; a jump to itself ends the program.
+            if target and labels.get(target[1], len(instructions)) < len(instructions) - 1:
+                loops.append(Counter(i.split()[0] for i in instructions[labels[target[1]] :]))
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "loops": loops,
+        "instructions": len(instructions),
+    }
+
+
+def launch(
+    what: str,
+    dtype: torch.dtype,
+    kl: str,
+    vocab: int,
+    width: int,
+    cut: Blocking | None = None,
+    ref_dtype: torch.dtype | None = None,
+) -> None:
+    """One call of a launcher, on 3 rows of `width` columns."""
+    logits, ref = torch.empty(3, width, dtype=dtype), torch.empty(3, width, dtype=ref_dtype or dtype)
+    labels, weights = torch.zeros(3, dtype=torch.long), torch.ones(3)
+    options = (vocab, 0.05, 0.06, kl)
+    cut = cut or cut_for(what, dtype)
+    if what == "one_pass":
+        triton_kernels.forward(logits, ref, labels, weights, *options, grad=logits, cut=cut)
+    elif what == "sums":
+        triton_kernels.forward(logits, ref, labels, weights, *options, cut=cut)
+    else:
+        stats = torch.empty(3, triton_kernels.STATS_PER_ROW)
+        triton_kernels.backward(
+            *(torch.tensor(1.0), stats, logits, ref, labels, weights, *options), grad=logits, cut=cut
+        )
+
+
+def cases() -> dict[str, tuple[int, dict[str, Any]]]:
+    """The variants that matter, by name: architecture, arguments of launch."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def add(arch: int, **arguments: Any) -> None:
+        words = [str(v).removeprefix("torch.") for k, v in arguments.items() if k != "cut"]
+        found["-".join([f"sm{arch}", *words, "split" if arguments.get("cut") else "rows"])] = arch, arguments
+
+    bf16 = torch.bfloat16
+    for dtype in (bf16, torch.float16, torch.float32):
+        for kl in ("policy_ref", "ref_policy", "sampled"):
+            add(90, what="one_pass", dtype=dtype, kl=kl, vocab=50257, width=50257)
+    for what in ("one_pass", "sums", "gradient"):
+        add(90, what=what, dtype=bf16, kl="policy_ref", vocab=49152, width=49152)
+        add(90, what=what, dtype=bf16, kl="policy_ref", vocab=50257, width=50264)
+        add(80, what=what, dtype=bf16, kl="policy_ref", vocab=50257, width=50257)
+    for kl in ("policy_ref", "ref_policy", "sampled"):
+        add(90, what="one_pass", dtype=bf16, kl=kl, vocab=50257, width=50257, cut=SPLIT)
+        add(90, what="sums", dtype=bf16, kl=kl, vocab=50257, width=50257)
+        add(90, what="gradient", dtype=bf16, kl=kl, vocab=50257, width=50257)
+    mixed = {"dtype": torch.float32, "ref_dtype": bf16}
+    add(90, what="one_pass", kl="policy_ref", vocab=50257, width=50264, **mixed)
+    return found
+
+
+def main() -> None:
+    results = {}
+    for case, (arch, arguments) in cases().items():
+        kernels = compiled_by(arch, lambda arguments=arguments: launch(**arguments))
+        results[case] = {name: measurements(kernel) for name, kernel in kernels.items()}
+    if "--json" in sys.argv:
+        print(json.dumps(results))
+        return
+    for case, kernels in results.items():
+        print(case)
+        for name, found in kernels.items():
+            print("   ", name, {k: v for k, v in found.items() if k != "loops"})
+            for loop in found["loops"]:
+                if wide := {k: v for k, v in loop.items() if re.match("LDG|STG|LDS|STS|SHFL|BAR|MUFU", k)}:
+                    print("        loop of", sum(loop.values()), wide)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()

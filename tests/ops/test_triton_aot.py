@@ -1,0 +1,105 @@
+"""The kernels compiled for GPUs that are not there, by the launchers' own calls: their machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+pytestmark = pytest.mark.skipif(
+    not all((TOOLS / tool).exists() for tool in ("cuobjdump", "nvdisasm")),
+    reason="this build of Triton brings no cuobjdump and nvdisasm",
+)
+
+# Registers a thread; 65,536 of them make a multiprocessor. One wide program on each is the plan of the fused
+# kernel (more would push each other's rows out of the cache): 512 threads may have 128 each. The others are
+# there to keep loads on their way, by many threads: four programs of 8 warps at 64, eight of 4 warps.
+MOST_REGISTERS = {
+    ("row_kernel", 16): 128,
+    ("row_kernel", 8): 64,
+    ("partial_kernel", 4): 64,
+    ("merge_kernel", 1): 64,
+    ("gradient_kernel", 8): 64,
+    ("gradient_kernel", 4): 64,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """Case -> kernel -> what tests/ops/aot_kernels.py measures."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("aot_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script, "--json"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def every_kernel(compiled: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(case, name, found) for case, kernels in compiled.items() for name, found in kernels.items()]
+
+
+def test_every_variant_compiles_to_the_kernels_of_its_plan(compiled: dict[str, dict[str, Any]]) -> None:
+    assert len(compiled) >= 20
+    for case, kernels in compiled.items():
+        if case.endswith("split"):
+            assert set(kernels) == {"partial_kernel", "merge_kernel", "gradient_kernel"}, case
+        else:
+            assert set(kernels) == {"gradient_kernel" if "-gradient-" in case else "row_kernel"}, case
+
+
+def test_nothing_spills_and_registers_leave_room_for_the_planned_programs(
+    compiled: dict[str, dict[str, Any]],
+) -> None:
+    for case, name, found in every_kernel(compiled):
+        assert found["stack"] == 0, f"{case}, {name} spills {found['stack']} bytes a thread"
+        most = MOST_REGISTERS[name, found["warps"]]
+        assert found["registers"] <= most, f"{case}, {name}: {found['registers']} registers, planned {most}"
+
+
+def test_loops_over_a_row_load_and_store_16_bytes(
+    compiled: dict[str, dict[str, Any]],
+) -> None:
+    for case, name, found in every_kernel(compiled):
+        # The loops that compute; the others write zeros.
+        loops = [loop for loop in found["loops"] if any(op.startswith("MUFU.EX2") for op in loop)]
+        expected = {"row_kernel": 2 if "one_pass" in case else 1, "merge_kernel": 0}.get(name, 1)
+        assert len(loops) == expected, f"{case}, {name}: {len(loops)} loops"
+        for loop in loops:
+            # The fused kernel's tiles come through shared memory, where a thread finds what it has asked for.
+            fused = name == "row_kernel" and "one_pass" in case
+            assert any(op.startswith("LDGSTS") for op in loop) == fused, f"{case}, {name}"
+            sums = [
+                op for op in loop if re.match("SHFL|STS|RED|ATOM" if fused else "SHFL|STS|RED|ATOM|BAR", op)
+            ]
+            assert not sums, f"{case}, {name}: threads add up within the loop: {sums}"
+            moves = [op for op in loop if re.match("LDG|STG", op) and op != "LDGDEPBAR"]
+            narrow = [op for op in moves if not op.endswith(".128")]
+            # Half of the bytes of a float32 policy's columns are 8 in a bfloat16 reference.
+            if "float32-bfloat16" in case:
+                narrow = [op for op in narrow if not op.endswith(".64")]
+            assert not narrow, f"{case}, {name}: {narrow}"
+            stores = loop.get("STG.E.128", 0)
+            assert (stores > 0) == (name == "gradient_kernel" or loop is not loops[0]), f"{case}, {name}"
+
+
+def test_a_loop_issues_few_instructions_an_element(compiled: dict[str, dict[str, Any]]) -> None:
+    """An H100 issues some 57 instructions an element in the time of 6 bytes of HBM, the least traffic of
+    bfloat16; both loops together must stay well below. A thread takes 16 columns a turn, 8 of float32."""
+    for case, name, found in every_kernel(compiled):
+        total = sum(sum(loop.values()) for loop in found["loops"] if any("EX2" in op for op in loop))
+        each = total / (8 if "float32" in case else 16)
+        # Of float32, there are twice as many bytes.
+        assert each <= (60 if "float32" in case else 45), (
+            f"{case}, {name}: {each:.1f} instructions an element"
+        )

@@ -1,0 +1,1084 @@
+"""The pool against numpy's rule of integer cuts, sample by sample."""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from safetensors.numpy import load_file, save_file
+
+from quark_fast import _C
+from quark_fast.files import atomic
+from quark_fast.pool import store
+from quark_fast.pool.pool import RolloutPool
+
+TIES = ["same", "arrival", "random"]
+REMAINDERS = ["spread", "last"]
+DTYPES = ["float32", "float64"]
+# Ties, signed zeros, infinities, denormals of either dtype and neighbours, all at once.
+AWKWARD = [0.0, -0.0, 1.0, 1.0 + 2**-23, -1.0, np.inf, -np.inf, 2.0**-149, -(2.0**-149), 3.5]
+
+
+def cuts(n, k, remainder):
+    return [-(-j * n // k) if remainder == "spread" else j * (n // k) for j in range(1, k)]
+
+
+def numpy_rule(rewards, k, ties, remainder):
+    """The oracle: labels of all samples, in order of arrival; ties as 'same' or by position."""
+    c = np.array(cuts(len(rewards), k, remainder), int)
+    if ties == "arrival":
+        labels = np.zeros(len(rewards), int)
+        labels[np.argsort(-rewards, kind="stable")] = [(c > place).sum() for place in range(len(rewards))]
+        return labels
+    worst_first, block, equal = np.unique(rewards, return_inverse=True, return_counts=True)
+    better = len(rewards) - np.cumsum(equal)
+    of_block = k - 1 - (2 * c < (2 * better + equal)[:, None]).sum(1)
+    if len(worst_first) > 1:
+        of_block[[0, -1]] = 0, k - 1
+    return of_block[block]
+
+
+def numpy_thresholds(rewards, labels, k):
+    """The least reward of each quantile and all better ones; NaN where none is so good."""
+    reached = [rewards[labels > quantile] for quantile in range(k - 1)]
+    return np.array([some.min() if len(some) else np.nan for some in reached], rewards.dtype)
+
+
+def rows(ids):
+    """A prompt and a completion that tell which sample they belong to, of odd lengths."""
+    return [[i] * (i % 3) for i in ids], [[i, i + 1][: 1 + i % 2] for i in ids]
+
+
+def filled(rewards, batches=1, **options):
+    made = RolloutPool(**options)
+    for part in np.array_split(np.arange(len(rewards)), batches):
+        made.add(*rows(part.tolist()), np.asarray(rewards)[part])
+    return made
+
+
+def assert_is_numpys(made, rewards):
+    """Everything that the pool says about quantiles follows the rule for these live rewards."""
+    k, ties, remainder = (made.settings[name] for name in ("quantiles", "ties", "remainder"))
+    labels = made.labels()
+    np.testing.assert_array_equal(made.rewards, rewards)
+    by_rule = numpy_rule(rewards, k, "same" if ties == "same" else "arrival", remainder)
+    np.testing.assert_array_equal(made.thresholds, numpy_thresholds(rewards, by_rule, k))
+    np.testing.assert_array_equal(made.quantile_sizes(), np.bincount(labels, minlength=k))
+    np.testing.assert_array_equal(made[made.ids].quantiles, labels)
+    if ties != "random":
+        np.testing.assert_array_equal(labels, by_rule)
+    else:  # the same sizes as by arrival, and never a better reward in a worse quantile
+        np.testing.assert_array_equal(np.sort(labels), np.sort(by_rule))
+        for quantile in range(k - 1):
+            worse, better = rewards[labels <= quantile], rewards[labels > quantile]
+            assert not len(worse) or not len(better) or worse.max() <= better.min()
+
+
+# --- the rule --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("k", [1, 2, 5, 32])
+# empty, one, under and over K, one past a round number, large enough for the radix sort
+@pytest.mark.parametrize("n", [0, 1, 4, 33, 101, 6000])
+def test_labels_are_those_of_numpys_rule(n, k, ties, remainder, dtype):
+    rng = np.random.default_rng(n + k)
+    for rewards in (rng.normal(size=n), rng.choice(AWKWARD, n), np.zeros(n)):
+        made = filled(rewards, 5, quantiles=k, ties=ties, remainder=remainder, dtype=dtype)
+        assert_is_numpys(made, rewards.astype(dtype))
+
+
+@pytest.mark.parametrize("core", [_C.QuantilePool32, _C.QuantilePool64])
+def test_boundaries_stay_exact_when_runs_are_too_large_to_merge(core):
+    rng = np.random.default_rng(0)
+    # Each batch better than the last: the runs hardly overlap, the hardest case for the selection.
+    batches = [rng.normal(size=700_001) + drift for drift in (0, 1, 4)]
+    made = core(32, _C.Ties.same, _C.Remainder.spread, 0)
+    for batch in batches:
+        made.add(batch)
+    rewards = made.rewards()
+    assert len(made.run_sizes) == 3
+    ranks = np.array(cuts(len(rewards), 32, "spread")) - 1
+    np.testing.assert_array_equal(made.thresholds(), -np.partition(-rewards, ranks)[ranks])
+    labels = (rewards[:, None] >= made.thresholds()).sum(1)
+    np.testing.assert_array_equal(made.labels(), labels)
+
+
+PASS_RATES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.98]
+
+
+@pytest.mark.parametrize("k", range(2, 9))
+@pytest.mark.parametrize("pass_rate", PASS_RATES)
+def test_no_failure_is_labelled_best_and_no_success_worst(pass_rate, k):
+    rewards = np.arange(1000) < round(1000 * pass_rate)
+    made = filled(rewards.astype(float), 3, quantiles=k)
+    np.testing.assert_array_equal(made.labels(), np.where(rewards, k - 1, 0))
+    assert made.thresholds.tolist() == [1.0] * (k - 1)
+
+
+@pytest.mark.parametrize("k", range(2, 9))
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [0.9, 0.05, 0.05],
+        [0.05, 0.05, 0.9],
+        [0.05, 0.9, 0.05],
+        [0.25] * 4,
+        [0.7, 0.1, 0.1, 0.1],
+        [0.01, 0.01, 0.98],
+    ],
+)
+def test_few_levels_of_reward_keep_their_order_and_both_ends(shares, k):
+    counts = [round(1000 * share) for share in shares]
+    levels = np.repeat(np.arange(len(shares)), counts)
+    labels = filled(levels.astype(float), 2, quantiles=k).labels()
+    of_level = [np.unique(labels[levels == level]) for level in range(len(shares))]
+    assert all(len(found) == 1 for found in of_level)  # equal rewards share a quantile
+    found = [int(one[0]) for one in of_level]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (0, k - 1)
+    # Between them, each where its middle lies: counted from the worst, in floats.
+    for level in range(1, len(shares) - 1):
+        middle = (sum(counts[:level]) + counts[level] / 2) / 1000 * k
+        assert abs(found[level] + 0.5 - middle) <= 0.5 + k / 1000
+
+
+@pytest.mark.parametrize("ties", ["same", "arrival"])
+def test_with_fewer_samples_than_quantiles_the_ends_are_the_ends(ties):
+    labels = filled([3.0, 1.0, 2.0], quantiles=5, ties=ties).labels().tolist()
+    assert labels == ([4, 0, 3] if ties == "same" else [4, 1, 3])  # cuts: 1, 2, 2, 3
+
+
+def test_one_reward_alone_is_in_the_middle():
+    made = filled([0.5] * 10, 2, quantiles=5)
+    assert made.labels().tolist() == [2] * 10
+    np.testing.assert_array_equal(made.thresholds, [0.5, 0.5, np.nan, np.nan])
+    assert made.quantile_of([0.4, 0.5, 0.6]).tolist() == [0, 2, 2]
+
+
+def test_thresholds_are_numpys_inverted_cdf():
+    rewards = np.random.default_rng(1).normal(size=257)
+    expected = -np.quantile(-rewards, [3 / 4, 2 / 4, 1 / 4], method="inverted_cdf")
+    np.testing.assert_array_equal(filled(rewards, quantiles=4).thresholds, expected)
+
+
+def test_preset_paper_is_arrival_last_float64():
+    made = RolloutPool(preset="paper")
+    assert [made.settings[x] for x in ("ties", "remainder", "dtype")] == [
+        "arrival",
+        "last",
+        "float64",
+    ]
+    with pytest.raises(ValueError, match="leave them out"):
+        RolloutPool(preset="paper", remainder="last")
+
+
+def test_random_ties_are_one_order_for_every_k_and_fair():
+    n = 400
+    rewards = np.repeat([0.0, 1.0], n // 2)
+    order = filled(rewards, 7, quantiles=n, ties="random", seed=3).labels()  # one sample each
+    for k in (2, 5, 7):
+        labels = filled(rewards, 2, quantiles=k, ties="random", seed=3).labels()
+        np.testing.assert_array_equal(
+            labels,
+            k - 1 - np.searchsorted(np.array(cuts(n, k, "spread")), n - 1 - order, side="right"),
+        )
+    other = filled(rewards, quantiles=n, ties="random", seed=4).labels()
+    assert (other != order).any()
+    # Position in arrival says nothing about position in the order (standard error 1/sqrt(200)).
+    assert abs(np.corrcoef(np.arange(n // 2), order[n // 2 :])[0, 1]) < 0.3
+
+
+def test_denormals_are_told_apart_when_the_processor_flushes_them():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        labels = filled([0.0, 5e-324, 1e-310], quantiles=3).labels()
+    finally:
+        torch.set_flush_denormal(False)
+    assert labels.tolist() == [0, 1, 2]
+
+
+def test_quantile_of_says_what_the_labels_say():
+    rewards = np.random.default_rng(2).choice(AWKWARD, 100)
+    made = filled(rewards, quantiles=7)
+    np.testing.assert_array_equal(made.quantile_of(rewards), made.labels())
+    assert made.quantile_of(np.inf) == 6
+    assert made.quantile_of(-np.inf) == 0
+
+
+def test_none_and_nan_are_left_out_and_counted():
+    made = RolloutPool(2)
+    assert made.add([[1], [2], [3]], [[4], [5], [6]], [None, 1.0, float("nan")]).tolist() == [
+        -1,
+        0,
+        -1,
+    ]
+    assert (len(made), made.unscored) == (1, 2)
+    assert made[0].prompts[0].tolist() == [2]
+    strict = RolloutPool(2, missing="error")
+    with pytest.raises(ValueError, match=r"rewards\[1\] is None or NaN"):
+        strict.add([[1], [2]], [[3], [4]], [0.5, None])
+    assert (len(strict), strict.unscored) == (0, 0)
+
+
+# --- a pool's life ---------------------------------------------------------------------------
+
+reward_lists = st.lists(
+    st.sampled_from(AWKWARD) | st.floats(width=32) | st.none() | st.integers(-3, 3), max_size=30
+)
+
+
+class PoolLife(RuleBasedStateMachine):
+    """Any order of changes; after each the pool is what the plain dictionary of samples says."""
+
+    folder = None
+
+    @initialize(
+        k=st.integers(1, 9),
+        ties=st.sampled_from(TIES),
+        remainder=st.sampled_from(REMAINDERS),
+        dtype=st.sampled_from(DTYPES),
+        in_folder=st.booleans(),
+    )
+    def start(self, in_folder, **options):
+        self.options = {"quantiles": options.pop("k"), **options}
+        self.folder = tempfile.TemporaryDirectory() if in_folder else None
+        self.options["store"] = self.folder and self.folder.name
+        self.pool = RolloutPool(**self.options)
+        self.model = {}  # id -> (prompt, completion, reward, round)
+        self.unscored = 0
+
+    @rule(rewards=reward_lists, round=st.integers(0, 5))
+    def add(self, rewards, round):
+        first = self.pool._core.next_id
+        prompts, completions = rows(range(first, first + len(rewards)))
+        ids = self.pool.add(prompts, completions, rewards, round=round)
+        for prompt, completion, reward, sample in zip(
+            prompts, completions, rewards, ids.tolist(), strict=True
+        ):
+            if reward is None or np.isnan(reward):
+                assert sample == -1
+                self.unscored += 1
+            else:
+                self.model[sample] = prompt, completion, reward, round
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def drop(self, data):
+        leaving = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True))
+        self.pool.drop(leaving)
+        for sample in leaving:
+            del self.model[sample]
+
+    @rule(before=st.integers(0, 6))
+    def expire(self, before):
+        old = [sample for sample, (*_, made_in) in self.model.items() if made_in < before]
+        assert self.pool.expire(before) == len(old)
+        for sample in old:
+            del self.model[sample]
+
+    @rule()
+    def clear(self):
+        self.pool.clear()
+        self.model.clear()
+
+    @rule()
+    def save_and_go_on_with_the_saved(self):
+        resumed = RolloutPool(**self.options)
+        resumed.load_state_dict(self.pool.state_dict())
+        if self.model:
+            before, after = self.pool.sample(20), resumed.sample(20)
+            np.testing.assert_array_equal(before.ids, after.ids)
+            np.testing.assert_array_equal(before.quantiles, after.quantiles)
+        self.pool = resumed
+
+    @precondition(lambda self: self.folder)
+    @rule()
+    def compact(self):
+        self.pool.compact()
+
+    def teardown(self):
+        if self.folder:
+            self.folder.cleanup()
+
+    @rule(rewards=reward_lists)
+    def merge(self, rewards):
+        other = RolloutPool(3)
+        prompts, completions = rows(range(len(rewards)))
+        kept = other.add(prompts, completions, rewards, round=2) >= 0
+        ids = self.pool.merge(other)
+        assert len(ids) == kept.sum()
+        for sample, at in zip(ids.tolist(), np.flatnonzero(kept), strict=True):
+            self.model[sample] = prompts[at], completions[at], rewards[at], 2
+        self.unscored += len(rewards) - len(ids)
+
+    @invariant()
+    def agrees_with_the_model(self):
+        made = self.pool
+        assert (len(made), made.unscored) == (len(self.model), self.unscored)
+        assert made.ids.tolist() == list(self.model)
+        rewards = np.array([sample[2] for sample in self.model.values()], made.settings["dtype"])
+        assert_is_numpys(made, rewards)
+        held = made[made.ids]
+        assert [row.tolist() for row in held.prompts] == [s[0] for s in self.model.values()]
+        assert [row.tolist() for row in held.completions] == [s[1] for s in self.model.values()]
+        assert held.rounds.tolist() == [s[3] for s in self.model.values()]
+
+
+PoolLife.TestCase.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+test_any_sequence_of_changes_leaves_the_right_pool = PoolLife.TestCase
+
+
+class SmallFilesLife(PoolLife):
+    """The same where segments are joined, written and rewritten after a few samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.limits = store.SMALL, store.FLUSH_BYTES
+        store.SMALL, store.FLUSH_BYTES = 8, 300
+
+    def teardown(self):
+        store.SMALL, store.FLUSH_BYTES = self.limits
+        super().teardown()
+
+
+SmallFilesLife.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+test_any_sequence_of_changes_leaves_the_right_files = SmallFilesLife.TestCase
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rewards=st.lists(st.sampled_from(AWKWARD) | st.floats(allow_nan=False), min_size=1, max_size=80),
+    batches=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_labels_depend_neither_on_batches_nor_shards_nor_order(rewards, batches, seed):
+    whole = filled(rewards).labels()
+    np.testing.assert_array_equal(filled(rewards, batches).labels(), whole)
+    order = np.random.default_rng(seed).permutation(len(rewards))
+    np.testing.assert_array_equal(filled(np.array(rewards)[order], batches).labels(), whole[order])
+    half = len(rewards) // 2
+    merged = filled(rewards[:half])
+    merged.merge(filled(rewards[half:], batches))
+    np.testing.assert_array_equal(merged.labels(), whole)
+
+
+def test_token_rows_may_be_lists_arrays_or_tensors():
+    made = RolloutPool()
+    made.add([[], np.arange(3), torch.tensor([7])], torch.tensor([[1, 2]] * 3), torch.ones(3))
+    batch = made[[2, 0, 1]]
+    assert [row.tolist() for row in batch.prompts] == [[7], [], [0, 1, 2]]
+    assert [row.tolist() for row in batch.completions] == [[1, 2]] * 3
+    assert all(row.dtype == np.int32 for row in batch.prompts + batch.completions)
+    batch.completions[0][:] = 0  # a copy: the pool keeps its own
+    assert made[2].completions[0].tolist() == [1, 2]
+
+
+def test_an_array_of_rows_leaves_the_unscored_out():
+    made = RolloutPool()
+    made.add(np.arange(6).reshape(3, 2), torch.arange(6).reshape(3, 2) + 10, [1.0, None, 2.0])
+    made.add(np.empty((2, 0), int), [[], []], [3.0, 4.0])
+    batch = made[made.ids]
+    assert [row.tolist() for row in batch.prompts] == [[0, 1], [4, 5], [], []]
+    assert [row.tolist() for row in batch.completions] == [[10, 11], [14, 15], [], []]
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+@pytest.mark.parametrize("ties", TIES)
+def test_labels_go_into_memory_that_is_used_again(ties, dtype, group_by):
+    made = many_runs(ties=ties, quantiles=40, group_by=group_by)
+    out = np.full(len(made) + 5, 99, dtype)
+    labels = made.labels(out=out)
+    assert np.shares_memory(labels, out) and labels.dtype == dtype
+    np.testing.assert_array_equal(labels, made.labels())
+    assert (out[len(made) :] == 99).all()
+
+
+def test_labels_refuse_memory_that_does_not_fit():
+    made = many_runs()
+    read_only = np.empty(len(made), np.uint8)
+    read_only.flags.writeable = False
+    for out, message in [
+        (np.empty(len(made) - 1, np.uint8), "out must be .* or more uint8"),
+        (np.empty(len(made), np.float32), "got float32"),
+        (np.empty((len(made), 1), np.uint8), "in one dimension"),
+        (np.empty(2 * len(made), np.uint8)[::2], "contiguous and writable"),
+        (read_only, "contiguous and writable"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made.labels(out=out)
+    for group_by in (None, "prompt"):
+        with pytest.raises(ValueError, match="257 quantiles do not fit in labels of 8 bits"):
+            filled([1.0], quantiles=257, group_by=group_by).labels(out=np.empty(1, np.uint8))
+
+
+def test_dropping_an_unknown_sample_drops_none():
+    made = filled([1.0, 2.0, 3.0])
+    with pytest.raises(KeyError, match="sample 7 is not in the pool"):
+        made.drop([0, 7])
+    assert made.ids.tolist() == [0, 1, 2]
+    made.drop(1)
+    with pytest.raises(KeyError, match="sample 1 is not in the pool"):
+        made[1]
+
+
+def test_long_lived_pool_frees_what_it_dropped():
+    made = RolloutPool(max_size=100)
+    for _ in range(40):
+        made.add([[1]] * 5000, [[2, 3]] * 5000, np.arange(5000.0))
+    assert made.ids.tolist() == list(range(199_900, 200_000))
+    assert sum(len(segment.completions.tokens) for segment in made._store.segments) <= 2 * 2 * 100 + 2
+    assert_is_numpys(made, np.arange(4900.0, 5000.0))
+
+
+def test_max_rounds_and_max_size_keep_the_newest():
+    made = RolloutPool(max_rounds=2, max_size=5)
+    made.add([[0]] * 3, [[0]] * 3, [9.0, 8.0, 7.0], round=0)
+    made.add([[1]] * 3, [[1]] * 3, [1.0, 2.0, 3.0], round=1)
+    assert made.ids.tolist() == [1, 2, 3, 4, 5]
+    made.add([[2]], [[2]], [5.0], round=2)
+    assert made.ids.tolist() == [3, 4, 5, 6]
+    assert made.rounds.tolist() == [1, 1, 1, 2]
+
+
+# --- draws -----------------------------------------------------------------------------------
+
+
+def many_runs(**options):
+    """A pool of several sorted runs, with ties and with holes where samples were dropped."""
+    rng = np.random.default_rng(5)
+    made = RolloutPool(**options)
+    for size in (400, 150, 60, 20, 7, 1):
+        made.add([[1]] * size, [[2]] * size, rng.integers(0, 60, size).astype(float))
+    made.drop(made.ids[::9])
+    assert len(made._core.run_sizes) >= 4
+    return made
+
+
+def assert_uniform(drawn, members):
+    """Each member is drawn, none else is, and all equally often: chi-square under mean + 6 sd."""
+    found, counts = np.unique(drawn, return_counts=True)
+    np.testing.assert_array_equal(found, members)
+    expected = len(drawn) / len(members)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(members) - 1
+    assert abs(chi_square - freedom) < 6 * np.sqrt(2 * max(freedom, 1))
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("chosen", [0, 1, 4, [0, 4], None])
+def test_every_member_of_a_quantile_is_drawn_equally_often(ties, chosen):
+    made = many_runs(ties=ties)
+    labels = made.labels()
+    members = made.ids[np.isin(labels, range(5) if chosen is None else chosen)]
+    batch = made.sample(200 * len(members), quantiles=chosen)
+    assert_uniform(batch.ids, members)
+    np.testing.assert_array_equal(batch.quantiles, labels[np.searchsorted(made.ids, batch.ids)])
+    np.testing.assert_array_equal(batch.rewards, made[batch.ids].rewards)
+
+
+@pytest.mark.parametrize("planted", ["the last never", "the first for the last", "the last twice"])
+def test_uniformity_is_tested_sharply_enough_to_see_an_off_by_one(planted):
+    made = many_runs()
+    members = made.ids[made.labels() == 2]
+    drawn = made.sample(200 * len(members), quantiles=2).ids
+    assert_uniform(drawn, members)
+    last = drawn == members[-1]
+    wrong = {
+        "the last never": drawn[~last],
+        "the first for the last": np.where(last, members[0], drawn),
+        "the last twice": np.concatenate([drawn, drawn[last]]),
+    }[planted]
+    with pytest.raises(AssertionError):
+        assert_uniform(wrong, members)
+
+
+def test_draws_without_replacement_are_distinct_and_equally_likely():
+    made = many_runs()
+    members = made.ids[made.labels() == 2]
+    draws = [made.sample(10, quantiles=2, replace=False).ids for _ in range(6 * len(members))]
+    assert all(len(np.unique(draw)) == 10 for draw in draws)
+    assert_uniform(np.concatenate(draws), members)
+    everything = made.sample(len(made), replace=False).ids
+    np.testing.assert_array_equal(np.sort(everything), made.ids)
+    with pytest.raises(ValueError, match="without replacement"):
+        made.sample(len(made) + 1, replace=False)
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+@pytest.mark.parametrize("replace", [True, False])
+def test_stratified_draws_take_as_many_from_each_quantile(replace, group_by):
+    made = many_runs(group_by=group_by)
+    for n in (3, 5, 32):
+        counts = np.bincount(made.sample(n, stratified=True, replace=replace).quantiles, minlength=5)
+        assert counts.sum() == n and counts.max() - counts.min() <= 1
+    some = made.sample(60, stratified=True, quantiles=[1, 3], replace=replace)
+    assert np.bincount(some.quantiles, minlength=5).tolist() == [0, 30, 0, 30, 0]
+    drawn = [made.sample(50, stratified=True, replace=replace) for _ in range(200)]
+    ids = np.concatenate([batch.ids[batch.quantiles == 3] for batch in drawn])
+    assert_uniform(ids, made.ids[made.labels() == 3])
+
+
+def test_generators_decide_the_draw():
+    made = many_runs()
+    for new in (np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)):
+        first, again = new(7), new(7)
+        one, two, three = (made.sample(50, generator=g).ids for g in (first, again, again))
+        np.testing.assert_array_equal(one, two)
+        assert (two != three).any()
+    assert (made.sample(50).ids != made.sample(50).ids).any()
+    np.testing.assert_array_equal(many_runs(seed=1).sample(50).ids, many_runs(seed=1).sample(50).ids)
+    assert (many_runs(seed=1).sample(50).ids != many_runs(seed=2).sample(50).ids).any()
+
+
+def test_draws_are_the_same_on_every_platform():
+    made = filled(np.arange(100.0), 3, ties="random")
+    assert made.sample(5).ids.tolist() == [24, 97, 7, 96, 91]
+    assert next(made.epoch(5)).ids.tolist() == [97, 56, 84, 9, 5]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 256, 700])
+def test_epoch_visits_every_sample_once(n):
+    made = filled(np.arange(float(n)), 3)
+    batches = list(made.epoch(32))
+    visited = np.concatenate([np.empty(0, int), *(batch.ids for batch in batches)])
+    np.testing.assert_array_equal(np.sort(visited), made.ids)
+    assert all(len(batch) == 32 for batch in batches[:-1])
+    if n > 100:
+        assert (visited != made.ids).any()
+        assert (visited != np.concatenate([batch.ids for batch in made.epoch(32)])).any()
+
+
+def test_epoch_goes_on_while_the_pool_changes():
+    made = filled(np.arange(200.0))
+    epoch = made.epoch(16)
+    visited = next(epoch).ids.tolist()
+    made.add([[1]] * 50, [[2]] * 50, np.full(50, 1000.0))
+    made.drop([i for i in range(0, 200, 3)])
+    for batch in epoch:
+        visited += batch.ids.tolist()
+        assert (batch.quantiles == made[batch.ids].quantiles).all()
+    assert len(visited) == len(set(visited))
+    assert {i for i in range(200) if i % 3} <= set(visited) <= set(range(200))
+
+
+@pytest.mark.parametrize("n", [2, 6, 300])
+def test_epoch_order_is_uniform(n):
+    firsts = [_C.permutation_slice(n, key, 0, 1)[0] for key in range(100 * n)]
+    lasts = [_C.permutation_slice(n, key, n - 1, n)[0] for key in range(100 * n)]
+    assert_uniform(np.array(firsts), np.arange(n))
+    assert_uniform(np.array(lasts), np.arange(n))
+    whole = _C.permutation_slice(n, 1, 0, n)
+    np.testing.assert_array_equal(np.sort(whole), np.arange(n))
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("ties", ["same", "arrival"])
+def test_group_quantiles_are_those_of_each_group_alone(ties, remainder):
+    rng = np.random.default_rng(6)
+    groups = rng.integers(-3, 9, 300)
+    rewards = rng.choice(AWKWARD, 300)
+    options = {"quantiles": 4, "ties": ties, "remainder": remainder}
+    by_number = RolloutPool(group_by="groups", **options)
+    by_prompt = RolloutPool(group_by="prompt", **options)
+    for part in np.array_split(np.arange(300), 4):
+        prompts, completions = [[5, int(g) + 3] for g in groups[part]], [[1]] * len(part)
+        by_number.add(prompts, completions, rewards[part], groups=groups[part])
+        by_prompt.add(prompts, completions, rewards[part])
+    expected = np.zeros(300, int)
+    for group in np.unique(groups):
+        expected[groups == group] = numpy_rule(rewards[groups == group], 4, ties, remainder)
+    for made in (by_number, by_prompt):
+        np.testing.assert_array_equal(made.labels(), expected)
+        np.testing.assert_array_equal(made.quantile_sizes(), np.bincount(expected, minlength=4))
+        batch = made.sample(64, quantiles=[0, 3])
+        np.testing.assert_array_equal(batch.quantiles, expected[batch.ids])
+        assert set(batch.quantiles.tolist()) <= {0, 3}
+        with pytest.raises(ValueError, match="each group has its own thresholds"):
+            _ = made.thresholds
+
+
+def test_group_labels_follow_changes_and_survive_saving(tmp_path):
+    made = many_runs(group_by="prompt", ties="random")
+    made.add([[9, 9]] * 2, [[1]] * 2, [1.0, 2.0])
+    assert made.labels()[-2:].tolist() == [2, 4]  # cuts of 2 samples in 5: 1, 1, 2, 2
+    made.drop(made.ids[-1:])
+    assert made.labels()[-1] == 4
+    made.save(tmp_path / "pool")
+    resumed = RolloutPool.load(tmp_path / "pool")
+    np.testing.assert_array_equal(resumed.labels(), made.labels())
+    np.testing.assert_array_equal(resumed.sample(30).ids, made.sample(30).ids)
+
+
+# --- saving ----------------------------------------------------------------------------------
+
+
+def test_a_saved_pool_goes_on_bit_identically(tmp_path):
+    made = many_runs(ties="random", dtype="float32", seed=11)
+    made.sample(3)
+    made.save(tmp_path / "pool.safetensors")
+    resumed = RolloutPool.load(tmp_path / "pool.safetensors")
+    assert os.listdir(tmp_path) == ["pool.safetensors"]
+    assert resumed.settings == made.settings
+    for _ in range(3):
+        one, two = made.sample(40), resumed.sample(40)
+        np.testing.assert_array_equal(one.ids, two.ids)
+        np.testing.assert_array_equal(one.quantiles, two.quantiles)
+        for p in (made, resumed):
+            p.add([[1]] * 30, [[2]] * 30, np.arange(30.0), round=4)
+            p.expire(0)
+    for one, two in zip(made.epoch(50), resumed.epoch(50), strict=True):
+        np.testing.assert_array_equal(one.ids, two.ids)
+    assert repr(resumed) == repr(made)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "pool"
+    made = many_runs()
+    made.save(path)
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged or not a pool file"):
+            RolloutPool.load(path)
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(ValueError, match="checksum"):
+        RolloutPool.load(path)
+    path.write_bytes(whole.replace(b'\\"unscored\\": 0', b'\\"unscored\\": 1'))
+    with pytest.raises(ValueError, match="checksum"):
+        RolloutPool.load(path)
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(ValueError, match="not of a RolloutPool"):
+        RolloutPool.load(path)
+    with pytest.raises(FileNotFoundError):
+        RolloutPool.load(tmp_path / "none")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "pool"
+    filled([1.0, 2.0]).save(path)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "flush", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        filled([3.0, 4.0, 5.0]).save(path)
+    assert os.listdir(tmp_path) == ["pool"]
+    assert len(RolloutPool.load(path)) == 2
+
+
+def test_state_is_arrays_and_plain_values():
+    state = many_runs().state_dict()
+    plain = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
+    assert json.loads(json.dumps(plain)) == plain
+    assert all(value.dtype != object for name, value in state.items() if name not in plain)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    made, other = filled([1.0, 2.0, 3.0]), filled([4.0, 5.0])
+    for wrong, message in [
+        ({"format": 0}, "format 0"),
+        ({"settings": other.settings | {"quantiles": 7}}, "quantiles=7"),
+        ({"run_sizes": np.array([1])}, "run sizes"),
+        ({"ids": np.array([1, 0])}, "ascend"),
+        ({"ids": np.array([0])}, "differ in length"),
+        # Each id between two takes memory: a file of a few bytes must not ask for all there is.
+        ({"ids": np.array([0, 2**40]), "next_id": 2**40 + 1}, "too far apart"),
+        ({"ids": np.array([0, 1]), "next_id": 2**62}, "too far apart"),
+        ({"next_id": -1}, "under next_id"),
+        ({"rewards": np.array([np.nan, 1])}, "NaN"),
+        ({"rewards": np.array([1.0])}, "as many ids as rewards"),
+        ({"prompt_lengths": np.array([1, 7])}, "add up"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made.load_state_dict(other.state_dict() | wrong)
+        assert made.rewards.tolist() == [1.0, 2.0, 3.0]
+
+
+# --- samples in a folder ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(store, "SMALL", 64)
+    monkeypatch.setattr(store, "FLUSH_BYTES", 4000)
+
+
+def held_samples(made):
+    """What the pool says of all its samples, in plain values."""
+    batch = made[made.ids]
+    rows = [[row.tolist() for row in column] for column in (batch.prompts, batch.completions)]
+    return made.ids.tolist(), *rows, batch.rewards.tolist(), batch.rounds.tolist(), made.labels().tolist()
+
+
+def test_a_pool_in_a_folder_is_the_pool_in_ram(tmp_path, small_files):
+    rewards = np.random.default_rng(3).choice(AWKWARD, 900)
+    pools = [RolloutPool(seed=4), RolloutPool(seed=4, store=tmp_path / "samples")]
+    for made in pools:
+        for part in np.array_split(np.arange(900), 13):
+            made.add(*rows(part.tolist()), rewards[part], round=int(part[0]) // 200)
+        made.expire(1)
+        made.drop(made.ids[::4])
+        made.merge(filled(rewards[:50], 3))
+    in_ram, in_folder = pools
+    assert len(os.listdir(tmp_path / "samples")) > 3
+    assert held_samples(in_ram) == held_samples(in_folder)
+    for draw in ({"n": 40}, {"n": 30, "quantiles": 4, "replace": False}, {"n": 9, "stratified": True}):
+        one, two = (made.sample(**draw) for made in pools)
+        assert [row.tolist() for row in one.completions] == [row.tolist() for row in two.completions]
+        np.testing.assert_array_equal(one.ids, two.ids)
+    for one, two in zip(*(made.epoch(64) for made in pools), strict=True):
+        np.testing.assert_array_equal(one.ids, two.ids)
+    both_ways = RolloutPool(seed=4)
+    both_ways.merge(in_folder)
+    assert held_samples(both_ways)[1:4] == held_samples(in_ram)[1:4]
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files, group_by):
+    made = RolloutPool(store=tmp_path / "here" / "samples", group_by=group_by)
+    made.add(*rows(range(500)), np.arange(500.0))
+    made.drop(made.ids[::7])
+    made.save(tmp_path / "here" / "pool")
+    before, draw = held_samples(made), made.sample(50).ids
+    made.add(*rows(range(300)), np.arange(300.0))  # a crash forgets this
+    made.clear()
+    del made
+    (tmp_path / "here").rename(tmp_path / "there")  # the file finds its folder where both went
+    resumed = RolloutPool.load(tmp_path / "there" / "pool")
+    assert held_samples(resumed) == before
+    np.testing.assert_array_equal(resumed.sample(50).ids, draw)
+    resumed.add(*rows(range(300)), np.arange(300.0))
+    resumed.save(tmp_path / "there" / "pool")
+    elsewhere = (tmp_path / "there" / "samples").rename(tmp_path / "elsewhere")
+    again = RolloutPool.load(tmp_path / "there" / "pool", store=elsewhere)
+    assert held_samples(again) == held_samples(resumed)
+
+
+def test_compact_frees_the_disk_and_loses_nothing(tmp_path, small_files):
+    made = RolloutPool(store=tmp_path, max_rounds=3)
+    for step in range(40):
+        made.add([[step] * 9] * 20, [[step, 1]] * 20, np.arange(20.0), round=step)
+    made.drop(made.ids[::3])
+    before = held_samples(made)
+    (tmp_path / ".samples-000000000000-00000000.safetensors.1.tmp").touch()  # of a process that was killed
+    (tmp_path / "notes.txt").touch()
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    made.compact()
+    assert held_samples(made) == before
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < size / 5
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".txt"}
+    made.save(tmp_path / "pool")
+    assert held_samples(RolloutPool.load(tmp_path / "pool")) == before
+    with pytest.raises(ValueError, match="store=FOLDER"):
+        RolloutPool().compact()
+
+
+def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, small_files):
+    made = RolloutPool(store=tmp_path / "samples")
+    for part in np.array_split(np.arange(300), 6):
+        made.add(*rows(part.tolist()), part.astype(float))
+    made.save(tmp_path / "pool")
+    first, second = sorted((tmp_path / "samples").iterdir())[:2]
+    whole = first.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        first.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{first.name} is damaged or not a file of samples"):
+            RolloutPool.load(tmp_path / "pool")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="not these samples"):
+        RolloutPool.load(tmp_path / "pool")
+    save_file({"weight": np.zeros(3)}, first)
+    with pytest.raises(ValueError, match="not these samples"):
+        RolloutPool.load(tmp_path / "pool")
+    first.unlink()
+    with pytest.raises(ValueError, match=f"{first.name} is missing"):
+        RolloutPool.load(tmp_path / "pool")
+    first.write_bytes(whole)
+    state = made.state_dict()
+    resumed = RolloutPool(store=tmp_path / "samples")
+    with pytest.raises(ValueError, match="do not hold the samples"):
+        resumed.load_state_dict(state | {"files": state["files"][1:]})
+    with pytest.raises(ValueError, match="no name of a file of samples"):
+        resumed.load_state_dict(state | {"files": ["../pool"]})
+    assert len(resumed) == 0
+    with pytest.raises(ValueError, match="make this one with store="):
+        RolloutPool().load_state_dict(state)
+
+
+def test_a_full_disk_adds_none_of_the_samples(tmp_path, small_files, monkeypatch):
+    made = RolloutPool(store=tmp_path)
+    made.add(*rows(range(5)), np.arange(5.0), round=1)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "flush", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            made.add(*rows(range(900)), np.arange(900.0), round=2)
+    assert not list(tmp_path.iterdir())
+    assert made.rounds.tolist() == [1] * 5
+    made.add(*rows(range(5, 905)), np.arange(5.0, 905.0), round=3)
+    assert [row.tolist() for row in made[made.ids].prompts] == rows(range(905))[0]
+
+
+def live_bytes(made):
+    """Of the arrays behind the samples: in RAM, and memory-mapped."""
+    sizes = {"ram": sum(array.nbytes for array in made._rounds.changes), "mapped": 0}
+    for segment in made._store.segments:
+        sizes["mapped" if segment.name else "ram"] += segment.nbytes()
+    return SimpleNamespace(**sizes)
+
+
+def test_samples_in_a_folder_cost_ram_for_rewards_and_order_alone(tmp_path):
+    n, batch = 1_000_000, 50_000
+    prompts, completions = np.ones((batch, 8), np.int32), np.ones((batch, 8), np.int32)
+    made = RolloutPool(store=tmp_path, dtype="float32")
+    rng = np.random.default_rng(0)
+    for step in range(n // batch):
+        made.add(prompts, completions, rng.normal(size=batch).astype(np.float32), round=step // 5)
+        # What waits for its turn to be written is bounded, however many samples there are.
+        assert live_bytes(made).ram <= store.FLUSH_BYTES + 1000
+    assert live_bytes(made).mapped + live_bytes(made).ram >= n * (8 + 8) * 4
+    made.state_dict()
+    assert live_bytes(made).ram <= 1000
+    # The kernel calls the pages of a file map file pages: it can drop them at any time.
+    _, held = made[made.ids[::1000]], made._store.segments[0].prompts.tokens
+    address = held.__array_interface__["data"][0]
+    with open("/proc/self/maps") as maps:
+        spans = [line.split() for line in maps]
+    behind = [line for line in spans if _holds(line[0], address)]
+    assert behind and behind[0][-1].endswith(".safetensors")
+
+
+def _holds(span, address):
+    start, end = (int(bound, 16) for bound in span.split("-"))
+    return start <= address < end
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+def test_the_core_lets_other_threads_run():
+    made = _C.QuantilePool64(5, _C.Ties.same, _C.Remainder.spread, 0)
+    rewards = np.random.default_rng(0).normal(size=300_000)
+    calls = {
+        "add": lambda: made.add(rewards),
+        "labels": lambda: made.labels(),
+        "sample": lambda: made.sample(100_000, [], True, False, 1),
+    }
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # a thread runs on until it gives the GIL up by itself
+    try:
+        for name, call in calls.items():
+            ran, go = [], threading.Lock()
+            go.acquire()
+            other = threading.Thread(target=lambda go=go, ran=ran: (go.acquire(), ran.append(1)))
+            other.start()
+            go.release()
+            for _ in range(1000):  # on a busy machine it may take several calls to get a turn
+                call()
+                if ran:
+                    break
+            assert ran, f"{name} kept the GIL"
+            other.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("group_by", [None, "prompt"])
+def test_readers_beside_a_writer_see_whole_samples(group_by):
+    made = RolloutPool(seed=1, group_by=group_by)
+    made.add([[0]], [[0]], [0.0])
+    done, errors = threading.Event(), []
+
+    def read():
+        try:
+            while not done.is_set():
+                batch = made.sample(16)
+                assert [int(row[0]) for row in batch.prompts] == batch.rewards.tolist()
+                assert ((batch.quantiles >= 0) & (batch.quantiles < 5)).all()
+                assert len(made.labels()) >= 1
+                for part in made.epoch(50):
+                    assert [int(row[0]) for row in part.completions] == part.rewards.tolist()
+                    break
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for step in range(60):
+        values = list(range(step, step + 40))
+        made.add([[v] for v in values], [[v] for v in values], values, round=step)
+        if step % 5 == 4:
+            made.expire(step - 3)
+        if step % 7 == 6:
+            made.drop(made.ids[::5])
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not errors
+
+
+# --- several processes -----------------------------------------------------------------------
+
+SYNC_CASES = [
+    (k, ties, remainder, dtype)
+    for k in (1, 2, 4, 9)
+    for ties in TIES
+    for remainder in REMAINDERS
+    for dtype in DTYPES
+]
+
+
+def shard_rewards(rank, k):
+    if k == 2:  # one boundary, between the first samples of two ranks
+        return np.array([0.5])
+    rng = np.random.default_rng(rank)
+    n = {1: 0, 4: 97, 9: 4}[k] + rank  # k = 9: the union has fewer samples than quantiles, or hardly
+    return np.concatenate([rng.choice(AWKWARD, n), rng.normal(rank, 1, n // 2)])
+
+
+def sync_worker(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {}
+    for at, (k, ties, remainder, dtype) in enumerate(SYNC_CASES):
+        rewards = shard_rewards(rank, k)
+        made = filled(rewards, 3, quantiles=k, ties=ties, remainder=remainder, dtype=dtype)
+        made.sync()
+        results[f"labels{at}"] = made.labels()
+        results[f"thresholds{at}"] = made.thresholds
+    stale = filled([1.0, 2.0][: 2 * rank], quantiles=2)
+    stale.sync()
+    assert stale.labels().tolist() == [0, 1][: len(stale)]
+    stale.add([[1]], [[2]], [3.0])
+    with pytest.raises(RuntimeError, match=r"sync\(\) again"):
+        stale.sample(1)
+    resumed = RolloutPool(2)
+    resumed.load_state_dict(stale.state_dict())
+    with pytest.raises(RuntimeError, match=r"sync\(\) again"):
+        resumed.labels()
+    resumed.unsync()
+    assert resumed.labels()[-1] == 1
+    with pytest.raises(ValueError, match="pools differ"):
+        RolloutPool(2 + rank).sync()
+    save_file(results, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
+    torch.multiprocessing.spawn(sync_worker, (world, str(tmp_path)), nprocs=world)
+    results = [load_file(tmp_path / str(rank)) for rank in range(world)]
+    for at, (k, ties, remainder, dtype) in enumerate(SYNC_CASES):
+        shards = [shard_rewards(rank, k).astype(dtype) for rank in range(world)]
+        labels = np.concatenate([result[f"labels{at}"] for result in results])
+        union = np.concatenate(shards)
+        # Among equal rewards the order is id first, rank second.
+        id_of = np.concatenate([np.arange(len(shard)) for shard in shards])
+        arrival = np.lexsort((np.arange(len(union)), id_of))
+        by_rule = np.empty(len(union), int)
+        rule = "same" if ties == "same" else "arrival"
+        by_rule[arrival] = numpy_rule(union[arrival], k, rule, remainder)
+        if ties == "random":
+            np.testing.assert_array_equal(np.bincount(labels, minlength=k), np.bincount(by_rule, minlength=k))
+        else:
+            np.testing.assert_array_equal(labels, by_rule)
+        if ties == "same":
+            options = {"quantiles": k, "remainder": remainder, "dtype": dtype}
+            np.testing.assert_array_equal(labels, filled(union, 2, **options).labels())
+        for result in results:
+            np.testing.assert_array_equal(result[f"thresholds{at}"], numpy_thresholds(union, by_rule, k))
+
+
+def test_sync_alone_is_the_own_pool():
+    made = filled([3.0, 1.0, 2.0], quantiles=3)
+    made.sync()
+    made.add([[1]], [[1]], [4.0])
+    assert made.labels().tolist() == [2, 0, 1, 2]  # cuts of 4 samples in 3: 2, 3
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        (lambda p: RolloutPool(0), ValueError, "at least 1, got 0"),
+        (
+            lambda p: RolloutPool(ties="older"),
+            ValueError,
+            "ties must be one of 'same'.*got 'older'",
+        ),
+        (lambda p: RolloutPool(dtype="float16"), ValueError, "dtype must be one of 'float32'"),
+        (lambda p: RolloutPool(max_size=0), ValueError, "max_size must be at least 1 or None"),
+        (lambda p: p.add([[1]], [[1]], [1.0, 2.0]), ValueError, "2 rewards but 1 prompts"),
+        (lambda p: p.add([[1]], [[1], [2]], [1.0]), ValueError, "1 rewards but 2 completions"),
+        (lambda p: p.add(["text"], [[1]], [1.0]), TypeError, "prompts must be rows of integer"),
+        (lambda p: p.add([[1, [2]]], [[1]], [1.0]), TypeError, "prompts must be rows of integer"),
+        (lambda p: p.add([3], [[1]], [1.0]), TypeError, "prompts must be rows of integer"),
+        (lambda p: p.add([[1]], [np.ones((2, 2), int)], [1.0]), TypeError, "completions must be"),
+        (lambda p: p.add([[1]], [[0.5]], [1.0]), TypeError, "completions must be rows of integer"),
+        (lambda p: p.add([[-1]], [[1]], [1.0]), ValueError, "token ids from -1 to -1"),
+        (lambda p: p.add([[1]], [[2**31]], [1.0]), ValueError, "token ids from 2147483648"),
+        (lambda p: p.add([[1]], [[1]], 1.0), ValueError, "one number per sample"),
+        (lambda p: p.add([[1]], [[1]], [1.0], round=1.5), TypeError, "integer"),
+        (lambda p: p.add([[1]], [[1]], [1.0], groups=[1]), ValueError, "belongs to group_by"),
+        (lambda p: p.sample(-1), ValueError, "n must be at least 0, got -1"),
+        (lambda p: p.sample(4, quantiles=5), ValueError, r"0 \(worst\) to 4 \(best\), got 5"),
+        (lambda p: p.sample(4, quantiles=[]), ValueError, "quantiles is empty"),
+        (lambda p: p.sample(4, generator=1), TypeError, "numpy.random.Generator.*got int"),
+        (lambda p: RolloutPool().sample(1), ValueError, "the pool is empty"),
+        (lambda p: RolloutPool().quantile_of(1.0), ValueError, "empty pool has no quantiles"),
+        (lambda p: p.quantile_of(np.nan), ValueError, "NaN"),
+        (lambda p: p.epoch(0), ValueError, "batch_size must be at least 1, got 0"),
+        (lambda p: p[1.5], TypeError, "ids must be integers"),
+        (lambda p: list(p), TypeError, "not iterable"),
+        (lambda p: p.merge(p), ValueError, "merged with itself"),
+        (
+            lambda p: p.merge(RolloutPool(group_by="prompt")),
+            ValueError,
+            "group_by=None cannot take",
+        ),
+        (
+            lambda p: RolloutPool(dtype="float32").add([[1]], [[1]], [1e300]),
+            ValueError,
+            "1e.300.* is beyond float32; use dtype='float64'",
+        ),
+    ],
+)
+def test_a_mistake_is_named_and_changes_nothing(mistake, error, message):
+    made = filled([1.0, 2.0, 3.0])
+    with pytest.raises(error, match=message):
+        mistake(made)
+    assert len(made) == 3
+    made.add([[1]], [[1]], [0.0])
+    assert made.labels().tolist() == [2, 3, 4, 0]  # cuts of 4 samples in 5: 1, 2, 3, 4; the lowest is in 0
+
+
+def test_repr_says_what_is_in_the_pool():
+    made = RolloutPool(3, max_size=9)
+    assert repr(made).startswith("RolloutPool(0 samples, 3 quantiles; ties='same'")
+    made.add([[1]] * 3, [[2]] * 3, [0.25, None, 0.5], round=4)
+    assert "2 samples" in repr(made) and "rewards 0.25 to 0.5" in repr(made)
+    assert "1 unscored" in repr(made) and "max_size=9" in repr(made)

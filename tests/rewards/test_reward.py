@@ -1,0 +1,537 @@
+"""Rewards: what they are handed, what may come back, how each mistake is named."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import linecache
+import math
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quark_fast.data.chat import Row
+from quark_fast.errors import UsageError
+from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.reward import NO_SOURCE, Calls, Reward, describe
+
+ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]
+TEXTS = ["one", "two", "three"]
+
+
+def returning(values: Any) -> Reward:
+    return describe(lambda prompts, completions, **columns: values, "mine")
+
+
+def refusal(values: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        returning(values)(ROWS, TEXTS)
+    message = str(caught.value)
+    assert "\n" not in message and "reward mine" in message
+    return message
+
+
+def test_reward_is_handed_prompts_completions_and_the_other_columns_by_name() -> None:
+    heard: dict[str, Any] = {}
+
+    def reward(**given: Any) -> list[float]:
+        heard.update(given)
+        return [0.0] * 3
+
+    describe(reward)(ROWS, tuple(TEXTS))
+    # A column that a row lacks is None there: the lists keep in step.
+    assert heard == {
+        "prompts": ["a", "b", "c"],
+        "completions": TEXTS,
+        "label": [1, None, 3],
+        "id": [None, None, "x"],
+    }
+    assert isinstance(heard["completions"], list)
+
+
+def test_none_and_nan_leave_a_sample_out() -> None:
+    assert np.isnan(returning([0.5, None, math.nan])(ROWS, TEXTS)).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 0, -2],
+        (1.0, 0.0, -2.0),
+        np.array([1.0, 0.0, -2.0], dtype=np.float32),
+        np.array([1, 0, -2]),
+        [np.float64(1), np.int64(0), np.float16(-2)],
+        torch.tensor([1.0, 0.0, -2.0]),
+        torch.tensor([1.0, 0.0, -2.0], dtype=torch.bfloat16, requires_grad=True),
+        [torch.tensor(1.0), torch.tensor(0), -2.0],
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(values: Any) -> None:
+    rewards = returning(values)(ROWS, TEXTS)
+    assert rewards.dtype == np.float64
+    assert rewards.tolist() == [1.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_wrong_length_is_refused_with_both_lengths(count: int) -> None:
+    assert f"returned {count} values for 3 completions" in refusal([0.0] * count)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("0.5", "'0.5'"),
+        ([0.5], "[0.5]"),
+        (1j, "1j"),
+        (np.array([1.0, 2.0]), "array"),
+        (torch.tensor([1.0]), "tensor"),
+        (np.str_("good"), "good"),
+        (math.inf, "inf; return finite"),
+        (np.float32("-inf"), "inf); return finite"),
+        ({"score": 1}, "{'score': 1}"),
+        (10**400, "return finite"),
+    ],
+)
+def test_value_that_is_no_number_is_refused_and_shown(value: Any, shown: str) -> None:
+    assert shown in refusal([0.0, value, 1.0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        0.5,
+        "abc",  # three letters for three completions: no list all the same
+        b"abc",
+        {0: 1.0, 1: 1.0, 2: 1.0},
+        np.array(0.5),
+        torch.tensor(0.5),
+        (x for x in [0.0, 0.0, 0.0]),
+    ],
+)
+def test_anything_but_a_list_of_numbers_is_refused(values: Any) -> None:
+    assert "return a list of numbers" in refusal(values)
+
+
+def test_exception_of_the_reward_is_named_in_one_line() -> None:
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        raise KeyError("no such\nkey")
+
+    with pytest.raises(UsageError, match=r"reward mine raised KeyError: .*no such") as caught:
+        describe(reward, "mine")([{"prompt": "a"}], ["x"])
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+    # A signature without **columns meets rows that have some.
+    with pytest.raises(UsageError, match=r"TypeError.*label"):
+        describe(lambda prompts, completions: [0.0] * 3, "mine")([{"prompt": "a", "label": 1}], ["x"])
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True)])
+def test_true_and_false_are_rewards(value: Any) -> None:
+    assert returning([value, ~value if hasattr(value, "ndim") else not value, 0.5])(ROWS, TEXTS).tolist() == [
+        *(1.0, 0.0, 0.5)
+    ]
+    assert returning(np.array([True, False, True]))(ROWS, TEXTS).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_reward_that_scores_nothing_at_all_is_refused_before_work() -> None:
+    for values in ([None] * 3, [math.nan] * 3):
+        with pytest.raises(UsageError, match=rf"scored none of 6 completions .*{TEXTS[0]!r}"):
+            returning(values).check([(ROWS, TEXTS)] * 2)
+    returning([None, 1.0, None]).check([(ROWS, TEXTS)])
+
+
+def test_check_goes_on_until_a_completion_is_scored_and_no_further() -> None:
+    seen: list[list[str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        seen.append(completions)
+        return [float(len(text)) if "scored" in text else None for text in completions]
+
+    batches = [["left out"], ["scored", "left out"], ["scored"]]
+    describe(reward).check(([{"prompt": "a"}] * len(texts), texts) for texts in batches)
+    assert seen == batches[:2]
+
+
+def test_callable_objects_and_partials_can_be_rewards() -> None:
+    class Constant:
+        def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            return [1.0] * len(prompts)
+
+    for function in (Constant(), functools.partial(Constant().__call__), Constant().__call__):
+        assert describe(function)(ROWS, TEXTS).tolist() == [1.0] * 3
+    assert len(describe(len).sha256) == 64, "a builtin has no source to hash"
+
+
+def test_columns_that_would_clash_with_the_arguments_are_kept_back() -> None:
+    heard: dict[str, Any] = {}
+
+    def reward(**given: Any) -> list[float]:
+        heard.update(given)
+        return [0.0]
+
+    row = {"prompt": "a", "prompts": "x", "completion": "y", "completions": "z", "label": 1}
+    describe(reward)([row], ["one"])
+    assert heard == {"prompts": ["a"], "completions": ["one"], "label": [1]}
+
+
+def test_function_of_one_completion_is_called_for_each() -> None:
+    heard: list[dict[str, Any]] = []
+
+    def reward(prompt: str, completion: str, **columns: Any) -> float | None:
+        heard.append({"prompt": prompt, "completion": completion, **columns})
+        return float(len(completion)) if completion != "two" else None
+
+    assert describe(reward)(ROWS, TEXTS).tolist() == pytest.approx([3, math.nan, 5], nan_ok=True)
+    assert heard[2] == {"prompt": "c", "completion": "three", "label": 3, "id": "x"}
+    assert heard[0]["id"] is None
+
+
+def test_hash_is_of_the_source_wherever_the_function_stands() -> None:
+    class Constant:
+        def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+            return [1.0] * len(prompts)
+
+    own = describe(Constant.__call__).sha256
+    assert own != NO_SOURCE == describe(len).sha256
+    for function in (Constant(), functools.partial(Constant()), Constant().__call__):
+        assert describe(function).sha256 == own
+    # A cell of a notebook has lines, but no file.
+    hashes = set()
+    for text in ("def f(prompts, completions): return [1]\n", "def f(prompts, completions): return [2]\n"):
+        name = f"<cell {len(hashes)}>"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        space: dict[str, Any] = {}
+        exec(compile(text, name, "exec"), space)
+        hashes.add(describe(space["f"]).sha256)
+    assert len(hashes) == 2 and NO_SOURCE not in hashes
+
+
+TYPED = """
+import sys
+from quark_fast.rewards.reward import describe
+def f(prompts, completions): return [{value} if "a" in c else sum(x for x in [1]) for c in completions]
+
+class F:
+    def __call__(self, prompts, completions): return [c in {{"a", "b", "c", "d"}} for c in completions]
+
+print(describe(f).sha256, describe(F()).sha256)
+"""
+
+
+def test_what_was_typed_at_a_prompt_is_told_apart_by_what_it_does() -> None:
+    """Three interpreters, each with an order of sets of its own."""
+
+    def typed(value: int) -> list[str]:
+        command = [sys.executable, "-i", "-q"]
+        text = TYPED.format(value=value)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        assert "Error" not in done.stderr
+        return done.stdout.split()
+
+    first, again, other = typed(1), typed(1), typed(2)
+    assert first == again and NO_SOURCE not in first
+    assert other[0] != first[0] and other[1] == first[1]
+
+
+# --- Asynchronous --------------------------------------------------------------------------------
+
+MANY: list[Row] = [{"prompt": "p", "n": i} for i in range(50)]
+WORDS = [f"text {i}" for i in range(50)]
+AT_ONCE = Calls(backoff=0.001)
+
+
+async def numbers(prompts: list[str], completions: list[str], n: list[int], **_: Any) -> list[float | None]:
+    await asyncio.sleep(random.Random(n[0]).random() / 100)
+    return [None if i == 7 else float(i) for i in n]
+
+
+async def number(prompt: str, completion: str, n: int) -> float | None:
+    await asyncio.sleep(0.001 * (50 - n) / 10)
+    return None if n == 7 else float(n)
+
+
+@pytest.mark.parametrize("function", [numbers, number])
+@pytest.mark.parametrize("batch", [1, 7, 50, 1000])
+def test_asynchronous_rewards_come_back_in_order(function: Any, batch: int) -> None:
+    expected = [math.nan if i == 7 else float(i) for i in range(50)]
+    reward = describe(function, calls=Calls(batch=batch))
+    assert reward.asynchronous
+    assert reward(MANY, WORDS).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_asynchronous_calls_wait_side_by_side_but_no_more_than_allowed() -> None:
+    under_way, most = 0, 0
+
+    async def reward(prompt: str, completion: str, **columns: Any) -> float:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.005)
+        under_way -= 1
+        return 0.0
+
+    for limit in (1, 6):
+        most = 0
+        describe(reward, calls=Calls(concurrency=limit))(MANY, WORDS)
+        assert most == limit
+
+
+def test_loop_outlives_the_call_so_that_a_client_can_be_kept() -> None:
+    loops = set()
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        loops.add(asyncio.get_running_loop())
+        return [0.0] * len(prompts)
+
+    describe(reward)(ROWS, TEXTS)
+
+    async def in_a_notebook() -> None:  # whose own loop runs already
+        describe(reward)(ROWS, TEXTS)
+
+    asyncio.run(in_a_notebook())
+    assert len(loops) == 1
+
+
+def test_failed_calls_are_tried_again_and_others_are_not() -> None:
+    failures = {3: 2, 20: 1}
+    calls: list[int] = []
+
+    async def reward(prompt: str, completion: str, n: int) -> float:
+        calls.append(n)
+        if failures.get(n, 0):
+            failures[n] -= 1
+            raise ConnectionError("busy")
+        return float(n)
+
+    state = random.getstate()
+    assert describe(reward, calls=AT_ONCE)(MANY, WORDS).tolist() == list(map(float, range(50)))
+    assert sorted(calls) == sorted([*range(50), 3, 3, 20])
+    assert random.getstate() == state, "the global generator is the user's"
+
+
+def test_reward_that_keeps_failing_is_named_with_attempts_and_completion() -> None:
+    attempts = 0
+
+    async def reward(prompts: list[str], completions: list[str], n: list[int]) -> list[float]:
+        nonlocal attempts
+        if 20 in n:
+            attempts += 1
+            raise ConnectionError("server\nis down")
+        await asyncio.sleep(0.05)
+        return [0.0] * len(n)
+
+    calls = Calls(batch=5, retries=2, backoff=0.001)
+    with pytest.raises(UsageError) as caught:
+        describe(reward, "mine", calls)(MANY, WORDS)
+    assert str(caught.value) == (
+        "reward mine failed at 3 attempts, at last with ConnectionError: server is down; the first completion"
+        " of the call: 'text 20'"
+    )
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert attempts == 3
+
+
+def test_waits_between_attempts_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def short(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise OSError
+
+    monkeypatch.setattr("quark_fast.rewards.reward.asyncio.sleep", short)
+    with pytest.raises(UsageError, match="9 attempts"):
+        describe(reward, calls=Calls(retries=8, backoff=2.0))(ROWS, TEXTS)
+    for wait, longest in zip(waits, [2, 4, 8, 16, 32, 60, 60, 60], strict=True):
+        assert longest / 2 <= wait <= longest
+
+
+def test_call_without_an_answer_times_out_and_is_tried_again() -> None:
+    calls: list[str] = []
+
+    async def reward(prompt: str, completion: str, **columns: Any) -> float:
+        calls.append(completion)
+        if completion == "two" and calls.count("two") <= 1:
+            await asyncio.sleep(600)
+        return 1.0
+
+    limits = Calls(timeout=0.1, backoff=0.001)
+    assert describe(reward, calls=limits)(ROWS, TEXTS).tolist() == [1.0] * 3
+    assert calls.count("two") == 2
+
+    async def never(prompt: str, completion: str, **columns: Any) -> float:
+        await asyncio.sleep(600)
+        return 1.0
+
+    with pytest.raises(UsageError, match=r"2 attempts, at last with TimeoutError: no answer in 0.05 s"):
+        describe(never, calls=Calls(timeout=0.05, retries=1, backoff=0.001))(ROWS, TEXTS)
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), NameError("x"), SystemExit(1), KeyboardInterrupt()])
+def test_mistake_in_the_code_is_not_tried_again(error: BaseException) -> None:
+    calls: list[int] = []
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(UsageError, match=f"raised {type(error).__name__}"):
+        describe(reward)(ROWS, TEXTS)
+    assert len(calls) == 1
+    assert describe(numbers)(MANY[:2], WORDS[:2]).tolist() == [0.0, 1.0], "the loop goes on"
+
+
+def test_function_that_cancels_itself_has_failed() -> None:
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise asyncio.CancelledError
+
+    with pytest.raises(UsageError, match="failed at 5 attempts, at last with CancelledError"):
+        describe(reward, calls=AT_ONCE)(ROWS, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ([1.0], "returned 1 values for 3"),
+        ("abc", "return a list"),
+        ([0.0, "x", 1.0], "returned 'x'"),
+        ([math.inf] * 3, "finite"),
+    ],
+)
+def test_bad_value_of_an_asynchronous_reward_is_refused_at_once(value: Any, named: str) -> None:
+    calls: list[int] = []
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        calls.append(1)
+        return value
+
+    with pytest.raises(UsageError, match=named):
+        describe(reward)(ROWS, TEXTS)
+    assert len(calls) == 1
+
+
+def test_coroutine_of_a_plain_function_is_refused_with_the_mend() -> None:
+    async def inner() -> list[float]:
+        return [0.0] * 3
+
+    with pytest.raises(UsageError, match="define it by async def"):
+        describe(lambda prompts, completions, **columns: inner())(ROWS, TEXTS)
+
+
+def test_interrupt_ends_the_waiting_at_once_and_cancels_the_calls() -> None:
+    cancelled = threading.Event()
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return [0.0] * len(prompts)
+
+    # A shell's background job inherits a SIGINT that is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
+    begun = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            describe(reward)(ROWS, TEXTS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert cancelled.wait(10)
+    assert time.monotonic() - begun < 60
+
+
+# --- With a cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Any:
+    """(reward with a cache, the texts that it was called for)."""
+    heard: list[str] = []
+
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        heard.extend(completions)
+        return [len(t) / 3 if t != "two" else None for t in completions]
+
+    reward = describe(function, "mine")
+    return Reward(function, "mine", "1", reward.sha256, cache=RewardCache(tmp_path / "r.sqlite")), heard
+
+
+def test_known_text_is_not_scored_again_also_one_that_was_left_out(counted: Any) -> None:
+    reward, heard = counted
+    first = reward(ROWS, TEXTS)
+    again = reward([*ROWS, ROWS[0]], [*TEXTS, "four"])
+    assert np.array_equal(again[:3], first, equal_nan=True) and np.isnan(first[1])
+    assert heard == [*TEXTS, "four"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"version": "2"},
+        {"sha256": "0" * 64},
+        {"rows": [{"prompt": "b", "label": 1}]},
+        {"rows": [{"prompt": "a", "label": 2}]},
+        {"rows": [{"prompt": "a", "label": "1"}]},
+        {"rows": [{"prompt": "a", "name": 1}]},
+        {"texts": ["One"]},
+    ],
+)
+def test_other_scorer_prompt_column_or_text_is_another_key(counted: Any, change: dict[str, Any]) -> None:
+    reward, heard = counted
+    reward(ROWS[:1], TEXTS[:1])
+    rows, texts = change.pop("rows", ROWS[:1]), change.pop("texts", TEXTS[:1])
+    dataclasses.replace(reward, **change)(rows, texts)
+    assert len(heard) == 2
+
+
+def test_order_of_the_columns_is_no_other_key(counted: Any) -> None:
+    reward, heard = counted
+    reward([{"prompt": "a", "x": {"p": 1, "q": 2}, "y": 3}], ["one"])
+    reward([{"y": 3, "x": {"q": 2, "p": 1}, "prompt": "a"}], ["one"])
+    assert heard == ["one"]
+
+
+def test_row_that_no_key_can_spell_is_always_scored(counted: Any) -> None:
+    reward, heard = counted
+    rows = [{"prompt": "a", "image": object()}]
+    for _ in range(2):
+        assert reward(rows, ["one"]).tolist() == [1.0]
+    assert heard == ["one", "one"]
+
+
+def test_what_was_scored_before_a_failure_is_kept(tmp_path: Path) -> None:
+    heard: list[int] = []
+    down = True
+
+    async def function(prompts: list[str], completions: list[str], n: list[int]) -> list[float]:
+        if down and 30 in n:
+            await asyncio.sleep(0.2)  # the others have answered by then
+            raise ConnectionError
+        heard.extend(n)
+        return [i / 7 for i in n]
+
+    calls = Calls(batch=5, retries=0)
+    reward = dataclasses.replace(describe(function, "mine", calls), cache=RewardCache(tmp_path / "r.sqlite"))
+    with pytest.raises(UsageError, match="1 attempts"):
+        reward(MANY, WORDS)
+    assert sorted(heard) == [i for i in range(50) if not 30 <= i < 35]
+    down = False
+    assert reward(MANY, WORDS).tolist() == [i / 7 for i in range(50)]
+    assert sorted(heard) == list(range(50)), "nothing was scored twice"

@@ -1,0 +1,122 @@
+"""Threads and the names of precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quark_fast.errors import UsageError
+from quark_fast.runtime.machine import (
+    _bf16_is_faster,
+    sampling_dtype,
+    set_threads,
+    settled_precision,
+    versions,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CPU without a GPU, whose bfloat16 a test decides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("wanted", ["bf16", "fp16", "fp32"])
+def test_precision_asked_for_is_taken_whatever_the_machine(wanted: str) -> None:
+    assert settled_precision(wanted) == wanted
+
+
+@pytest.mark.parametrize(
+    ("supported", "faster", "name"),
+    [(True, True, "bf16"), (True, False, "fp32"), (False, True, "fp32")],
+)
+def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_computes_in_it_and_gains_by_it(
+    machine: pytest.MonkeyPatch, supported: bool, faster: bool, name: str
+) -> None:
+    machine.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    machine.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    machine.setattr("quark_fast.runtime.machine._bf16_is_faster", lambda: faster)
+    assert settled_precision("auto") == name
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_bf16_is_faster_only_if_its_layer_takes_less_time(
+    machine: pytest.MonkeyPatch, slow: torch.dtype
+) -> None:
+    clock = [0.0]
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor) -> None:
+        clock[0] += 2.0 if weight.dtype == slow else 1.0
+
+    machine.setattr(torch.nn.functional, "linear", linear)
+    machine.setattr("quark_fast.runtime.machine.time.perf_counter", lambda: clock[0])
+    _bf16_is_faster.cache_clear()
+    assert _bf16_is_faster() == (slow == torch.float32)
+    _bf16_is_faster.cache_clear()
+
+
+def test_auto_without_onednn_is_fp32(machine: pytest.MonkeyPatch) -> None:
+    def missing() -> bool:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")  # as on a Mac
+
+    machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    machine.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", missing)
+    assert settled_precision("auto") == "fp32"
+
+
+@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_does_not_count_emulated_bf16(
+    machine: pytest.MonkeyPatch, native: bool, name: str
+) -> None:
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    machine.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    assert settled_precision("auto") == name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "dtype"),
+    [
+        ("bf16", CPU, torch.bfloat16),
+        ("bf16", CUDA, torch.bfloat16),
+        ("fp16", CUDA, torch.float16),
+        ("fp16", CPU, torch.float32),  # CPUs compute fp16 badly
+        ("fp32", CPU, torch.float32),
+        ("fp32", CUDA, torch.float32),
+    ],
+)
+def test_frozen_copies_have_the_low_half_of_the_precision(
+    wanted: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    assert sampling_dtype(wanted, device) == dtype
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    before = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_threads_asked_for_win_over_the_environment_and_that_over_all_cores(
+    threads: pytest.MonkeyPatch,
+) -> None:
+    threads.setenv("OMP_NUM_THREADS", "2")
+    set_threads(3)
+    assert torch.get_num_threads() == 3
+    set_threads(0)
+    assert torch.get_num_threads() == 2
+    with pytest.raises(UsageError, match="threads = -1"):
+        set_threads(-1)
+
+
+def test_record_names_versions_machine_and_command() -> None:
+    record = versions(CPU)
+    assert record["torch"] == torch.__version__
+    assert "threads" in record["machine"] and "quark_fast" in record["command"]

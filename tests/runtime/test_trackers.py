@@ -1,0 +1,91 @@
+"""What trackers hear is what metrics.jsonl holds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import PROMPTS, even_words, rows, small
+
+from quark_fast.errors import UsageError
+from quark_fast.runtime.trackers import trackers
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
+
+
+def test_tensorboard_holds_every_number_of_the_metrics_once_across_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done == 3:
+            raise SystemError
+
+    model, folder = tiny_model(), tmp_path / "run"
+    given: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 2, "steps": 4, "batch_size": 4, "checkpoint_every": 2, "eval_samples": 1}
+    config = small(folder, model, report_to="tensorboard", **settings)
+    with pytest.raises(SystemError):  # at step 7, tracked, but later than the checkpoint of step 6
+        Trainer(config, listen=stop, **given).train()
+    Trainer(small(folder, model, report_to="tensorboard", resume=True, **settings), **given).train()
+
+    heard = EventAccumulator(str(folder / "tensorboard" / "quark_fast")).Reload()
+
+    def curve(tag: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in heard.Scalars(tag)]
+
+    for kind, name in (("step", "loss"), ("step", "grad_norm"), ("round", "reward_mean")):
+        written = [(row["step"], row[name]) for row in rows(folder / "metrics.jsonl", kind=kind)]
+        assert curve(f"{kind}/{name}") == [(step, pytest.approx(value, rel=1e-6)) for step, value in written]
+    thresholds = [row["thresholds"][1] for row in rows(folder / "metrics.jsonl", kind="round")]
+    assert [value for _, value in curve("round/thresholds/1")] == pytest.approx(thresholds)
+    table = {
+        row["name"]: row["metrics"] for row in json.loads((folder / "evaluation.json").read_text())["rows"]
+    }
+    assert curve("evaluation/best token/mean") == [(8, pytest.approx(table["best token"]["mean"]["value"]))]
+
+
+def test_trackio_holds_the_numbers_under_the_name_of_the_run(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it looks once
+    settings = {"rounds": 1, "steps": 3, "batch_size": 4, "eval_samples": 1, "report_to": "trackio"}
+    config = small(tmp_path / "run", tiny_model(), **settings)
+    Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "quark_fast.db")) as store:
+        tracked = store.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in tracked} == {str(tmp_path / "run")}
+    losses = [
+        (step, json.loads(numbers)["step/loss"]) for _, step, numbers in tracked if b"step/loss" in numbers
+    ]
+    written = [
+        (row["step"], row["loss"]) for row in rows(config.output_folder / "metrics.jsonl", kind="step")
+    ]
+    assert losses == [(step, pytest.approx(loss)) for step, loss in written]
+
+
+def test_trackers_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trackers("") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert trackers(" trackio, tensorboard,trackio") == ["trackio", "tensorboard"]
+    with pytest.raises(UsageError, match="no tracker 'wandb'; choose from tensorboard, trackio"):
+        trackers("tensorboard,wandb")
+
+
+def test_missing_tracker_is_told_with_the_line_to_run_before_any_work(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = small(tmp_path / "run", tiny_model(), report_to="trackio")
+    with pytest.raises(UsageError, match="report_to = trackio needs its package: pip install trackio"):
+        Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    assert not (tmp_path / "run").exists()

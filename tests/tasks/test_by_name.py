@@ -1,0 +1,327 @@
+"""Which reward a run has: names, weighted sums, classifiers' labels, and the cache between runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quark_fast.config import Config
+from quark_fast.data.chat import Row
+from quark_fast.errors import UsageError
+from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.reward import Reward, describe
+from quark_fast.tasks import by_name
+from quark_fast.tasks.by_name import cached, choose_reward, load_reward
+from quark_fast.tasks.task import Task
+
+ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]
+TEXTS = ["one", "two", "three"]
+
+TWO = """
+def length(prompts, completions, **columns):
+    return [len(c) if c != "two" else None for c in completions]
+
+def threes(prompts, completions, label, **columns):
+    return [10 * (n == 3) for n in label]
+
+async def slow(prompts, completions, **columns):
+    return [len(c) for c in completions]
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Writes a module "my_rewards" that can be imported for this test alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+
+    def write(source: str) -> None:
+        (tmp_path / "my_rewards.py").write_text(source)
+
+    yield write
+    sys.modules.pop("my_rewards", None)
+
+
+def test_reward_is_found_by_module_and_function(module: Callable[[str], None]) -> None:
+    module("def score(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
+    reward = load_reward("my_rewards:score")
+    assert reward(ROWS, TEXTS).tolist() == [3, 3, 5]
+    assert reward.name == "my_rewards:score"
+    assert reward.property is None
+
+
+def test_reward_is_identified_by_the_hash_of_its_source(module: Callable[[str], None]) -> None:
+    hashes = set()
+    for factor in (1, 2):
+        sys.modules.pop("my_rewards", None)
+        # Other lengths, so that no stale bytecode of the same second and size is taken for it.
+        module(f"def score(prompts, completions, **columns):\n    return [{factor}.{'0' * factor}]\n")
+        hashes.add(load_reward("my_rewards:score").sha256)
+    assert len(hashes) == 2 and all(len(h) == 64 for h in hashes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("my_rewards", "package.module:function"),
+        ("my_rewards:", "package.module:function"),
+        (":score", "package.module:function"),
+        ("", "package.module:function"),
+        ("toxicty", "choose from: toxicity"),
+        ("no_such_module_anywhere:score", "ModuleNotFoundError"),
+        ("my_rewards:scoer", "no function 'scoer'"),
+        ("my_rewards:number", "no function 'number'"),
+        ("my_rewards.score:x", "not a package"),
+        (".my_rewards:score", "TypeError"),
+    ],
+)
+def test_bad_reward_name_is_refused_with_the_reason(
+    module: Callable[[str], None], spec: str, named: str
+) -> None:
+    module("number = 1\ndef score(prompts, completions, **columns):\n    return []\n")
+    with pytest.raises(UsageError) as caught:
+        load_reward(spec)
+    assert repr(spec) in str(caught.value) and named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def broken(:\n", "SyntaxError"),
+        ("raise RuntimeError('two\\nlines')\n", "RuntimeError: two lines"),
+        ("import sys\nsys.exit(0)\n", "SystemExit"),
+        ("import not_installed_here\n", "not_installed_here"),
+    ],
+)
+def test_module_that_fails_to_import_is_named_with_its_error(
+    module: Callable[[str], None], source: str, named: str
+) -> None:
+    module(source)
+    with pytest.raises(UsageError) as caught:
+        load_reward("my_rewards:score")
+    assert "importing my_rewards failed" in str(caught.value) and named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- Sums ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """The task "toxicity" with a scorer that needs no file: toxicity 0.1, 0.2, 0.3, ..."""
+
+    def reward() -> Reward:
+        def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            return [1 - (i + 1) / 10 for i in range(len(completions))]
+
+        return Reward(function, "tiny-scorer", "1.0", "ab" * 32, property="toxicity")
+
+    made = Task("toxicity", prompts=lambda: ([], []), reward=reward, words=("bad", "good"))
+
+    def find(name: str, target: str) -> Task:
+        if name != "toxicity":
+            raise UsageError(f"unknown task {name!r}; choose from: toxicity")
+        return made
+
+    monkeypatch.setattr(by_name, "find_task", find)
+    return made
+
+
+def test_name_of_a_task_is_its_reward_whole(task: Task) -> None:
+    reward = load_reward("toxicity")
+    assert (reward.name, reward.version, reward.property) == ("tiny-scorer", "1.0", "toxicity")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("my_rewards:length + my_rewards:threes", [3, math.nan, 15]),
+        ("0.5*my_rewards:length + 0.1*my_rewards:threes", [1.5, math.nan, 3.5]),
+        (" 0.5 * my_rewards:length  +  .1 * my_rewards:threes ", [1.5, math.nan, 3.5]),
+        ("-1*my_rewards:length + 1e-1*my_rewards:threes + 2*toxicity", [-1.2, math.nan, -2.6]),
+        ("2*toxicity", [1.8, 1.6, 1.4]),
+        ("1 - toxicity", [0.1, 0.2, 0.3]),
+        ("1 - my_rewards:length", [-2, math.nan, -4]),
+        ("1- my_rewards:length", [-2, math.nan, -4]),
+    ],
+)
+def test_sum_is_of_weighted_values_and_leaves_out_what_any_part_does(
+    module: Callable[[str], None], task: Task, spec: str, expected: list[float]
+) -> None:
+    module(TWO)
+    reward = load_reward(spec)
+    assert reward(ROWS, TEXTS).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_sum_names_its_parts_and_only_a_complement_measures_a_property(
+    module: Callable[[str], None], task: Task
+) -> None:
+    module(TWO)
+    reward = load_reward("0.7*toxicity + my_rewards:length")
+    assert reward.name == "0.7*tiny-scorer + my_rewards:length"
+    assert reward.version == "1.0; source"
+    assert reward.property is None
+    assert load_reward("1 - my_rewards:length").property == "length"
+    assert load_reward("1 - my_rewards:length").name == "1 - my_rewards:length"
+    hashes = [load_reward(spec).sha256 for spec in ("2*toxicity", "-1*toxicity", "1 - toxicity", "toxicity")]
+    assert len(set(hashes)) == 4
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "toxicity*0.7",
+        "x*toxicity",
+        "nan*toxicity",
+        "inf*toxicity",
+        "0.5*",
+        "0.5* + toxicity",
+        "toxicity +  + toxicity",
+        "toxicity + ",
+        "toxicity - 0.3*my_rewards:length",
+        "2 - toxicity",
+        "1 - toxicity + toxicity",
+        "toxicity+toxicity",
+    ],
+)
+def test_malformed_sum_is_refused_with_every_form(task: Task, spec: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_reward(spec)
+    assert repr(spec) in str(caught.value) and "0.7*toxicity" in str(caught.value)
+
+
+def test_error_of_a_part_names_the_part_alone(module: Callable[[str], None], task: Task) -> None:
+    module("def down(prompts, completions, **columns):\n    raise ConnectionError('x')\n")
+    with pytest.raises(UsageError) as caught:
+        load_reward("toxicity + my_rewards:down")(ROWS, TEXTS)
+    assert str(caught.value) == "reward my_rewards:down raised ConnectionError: x"
+
+
+def test_settings_of_a_run_reach_its_asynchronous_rewards(module: Callable[[str], None], task: Task) -> None:
+    module(TWO)
+    config = Config(
+        reward="2*my_rewards:slow",
+        reward_batch=2,
+        reward_concurrency=3,
+        reward_timeout=4.0,
+        reward_retries=5,
+        reward_backoff=6.0,
+    )
+    ((_, part),) = choose_reward(config, task, "cpu").function.parts
+    assert dataclasses.astuple(part.calls) == (2, 3, 4.0, 5, 6.0)
+    given = choose_reward(config, task, "cpu", part.function)
+    assert given.calls == part.calls
+
+
+@pytest.mark.parametrize(
+    ("spec", "label", "named"),
+    [
+        (None, "toxic", "names no classifier"),
+        ("toxicity", "toxic", "has 0 classifiers"),
+        ("hf:a + hf:b", "x,y,z", "names 3 labels"),
+    ],
+)
+def test_label_without_its_classifier_is_refused(task: Task, spec: str, label: str, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        choose_reward(Config(reward=spec, scorer_label=label), task, "cpu")
+
+
+# --- The cache -----------------------------------------------------------------------------------
+
+
+def caches(reward: Reward) -> list[bool]:
+    parts = getattr(reward.function, "parts", [(1, reward)])
+    return [part.cache is not None for _, part in parts]
+
+
+def test_asynchronous_rewards_are_cached_unless_told_otherwise(
+    module: Callable[[str], None], task: Task, tmp_path: Path
+) -> None:
+    module(TWO)
+    path = tmp_path / "r.sqlite"
+    reward = load_reward("toxicity + my_rewards:slow")
+    assert caches(cached(reward, "auto", path)) == [False, True]
+    assert caches(cached(reward, "on", path)) == [True, True]
+    assert caches(cached(reward, "off", path)) == [False, False]
+    assert caches(cached(load_reward("my_rewards:slow"), "auto", path)) == [True]
+    both = cached(reward, "on", path)
+    assert both(ROWS, TEXTS).tolist() == both(ROWS, TEXTS).tolist() == reward(ROWS, TEXTS).tolist()
+    assert not caches(cached(describe(len), "auto", path))[0]
+    with pytest.raises(UsageError, match="no source to tell its versions apart"):
+        cached(describe(len), "on", path)
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(32, "big")
+
+
+def test_cache_keeps_every_bit_over_a_restart(tmp_path: Path) -> None:
+    values = [0.1, 1 / 3, -0.0, 5e-324, 1.7e308, 3.0, math.nan, np.nextafter(1, 2)]
+    # More keys than one query takes.
+    every = {key(i): float(values[i % len(values)]) for i in range(1300)}
+    RewardCache(tmp_path / "r.sqlite").add(every)
+    found = RewardCache(tmp_path / "r.sqlite").find([*every, key(5000)])
+    assert found.keys() == every.keys()
+    ours, theirs = (np.array([d[k] for k in every]) for d in (found, every))
+    assert np.array_equal(ours.view(np.int64)[~np.isnan(ours)], theirs.view(np.int64)[~np.isnan(theirs)])
+    assert np.array_equal(np.isnan(ours), np.isnan(theirs))
+
+
+def test_first_value_of_a_key_stays(tmp_path: Path) -> None:
+    cache = RewardCache(tmp_path / "r.sqlite")
+    cache.add({key(1): 0.25})
+    cache.add({key(1): 0.75, key(2): 0.5})
+    assert cache.find([key(1), key(2)]) == {key(1): 0.25, key(2): 0.5}
+
+
+def test_killed_process_leaves_what_it_had_added(tmp_path: Path) -> None:
+    source = (
+        "import sys\nfrom pathlib import Path\nfrom quark_fast.rewards.cache import RewardCache\n"
+        "cache = RewardCache(Path(sys.argv[1]))\n"
+        "for i in range(10**9):\n"
+        "    cache.add({i.to_bytes(32, 'big'): i / 7})\n"
+        "    print(i, flush=True)\n"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path / "r.sqlite")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 20:
+            break
+    process.kill()
+    last = max(map(int, process.communicate()[0].split()), default=20)
+    found = RewardCache(tmp_path / "r.sqlite").find([key(i) for i in range(last + 1)])
+    assert found == {key(i): i / 7 for i in range(last + 1)}
+
+
+def test_two_writers_wait_for_each_other(tmp_path: Path) -> None:
+    first, second = (RewardCache(tmp_path / "r.sqlite") for _ in range(2))
+    for i in range(40):
+        (first if i % 2 else second).add({key(i): float(i)})
+    assert len(first.find([key(i) for i in range(40)])) == 40
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\xff" * 2000])
+def test_file_that_is_no_cache_is_refused_with_the_mend(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.sqlite").write_bytes(content)
+    for path in (tmp_path / "r.sqlite", tmp_path / "nowhere" / "r.sqlite"):
+        for use in (lambda cache: cache.find([key(1)]), lambda cache: cache.add({key(1): 1.0})):
+            with pytest.raises(UsageError, match=r"r\.sqlite cannot be used .*--reward-cache off"):
+                use(RewardCache(path))
+
+
+def test_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "r.sqlite") as database:
+        database.execute("CREATE TABLE rewards (id, points)")
+    database.close()
+    with pytest.raises(UsageError, match="no such column"):
+        RewardCache(tmp_path / "r.sqlite").find([key(1)])

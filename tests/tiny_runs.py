@@ -1,0 +1,66 @@
+"""Runs of a tiny model that learn something in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quark_fast.config import Config
+
+PROMPTS = [f"w{i} w{j}" for i in range(12) for j in range(12, 14)]
+
+
+def even_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Share of the words whose number is even: learnable from single tokens."""
+    rewards: list[float | None] = []
+    for text in completions:
+        numbers = [int(word) for word in text.replace("<unk>", "").split("w") if word]
+        rewards.append(sum(n % 2 == 0 for n in numbers) / len(numbers) if numbers else None)
+    return rewards
+
+
+# A run of one round, so short that it can be had often.
+SHORT = {
+    "rounds": 1,
+    "steps": 6,
+    "batch_size": 8,
+    "initial_samples": 2,
+    "eval_samples": 1,
+    "checkpoint_every": 2,
+}
+
+
+def small(folder: Path, model: Path, **settings: Any) -> Config:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "output": str(folder),
+        "quantiles": 3,
+        "initial_samples": 8,
+        "explore_samples": 8,
+        "rounds": 3,
+        "steps": 30,
+        "batch_size": 32,
+        "micro_batch": 32,
+        "max_new_tokens": 8,
+        "learning_rate": 3e-3,
+        "reward_token_lr": 1e-2,
+        "eval_samples": 8,
+        "precision": "fp32",
+        "threads": 1,
+        "checkpoint_every": 10,
+    }
+    return Config(**(values | settings))
+
+
+def rows(path: Path, **wanted: Any) -> list[dict[str, Any]]:
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in every if all(row[k] == v for k, v in wanted.items())]
+
+
+# What a clock decides may differ between a resumed and an undisturbed run; nothing else may.
+CLOCK = {"seconds", "tokens_per_s"}
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows(path)]

@@ -1,0 +1,405 @@
+"""What is on disk of a run at any moment, and that going on pays for nothing twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny_runs import PROMPTS, even_words, rows, small, timeless
+
+from quark_fast.errors import UsageError
+from quark_fast.evaluation import perplexity
+from quark_fast.rollout import transformers as rollout
+from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.transformers import _parts, sample
+from quark_fast.runtime.journal import Journal
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Scored, Trainer
+
+SHORT = {
+    "rounds": 2,
+    "steps": 3,
+    "batch_size": 8,
+    "initial_samples": 4,
+    "explore_samples": 3,
+    "sample_batch": 16,
+    "eval_samples": 4,
+    "eval_guidance": "2",
+}
+GIVEN: dict[str, Any] = {"prompts": PROMPTS, "held_out": PROMPTS[:12]}
+FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl", "held_out.jsonl")
+
+
+class Killed(BaseException):
+    """The process is gone: nobody handles it."""
+
+
+def counting(calls: list[int]) -> Callable[..., list[float | None]]:
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        calls.append(len(completions))
+        return even_words(prompts, completions)
+
+    return reward
+
+
+def run(folder: Path, model: Path, reward: Any = even_words, **settings: Any) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    listen = settings.pop("listen", lambda _: None)
+    trainer = Trainer(small(folder, model, **(SHORT | settings)), reward=reward, listen=listen, **GIVEN)
+    trainer.train()
+    return trainer
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for name in FILES:
+        assert timeless(one / name) == timeless(other / name), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"),
+    [
+        ("round 1/2: sampling", 40),
+        ("round 2/2: sampling", 40),
+        ("evaluating: untouched", 30),
+        ("evaluating: guided w=2", 30),
+    ],
+)
+def test_kill_inside_a_stage_keeps_its_batches_and_no_reward_is_asked_twice(
+    tmp_path: Path, tiny_model: Callable[..., Path], stage: str, done: int
+) -> None:
+    model, calls, whole = tiny_model(), [], []
+    run(tmp_path / "whole", model, counting(whole))
+
+    def listen(progress: Progress) -> None:
+        if progress.stage == stage and progress.done >= done:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, counting(calls), listen=listen)
+    assert list((tmp_path / "run" / "pending").glob("*.jsonl")), "the batches that were made are on disk"
+    run(tmp_path / "run", model, counting(calls), resume=True)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert sum(calls) == sum(whole), "every completion was scored once"
+    assert not (tmp_path / "run" / "pending").exists()
+
+
+def test_kill_in_the_middle_of_scoring_costs_one_batch(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, scored = tiny_model(), []
+    calls = iter(range(10**9))
+
+    def dies(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        if next(calls) == 4:
+            raise Killed
+        scored.append(len(completions))
+        return even_words(prompts, completions)
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, dies)
+    before = sum(scored)
+    assert before > 16
+    run(tmp_path / "run", model, counting(scored), resume=True, accept_changed_reward=True)
+    run(tmp_path / "whole", model)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    evaluated = len(rows(tmp_path / "run" / "evaluation.jsonl"))
+    sampled = len(rows(tmp_path / "run" / "completions.jsonl"))
+    assert sum(scored) == sampled + evaluated + 4 + 12, "with the check's and the probe's completions"
+
+
+def test_reward_of_one_completion_at_a_time_keeps_each_answer(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    asked: Counter[tuple[str, str]] = Counter()
+    down = iter(range(10**9))
+
+    def one(prompt: str, completion: str) -> float | None:
+        if next(down) == 60:
+            raise Killed
+        asked[prompt, completion] += 1
+        return even_words([prompt], [completion])[0]
+
+    model = tiny_model()
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, one, rounds=1)
+    before = asked.total()
+    run(tmp_path / "run", model, one, rounds=1, resume=True)
+    assert before == 60
+    again = [pair for pair, count in asked.items() if count > 1]
+    # The check before the run has no folder to keep its four answers in.
+    assert len(again) <= 4
+
+
+def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "pending")
+    journal.stage("round-1").keep(0, ["a", 0.1])
+    (file,) = (tmp_path / "pending").glob("round-1.*")
+    with file.open("a") as half:
+        half.write('[1, ["b", 0.')
+    kept = journal.stage("round-1")
+    assert 0 in kept and 1 not in kept and kept[0] == ["a", 0.1]
+    kept.keep(1, ["b", 0.2])
+    assert journal.stage("round-1")[1] == ["b", 0.2]
+    # Another process's batches are found, other settings are another stage.
+    Journal(tmp_path / "pending", process=1).stage("round-1").keep(2, ["c", None])
+    assert 2 in journal.stage("round-1")
+    assert 0 not in journal.stage("round-1", ["other settings"])
+    journal.forget("round-1")
+    assert 0 not in journal.stage("round-1")
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '["a", []]', "[0, [[1, 2]]]", "[0, 7]", "[" * 10**5, "\udcff"])
+def test_damaged_file_of_batches_is_named(tmp_path: Path, line: str) -> None:
+    journal = Journal(tmp_path / "pending")
+    journal.stage("round-1").keep(0, [])
+    (file,) = (tmp_path / "pending").glob("round-1.*")
+    file.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(UsageError, match=r"round-1\..*is damaged .*delete it"):
+        journal.stage("round-1", decode=Scored.from_json)
+
+
+def test_evaluation_with_other_settings_does_not_take_the_old_ones_batches(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.stage.startswith("evaluating: best") and progress.done >= 30:
+            raise Killed
+
+    model = tiny_model()
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, listen=listen)
+    run(tmp_path / "run", model, resume=True, eval_samples=2)
+    evaluated = Counter(row["row"] for row in rows(tmp_path / "run" / "evaluation.jsonl"))
+    assert set(evaluated.values()) == {24}
+
+
+# --- what "finished" means ------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_finished_run_without_its_report_is_still_finished(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    run(tmp_path / "run", model, rounds=1)
+    (tmp_path / "run" / "report.html").unlink()
+    before = files(tmp_path / "run")
+    with pytest.raises(UsageError, match="finished"):
+        run(tmp_path / "run", model, rounds=1, resume=True)
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "gone", [["report.html", "finished.json"], ["finished.json", "report.html", "model"]]
+)
+def test_results_without_a_checkpoint_are_refused_and_left_alone(
+    tmp_path: Path, tiny_model: Callable[..., Path], gone: list[str]
+) -> None:
+    model = tiny_model()
+    run(tmp_path / "run", model, rounds=1)
+    for name in gone:
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = files(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"has results \(.*\) but no checkpoint"):
+        run(tmp_path / "run", model, rounds=1, resume=True)
+    after = files(tmp_path / "run")
+    after.pop(".lock", None)
+    assert after == before
+
+
+# --- the reward's identity, every start -----------------------------------------------------------
+
+
+def stop_while_learning(progress: Progress) -> None:
+    if progress.stage.endswith("learning") and progress.done >= 2:
+        raise Killed
+
+
+@pytest.mark.parametrize("when", ["sampling", "learning"])
+def test_reward_whose_code_changed_is_refused_unless_that_is_wanted(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.stage.endswith(when) and progress.done >= 2:
+            raise Killed
+
+    module = f"changing_reward_{when}"  # imported once a process
+    source = tmp_path / f"{module}.py"
+    source.write_text(
+        "def score(prompts, completions, **_):\n    return [t.count('w1') for t in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tiny_model()
+
+    def start(**settings: Any) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        listen = settings.pop("listen", lambda _: None)
+        config = small(
+            tmp_path / "run", model, **(SHORT | {"rounds": 1, "reward": f"{module}:score"} | settings)
+        )
+        Trainer(config, listen=listen, **GIVEN).train()
+
+    with pytest.raises(Killed):
+        start(listen=listen)
+    source.write_text(source.read_text().replace("w1", "w2"))
+    before = files(tmp_path / "run")
+    with pytest.raises(UsageError, match=rf"{module}:score.*--accept-changed-reward"):
+        start(resume=True)
+    assert files(tmp_path / "run") == before
+    start(resume=True, accept_changed_reward=True)
+    assert (tmp_path / "run" / "finished.json").exists()
+
+
+def test_versions_keep_every_start(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr("sys.argv", ["quark_fast/train.py", "--first"])
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, listen=stop_while_learning, checkpoint_every=1)
+    monkeypatch.setattr("sys.argv", ["quark_fast/train.py", "--resume"])
+    run(tmp_path / "run", model, resume=True, checkpoint_every=1)
+    found = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert found["command"] == "python -m quark_fast.train --first", "how to reproduce it"
+    assert [start["command"].rpartition(" ")[2] for start in found["starts"]] == ["--first", "--resume"]
+    assert [start["step"] for start in found["starts"]] == [0, 1]
+    assert all({"torch", "machine", "time"} <= start.keys() for start in found["starts"])
+    assert found["minutes"] >= 0
+
+
+def test_no_file_of_a_run_holds_what_json_has_not(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    # A single held-out prompt: no rank correlation can be had.
+    config = small(tmp_path / "run", tiny_model(), **(SHORT | {"rounds": 1}))
+    Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:1]).train()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    for path in sorted((tmp_path / "run").glob("*.json*")):
+        for line in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    (probe,) = rows(tmp_path / "run" / "metrics.jsonl", kind="probe")
+    assert probe["rank_correlation"] is None
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+
+def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Sampling of more than so many rows runs out of memory; the rows that were tried."""
+    tried: list[int] = []
+    own = rollout._sample_batch
+
+    def limited(
+        policy: Any, model: Any, prompts: Any, conditioning: Any, sampling: Any, samples: int, g: Any
+    ) -> Any:
+        tried.append(len(prompts) * samples)
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return own(policy, model, prompts, conditioning, sampling, samples, g)
+
+    monkeypatch.setattr(rollout, "_sample_batch", limited)
+    return tried
+
+
+def test_sampling_that_runs_out_of_memory_goes_on_with_half_and_says_so(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried = small_memory(monkeypatch, 5)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "run", tiny_model(), rounds=1)
+    assert "out of memory: from here on 8 completions side by side" in caplog.text
+    assert "out of memory: from here on 4 completions side by side" in caplog.text
+    assert max(tried) == 16 and 4 in tried
+    written = Counter(row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl"))
+    assert written == dict.fromkeys(PROMPTS, 4)
+    evaluated = Counter(row["row"] for row in rows(tmp_path / "run" / "evaluation.jsonl"))
+    assert set(evaluated.values()) == {48}
+
+
+def test_memory_for_not_even_one_completion_ends_in_one_line(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_memory(monkeypatch, 0)
+    with pytest.raises(UsageError, match="one sample in a forward pass is more than the memory holds"):
+        run(tmp_path / "run", tiny_model())
+
+
+def test_texts_that_run_out_of_memory_are_read_by_halves(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, sizes = perplexity.make_batch, []
+
+    def limited(policy: Any, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return own(policy, prompts, *rest)
+
+    model = tiny_model()
+    run(tmp_path / "whole", model, rounds=1)
+    monkeypatch.setattr(perplexity, "make_batch", limited)
+    run(tmp_path / "run", model, rounds=1)
+    assert max(sizes) > 3
+    for ours, theirs in zip(
+        rows(tmp_path / "run" / "evaluation.jsonl"),
+        rows(tmp_path / "whole" / "evaluation.jsonl"),
+        strict=True,
+    ):
+        assert ours["completion"] == theirs["completion"]
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 1), (5, 3), (7, 4), (3, 12)])
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 100])
+def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
+    prompts: int, samples: int, size: int
+) -> None:
+    counts = [0] * prompts
+    for part, each in _parts([3] * prompts, samples, size, padding=True):
+        places = range(prompts)[part]
+        assert len(places) * each <= size
+        for i in places:
+            counts[i] += each
+    assert counts == [samples] * prompts
+
+
+def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, listen=stop_while_learning)
+    notes: list[str] = []
+    run(tmp_path / "run", model, resume=True, sample_batch=64, listen=lambda p: notes.append(p.note))
+    assert "sample_batch = 64: the run's batches stay those of 16" in notes
+    run(tmp_path / "whole", model)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable[..., Path]) -> None:
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(tiny_model(), quantiles=2)
+    model = policy.frozen_copy(torch.float32)
+    for at_once in (0, 1, 3):
+        sampling = Sampling(4, 0, rows=12, at_once=at_once)
+        found: Iterator[Any] = sample(policy, model, [[1], [2, 3]], Conditioning(), sampling, 6, 0)
+        ((indices, completions),) = found
+        assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
+        assert len({tuple(one) for group in completions for one in group}) > 6

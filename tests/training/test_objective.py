@@ -1,0 +1,99 @@
+"""A micro-batch's loss: from hidden states as from whole logits, and which of the two a model gets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import sharpen, word_tokenizer
+from torch import Tensor
+
+from quark_fast.config import Config
+from quark_fast.model.loading import load_pretrained
+from quark_fast.model.policy import Policy
+from quark_fast.training.objective import Objective
+from quark_fast.training.trainer import Trainer
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]]
+COMPLETIONS = [[11, 12], [13, 14, 15, 16, 17], [18], [19, 20, 60]]
+QUANTILES = [0, 2, 1, 2]
+
+
+def lengths(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def objective(source: Path, **settings: Any) -> Objective:
+    policy = Policy.create(source, quantiles=3)
+    sharpen(policy.model)
+    reference, _ = load_pretrained(source, torch.float32)
+    config = Config(**({"kl_coef": 0.5, "entropy_coef": 0.1} | settings))
+    return Objective(
+        config, policy, reference.requires_grad_(False), torch.device("cpu"), contextlib.nullcontext
+    )
+
+
+def gradients(of: Objective) -> tuple[dict[str, float], dict[str, Tensor]]:
+    of.policy.model.zero_grad()
+    loss, terms = of(PROMPTS, COMPLETIONS, QUANTILES, tokens=20, samples=6)
+    assert terms["loss"] == loss.item()
+    loss.backward()
+    return terms, {n: p.grad.clone() for n, p in of.policy.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("contrast_coef", [0.0, 0.7])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_chunks_of_hidden_states_give_what_whole_logits_give(
+    tiny_model: Callable[..., Path], architecture: str, kl_coef: float, contrast_coef: float
+) -> None:
+    """Own head, tied head, tied head with a padded table."""
+    source = tiny_model(architecture, padded_vocabulary=7)
+    of = objective(source, kl_coef=kl_coef, contrast_coef=contrast_coef)
+    assert of.heads is not None
+    ours, ours_grads = gradients(of)
+    of.heads = None
+    whole, whole_grads = gradients(of)
+    assert ours == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert (ours["kl"] > 0.01) == (kl_coef > 0)
+    assert ours.keys() == {"nll", "kl", "entropy", "loss"} | ({"contrast"} if contrast_coef else set())
+    weighted = ours["nll"] + kl_coef * ours["kl"] - 0.1 * ours["entropy"]
+    assert ours["loss"] == pytest.approx(weighted + contrast_coef * ours.get("contrast", 0), rel=1e-5)
+    assert ours_grads.keys() == whole_grads.keys()
+    for name, grad in whole_grads.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(ours_grads[name], grad, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+
+
+def test_model_that_caps_its_logits_trains_on_whole_ones_and_says_so(tmp_path: Path) -> None:
+    """Head times hidden states would be other logits, and the loss silently another model's."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=62, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, attn_logit_softcapping=None,
+        bos_token_id=60, eos_token_id=60, pad_token_id=60,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    sharpen(model)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    of = objective(tmp_path / "model", contrast_coef=0.0, kl_coef=0.0)
+    assert of.heads is None
+    terms, _ = gradients(of)
+    # Capped at 2, no token is less likely than e^-4 / 62.
+    assert terms["nll"] * 20 / 11 < 4 + 4.2
+    settings = Config(
+        model=str(tmp_path / "model"), output=str(tmp_path / "run"), quantiles=2, initial_samples=2, rounds=1,
+        steps=1, batch_size=4, micro_batch=4, max_new_tokens=4, eval_samples=1, precision="fp32", threads=1,
+    )  # fmt: skip
+    prompts = [f"w{i}" for i in range(4)]
+    Trainer(settings, reward=lengths, prompts=prompts, held_out=prompts)
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert versions["loss"] == of.description
+    assert versions["loss"].startswith("whole logits")

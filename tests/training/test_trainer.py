@@ -1,0 +1,632 @@
+"""The loop on a problem known to be learnable, its resume, and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType
+from conftest import sharpen
+from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
+from transformers import OPTConfig, OPTForCausalLM
+
+from quark_fast.errors import Interrupted, UsageError
+from quark_fast.model.checks import Checked
+from quark_fast.model.policy import Policy
+from quark_fast.model.reading import Reading
+from quark_fast.runtime.distributed import Processes
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
+
+
+def test_sharded_model_whose_rows_must_not_be_padded_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(policy: Policy, *_: object, **__: object) -> Checked:
+        policy.reading = Reading(padding=False)
+        return Checked(True, ["checked"])
+
+    monkeypatch.setattr("quark_fast.training.trainer.check_model", check)
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    Trainer(small(tmp_path / "one", tiny_model()), **given)
+    monkeypatch.setattr(
+        "accelerate.Accelerator.distributed_type", property(lambda _: DistributedType.FSDP), raising=False
+    )
+    monkeypatch.setattr(Processes, "check", lambda *_: None)
+    with pytest.raises(UsageError, match=r"rows of different lengths must not .*without --use_fsdp"):
+        Trainer(small(tmp_path / "two", tiny_model()), **given)
+
+
+def test_reward_rises_and_best_is_above_none_above_worst(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "run"
+    trainer = Trainer(small(folder, tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:10])
+    trainer.train()
+    rounds = rows(folder / "metrics.jsonl", kind="round")
+    assert rounds[-1]["reward_mean"] > rounds[0]["reward_mean"] + 0.2
+    table = {row["name"]: row["metrics"]["mean"]["value"] for row in _evaluation(folder)["rows"]}
+    assert table["best token"] > table["no token"] > table["worst token"]
+    assert table["best token"] > table["untouched"] + 0.2
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+
+    def precision(found: str, resume: bool) -> str:
+        monkeypatch.setattr("quark_fast.training.trainer.settled_precision", lambda wanted: found)
+        config = small(tmp_path / "run", model, precision="auto", resume=resume)
+        return Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).config.precision
+
+    assert precision("bf16", resume=False) == "bf16"
+    assert precision("fp32", resume=True) == "bf16"
+
+
+def test_run_killed_at_any_moment_resumes_to_identical_results(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+
+    def run(name: str, die_at: int | None = None, resume: bool = False) -> None:
+        """Train; with ``die_at`` the process's state is lost at that event, as by SIGKILL."""
+        events = iter(range(10**9))
+
+        def listen(progress: Progress) -> None:
+            if next(events) == die_at:
+                raise SystemError("killed")
+
+        config = small(tmp_path / name, model, rounds=2, steps=15, checkpoint_every=4, resume=resume)
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
+        trainer.train()
+
+    run("undisturbed")
+    # Early in sampling, in learning before and after a checkpoint, in the second round, in the evaluation.
+    for die_at in (0, 3, 9, 14, 20, 34, 38):
+        name = f"killed-{die_at}"
+        with pytest.raises(SystemError, match="killed"):
+            run(name, die_at=die_at)
+        run(name, resume=True)
+        for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            assert timeless(tmp_path / name / file) == timeless(tmp_path / "undisturbed" / file), (
+                die_at,
+                file,
+            )
+
+
+def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    (tmp_path / "evens.py").write_text(
+        "def reward(prompts, completions, **columns):\n"
+        "    return [text.count('w') % 7 / 7 for text in completions]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    small(
+        tmp_path / "run",
+        tiny_model(),
+        reward="evens:reward",
+        prompts=str(tmp_path / "prompts.txt"),
+        steps=40,
+        checkpoint_every=5,
+    ).save(tmp_path / "run.yaml")
+
+    def start(*flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml"), *flags]
+        return subprocess.Popen(
+            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+
+    def wait_for_steps(process: subprocess.Popen[str], count: int) -> None:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_text().count('"step": ') >= count:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"ended early: {process.stderr.read() if process.stderr else ''}")
+
+    process = start()
+    wait_for_steps(process, 20)
+    process.kill()
+    process.communicate()
+    process = start("--resume")  # with the same file; below from the run folder's own settings
+    wait_for_steps(process, 60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
+    assert steps == list(range(1, len(steps) + 1)), "no step is lost or repeated"
+    state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
+    assert state["step"] == steps[-1], "Ctrl-C saves the very step it stopped at"
+    command = [sys.executable, "-m", "quark_fast.train", "--resume", "--output", str(tmp_path / "run")]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
+    assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_signal_does_not_wait_for_a_reward_that_hangs(
+    tmp_path: Path, tiny_model: Callable[..., Path], name: signal.Signals
+) -> None:
+    calls: list[int] = []
+
+    async def hangs(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 1:  # the first is the check before the run
+            threading.Timer(0.05, os.kill, (os.getpid(), name)).start()
+            await asyncio.sleep(600)
+        return [0.0] * len(prompts)
+
+    config = small(tmp_path / "run", tiny_model(), reward_batch=10_000)
+    trainer = Trainer(config, reward=hangs, prompts=PROMPTS, held_out=PROMPTS[:4])
+    with pytest.raises(Interrupted, match=f"--resume --output {tmp_path / 'run'}"):
+        trainer.train()
+    assert len(calls) == 2
+
+
+def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        Trainer(small(tmp_path / "run", tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise SystemError
+
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", tiny_model("llama")), listen=stop, **given).train()
+    with pytest.raises(UsageError, match="resume it with its own"):
+        Trainer(small(tmp_path / "run", tiny_model("gpt2"), resume=True), **given)
+
+
+def test_resume_with_other_training_prompts_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise SystemError
+
+    model, given = tiny_model(), {"reward": even_words, "held_out": PROMPTS[:4]}
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", model), listen=stop, prompts=PROMPTS, **given).train()
+    for other in (PROMPTS[:-1], PROMPTS[::-1]):
+        with pytest.raises(UsageError, match="training prompts are not those"):
+            Trainer(small(tmp_path / "run", model, resume=True), prompts=other, **given)
+
+
+def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model()
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} w9 {% endfor %}")
+    heard: list[Any] = []
+
+    def reward(prompts: list[str], completions: list[str], messages: list[Any]) -> list[float | None]:
+        heard.append((prompts[0], messages[0]))
+        return even_words(prompts, completions)
+
+    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    given = {"prompts": [{"prompt": m} for m in asked[4:]], "held_out": [{"prompt": m} for m in asked[:4]]}
+    Trainer(small(tmp_path / "run", model, rounds=1, steps=1), reward=reward, **given).train()
+    prompts = {row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl")}
+    assert prompts == {f"{text} w9 " for text in PROMPTS[4:]}
+    assert all(prompt == f"{messages[0]['content']} w9 " for prompt, messages in heard)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model()
+    losses = []
+    for size in (32, 5):
+        config = small(
+            tmp_path / f"micro-{size}",
+            model,
+            rounds=1,
+            steps=3,
+            micro_batch=size,
+            entropy_coef=0.1,
+            unlikelihood_coef=1.0,
+            unlikelihood_ngram=1,
+        )
+        folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2]).train()
+        steps = rows(folder / "metrics.jsonl", kind="step")
+        losses.append([row[name] for row in steps for name in ("loss", "grad_norm", "unlikelihood")])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # float32 sums in another order, three Adam steps
+
+
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+@pytest.mark.parametrize("whole_logits", [False, True], ids=["hidden", "logits"])
+def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_samples_tokens(
+    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float, whole_logits: bool
+) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6], [3]]
+    # Repeated 2-grams stand at places 2-3 of the first and 1-2, 4-5 of the second; the third has none, the
+    # fourth has them at 2-3.
+    completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3], [2, 6, 2, 6]]
+    repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5), (3, 2), (3, 3)}
+    quantiles, tokens = [0, 1, 2, 2], 17
+    model = tiny_model()
+    found = []
+    for name, coefficient in (("without", 0.0), ("with", 3.0)):
+        config = small(
+            tmp_path / name,
+            model,
+            contrast_coef=contrast,
+            unlikelihood_coef=coefficient,
+            unlikelihood_ngram=2,
+        )
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
+        sharpen(trainer.policy.model)
+        if whole_logits:
+            trainer.objective.heads = None
+        loss, terms = trainer.objective(prompts, completions, quantiles, tokens, 4)
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
+
+    policy = trainer.policy
+    policy.model.zero_grad()
+    total = torch.zeros(())
+    under = [max(k, 2 - k) if contrast else k for k in quantiles]
+    for i, (prompt, completion, k) in enumerate(zip(prompts, completions, under, strict=True)):
+        context = policy.conditioned(prompt, k)
+        logits = policy.model(torch.tensor([context + completion])).logits[0, :, : policy.vocabulary]
+        for t, token in enumerate(completion):
+            if (i, t) in repeated:
+                total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
+    total = total / tokens
+    (3.0 * total).backward()
+    assert terms["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
+    for name, parameter in policy.model.named_parameters():
+        added = found[1][name] - found[0][name]
+        assert parameter.grad is not None
+        scale = max(float(g.abs().max()) for g in (found[0][name], parameter.grad))
+        torch.testing.assert_close(added, parameter.grad, rtol=1e-3, atol=1e-4 * scale)
+    assert any(p.grad.abs().max() > 1e-3 for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_other_architectures_and_precisions_train(
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, precision: str
+) -> None:
+    model = tiny_model(architecture, padded_vocabulary=10)
+    config = small(tmp_path / "run", model, rounds=2, steps=4, precision=precision, contrast_coef=0.0)
+    folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
+    assert (folder / "report.html").exists()
+    assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
+    assert not (folder / "checkpoint").exists(), "a finished run keeps no checkpoint"
+
+
+def test_fp16_scales_the_loss_and_the_scale_survives_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 1, "steps": 6, "checkpoint_every": 2, "precision": "fp16"}
+
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning") and progress.done == 5:
+            raise SystemError
+
+    with pytest.raises(SystemError):
+        Trainer(small(tmp_path / "run", model, **settings), listen=stop, **given).train()
+    trainer = Trainer(small(tmp_path / "run", model, **settings, resume=True), **given)
+    assert trainer.accelerator.scaler.get_scale() > 1
+    assert trainer.step == 4
+    trainer.train()
+    Trainer(small(tmp_path / "whole", model, **settings), **given).train()
+    for file in ("metrics.jsonl", "evaluation.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
+
+
+def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    calls = iter(range(10**9))
+
+    def fails_later(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        if next(calls) == 4:
+            raise ConnectionError("scorer is down")
+        return even_words(prompts, completions)
+
+    model = tiny_model()
+    given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 2, "steps": 6, "sample_batch": 96}
+    with pytest.raises(UsageError, match="scorer is down"):
+        Trainer(small(tmp_path / "run", model, **settings), reward=fails_later, **given).train()
+    assert (tmp_path / "run" / "checkpoint" / "state.json").exists()
+    config = small(tmp_path / "run", model, **settings, resume=True)
+    with pytest.raises(UsageError, match="--accept-changed-reward"):
+        Trainer(config, reward=even_words, **given)
+    Trainer(dataclasses.replace(config, accept_changed_reward=True), reward=even_words, **given).train()
+    assert len(rows(tmp_path / "run" / "metrics.jsonl", kind="step")) == 12
+
+
+def test_pool_of_a_run_is_numpys_rule_on_what_the_run_wrote(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Rewards with many ties and unscored completions, of the loop's own sampling and resume."""
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "round 2/2: learning" and progress.done > 5:
+            raise SystemError
+
+    def coarse(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        shares = even_words(prompts, completions)
+        return [None if share is None or share == 1 else round(3 * share) / 3 for share in shares]
+
+    folder, model = tmp_path / "run", tiny_model()
+    short = {"rounds": 2, "steps": 8, "batch_size": 8, "checkpoint_every": 3, "eval_samples": 1}
+    given = {"reward": coarse, "prompts": PROMPTS, "held_out": PROMPTS[:2]}
+    with pytest.raises(SystemError):
+        Trainer(small(folder, model, **short), listen=stop, **given).train()
+    trainer = Trainer(small(folder, model, resume=True, **short), **given)
+    trainer.train()
+
+    written = rows(folder / "completions.jsonl")
+    rounds = rows(folder / "metrics.jsonl", kind="round")
+    assert any(row["reward"] is None for row in written)
+    rewards: list[float] = []
+    for about in rounds:
+        of_round = [r for r in written if r["round"] == about["round"] and r["reward"] is not None]
+        rewards += [row["reward"] for row in of_round]
+        levels, n = Counter(rewards), len(rewards)
+        assert len(levels) > 2
+        quantile = {}
+        for level, equal in levels.items():
+            better = sum(count for other, count in levels.items() if other > level)
+            cuts = [-(-j * n // 3) for j in (1, 2)]
+            quantile[level] = 2 - sum(2 * cut < 2 * better + equal for cut in cuts)
+        quantile[min(levels)], quantile[max(levels)] = 0, 2
+        thresholds = [min(level for level in levels if quantile[level] > k) for k in (0, 1)]
+        assert about["thresholds"] == thresholds
+        expected = [sum(row["reward"] >= t for t in thresholds) for row in of_round]
+        assert [row["quantile"] for row in of_round] == expected
+        assert about["pool"] == len(rewards)
+
+    pool = trainer.pool
+    scored = [row for row in written if row["reward"] is not None]
+    held = pool[pool.ids]
+    assert pool.unscored == len(written) - len(scored)
+    assert held.rewards.tolist() == rewards
+    assert held.rounds.tolist() == [row["round"] for row in scored]
+    decode = trainer.policy.decode
+    assert [decode(row.tolist()) for row in held.completions] == [row["completion"] for row in scored]
+    encoded = [trainer.policy.encode(row["prompt"], trainer.config.max_prompt_tokens) for row in scored]
+    assert [row.tolist() for row in held.prompts] == encoded
+    assert held.quantiles.tolist() == [sum(r >= t for t in thresholds) for r in rewards]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_gradient_checkpointing_gives_the_gradients_of_the_formula_without_dropout(
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str
+) -> None:
+    if architecture == "opt":  # its layers drop out by themselves, not by a part of theirs
+        model = tiny_model()
+        shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        words = {"vocab_size": 62, "eos_token_id": 60, "bos_token_id": 60, "pad_token_id": 60}
+        OPTForCausalLM(OPTConfig(dropout=0.5, word_embed_proj_dim=32, **shape, **words)).save_pretrained(
+            model
+        )
+    else:
+        model = tiny_model(architecture)
+    found, calls = [], []
+    for checkpointing in (False, True):
+        config = small(tmp_path / f"run-{checkpointing}", model, gradient_checkpointing=checkpointing)
+        trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
+        body = trainer.policy.model.base_model
+        layers = getattr(body, "layers", None) or getattr(body, "h", None) or body.decoder.layers
+        # Within the layer: hooks of the layer itself stay outside of what is computed again.
+        inner = next(layers[0].children())
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss, _ = trainer.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], 4, 2)
+        before = len(calls)
+        loss.backward()
+        assert (len(calls) > before) is checkpointing, "the layer is computed again, or not"
+        found.append({n: p.grad for n, p in trainer.policy.model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=0, atol=0)
+
+
+# --- coarse rewards -------------------------------------------------------------------------------
+
+
+def test_yes_or_no_puts_failures_under_the_worst_token_and_successes_under_the_best(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def passes(prompts: list[str], completions: list[str], **columns: Any) -> list[bool]:
+        return [text.startswith("w7") for text in completions]
+
+    config = small(tmp_path / "run", tiny_model(), rounds=1, steps=4, quantiles=5)
+    trainer = Trainer(config, reward=passes, prompts=PROMPTS, held_out=PROMPTS[:4])
+    trainer.train()
+    written = rows(tmp_path / "run" / "completions.jsonl")
+    share = sum(row["reward"] for row in written) / len(written)
+    assert 0.01 < share < 0.2, "so few that all were labelled best before"
+    assert all(row["quantile"] == (4 if row["reward"] else 0) for row in written)
+    labels = trainer.pool.labels()[: len(trainer.draws.counts)]
+    drawn = [int(trainer.draws.counts[labels == k].sum()) for k in range(5)]
+    assert drawn == [64, 0, 0, 0, 64], "half of the draws each"
+
+
+def constant_until(round_of_change: int) -> Callable[..., list[float | None]]:
+    """All rewards are 0 until the prompts have been scored in so many rounds."""
+    scored: Counter[str] = Counter()
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        scored.update(set(prompts))
+        late = max(scored[prompt] for prompt in prompts) > round_of_change + 1  # the check is one
+        return even_words(prompts, completions) if late else [0.0] * len(completions)
+
+    return reward
+
+
+def test_pool_of_one_reward_ends_the_run_in_one_line_and_keeps_its_samples(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    notes: list[str] = []
+    config = small(tmp_path / "run", tiny_model(), rounds=2, steps=4, initial_samples=2, explore_samples=1)
+    trainer = Trainer(
+        config,
+        reward=lambda prompts, completions, **_: [0.25] * len(prompts),
+        prompts=PROMPTS,
+        held_out=PROMPTS[:4],
+        listen=lambda progress: notes.append(progress.note),
+    )
+    with pytest.raises(UsageError, match=r"all 72 rewards are 0\.25.*completions\.jsonl.*--initial-samples"):
+        trainer.train()
+    assert [note for note in notes if "all 48 rewards are 0.25" in note]
+    assert len(rows(tmp_path / "run" / "completions.jsonl")) == 72
+    assert not rows(tmp_path / "run" / "metrics.jsonl", kind="step")
+    assert (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_round_without_a_second_reward_is_left_out_and_the_next_learns(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    settings = {"rounds": 3, "steps": 4, "initial_samples": 1, "explore_samples": 1, "checkpoint_every": 2}
+    given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
+
+    def train(name: str, die_at: str = "", resume: bool = False, **more: Any) -> Trainer:
+        def listen(progress: Progress) -> None:
+            if die_at and progress.stage.startswith(die_at) and progress.done == 3:
+                raise SystemError
+
+        config = small(tmp_path / name, model, **settings, resume=resume, **more)
+        trainer = Trainer(config, listen=listen, **given, reward=reward)
+        trainer.train()
+        return trainer
+
+    reward: Any = constant_until(1)
+    trainer = train("whole")
+    steps = rows(tmp_path / "whole" / "metrics.jsonl", kind="step")
+    assert [(row["step"], row["round"]) for row in steps] == [(i + 1, 1 + i // 4) for i in range(8)]
+    assert trainer.left_out == 1
+    # The schedule is that of two rounds: it falls to its end.
+    assert steps[-1]["lr"] == pytest.approx(trainer.config.learning_rate * trainer.config.decay(7, 2))
+    assert [row["guidance"] for row in rows(tmp_path / "whole" / "metrics.jsonl", kind="round")] == [
+        1,
+        1,
+        1.5,
+    ]
+    reward = constant_until(1)
+    with pytest.raises(SystemError):
+        train("run", die_at="round 2/3: learning")
+    train("run", resume=True)
+    for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_tokens_that_training_touched_stay_as_it_left_them(
+    tmp_path: Path, tiny_model: Callable[..., Path], contrast: float
+) -> None:
+    config = small(
+        tmp_path / "run", tiny_model(), rounds=1, steps=3, quantile_weights="best", contrast_coef=contrast
+    )
+    trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    trained: list[torch.Tensor] = []
+    own = trainer._probe
+
+    def probe() -> None:
+        trained.append(trainer.policy.model.get_input_embeddings().rows.detach().clone())
+        own()
+
+    trainer._probe = probe  # type: ignore[method-assign]
+    trainer.train()
+    worst, between, best = trainer.policy.model.get_input_embeddings().rows.detach()
+    torch.testing.assert_close(best, trained[0][2], rtol=0, atol=0)
+    if contrast:  # its mirror token was trained as well
+        torch.testing.assert_close(worst, trained[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(between, (worst + best) / 2)
+    else:
+        torch.testing.assert_close(worst, best, rtol=0, atol=0)
+
+
+def test_check_at_the_start_scores_completions_of_the_model(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        heard.extend(zip(prompts, completions, strict=True))
+        # A prompt in place of a completion would be left out, and so are most completions.
+        return [1.0 if text.count("w") == 8 and text.endswith("7") else None for text in completions]
+
+    config = small(tmp_path / "run", tiny_model(), **SHORT)
+    Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:4])
+    assert {prompt for prompt, _ in heard} <= set(PROMPTS)
+    assert all(text.count("w") > 2 for _, text in heard)
+    assert len(heard) in (4, 24)
+    with pytest.raises(UsageError, match="scored none of 24 completions"):
+        Trainer(
+            small(tmp_path / "other", tiny_model(), **SHORT),
+            reward=lambda prompts, completions, **_: [None] * len(prompts),
+            prompts=PROMPTS,
+            held_out=PROMPTS[:4],
+        )
+    assert not (tmp_path / "other").exists()
+
+
+def test_run_of_chats_goes_on_after_midnight_with_the_date_that_it_began_with(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+
+    def train(name: str, date: str, die: bool = False, resume: bool = False) -> None:
+        # What a template leaves out of a message does not matter, either.
+        template = "{% for m in messages %}" + date + " {{ m['content'][3:] }} w9 {% endfor %}"
+        (model / "chat_template.jinja").write_text(template)
+
+        def listen(progress: Progress) -> None:
+            if die and progress.stage.endswith("1/2: learning") and progress.done == 3:
+                raise SystemError
+
+        config = small(tmp_path / name, model, **(SHORT | {"rounds": 2}), resume=resume)
+        Trainer(config, reward=even_words, prompts=chats, listen=listen).train()
+
+    train("whole", "w28")
+    with pytest.raises(SystemError):
+        train("run", "w28", die=True)
+    train("run", "w29", resume=True)
+    for file in ("completions.jsonl", "evaluation.jsonl", "held_out.jsonl", "prompts.jsonl"):
+        assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
+
+
+def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    config = small(tmp_path / "run", tiny_model("gpt2"), **SHORT, max_prompt_tokens=3)
+    given = [*PROMPTS, "w1 w2 w3 w4 w5"]
+    trainer = Trainer(config, reward=even_words, prompts=given, held_out=[*PROMPTS[:4], "w1 w2 w3 w4"])
+    lines = [
+        "1 of 25 training prompts left out: longer than 3 tokens (the longest 5)",
+        "1 of 5 held-out prompts left out: longer than 3 tokens (the longest 4)",
+    ]
+    assert trainer.about_prompts == lines
+    trainer.train()
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["prompts"] == lines
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 25 training prompts left out" in page
+    assert len(rows(tmp_path / "run" / "held_out.jsonl")) == 4
