@@ -16,6 +16,7 @@ from quark_fast.evaluation.modes import HeldOut, Mode, evaluation_sampling
 from quark_fast.evaluation.summary import summarise
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.metrics import Sample
+from quark_fast.model.encode import encode_rows
 from quark_fast.report.files import read_run
 from quark_fast.report.tables import results_table
 from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
@@ -38,8 +39,12 @@ class FinishedRun:
         self.reward = choose_reward(config, self.task, self.run.device)
         policy = self.run.policy
         most = policy.room_of(config)
-        rows, ids, texts = policy.encode_rows(
-            load_prompts(folder / HELD_OUT).rows, most, config.prefix_tokens, cut=config.long_prompts == "cut"
+        rows, ids, texts = encode_rows(
+            policy,
+            load_prompts(folder / HELD_OUT).rows,
+            most,
+            config.prefix_tokens,
+            cut=config.long_prompts == "cut",
         )
         self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
 

@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> None:
 
     processes = Processes.join()
     if config is None:
-        config = processes.everywhere(parsed)[processes.index]
+        config = processes.together(parsed)
     console = Terminal(quiet=not processes.main)
     from quark_fast.report.columns import scores_are_rewards
     from quark_fast.report.files import read_run
@@ -100,14 +100,14 @@ def run(arguments: Sequence[str]) -> None:
     keep_freed_memory()
     display = Display(console)
     trainer = Trainer(config, listen=display)
-    console.print("; ".join(trainer.checked.lines))
-    if trainer.about_prompts:
-        console.print("; ".join(trainer.about_prompts))
+    setup, prompts = trainer.setup, trainer.setup.prompts
+    console.print("; ".join(setup.checked.lines))
+    if prompts.about:
+        console.print("; ".join(prompts.about))
     console.print(
-        f"{len(trainer.train_rows)} training and"
-        f" {len(trainer.held_out.rows)} held-out prompts, none longer than {trainer.longest_prompt:,} tokens,"
-        f" reward {trainer.reward.name},"
-        f" {trainer.config.precision} on {trainer.device}, run folder {trainer.folder.path}"
+        f"{len(prompts.train)} training and {len(prompts.held_out.rows)} held-out prompts, none longer than"
+        f" {setup.policy.room_of(trainer.config):,} tokens, reward {setup.reward.name},"
+        f" {trainer.config.precision} on {setup.device}, run folder {trainer.folder.path}"
     )
     with display.shown():
         folder = trainer.train()

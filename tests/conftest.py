@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from transformers import (
     Qwen2Config,
     Qwen2Tokenizer,
 )
+
+from quark_fast.model.copies import whole_copy
+from quark_fast.model.export import write_export
+from quark_fast.model.policy import Policy
 
 # One core each for the processes that run the tests, and for those that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -128,3 +133,10 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
 
     return make
+
+
+def export(
+    policy: Policy, folder: Path, dtype: torch.dtype, sampling: Mapping[str, Any] | None = None
+) -> None:
+    """Write the policy as a run does in the end."""
+    write_export(policy, folder, whole_copy(policy, dtype), sampling)

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from conftest import save_tiny_model
+from conftest import export, save_tiny_model
 from rich.text import Text
 
 from quark_fast.config import Config, load_config, parse
@@ -795,7 +795,7 @@ SMALL: list[Any] = [None, True, 0, -1, 1, 0.5, "", "x", "../../etc/passwd", [], 
 @functools.cache
 def _exported() -> Path:
     policy = Policy.create(save_tiny_model(SCRATCH / "tiny", "llama"), quantiles=2)
-    policy.export(SCRATCH / "exported", torch.float32)
+    export(policy, SCRATCH / "exported", torch.float32)
     return SCRATCH / "exported"
 
 

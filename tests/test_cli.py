@@ -28,7 +28,9 @@ from quark_fast.report import __main__ as report_command
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.rollout.transformers import sample
 from quark_fast.terminal import Terminal
-from quark_fast.training import trainer
+from quark_fast.training.explore import Explorer
+from quark_fast.training.learn import Learner
+from quark_fast.training.progress import Progress
 
 Command = Callable[[Sequence[str]], int]
 
@@ -123,7 +125,7 @@ def refused(
 ) -> Callable[[Command, Sequence[str]], str]:
     """Runs a command that must refuse its input: status 2, one line, nothing sampled, nothing made."""
     for module in (
-        "quark_fast.training.trainer",
+        "quark_fast.training.explore",
         "quark_fast.evaluation.held_out",
     ):  # all but the few that a reward is tried on
         monkeypatch.setattr(f"{module}.kept_or_drawn", lambda *_, **__: pytest.fail("sampling began"))
@@ -538,11 +540,11 @@ def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> N
 def test_stopped_before_the_first_checkpoint_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: trainer.Trainer, *given: Any) -> None:
+    def stop(self: Explorer, *given: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(trainer.Trainer, "_scored", stop)
+    monkeypatch.setattr(Explorer, "_scored", stop)
     assert train.main(flags(output="early")) == 130
     assert "what was sampled is kept: go on with --resume --output early" in capsys.readouterr().err
     monkeypatch.undo()
@@ -552,14 +554,14 @@ def test_stopped_before_the_first_checkpoint_says_so(
 def test_stopped_run_says_how_to_go_on_and_does(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trainer.Trainer._step
+    run = Learner.step
 
-    def stop_after_one(self: trainer.Trainer, *given: Any) -> dict[str, float]:
-        self.stop.asked = True
+    def stop_after_one(self: Learner, *given: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
         return run(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", stop_after_one)
+        patch.setattr(Learner, "step", stop_after_one)
         assert train.main(flags(output="stopped")) == 130
     assert "--resume --output stopped" in capsys.readouterr().err
     assert train.main(["--config", "stopped/config.yaml", "--resume"]) == 0
@@ -580,7 +582,7 @@ def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
         console.print("run folder /a/folder/whose/path/is/longer/than/the/line")
         display = train.Display(console)
         for done in (1, 2, 3):
-            display(trainer.Progress("sampling", done, 3, {"reward": done / 4}))
+            display(Progress("sampling", done, 3, {"reward": done / 4}))
         return file.getvalue()
 
     first = "run folder /a/folder/whose/path/is/longer/than/the/line\n"

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, word_tokenizer
+from conftest import export, save_tiny_model, word_tokenizer
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
 from quark_fast.model.policy import Policy
-from quark_fast.training.trainer import Trainer
+from quark_fast.training.learn import Learner
+from quark_fast.training.state import State
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,15 +39,15 @@ def run_line(line: str) -> None:
 
 def interrupt_after_a_step(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training line as it goes on with a Ctrl-C in its second step."""
-    step = Trainer._step
+    step = Learner.step
 
-    def interrupted(self: Trainer, *given: Any) -> Any:
-        if self.step:
+    def interrupted(self: Learner, state: State, *given: Any) -> Any:
+        if state.step:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *given)
+        return step(self, state, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupted)
+        patch.setattr(Learner, "step", interrupted)
         assert train.main(shlex.split(os.path.expandvars(line))[3:]) == 130
 
 
@@ -102,7 +103,7 @@ def test_python_of_the_readme_runs_on_tiny_models_of_the_same_names(
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "gpt2", "gpt2")
     exported = tmp_path / "runs" / "toxicity" / "model"
-    Policy.create(save_tiny_model(tmp_path / "llama", "llama"), quantiles=5).export(exported, torch.float32)
+    export(Policy.create(save_tiny_model(tmp_path / "llama", "llama"), quantiles=5), exported, torch.float32)
     # What the loss and the pool are given there without being made.
     vocabulary = 11
     given: dict[str, Any] = {

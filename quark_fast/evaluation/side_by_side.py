@@ -37,7 +37,8 @@ from quark_fast.evaluation.summary import classes_sha256, describe_evaluation, s
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.metrics import Sample
 from quark_fast.model.checks import check_reading
-from quark_fast.model.loading import load_tokenizer
+from quark_fast.model.encode import encode_rows
+from quark_fast.model.loading import frozen, load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.tables import markdown_page
@@ -301,7 +302,8 @@ class Evaluator:
             policy = opened.policy
             self.dtypes.add(opened.model.dtype)
             for domain in self.domains:
-                rows, ids, texts = policy.encode_rows(
+                rows, ids, texts = encode_rows(
+                    policy,
                     domain.rows,
                     policy.room_of(self.config),
                     self.config.prefix_tokens,
@@ -356,7 +358,7 @@ class Evaluator:
         samples_untouched = self.untouched_by[self._untouched(label)] == label
         if isinstance(subject, Plain):
             policy = Policy.plain(subject.given, self.dtype, self.prefixes.get(subject.source), self.trust)
-            model = policy.freeze(self.device)
+            model = frozen(policy.model, self.device)
             check_reading(policy, model, [None] * 3)
             only = [Mode(UNTOUCHED, Conditioning(), untouched=True)] if samples_untouched else []
             return _Open(policy, model, lambda: model, only)
@@ -389,7 +391,7 @@ class Evaluator:
         policy, model = self.opened.policy, self.opened.reference()
         if ppl_model is not None:
             policy = Policy.plain(ppl_model, self.dtype, trust_remote_code=self.trust)
-            model = policy.freeze(self.device)
+            model = frozen(policy.model, self.device)
             check_reading(policy, model, [None] * 3)
         longest = self.config.max_prompt_tokens or LONGEST_PROMPT
         self.nll: dict[str, Nll] = {}

@@ -13,6 +13,7 @@ from quark_fast.config import Config, load_config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
 from quark_fast.model.checks import check_reading
+from quark_fast.model.copies import frozen_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.machine import sampling_dtype
@@ -66,6 +67,6 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = sampling_dtype(config.precision, device)
     policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
-    policy.model = policy.frozen_copy(dtype).to(device)
+    policy.model = frozen_copy(policy, dtype).to(device)
     check_reading(policy, policy.model, [policy.quantiles - 1, 0, None])
     return Finished(config, policy, device)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from quark_fast.data.tokenizer import SENTENCE
 from quark_fast.errors import UsageError
 from quark_fast.model.batch import completion_hidden, completion_logits, make_batch
+from quark_fast.model.copies import frozen_copy, whole_copy
+from quark_fast.model.export import write_export
 from quark_fast.model.loading import decoding, first_line, load_pretrained
 from quark_fast.model.lookups import Lookups
 from quark_fast.model.lora import has_adapters
@@ -170,7 +172,7 @@ def _check_step(policy: Policy, reference: Any, objective: Callable[[], Loss]) -
 
     with _blamed(reference, "cannot be trained"):
         loss, _ = within_memory(step, len(quantiles), lambda _: None)
-        copied = policy.frozen_copy(reference.dtype)
+        copied = frozen_copy(policy, reference.dtype)
     if not bool(loss.isfinite()):
         raise _wrong(reference, "cannot be trained: the loss of a step is NaN or infinite")
     _check_decoding(policy, copied, [best, 0, None])
@@ -414,9 +416,9 @@ def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie
         tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch,
         _blamed(policy.model, "cannot be exported", scratch),
     ):
-        model = policy.whole_copy(policy.stored_dtype)
+        model = whole_copy(policy, policy.stored_dtype)
         own = torch.cat([_alone(policy, model, ids) for ids in texts])
-        policy.write_export(Path(scratch), model, sampling, untie=untie)
+        write_export(policy, Path(scratch), model, sampling, untie=untie)
         del model  # not both in memory
         again, tokenizer = load_pretrained(scratch, policy.stored_dtype, trust_remote_code=trust)
         again.to(policy.model.device)

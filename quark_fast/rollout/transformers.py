@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quark_fast.errors import UsageError
+from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import next_logits, runs_of_one_length
 from quark_fast.rollout.sampling import Batch, Conditioning, Draw, Sampler, Sampling, batches
@@ -37,7 +38,7 @@ def sample(
     memory does not suffice for a batch, half of it is sampled at a time, and a warning says so.
 
     Args:
-        model: ``policy.frozen_copy(...)``, or the reference.
+        model: ``frozen_copy(policy, ...)``, or the reference.
         prompts: token ids without prefix.
         share: (index, count) of a process among several: every count-th batch, from the index-th on.
         done: places of batches that are there already and are left out.
@@ -116,7 +117,7 @@ class TransformersRollout:
             yield functools.partial(self.sampler, self.policy, self.reference)
         else:
             # The copy goes when the round is sampled: learning needs its memory.
-            yield functools.partial(sample, self.policy, self.policy.frozen_copy(self.dtype))
+            yield functools.partial(sample, self.policy, frozen_copy(self.policy, self.dtype))
 
     def close(self) -> None:
         """Nothing is kept between rounds."""

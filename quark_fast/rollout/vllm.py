@@ -29,6 +29,8 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.tokenizer import reward_token
 from quark_fast.errors import UsageError
+from quark_fast.model.copies import whole_copy
+from quark_fast.model.export import write_export
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Batch, Conditioning, Draw, Sampling, batches
 from quark_fast.rollout.vllm_server import Completions, Request, Server, check_answer, dtype_name
@@ -87,14 +89,14 @@ class VllmRollout:
 
     def _synchronise(self) -> Path:
         """Have vLLM hold the policy as it is now; the folder of its weights."""
-        copies = [self.policy.whole_copy(self.dtype)]  # of a sharded policy all processes have to make one
+        copies = [whole_copy(self.policy, self.dtype)]  # of a sharded policy all processes have to make one
 
         def load() -> Path:
             weights = self.folder / f"weights-{uuid.uuid4().hex[:12]}"
             scratch = self.folder / "unfinished"
             shutil.rmtree(scratch, ignore_errors=True)
             # Gone when vLLM loads: in this process the memory is to be its.
-            self.policy.write_export(scratch, copies.pop(), padding=False)
+            write_export(self.policy, scratch, copies.pop(), padding=False)
             scratch.rename(weights)
             scratch.symlink_to(weights.name)
             scratch.replace(launch_folder(self.folder))

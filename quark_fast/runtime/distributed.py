@@ -3,7 +3,7 @@
 The processes hold the same pool and make the same plan of steps from the same seeds. Sampling, scoring and
 the evaluation are split by batches, a step by samples; what a process made is gathered in an order that does
 not depend on how many there are. So any number of processes computes what one does, up to the rounding of
-float32 sums, and a checkpoint is nobody's in particular.
+float32 sums, and checkpoints do not depend on the number of processes.
 
 With one process everything here does the work and nothing else.
 """
@@ -51,8 +51,8 @@ class Processes:
     """This process among those of the run.
 
     Attributes:
-        count, index: how many there are, and this one's place among them.
-        main: whether this is the first, which alone writes and shows.
+        count, index: how many there are (the world size), and which one this is (the rank).
+        main: whether this is rank 0, which alone writes and shows.
         replicated, sharded, zero: whether each has the whole model (DDP), a part of it (FSDP2), or the whole
             and a part of the optimizer's state (DeepSpeed).
     """
@@ -82,8 +82,8 @@ class Processes:
         return joined
 
     @property
-    def share(self) -> tuple[int, int]:
-        """(index, count): of a list of batches this process does every count-th, from index on."""
+    def shard(self) -> tuple[int, int]:
+        """(rank, world size): of a list of batches this process does every count-th, from its rank on."""
         return self.index, self.count
 
     @property
@@ -93,7 +93,7 @@ class Processes:
 
     # ---------------------------------------------------------------- work and agreement
 
-    def everywhere(self, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
         """Do the work on every process; the results of all, by index.
 
         An error of any ends all of them here: the first that failed raises its own, the others
@@ -112,10 +112,16 @@ class Processes:
         self._raise([words for words, _ in heard], failure)
         return [found for _, found in heard]
 
-    def once(self, work: Callable[[], T], share: Callable[[T], Any] = lambda result: result) -> T:
-        """Do the work on the main process; its result for all, of which the others get ``share(result)``.
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work on every process; this one's result. An error of any ends all, as in ``all_gather``."""
+        done: list[T] = []
+        self.all_gather(lambda: done.append(work()))
+        return done[0]
 
-        An error is the main process's; the others raise OtherProcessFailed.
+    def on_rank_0(self, work: Callable[[], T], send: Callable[[T], Any] = lambda result: result) -> T:
+        """Do the work on rank 0; its result for all, of which the others get ``send(result)``.
+
+        An error is rank 0's; the others raise OtherProcessFailed.
         """
         if self.count == 1:
             return work()
@@ -126,7 +132,7 @@ class Processes:
                 result = work()
             except BaseException as error:  # raised again below, once the others know
                 failure = error
-        sent = [(_in_words(failure), share(result) if self.main and failure is None else None)]
+        sent = [(_in_words(failure), send(result) if self.main and failure is None else None)]
         dist.broadcast_object_list(sent, src=0)
         self._raise([sent[0][0]], failure)
         found: Any = result if self.main else sent[0][1]
@@ -141,8 +147,8 @@ class Processes:
         raise OtherProcessFailed(f"process {failed[0]} failed: {failures[failed[0]]}") from own
 
     @contextlib.contextmanager
-    def alike(self) -> Iterator[None]:
-        """A block that ends in the same way on every process: with its error, if any, the first tells."""
+    def same_error(self) -> Iterator[None]:
+        """A block that ends alike on every process: an error is raised as itself on rank 0 alone."""
         try:
             yield
         except UsageError as error:
@@ -281,8 +287,8 @@ class Processes:
             )
         return self.any(here is not None)
 
-    def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors whole and in RAM on the main process, nothing on the others, which have to ask, too."""
+    def gather(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors whole and in RAM on rank 0, nothing on the others, which have to call this, too."""
         found = {}
         for name, tensor in tensors:
             complete = whole(tensor.detach())
@@ -290,8 +296,8 @@ class Processes:
                 found[name] = complete.cpu().contiguous()
         return found
 
-    def lay_out(self, value: Tensor, like: Tensor) -> Tensor:
-        """A tensor of the main process on all, laid out as ``like`` is; elsewhere ``value`` has no data."""
+    def distribute(self, value: Tensor, like: Tensor) -> Tensor:
+        """Rank 0's tensor on every process, sharded as ``like`` is; elsewhere ``value`` has no data."""
         if self.count == 1 and not isinstance(like, DTensor):
             return value
         on_device = value.to(like.device) if self.main else torch.empty_like(value, device=like.device)
@@ -347,16 +353,16 @@ def without_data(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-def in_turn(shares: Sequence[Sequence[tuple[K, T]]]) -> Iterator[tuple[K, T]]:
-    """What the processes made of their ``share`` of one list after another, in the order of the lists.
+def in_batch_order(shards: Sequence[Sequence[tuple[K, T]]]) -> Iterator[tuple[K, T]]:
+    """What the processes made of their shards of one list after another, in the order of the lists.
 
     Args:
-        shares: of each process, (which list, one item).
+        shards: of each process, (which list, one item).
     """
-    for key in dict.fromkeys(key for share in shares for key, _ in share):
-        parts = [[item for item in share if item[0] == key] for share in shares]
-        for place in range(max(map(len, parts))):
-            yield from (part[place] for part in parts if place < len(part))
+    for key in dict.fromkeys(key for shard in shards for key, _ in shard):
+        parts = [[item for item in shard if item[0] == key] for shard in shards]
+        for i in range(max(map(len, parts))):
+            yield from (part[i] for part in parts if i < len(part))
 
 
 def _in_words(error: BaseException | None) -> str | None:

@@ -4,54 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from quark_fast.errors import Interrupted
-from quark_fast.runtime.run_folder import (
-    RunFolder,
-)
 
 
 class Stop:
-    """Whether the user asked to stop."""
+    """Whether the user asked to stop.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.asked = self.safe = False
-        self.folder = folder
+    Args:
+        message: how the run goes on, for the error.
+    """
 
-    @property
-    def message(self) -> str:
-        known = self.folder.has_checkpoint
-        how = "go on from the last checkpoint" if known else "what was sampled is kept: go on"
-        return f"stopped; {how} with --resume --output {self.folder.path}"
+    def __init__(self, message: Callable[[], str]) -> None:
+        self.asked = self.at_once = False
+        self.message = message
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Work that a resumed run repeats anyway: a signal need not wait for it."""
-        self.safe = True
+    def allowed_at_once(self) -> Iterator[None]:
+        """Around work that a resumed run repeats anyway: a signal stops it at once."""
+        self.at_once = True
         try:
             if self.asked:  # while the checkpoint was written
-                raise Interrupted(self.message)
+                raise Interrupted(self.message())
             yield
         finally:
-            self.safe = False
+            self.at_once = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signals; a second signal stops at once, too."""
+        if self.asked or self.at_once:
+            raise Interrupted(self.message())
+        self.asked = True
 
 
 @contextlib.contextmanager
-def stop_signals(folder: RunFolder) -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
-    stop = Stop(folder)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked or stop.safe:
-            raise Interrupted(stop.message)
-        stop.asked = True
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
+def stop_signals(message: Callable[[], str]) -> Iterator[Stop]:
+    """Around a run: Ctrl-C and SIGTERM ask it to stop after its current step."""
+    stop = Stop(message)
     try:
-        before = {number: signal.signal(number, ask) for number in numbers}
-    except ValueError:  # not the main thread: signals are somebody else's
+        before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may set handlers; in another one the program has its own
         yield stop
         return
     try:

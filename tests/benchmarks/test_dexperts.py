@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import sharpen
 
+from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Conditioning, Sampling
 from quark_fast.rollout.transformers import sample
@@ -23,7 +24,7 @@ def test_mixture_of_three_models_samples_what_whole_forward_passes_say(
     from dexperts import Mixture
 
     policy = Policy.create(tiny_model(), quantiles=2)
-    models = [policy.frozen_copy(torch.float32) for _ in range(3)]
+    models = [frozen_copy(policy, torch.float32) for _ in range(3)]
     for place, model in enumerate(models):
         sharpen(model)
         with torch.no_grad():

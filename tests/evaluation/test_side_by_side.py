@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, sharpen
+from conftest import export, save_tiny_model, sharpen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
@@ -22,6 +22,7 @@ from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
 from quark_fast.evaluation.subjects import OUT_OF_DOMAIN, find_subject, labels
 from quark_fast.metrics import Sample, as_json, compare
+from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def save_run(folder: Path, base: str, seed: int, **settings: Any) -> Path:
         **settings,
     )
     policy = Policy.create(base, quantiles=3, seed=seed)
-    policy.export(folder / "model", torch.float32)
+    export(policy, folder / "model", torch.float32)
     config.save(folder / "config.yaml")
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
     (folder / "held_out.jsonl").write_text(lines)
@@ -246,7 +247,7 @@ def test_token_across_the_border_of_prompt_and_completion_counts_to_the_completi
     policy = Policy.plain(place / "stranger", torch.float32)
     # Together "w" and "1" are one token. A text without any token counts nothing.
     pairs = [("w2 w", "1 w3"), ("w", "1w"), ("w5", " 7"), ("w4", "")]
-    measure = text_nll(policy, policy.freeze(CPU), [prompt for prompt, _ in pairs], 40)
+    measure = text_nll(policy, frozen(policy.model, CPU), [prompt for prompt, _ in pairs], 40)
     found = measure(range(len(pairs)), [], [text for _, text in pairs])
     for (nll, tokens), (prompt, text) in zip(found, pairs, strict=True):
         expected, count = by_hand(place / "stranger", prompt, text) if text else (0.0, 0)
@@ -255,7 +256,7 @@ def test_token_across_the_border_of_prompt_and_completion_counts_to_the_completi
 
 def test_long_prompt_is_cut_in_front_and_a_completion_beyond_all_positions_refused(place: Path) -> None:
     policy = Policy.plain(place / "stranger", torch.float32)  # 64 positions
-    model = policy.freeze(CPU)
+    model = frozen(policy.model, CPU)
     prompt = "w1" + " w1" * 60  # 121 tokens
     for most, kept in ((10, 5), (100, 31)):  # the completion has 2 tokens
         (cut,) = text_nll(policy, model, [prompt], most)([0], [], [" w3"])

@@ -61,7 +61,11 @@ from quark_fast.data import assets  # noqa: E402
 from quark_fast.pool.pool import RolloutPool  # noqa: E402
 from quark_fast.runtime.machine import versions  # noqa: E402
 from quark_fast.terminal import exit_status  # noqa: E402
-from quark_fast.training import trainer as trainer_module  # noqa: E402
+from quark_fast.training import results  # noqa: E402
+from quark_fast.training.checkpoint import Checkpoint  # noqa: E402
+from quark_fast.training.explore import Explorer  # noqa: E402
+from quark_fast.training.learn import Learner  # noqa: E402
+from quark_fast.training.results import Results  # noqa: E402
 from quark_fast.training.trainer import Trainer  # noqa: E402
 
 INTERVAL = 2  # steps between checkpoints
@@ -160,17 +164,17 @@ def marked(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..
 def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) -> None:
     """One run, to its end or to its kill; the plots of its report take longer than all else."""
     if not plots:
-        trainer_module.write_report = lambda folder: (folder / "report.html").touch()
-    methods = {
-        "_sample": "sampling",
-        "_step": "step",
-        "_save": "checkpoint",
-        "_probe": "probe",
-        "_evaluate": "evaluation",
-        "_finish": "report and export",
-    }
-    for method, name in methods.items():
-        setattr(Trainer, method, marked(marks, name, getattr(Trainer, method)))
+        results.write_report = lambda folder: (folder / "report.html").touch()
+    methods = [
+        (Explorer, "explore", "sampling"),
+        (Learner, "step", "step"),
+        (Checkpoint, "save", "checkpoint"),
+        (Results, "probe", "probe"),
+        (Results, "evaluate", "evaluation"),
+        (Results, "export", "report and export"),
+    ]
+    for stage, method, name in methods:
+        setattr(stage, method, marked(marks, name, getattr(stage, method)))
     RolloutPool.add = marked(marks, "pool update", RolloutPool.add)  # type: ignore[method-assign]
     config = Config(
         model=str(model),
@@ -204,8 +208,9 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
     with marks.stage("set-up"):
         trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:3])
     # From here on: the check of the reward, in the set-up, is no scoring.
-    object.__setattr__(trainer, "reward", marked_reward(marks, trainer.reward))
-    marks.say("at", trainer.step)
+    trainer.setup.reward = marked_reward(marks, trainer.setup.reward)
+    object.__setattr__(trainer.explorer, "reward", trainer.setup.reward)
+    marks.say("at", trainer.state.step)
     trainer.train()
 
 

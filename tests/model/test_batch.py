@@ -13,7 +13,7 @@ from conftest import WORDS, sharpen
 from quark_fast.model.batch import completion_logits, make_batch
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
-from quark_fast.training.draws import WINDOW, Draws, plan_batches
+from quark_fast.training.quantize import WINDOW, Draws, plan_batches
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quark_fast.config import Config
 from quark_fast.model import checks
 from quark_fast.model.checks import WrongModel, check_export, check_model, check_policy
+from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
@@ -181,7 +182,7 @@ def test_step_that_fails_is_refused_before_the_run(policy: Policy, tmp_path: Pat
             raise RuntimeError("index_add_(): self (Float) and source (BFloat16)")
         return forward(ids, **inputs)
 
-    reference = policy.frozen_copy(torch.float32)
+    reference = frozen_copy(policy, torch.float32)
 
     def check() -> list[str]:
         objective = step_of(policy, reference)
@@ -203,7 +204,7 @@ def test_state_that_a_module_keeps_of_a_step_is_no_hindrance_to_a_copy(policy: P
     layer = policy.model.model.layers[0]
     layer.state = (layer.mlp.up_proj.weight * 2).sum()
     assert layer.state.grad_fn is not None
-    assert policy.whole_copy(torch.float32).model.layers[0].state.grad_fn is None
+    assert whole_copy(policy, torch.float32).model.layers[0].state.grad_fn is None
 
 
 @pytest.mark.parametrize("name", ["xglm", "minimax", "llama"])
@@ -212,7 +213,7 @@ def test_copy_in_low_precision_has_the_buffers_of_a_model_loaded_in_it(name: str
     policy = Policy.create(folder, quantiles=2)
     policy.model.eval()
     reference = load_reference(folder, torch.bfloat16, CPU)
-    copied = policy.frozen_copy(torch.bfloat16)
+    copied = frozen_copy(policy, torch.bfloat16)
     kinds = {k.replace(".base.", "."): b.dtype for k, b in copied.named_buffers()}
     assert kinds == {k: b.dtype for k, b in reference.named_buffers()}
     ids = torch.tensor([[5, 6, 7]])

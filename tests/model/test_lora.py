@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES as EVERY
-from conftest import save_tiny_model, sharpen
+from conftest import export, save_tiny_model, sharpen
 from safetensors.torch import load_file
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 from transformers import AutoModelForCausalLM
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.model.copies import frozen_copy, shared_reference, whole_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
@@ -65,11 +66,11 @@ def test_merged_copies_and_exports_are_the_adapted_model_and_hold_no_adapter(
     policy = adapted(tiny_model(architecture))
     ids = policy.conditioned(IDS, 2)
     expected = logits(policy.model, ids)
-    assert (expected - logits(policy.shared_reference(torch.float32), IDS)[:, -1:]).abs().max() > 0.1
-    copy = policy.frozen_copy(torch.float32)
+    assert (expected - logits(shared_reference(policy, torch.float32), IDS)[:, -1:]).abs().max() > 0.1
+    copy = frozen_copy(policy, torch.float32)
     torch.testing.assert_close(logits(copy, ids), expected, rtol=1e-4, atol=1e-4)  # W x + B A x, (W + B A) x
     assert not [name for name, _ in copy.named_modules() if "lora" in name]
-    policy.export(tmp_path / "out", torch.float32)
+    export(policy, tmp_path / "out", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     found = logits(model, ids)[..., : policy.vocabulary]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -87,14 +88,14 @@ def test_shared_reference_is_the_untouched_model_to_the_bit_on_the_policys_own_w
     sharpen(model)
     model.to(dtype).save_pretrained(source)
     policy = adapted(source, low=dtype)
-    shared = policy.shared_reference(dtype)
+    shared = shared_reference(policy, dtype)
     mine = {id(parameter) for parameter in policy.model.parameters()}
     assert all(id(parameter) in mine for parameter in shared.parameters())
     plain = load_reference(source, dtype, CPU)
     assert torch.equal(logits(shared, IDS), logits(plain, IDS))
     assert not torch.equal(logits(policy.model, IDS), logits(plain, IDS))
     assert policy.model.get_input_embeddings().rows.dtype == torch.float32, "what trains is float32"
-    assert policy.shared_reference(torch.float16) is None, "in another dtype it would be another model"
+    assert shared_reference(policy, torch.float16) is None, "in another dtype it would be another model"
     assert Policy.create(source, quantiles=3).shared_reference(torch.float32) is None
 
 
@@ -102,7 +103,7 @@ def test_weights_stored_in_another_dtype_than_the_references_are_adapted_in_floa
     source = save_tiny_model(tmp_path / "source", "llama")
     policy = adapted(source, low=torch.bfloat16)
     assert policy.model.get_input_embeddings().weight.dtype == torch.float32
-    assert policy.shared_reference(torch.bfloat16) is None
+    assert shared_reference(policy, torch.bfloat16) is None
 
 
 def test_same_seed_same_adapters_whatever_else_was_drawn(tiny_model: Make) -> None:
@@ -199,7 +200,7 @@ def test_run_with_adapters_learns_resumes_to_identical_results_and_exports_the_m
     exported = load_file(tmp_path / "undisturbed" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(exported[name], trainer.policy.frozen_copy(torch.bfloat16).state_dict()[name])
+    assert torch.equal(exported[name], frozen_copy(trainer.policy, torch.bfloat16).state_dict()[name])
     assert not torch.equal(exported[name], load_file(model / "model.safetensors")[name])
 
 
@@ -208,7 +209,7 @@ def test_experts_and_routers_are_left_as_they_are_or_refused_by_name(tmp_path: P
     policy = Policy.create(folder, quantiles=2, lora=Lora(2, 4.0))
     adapted = [name for name, _ in policy.model.named_parameters() if "lora_A" in name]
     assert adapted and all("self_attn" in name for name in adapted)
-    copied = policy.whole_copy(torch.float32)
+    copied = whole_copy(policy, torch.float32)
     assert not any("lora" in name for name, _ in copied.named_parameters())
     for targets, said in (
         ("q_proj,w1,w3", "experts, whose weights are no linear layers"),

@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
-from conftest import sharpen
+from conftest import export, sharpen
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -34,6 +34,9 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.modes import generation_settings
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
+from quark_fast.model.copies import frozen_copy, whole_copy
+from quark_fast.model.encode import encode_rows
+from quark_fast.model.export import write_export
 from quark_fast.model.loading import load_reference, stored_dtype
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Conditioning, Sampling
@@ -64,7 +67,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     policy.model.eval()
     with torch.no_grad():  # in place of training: the reward rows are heard
         policy.model.get_input_embeddings().rows.mul_(2.0)
-    policy.export(folder / "export", torch.float32)
+    export(policy, folder / "export", torch.float32)
     yield Case(policy, [policy.encode(text, 99) for text in TEXTS], source, folder / "export")
     shutil.rmtree(folder)
 
@@ -100,12 +103,12 @@ def test_prompts_side_by_side_are_continued_as_transformers_continues_each_alone
     assert len({len(prompt) for prompt in case.prompts}) > 2, "or else nothing would be padded"
     beyond = list(range(policy.vocabulary, len(policy.model.get_output_embeddings().weight)))
     for quantile in (2, None):
-        ours = greedy(policy, policy.frozen_copy(torch.float32), case.prompts, quantile)
+        ours = greedy(policy, frozen_copy(policy, torch.float32), case.prompts, quantile)
         for prompt, found in zip(case.prompts, ours, strict=True):
             ids = policy.conditioned(prompt, quantile)
             assert found == generated(policy.model, ids, policy, suppress_tokens=beyond or None)
     conditioned, plain = (
-        greedy(policy, policy.frozen_copy(torch.float32), case.prompts, k) for k in (2, None)
+        greedy(policy, frozen_copy(policy, torch.float32), case.prompts, k) for k in (2, None)
     )
     assert conditioned != plain, "the reward token is heard"
 
@@ -114,7 +117,7 @@ def test_untrained_policy_without_its_token_samples_what_the_reference_samples(c
     reference = load_reference(case.source, torch.bfloat16, CPU)
     ours, theirs = (
         greedy(case.policy, model, case.prompts, None)
-        for model in (case.policy.frozen_copy(torch.bfloat16), reference)
+        for model in (frozen_copy(case.policy, torch.bfloat16), reference)
     )
     assert ours == theirs
 
@@ -161,7 +164,7 @@ def test_padding_changes_no_loss_and_every_reward_row_that_is_read_learns(case: 
 def test_exported_folder_gives_plain_transformers_the_same_greedy_texts(case: Case) -> None:
     policy = case.policy
     model, tokenizer = (c.from_pretrained(case.export) for c in (AutoModelForCausalLM, AutoTokenizer))
-    ours = greedy(policy, policy.frozen_copy(torch.float32), case.prompts, 2)
+    ours = greedy(policy, frozen_copy(policy, torch.float32), case.prompts, 2)
     for text, prompt in zip(TEXTS, case.prompts, strict=True):
         assert tokenizer(text).input_ids == policy.conditioned(prompt, 2)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -205,7 +208,7 @@ def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_p
     prompts = [policy.encode(text) for text in ("The man said that", "a", "Once upon a time there was")]
     sampling = Sampling(4, 4, temperature=0.0)
     for indices, groups in sample(
-        policy, policy.frozen_copy(torch.float32), prompts, Conditioning(2), sampling, 2, 0
+        policy, frozen_copy(policy, torch.float32), prompts, Conditioning(2), sampling, 2, 0
     ):
         for i, (one, other) in zip(indices, groups, strict=True):
             assert one == other and len(one) == 4
@@ -236,9 +239,9 @@ def test_exported_pipeline_conditions_a_chat_as_training_did(case: Case) -> None
     policy = case.policy
     text = chat_template("tiny", lambda: policy.tokenizer)(CHAT)
     assert text.startswith("[system]"), "BOS, which the template writes, is the prefix"
-    _, (trained,), _ = policy.encode_rows([{"prompt": text, "messages": CHAT}], 99, 0)
+    _, (trained,), _ = encode_rows(policy, [{"prompt": text, "messages": CHAT}], 99, 0)
     beside = {"prompt": "was said", "messages": CHAT}
-    assert policy.encode_rows([beside], 99, 0)[1] == [policy.encode("was said", 99)], (
+    assert encode_rows(policy, [beside], 99, 0)[1] == [policy.encode("was said", 99)], (
         "a text with a chat beside it"
     )
     pipe = pipeline("text-generation", str(case.export))
@@ -272,7 +275,7 @@ def test_checkpoint_trains_in_float32_and_is_exported_in_the_dtype_it_came_in(
     policy = Policy.create(source, quantiles=3)
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     assert policy.stored_dtype == dtype
-    policy.export(tmp_path / "out", policy.stored_dtype)
+    export(policy, tmp_path / "out", policy.stored_dtype)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert {tensor.dtype for tensor in after.values()} == {dtype}
     for name, tensor in before.items():  # untrained: to the bit, but for the table's reward rows
@@ -349,9 +352,9 @@ def test_trusted_code_is_run_exported_and_asked_about_again_by_the_commands(
     policy = Policy.create(own_code, quantiles=3, trust_remote_code=True)
     assert type(policy.model).__name__ == "OwnModel" and hasattr(builtins, "quark_test_ran_foreign_code")
     prompts = [policy.encode(text, 99) for text in TEXTS]
-    ours = greedy(policy, policy.frozen_copy(torch.float32), prompts, 2)
+    ours = greedy(policy, frozen_copy(policy, torch.float32), prompts, 2)
     run = tmp_path / "run"
-    policy.export(run / "model", torch.float32)
+    export(policy, run / "model", torch.float32)
     # Whoever made the folder wrote its settings, too: they are no consent.
     Config(model=str(own_code), trust_remote_code=True, precision="fp32").save(run / "config.yaml")
     with pytest.raises(UsageError, match="--trust-remote-code"):
@@ -377,14 +380,14 @@ def test_reward_tokens_spelled_in_a_text_are_characters_for_policy_and_export(ca
     assert ids[: len(front)] == front
     assert max(ids[len(front) :]) < policy.vocabulary
     text = chat_template("tiny", lambda: policy.tokenizer)(chat)
-    _, (trained,), _ = policy.encode_rows([{"prompt": text, "messages": chat}], 99, 0)
+    _, (trained,), _ = encode_rows(policy, [{"prompt": text, "messages": chat}], 99, 0)
     assert ids == [*front, *trained]
 
 
 def test_export_is_the_same_twice_and_its_reward_tokens_never_win(case: Case, tmp_path: Path) -> None:
     policy = case.policy
     for name in ("one", "two"):
-        policy.export(tmp_path / name, torch.float32)
+        export(policy, tmp_path / name, torch.float32)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert first == second
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
@@ -407,7 +410,7 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
     model.save_pretrained(source)
     policy = Policy.create(source, quantiles=3)
     sampling = Sampling(6, 2, 0.8, 0.7, rows=600)
-    policy.export(tmp_path / "out", torch.float32, generation_settings(sampling))
+    export(policy, tmp_path / "out", torch.float32, generation_settings(sampling))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
     assert {7, 9} < set(config.suppress_tokens), "what the base model suppresses stays so"
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.8, 0.7, 0)
@@ -420,7 +423,7 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
 
     ((_, (drawn,)),) = sample(
         policy,
-        policy.frozen_copy(torch.float32),
+        frozen_copy(policy, torch.float32),
         [policy.encode("w3 w4", 9)],
         Conditioning(2),
         sampling,
@@ -441,7 +444,7 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
 
 def test_greedy_evaluation_is_exported_as_greedy(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     policy = Policy.create(tiny_model(), quantiles=2)
-    policy.export(tmp_path / "out", torch.float32, generation_settings(Sampling(6, 0, 0.0)))
+    export(policy, tmp_path / "out", torch.float32, generation_settings(Sampling(6, 0, 0.0)))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
     assert config.do_sample is False and config.top_p is None
 
@@ -454,7 +457,7 @@ def test_files_have_the_rights_that_the_umask_gives(
     before = os.umask(umask)
     try:
         with replacing_folder(tmp_path / "model") as scratch:
-            policy.export(scratch, torch.float32)
+            export(policy, scratch, torch.float32)
         with replacing(tmp_path / "one.safetensors") as scratch:
             save_file({"a": torch.zeros(2)}, scratch)
     finally:
@@ -469,7 +472,7 @@ def test_tied_head_stays_tied_where_that_is_asked_for(
 ) -> None:
     policy = Policy.create(tiny_model("qwen2"), quantiles=2)
     for untie in (True, False):
-        policy.write_export(tmp_path / str(untie), policy.whole_copy(torch.float32), untie=untie)
+        write_export(policy, tmp_path / str(untie), whole_copy(policy, torch.float32), untie=untie)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(untie))
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert tied is not untie

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import WORDS, save_tiny_model, sharpen, tiny_config, word_tokenizer
+from conftest import WORDS, export, save_tiny_model, sharpen, tiny_config, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from quark_fast.data.chat import Rendered
 from quark_fast.errors import UsageError
 from quark_fast.model.checks import check_export, check_policy
+from quark_fast.model.copies import frozen_copy
+from quark_fast.model.encode import encode_rows
 from quark_fast.model.loading import load_pretrained, load_reference
 from quark_fast.model.policy import Policy, reward_token
 from quark_fast.model.reward_embedding import RewardEmbedding
@@ -294,7 +296,7 @@ def test_special_tokens_behind_the_table_are_characters_in_a_text(tmp_path: Path
     assert max(policy.encode("w1 <image_soft_token> w2")) < policy.vocabulary
     assert check_policy(policy, policy.model) == []
     assert check_export(policy, tmp_path, {}, untie=True) == (True, [])
-    policy.export(tmp_path / "out", torch.float32)
+    export(policy, tmp_path / "out", torch.float32)
     again = Policy.from_export(tmp_path / "out", torch.float32)
     assert (again.vocabulary, again.reward_ids) == (policy.vocabulary, policy.reward_ids)
     assert again.encode("w1 <image_soft_token> w2") == policy.encode("w1 <image_soft_token> w2")
@@ -473,7 +475,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
         folder = tmp_path_factory.mktemp(f"{architecture}-{padding}")
         policy = Policy.create(save_tiny_model(folder, architecture, padded_vocabulary=padding), quantiles=3)
         sharpen(policy.model)  # in place of training: body and rows are no longer what was loaded
-        policy.export(folder / "model", torch.float32)
+        export(policy, folder / "model", torch.float32)
         ids = policy.conditioned(policy.encode(PROMPT, 9), 2)
         (folder / "model.ids").write_text(json.dumps(ids))
         cases[architecture, padding] = {"policy": policy, "folder": folder / "model", "ids": ids}
@@ -563,7 +565,7 @@ def test_any_prefix_survives_the_export(tmp_path: Path, prefix: str) -> None:
     tokenizer = bare_tokenizer("<s> $A")
     tokenizer.add_tokens(["Q:", "$A"])  # what the language of templates would take for its own
     policy = policy_with(tokenizer, tmp_path, prefix=prefix)
-    policy.export(tmp_path / "out", torch.float32)
+    export(policy, tmp_path / "out", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(policy.prefix) == len(prefix.split())
     assert tokenizer("w7").input_ids == [*policy.prefix, policy.reward_ids[-1], 7]
@@ -572,7 +574,7 @@ def test_any_prefix_survives_the_export(tmp_path: Path, prefix: str) -> None:
 
 def test_export_in_bfloat16_is_stored_in_bfloat16(tiny_model: Make, tmp_path: Path) -> None:
     policy = Policy.create(tiny_model(), quantiles=2)
-    policy.export(tmp_path / "out", torch.bfloat16)
+    export(policy, tmp_path / "out", torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert policy.model.dtype == torch.float32
 
@@ -582,7 +584,7 @@ def test_base_model_with_clashing_decoding_settings_can_be_exported(tiny_model: 
     settings = json.loads((folder / "generation_config.json").read_text())
     settings |= {"temperature": 0.6, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    Policy.create(folder, quantiles=2).export(tmp_path / "out", torch.float32)
+    export(Policy.create(folder, quantiles=2), tmp_path / "out", torch.float32)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -672,7 +674,7 @@ def test_head_of_a_model_that_changes_hidden_states_on_their_way_is_not_linear()
 def test_head_of_a_frozen_copy_with_fast_attention_is_linear(dtype: torch.dtype, tiny_model: Make) -> None:
     policy = Policy.create(tiny_model(), quantiles=3)
     assert linear_head(policy.model) is policy.model.lm_head
-    assert linear_head(policy.frozen_copy(dtype)) is not None
+    assert linear_head(frozen_copy(policy, dtype)) is not None
 
 
 # --- Long prompts ---------------------------------------------------------------------------------
@@ -701,15 +703,15 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats
         ),
     ):
         told: list[str] = []
-        found, ids, _ = policy.encode_rows(rows, 3, 0, cut=cut, tell=told.append)
+        found, ids, _ = encode_rows(policy, rows, 3, 0, cut=cut, tell=told.append)
         assert (ids, told) == (kept, said)
         assert len(found) == len(ids) and all(row["prompt"] != "w1 w2 w3 w4 w9" for row in found)
     with pytest.raises(UsageError, match=r"prefix_tokens = 4 leaves no held-out text within the 4 tokens"):
-        policy.encode_rows(rows, 4, 4)
+        encode_rows(policy, rows, 4, 4)
     with pytest.raises(UsageError, match=r"leave no room for a prompt .*lower max_new_tokens"):
-        policy.encode_rows(rows, -3, 0)
+        encode_rows(policy, rows, -3, 0)
     with pytest.raises(UsageError, match=r"none of 4 prompts fits: the shortest has 2 tokens, and 1 is the"):
-        policy.encode_rows(rows, 1, 0)
+        encode_rows(policy, rows, 1, 0)
 
 
 def test_longest_prompt_follows_from_the_positions_also_of_a_model_within_a_model(

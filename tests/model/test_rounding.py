@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, sharpen
+from conftest import export, save_tiny_model, sharpen
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import PROMPTS, SHORT, rows, small
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from quark_fast.evaluation.side_by_side import Evaluator
 from quark_fast.model import rounding
+from quark_fast.model.copies import whole_copy
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.model.rounding import LOST_BITS, stochastic_rounding
@@ -93,22 +94,22 @@ def test_small_changes_of_a_bfloat16_model_are_in_copies_where_the_nearest_had_n
     name = "model.layers.0.mlp.up_proj.weight"
     weight = dict(policy.model.named_parameters())[name]
     before = weight.detach().clone()
-    assert torch.equal(policy.whole_copy(torch.bfloat16).state_dict()[name].float(), before), "untouched"
+    assert torch.equal(whole_copy(policy, torch.bfloat16).state_dict()[name].float(), before), "untouched"
     change = 0.2 * spacing(before, torch.bfloat16)
     with torch.no_grad():
         weight += change
     assert torch.equal(weight.detach().bfloat16().float(), before)
     for dtype in (torch.bfloat16, torch.float16):  # bfloat16's grid is part of float16's
-        kept = (policy.whole_copy(dtype).state_dict()[name].float() - before).sum() / change.sum()
+        kept = (whole_copy(policy, dtype).state_dict()[name].float() - before).sum() / change.sum()
         assert 0.8 < kept < 1.2, dtype
-    policy.export(tmp_path / "out", torch.bfloat16)
+    export(policy, tmp_path / "out", torch.bfloat16)
     exported = load_file(tmp_path / "out" / "model.safetensors")[name]
-    assert torch.equal(exported, policy.whole_copy(torch.bfloat16).state_dict()[name])
+    assert torch.equal(exported, whole_copy(policy, torch.bfloat16).state_dict()[name])
 
 
 def test_a_float32_model_is_rounded_to_the_nearest_as_the_reference_is(tmp_path: Path) -> None:
     policy = Policy.create(stored(tmp_path / "source", torch.float32), quantiles=2)
-    copied = policy.whole_copy(torch.bfloat16).state_dict()
+    copied = whole_copy(policy, torch.bfloat16).state_dict()
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(copied[name], parameter.detach().bfloat16()), name
 
@@ -122,7 +123,7 @@ def test_adapters_small_beside_their_weights_survive_being_merged(tmp_path: Path
     with torch.no_grad():
         layer.lora_A["default"].weight.fill_(1.0)
         layer.lora_B["default"].weight.fill_(change)
-    merged = policy.whole_copy(torch.bfloat16).get_submodule("model.layers.0.mlp.up_proj").weight
+    merged = whole_copy(policy, torch.bfloat16).get_submodule("model.layers.0.mlp.up_proj").weight
     assert merged.dtype == torch.bfloat16
     error = spacing(weight, torch.bfloat16).square().sum().div(4).sqrt() / weight.numel()
     assert abs((merged.float() - weight).mean() - change) < 5 * error

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quark_fast.model.attention import grouped_attention
+from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, cache_argument, pad_left
 from quark_fast.rollout import transformers as rollout
@@ -73,7 +74,7 @@ def seen_logits(
 
     monkeypatch.setattr(rollout, "sample_tokens", scripted)
     settings = {"max_new_tokens": len(CONTINUATION), "min_new_tokens": 0} | sampling
-    model = policy.frozen_copy(torch.float32)
+    model = frozen_copy(policy, torch.float32)
     ((indices, groups),) = sample(policy, model, PROMPTS, conditioning, Sampling(**settings), samples, 0)
     assert groups == [[CONTINUATION] * samples] * len(PROMPTS)
     by_prompt = torch.stack(steps).view(len(steps), len(PROMPTS), samples, -1)
@@ -97,7 +98,7 @@ def test_prompts_are_read_without_a_copy_of_the_head_for_each(tiny_model: Make) 
     policy = Policy.create(tiny_model("llama"), quantiles=2)
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        list(sample(policy, policy.frozen_copy(torch.float32), prompts, Conditioning(1), Sampling(2), 1, 0))
+        list(sample(policy, frozen_copy(policy, torch.float32), prompts, Conditioning(1), Sampling(2), 1, 0))
     hidden, vocabulary = policy.model.config.hidden_size, policy.model.config.vocab_size
     shapes = [shape for event in profiler.events() for shape in event.input_shapes]
     assert [hidden, vocabulary] in shapes
@@ -521,7 +522,7 @@ def test_batches_hold_prompts_of_similar_length_and_at_most_the_rows_asked(stub:
 
 def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) -> None:
     policy = lively_policy(tiny_model())
-    model = policy.frozen_copy(torch.float32)
+    model = frozen_copy(policy, torch.float32)
     first, again, other = (
         run(policy, model, PROMPTS, Conditioning(2, 0, 3.0), Sampling(8, top_p=0.9), 4, seed)
         for seed in (1, 1, 2)
@@ -532,7 +533,7 @@ def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) ->
 
 def test_batches_of_one_call_do_not_share_their_luck(tiny_model: Make) -> None:
     policy = lively_policy(tiny_model())
-    model = policy.frozen_copy(torch.float32)
+    model = frozen_copy(policy, torch.float32)
     first, second = run(policy, model, [[5], [5]], Conditioning(2), Sampling(8, rows=4), 4, 0)
     assert first != second
 

@@ -22,6 +22,8 @@ from vllm_server import SAMPLING, Vllm, VllmServer
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.model.copies import whole_copy
+from quark_fast.model.export import write_export
 from quark_fast.model.lora import Lora, has_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.rollout import vllm
@@ -58,7 +60,7 @@ class Served:
     def __init__(self, policy: Policy, folder: Path, **settings: Any) -> None:
         self.policy = policy
         launch = launch_folder(folder)
-        policy.write_export(folder / "weights-first", policy.whole_copy(torch.float32), padding=False)
+        write_export(policy, folder / "weights-first", whole_copy(policy, torch.float32), padding=False)
         launch.symlink_to("weights-first")
         self.server = VllmServer(launch)
         limits: dict[str, Any] = {"timeout": 20.0, "retries": 2}

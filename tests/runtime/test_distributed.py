@@ -38,9 +38,11 @@ from quark_fast.files.locks import unlock
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import trainer as trainer_module
+from quark_fast.training import results
+from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
+from quark_fast.training.state import State
 from quark_fast.training.trainer import Trainer
 
 PROMPTS = [f"w{i} w{j}" + " w5" * (i % 3) for i in range(5) for j in range(12, 15)]
@@ -94,12 +96,12 @@ def no_space(*_: Any) -> None:
 @contextlib.contextmanager
 def trouble(*, memory: bool, loss: bool) -> Iterator[None]:
     """Which of these this very process has."""
-    objective, step = Objective.__call__, Trainer._step
+    objective, step = Objective.__call__, Learner.step
     at = [0]
 
-    def noted(self: Trainer, *given: Any) -> dict[str, Any]:
-        at[0] = self.step + 1
-        return step(self, *given)
+    def noted(self: Learner, state: State, *given: Any) -> dict[str, Any]:
+        at[0] = state.step + 1
+        return step(self, state, *given)
 
     def troubled(self: Objective, prompts: Any, *given: Any) -> Any:
         if memory and len(prompts) > FITTING:
@@ -111,7 +113,7 @@ def trouble(*, memory: bool, loss: bool) -> Iterator[None]:
         return value, terms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", noted)
+        patch.setattr(Learner, "step", noted)
         patch.setattr(Objective, "__call__", troubled)
         yield
 
@@ -128,7 +130,7 @@ def train(config: Config, stop: bool = False) -> Trainer:
 
     trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:5], listen=listen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "write_report", lambda path: None)  # its plots take longer than the run
+        patch.setattr(results, "write_report", lambda path: None)  # its plots take longer than the run
         with contextlib.ExitStack() as servers:
             trainer.train()
     return trainer
@@ -179,13 +181,13 @@ def work(index: int, root: Path, port: int, url: str) -> None:
         attempt(name, config, **how)
 
     sharded: list[bool] = []
-    prepare = Trainer._start
+    write_start = Trainer._write_start
 
     def look(self: Trainer) -> None:
-        prepare(self)
+        write_start(self)
         sharded.append(all(isinstance(p, DTensor) for p in self.policy.model.parameters()))
 
-    Trainer._start = look  # type: ignore[method-assign]
+    Trainer._write_start = look  # type: ignore[method-assign]
     attempt_sharded("sharded", settings(root, "sharded", gradient_checkpointing=True))
     attempt_sharded("sharded, stopped", settings(root, "sharded-stopped"), stop=index == 0)
     attempt_sharded("served", settings(root, "served", **SERVED, vllm_server=url))

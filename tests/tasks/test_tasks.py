@@ -15,6 +15,7 @@ from conftest import save_tiny_classifier, save_tiny_model
 from quark_fast import evaluate, generate, train
 from quark_fast.config import TASK_DEFAULTS, Config
 from quark_fast.errors import UsageError
+from quark_fast.model.encode import encode_rows
 from quark_fast.model.policy import Policy
 from quark_fast.pool.pool import RolloutPool
 from quark_fast.report.columns import COLUMNS
@@ -150,15 +151,15 @@ def test_every_metric_of_a_task_has_its_column(name: str) -> None:
 def test_prefix_is_the_prompt_and_the_whole_text_is_held_out(tiny_model: Callable[..., Path]) -> None:
     policy = Policy.create(tiny_model(), quantiles=2)
     rows = [{"prompt": "w1 w2 w3 w4 w5", "id": 7}, {"prompt": "w6 w7 w8"}, {"prompt": "w9 w8 w7 w6"}]
-    asked, ids, texts = policy.encode_rows(rows, 4, 3)
+    asked, ids, texts = encode_rows(policy, rows, 4, 3)
     assert ids == [[1, 2, 3], [9, 8, 7]], "a text of 3 tokens has none beyond its prefix"
     assert texts == [[1, 2, 3, 4], [9, 8, 7, 6]], "cut behind max_tokens"
     assert [row["text"] for row in asked] == ["w1 w2 w3 w4 w5", "w9 w8 w7 w6"]
     assert asked[0]["id"] == 7 and asked[0]["prompt"] == policy.decode([1, 2, 3])
-    cut = policy.encode_rows(rows, 4, 0, cut=True)
+    cut = encode_rows(policy, rows, 4, 0, cut=True)
     assert cut == (rows, [[2, 3, 4, 5], [6, 7, 8], [9, 8, 7, 6]], [])
     with pytest.raises(UsageError, match=r"none of 3 texts has more than prefix_tokens = 5 tokens"):
-        policy.encode_rows(rows, 9, 5)
+        encode_rows(policy, rows, 9, 5)
 
 
 # --- tiny runs --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
+from quark_fast.model.copies import frozen_copy
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, Sampling
 from quark_fast.rollout.transformers import _parts, sample
@@ -396,7 +397,7 @@ def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable
     from quark_fast.model.policy import Policy
 
     policy = Policy.create(tiny_model(), quantiles=2)
-    model = policy.frozen_copy(torch.float32)
+    model = frozen_copy(policy, torch.float32)
     for at_once in (0, 1, 3):
         sampling = Sampling(4, 0, rows=12, at_once=at_once)
         found: Iterator[Any] = sample(policy, model, [[1], [2, 3]], Conditioning(), sampling, 6, 0)

@@ -49,7 +49,7 @@ def runs(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
         def spoiled(self: Objective, *given: Any) -> tuple[torch.Tensor, dict[str, float]]:
             loss, terms = own(self, *given)
-            return (loss if spoil is None else spoil(trainer.step + 1, loss, terms)), terms
+            return (loss if spoil is None else spoil(trainer.state.step + 1, loss, terms)), terms
 
         monkeypatch.setattr(Objective, "__call__", spoiled)
         return trainer

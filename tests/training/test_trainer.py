@@ -39,7 +39,7 @@ def test_sharded_model_whose_rows_must_not_be_padded_is_refused(
         policy.reading = Reading(padding=False)
         return Checked(True, ["checked"])
 
-    monkeypatch.setattr("quark_fast.training.trainer.check_model", check)
+    monkeypatch.setattr("quark_fast.training.setup.check_model", check)
     given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
     Trainer(small(tmp_path / "one", tiny_model()), **given)
     monkeypatch.setattr(
@@ -73,7 +73,7 @@ def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
     model = tiny_model()
 
     def precision(found: str, resume: bool) -> str:
-        monkeypatch.setattr("quark_fast.training.trainer.settled_precision", lambda wanted: found)
+        monkeypatch.setattr("quark_fast.training.setup.settled_precision", lambda wanted: found)
         config = small(tmp_path / "run", model, precision="auto", resume=resume)
         return Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).config.precision
 
@@ -279,8 +279,8 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2])
         sharpen(trainer.policy.model)
         if whole_logits:
-            trainer.objective.heads = None
-        loss, terms = trainer.objective(prompts, completions, quantiles, tokens, 4)
+            trainer.setup.objective.heads = None
+        loss, terms = trainer.setup.objective(prompts, completions, quantiles, tokens, 4)
         loss.backward()
         found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
 
@@ -333,7 +333,7 @@ def test_fp16_scales_the_loss_and_the_scale_survives_a_resume(
         Trainer(small(tmp_path / "run", model, **settings), listen=stop, **given).train()
     trainer = Trainer(small(tmp_path / "run", model, **settings, resume=True), **given)
     assert trainer.accelerator.scaler.get_scale() > 1
-    assert trainer.step == 4
+    assert trainer.state.step == 4
     trainer.train()
     Trainer(small(tmp_path / "whole", model, **settings), **given).train()
     for file in ("metrics.jsonl", "evaluation.jsonl"):
@@ -405,7 +405,7 @@ def test_pool_of_a_run_is_numpys_rule_on_what_the_run_wrote(
         assert [row["quantile"] for row in of_round] == expected
         assert about["pool"] == len(rewards)
 
-    pool = trainer.pool
+    pool = trainer.state.pool
     scored = [row for row in written if row["reward"] is not None]
     held = pool[pool.ids]
     assert pool.unscored == len(written) - len(scored)
@@ -440,7 +440,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_formula_without_dropo
         # Within the layer: hooks of the layer itself stay outside of what is computed again.
         inner = next(layers[0].children())
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        loss, _ = trainer.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], 4, 2)
+        loss, _ = trainer.setup.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], 4, 2)
         before = len(calls)
         loss.backward()
         assert (len(calls) > before) is checkpointing, "the layer is computed again, or not"
@@ -465,8 +465,8 @@ def test_yes_or_no_puts_failures_under_the_worst_token_and_successes_under_the_b
     share = sum(row["reward"] for row in written) / len(written)
     assert 0.01 < share < 0.2, "so few that all were labelled best before"
     assert all(row["quantile"] == (4 if row["reward"] else 0) for row in written)
-    labels = trainer.pool.labels()[: len(trainer.draws.counts)]
-    drawn = [int(trainer.draws.counts[labels == k].sum()) for k in range(5)]
+    labels = trainer.state.pool.labels()[: len(trainer.state.draws.counts)]
+    drawn = [int(trainer.state.draws.counts[labels == k].sum()) for k in range(5)]
     assert drawn == [64, 0, 0, 0, 64], "half of the draws each"
 
 
@@ -523,7 +523,7 @@ def test_round_without_a_second_reward_is_left_out_and_the_next_learns(
     trainer = train("whole")
     steps = rows(tmp_path / "whole" / "metrics.jsonl", kind="step")
     assert [(row["step"], row["round"]) for row in steps] == [(i + 1, 1 + i // 4) for i in range(8)]
-    assert trainer.left_out == 1
+    assert trainer.state.left_out == 1
     # The schedule is that of two rounds: it falls to its end.
     assert steps[-1]["lr"] == pytest.approx(trainer.config.learning_rate * trainer.config.decay(7, 2))
     assert [row["guidance"] for row in rows(tmp_path / "whole" / "metrics.jsonl", kind="round")] == [
@@ -624,7 +624,7 @@ def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callab
         "1 of 25 training prompts left out: longer than 3 tokens (the longest 5)",
         "1 of 5 held-out prompts left out: longer than 3 tokens (the longest 4)",
     ]
-    assert trainer.about_prompts == lines
+    assert trainer.setup.prompts.about == lines
     trainer.train()
     assert json.loads((tmp_path / "run" / "versions.json").read_text())["prompts"] == lines
     page = (tmp_path / "run" / "report.html").read_text()

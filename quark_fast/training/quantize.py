@@ -1,4 +1,4 @@
-"""Which samples the steps of a round draw: every quantile has its share, in batches of like lengths."""
+"""Quantize: every sample of the pool gets its quantile's label, and a round its plan of draws."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int32]
+
+WINDOW = 8  # batches whose samples are sorted by length together: little padding, still mixed
 
 
 @dataclass
 class Draws:
-    """How often each sample of the pool was drawn, by its place in the pool."""
+    """How often each sample of the pool was drawn, by its index in the pool."""
 
     counts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -21,15 +24,12 @@ class Draws:
         """Make room for samples added since."""
         self.counts = np.concatenate([self.counts, np.zeros(size - len(self.counts), np.int64)])
 
-    def count(self, places: Ints) -> None:
-        np.add.at(self.counts, places.ravel(), 1)
-
-
-WINDOW = 8  # batches whose samples are sorted by length together: little padding, still mixed
+    def count(self, indices: Ints) -> None:
+        np.add.at(self.counts, indices.ravel(), 1)
 
 
 def plan_batches(
-    labels: npt.NDArray[np.int32],
+    labels: Labels,
     weights: Sequence[float],
     lengths: Ints,
     draws: Draws,
@@ -37,7 +37,7 @@ def plan_batches(
     batch_size: int,
     rng: np.random.Generator,
 ) -> Ints:
-    """(steps, batch_size) places in the pool: what each step of a learning phase draws.
+    """(steps, batch_size) indices into the pool: what each step of a round draws.
 
     Quantile k gets the share ``weights[k]`` of the draws. Within a quantile the samples drawn least
     often come first, ties at random: many samples seen once teach more than few seen often, and none is
@@ -49,23 +49,27 @@ def plan_batches(
     """
     draws.grow(len(labels))
     needed = steps * batch_size
-    shares = np.array([w * bool((labels == k).any()) for k, w in enumerate(weights)])
-    if not shares.sum() > 0:
-        shares = np.bincount(labels, minlength=len(weights)).astype(float)
-    # Largest remainders, so that the counts add up exactly.
-    exact = shares / shares.sum() * needed
-    counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: needed - counts.sum()]] += 1
     chosen = []
-    for k, count in enumerate(counts):
+    for k, count in enumerate(_counts(labels, weights, needed)):
         members = np.flatnonzero(labels == k)
         if count == 0:
             continue
         order = members[np.lexsort((rng.random(len(members)), draws.counts[members]))]
         chosen.append(np.resize(order, count))
-    places = rng.permutation(np.concatenate(chosen))
+    indices = rng.permutation(np.concatenate(chosen))
     batches = []
-    for window in np.split(places, range(WINDOW * batch_size, needed, WINDOW * batch_size)):
+    for window in np.split(indices, range(WINDOW * batch_size, needed, WINDOW * batch_size)):
         by_length = window[np.argsort(lengths[window], kind="stable")].reshape(-1, batch_size)
         batches.append(rng.permutation(by_length, axis=0))
     return np.concatenate(batches)
+
+
+def _counts(labels: Labels, weights: Sequence[float], needed: int) -> Ints:
+    """How many draws each quantile gets: largest remainders, so that they add up to ``needed``."""
+    shares = np.array([w * bool((labels == k).any()) for k, w in enumerate(weights)])
+    if not shares.sum() > 0:
+        shares = np.bincount(labels, minlength=len(weights)).astype(float)
+    exact = shares / shares.sum() * needed
+    counts: Ints = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: needed - counts.sum()]] += 1
+    return counts

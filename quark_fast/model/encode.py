@@ -1,0 +1,85 @@
+"""Rows of prompts as token ids: what is too long, or too short, is left out and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from quark_fast.data.chat import Row, is_chat
+from quark_fast.errors import UsageError
+from quark_fast.model.policy import Policy
+
+
+def encode_rows(
+    policy: Policy,
+    rows: Sequence[Row],
+    max_tokens: int,
+    prefix_tokens: int,
+    *,
+    cut: bool = False,
+    what: str = "prompts",
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Row], list[list[int]], list[list[int]]]:
+    """The rows with what is asked of the model, that as ids, and the ids of the rows' held-out texts.
+
+    With ``prefix_tokens`` a row's text is held-out text, cut behind its first ``max_tokens`` tokens, and
+    its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
+    text is the prompt, and there are no held-out texts; rows of more than ``max_tokens`` are left out. A
+    cut row keeps its whole text under ``text``.
+
+    Args:
+        cut: prompts that are too long are cut to their last tokens, but for chats.
+        what: what the rows are called in the line that ``tell`` gets for those left out or cut.
+    Raises:
+        UsageError: no row is left.
+    """
+    if prefix_tokens == 0:
+        return *_encode_prompts(policy, rows, max_tokens, cut, what, tell), []
+    if prefix_tokens >= max_tokens:
+        raise UsageError(
+            f"prefix_tokens = {prefix_tokens} leaves no held-out text within the {max_tokens} tokens that"
+            " a text may have; give fewer"
+        )
+    every = [policy.text_tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in rows]
+    kept = [i for i, ids in enumerate(every) if len(ids) > prefix_tokens]
+    if not kept:
+        raise UsageError(
+            f"none of {len(rows)} texts has more than prefix_tokens = {prefix_tokens} tokens; give longer"
+            " texts, or another prefix_tokens"
+        )
+    texts = [list(every[i])[:max_tokens] for i in kept]
+    prompts = [ids[:prefix_tokens] for ids in texts]
+    asked = [
+        {**rows[i], "prompt": policy.decode(ids, prompt=[]), "text": rows[i]["prompt"]}
+        for i, ids in zip(kept, prompts, strict=True)
+    ]
+    if len(kept) < len(rows):
+        count = f"{len(rows) - len(kept):,} of {len(rows):,}"
+        tell(f"{count} {what} left out: no longer than prefix_tokens = {prefix_tokens}")
+    return asked, prompts, texts
+
+
+def _encode_prompts(
+    policy: Policy, rows: Sequence[Row], most: int, cut: bool, what: str, tell: Callable[[str], None]
+) -> tuple[list[Row], list[list[int]]]:
+    """Those of the rows that are not too long, and their ids."""
+    if most < 1:
+        raise UsageError(
+            f"the model's {policy.positions} positions leave no room for a prompt beside"
+            " prefix, reward token and the new tokens; lower max_new_tokens"
+        )
+    every = [policy.encode(row["prompt"], chat=is_chat(row)) for row in rows]
+    long = [i for i, ids in enumerate(every) if len(ids) > most]
+    shortened = {i for i in long if cut and not is_chat(rows[i])}
+    kept = [i for i, ids in enumerate(every) if len(ids) <= most or i in shortened]
+    if not kept:
+        raise UsageError(
+            f"none of {len(rows):,} {what} fits: the shortest has {min(map(len, every))} tokens, and"
+            f" {most} is the limit (the model's positions: {policy.positions or 'any'}); give"
+            " shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
+        )
+    if shortened:
+        tell(f"{len(shortened):,} of {len(rows):,} {what} cut to their last {most:,} tokens")
+    if len(kept) < len(rows):
+        count = f"{len(rows) - len(kept):,} of {len(rows):,}"
+        tell(f"{count} {what} left out: longer than {most:,} tokens (the longest {max(map(len, every)):,})")
+    return [rows[i] for i in kept], [every[i][-most:] for i in kept]

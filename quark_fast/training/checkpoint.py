@@ -1,0 +1,218 @@
+"""Everything that is saved of a run and restored by a resumed one.
+
+A checkpoint is safetensors and JSON, nothing pickled, and does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quark_fast.data.split import digest
+from quark_fast.errors import UsageError
+from quark_fast.runtime import run_folder, zero
+from quark_fast.runtime.distributed import Around, without_data
+from quark_fast.runtime.journal import Journal
+from quark_fast.training.quantize import Draws
+from quark_fast.training.setup import Setup, trained_parameters
+from quark_fast.training.stability import BadSteps
+from quark_fast.training.state import State
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Writes and reads the checkpoints of a run: weights, optimizer and ``State``."""
+
+    setup: Setup
+    around: Around
+    optimizer: Any
+    journal: Journal
+
+    def save(self, state: State) -> None:
+        """Add a checkpoint to the run folder."""
+        setup = self.setup
+        arrays, plain = _to_tensors(state.pool.state_dict())
+        scaler = setup.accelerator.scaler
+        saved = {
+            "round": state.round,
+            "sampled": state.sampled,
+            "step": state.step,
+            "seconds": state.seconds,
+            "bad_steps": state.bad_steps.state_dict(),
+            "kl_coef": state.kl.coef,
+            "micro_batch": [setup.config.micro_batch, state.micro_batch],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "prompts": digest(setup.prompts.train),
+            "reward": setup.reward.identity,
+            "left_out": state.left_out,
+            "touched": sorted(state.trained),
+            "pool": plain,
+        }
+        tensors = {
+            "model": setup.processes.gather(_trained(setup.policy.model).items()),
+            "optimizer": setup.processes.gather(self._optimizer_tensors()),
+            "pool": arrays,
+            "draws": {
+                "counts": torch.from_numpy(state.draws.counts),
+                "prompt_of": torch.tensor(state.prompt_of),
+            },
+        }
+        setup.processes.on_rank_0(lambda: setup.folder.save_checkpoint(saved, tensors))
+
+    def restore(self, state: State) -> None:
+        """Set weights, optimizer and ``state`` to the last checkpoint, if there is one.
+
+        Raises:
+            UsageError: it is another run's, or another reward scored its samples.
+        """
+        with self.setup.folder.errors_told():
+            try:
+                self._restore(state)
+            except UsageError:
+                raise
+            except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise UsageError(
+                    f"the checkpoint in {self.setup.folder.path} is not one of this run"
+                    f" ({type(error).__name__}: {error}); start anew in another --output"
+                ) from error
+
+    def _restore(self, state: State) -> None:
+        processes, folder = self.setup.processes, self.setup.folder
+        loaded = processes.on_rank_0(folder.load_checkpoint, _without_large_data)
+        if loaded is None:
+            about = processes.on_rank_0(lambda: self.journal.about)
+            processes.all_gather(lambda: self._check_reward((about or {}).get("reward")))
+            processes.on_rank_0(lambda: folder.cut_back(None))
+            return
+        saved, tensors = loaded
+        processes.all_gather(lambda: self._check(saved, tensors))
+        processes.on_rank_0(lambda: folder.cut_back(saved))
+        own = dict(self.setup.policy.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors["model"].items():
+                own[name].copy_(processes.distribute(value, own[name]))
+        self._load_optimizer(tensors["optimizer"])
+        processes.all_gather(lambda: self._load_state(state, saved, tensors))
+
+    def _check(self, saved: dict[str, Any], tensors: Tensors) -> None:
+        """Refuse the checkpoint of another model, or of other prompts."""
+        own, folder = _trained(self.setup.policy.model), self.setup.folder
+        if own.keys() != tensors["model"].keys() or any(
+            own[k].shape != v.shape for k, v in tensors["model"].items()
+        ):
+            raise UsageError(
+                f"the checkpoint in {folder.path} holds other weights than"
+                f" {self.setup.config.model or 'the embedded model'} has; resume it with its own model"
+            )
+        if saved["prompts"] != digest(self.setup.prompts.train):
+            raise UsageError(
+                f"the training prompts are not those that the run in {folder.path} began with;"
+                " give it the same"
+            )
+        self._check_reward(saved.get("reward"))
+
+    def _check_reward(self, before: Sequence[str] | None) -> None:
+        """Refuse to rank one pool by two rewards, unless that is wanted."""
+        identity = self.setup.reward.identity
+        if before in (None, identity) or self.setup.config.accept_changed_reward:
+            return
+        then, now = (" ".join(one)[:200] for one in (before or (), identity))
+        raise UsageError(
+            f"the reward is not the one that scored the samples in {self.setup.folder.path}: its code,"
+            f" weights or settings were {then}, and are {now}; put it back, begin anew in another"
+            " --output, or go on with both on purpose by --accept-changed-reward"
+        )
+
+    def _load_state(self, state: State, saved: dict[str, Any], tensors: Tensors) -> None:
+        """What every process has of a checkpoint: all but weights and the optimizer's state."""
+        config = self.setup.config
+        if self.setup.accelerator.scaler is not None:
+            self.setup.accelerator.scaler.load_state_dict(saved["scaler"])
+        state.pool.load_state_dict(_from_tensors(tensors["pool"], saved["pool"]))
+        state.draws = Draws(tensors["draws"]["counts"].numpy())
+        state.prompt_of = tensors["draws"]["prompt_of"].tolist()
+        state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
+        state.left_out = int(saved.get("left_out", 0))
+        drawn = [k for k, share in enumerate(config.weights()) if share > 0]
+        state.trained = set(saved.get("touched", drawn if state.step else []))
+        state.seconds = float(saved["seconds"])
+        state.bad_steps = BadSteps(**saved["bad_steps"])
+        state.kl.coef = float(saved["kl_coef"])
+        asked, found = saved["micro_batch"]
+        if asked == config.micro_batch:  # else the user knows better by now
+            state.micro_batch = max(1, min(state.micro_batch, int(found)))
+        done = state.step - state.first_step(config)
+        prompts = range(len(self.setup.prompts.train_ids))
+        if not (
+            0 <= state.left_out <= state.round <= config.rounds
+            and 0 <= done <= config.steps
+            and len(state.prompt_of) == len(state.pool) >= len(state.draws.counts)
+            and all(i in prompts for i in state.prompt_of)
+        ):
+            raise ValueError(f"round {state.round}, step {state.step}, {len(state.pool)} samples do not fit")
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(index of the parameter and name of the moment, tensor)."""
+        if self.setup.processes.zero:
+            yield from zero.optimizer_tensors(self.optimizer, trained_parameters(self.setup.policy.model))
+            return
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                yield f"{index}.{name}", value
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        processes, parameters = self.setup.processes, trained_parameters(self.setup.policy.model)
+
+        def distributed() -> Iterator[tuple[str, Tensor]]:
+            for key, value in tensors.items():
+                like: Tensor = parameters[int(key.partition(".")[0])]
+                if value.shape != like.shape:  # a count of steps, which is never sharded
+                    like = torch.empty(0, device=like.device)
+                yield key, processes.distribute(value, like)
+
+        if processes.zero:
+            zero.set_weights(parameters)
+            if tensors:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = 0.0
+                # A step of nothing, for which DeepSpeed makes the state.
+                processes.average_gradients(self.setup.accelerator, self.around, finite=True)
+                zero.set_optimizer(self.optimizer, parameters, distributed())
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in distributed():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    """The parameters that training changes: all of them, or adapters and reward rows."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _without_large_data(loaded: run_folder.Checkpoint | None) -> run_folder.Checkpoint | None:
+    """A checkpoint without the data of weights and optimizer, which ``Processes.distribute`` sends."""
+    if loaded is None:
+        return None
+    state, tensors = loaded
+    large = {name: without_data(tensors[name]) for name in ("model", "optimizer")}
+    return state, {**tensors, **large}
+
+
+def _to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A pool's state as flat tensors and JSON."""
+    arrays = {k: torch.from_numpy(v.copy()) for k, v in state.items() if isinstance(v, np.ndarray)}
+    return arrays, {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
+
+
+def _from_tensors(arrays: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    return {**plain, **{k: v.numpy() for k, v in arrays.items()}}

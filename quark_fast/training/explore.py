@@ -1,0 +1,183 @@
+"""Explore: sample completions of the training prompts, score them, add them to the pool."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quark_fast.config import Config
+from quark_fast.model.policy import Policy
+from quark_fast.rewards.reward import Reward
+from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, Sampling, kept_or_drawn
+from quark_fast.runtime.distributed import in_batch_order
+from quark_fast.runtime.seeds import seed_for
+from quark_fast.training.progress import Progress
+from quark_fast.training.run_prompts import RunPrompts
+from quark_fast.training.shared_work import SharedWork
+from quark_fast.training.state import State
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion of a training prompt; reward NaN: not scored."""
+
+    prompt: int
+    ids: list[int]
+    text: str
+    reward: float
+
+    @staticmethod
+    def to_json(batch: list[Scored]) -> list[Any]:
+        return [
+            [one.prompt, one.ids, one.text, None if math.isnan(one.reward) else one.reward] for one in batch
+        ]
+
+    @staticmethod
+    def from_json(batch: list[Any]) -> list[Scored]:
+        return [Scored(i, ids, text, math.nan if s is None else s) for i, ids, text, s in batch]
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """Samples a round: from the base model first, then guided towards the best token."""
+
+    config: Config
+    policy: Policy
+    prompts: RunPrompts
+    reward: Reward
+    rollout: Rollout
+    work: SharedWork
+    listen: Callable[[Progress], None]
+
+    def explore(self, state: State, sampling: Sampling) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Add the round's samples to the pool.
+
+        Returns:
+            (rows for completions.jsonl, the round's row for metrics.jsonl).
+        """
+        begun = time.monotonic()
+        before, pool = len(state.pool), state.pool
+        samples = self.config.explore_samples if state.round else self.config.initial_samples
+        with self.rollout.synchronised(untouched=state.step == 0) as draw:
+            shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
+        found: list[Scored] = []
+        for _, batch in in_batch_order(shares):
+            prompts, scores = [one.prompt for one in batch], np.array([one.reward for one in batch])
+            pool.add(
+                [self.prompts.train_ids[i] for i in prompts],
+                [one.ids for one in batch],
+                scores,
+                round=state.round,
+            )
+            state.prompt_of += [i for i, s in zip(prompts, scores, strict=True) if not np.isnan(s)]
+            found += batch
+        quantiles = iter(pool.labels()[before:].tolist())
+        rows = [
+            {
+                "round": state.round,
+                "step": state.step,
+                "prompt": self.prompts.train[one.prompt]["prompt"],
+                "completion": one.text,
+                "reward": None if math.isnan(one.reward) else float(one.reward),
+                "quantile": None if math.isnan(one.reward) else next(quantiles),
+            }
+            for one in found
+        ]
+        return rows, self._metrics(state, rows, begun)
+
+    def _scored(
+        self, draw: Draw, state: State, sampling: Sampling, samples: int
+    ) -> Iterator[tuple[int, list[Scored]]]:
+        """This process's batches of the round's completions, with their rewards: (conditioning, batch)."""
+        begun, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
+        total = samples * len(self.prompts.train_ids)
+        processes = self.work.processes.count
+        for number, batch in self._batches(draw, state, sampling, samples):
+            yield number, batch
+            scores = np.array([one.reward for one in batch])
+            done, tokens = done + len(batch), tokens + sum(len(one.ids) for one in batch)
+            scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
+            self.listen(
+                Progress(
+                    f"round {state.round + 1}/{self.config.rounds}: sampling",
+                    min(total, done * processes),
+                    total,
+                    {
+                        "reward": rewards / scored if scored else float("nan"),
+                        "tokens/s": tokens * processes / (time.monotonic() - begun),
+                    },
+                )
+            )
+
+    def _batches(
+        self, draw: Draw, state: State, sampling: Sampling, samples: int
+    ) -> Iterator[tuple[int, list[Scored]]]:
+        """(number of the conditioning, batch): as it was kept, or as it is sampled and scored now."""
+        for number, (conditioning, indices) in enumerate(self._conditionings(state)):
+            for batch in kept_or_drawn(
+                draw,
+                [self.prompts.train_ids[i] for i in indices],
+                conditioning,
+                sampling,
+                samples,
+                seed_for(self.config.seed, "round", state.round, number),
+                self.work.shard,
+                self.work.kept(stage_of(state), number, Scored.to_json, Scored.from_json),
+                functools.partial(self._score, indices),
+            ):
+                yield number, batch
+
+    def _conditionings(self, state: State) -> list[tuple[Conditioning, list[int]]]:
+        """What stands before which training prompts in this round."""
+        config, quantiles = self.config, self.policy.quantiles
+        every = list(range(len(self.prompts.train_ids)))
+        if state.step == 0:  # nothing was learned yet
+            return [(Conditioning(), every)]
+        if config.explore_token == "best":
+            return [(Conditioning(quantiles - 1, 0, config.guidance), every)]
+        seed = seed_for(config.seed, "tokens to explore by", state.round)
+        tokens = np.random.default_rng(seed).integers(quantiles, size=len(every))
+        return [
+            (Conditioning(k, 0, config.guidance), np.flatnonzero(tokens == k).tolist())
+            for k in range(quantiles)
+        ]
+
+    def _score(self, prompts: list[int], indices: list[int], drawn: list[list[list[int]]]) -> list[Scored]:
+        """Completions of the prompts at these indices, with their rewards."""
+        flat = [(prompts[i], one) for i, group in zip(indices, drawn, strict=True) for one in group]
+        texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
+        scores = self.reward([self.prompts.train[i] for i, _ in flat], texts)
+        return [
+            Scored(i, completion, text, float(score))
+            for (i, completion), text, score in zip(flat, texts, scores, strict=True)
+        ]
+
+    def _metrics(self, state: State, rows: list[dict[str, Any]], begun: float) -> dict[str, Any]:
+        pool = state.pool
+        labels, every = pool.labels(), pool.rewards
+        by_quantile = [every[labels == k] for k in range(pool.quantiles)]
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        return {
+            "kind": "round",
+            "round": state.round,
+            "step": state.step,
+            "samples": len(rows),
+            "unscored": len(rows) - len(rewards),
+            "pool": len(pool),
+            "reward_mean": float(np.mean(rewards)) if rewards else None,
+            "reward_by_quantile": [float(r.mean()) if len(r) else None for r in by_quantile],
+            "thresholds": [float(t) for t in pool.thresholds],
+            "guidance": self.config.guidance if state.step else 1.0,
+            "seconds": time.monotonic() - begun,
+        }
+
+
+def stage_of(state: State) -> str:
+    """What the round's samples are kept under."""
+    return f"round-{state.round + 1}"

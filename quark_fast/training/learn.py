@@ -1,0 +1,119 @@
+"""Learn: optimizer steps on samples under the token of their current quantile."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from quark_fast.config import Config
+from quark_fast.pool.pool import RolloutBatch
+from quark_fast.runtime.distributed import Around, Processes, whole
+from quark_fast.runtime.memory import within_memory
+from quark_fast.training.objective import Objective
+from quark_fast.training.state import State
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Makes the steps of a run."""
+
+    config: Config
+    processes: Processes
+    accelerator: Accelerator
+    around: Around
+    objective: Objective
+    optimizer: Any
+
+    def step(self, state: State, batch: RolloutBatch, smaller: Callable[[int], None]) -> dict[str, Any]:
+        """One optimizer step; micro-batches add up to exactly the loss of the whole batch.
+
+        Args:
+            smaller: called with the new micro-batch where the memory did not suffice for the old one.
+        Returns:
+            Numbers for the step's row of metrics.jsonl; ``skipped_for`` names what was not finite.
+        Raises:
+            OutOfMemory: not even one sample fits.
+        """
+        begun = time.monotonic()
+        self.objective.kl_coef = state.kl.coef
+        sums, state.micro_batch = within_memory(
+            functools.partial(self._gradient, batch),
+            state.micro_batch,
+            smaller,
+            self.processes.lacked_memory,
+        )
+        sums = self.processes.mean(sums)
+        decay = self.config.decay(state.step, self.config.rounds - state.left_out)
+        norm, bad = self._update(state, sums, decay, len(batch.completions))
+        seconds = time.monotonic() - begun
+        numbers: dict[str, Any] = {
+            **sums,
+            **({"kl_coef": self.objective.kl_coef} if self.config.kl_target else {}),
+            "grad_norm": norm,
+            "lr": self.config.learning_rate * decay,
+            "tokens_per_s": sum(map(len, batch.completions)) / seconds,
+            "seconds": seconds,
+        }
+        numbers = {k: v if math.isfinite(v) else None for k, v in numbers.items()}  # JSON has no NaN
+        if state.bad_steps.skipped:
+            numbers["skipped"] = state.bad_steps.skipped
+        return numbers if bad is None else numbers | {"skipped_for": bad}
+
+    def _gradient(self, batch: RolloutBatch, micro_batch: int) -> dict[str, float]:
+        """Add up the gradient of this process's samples; the terms of the loss."""
+        self._forget_gradients()  # of an attempt that ran out of memory
+        total = sum(map(len, batch.completions))
+        # Each process takes its samples over the whole batch's counts times its share of them: the mean over
+        # processes, which is what DDP and FSDP2 make of gradients, is then the loss of the whole batch.
+        count = self.processes.count
+        own = self.processes.part(np.arange(len(batch.completions)))
+        sums: dict[str, float] = {}
+        for start in range(0, len(own), micro_batch):
+            part = own[start : start + micro_batch]
+            compute = functools.partial(
+                self.objective,
+                [batch.prompts[i].tolist() for i in part],
+                [batch.completions[i].tolist() for i in part],
+                batch.quantiles[part].tolist(),
+                total / count,
+                len(batch.completions) / count,
+            )
+            with self.processes.accumulating(self.accelerator, self.around):
+                loss, terms = self.around(compute)
+                self.accelerator.backward(loss)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def _update(
+        self, state: State, sums: dict[str, float], decay: float, samples: int
+    ) -> tuple[float, str | None]:
+        """Clip the gradient and move the weights, unless a term is not finite: (gradient norm, that term)."""
+        rates = (self.config.learning_rate, self.config.reward_token_lr)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * decay
+        finite = all(map(math.isfinite, sums.values()))
+        self.processes.average_gradients(self.accelerator, self.around, finite)
+        # In the model's own order, by which accelerate tells that these are the parameters it has sharded.
+        parameters = list(self.around.parameters())
+        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)))
+        scaler = self.accelerator.scaler
+        bad = state.bad_steps.judge(sums, norm, scaler and scaler.get_scale())
+        if bad is None:
+            self.optimizer.step()
+            state.kl.update(sums["kl"], samples)
+        elif scaler is not None:
+            scaler.update()  # it has seen this gradient, and takes no other before
+        self._forget_gradients()
+        return norm, bad
+
+    def _forget_gradients(self) -> None:
+        # DDP's gradients lie in buffers that it keeps: others beside them would take as much again.
+        self.optimizer.zero_grad(set_to_none=not self.processes.replicated)

@@ -1,0 +1,224 @@
+"""What a run shows for its work: the probe between rounds, the evaluation, the exported model, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from quark_fast.data import assets
+from quark_fast.data.chat import to_file
+from quark_fast.evaluation.held_out import evaluate
+from quark_fast.evaluation.modes import Mode, evaluation_sampling, generation_settings, modes
+from quark_fast.evaluation.probe import Probe
+from quark_fast.evaluation.prompt_classes import classify_prompts
+from quark_fast.evaluation.summary import describe_evaluation, summarise
+from quark_fast.files.atomic import replacing_folder
+from quark_fast.metrics import Sample
+from quark_fast.model.copies import exported_copy, frozen_copy, whole_copy
+from quark_fast.model.export import write_export
+from quark_fast.report.page import write_report
+from quark_fast.rollout.sampling import Sampler, Sampling
+from quark_fast.runtime import trackers
+from quark_fast.runtime.distributed import in_batch_order
+from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.run_folder import HELD_OUT
+from quark_fast.training.progress import Progress
+from quark_fast.training.setup import Setup
+from quark_fast.training.shared_work import SharedWork
+
+
+class Results:
+    """Measures a run on its held-out prompts, and writes what is left of it in the end."""
+
+    def __init__(
+        self, setup: Setup, work: SharedWork, sampler: Sampler, listen: Callable[[Progress], None]
+    ) -> None:
+        self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
+        self.held_out = setup.prompts.held_out
+        self.drawn: Probe | None = None  # the probe's completions, drawn when they are first asked for
+
+    # ---------------------------------------------------------------- between rounds
+
+    def probe(self, step: int) -> dict[str, Any]:
+        """How well the reward tokens tell held-out completions apart by now, as a row of metrics.jsonl."""
+        setup = self.setup
+        self.listen(Progress("probing", 0, 1))
+        model = frozen_copy(setup.policy, setup.sampling_dtype)
+        probe = self.drawn = self.drawn or self._draw_probe()
+        found, kl = self.work.all_gather(
+            lambda: (probe.measure(setup.policy, model), probe.kl(setup.policy, model, setup.reference))
+        )[0]
+        self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
+        return {
+            "kind": "probe",
+            "step": step,
+            "rank_correlation": found.value,
+            "standard_error": found.standard_error,
+            "kl": kl,
+        }
+
+    def _draw_probe(self) -> Probe:
+        setup = self.setup
+        # One sample a prompt is mostly prefill: fewer rows side by side.
+        sampling = dataclasses.replace(setup.held_out_sampling(), rows=32)
+        shares = self.work.all_gather(
+            lambda: Probe.draw(
+                setup.policy,
+                setup.reference,
+                setup.reward,
+                self.held_out,
+                sampling,
+                setup.config.seed,
+                self.sampler,
+                self.work.shard,
+                self.work.kept("probe", self._what_is_measured(sampling)),
+            )
+        )
+        return Probe.of(batch for _, batch in in_batch_order(shares))
+
+    def _what_is_measured(self, sampling: Sampling) -> list[Any]:
+        """What samples of the held-out prompts follow from that may change at a resume, as JSON."""
+        # How many are side by side may change in the middle.
+        how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
+        held_out = self.held_out
+        return [how, held_out.samples, held_out.rows, held_out.ids, held_out.texts]
+
+    # ---------------------------------------------------------------- the evaluation
+
+    def evaluate(self, step: int) -> None:
+        """``evaluation.json``: held-out prompts in every mode, of the model as it is exported."""
+        setup, config = self.setup, self.setup.config
+        if setup.task.prompt_classes:
+            self._classify()
+        table = modes(setup.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
+        if config.eval_modes == "best":
+            table = [mode for mode in table if mode.name in ("untouched", "best token")]
+        model = exported_copy(setup.policy, setup.sampling_dtype)
+        shares = self.work.all_gather(lambda: list(self._evaluated(table, model)))
+        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        for name, part in in_batch_order(shares):
+            samples[name] += part
+        setup.processes.on_rank_0(lambda: self._write_evaluation(table, samples, step))
+
+    def _classify(self) -> None:
+        """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
+        setup = self.setup
+        rows = [dict(row) for row in self.held_out.rows]
+        if not all("prompt_class" in row for row in rows):
+            for share in self.work.all_gather(lambda: dict(self._classified())):
+                for i, name in share.items():
+                    rows[i]["prompt_class"] = name
+        self.held_out = dataclasses.replace(self.held_out, rows=rows)
+        texts = [{**row, "prompt": row["text"]} if setup.config.prefix_tokens else row for row in rows]
+        setup.processes.on_rank_0(lambda: setup.folder.write_rows(HELD_OUT, map(to_file, texts)))
+
+    def _classified(self) -> Iterator[tuple[int, str]]:
+        """(index, class) of this process's part of the held-out prompts."""
+        setup, sampling = self.setup, self.setup.held_out_sampling()
+        found = classify_prompts(
+            setup.policy,
+            setup.reference,
+            setup.reward,
+            self.held_out,
+            sampling,
+            setup.config.seed,
+            setup.config.target,
+            self.sampler,
+            self.work.shard,
+            self.work.kept(
+                "classes",
+                self._what_is_measured(sampling),
+                decode=lambda batch: [(int(i), str(name)) for i, name in batch],
+            ),
+        )
+        total = len(self.held_out.rows)
+        for done, one in enumerate(found, start=1):
+            yield one
+            done = min(total, done * setup.processes.count)
+            self.listen(Progress("classifying the held-out prompts", done, total))
+
+    def _evaluated(self, table: list[Mode], model: Any) -> Iterator[tuple[str, list[Sample]]]:
+        """This process's batches of every mode."""
+        setup, sampling = self.setup, self.setup.held_out_sampling()
+
+        def kept(mode: Mode) -> Kept[list[Sample]]:
+            return self.work.kept(
+                "evaluation",
+                [mode.name, dataclasses.asdict(mode.conditioning), *self._what_is_measured(sampling)],
+                lambda part: [vars(one) for one in part],
+                lambda part: [Sample(**one) for one in part],
+            )
+
+        found: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        for name, part in evaluate(
+            setup.policy,
+            model,
+            setup.reference,
+            setup.reward,
+            self.held_out,
+            table,
+            sampling,
+            seed=setup.config.seed,
+            measures=setup.task.measures,
+            sampler=self.sampler,
+            share=self.work.shard,
+            kept=kept,
+        ):
+            found[name] += part
+            self._show(name, found[name])
+            yield name, part
+
+    def _show(self, name: str, samples: list[Sample]) -> None:
+        """How far the evaluation of a mode is, and its headline so far."""
+        task, count = self.setup.task, self.setup.processes.count
+        total = len(self.held_out.rows) * self.setup.config.eval_samples
+        scores = [s.score for s in samples if s.score is not None]
+        mean = sum(scores) / len(scores) if scores else float("nan")
+        numbers = {self.setup.reward.property or "reward": mean}
+        if task.headline != "mean":
+            shown = [s.measures[task.headline] for s in samples if s.measures]
+            numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
+        self.listen(Progress(f"evaluating: {name}", min(total, len(samples) * count), total, numbers))
+
+    def _write_evaluation(self, table: list[Mode], samples: dict[str, list[Sample]], step: int) -> None:
+        setup, config = self.setup, self.setup.config
+        rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
+        setup.folder.write_rows("evaluation.jsonl", rows)
+        about = describe_evaluation(
+            setup.task,
+            config.target,
+            setup.reward,
+            setup.policy,
+            evaluation_sampling(config),
+            self.held_out,
+            config.seed,
+            config.guidances(),
+            {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
+            [setup.sampling_dtype],
+        )
+        summary = summarise(samples, table, about)
+        setup.folder.write_json("evaluation.json", summary)
+        for row in summary["rows"]:
+            numbers = {f"{row['name']}/{name}": value["value"] for name, value in row["metrics"].items()}
+            trackers.track(setup.accelerator, {"kind": "evaluation", "step": step, **numbers})
+
+    # ---------------------------------------------------------------- the end
+
+    def export(self, seconds: float) -> None:
+        """Write the model and the report; from here on the run is a finished one."""
+        setup = self.setup
+        self.listen(Progress("writing the model and the report", 0, 1))
+        exported = whole_copy(setup.policy, setup.policy.stored_dtype)
+
+        def write() -> None:
+            with replacing_folder(setup.folder / "model") as scratch:
+                how = generation_settings(evaluation_sampling(setup.config))
+                write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
+            setup.folder.add_minutes(round(seconds / 60, 1))
+            write_report(setup.folder.path)
+            trackers.finish(setup.accelerator)
+            setup.folder.finish()
+
+        setup.processes.on_rank_0(write)
+        self.listen(Progress("writing the model and the report", 1, 1))

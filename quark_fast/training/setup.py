@@ -1,0 +1,260 @@
+"""What a run is made of: everything that stays as it is while it trains. Whatever is wrong shows here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from quark_fast.config import Config, load_config
+from quark_fast.data import assets
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.held_out import first_completions
+from quark_fast.evaluation.modes import HeldOut, evaluation_sampling, generation_settings
+from quark_fast.model.checks import Checked, check_model
+from quark_fast.model.copies import shared_reference
+from quark_fast.model.loading import load_reference
+from quark_fast.model.lora import Lora
+from quark_fast.model.policy import Policy
+from quark_fast.model.structure import recompute_layers
+from quark_fast.ops.loss import Implementation, quark_loss
+from quark_fast.rewards.reward import Function, Reward
+from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
+from quark_fast.rollout.transformers import TransformersRollout
+from quark_fast.rollout.vllm import check_vllm, vllm_rollout
+from quark_fast.runtime import trackers
+from quark_fast.runtime.distributed import REPLICATION, Processes
+from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
+from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
+from quark_fast.tasks.by_name import cached, choose_reward, find_task, refuse_code_of
+from quark_fast.tasks.task import Task
+from quark_fast.training.objective import Objective
+from quark_fast.training.progress import Progress
+from quark_fast.training.run_prompts import Given, RunPrompts, load_run_prompts
+from quark_fast.training.shared_work import SharedWork
+
+
+@dataclass
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        batch_rows: completions that are sampled with one generator, as when the run began.
+        sampling_dtype: of frozen copies, which sample and evaluate.
+    """
+
+    config: Config
+    folder: RunFolder
+    processes: Processes
+    accelerator: Accelerator
+    batch_rows: int
+    task: Task
+    prompts: RunPrompts
+    reward: Reward
+    policy: Policy
+    reference: Any
+    sampling_dtype: torch.dtype
+    checked: Checked
+    objective: Objective
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    def round_sampling(self, round: int) -> Sampling:
+        """How the completions of a round are drawn."""
+        config = self.config
+        drawn = Sampling(
+            config.max_new_tokens, config.min_new_tokens, config.temperature_of(round), config.top_p
+        )
+        return in_batches(drawn, self.batch_rows, config.sample_batch)
+
+    def held_out_sampling(self) -> Sampling:
+        """How the completions of the evaluation are drawn."""
+        return in_batches(evaluation_sampling(self.config), self.batch_rows, self.config.sample_batch)
+
+
+def in_batches(sampling: Sampling, rows: int, at_once: int) -> Sampling:
+    """In batches of ``rows``, and no more than ``at_once`` completions side by side."""
+    return dataclasses.replace(sampling, rows=rows, at_once=at_once if at_once < rows else 0)
+
+
+def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
+    """Refuse a folder that the run cannot have; its precision and the completions of its batches."""
+    if not config.resume:
+        folder.check_free()
+        return settled_precision(config.precision), config.sample_batch
+    folder.check_resumable()
+    saved = load_config(folder / "config.yaml")
+    if config.precision == "auto":  # whatever would be chosen today, the run goes on as it began
+        config.precision = saved.precision
+    config.check_resumes(saved)
+    refuse_code_of(folder.path, config.reward)
+    folder.check_results()
+    return config.precision, saved.sample_batch
+
+
+def set_up(
+    config: Config,
+    folder: RunFolder,
+    processes: Processes,
+    batch_rows: int,
+    reward: Function | Reward | None,
+    given: Given,
+) -> Setup:
+    """Load everything but the run folder, and try it out.
+
+    Raises:
+        UsageError: anything wrong with model, prompts or reward.
+    """
+    check_vllm(config, processes.count)
+    task = find_task(config.task, config.target)
+    set_threads(config.threads)
+    accelerator = _accelerator(config, folder, processes)
+    chosen = choose_reward(config, task, accelerator.device, reward)
+    tasks_own = config.reward in (None, task.name)
+    encode = load_run_prompts(config, task, folder, given, own_reward=reward is not None or not tasks_own)
+    _check_impl(config.impl, accelerator.device)
+    words = task.words_for(config.quantiles) if tasks_own and chosen.property is not None else None
+    dtype = sampling_dtype(config.precision, accelerator.device)
+    policy = _load_policy(config, words, dtype, accelerator.device)
+    prompts = encode(policy)
+    _choose_attention(policy, prompts, config)
+    reference = _load_reference(config, policy, dtype, accelerator.device)
+    autocast = processes.autocast(accelerator, config.precision)
+    objective = functools.partial(Objective, config, policy, reference, accelerator.device, autocast)
+    checked = check_model(
+        policy,
+        reference,
+        folder.existing_parent,
+        generation_settings(evaluation_sampling(config)),
+        untie=config.export_head == "own",
+        longest=max(map(len, [*prompts.train_ids, *prompts.held_out.ids])) + config.max_new_tokens,
+        objective=objective,
+        export=processes.main,  # which writes it
+        notes=assets.cache_dir() if config.model is None else None,
+    )
+    processes.check_padding(accelerator, policy.reading.padding)
+    setup = Setup(
+        config=config,
+        folder=folder,
+        processes=processes,
+        accelerator=accelerator,
+        batch_rows=batch_rows,
+        task=task,
+        prompts=prompts,
+        reward=chosen,
+        policy=policy,
+        reference=reference,
+        sampling_dtype=dtype,
+        checked=checked,
+        objective=objective(),
+    )
+    if not config.resume and processes.main:  # a run that is resumed has been through it
+        asked = HeldOut(prompts.train, prompts.train_ids, 1)
+        chosen.check(first_completions(policy, reference, asked, setup.round_sampling(0), config.seed))
+    # SQLite is for one machine: files over a network lose its locks.
+    mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache
+    setup.reward = cached(chosen, mode, folder / REWARDS)
+    return setup
+
+
+def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
+    """AdamW, by which the reward tokens' rows learn at a rate of their own."""
+    *body, rows = trained_parameters(policy.model)
+    groups: list[dict[str, Any]] = [
+        {"params": body, "lr": config.learning_rate},
+        {"params": [rows], "lr": config.reward_token_lr},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def trained_parameters(model: Any) -> list[Any]:
+    """What the optimizer has, in its order: the reward tokens' rows last."""
+    rows = model.get_input_embeddings().rows
+    return [*(p for p in model.parameters() if p.requires_grad and p is not rows), rows]
+
+
+def choose_rollout(
+    setup: Setup, work: SharedWork, sampler: Sampler, listen: Callable[[Progress], None]
+) -> Rollout:
+    """The engine that samples the rounds."""
+    config = setup.config
+    if config.rollout == "transformers":
+        return TransformersRollout(setup.policy, setup.reference, setup.sampling_dtype, sampler)
+    return vllm_rollout(
+        config,
+        setup.policy,
+        setup.folder / ROLLOUT,
+        setup.sampling_dtype,
+        setup.device,
+        max(map(len, setup.prompts.train_ids)),
+        say=lambda text: listen(Progress("waiting for the vLLM server", 0, 1, note=text)),
+        once=lambda write: setup.processes.on_rank_0(work.stoppable(write)),
+    )
+
+
+def _accelerator(config: Config, folder: RunFolder, processes: Processes) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" or processes.zero else config.precision,
+        log_with=trackers.trackers(config.report_to) or None,
+        project_dir=folder / "tensorboard",
+        kwargs_handlers=[REPLICATION],
+    )
+    processes.check(accelerator, config)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate scales the loss on GPUs alone; without it most of an fp16 gradient is 0.
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
+        accelerator.native_amp = True
+    return accelerator
+
+
+def _load_policy(config: Config, words: list[str] | None, dtype: torch.dtype, device: torch.device) -> Policy:
+    policy = Policy.create(
+        config.model or assets.default_model(),
+        quantiles=config.quantiles,
+        prefix=config.prefix,
+        words=words,
+        seed=config.seed,
+        lora=Lora.of(config),
+        low=dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    # No dropout anywhere: policy and reference are compared token by token.
+    policy.model.to(device).eval()
+    if config.gradient_checkpointing:
+        recompute_layers(policy.model)
+    return policy
+
+
+def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> None:
+    """Over sequences of up to 512 tokens, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
+
+    Over longer ones it is transformers' own choice: sdpa, where the model can.
+    """
+    longest = max(map(len, prompts.train_ids)) + config.max_new_tokens
+    if policy.model.device.type == "cpu" and longest <= 512:
+        policy.model.set_attn_implementation("eager")
+
+
+def _load_reference(config: Config, policy: Policy, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base model, frozen; under LoRA it shares the policy's weights."""
+    shared = shared_reference(policy, dtype)
+    if shared is not None:
+        return shared.to(device)
+    return load_reference(config.model or assets.default_model(), dtype, device, config.trust_remote_code)
+
+
+def _check_impl(impl: Implementation, device: torch.device) -> None:
+    """The loss on two logits: whether the implementation asked for runs here shows at once."""
+    logits, labels = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        quark_loss(logits, logits, labels, kl_coef=0.0, entropy_coef=0.0, impl=impl)
+    except ValueError as error:
+        raise UsageError(f"impl = {impl}: {error}") from error

@@ -1,0 +1,56 @@
+"""Work in batches that the processes of a run share out among themselves and keep on disk as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from quark_fast.runtime.distributed import Processes
+from quark_fast.runtime.journal import Journal, Kept
+from quark_fast.training.signals import Stop
+
+T = TypeVar("T")
+
+
+class SharedWork:
+    """How sampling, scoring and evaluation are done: each process its batches, none of them twice.
+
+    Attributes:
+        stop: asked for while the run trains; None before.
+    """
+
+    def __init__(self, processes: Processes, journal: Journal) -> None:
+        self.processes, self.journal = processes, journal
+        self.stop: Stop | None = None
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(index, count): this process does every count-th batch, from index on."""
+        return self.processes.shard
+
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
+        """What every process makes of its batches, by its index."""
+        return self.processes.all_gather(self.stoppable(work))
+
+    def stoppable(self, work: Callable[[], T]) -> Callable[[], T]:
+        """The same work, which a signal may end at once: a resumed run does what is left of it."""
+
+        def stoppable() -> T:
+            if self.stop is None:
+                return work()
+            with self.stop.allowed_at_once():
+                return work()
+
+        return stoppable
+
+    def kept(
+        self,
+        stage: str,
+        settings: Any = None,
+        encode: Callable[[T], Any] = lambda value: value,
+        decode: Callable[[Any], T] = lambda value: value,
+    ) -> Kept[T]:
+        """What is on disk of a stage's batches, where this process sees the run folder; see ``Journal``."""
+        if self.processes.main or self.processes.machines == 1:
+            return self.journal.stage(stage, settings, encode, decode)
+        return Kept()

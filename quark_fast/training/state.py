@@ -1,0 +1,54 @@
+"""What a run has come to: everything that changes while it trains, but weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quark_fast.config import Config
+from quark_fast.pool.pool import RolloutPool
+from quark_fast.training.quantize import Draws
+from quark_fast.training.stability import BadSteps, KLController
+
+
+@dataclass
+class State:
+    """Saved in every checkpoint, and the same on every process.
+
+    Attributes:
+        pool: the scored samples.
+        prompt_of: index of each sample's training prompt.
+        draws: how often each sample was drawn.
+        kl: the weight of the KL.
+        micro_batch: samples a forward pass, as many as the memory sufficed for.
+        round, sampled: the current round, from 0, and whether its samples are in the pool.
+        step: optimizer steps made.
+        left_out: rounds without steps, since all rewards were equal.
+        trained: quantiles whose reward token has been trained.
+        seconds: what the run took so far.
+    """
+
+    pool: RolloutPool
+    kl: KLController
+    micro_batch: int
+    prompt_of: list[int] = field(default_factory=list)
+    draws: Draws = field(default_factory=Draws)
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+    round: int = 0
+    sampled: bool = False
+    step: int = 0
+    left_out: int = 0
+    trained: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @classmethod
+    def new(cls, config: Config, processes: int) -> State:
+        """Of a run that begins."""
+        return cls(
+            pool=RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed),
+            kl=KLController(config.kl_coef, config.kl_target, config.kl_horizon),
+            micro_batch=min(config.micro_batch, config.batch_size // processes),
+        )
+
+    def first_step(self, config: Config) -> int:
+        """Steps that were made before this round."""
+        return (self.round - self.left_out) * config.steps
