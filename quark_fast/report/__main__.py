@@ -26,9 +26,10 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     folder = Path(arguments.run)
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
-    for line in read_run(folder).missing:
+    files = read_run(folder)
+    for line in files.missing:
         console.print(line)
-    console.print(f"report: {write_report(folder)}")
+    console.print(f"report: {write_report(folder, files)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
