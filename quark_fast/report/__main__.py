@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, console: Terminal) -> None:
-    """Write the page, and say what the folder lacks for it."""
+    """Write the page, and print what the folder lacks for it."""
     from quark_fast.report.files import read_run
     from quark_fast.report.page import write_report
 

@@ -134,7 +134,7 @@ def scores_are_rewards(evaluation: Record) -> bool:
 
 def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
-    keys = [headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
+    keys = [headline_column(evaluation).key, *evaluation.get("columns", _TOXICITY_COLUMNS)]
     if more:
         keys += evaluation.get("more_columns", ["share"])
     if scores_are_rewards(evaluation):
@@ -148,11 +148,11 @@ def main_columns(evaluation: Record) -> list[Column]:
     keys = {column.key for column in columns_of(evaluation)}
     fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
     variety = "diversity" if "diversity" in keys else "dist3"
-    return [find_column(key) for key in (headline_key(evaluation), fluency, variety)]
+    return [headline_column(evaluation), find_column(fluency), find_column(variety)]
 
 
-def headline_key(evaluation: Record) -> str:
-    return str(evaluation.get("headline", "mean"))
+def headline_column(evaluation: Record) -> Column:
+    return find_column(str(evaluation.get("headline", "mean")))
 
 
 def find_column(key: str) -> Column:

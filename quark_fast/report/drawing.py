@@ -126,7 +126,7 @@ def inline_svg(figure: Figure, name: str, label: str, palette: Palette) -> str:
 
     Args:
         name: prefix of the ids in the SVG, different for each plot of a page.
-        label: what a screen reader says.
+        label: what a screen reader reads out.
     """
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})

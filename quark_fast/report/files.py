@@ -15,7 +15,7 @@ from quark_fast.report.records import Record, number_of
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of a run folder as far as they can be read; `missing` says what could not."""
+    """The files of a run folder as far as they can be read; `missing` names the rest."""
 
     name: str
     versions: Record

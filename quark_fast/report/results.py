@@ -1,4 +1,4 @@
-"""What an evaluation says: its rows by their ways of sampling, and the result in one sentence."""
+"""What an evaluation found: its rows by their ways of sampling, and the result in one sentence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from quark_fast.metrics import Change, Interval
 from quark_fast.report.columns import (
     Column,
     fill,
-    find_column,
     format_bounds,
     format_change,
     format_value,
-    headline_key,
+    headline_column,
     one_line,
 )
 from quark_fast.report.records import Record, number_of
@@ -146,7 +145,7 @@ def _what_it_takes(evaluation: Record) -> str:
     row, best = main_row(evaluation), first_row(evaluation, "best")
     if row is None or best is None or way_of(name_of(row)) != "guided" or ": " in name_of(row):
         return ""
-    alone = cell_of(evaluation, best, find_column(headline_key(evaluation)))
+    alone = cell_of(evaluation, best, headline_column(evaluation))
     change = f" ({alone.change})" if alone.change else ""
     return (
         f"That takes quark_fast.generate (--guidance {number_of(row, 'guidance'):g}); the exported model by"
@@ -159,7 +158,7 @@ def _result(evaluation: Record) -> str:
     row, before = main_row(evaluation), base_row(evaluation)
     if before is None:
         return ""
-    column = find_column(headline_key(evaluation))
+    column = headline_column(evaluation)
     subject = fill(column.title, evaluation).capitalize()
     old = cell_of(evaluation, before, column)
     if row is None or row is before:

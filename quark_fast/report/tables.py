@@ -15,9 +15,8 @@ from quark_fast.report.columns import (
     columns_of,
     counted,
     fill,
-    find_column,
     format_value,
-    headline_key,
+    headline_column,
     one_line,
 )
 from quark_fast.report.records import Record
@@ -84,7 +83,7 @@ def _two_lines(value: str, bounds: str, style: str = "") -> Text:
 
 def about(evaluation: Record) -> str:
     prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
-    what = fill(find_column(headline_key(evaluation)).title, evaluation).capitalize()
+    what = fill(headline_column(evaluation).title, evaluation).capitalize()
     if prompts is None or samples is None:
         return what
     source = evaluation.get("source")
@@ -117,9 +116,10 @@ def notes(evaluation: Record) -> list[str]:
             f"Before each prompt, and before the reward token where there is one: {'; '.join(shown)}."
         )
     for name, count in (evaluation.get("trained_on") or {}).items():
-        found.append(
-            f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
-        )
+        if isinstance(count, int):  # a file may hold anything
+            found.append(
+                f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
+            )
     return [clean(line) for line in found]
 
 

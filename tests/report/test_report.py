@@ -519,6 +519,12 @@ def test_names_from_anywhere_are_no_markup_in_markdown(finished_run):
         )
 
 
+def test_a_count_of_trained_prompts_that_is_none_is_left_out(finished_run):
+    table, _ = several(finished_run, RUNS)
+    shown = markdown_table(table | {"trained_on": {"a": "many", "b": 7}})
+    assert "7 of these prompts were trained on by b." in shown and "many" not in shown
+
+
 # --- before and after -----------------------------------------------------------------------------
 
 
