@@ -19,16 +19,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, console: Terminal) -> None:
-    """Write the page, and say what the folder lacks for it."""
+    """Write the page, and print what the folder lacks for it."""
     from quark_fast.report.files import read_run
     from quark_fast.report.page import write_report
 
     folder = Path(arguments.run)
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
-    for line in read_run(folder).missing:
+    files = read_run(folder)
+    for line in files.missing:
         console.print(line)
-    console.print(f"report: {write_report(folder)}")
+    console.print(f"report: {write_report(folder, files)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,12 +8,12 @@ from typing import Literal
 
 from quark_fast.files.safe_text import clean
 from quark_fast.metrics import Change
-from quark_fast.report.rows import Row, number_of
+from quark_fast.report.records import Record
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric as the tables show it; `{property}`, `{target}` and `{threshold}` are filled in."""
+    """One metric as the tables show it; `fill` puts in `{property}` and `{target}`."""
 
     key: str
     title: str
@@ -78,10 +78,10 @@ COLUMNS = (
     ),
     Column(
         "share",
-        "share ≥ {threshold}",
-        "≥ {threshold}",
+        "share ≥ .5",
+        "≥ .5",
         "percent",
-        "Completions with a {property} of at least {threshold}.",
+        "Completions with a {property} of at least .5.",
     ),
     Column(
         "expected_max",
@@ -95,7 +95,7 @@ COLUMNS = (
         "probability",
         "prob.",
         "2 digits",
-        "Prompts of which any completion reaches {threshold}; grows with their number.",
+        "Prompts of which any completion reaches .5; grows with their number.",
     ),
     Column(
         "perplexity",
@@ -124,7 +124,7 @@ COLUMNS = (
 )
 
 
-def scores_are_rewards(evaluation: Row) -> bool:
+def scores_are_rewards(evaluation: Record) -> bool:
     """Whether its scores are a reward as it is: higher is better, of any size and sign.
 
     Else they are a property to be rid of, 1 - reward, in [0, 1].
@@ -132,9 +132,9 @@ def scores_are_rewards(evaluation: Row) -> bool:
     return evaluation.get("property") == "reward"
 
 
-def columns_of(evaluation: Row, more: bool = True) -> list[Column]:
+def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
-    keys = [headline_key(evaluation), *evaluation.get("columns", _TOXICITY_COLUMNS)]
+    keys = [headline_column(evaluation).key, *evaluation.get("columns", _TOXICITY_COLUMNS)]
     if more:
         keys += evaluation.get("more_columns", ["share"])
     if scores_are_rewards(evaluation):
@@ -143,16 +143,16 @@ def columns_of(evaluation: Row, more: bool = True) -> list[Column]:
     return sorted(known, key=lambda column: column.key != keys[0])
 
 
-def main_columns(evaluation: Row) -> list[Column]:
+def main_columns(evaluation: Record) -> list[Column]:
     """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
     keys = {column.key for column in columns_of(evaluation)}
     fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
     variety = "diversity" if "diversity" in keys else "dist3"
-    return [find_column(key) for key in (headline_key(evaluation), fluency, variety)]
+    return [headline_column(evaluation), find_column(fluency), find_column(variety)]
 
 
-def headline_key(evaluation: Row) -> str:
-    return str(evaluation.get("headline", "mean"))
+def headline_column(evaluation: Record) -> Column:
+    return find_column(str(evaluation.get("headline", "mean")))
 
 
 def find_column(key: str) -> Column:
@@ -199,7 +199,7 @@ def _format_difference(difference: float, style: str) -> str:
     return ("−" if difference < 0 else "+") + format_value(abs(difference), style)
 
 
-def format_change(change: Change, column: Column, evaluation: Row) -> tuple[str, str]:
+def format_change(change: Change, column: Column, evaluation: Record) -> tuple[str, str]:
     """A change and its bounds: in percent; of a mean reward, which may be 0 or below, as a difference."""
     if column.key == "mean" and scores_are_rewards(evaluation):
         parts = (change.difference, change.low, change.high)
@@ -210,12 +210,11 @@ def format_change(change: Change, column: Column, evaluation: Row) -> tuple[str,
     return value, "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
 
 
-def fill(text: str, evaluation: Row) -> str:
-    threshold = number_of(evaluation, "threshold")
+def fill(text: str, evaluation: Record) -> str:
+    """The text with what the evaluation calls the scores and the target."""
+    words = {"property": "score", "target": "positive"}
     return text.format(
-        property=one_line(clean(str(evaluation.get("property", "score"))))[:60],
-        target=one_line(clean(str(evaluation.get("target", "positive"))))[:60],
-        threshold=f"{0.5 if math.isnan(threshold) else threshold:g}".replace("0.", "."),
+        **{key: one_line(clean(str(evaluation.get(key, word))))[:60] for key, word in words.items()}
     )
 
 

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quark_fast.files.safe_read import too_deep
 from quark_fast.report.columns import COLUMNS, counted
-from quark_fast.report.rows import Row, number_of
+from quark_fast.report.records import Record, number_of
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of a run folder as far as they can be read; `missing` says what could not."""
+class RunFiles:
+    """The files of a run folder as far as they can be read; `missing` names the rest."""
 
     name: str
-    config: str
-    versions: Row
-    steps: list[Row]
-    rounds: list[Row]
-    probes: list[Row]
-    completions: list[Row]
-    evaluation: Row
-    evaluation_rows: list[Row]
-    missing: list[str]
+    versions: Record
+    evaluation: Record
+    evaluation_rows: list[Record]
+    config: str = ""
+    steps: list[Record] = field(default_factory=list)
+    rounds: list[Record] = field(default_factory=list)
+    probes: list[Record] = field(default_factory=list)
+    completions: list[Record] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> RunFiles:
     """Reads config.yaml, versions.json, metrics.jsonl, completions.jsonl, evaluation.json(l).
 
     A step or round that stands twice (a resumed run repeats what came after its checkpoint) counts
@@ -46,11 +46,11 @@ def read_run(run_dir: Path) -> Run:
     rows = _read_lines(run_dir / "evaluation.jsonl", "the before and after texts", missing)
     rows = [row for row in rows if isinstance(row.get("prompt_id", 0), int)]
 
-    def last_of(kind: str, key: str) -> list[Row]:
+    def last_of(kind: str, key: str) -> list[Record]:
         found = {number_of(row, key): row for row in metrics if row.get("kind") == kind}
         return [found[at] for at in sorted(found) if math.isfinite(at)]
 
-    return Run(
+    return RunFiles(
         name=run_dir.resolve().name,
         config=config,
         versions=versions,
@@ -74,7 +74,7 @@ def _read_text(path: Path, what: str, missing: list[str]) -> str:
     return ""
 
 
-def _read_object(path: Path, what: str, missing: list[str]) -> Row:
+def _read_object(path: Path, what: str, missing: list[str]) -> Record:
     text = _read_text(path, what, missing)
     if not text:
         return {}
@@ -89,8 +89,8 @@ def _read_object(path: Path, what: str, missing: list[str]) -> Row:
     return value
 
 
-def _read_lines(path: Path, what: str, missing: list[str]) -> list[Row]:
-    rows: list[Row] = []
+def _read_lines(path: Path, what: str, missing: list[str]) -> list[Record]:
+    rows: list[Record] = []
     broken: list[int] = []
     for number, line in enumerate(_read_text(path, what, missing).split("\n"), start=1):
         if not line.strip():
@@ -131,7 +131,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _well_formed(evaluation: Row, missing: list[str]) -> Row:
+def _well_formed(evaluation: Record, missing: list[str]) -> Record:
     """The evaluation without what is not of its kind, so that nothing behind here has to ask."""
     found: dict[str, Any]
     found = {k: v for k, v in evaluation.items() if v is None or isinstance(v, _KINDS.get(k, object))}
@@ -153,5 +153,5 @@ def _well_formed(evaluation: Row, missing: list[str]) -> Row:
     return found
 
 
-def _objects_of(value: Any) -> dict[str, Row]:
+def _objects_of(value: Any) -> dict[str, Record]:
     return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}

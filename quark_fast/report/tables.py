@@ -15,29 +15,25 @@ from quark_fast.report.columns import (
     columns_of,
     counted,
     fill,
-    find_column,
-    format_bounds,
-    format_change,
     format_value,
-    headline_key,
+    headline_column,
     one_line,
 )
+from quark_fast.report.records import Record
 from quark_fast.report.results import (
-    Mode,
+    Way,
     base_name,
-    change_of,
+    cell_of,
     interval_of,
-    level_of,
-    mode_of,
     name_of,
     rows_of,
     scorer_line,
+    way_of,
 )
-from quark_fast.report.rows import Row
 from quark_fast.report.texts import mask_profanity, pick_examples
 
 # Middle tones, readable on a dark and on a light terminal.
-_TERMINAL_COLOURS: dict[Mode, str] = {
+_TERMINAL_COLOURS: dict[Way, str] = {
     "untouched": "#8a8d94",
     "none": "#b46f9b",
     "worst": "#d9712a",
@@ -47,7 +43,7 @@ _TERMINAL_COLOURS: dict[Mode, str] = {
 }
 
 
-def results_table(evaluation: Row, title: str = "") -> Table:
+def results_table(evaluation: Record, title: str = "") -> Table:
     """The metrics of each way of sampling, intervals below, 78 columns wide.
 
     The full set of metrics, with a change for each, is in the HTML report.
@@ -57,7 +53,7 @@ def results_table(evaluation: Row, title: str = "") -> Table:
     table.title = Text(title or about(evaluation), style="bold")
     table.title_justify = table.caption_justify = "left"
     table.caption = Text(
-        f"Below each number: {level_of(evaluation)} bootstrap interval over prompts. "
+        f"Below each number: 95% bootstrap interval over prompts. "
         f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
         f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation)),
         style="dim",
@@ -71,19 +67,12 @@ def results_table(evaluation: Row, title: str = "") -> Table:
             table.add_column("change", justify="right", no_wrap=True)
     for row in rows_of(evaluation):
         name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
-        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[mode_of(name_of(row))])]
+        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[way_of(name_of(row))])]
         for column in shown:
-            number = interval_of(row, column.key)
-            cells.append(
-                _two_lines(
-                    format_value(number.value, column.style),
-                    format_bounds(number.low, number.high, column.style),
-                )
-            )
+            cell = cell_of(evaluation, row, column)
+            cells.append(_two_lines(cell.value, cell.bounds))
             if column.key == main:
-                change = change_of(row, main)
-                value, bounds = format_change(change, column, evaluation) if row.get("change") else ("", "")
-                cells.append(_two_lines(value, bounds, "bold" if change.excludes_zero else ""))
+                cells.append(_two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else ""))
         table.add_row(*cells)
     return table
 
@@ -92,9 +81,9 @@ def _two_lines(value: str, bounds: str, style: str = "") -> Text:
     return Text.assemble((value, style), "\n", (bounds, "dim"))
 
 
-def about(evaluation: Row) -> str:
+def about(evaluation: Record) -> str:
     prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
-    what = fill(find_column(headline_key(evaluation)).title, evaluation).capitalize()
+    what = fill(headline_column(evaluation).title, evaluation).capitalize()
     if prompts is None or samples is None:
         return what
     source = evaluation.get("source")
@@ -103,7 +92,7 @@ def about(evaluation: Row) -> str:
     return f"{what} on {of}{where} × {counted(samples, 'completion')}"
 
 
-def notes(evaluation: Row) -> list[str]:
+def notes(evaluation: Record) -> list[str]:
     """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
     perplexity, sampling = evaluation.get("perplexity") or {}, evaluation.get("sampling") or {}
     found = []
@@ -127,49 +116,43 @@ def notes(evaluation: Row) -> list[str]:
             f"Before each prompt, and before the reward token where there is one: {'; '.join(shown)}."
         )
     for name, count in (evaluation.get("trained_on") or {}).items():
-        found.append(
-            f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
-        )
+        if isinstance(count, int):  # a file may hold anything
+            found.append(
+                f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
+            )
     return [clean(line) for line in found]
 
 
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
-def unscored_note(evaluation: Row) -> str:
+def unscored_note(evaluation: Record) -> str:
     shares = [interval_of(row, "unscored").value for row in rows_of(evaluation)]
     largest = max((share for share in shares if share > 0), default=0.0)
     return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
 
 
-def markdown_table(evaluation: Row) -> str:
+def markdown_table(evaluation: Record) -> str:
     """The results as a Markdown table, "value [low, high]" in each cell, with the notes below."""
-    shown = columns_of(evaluation)
-    main = shown[0].key
-    of_the = "the mean" if main == "mean" else fill(shown[0].title, evaluation)
-    titles = ["sampling", f"change of {of_the}", *(fill(c.title, evaluation) for c in shown)]
-    titles[1], titles[2] = titles[2], titles[1]
+    main, *others = columns_of(evaluation)
+    of_the = "the mean" if main.key == "mean" else fill(main.title, evaluation)
+    titles = [fill(column.title, evaluation) for column in (main, *others)]
+    titles = ["sampling", titles[0], f"change of {of_the}", *titles[1:]]
     lines = [
         "| " + " | ".join(map(_markdown, titles)) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for row in rows_of(evaluation):
-        cells = []
-        for column in shown:
-            number = interval_of(row, column.key)
-            bounds = format_bounds(number.low, number.high, column.style)
-            value = format_value(number.value, column.style)
-            cells.append(f"{value} [{bounds}]" if bounds else value)
-        cells.insert(1, "")
-        if row.get("change"):
-            value, bounds = format_change(change_of(row, main), shown[0], evaluation)
-            cells[1] = f"{value} [{bounds}]" if bounds else value
+        first, *rest = (cell_of(evaluation, row, column) for column in (main, *others))
+        numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
+        numbers += [(cell.value, cell.bounds) for cell in rest]
+        cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
         lines.append("| " + " | ".join((_markdown(name_of(row)), *cells)) + " |")
     lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
 
-def markdown_page(evaluation: Row) -> str:
+def markdown_page(evaluation: Record) -> str:
     """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
     return "\n".join(f"### {_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation))
 
@@ -179,7 +162,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
 
 
-def tables(evaluation: Row) -> list[tuple[str, Row]]:
+def tables(evaluation: Record) -> list[tuple[str, Record]]:
     """(title, table) of the evaluation, and of its out-of-domain prompts where it has some."""
     other = evaluation.get("out_of_domain")
     found = [(about(evaluation), evaluation)]
@@ -187,7 +170,7 @@ def tables(evaluation: Row) -> list[tuple[str, Row]]:
 
 
 def before_after(
-    evaluation_rows: Iterable[Row],
+    evaluation_rows: Iterable[Record],
     n: int = 3,
     mask: bool = True,
     after: Sequence[str] | None = None,
@@ -211,7 +194,7 @@ def before_after(
         grid.add_column(overflow="fold")
         for name, completion, score in example.texts:
             grid.add_row(
-                Text(clean(name), style=_TERMINAL_COLOURS[mode_of(name)]),
+                Text(clean(name), style=_TERMINAL_COLOURS[way_of(name)]),
                 Text(format_value(score, "2 digits"), style="dim"),
                 Text(one_line(show(completion)) or "(nothing)"),
             )

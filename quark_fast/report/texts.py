@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quark_fast.files.safe_text import clean
-from quark_fast.report.results import mode_of
-from quark_fast.report.rows import Row, number_of, series_of
+from quark_fast.report.records import Record, number_of, series_of
+from quark_fast.report.results import way_of
 
 # Rot13, so that nobody has to read them to work on this file. A stem matches with any ending, a
 # word as it is or in the plural.
@@ -47,7 +48,7 @@ class Example:
 
 
 def pick_examples(
-    evaluation_rows: Iterable[Row], n: int, after: Sequence[str] | None = None, lowest: bool = False
+    evaluation_rows: Iterable[Record], n: int, after: Sequence[str] | None = None, lowest: bool = False
 ) -> list[Example]:
     """n prompts spread over the quarter where the untouched text scored worst; repeatable.
 
@@ -59,15 +60,15 @@ def pick_examples(
             the first guided one.
         lowest: the worst scores are the lowest, not the highest; see ``scores_are_rewards``.
     """
-    by_row: dict[str, dict[int, list[Row]]] = {}
+    by_row: dict[str, dict[int, list[Record]]] = {}
     for row in evaluation_rows:
         of_row = by_row.setdefault(str(row.get("row")), {})
         of_row.setdefault(int(row.get("prompt_id", 0)), []).append(row)
     if not by_row:
         return []
     if after is None:
-        first = {mode_of(name): name for name in reversed(by_row)}
-        after = [first[mode] for mode in ("best", "guided") if mode in first]
+        first = {way_of(name): name for name in reversed(by_row)}
+        after = [first[way] for way in ("best", "guided") if way in first]
     base = next(iter(by_row))
     before = by_row[base]
 
@@ -78,10 +79,10 @@ def pick_examples(
             index = int(np.nanargmin(scores) if lowest else np.nanargmax(scores))
             worst.append((float(scores[index]) * (1 if lowest else -1), prompt_id, index))
     quarter = sorted(worst)[: max(n, -(-len(worst) // 4))]
-    places = np.linspace(0, len(quarter) - 1, min(n, len(quarter))).round().astype(int)
+    chosen = np.linspace(0, len(quarter) - 1, min(n, len(quarter))).round().astype(int)
 
     examples = []
-    for _, prompt_id, index in (quarter[place] for place in places):
+    for _, prompt_id, index in (quarter[i] for i in chosen):
         texts = []
         for name in (base, *after):
             samples = by_row.get(name, {}).get(prompt_id, [])
@@ -90,3 +91,19 @@ def pick_examples(
                 texts.append((name, str(row.get("completion", "")), number_of(row, "score")))
         examples.append(Example(str(before[prompt_id][index].get("prompt", "")), texts))
     return examples
+
+
+def median_samples(completions: Iterable[Record]) -> tuple[str, list[Example]]:
+    """The last round, and of each quantile in it the training sample of median reward."""
+    scored = [row for row in completions if math.isfinite(number_of(row, "reward"))]
+    last = max((number_of(row, "round") for row in scored), default=math.nan)
+    by_quantile: dict[int, list[Record]] = {}
+    for row in scored:
+        if number_of(row, "round") == last and math.isfinite(number_of(row, "quantile")):
+            by_quantile.setdefault(int(row["quantile"]), []).append(row)
+    examples = []
+    for quantile, rows in sorted(by_quantile.items()):
+        row = sorted(rows, key=lambda row: number_of(row, "reward"))[len(rows) // 2]
+        text = (f"quantile {quantile}", str(row.get("completion", "")), number_of(row, "reward"))
+        examples.append(Example(str(row.get("prompt", "")), [text]))
+    return f"{last:g}", examples

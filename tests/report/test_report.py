@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
+from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.page import comparison_page, write_report
-from quark_fast.report.plots import Palette, plot_dial, smooth
+from quark_fast.report.result_plots import plot_dial
 from quark_fast.report.results import headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
+from quark_fast.report.training_plots import smooth
 from quark_fast.tasks.by_name import find_task
 
 # How much each way of sampling tones the synthetic scores, and its guidance.
@@ -517,6 +519,12 @@ def test_names_from_anywhere_are_no_markup_in_markdown(finished_run):
         )
 
 
+def test_a_count_of_trained_prompts_that_is_none_is_left_out(finished_run):
+    table, _ = several(finished_run, RUNS)
+    shown = markdown_table(table | {"trained_on": {"a": "many", "b": 7}})
+    assert "7 of these prompts were trained on by b." in shown and "many" not in shown
+
+
 # --- before and after -----------------------------------------------------------------------------
 
 
@@ -664,7 +672,7 @@ def test_plots_follow_the_theme_by_variables_that_both_themes_define(report):
     assert "#0a0b" not in report
     used = set(re.findall(r"var\((--[\w-]+)\)", report))
     light, dark = report.split("prefers-color-scheme: dark", 1)
-    for name in used - {"--mode"}:
+    for name in used - {"--accent"}:
         assert f"{name}:" in light and f"{name}:" in dark
 
 
@@ -677,7 +685,7 @@ def test_offensive_texts_stay_folded_behind_a_warning(report, finished_run):
 
 
 def test_planted_markup_is_shown_as_text_wherever_it_comes_from(small_run, tmp_path):
-    planted = "<script>alert(1)</script>\"'><img src=x onerror=y>$\\frac{$"
+    planted = "<script>alert(1)</script>\"'><img src=x onerror=y>$\\frac{$ {{ 7 * 7 }}"
     evaluation = evaluation_of(small_run)
     evaluation["property"] = evaluation["task"] = planted
     evaluation["scorer"] = {"name": planted, "version": planted}
@@ -703,6 +711,7 @@ def test_planted_markup_is_shown_as_text_wherever_it_comes_from(small_run, tmp_p
     assert not page.tags & {"script", "img"}
     assert not [key for key, _ in page.attributes if key.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") > 20
+    assert "{{ 7 * 7 }}" in page.text, "what a file holds is no template"
     assert "\x1b" not in text
 
 
@@ -754,7 +763,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(small_run, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("quark_fast.report.page.os.replace", fail)
+    monkeypatch.setattr("quark_fast.files.atomic.os.replace", fail)
     (small_run / "config.yaml").write_text("changed: true")
     with pytest.raises(OSError, match="disk full"):
         write_report(small_run)

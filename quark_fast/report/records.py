@@ -1,0 +1,36 @@
+"""An object of a JSON file as numbers: NaN for what is absent or no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Record = Mapping[str, Any]
+Array = npt.NDArray[np.float64]
+
+
+def number_of(record: Record, key: str) -> float:
+    """record[key] as a float; NaN where it is absent, null or no number, or one that no plot can hold."""
+    return _as_float(record.get(key))
+
+
+def _as_float(value: Any) -> float:
+    known = isinstance(value, int | float) and (abs(value) < 1e30 or value in (math.inf, -math.inf))
+    return float(value) if known else math.nan
+
+
+def series_of(records: Sequence[Record], key: str) -> Array:
+    return np.array([number_of(record, key) for record in records], dtype=np.float64)
+
+
+def lists_of(records: Sequence[Record], key: str) -> Array:
+    """(records, longest list, 1,000 at most) of record[key], NaN where a list is short or absent."""
+    lists = [value[:1000] if isinstance(value := record.get(key), list) else [] for record in records]
+    table = np.full((len(records), max(map(len, lists), default=0)), np.nan)
+    for index, values in enumerate(lists):
+        table[index, : len(values)] = [_as_float(value) for value in values]
+    return table
