@@ -42,7 +42,15 @@ from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.pool.pool import RolloutPool
 from quark_fast.report.page import write_report
 from quark_fast.rewards.reward import Function, Reward
-from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, Sampler, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import (
+    Conditioning,
+    Draw,
+    Rollout,
+    Sampler,
+    SampleRequest,
+    Sampling,
+    kept_or_drawn,
+)
 from quark_fast.rollout.transformers import TransformersRollout, sample
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
 from quark_fast.runtime import trackers, zero
@@ -692,12 +700,14 @@ class Trainer:
         for number, (conditioning, indices) in enumerate(self._conditionings()):
             for batch in kept_or_drawn(
                 draw,
-                [self.train_ids[i] for i in indices],
-                conditioning,
-                sampling,
-                samples,
-                seed_for(self.config.seed, "round", self.round, number),
-                self.processes.share,
+                SampleRequest(
+                    [self.train_ids[i] for i in indices],
+                    conditioning,
+                    sampling,
+                    samples,
+                    seed_for(self.config.seed, "round", self.round, number),
+                    self.processes.share,
+                ),
                 self._kept(self._stage, number, Scored.to_json, Scored.from_json),
                 functools.partial(self._score, indices),
             ):
