@@ -25,8 +25,8 @@ class Sampling:
     """How to draw tokens. Lengths in tokens; ``rows`` completions are a batch, drawn by one generator.
 
     ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
-    ``top_p`` and the seed then have no say. ``at_once``: fewer completions of a batch side by side, for less
-    memory, which changes what is drawn in that batch; 0: all of it.
+    ``top_p`` and the seed then do not matter. ``at_once``: fewer completions of a batch side by side, for
+    less memory, which changes what is drawn in that batch; 0: all of it.
     """
 
     max_new_tokens: int = 20
@@ -84,9 +84,8 @@ class SampleRequest:
         size = max(1, self.sampling.rows // self.samples)
         index, count = self.shard
         every = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        return [
-            (number, batch) for number, batch in list(enumerate(every))[index::count] if number not in done
-        ]
+        own = list(enumerate(every))[index::count]
+        return [(number, batch) for number, batch in own if number not in done]
 
 
 class Draw(Protocol):
@@ -125,4 +124,4 @@ def kept_or_drawn(
             kept.keep(number, made)
             yield made
     if request.batches(done=kept):
-        next(drawn, None)  # have it do what it does behind its last batch
+        next(drawn, None)  # ``SharedSamples`` writes its file behind the last batch

@@ -303,6 +303,15 @@ def test_request_without_an_answer_is_asked_again(serve: Callable[..., Served]) 
     assert served.drawn(BEST, GREEDY) == expected
 
 
+def test_server_that_asks_for_patience_is_left_alone_so_long(serve: Callable[..., Served]) -> None:
+    served = serve()
+    expected = served.drawn(BEST, GREEDY)
+    served.server.faults, served.server.retry_after = [429], 1
+    begun = time.monotonic()
+    assert served.drawn(BEST, GREEDY) == expected
+    assert time.monotonic() - begun >= 1.0
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
