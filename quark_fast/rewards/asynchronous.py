@@ -9,13 +9,11 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import tenacity
 
 from quark_fast.errors import UsageError
-
-Part = TypeVar("Part")
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
 # Errors in the reward's code, which trying again does not fix; the last two would end the event loop.
@@ -54,19 +52,19 @@ def call_side_by_side(
     name: str,
     function: Callable[..., Any],
     calls: Calls,
-    jobs: Iterable[tuple[Part, dict[str, Any]]],
-    keep: Callable[[Part, Any], None],
+    jobs: Iterable[tuple[list[int], dict[str, Any]]],
+    keep: Callable[[list[int], Any], None],
 ) -> None:
     """Call the function of the reward ``name`` for all jobs, and keep each answer as it returns.
 
     Args:
-        jobs: (whatever ``keep`` gets beside the answer, the call's arguments).
+        jobs: (indices of the call's completions, its arguments).
     Raises:
         UsageError: the function failed at its last attempt.
     """
     free = asyncio.Semaphore(calls.concurrency)
 
-    async def one(part: Part, arguments: dict[str, Any]) -> None:
+    async def one(part: list[int], arguments: dict[str, Any]) -> None:
         async with free:
             keep(part, await _answer(name, function, calls, arguments))
 

@@ -100,15 +100,11 @@ class Reward:
 
     def _arguments(self, rows: Sequence[Row], texts: list[str], names: Sequence[str]) -> dict[str, Any]:
         """Of one call; ``names`` are the columns of any row."""
-        prompts = [row["prompt"] for row in rows]
         if self.one_at_a_time:
-            columns = {name: rows[0].get(name) for name in names}
-            return {"prompt": prompts[0], "completion": texts[0], **columns}
-        return {
-            "prompts": prompts,
-            "completions": texts,
-            **{name: [row.get(name) for row in rows] for name in names},
-        }
+            (row,), (text,) = rows, texts
+            return {"prompt": row["prompt"], "completion": text, **{name: row.get(name) for name in names}}
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        return {"prompts": [row["prompt"] for row in rows], "completions": texts, **columns}
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """What a plain function returns."""

@@ -77,11 +77,10 @@ class TextLogits:
         rope = getattr(self.configs[-1], "rope_parameters", None) or {}
         self._stretched = rope.get("original_max_position_embeddings") or float("inf")
         self._takes = inspect.signature(model.forward).parameters
-        self._vocabulary = len(model.get_input_embeddings().weight)
-        named = [_padding_of(config, self._vocabulary) for config in self.configs]
-        # The text model's first.
-        self._pad_id = next((i for i in reversed(named) if i is not None), None)
-        self._unpadded = [config for config, i in zip(self.configs, named, strict=True) if i is None]
+        self._vocabulary = range(len(model.get_input_embeddings().weight))
+        padded = [c for c in self.configs if getattr(c, "pad_token_id", None) in self._vocabulary]
+        self._unpadded = [config for config in self.configs if config not in padded]
+        self._pad_id: int | None = padded[-1].pad_token_id if padded else None  # the text model's first
         self.batching: Batching = "right"
         # While it is on the CPU: a position beyond its table ends the process on a GPU.
         self.limit = self._longest_input()
@@ -177,7 +176,7 @@ class TextLogits:
         if chosen is None:
             last = {row.ids[-1] for row in rows} | {None}
             named = [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
-            chosen = next(i for i in chain(named, range(self._vocabulary)) if i not in last)
+            chosen = next(i for i in chain(named, self._vocabulary) if i not in last)
         for config in self._unpadded:
             config.pad_token_id = chosen
         return chosen
@@ -276,12 +275,6 @@ def _configs(config: Any) -> list[Any]:
     except ValueError:  # of several
         return [config]
     return [config] if text is config else [config, text]
-
-
-def _padding_of(config: Any, rows: int) -> int | None:
-    """The padding id of a config; None: it has none that is in the vocabulary."""
-    found = getattr(config, "pad_token_id", None)
-    return found if isinstance(found, int) and 0 <= found < rows else None
 
 
 def _beginning(text: str) -> str:
