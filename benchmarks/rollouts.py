@@ -28,7 +28,7 @@ from quark_fast.data import assets
 from quark_fast.model.loading import load_pretrained, load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import pad_left
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.machine import quiet_libraries, sampling_dtype, set_threads, versions
 from quark_fast.runtime.memory import keep_freed_memory
@@ -60,7 +60,7 @@ def engines(policy: Policy, dtype: torch.dtype, prompts: list[list[int]]) -> dic
 
     def ours(sampling: Sampling) -> list[list[int]]:
         found: dict[int, list[int]] = {}
-        for indices, drawn in sample(policy, fast, prompts, Conditioning(), sampling, 1, 0):
+        for indices, drawn in sample(policy, fast, SampleRequest(prompts, Conditioning(), sampling, 1, 0)):
             found.update(zip(indices, (one for (one,) in drawn), strict=True))
         return [found[i] for i in range(len(prompts))]
 

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     from quark_fast.evaluation.trained_run import open_run
     from quark_fast.files.safe_text import clean
     from quark_fast.report.texts import mask_profanity
-    from quark_fast.rollout.sampling import Conditioning, Sampling
+    from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
     from quark_fast.rollout.transformers import sample
     from quark_fast.runtime.machine import quiet_libraries, set_threads
 
@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
 
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
         texts: list[list[str]] = [[] for _ in prompts]
-        parts = sample(policy, model, prompts, conditioning, sampling, arguments.samples, arguments.seed)
-        for indices, drawn in parts:
+        request = SampleRequest(prompts, conditioning, sampling, arguments.samples, arguments.seed)
+        for indices, drawn in sample(policy, model, request):
             for i, group in zip(indices, drawn, strict=True):
                 texts[i] = [policy.decode(completion, prompts[i]) for completion in group]
         return texts

@@ -25,7 +25,7 @@ from quark_fast.data import assets
 from quark_fast.data.assets import AssetError
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
-from quark_fast.rollout.sampling import Conditioning
+from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.terminal import Terminal
 from quark_fast.training.explore import Explorer
@@ -422,9 +422,9 @@ def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
 ) -> None:
     asked = []
 
-    def record(policy: Any, model: Any, prompts: Any, conditioning: Conditioning, *rest: Any) -> Any:
-        asked.append(conditioning)
-        return sample(policy, model, prompts, conditioning, *rest)
+    def record(policy: Any, model: Any, request: SampleRequest) -> Any:
+        asked.append(request.conditioning)
+        return sample(policy, model, request)
 
     monkeypatch.setattr("quark_fast.rollout.transformers.sample", record)
     flags = {"--quantile": quantile, "--guidance": guidance, "--max-new-tokens": 2, "--threads": 1}

@@ -149,6 +149,7 @@ class VllmServer:
     Attributes:
         faults: what befalls the next requests for completions, one each: an HTTP status, "reset", "hang",
             "cut", "abort", "text", "no ids", "no places", "restart" (the process is replaced by a new one).
+        retry_after: seconds that a client is asked to wait after an HTTP error.
         asked: the bodies of all requests for completions.
         reloads: how often it was given weights.
         sees: whether it finds the folder of the weights.
@@ -157,6 +158,7 @@ class VllmServer:
     def __init__(self, folder: Path, *, dev_mode: bool = True, port: int = 0) -> None:
         self.engine, self.dev_mode = Vllm(folder), dev_mode
         self.faults: list[Any] = []
+        self.retry_after: int | None = None
         self.asked: list[Json] = []
         self.reloads, self.sees = 0, True
         self.name = str(folder)
@@ -224,6 +226,8 @@ class VllmServer:
             data = b"<html>"
         handler.send_response(code)
         handler.send_header("Content-Length", str(len(data)))
+        if code != 200 and self.retry_after is not None:
+            handler.send_header("Retry-After", str(self.retry_after))
         handler.end_headers()
         handler.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 

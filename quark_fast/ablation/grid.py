@@ -14,7 +14,7 @@ from quark_fast.ablation.summary import write_results
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.files.atomic import replacing
-from quark_fast.rollout.shared_samples import UntouchedSamples
+from quark_fast.rollout.shared_samples import SharedSamples
 from quark_fast.runtime.machine import settled_precision
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.trainer import Trainer
@@ -33,7 +33,7 @@ def run_grid(
     """Run what is not finished of the grid in ``base.output``, and write its table and plot.
 
     A point is a run folder ``seed-N/SETTINGS`` of its own. All take the untouched model's samples of a seed
-    from one place, which changes no number (``untouched.UntouchedSamples``). Calling this again goes on
+    from one place, which changes no number (``shared_samples.SharedSamples``). Calling this again goes on
     where the last call ended, also within a point, and may have other axes or seeds; the table has those of
     the last call.
 
@@ -49,7 +49,7 @@ def run_grid(
     grid = points(base, axes)
     folder = base.output_folder
     base = _begin(folder, base)
-    sampler = UntouchedSamples(folder / "untouched")
+    sampler = SharedSamples(folder / "untouched")
     wanted = [(seed, settings) for seed in seeds for settings in runs(grid)]
     for place, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)

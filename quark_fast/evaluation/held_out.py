@@ -16,7 +16,7 @@ from quark_fast.metrics import (
 )
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
-from quark_fast.rollout.sampling import Conditioning, Sampler, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.seeds import seed_for
@@ -70,12 +70,14 @@ def evaluate(
 
         for part in kept_or_drawn(
             functools.partial(sampler if mode.untouched else sample, policy, source),
-            held_out.ids,
-            mode.conditioning,
-            sampling,
-            held_out.samples,
-            seed_for(seed, "evaluation"),
-            share,
+            SampleRequest(
+                held_out.ids,
+                mode.conditioning,
+                sampling,
+                held_out.samples,
+                seed_for(seed, "evaluation"),
+                share,
+            ),
             kept(mode),
             measured,
         ):
@@ -89,7 +91,9 @@ def first_completions(
     for number, some in enumerate((slice(0, 4), slice(4, 64))):
         rows, own_seed = prompts.rows[some], seed_for(seed, "check of the reward", number)
         some_ids = prompts.ids[some]
-        for indices, drawn in sample(policy, model, some_ids, Conditioning(), sampling, 1, own_seed):
+        for indices, drawn in sample(
+            policy, model, SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
+        ):
             yield (
                 [rows[i] for i in indices],
                 [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],

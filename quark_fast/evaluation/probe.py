@@ -17,7 +17,7 @@ from quark_fast.metrics import (
 )
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
-from quark_fast.rollout.sampling import Conditioning, Sampler, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.seeds import seed_for
@@ -73,7 +73,8 @@ class Probe:
 
         draw = functools.partial(sampler, policy, reference)
         own_seed = seed_for(seed, "probe")
-        every = kept_or_drawn(draw, ids, Conditioning(), sampling, 1, own_seed, share, kept or Kept(), scored)
+        request = SampleRequest(ids, Conditioning(), sampling, 1, own_seed, share)
+        every = kept_or_drawn(draw, request, kept or Kept(), scored)
         return [("probe", batch) for batch in every]
 
     @classmethod

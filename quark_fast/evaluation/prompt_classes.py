@@ -12,7 +12,7 @@ import numpy as np
 from quark_fast.evaluation.modes import HeldOut
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
-from quark_fast.rollout.sampling import Conditioning, Sampler, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.seeds import seed_for
@@ -72,12 +72,9 @@ def classify_prompts(
 
     for batch in kept_or_drawn(
         functools.partial(sampler, policy, reference),
-        prompts,
-        Conditioning(),
-        sampling,
-        CLASS_SAMPLES,
-        seed_for(seed, "prompt classes"),
-        share,
+        SampleRequest(
+            prompts, Conditioning(), sampling, CLASS_SAMPLES, seed_for(seed, "prompt classes"), share
+        ),
         kept or Kept(),
         classes,
     ):

@@ -17,7 +17,7 @@ from quark_fast.runtime.journal import Kept
 
 T = TypeVar("T")
 # Indices of prompts, and of each its completions as token ids, the stop id included.
-Batch = tuple[list[int], list[list[list[int]]]]
+DrawnBatch = tuple[list[int], list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Sampling:
     """How to draw tokens. Lengths in tokens; ``rows`` completions are a batch, drawn by one generator.
 
     ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
-    ``top_p`` and the seed then have no say. ``at_once``: fewer completions of a batch side by side, for less
-    memory, which changes what is drawn in that batch; 0: all of it.
+    ``top_p`` and the seed then do not matter. ``at_once``: fewer completions of a batch side by side, for
+    less memory, which changes what is drawn in that batch; 0: all of it.
     """
 
     max_new_tokens: int = 20
@@ -59,72 +59,43 @@ class Conditioning:
         return [(self.quantile, self.guidance), (self.against, 1.0 - self.guidance)]
 
 
-def batches(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, share: tuple[int, int]
-) -> list[tuple[int, list[int]]]:
-    """(place, indices into prompts) of each batch of ``share``; prompts of similar length are in one."""
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    size = max(1, sampling.rows // samples)
-    index, count = share
-    every = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    return list(enumerate(every))[index::count]
+@dataclass(frozen=True)
+class SampleRequest:
+    """``samples`` completions of each prompt.
 
+    Attributes:
+        prompts: token ids without prefix.
+        shard: (index, count) of a process among several: every count-th batch, from the index-th on.
+    """
 
-def kept_or_drawn(
-    draw: Draw,
-    prompts: Sequence[Sequence[int]],
-    conditioning: Conditioning,
-    sampling: Sampling,
-    samples: int,
-    seed: int,
-    share: tuple[int, int],
-    kept: Kept[T],
-    make: Callable[[list[int], list[list[list[int]]]], T],
-) -> Iterator[T]:
-    """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
-    drawn = draw(prompts, conditioning, sampling, samples, seed, share, kept)
-    places = [place for place, _ in batches(prompts, sampling, samples, share)]
-    for place in places:
-        if place in kept:
-            yield kept[place]
-        else:
-            made = make(*next(drawn))
-            kept.keep(place, made)
-            yield made
-    if not all(place in kept for place in places):
-        next(drawn, None)  # have it do what it does behind its last batch
+    prompts: Sequence[Sequence[int]]
+    conditioning: Conditioning
+    sampling: Sampling
+    samples: int
+    seed: int
+    shard: tuple[int, int] = (0, 1)
 
+    def batches(self, done: Container[int] = ()) -> list[tuple[int, list[int]]]:
+        """(number, indices of prompts) of each of the shard's batches, without those that are ``done``.
 
-# ``sample``, or what stands in for it: ``untouched.UntouchedSamples``.
-Sampler = Callable[
-    [
-        Policy,
-        Any,
-        Sequence[Sequence[int]],
-        Conditioning,
-        Sampling,
-        int,
-        int,
-        tuple[int, int],
-        Container[int],
-    ],
-    Iterator[Batch],
-]
+        Prompts of similar length share a batch.
+        """
+        by_length = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
+        size = max(1, self.sampling.rows // self.samples)
+        index, count = self.shard
+        every = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        own = list(enumerate(every))[index::count]
+        return [(number, batch) for number, batch in own if number not in done]
 
 
 class Draw(Protocol):
-    """``sample`` of some model."""
+    """``sample`` of some model: the request's batches in order, without those whose numbers are ``done``."""
 
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        conditioning: Conditioning,
-        sampling: Sampling,
-        samples: int,
-        seed: int,
-        share: tuple[int, int] = ...,
-        done: Container[int] = ...,
-    ) -> Iterator[Batch]: ...
+    def __call__(self, request: SampleRequest, done: Container[int] = ...) -> Iterator[DrawnBatch]: ...
+
+
+# ``sample``, or what stands in for it: ``shared_samples.SharedSamples``.
+Sampler = Callable[[Policy, Any, SampleRequest, Container[int]], Iterator[DrawnBatch]]
 
 
 class Rollout(Protocol):
@@ -138,3 +109,19 @@ class Rollout(Protocol):
 
     def close(self) -> None:
         """No further round is sampled."""
+
+
+def kept_or_drawn(
+    draw: Draw, request: SampleRequest, kept: Kept[T], make: Callable[[list[int], list[list[list[int]]]], T]
+) -> Iterator[T]:
+    """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
+    drawn = draw(request, kept)
+    for number, _ in request.batches():
+        if number in kept:
+            yield kept[number]
+        else:
+            made = make(*next(drawn))
+            kept.keep(number, made)
+            yield made
+    if request.batches(done=kept):
+        next(drawn, None)  # ``SharedSamples`` writes its file behind the last batch

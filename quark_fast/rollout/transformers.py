@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Container, Iterator, Sequence
@@ -15,67 +16,45 @@ from quark_fast.errors import UsageError
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import next_logits, runs_of_one_length
-from quark_fast.rollout.sampling import Batch, Conditioning, Draw, Sampler, Sampling, batches
+from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
 
 def sample(
-    policy: Policy,
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    conditioning: Conditioning,
-    sampling: Sampling,
-    samples: int,
-    seed: int,
-    share: tuple[int, int] = (0, 1),
-    done: Container[int] = (),
-) -> Iterator[Batch]:
-    """Sample ``samples`` completions of every prompt, a batch of prompts at a time.
+    policy: Policy, model: Any, request: SampleRequest, done: Container[int] = ()
+) -> Iterator[DrawnBatch]:
+    """Sample the completions of a request, a batch of prompts at a time.
 
-    Prompts of similar length share a batch, and each batch has a generator of its own derived from
-    ``seed`` and its place, so that a batch comes out the same whatever was sampled before it. Where the
-    memory does not suffice for a batch, half of it is sampled at a time, and a warning says so.
+    Each batch has a generator of its own, derived from the seed and the batch's number, so that it comes out
+    the same whatever was sampled before it. Where the memory does not suffice for a batch, half of it is
+    sampled at a time, and a warning says so.
 
     Args:
         model: ``frozen_copy(policy, ...)``, or the reference.
-        prompts: token ids without prefix.
-        share: (index, count) of a process among several: every count-th batch, from the index-th on.
-        done: places of batches that are there already and are left out.
+        done: numbers of batches that are there already and are left out.
     Yields:
         (indices into prompts, per index its ``samples`` completions as token ids, the stop id included).
     Raises:
         OutOfMemory: the memory does not suffice for one completion.
     """
-    at_once = sampling.at_once or max(sampling.rows, samples)
-    for place, indices in batches(prompts, sampling, samples, share):
-        if place in done:
-            continue
-        batch = [prompts[i] for i in indices]
-        own_seed = seed_for(seed, "batch", place)
-        draw = functools.partial(
-            _sample_by_parts, policy, model, batch, conditioning, sampling, samples, own_seed
-        )
-        completions, at_once = within_memory(draw, at_once, _say_smaller)
+    at_once = request.sampling.at_once or max(request.sampling.rows, request.samples)
+    for number, indices in request.batches(done):
+        prompts, seed = [request.prompts[i] for i in indices], seed_for(request.seed, "batch", number)
+        batch = dataclasses.replace(request, prompts=prompts, seed=seed)
+        draw = functools.partial(_sample_by_parts, policy, model, batch)
+        completions, at_once = within_memory(draw, at_once, _warn_smaller)
         yield indices, completions
 
 
-def _sample_by_parts(
-    policy: Policy,
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    conditioning: Conditioning,
-    sampling: Sampling,
-    samples: int,
-    seed: int,
-    size: int,
-) -> list[list[list[int]]]:
+def _sample_by_parts(policy: Policy, model: Any, batch: SampleRequest, size: int) -> list[list[list[int]]]:
     """A batch with at most ``size`` completions side by side."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    found: list[list[list[int]]] = [[] for _ in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    for part, each in _parts(lengths, samples, size, policy.reading.padding):
-        drawn = _sample_batch(policy, model, prompts[part], conditioning, sampling, each, generator)
+    generator = torch.Generator(model.device).manual_seed(batch.seed)
+    found: list[list[list[int]]] = [[] for _ in batch.prompts]
+    lengths = [len(prompt) for prompt in batch.prompts]
+    for part, samples in _parts(lengths, batch.samples, size, policy.reading.padding):
+        request = dataclasses.replace(batch, prompts=batch.prompts[part], samples=samples)
+        drawn = _sample_batch(policy, model, request, generator)
         for own, more in zip(found[part], drawn, strict=True):
             own += more
     return found
@@ -94,51 +73,23 @@ def _parts(lengths: Sequence[int], samples: int, size: int, padding: bool) -> It
                 yield part, min(at_once, samples - start)
 
 
-def _say_smaller(size: int) -> None:
+def _warn_smaller(size: int) -> None:
     logging.getLogger(__name__).warning(
         "out of memory: from here on %d completions side by side, whose draws are others", size
     )
 
 
-class TransformersRollout:
-    """Sampling in this process, by the loop of this module.
-
-    Args:
-        reference: the untouched model.
-        sampler: samples it, as ``sample`` does.
-    """
-
-    def __init__(self, policy: Policy, reference: Any, dtype: torch.dtype, sampler: Sampler = sample) -> None:
-        self.policy, self.reference, self.dtype, self.sampler = policy, reference, dtype, sampler
-
-    @contextlib.contextmanager
-    def synchronised(self, untouched: bool) -> Iterator[Draw]:
-        if untouched:
-            yield functools.partial(self.sampler, self.policy, self.reference)
-        else:
-            # The copy goes when the round is sampled: learning needs its memory.
-            yield functools.partial(sample, self.policy, frozen_copy(self.policy, self.dtype))
-
-    def close(self) -> None:
-        """Nothing is kept between rounds."""
-
-
 @torch.inference_mode()
 def _sample_batch(
-    policy: Policy,
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    conditioning: Conditioning,
-    sampling: Sampling,
-    samples: int,
-    generator: torch.Generator,
+    policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator
 ) -> list[list[list[int]]]:
-    streams = conditioning.streams()
-    rows = len(prompts) * samples
+    sampling, samples = request.sampling, request.samples
+    streams = request.conditioning.streams()
+    rows = len(request.prompts) * samples
     weights = torch.tensor([weight for _, weight in streams], device=model.device).view(-1, 1, 1)
     stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=model.device)
 
-    contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in prompts]
+    contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]
     reader = next_logits(model, contexts, samples, policy.reading)
     logits = next(reader)
     drawn: list[Tensor] = []
@@ -181,9 +132,9 @@ def check_finite(found: Tensor) -> None:
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens up to the first stop id, that id included: ending there is learned, too."""
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token in stop_ids:
-            return tokens[: place + 1]
+            return tokens[: index + 1]
     return tokens
 
 
@@ -220,3 +171,26 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
         open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
+
+
+class TransformersRollout:
+    """Sampling in this process, by ``sample``.
+
+    Args:
+        reference: the base model.
+        sampler: samples it, as ``sample`` does.
+    """
+
+    def __init__(self, policy: Policy, reference: Any, dtype: torch.dtype, sampler: Sampler = sample) -> None:
+        self.policy, self.reference, self.dtype, self.sampler = policy, reference, dtype, sampler
+
+    @contextlib.contextmanager
+    def synchronised(self, untouched: bool) -> Iterator[Draw]:
+        if untouched:
+            yield functools.partial(self.sampler, self.policy, self.reference)
+        else:
+            # The copy goes when the round is sampled: learning needs its memory.
+            yield functools.partial(sample, self.policy, frozen_copy(self.policy, self.dtype))
+
+    def close(self) -> None:
+        """Nothing is kept between rounds."""

@@ -32,8 +32,8 @@ from quark_fast.errors import UsageError
 from quark_fast.model.copies import whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.model.policy import Policy
-from quark_fast.rollout.sampling import Batch, Conditioning, Draw, Sampling, batches
-from quark_fast.rollout.vllm_server import Completions, Request, Server, check_answer, dtype_name
+from quark_fast.rollout.sampling import Draw, DrawnBatch, SampleRequest, Sampling
+from quark_fast.rollout.vllm_server import CompletionRequest, Completions, Server, check_answer, dtype_name
 
 
 class Engine(Protocol):
@@ -42,7 +42,9 @@ class Engine(Protocol):
     def load(self, weights: Path) -> None:
         """Hold the weights in this folder from now on; the launch folder leads to the same."""
 
-    def answers(self, requests: Sequence[Request], side_by_side: int) -> Generator[Completions, None, None]:
+    def answers(
+        self, requests: Sequence[CompletionRequest], side_by_side: int
+    ) -> Generator[Completions, None, None]:
         """The completions of each request, in order; ``side_by_side`` requests are under way at once."""
 
     def rest(self) -> None:
@@ -108,41 +110,31 @@ class VllmRollout:
 
         return self.once(load)
 
-    def _sample(
-        self,
-        salt: str,
-        prompts: Sequence[Sequence[int]],
-        conditioning: Conditioning,
-        sampling: Sampling,
-        samples: int,
-        seed: int,
-        share: tuple[int, int] = (0, 1),
-        done: Container[int] = (),
-    ) -> Iterator[Batch]:
-        """As ``rollout.sample``: the same distribution and batches of prompts, other random numbers."""
+    def _sample(self, salt: str, request: SampleRequest, done: Container[int] = ()) -> Iterator[DrawnBatch]:
+        """As ``sample``: the same distribution and batches of prompts, other random numbers."""
+        conditioning, sampling, samples = request.conditioning, request.sampling, request.samples
         if len(conditioning.streams()) > 1:
             raise UsageError(
                 f"guidance = {conditioning.guidance:g} mixes two streams, which vLLM does not; give 1"
             )
-        every = batches(prompts, sampling, samples, share)
-        plan = [indices for place, indices in every if place not in done]
-        requests = [
-            Request(
-                self.policy.conditioned(prompts[i], conditioning.quantile),
+        batches = [indices for _, indices in request.batches(done)]
+        asked = [
+            CompletionRequest(
+                self.policy.conditioned(request.prompts[i], conditioning.quantile),
                 salt,
-                parameters(self.policy, sampling, samples, prompt_seed(seed, i)),
+                parameters(self.policy, sampling, samples, prompt_seed(request.seed, i)),
             )
-            for indices in plan
+            for indices in batches
             for i in indices
         ]
         side_by_side = max(1, sampling.rows // samples)
-        with contextlib.closing(self.engine.answers(requests, side_by_side)) as answers:
-            asked = iter(requests)
-            for indices in plan:
-                drawn = [next(answers) for _ in indices]
-                for request, completions in zip(itertools.islice(asked, len(drawn)), drawn, strict=True):
-                    check_answer(self.policy, request.parameters, completions)
-                yield indices, drawn
+        with contextlib.closing(self.engine.answers(asked, side_by_side)) as answers:
+            checked = (
+                check_answer(self.policy, one.parameters, found)
+                for one, found in zip(asked, answers, strict=True)
+            )
+            for indices in batches:
+                yield indices, list(itertools.islice(checked, len(indices)))
 
 
 def launch_folder(folder: Path) -> Path:
@@ -151,7 +143,7 @@ def launch_folder(folder: Path) -> Path:
 
 
 def parameters(policy: Policy, sampling: Sampling, samples: int, seed: int) -> dict[str, Any]:
-    """What ``rollout.sample`` does, in the words of vLLM's SamplingParams and of its HTTP API alike.
+    """What ``sample`` does, in the words of vLLM's SamplingParams and of its HTTP API alike.
 
     All that a served model's generation config could set is spelled out. ``bad_words`` takes the reward
     tokens' logits for minus infinity: an exported model without padding has no others beyond V.
@@ -175,7 +167,7 @@ def parameters(policy: Policy, sampling: Sampling, samples: int, seed: int) -> d
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """A prompt's own seed, the same whenever its round is sampled; vLLM adds the place among its samples."""
+    """A prompt's own seed, the same whenever its round is sampled; vLLM adds the index among its samples."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2  # room for the sum in 63 bits
 
@@ -226,7 +218,9 @@ class InProcess:
             enable_sleep_mode=self.sleeps,
         )
 
-    def answers(self, requests: Sequence[Request], side_by_side: int) -> Generator[Completions, None, None]:
+    def answers(
+        self, requests: Sequence[CompletionRequest], side_by_side: int
+    ) -> Generator[Completions, None, None]:
         from vllm import SamplingParams
 
         for start in range(0, len(requests), side_by_side):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import json
 import os
-import queue
 import shlex
-import threading
-import time
-import urllib.error
-import urllib.request
+import ssl
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+import httpx
+import tenacity
 import torch
 
 from quark_fast.data.tokenizer import reward_token
@@ -37,7 +33,7 @@ TRANSIENT = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
-class Request:
+class CompletionRequest:
     """Completions wanted of one prompt: its ids, prefix and reward token included, and vLLM's parameters.
 
     ``salt`` names the weights: what a prefix cache computed from others is not taken for theirs.
@@ -52,8 +48,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_answer(policy: Policy, wanted: Mapping[str, Any], completions: Sequence[Sequence[int]]) -> None:
-    """Raise UsageError for completions that the parameters rule out: by a server with settings of its own."""
+def check_answer(policy: Policy, wanted: Mapping[str, Any], completions: Completions) -> Completions:
+    """The completions; UsageError for what the parameters rule out: by a server with settings of its own."""
     if len(completions) != wanted["n"]:
         raise UsageError(f"vLLM answered {len(completions)} completions for n = {wanted['n']}")
     for ids in completions:
@@ -62,21 +58,26 @@ def check_answer(policy: Policy, wanted: Mapping[str, Any], completions: Sequenc
                 f"vLLM generated token {max(ids)}, beyond the base vocabulary of {policy.vocabulary}: it"
                 " does not suppress the reward tokens; use a plain `vllm serve`, 0.16 or newer"
             )
-        stops = [place for place, i in enumerate(ids) if i in policy.stop_ids]
+        stops = [index for index, i in enumerate(ids) if i in policy.stop_ids]
         whole = len(ids) == wanted["max_tokens"] or bool(stops)
-        if not whole or any(place != len(ids) - 1 or place < wanted["min_tokens"] for place in stops):
+        if not whole or any(index != len(ids) - 1 or index < wanted["min_tokens"] for index in stops):
             raise UsageError(
                 f"vLLM answered a completion of {len(ids)} tokens with a stop at {stops or 'none'}, where"
                 f" {wanted['min_tokens']} to {wanted['max_tokens']} tokens were to end at the first stop;"
                 " start it without settings of its own, with --generation-config vllm"
             )
+    return completions
 
 
 # ---------------------------------------------------------------- a server
 
 
 class Failed(RuntimeError):
-    """No use of this attempt; the next one may do."""
+    """This attempt failed; the next one may succeed, after ``wait`` seconds if the server asked for them."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
 
 
 class Server:
@@ -91,7 +92,7 @@ class Server:
         positions: that the longest prompt takes, completion included.
         timeout: limit for one request, for loading weights, and for waiting until the server is up, seconds.
         retries: further attempts after a failed request.
-        say: told what a user should know meanwhile.
+        say: called with what a user should know meanwhile.
     """
 
     first_wait = 1.0  # before the second attempt, seconds; doubled before each further one
@@ -110,8 +111,14 @@ class Server:
     ) -> None:
         self.policy, self.url, self.launch, self.dtype = policy, url.rstrip("/"), launch, dtype
         self.positions, self.timeout, self.retries, self.say = positions, timeout, retries, say
-        # A server is next door: no proxy of the environment's.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.http = httpx.Client(
+            base_url=self.url,
+            trust_env=False,  # a server is next door: no proxy of the environment's
+            verify=ssl.create_default_context(),  # the machine's own certificates
+            follow_redirects=True,
+            # A connection for each request: the server may be started anew between two.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        )
 
     @property
     def command(self) -> str:
@@ -131,21 +138,24 @@ class Server:
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
 
     def _wait_until_up(self, say: Callable[[str], None] = lambda _: None) -> None:
-        deadline, told = time.monotonic() + self.timeout, False
-        while True:
-            try:
-                self._send("/health", None, limit=min(10.0, self.timeout))
-                return
-            except Failed as error:
-                if time.monotonic() > deadline:
-                    raise UsageError(
-                        f"no vLLM server at {self.url} in {self.timeout:g} s: {error}; start it by"
-                        f" `{self.command}`, then go on with --resume"
-                    ) from error
-            if not told:
+        def first_failure(state: tenacity.RetryCallState) -> None:
+            if state.attempt_number == 1:
                 say(f"waiting for the vLLM server at {self.url}; start it by `{self.command}`")
-                told = True
-            time.sleep(min(1.0, self.first_wait))
+
+        waiting = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Failed),
+            stop=tenacity.stop_after_delay(self.timeout),
+            wait=tenacity.wait_fixed(min(1.0, self.first_wait)),
+            before_sleep=first_failure,
+            reraise=True,
+        )
+        try:
+            waiting(self._send, "/health", None, min(10.0, self.timeout))
+        except Failed as error:
+            raise UsageError(
+                f"no vLLM server at {self.url} in {self.timeout:g} s: {error}; start it by"
+                f" `{self.command}`, then go on with --resume"
+            ) from error
 
     def _check_model(self) -> None:
         """Refuse a server of another folder, and one whose tokenizer knows the reward tokens by other ids."""
@@ -168,10 +178,12 @@ class Server:
                 f" `{self.command}`"
             )
 
-    def answers(self, requests: Sequence[Request], side_by_side: int) -> Generator[Completions, None, None]:
+    def answers(
+        self, requests: Sequence[CompletionRequest], side_by_side: int
+    ) -> Generator[Completions, None, None]:
         yield from in_order(self._complete, requests, min(side_by_side, MOST_REQUESTS))
 
-    def _complete(self, request: Request) -> Completions:
+    def _complete(self, request: CompletionRequest) -> Completions:
         body = {
             "model": str(self.launch),
             "prompt": request.prompt,
@@ -202,74 +214,79 @@ class Server:
         Raises:
             UsageError: the server refuses the request, failed at every attempt, or does not come up again.
         """
-        for attempt in itertools.count():
-            try:
-                answer = self._send(path, body, self.timeout)
-                check(answer)
-                return answer
-            except Failed as error:
-                if attempt >= self.retries:
-                    seen = " whether it sees the run folder," if path == "/collective_rpc" else ""
-                    raise UsageError(
-                        f"the vLLM server at {self.url} failed at {attempt + 1} attempts of {path}, at last"
-                        f" with: {error}; look at its log,{seen} then go on with --resume"
-                    ) from error
-            time.sleep(min(LONGEST_WAIT, self.first_wait * 2.0**attempt))
-            self._wait_until_up()
-        raise AssertionError("unreachable")
+        backoff = tenacity.wait_exponential(self.first_wait, max=LONGEST_WAIT)
+        asked_for = tenacity.wait_exception(lambda error: getattr(error, "wait", 0.0))
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Failed),
+            stop=tenacity.stop_after_attempt(1 + self.retries),
+            wait=lambda state: max(backoff(state), asked_for(state)),
+            reraise=True,
+        )
+        try:
+            for attempt in attempts:
+                with attempt:
+                    if attempt.retry_state.attempt_number > 1:
+                        self._wait_until_up()
+                    answer = self._send(path, body, self.timeout)
+                    check(answer)
+            return answer
+        except Failed as error:
+            seen = " whether it sees the run folder," if path == "/collective_rpc" else ""
+            raise UsageError(
+                f"the vLLM server at {self.url} failed at {1 + self.retries} attempts of {path}, at last"
+                f" with: {error}; look at its log,{seen} then go on with --resume"
+            ) from error
 
     def _send(self, path: str, body: Mapping[str, Any] | None, limit: float) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
+        """One attempt; Failed where another may succeed, UsageError where none will."""
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        method = "GET" if body is None else "POST"
         try:
-            with self.opener.open(request, timeout=limit) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            said = _message(error)
-            if error.code in TRANSIENT:
-                raise Failed(f"HTTP {error.code}: {said}") from error
-            if error.code == 404 and path == "/collective_rpc":
-                said = f"it takes no weights; start it with VLLM_SERVER_DEV_MODE=1: `{self.command}`"
-            raise UsageError(
-                f"the vLLM server at {self.url} refused {path}, HTTP {error.code}: {said}"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error)
-            if isinstance(why, TimeoutError):
-                raise Failed(f"no answer in {limit:g} s") from error
-            raise Failed(str(why) or type(why).__name__) from error
-        if not text and path in ("/health", "/collective_rpc"):
+            answer = self.http.request(method, path, json=body, headers=headers, timeout=limit)
+        except httpx.TimeoutException as error:
+            raise Failed(f"no answer in {limit:g} s") from error
+        except httpx.RequestError as error:
+            raise Failed(str(error) or type(error).__name__) from error
+        if not answer.is_success:
+            self._raise_for(path, answer)
+        if not answer.content and path in ("/health", "/collective_rpc"):
             return {}
         try:
-            found = json.loads(text)
+            found = answer.json()
         except ValueError as error:
-            raise Failed(f"an answer that is not JSON: {text[:80]!r}") from error
+            raise Failed(f"an answer that is not JSON: {answer.content[:80]!r}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{self.url} is no vLLM server: it answers {path} with {text[:80]!r}")
+            raise UsageError(f"{self.url} is no vLLM server: it answers {path} with {answer.content[:80]!r}")
         return found
 
+    def _raise_for(self, path: str, answer: httpx.Response) -> NoReturn:
+        """Raise the error that an HTTP status stands for."""
+        code, message = answer.status_code, _message(answer)
+        if code in TRANSIENT:
+            seconds = answer.headers.get("Retry-After", "")  # or a date, which is left to the backoff
+            wait = min(float(seconds), self.timeout) if seconds.isdecimal() else 0.0
+            raise Failed(f"HTTP {code}: {message}", wait)
+        if code == 404 and path == "/collective_rpc":
+            message = f"it takes no weights; start it with VLLM_SERVER_DEV_MODE=1: `{self.command}`"
+        raise UsageError(f"the vLLM server at {self.url} refused {path}, HTTP {code}: {message}")
 
-def _message(error: urllib.error.HTTPError) -> str:
+
+def _message(answer: httpx.Response) -> str:
     """What the server says of a failure: vLLM's own field, else the beginning of the body."""
+    text = answer.text
     try:
-        text = error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        found = json.loads(text)
+        found = answer.json()
         for key in ("error", "detail"):
             found = found.get(key, found)
         text = str(found.get("message", found) if isinstance(found, dict) else found)
     except (ValueError, AttributeError):
         pass
-    return text[:400] or str(error.reason)
+    return text[:400] or answer.reason_phrase
 
 
-def _check_finished(request: Request, answer: Mapping[str, Any]) -> None:
-    """Raise Failed for completions that were broken off, UsageError for what no other attempt mends."""
+def _check_finished(request: CompletionRequest, answer: Mapping[str, Any]) -> None:
+    """Raise Failed for completions that were broken off, UsageError for what no other attempt fixes."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Failed("an answer without choices")
@@ -288,35 +305,18 @@ def _check_finished(request: Request, answer: Mapping[str, Any]) -> None:
 def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
     """``work`` of each item, in order, ``workers`` side by side; some are done ahead of who takes them.
 
-    Daemon threads: a process that ends does not wait for answers that nobody wants any more.
+    The threads of a ThreadPool, unlike those of concurrent.futures, are daemons: a process that ends does not
+    wait for answers that nobody wants any more.
     """
-    waiting: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()
-    stopped = threading.Event()
-
-    def run() -> None:
-        while (task := waiting.get()) is not None and not stopped.is_set():
-            future, item = task
-            try:
-                future.set_result(work(item))
-            except Exception as error:  # result() raises it
-                future.set_exception(error)
-
-    threads = min(workers, len(items))
-    for _ in range(threads):
-        threading.Thread(target=run, name="quark_fast rollout", daemon=True).start()
-    left, ahead = iter(items), deque[Future[Result]]()
-    try:
+    threads = max(1, min(workers, len(items)))
+    left, ahead = iter(items), deque[AsyncResult[Result]]()
+    with ThreadPool(threads) as pool:
         while True:
             for item in itertools.islice(left, 4 * threads - len(ahead)):
-                ahead.append(Future())
-                waiting.put((ahead[-1], item))
+                ahead.append(pool.apply_async(work, (item,)))
             if not ahead:
                 return
             # Woken now and then: a signal that another thread received is handled by this one.
-            while not wait([ahead[0]], timeout=0.5).done:
-                pass
-            yield ahead.popleft().result()
-    finally:
-        stopped.set()
-        for _ in range(threads):
-            waiting.put(None)
+            while not ahead[0].ready():
+                ahead[0].wait(0.5)
+            yield ahead.popleft().get()

@@ -19,8 +19,10 @@ import torch
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
-from quark_fast.rewards.reward import NO_SOURCE, Calls, Function, Reward, describe
+from quark_fast.rewards.identity import NO_SOURCE
+from quark_fast.rewards.reward import Function, Reward, describe
 from quark_fast.tasks.task import Task
 
 FORMS = (

@@ -14,7 +14,7 @@ import numpy as np
 from quark_fast.config import Config
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
-from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.progress import Progress
@@ -122,12 +122,14 @@ class Explorer:
         for number, (conditioning, indices) in enumerate(self._conditionings(state)):
             for batch in kept_or_drawn(
                 draw,
-                [self.prompts.train_ids[i] for i in indices],
-                conditioning,
-                sampling,
-                samples,
-                seed_for(self.config.seed, "round", state.round, number),
-                self.work.shard,
+                SampleRequest(
+                    [self.prompts.train_ids[i] for i in indices],
+                    conditioning,
+                    sampling,
+                    samples,
+                    seed_for(self.config.seed, "round", state.round, number),
+                    self.work.shard,
+                ),
                 self.work.kept(stage_of(state), number, Scored.to_json, Scored.from_json),
                 functools.partial(self._score, indices),
             ):

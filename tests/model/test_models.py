@@ -39,7 +39,7 @@ from quark_fast.model.encode import encode_rows
 from quark_fast.model.export import write_export
 from quark_fast.model.loading import load_reference, stored_dtype
 from quark_fast.model.policy import Policy
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 from quark_fast.training.objective import Objective
 
@@ -75,9 +75,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def greedy(policy: Policy, model: Any, prompts: list[list[int]], quantile: int | None) -> list[list[int]]:
     """By our sampling, all prompts side by side."""
     drawn: dict[int, list[int]] = {}
-    for indices, groups in sample(
-        policy, model, prompts, Conditioning(quantile), Sampling(NEW, NEW, temperature=0.0), 1, 0
-    ):
+    request = SampleRequest(prompts, Conditioning(quantile), Sampling(NEW, NEW, temperature=0.0), 1, 0)
+    for indices, groups in sample(policy, model, request):
         drawn.update((i, group[0]) for i, group in zip(indices, groups, strict=True))
     return [drawn[i] for i in range(len(prompts))]
 
@@ -207,9 +206,8 @@ def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_p
     # Not by the check's own means: greedy tokens of a sample are those of bare forward passes.
     prompts = [policy.encode(text) for text in ("The man said that", "a", "Once upon a time there was")]
     sampling = Sampling(4, 4, temperature=0.0)
-    for indices, groups in sample(
-        policy, frozen_copy(policy, torch.float32), prompts, Conditioning(2), sampling, 2, 0
-    ):
+    request = SampleRequest(prompts, Conditioning(2), sampling, 2, 0)
+    for indices, groups in sample(policy, frozen_copy(policy, torch.float32), request):
         for i, (one, other) in zip(indices, groups, strict=True):
             assert one == other and len(one) == 4
             _check_greedy(policy, prompts[i], one)
@@ -421,15 +419,8 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
         numbers = [[int(n) for n in text.split("w") if n.strip().isdecimal()] for text in texts]
         return [sum(n % 2 == 0 for n in found) / max(1, len(found)) for found in numbers]
 
-    ((_, (drawn,)),) = sample(
-        policy,
-        frozen_copy(policy, torch.float32),
-        [policy.encode("w3 w4", 9)],
-        Conditioning(2),
-        sampling,
-        600,
-        0,
-    )
+    request = SampleRequest([policy.encode("w3 w4", 9)], Conditioning(2), sampling, 600, 0)
+    ((_, (drawn,)),) = sample(policy, frozen_copy(policy, torch.float32), request)
     ours = torch.tensor(even([policy.decode(one) for one in drawn]))
     torch.manual_seed(0)
     pipe = pipeline("text-generation", str(tmp_path / "out"))

@@ -30,7 +30,7 @@ from quark_fast.model.loading import load_pretrained, load_reference
 from quark_fast.model.policy import Policy, reward_token
 from quark_fast.model.reward_embedding import RewardEmbedding
 from quark_fast.model.structure import linear_head, positions
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # tied, untied, tied
@@ -310,7 +310,7 @@ def test_outputs_that_a_config_switches_on_do_not_matter(tiny_model: Make) -> No
     policy.model.eval()
     assert check_policy(policy, load_reference(folder, torch.float32, torch.device("cpu"))) == []
     drawn = [
-        list(sample(one, one.model.eval(), [[1, 2], [3]], Conditioning(1), Sampling(5), 2, 0))
+        list(sample(one, one.model.eval(), SampleRequest([[1, 2], [3]], Conditioning(1), Sampling(5), 2, 0)))
         for one in (plain, policy)
     ]
     assert drawn[0] == drawn[1]

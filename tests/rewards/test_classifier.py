@@ -33,6 +33,7 @@ from transformers import (
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.rewards.classifier import SequenceClassifier
+from quark_fast.rewards.text_logits import TextLogits
 from quark_fast.tasks.by_name import load_reward
 
 TEXTS = ["w1 w2", "w3", "w4 w5 w6 w7 w8 w9 w10", "w11 w12 w13", " ", "w14"]
@@ -98,7 +99,7 @@ def test_one_logit_is_a_sigmoid_and_a_regression_the_logit_itself(save: Callable
 def test_probabilities_close_to_one_stay_apart(save: Callable[..., str]) -> None:
     model = SequenceClassifier(save(), "0")
     with torch.no_grad():
-        model.model.classifier.bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
+        model.logits.model.classifier.bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
     values = [v for v in model([""] * 6, TEXTS) if v is not None]
     assert len(set(values)) == 5 and min(values) > 1 - 1e-7, "float32 would make ties of them"
 
@@ -311,7 +312,7 @@ def test_score_is_the_same_alone_and_beside_others(
     alike(scorer([""] * 6, VARIED), expected)
     alike(scorer([""] * 7, [*VARIED, LONG])[:6], expected)  # the longest brings the most padding
     way = {"xlnet": "left", "fnet": "equal"}.get(kind, "right")
-    assert scorer.batching == way, "at most as slow as need be"
+    assert scorer.logits.batching == way, "at most as slow as need be"
 
 
 @pytest.mark.parametrize("reads", ["completion", "prompt+completion"])
@@ -323,7 +324,7 @@ def test_long_text_is_cut_to_all_that_the_model_takes(
     folder = save_any(kind, longest=longest)
     scorer = SequenceClassifier(folder, "Toxic", reads)
     limit = LIMITS.get(kind, PLACES) or longest
-    assert scorer.limit == limit
+    assert scorer.logits.limit == limit
     if kind != "bart":  # which would lose its end token by hand
         (value,) = scorer([""], [LONG])
         front = reads == "prompt+completion"
@@ -402,11 +403,11 @@ def test_scaled_positions_of_short_texts_are_not_those_of_a_long_neighbour(
     }
     folder = save_any("llama", rope_parameters=rope)
     # As for a large model: no text of the check is so long.
-    monkeypatch.setattr(SequenceClassifier, "_cheap_length", lambda self: 9)
+    monkeypatch.setattr(TextLogits, "_cheap_length", lambda self: 9)
     scorer = SequenceClassifier(folder, "Toxic")
     texts = [VARIED[0], " ".join(LONG.split()[:30]), *VARIED[1:]]
     alike(scorer([""] * 7, texts), [by_hand(folder, text) for text in texts])
-    assert scorer.batching == "right"
+    assert scorer.logits.batching == "right"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -481,13 +482,13 @@ def test_batches_are_of_the_texts_in_the_order_given_and_padded_as_transformers_
     folder = save_any("bert", pad="<|endoftext|>", pad_token_id=WORDS)
     scorer = SequenceClassifier(folder, "Toxic", batch_size=3)
     seen: list[list[str]] = []
-    own = scorer._batch
+    own = scorer.logits._batch
 
     def record(rows: Any) -> torch.Tensor:
         seen.append([row.text for row in rows])
         return own(rows)
 
-    monkeypatch.setattr(scorer, "_batch", record)
+    monkeypatch.setattr(scorer.logits, "_batch", record)
     found = scorer([""] * 6, VARIED)
     assert seen == [VARIED[:3], VARIED[3:]]
     inputs = AutoTokenizer.from_pretrained(folder)(VARIED[:3], padding=True, return_tensors="pt")

@@ -22,8 +22,10 @@ import torch
 
 from quark_fast.data.chat import Row
 from quark_fast.errors import UsageError
+from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
-from quark_fast.rewards.reward import NO_SOURCE, Calls, Reward, describe
+from quark_fast.rewards.identity import NO_SOURCE
+from quark_fast.rewards.reward import Reward, describe
 
 ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]
 TEXTS = ["one", "two", "three"]
@@ -353,7 +355,7 @@ def test_waits_between_attempts_double_up_to_a_limit(monkeypatch: pytest.MonkeyP
     async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         raise OSError
 
-    monkeypatch.setattr("quark_fast.rewards.reward.asyncio.sleep", short)
+    monkeypatch.setattr("quark_fast.rewards.asynchronous.asyncio.sleep", short)
     with pytest.raises(UsageError, match="9 attempts"):
         describe(reward, calls=Calls(retries=8, backoff=2.0))(ROWS, TEXTS)
     for wait, longest in zip(waits, [2, 4, 8, 16, 32, 60, 60, 60], strict=True):

@@ -20,7 +20,7 @@ from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, cache_argument, pad_left
 from quark_fast.rollout import transformers as rollout
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import NotFinite, sample, sample_tokens
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
@@ -36,10 +36,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run(*arguments: Any, **keywords: Any) -> list[list[list[int]]]:
+def run(policy: Policy, model: Any, *request: Any) -> list[list[list[int]]]:
     """The completions of ``sample`` in the order of the prompts."""
     found = {}
-    for indices, groups in sample(*arguments, **keywords):
+    for indices, groups in sample(policy, model, SampleRequest(*request)):
         assert not found.keys() & set(indices), "a prompt is sampled once"
         found.update(zip(indices, groups, strict=True))
     return [found[i] for i in sorted(found)]
@@ -75,7 +75,8 @@ def seen_logits(
     monkeypatch.setattr(rollout, "sample_tokens", scripted)
     settings = {"max_new_tokens": len(CONTINUATION), "min_new_tokens": 0} | sampling
     model = frozen_copy(policy, torch.float32)
-    ((indices, groups),) = sample(policy, model, PROMPTS, conditioning, Sampling(**settings), samples, 0)
+    request = SampleRequest(PROMPTS, conditioning, Sampling(**settings), samples, 0)
+    ((indices, groups),) = sample(policy, model, request)
     assert groups == [[CONTINUATION] * samples] * len(PROMPTS)
     by_prompt = torch.stack(steps).view(len(steps), len(PROMPTS), samples, -1)
     order = [indices.index(i) for i in range(len(PROMPTS))]
@@ -98,7 +99,7 @@ def test_prompts_are_read_without_a_copy_of_the_head_for_each(tiny_model: Make) 
     policy = Policy.create(tiny_model("llama"), quantiles=2)
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        list(sample(policy, frozen_copy(policy, torch.float32), prompts, Conditioning(1), Sampling(2), 1, 0))
+        run(policy, frozen_copy(policy, torch.float32), prompts, Conditioning(1), Sampling(2), 1, 0)
     hidden, vocabulary = policy.model.config.hidden_size, policy.model.config.vocab_size
     shapes = [shape for event in profiler.events() for shape in event.input_shapes]
     assert [hidden, vocabulary] in shapes
@@ -258,11 +259,11 @@ def test_logits_that_are_no_numbers_are_an_error_and_nothing_is_drawn(
     sampling = Sampling(5, 2, temperature, top_p)
     assert len(run(policy, policy.model, [[1, 2], [3]], Conditioning(1), sampling, 1, 0)) == 2
     with pytest.raises(NotFinite, match="NaN or infinite, so there is nothing to sample from"):
-        list(sample(policy, policy.model, [[1, 2], [7]], Conditioning(1), sampling, 1, 0))
+        run(policy, policy.model, [[1, 2], [7]], Conditioning(1), sampling, 1, 0)
     with torch.no_grad():
         head[3, 0] = value
     with pytest.raises(NotFinite):
-        list(sample(policy, policy.model, [[1, 2]], Conditioning(1), sampling, 1, 0))
+        run(policy, policy.model, [[1, 2]], Conditioning(1), sampling, 1, 0)
 
 
 def test_guidance_of_one_reads_one_stream() -> None:
@@ -516,7 +517,8 @@ def test_each_prompt_gets_its_own_completions_and_as_many_as_asked(stub: Callabl
 def test_batches_hold_prompts_of_similar_length_and_at_most_the_rows_asked(stub: Callable[..., Any]) -> None:
     policy, model = stub(lambda last, quantile: tokens())
     prompts = [[1] * length for length in (4, 1, 3, 2, 1)]
-    batches = [i for i, _ in sample(policy, model, prompts, Conditioning(), Sampling(2, rows=7), 3, 0)]
+    request = SampleRequest(prompts, Conditioning(), Sampling(2, rows=7), 3, 0)
+    batches = [indices for indices, _ in sample(policy, model, request)]
     assert batches == [[1, 4], [3, 2], [0]]
 
 
@@ -547,7 +549,8 @@ def test_batch_comes_out_the_same_whatever_came_before_it(stub: Callable[..., An
     def last_batch(first: list[list[int]], disturb: bool) -> list[list[list[int]]]:
         torch.manual_seed(disturb)  # the global generator is not used either
         settings = (Conditioning(), Sampling(8, 0, rows=8), 4, 3)
-        batches = list(sample(policy, model, [*first, [4, 5, 6], [7, 8, 9]], *settings))
+        request = SampleRequest([*first, [4, 5, 6], [7, 8, 9]], *settings)
+        batches = list(sample(policy, model, request))
         return batches[-1][1]
 
     assert last_batch([[10], [11]], False) == last_batch([[50], [50]], True)

@@ -27,7 +27,7 @@ from quark_fast.model.export import write_export
 from quark_fast.model.lora import Lora, has_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.rollout import vllm
-from quark_fast.rollout.sampling import Conditioning, Draw, Sampling
+from quark_fast.rollout.sampling import Conditioning, Draw, SampleRequest, Sampling
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import InProcess, VllmRollout, check_vllm, launch_folder, prompt_seed
 from quark_fast.rollout.vllm_server import Server, in_order
@@ -81,7 +81,7 @@ def by_prompt(
     draw: Draw, conditioning: Conditioning, sampling: Sampling, samples: int, seed: int
 ) -> list[list[list[int]]]:
     found = {}
-    for indices, groups in draw(PROMPTS, conditioning, sampling, samples, seed):
+    for indices, groups in draw(SampleRequest(PROMPTS, conditioning, sampling, samples, seed)):
         found.update(zip(indices, groups, strict=True))
     return [found[i] for i in range(len(PROMPTS))]
 
@@ -247,7 +247,7 @@ def test_server_started_anew_has_the_weights_that_it_is_asked_for(
         served.server.faults = [None, None, "restart"]
     with served.rollout.synchronised(untouched=False) as draw:
         found = {}
-        for indices, groups in draw(PROMPTS, BEST, one_by_one, 1, 0):
+        for indices, groups in draw(SampleRequest(PROMPTS, BEST, one_by_one, 1, 0)):
             found.update(zip(indices, groups, strict=True))
             if not noticed:  # while nobody asks
                 served.server.restart()
@@ -276,8 +276,8 @@ def test_processes_share_the_prompts_and_only_one_writes_and_loads_weights(
     )
     found = {}
     with main.synchronised(untouched=False) as here, other.synchronised(untouched=False) as there:
-        for draw, share in ((here, (0, 2)), (there, (1, 2))):
-            for indices, groups in draw(PROMPTS, BEST, sampling, 3, 0, share):
+        for draw, shard in ((here, (0, 2)), (there, (1, 2))):
+            for indices, groups in draw(SampleRequest(PROMPTS, BEST, sampling, 3, 0, shard)):
                 assert not found.keys() & set(indices)
                 found.update(zip(indices, groups, strict=True))
     assert [found[i] for i in range(len(PROMPTS))] == expected
@@ -303,6 +303,15 @@ def test_request_without_an_answer_is_asked_again(serve: Callable[..., Served]) 
     expected = served.drawn(BEST, GREEDY)
     served.server.faults = ["hang"]
     assert served.drawn(BEST, GREEDY) == expected
+
+
+def test_server_that_asks_for_patience_is_left_alone_so_long(serve: Callable[..., Served]) -> None:
+    served = serve()
+    expected = served.drawn(BEST, GREEDY)
+    served.server.faults, served.server.retry_after = [429], 1
+    begun = time.monotonic()
+    assert served.drawn(BEST, GREEDY) == expected
+    assert time.monotonic() - begun >= 1.0
 
 
 @pytest.mark.parametrize(
@@ -445,6 +454,7 @@ def test_vllm_that_cannot_be_in_this_process_is_refused_at_once() -> None:
 
 def test_answers_come_in_order_and_few_are_made_ahead() -> None:
     made: list[int] = []
+    before = threading.enumerate()
 
     def work(item: int) -> int:
         time.sleep(0.002 * (item % 3))
@@ -457,7 +467,7 @@ def test_answers_come_in_order_and_few_are_made_ahead() -> None:
     time.sleep(0.05)
     assert len(made) <= 10 + 4 * 3
     assert list(in_order(work, range(100), workers=7)) == [-i for i in range(100)]
-    assert not [t for t in threading.enumerate() if t.name == "quark_fast rollout" and _lives(t)]
+    assert not [t for t in threading.enumerate() if t not in before and _lives(t)]
 
 
 def _lives(thread: threading.Thread) -> bool:

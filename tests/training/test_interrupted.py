@@ -19,7 +19,7 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.model.copies import frozen_copy
 from quark_fast.rollout import transformers as rollout
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import _parts, sample
 from quark_fast.runtime.journal import Journal
 from quark_fast.training.progress import Progress
@@ -303,13 +303,11 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     tried: list[int] = []
     own = rollout._sample_batch
 
-    def limited(
-        policy: Any, model: Any, prompts: Any, conditioning: Any, sampling: Any, samples: int, g: Any
-    ) -> Any:
-        tried.append(len(prompts) * samples)
+    def limited(policy: Any, model: Any, request: SampleRequest, g: Any) -> Any:
+        tried.append(len(request.prompts) * request.samples)
         if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return own(policy, model, prompts, conditioning, sampling, samples, g)
+        return own(policy, model, request, g)
 
     monkeypatch.setattr(rollout, "_sample_batch", limited)
     return tried
@@ -400,7 +398,8 @@ def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable
     model = frozen_copy(policy, torch.float32)
     for at_once in (0, 1, 3):
         sampling = Sampling(4, 0, rows=12, at_once=at_once)
-        found: Iterator[Any] = sample(policy, model, [[1], [2, 3]], Conditioning(), sampling, 6, 0)
+        request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
+        found: Iterator[Any] = sample(policy, model, request)
         ((indices, completions),) = found
         assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
         assert len({tuple(one) for group in completions for one in group}) > 6

@@ -1,0 +1,49 @@
+"""What tells one reward function from another: the sha256 of its source, which a resumed run compares."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import linecache
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+NO_SOURCE = hashlib.sha256(b"").hexdigest()
+
+
+def source_sha256(function: Callable[..., Any]) -> str:
+    """Of the source of a function, of the one inside partials and wrappers, or of an object's class."""
+    plain: Any = function
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    plain = inspect.unwrap(plain)
+    own = plain if inspect.isfunction(plain) or inspect.ismethod(plain) else type(plain)
+    return hashlib.sha256(_source(own)).hexdigest()
+
+
+def _source(own: Any) -> bytes:
+    """The file that defines it; in a notebook its cell; at a prompt its byte code; nothing for a builtin."""
+    try:
+        file = inspect.getsourcefile(own) or ""
+    except (TypeError, OSError):  # a builtin; a class that was typed at a prompt
+        file = ""
+    if Path(file).is_file():
+        return Path(file).read_bytes()
+    lines = "".join(linecache.getlines(file)).encode()
+    code = getattr(own.__call__ if isinstance(own, type) else own, "__code__", None)
+    return lines or (_byte_code(code).encode() if code else b"")
+
+
+def _byte_code(code: CodeType) -> str:
+    """What a function does, with those inside it, but not where it stands."""
+
+    def plain(constant: Any) -> str:
+        if isinstance(constant, CodeType):
+            return _byte_code(constant)
+        # A set of texts has another order in every process.
+        return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+    return repr((code.co_code, code.co_names, [plain(one) for one in code.co_consts]))
