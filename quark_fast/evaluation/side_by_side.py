@@ -310,7 +310,7 @@ class Evaluator:
                     cut=self.config.long_prompts == "cut",
                     what=f"texts of {domain.source}",
                     # Of the others that other model's tokens are counted.
-                    tell=self.remarks.append if label == self.lead else lambda _: None,
+                    log=self.remarks.append if label == self.lead else lambda _: None,
                 )
                 policy.check_fits(ids, self.config.max_new_tokens)
                 domain.held_out[label] = HeldOut(rows, ids, self.config.eval_samples, texts)

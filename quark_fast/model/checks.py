@@ -133,7 +133,7 @@ def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
 
 
 def check_policy(policy: Policy, reference: Any, longest: int = SHORT) -> list[str]:
-    """Find out how a policy that is to be trained is read; what is told to the user where that is unusual.
+    """Find out how a policy that is to be trained is read; log lines where that is unusual.
 
     Sets ``policy.reading`` and keeps the reward tokens out of tables that are not theirs.
 
@@ -187,7 +187,7 @@ def check_reading(
         model: the policy's, or one of its kind.
         quantiles: three, on which prompts are conditioned; None where the model has no reward tokens.
     Returns:
-        what is told to the user where it is not the usual one.
+        log lines where it is not the usual one.
     Raises:
         WrongModel: there is none.
     """
@@ -274,17 +274,17 @@ def _check_causal(policy: Policy, model: Any, probe: _Probe, own: Tensor) -> Non
 def _training(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: Reading) -> float:
     """How far the logits of a training batch are from the model's own, both ways that a step may take."""
     before, policy.reading = policy.reading, reading
-    places = [(i, s) for s in range(SAMPLES) for i in range(len(probe.prompts))]
-    lengths = [NEW - (i + s) % 3 for i, s in places]  # of the completions, which are padded, too
+    pairs = [(i, s) for s in range(SAMPLES) for i in range(len(probe.prompts))]
+    lengths = [NEW - (i + s) % 3 for i, s in pairs]  # of the completions, which are padded, too
     batch = make_batch(
         policy,
-        [probe.prompts[i] for i, _ in places],
-        [probe.continuations[i][s][:length] for (i, s), length in zip(places, lengths, strict=True)],
-        [probe.quantiles[i] for i, _ in places],
+        [probe.prompts[i] for i, _ in pairs],
+        [probe.continuations[i][s][:length] for (i, s), length in zip(pairs, lengths, strict=True)],
+        [probe.quantiles[i] for i, _ in pairs],
         model.device,
     )
     policy.reading = before
-    expected = torch.cat([own[i, s, :length] for (i, s), length in zip(places, lengths, strict=True)])
+    expected = torch.cat([own[i, s, :length] for (i, s), length in zip(pairs, lengths, strict=True)])
     every = [completion_logits(model, batch)]
     if (head := linear_head(model)) is not None:
         every.append(head(completion_hidden(model, batch)))
@@ -360,7 +360,7 @@ def _blamed(model: Any, what: str, export: str | None = None) -> Iterator[None]:
     except (torch.OutOfMemoryError, OutOfMemory):
         raise
     except Exception as error:
-        # What our loader says names the scratch folder; what transformers said, its cause, does not.
+        # Our loader's message names the scratch folder; transformers' own, its cause, does not.
         loader = isinstance(error, UsageError) and isinstance(error.__cause__, Exception)
         said = _said(error.__cause__ if loader else error)  # type: ignore[arg-type]
         if export is not None:
@@ -390,7 +390,7 @@ def check_export(
         sampling, untie: as of ``Policy.write_export``. Some models share more than a head by the setting
             that ties it; theirs then stays tied.
     Returns:
-        (whether the head is to be untied, what is told to the user where that is not as asked).
+        (whether the head is to be untied, log lines where that is not as asked).
     Raises:
         WrongModel: it cannot be written or loaded, or reads a text otherwise than the policy does.
     """
@@ -453,7 +453,7 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
         with torch.no_grad(), Lookups() as lookups:
             try:
                 read(model, torch.tensor([ids], device=model.device))
-            except Exception:  # what fails without such tables, too, is told by the check of reading
+            except Exception:  # what fails without such tables, too, the check of reading reports
                 failed = True
         seen = [one.table for one in lookups.seen if bool(torch.isin(one.numbers, own).any())]
         if not seen:

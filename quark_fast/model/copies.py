@@ -77,7 +77,7 @@ def _cast_buffers(policy: Policy, model: Any, dtype: torch.dtype) -> None:
 
 
 def shared_reference(policy: Policy, dtype: torch.dtype) -> Any | None:
-    """The untouched model on the very weights that adapters stand beside; None where they have another
+    """The base model on the very weights that adapters stand beside; None where they have another
     dtype, or are trained themselves."""
     if not has_adapters(policy.model) or policy.model.get_input_embeddings().weight.dtype != dtype:
         return None
@@ -104,6 +104,6 @@ def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     try:
         with torch.device("meta"):
             made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    except Exception:  # foreign code fails in any way; what does not fit then, checks.py tells
+    except Exception:  # foreign code fails in any way; checks.py finds what does not fit then
         return {}
     return {name: buffer.dtype for name, buffer in made.named_buffers()}

@@ -17,7 +17,7 @@ def encode_rows(
     *,
     cut: bool = False,
     what: str = "prompts",
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], list[list[int]], list[list[int]]]:
     """The rows with what is asked of the model, that as ids, and the ids of the rows' held-out texts.
 
@@ -28,12 +28,12 @@ def encode_rows(
 
     Args:
         cut: prompts that are too long are cut to their last tokens, but for chats.
-        what: what the rows are called in the line that ``tell`` gets for those left out or cut.
+        what: what the rows are called in the line that ``log`` gets for those left out or cut.
     Raises:
         UsageError: no row is left.
     """
     if prefix_tokens == 0:
-        return *_encode_prompts(policy, rows, max_tokens, cut, what, tell), []
+        return *_encode_prompts(policy, rows, max_tokens, cut, what, log), []
     if prefix_tokens >= max_tokens:
         raise UsageError(
             f"prefix_tokens = {prefix_tokens} leaves no held-out text within the {max_tokens} tokens that"
@@ -54,12 +54,12 @@ def encode_rows(
     ]
     if len(kept) < len(rows):
         count = f"{len(rows) - len(kept):,} of {len(rows):,}"
-        tell(f"{count} {what} left out: no longer than prefix_tokens = {prefix_tokens}")
+        log(f"{count} {what} left out: no longer than prefix_tokens = {prefix_tokens}")
     return asked, prompts, texts
 
 
 def _encode_prompts(
-    policy: Policy, rows: Sequence[Row], most: int, cut: bool, what: str, tell: Callable[[str], None]
+    policy: Policy, rows: Sequence[Row], most: int, cut: bool, what: str, log: Callable[[str], None]
 ) -> tuple[list[Row], list[list[int]]]:
     """Those of the rows that are not too long, and their ids."""
     if most < 1:
@@ -78,8 +78,8 @@ def _encode_prompts(
             " shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
         )
     if shortened:
-        tell(f"{len(shortened):,} of {len(rows):,} {what} cut to their last {most:,} tokens")
+        log(f"{len(shortened):,} of {len(rows):,} {what} cut to their last {most:,} tokens")
     if len(kept) < len(rows):
         count = f"{len(rows) - len(kept):,} of {len(rows):,}"
-        tell(f"{count} {what} left out: longer than {most:,} tokens (the longest {max(map(len, every)):,})")
+        log(f"{count} {what} left out: longer than {most:,} tokens (the longest {max(map(len, every)):,})")
     return [rows[i] for i in kept], [every[i][-most:] for i in kept]

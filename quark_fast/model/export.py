@@ -64,7 +64,7 @@ def write_export(
     model.generation_config = _generation_config(policy, model.generation_config, size, sampling or {})
     model.save_pretrained(folder)
     mark = hashlib.sha256(embedding.rows.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
-    # vLLM is told by their text which tokens not to sample.
+    # vLLM bans tokens by their text, not by their ids: there they have no mark.
     made = _best_token_first(policy, mark if padding else "")
     save_tokenizer(made, folder, policy.trust_remote_code)
 

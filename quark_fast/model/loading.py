@@ -20,7 +20,7 @@ from quark_fast.model.attention import FAST_ATTENTION
 def load_reference(
     source: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> Any:
-    """The untouched model, frozen: it samples at first, and the policy is held close to it."""
+    """The reference, a frozen base model: it samples first, and the KL holds the policy close to it."""
     model, _ = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
     return frozen(model, device)
 
@@ -48,7 +48,7 @@ def decode_fast(model: Any) -> None:
 
 
 def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.dtype:
-    """The dtype of the weights at ``source`` by its config; float32 where that does not say, as GPT-2's."""
+    """The dtype of the weights at ``source`` by its config; float32 where that names none, as GPT-2's."""
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -78,7 +78,7 @@ class Policy:
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
         # Without reward tokens of its own a policy reads those of an export, but writes none, either.
         first = self.reward_ids[0] if tokens else before_reward_tokens(tokenizer)
-        # Special tokens behind the table, of images say, are none of the model's.
+        # Special tokens behind the table, such as those of images, are none of the model's.
         self.vocabulary = min(first, rows)
         self.text_tokenizer = for_texts(tokenizer, self.vocabulary)
         self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
@@ -255,8 +255,8 @@ class Policy:
         for k in set(range(len(shares))) - set(trained):
             below = max((t for t in trained if t < k), default=min(trained))
             above = min((t for t in trained if t > k), default=max(trained))
-            place = (k - below) / (above - below) if above > below else 0.0
-            rows[k] = torch.lerp(rows[below], rows[above], place)
+            weight = (k - below) / (above - below) if above > below else 0.0
+            rows[k] = torch.lerp(rows[below], rows[above], weight)
         assign(parameter, rows)
 
 

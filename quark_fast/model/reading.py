@@ -46,7 +46,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """(N, L) the place of each token in its own row; 0 on padding."""
+    """(N, L) the position of each token in its own row; 0 on padding."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -24,7 +24,7 @@ def conversion(dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor], Te
 
     Stochastically where they lay on the very grid of ``dtype`` before training: there the nearest is mostly
     where they were. Weights that lay anywhere between keep their changes on average by the nearest, too, and
-    an untouched model then stays what the reference is.
+    a model that learned nothing then stays what the reference is.
     """
     if dtype in LOST_BITS and stored in (dtype, torch.bfloat16):
         return stochastic_rounding(dtype)

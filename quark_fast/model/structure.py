@@ -15,7 +15,7 @@ LONGEST_PROMPT = 1024  # unless a run asks for longer ones, tokens
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model can read, by its config or its text model's; None: it does not say."""
+    """How many tokens a model can read, by its config or its text model's; None: no limit is given."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) else None
 
@@ -32,7 +32,7 @@ def learned_positions(model: Any) -> int | None:
         with Lookups() as lookups:
             try:
                 model(torch.full((1, tokens), token, device=model.device))
-            except Exception:  # foreign code fails in any way; what does, checks.py tells
+            except Exception:  # foreign code fails in any way; checks.py reports it
                 return None
         found.append(lookups.counted(tokens))
     return min((rows - start for rows, start in set.intersection(*found)), default=None)

@@ -101,8 +101,8 @@ Sampler = Callable[[Policy, Any, SampleRequest, Container[int]], Iterator[DrawnB
 class Rollout(Protocol):
     """The engine that samples a round's completions: ``TransformersRollout``, ``VllmRollout``."""
 
-    def synchronised(self, untouched: bool) -> AbstractContextManager[Draw]:
-        """Sample from the policy as it is now; ``untouched``: it did not learn yet, and is the reference.
+    def synchronised(self, from_base: bool) -> AbstractContextManager[Draw]:
+        """Sample from the policy as it is now; ``from_base``: sample the reference, as it has learned nothing.
 
         All processes of a run have to ask, since the policy may be sharded among them.
         """

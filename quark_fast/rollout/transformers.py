@@ -185,8 +185,8 @@ class TransformersRollout:
         self.policy, self.reference, self.dtype, self.sampler = policy, reference, dtype, sampler
 
     @contextlib.contextmanager
-    def synchronised(self, untouched: bool) -> Iterator[Draw]:
-        if untouched:
+    def synchronised(self, from_base: bool) -> Iterator[Draw]:
+        if from_base:
             yield functools.partial(self.sampler, self.policy, self.reference)
         else:
             # The copy goes when the round is sampled: learning needs its memory.

@@ -77,7 +77,7 @@ class VllmRollout:
         self.policy, self.folder, self.dtype, self.engine, self.once = policy, folder, dtype, engine, once
 
     @contextlib.contextmanager
-    def synchronised(self, untouched: bool) -> Iterator[Draw]:
+    def synchronised(self, from_base: bool) -> Iterator[Draw]:
         """As ``Rollout.synchronised``. The reference is the policy that did not learn yet."""
         weights = self._synchronise()
         try:
@@ -262,7 +262,7 @@ def vllm_rollout(
     dtype: torch.dtype,
     device: torch.device,
     longest: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     once: Callable[[Callable[[], Path]], Path],
 ) -> VllmRollout:
     """The rollout that the settings name.
@@ -277,5 +277,5 @@ def vllm_rollout(
         engine = InProcess(launch, dtype, device, positions, config.vllm_memory)
     else:
         limits: dict[str, Any] = {"timeout": config.vllm_timeout, "retries": config.vllm_retries}
-        engine = Server(policy, config.vllm_server, launch, dtype, positions, **limits, say=say)
+        engine = Server(policy, config.vllm_server, launch, dtype, positions, **limits, log=log)
     return VllmRollout(policy, folder, dtype, engine, once)

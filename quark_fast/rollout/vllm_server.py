@@ -28,7 +28,7 @@ Completions = list[list[int]]
 
 MOST_REQUESTS = 256  # under way at once, each a thread here
 LONGEST_WAIT = 30.0
-# What a server says while it is overloaded, starts or breaks down; everything else is about the request.
+# What a server answers while it is overloaded, starts or breaks down; everything else is about the request.
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 
 
@@ -81,7 +81,7 @@ class Failed(RuntimeError):
 
 
 class Server:
-    """A ``vllm serve`` that somebody started.
+    """A ``vllm serve`` that the user started.
 
     Started anew at any time, it holds the weights that its launch folder leads to, which are those that are
     asked for, and so a request that broke off is simply made again.
@@ -92,7 +92,7 @@ class Server:
         positions: that the longest prompt takes, completion included.
         timeout: limit for one request, for loading weights, and for waiting until the server is up, seconds.
         retries: further attempts after a failed request.
-        say: called with what a user should know meanwhile.
+        log: called with what a user should know meanwhile.
     """
 
     first_wait = 1.0  # before the second attempt, seconds; doubled before each further one
@@ -107,10 +107,10 @@ class Server:
         *,
         timeout: float,
         retries: int,
-        say: Callable[[str], None] = lambda _: None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy, self.url, self.launch, self.dtype = policy, url.rstrip("/"), launch, dtype
-        self.positions, self.timeout, self.retries, self.say = positions, timeout, retries, say
+        self.positions, self.timeout, self.retries, self.log = positions, timeout, retries, log
         self.http = httpx.Client(
             base_url=self.url,
             trust_env=False,  # a server is next door: no proxy of the environment's
@@ -132,15 +132,15 @@ class Server:
         )
 
     def load(self, weights: Path) -> None:
-        self._wait_until_up(self.say)
+        self._wait_until_up(self.log)
         self._check_model()
         path = str(weights.resolve())
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
 
-    def _wait_until_up(self, say: Callable[[str], None] = lambda _: None) -> None:
+    def _wait_until_up(self, log: Callable[[str], None] = lambda _: None) -> None:
         def first_failure(state: tenacity.RetryCallState) -> None:
             if state.attempt_number == 1:
-                say(f"waiting for the vLLM server at {self.url}; start it by `{self.command}`")
+                log(f"waiting for the vLLM server at {self.url}; start it by `{self.command}`")
 
         waiting = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Failed),
@@ -273,7 +273,7 @@ class Server:
 
 
 def _message(answer: httpx.Response) -> str:
-    """What the server says of a failure: vLLM's own field, else the beginning of the body."""
+    """The server's message about a failure: vLLM's own field, else the beginning of the body."""
     text = answer.text
     try:
         found = answer.json()
@@ -291,7 +291,7 @@ def _check_finished(request: CompletionRequest, answer: Mapping[str, Any]) -> No
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Failed("an answer without choices")
     if sorted(str(choice.get("index")) for choice in choices) != sorted(map(str, range(len(choices)))):
-        raise Failed("completions without their places among the samples")
+        raise Failed("completions without their indices among the samples")
     for choice in choices:
         if choice.get("finish_reason") not in ("stop", "length"):
             raise Failed(f"a completion that ended by {choice.get('finish_reason')!r}")

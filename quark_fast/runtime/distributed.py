@@ -88,7 +88,7 @@ class Processes:
 
     @property
     def machines(self) -> int:
-        """How many machines the processes are on, as far as the launcher says."""
+        """How many machines the processes are on, as far as the launcher shows."""
         return max(1, self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
 
     # ---------------------------------------------------------------- work and agreement
@@ -107,10 +107,10 @@ class Processes:
             result = work()
         except BaseException as error:  # raised again below, once the others know
             failure = error
-        heard: list[Any] = [None] * self.count
-        dist.all_gather_object(heard, (_in_words(failure), None if failure else result))
-        self._raise([words for words, _ in heard], failure)
-        return [found for _, found in heard]
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, (_in_words(failure), None if failure else result))
+        self._raise([words for words, _ in gathered], failure)
+        return [found for _, found in gathered]
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on every process; this one's result. An error of any ends all, as in ``all_gather``."""
@@ -265,7 +265,7 @@ class Processes:
         """Have DDP make gradients, which have gathered on each process, the mean over processes.
 
         By a backward pass of nothing, and not by that of the last micro-batch: a process that waits for the
-        others' gradients cannot be told that one of them has run out of memory. DeepSpeed makes its step
+        others' gradients cannot learn that one of them has run out of memory. DeepSpeed makes its step
         there, too, or skips it if the gradients, or the losses before (``finite``), are not finite.
         """
         if self.replicated or self.zero:

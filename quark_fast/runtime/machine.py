@@ -36,7 +36,7 @@ def set_threads(threads: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' and the hub's remarks and bars off a command's terminal; errors are ours to tell."""
+    """Keep transformers' and the hub's messages off the terminal; commands print errors themselves."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -58,7 +58,7 @@ def settled_precision(wanted: Precision) -> Precision:
 def _bf16_is_faster() -> bool:
     """Whether a layer of a small model takes less time in bf16 than in fp32 on this CPU.
 
-    Having the instructions says little: on an EPYC they double the speed, on a Xeon whose tiles (AMX) are
+    Having the instructions proves little: on an EPYC they double the speed, on a Xeon whose tiles (AMX) are
     hidden from a virtual machine bf16 takes 1.6 times as long as fp32. 0.1 seconds, once a process.
     """
 

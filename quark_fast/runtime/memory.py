@@ -40,8 +40,8 @@ def within_memory(
 ) -> tuple[T, int]:
     """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
 
-    What running out of memory looks like is accelerate's to say. ``smaller`` hears each n but the first;
-    ``anywhere`` says whether any process ran out of it, given what this one did, in words.
+    accelerate decides which errors mean that memory ran out. ``smaller`` is called with each n but the first;
+    ``anywhere`` returns whether any process ran out, given this one's error, if any.
 
     Raises:
         OutOfMemory: it does not suffice for 1.
@@ -77,10 +77,10 @@ def by_parts(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]:
         def part(size: int, start: int = start) -> T:
             return work(slice(start, start + size))
 
-        found, size = within_memory(part, size, _say_smaller)
+        found, size = within_memory(part, size, _warn_smaller)
         yield found
         start += size
 
 
-def _say_smaller(size: int) -> None:
+def _warn_smaller(size: int) -> None:
     logging.getLogger(__name__).warning("out of memory: from here on %d texts side by side", size)

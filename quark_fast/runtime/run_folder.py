@@ -108,15 +108,15 @@ class RunFolder:
         self.check_free()
 
     def _lock(self) -> None:
-        with self.errors_told():
+        with self.disk_errors():
             held = try_lock(self / LOCK)
         if not held:
             holder = (self / LOCK).read_text().strip() or "another process"
             raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
 
     @contextmanager
-    def errors_told(self) -> Iterator[None]:
-        """Have a full disk, or a folder that may not be written to, end the run in one line that says so."""
+    def disk_errors(self) -> Iterator[None]:
+        """Have a full disk, or a folder that may not be written to, end the run with a one-line error."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -125,7 +125,7 @@ class RunFolder:
                 raise
             raise UsageError(
                 f"cannot write to the run folder {self.path}: {os.strerror(number)}; its checkpoints are"
-                f" kept: mend that, then go on with --resume --output {self.path}"
+                f" kept: fix that, then go on with --resume --output {self.path}"
             ) from error
 
     @property
@@ -170,7 +170,7 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file."""
-        # What UTF-8 cannot spell, half a character out of somebody's JSON, is written as JSON spells it.
+        # What UTF-8 cannot spell, half a character of a user's JSON, is written as JSON spells it.
         with (self / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(_line(row) for row in rows)
 
@@ -335,6 +335,6 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 
 def _errno(error: SafetensorError) -> int:
-    """The number of an error of the disk, which safetensors tells as a text; 0: it was none."""
+    """The number of an error of the disk, which safetensors gives as text; 0: it was none."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else 0

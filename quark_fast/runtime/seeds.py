@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Purpose = Literal[
-    "batch",  # within a stream of samples, (place of the batch)
+    "batch",  # within a stream of samples, (index of the batch)
     "check of the reward",
     "round",  # sampling, (round, conditioning)
     "tokens to explore by",  # (round)

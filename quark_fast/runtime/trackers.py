@@ -62,7 +62,7 @@ def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if name in OWN_AXES:
             continue
-        for place, one in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        for index, one in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(one, int | float) and math.isfinite(one):
-                suffix = "" if place is None else f"/{place}"
+                suffix = "" if index is None else f"/{index}"
                 yield f"{row['kind']}/{name}{suffix}", float(one)

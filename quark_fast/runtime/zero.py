@@ -40,7 +40,7 @@ def check(accelerator: Accelerator, config: Config) -> None:
 
 
 def configure(accelerator: Accelerator, config: Config) -> None:
-    """Tell DeepSpeed what it does itself, before the model is prepared."""
+    """Configure what DeepSpeed does itself, before the model is prepared."""
     plugin: Any = accelerator.state.deepspeed_plugin
     # Losses are divided by the counts of the whole batch: to DeepSpeed each pass is one sample, not averaged.
     plugin.deepspeed_config |= {

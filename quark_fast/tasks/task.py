@@ -29,7 +29,7 @@ class Task:
         headline: the metric that the report opens with.
         columns: metrics of the terminal's table; ``report.columns.COLUMNS`` knows them all.
         more_columns: those that the report has beside them.
-        prompt_classes: sort the held-out prompts by what the untouched model makes of them first.
+        prompt_classes: sort the held-out prompts by what the base model makes of them first.
     """
 
     name: str

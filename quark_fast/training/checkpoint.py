@@ -72,7 +72,7 @@ class Checkpoint:
         Raises:
             UsageError: it is another run's, or another reward scored its samples.
         """
-        with self.setup.folder.errors_told():
+        with self.setup.folder.disk_errors():
             try:
                 self._restore(state)
             except UsageError:

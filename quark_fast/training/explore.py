@@ -64,7 +64,7 @@ class Explorer:
         begun = time.monotonic()
         before, pool = len(state.pool), state.pool
         samples = self.config.explore_samples if state.round else self.config.initial_samples
-        with self.rollout.synchronised(untouched=state.step == 0) as draw:
+        with self.rollout.synchronised(from_base=state.step == 0) as draw:
             shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
         found: list[Scored] = []
         for _, batch in in_batch_order(shares):

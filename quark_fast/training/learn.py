@@ -101,7 +101,7 @@ class Learner:
             group["lr"] = rate * decay
         finite = all(map(math.isfinite, sums.values()))
         self.processes.average_gradients(self.accelerator, self.around, finite)
-        # In the model's own order, by which accelerate tells that these are the parameters it has sharded.
+        # In the model's own order, by which accelerate recognises the parameters that it has sharded.
         parameters = list(self.around.parameters())
         norm = float(whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)))
         scaler = self.accelerator.scaler

@@ -1,4 +1,4 @@
-"""What a run says while it works."""
+"""What a run reports while it works."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """What a listener hears: the stage, how far it is, numbers worth showing, and now and then a remark."""
+    """One report: the stage, how far it is, numbers worth showing, and now and then a note."""
 
     stage: str
     done: int

@@ -80,7 +80,7 @@ def _encode(
         max_tokens=policy.room_of(config),
         prefix_tokens=config.prefix_tokens,
         cut=config.long_prompts == "cut",
-        tell=about.append,
+        log=about.append,
     )
     chats = [row for row in [*train, *held_out] if is_chat(row)]
     what = "texts" if config.prefix_tokens else "prompts"

@@ -195,7 +195,7 @@ def choose_rollout(
         setup.sampling_dtype,
         setup.device,
         max(map(len, setup.prompts.train_ids)),
-        say=lambda text: listen(Progress("waiting for the vLLM server", 0, 1, note=text)),
+        log=lambda text: listen(Progress("waiting for the vLLM server", 0, 1, note=text)),
         once=lambda write: setup.processes.on_rank_0(work.stoppable(write)),
     )
 

@@ -71,7 +71,7 @@ class BadSteps:
         kl = row.get("kl")
         if config.kl_stop and kl is not None and kl > config.kl_stop:
             raise Diverged(
-                f"step {step}: the KL to the untouched model is {kl:.4g} nats per token, above kl_stop ="
+                f"step {step}: the KL to the base model is {kl:.4g} nats per token, above kl_stop ="
                 f" {config.kl_stop:g}; {where}. {kept} start anew with a higher --kl-coef or a --kl-target,"
                 " or go on with --resume and a higher --kl-stop"
             )

@@ -105,7 +105,7 @@ class Trainer:
         """
         state = self.state
         self.started = time.monotonic() - state.seconds
-        with self.folder.errors_told(), stop_signals(self._how_to_go_on) as self.work.stop:
+        with self.folder.disk_errors(), stop_signals(self._how_to_go_on) as self.work.stop:
             while state.round < self.config.rounds:
                 if not state.sampled:
                     self._explore()
@@ -120,7 +120,7 @@ class Trainer:
             self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
             self._save()
             self.results.evaluate(state.step)
-        with self.folder.errors_told():
+        with self.folder.disk_errors():
             self.results.export(time.monotonic() - self.started)
         return self.folder.path
 
@@ -225,7 +225,7 @@ class Trainer:
         config, setup = self.config, self.setup
         if not config.resume:
             self.folder.create()
-        with self.folder.errors_told():
+        with self.folder.disk_errors():
             if not config.resume:
                 config.save(self.folder / "config.yaml")
             self.journal.begin({"reward": setup.reward.identity})

@@ -68,12 +68,12 @@ class Served:
         self.rollout = VllmRollout(policy, folder, torch.float32, self.engine)
 
     def drawn(self, conditioning: Conditioning, sampling: Sampling, samples: int = 1, seed: int = 0) -> Any:
-        with self.rollout.synchronised(untouched=False) as draw:
+        with self.rollout.synchronised(from_base=False) as draw:
             return by_prompt(draw, conditioning, sampling, samples, seed)
 
     def local(self, conditioning: Conditioning, sampling: Sampling, samples: int = 1, seed: int = 0) -> Any:
         local = TransformersRollout(self.policy, None, torch.float32)
-        with local.synchronised(untouched=False) as draw:
+        with local.synchronised(from_base=False) as draw:
             return by_prompt(draw, conditioning, sampling, samples, seed)
 
 
@@ -245,7 +245,7 @@ def test_server_started_anew_has_the_weights_that_it_is_asked_for(
     one_by_one = dataclasses.replace(GREEDY, rows=1)
     if noticed:
         served.server.faults = [None, None, "restart"]
-    with served.rollout.synchronised(untouched=False) as draw:
+    with served.rollout.synchronised(from_base=False) as draw:
         found = {}
         for indices, groups in draw(SampleRequest(PROMPTS, BEST, one_by_one, 1, 0)):
             found.update(zip(indices, groups, strict=True))
@@ -275,7 +275,7 @@ def test_processes_share_the_prompts_and_only_one_writes_and_loads_weights(
         for once in (first, lambda _: loaded[-1])
     )
     found = {}
-    with main.synchronised(untouched=False) as here, other.synchronised(untouched=False) as there:
+    with main.synchronised(from_base=False) as here, other.synchronised(from_base=False) as there:
         for draw, shard in ((here, (0, 2)), (there, (1, 2))):
             for indices, groups in draw(SampleRequest(PROMPTS, BEST, sampling, 3, 0, shard)):
                 assert not found.keys() & set(indices)
