@@ -102,7 +102,7 @@ class Rollout(Protocol):
     """The engine that samples a round's completions: ``TransformersRollout``, ``VllmRollout``."""
 
     def synchronised(self, from_base: bool) -> AbstractContextManager[Draw]:
-        """Sample from the policy as it is now; ``from_base``: sample the reference, as it has learned nothing.
+        """Sample from the policy as it is now; ``from_base``: from the reference, as it has learned nothing.
 
         All processes of a run have to ask, since the policy may be sharded among them.
         """
