@@ -26,11 +26,18 @@ from quark_fast.data import assets
 from quark_fast.data.chat import Row, as_rendered, chat_template, from_file, is_chat, to_file
 from quark_fast.data.split import choose_prompts, digest
 from quark_fast.errors import Interrupted, UsageError
-from quark_fast.evaluation.held_out import evaluate, first_completions
-from quark_fast.evaluation.modes import HeldOut, Mode, evaluation_sampling, generation_settings, modes
+from quark_fast.evaluation.held_out import (
+    EvaluationSetup,
+    HeldOut,
+    evaluate,
+    evaluation_sampling,
+    first_completions,
+    generation_settings,
+)
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.summary import describe_evaluation, summarise
+from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
+from quark_fast.evaluation.table_rows import BASE, TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
 from quark_fast.model.checks import check_model
@@ -602,6 +609,18 @@ class Trainer:
     def _evaluation_sampling(self) -> Sampling:
         return self._in_batches(evaluation_sampling(self.config))
 
+    def _evaluation_setup(self, sampling: Sampling) -> EvaluationSetup:
+        return EvaluationSetup(
+            self.policy,
+            self.reference,
+            self.reward,
+            self.held_out,
+            sampling,
+            self.config.seed,
+            self.sampler,
+            self.processes.share,
+        )
+
     def _in_batches(self, sampling: Sampling) -> Sampling:
         """In the batches that the run began with, and no more side by side than is asked for now."""
         rows, at_once = self.batch_rows, self.config.sample_batch
@@ -796,19 +815,11 @@ class Trainer:
         self.listen(Progress("probing", 0, 1))
         model = self.policy.frozen_copy(self.sampling_dtype)
         if self.probe is None:
+            # One sample a prompt is mostly prefill: fewer rows side by side.
             sampling = dataclasses.replace(self._evaluation_sampling(), rows=32)
             drawn = self._share(
                 lambda: Probe.draw(
-                    self.policy,
-                    self.reference,
-                    self.reward,
-                    self.held_out,
-                    # One sample a prompt is mostly prefill: fewer rows side by side.
-                    sampling,
-                    self.config.seed,
-                    self.sampler,
-                    self.processes.share,
-                    self._kept("probe", self._what_is_measured(sampling)),
+                    self._evaluation_setup(sampling), self._kept("probe", self._what_is_measured(sampling))
                 )
             )
             self.probe = Probe.of(batch for _, batch in in_turn(drawn))
@@ -912,44 +923,33 @@ class Trainer:
         config = self.config
         if self.task.prompt_classes:
             self._classify()
-        table = modes(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
+        table = table_rows(self.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
         if config.eval_modes == "best":
-            table = [mode for mode in table if mode.name in ("untouched", "best token")]
+            table = [row for row in table if row.name in (BASE, "best token")]
         model = self.policy.exported_copy(self.sampling_dtype)
         shares = self._share(lambda: list(self._evaluated(table, model)))
-        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        samples: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in in_turn(shares):
             samples[name] += part
         self.processes.once(lambda: self._write_evaluation(table, samples))
 
-    def _evaluated(self, table: list[Mode], model: Any) -> Iterator[tuple[str, list[Sample]]]:
-        """This process's batches of every mode."""
+    def _evaluated(self, table: list[TableRow], model: Any) -> Iterator[tuple[str, list[Sample]]]:
+        """This process's batches of every row."""
         sampling = self._evaluation_sampling()
 
-        def kept(mode: Mode) -> Kept[list[Sample]]:
+        def kept(row: TableRow) -> Kept[list[Sample]]:
             return self._kept(
                 "evaluation",
-                [mode.name, dataclasses.asdict(mode.conditioning), *self._what_is_measured(sampling)],
+                [row.name, dataclasses.asdict(row.conditioning), *self._what_is_measured(sampling)],
                 lambda part: [vars(one) for one in part],
                 lambda part: [Sample(**one) for one in part],
             )
 
         heard = evaluate(
-            self.policy,
-            model,
-            self.reference,
-            self.reward,
-            self.held_out,
-            table,
-            sampling,
-            seed=self.config.seed,
-            measures=self.task.measures,
-            sampler=self.sampler,
-            share=self.processes.share,
-            kept=kept,
+            self._evaluation_setup(sampling), model, table, measures=self.task.measures, kept=kept
         )
         total = len(self.held_out.rows) * self.config.eval_samples
-        found: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        found: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in heard:
             found[name] += part
             samples = found[name]
@@ -969,23 +969,19 @@ class Trainer:
         how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
         return [how, self.held_out.samples, self.held_out.rows, self.held_out.ids, self.held_out.texts]
 
-    def _write_evaluation(self, table: list[Mode], samples: dict[str, list[Sample]]) -> None:
+    def _write_evaluation(self, table: list[TableRow], samples: dict[str, list[Sample]]) -> None:
         config = self.config
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         self.folder.write_rows("evaluation.jsonl", rows)
         about = describe_evaluation(
+            self._evaluation_setup(self._evaluation_sampling()),
             self.task,
             config.target,
-            self.reward,
-            self.policy,
-            evaluation_sampling(self.config),
-            self.held_out,
-            config.seed,
             config.guidances(),
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
             [self.sampling_dtype],
         )
-        summary = summarise(samples, table, about)
+        summary = summarise([MeasuredRow(row.name, row.on_curves, samples[row.name]) for row in table], about)
         self.folder.write_json("evaluation.json", summary)
         for row in summary["rows"]:
             numbers = {f"{row['name']}/{name}": value["value"] for name, value in row["metrics"].items()}
@@ -1006,15 +1002,8 @@ class Trainer:
         """(index, class) of this process's part of the held-out prompts."""
         sampling = self._evaluation_sampling()
         found = classify_prompts(
-            self.policy,
-            self.reference,
-            self.reward,
-            self.held_out,
-            sampling,
-            self.config.seed,
+            self._evaluation_setup(sampling),
             self.config.target,
-            self.sampler,
-            self.processes.share,
             self._kept(
                 "classes",
                 self._what_is_measured(sampling),

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.perplexity import text_nll
+from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
-from quark_fast.evaluation.subjects import OUT_OF_DOMAIN, find_subject, labels
+from quark_fast.evaluation.subjects import find_subject, labels
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.policy import Policy
 
