@@ -119,15 +119,9 @@ def evaluation_sampling(config: Config) -> Sampling:
 
 def generation_settings(sampling: Sampling) -> dict[str, Any]:
     """How completions were drawn, as transformers' generation config spells it."""
-    if sampling.temperature == 0:
-        return {"do_sample": False, "min_new_tokens": sampling.min_new_tokens or None}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 0,  # off; left out it is 50
-        "min_new_tokens": sampling.min_new_tokens or None,
-    }
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}  # left out it is 50
+    how = {"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}
+    return how | {"min_new_tokens": sampling.min_new_tokens or None}
 
 
 def evaluate(
@@ -153,46 +147,31 @@ def evaluate(
     held_out = setup.held_out
     nll = nll or id_nll(setup.policy, setup.reference, held_out.ids)
 
-    def measured(row: TableRow, indices: list[int], drawn: list[list[list[int]]]) -> list[Sample]:
-        found = setup.scored(indices, drawn)
-        prompts, ids, texts, _ = zip(*found, strict=True)
-        fluency = nll(prompts, ids, texts)
+    def measured(
+        row: TableRow, source: Any, indices: list[int], drawn: list[list[list[int]]]
+    ) -> list[Sample]:
+        completions = setup.scored(indices, drawn)
+        prompts, ids, texts, _ = zip(*completions, strict=True)
         fits = dict.fromkeys(indices, (0.0, 0, 0))
         if held_out.texts:
             own = [held_out.texts[i] for i in indices]
-            fits = dict(zip(indices, text_fit(setup.policy, writer(row), own, row.conditioning), strict=True))
+            fits = dict(zip(indices, text_fit(setup.policy, source, own, row.conditioning), strict=True))
         samples = []
-        for (i, completion, text, value), (total, tokens) in zip(found, fluency, strict=True):
-            prompt, scored = held_out.rows[i], not np.isnan(value)
-            text_nll, text_correct, text_tokens = fits[i]
-            samples.append(
-                Sample(
-                    prompt_id=i,
-                    prompt=prompt["prompt"],
-                    completion=text,
-                    score=shown_score(setup.reward, value) if scored else None,
-                    nll=total,
-                    tokens=tokens,
-                    measures=measures(prompt, completion, value) if scored else {},
-                    text_nll=text_nll,
-                    text_correct=text_correct,
-                    text_tokens=text_tokens,
-                )
-            )
+        for one, (total, tokens) in zip(completions, nll(prompts, ids, texts), strict=True):
+            i, completion, text, value = one
+            prompt, fit = held_out.rows[i], fits[i]
+            score, numbers = None, {}
+            if not np.isnan(value):
+                score = value if setup.reward.property is None else 1.0 - value
+                numbers = measures(prompt, completion, value)
+            samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit))
         return samples
 
-    def writer(row: TableRow) -> Any:
-        return setup.reference if row.base else model
-
     for row in table:
-        make = functools.partial(measured, row)
-        for part in setup.draw("evaluation", writer(row), row.conditioning, make, kept(row)):
+        source = setup.reference if row.base else model
+        make = functools.partial(measured, row, source)
+        for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
             yield row.name, part
-
-
-def shown_score(reward: Reward, value: float) -> float:
-    """What the tables show: the property (1 - reward) where the reward measures one, else the reward."""
-    return value if reward.property is None else 1.0 - value
 
 
 def first_completions(

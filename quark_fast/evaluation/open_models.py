@@ -21,7 +21,6 @@ class OpenModel:
     """A model that is loaded, and the rows that it is to sample."""
 
     policy: Policy
-    model: Any
     reference: Callable[[], Any]
     rows: list[TableRow]
 
@@ -67,21 +66,18 @@ class Models:
         """Load one of them."""
         model, with_base = self.models[label], self.same_base(label)[0] == label
         if isinstance(model, Plain):
-            policy, network = open_plain(model.given, self.protocol, self.bases[label][1])
             rows = [TableRow(BASE, base=True)] if with_base else []
-            return OpenModel(policy, network, lambda: network, rows)
+            policy = open_plain(model.given, self.protocol, self.bases[label][1])
+            return OpenModel(policy, lambda: policy.model, rows)
         finished = open_run(model.folder, self.trust)
         guidance = model.config.guidances() if self.guidance is None else self.guidance
         rows = table_rows(finished.policy.quantiles, guidance, model.config.eval_quantiles == "all")
         rows = [row for row in rows if with_base or not row.base]
-        return OpenModel(finished.policy, finished.policy.model, lambda: finished.reference, rows)
+        return OpenModel(finished.policy, lambda: finished.reference, rows)
 
 
-def open_plain(
-    source: str, protocol: EvaluationProtocol, prefix: Sequence[int] | None = None
-) -> tuple[Policy, Any]:
+def open_plain(source: str, protocol: EvaluationProtocol, prefix: Sequence[int] | None = None) -> Policy:
     """A model as it is, frozen; ``prefix`` None: what its own tokenizer puts before a text."""
     policy = Policy.plain(source, protocol.dtype, prefix, protocol.config.trust_remote_code)
-    model = policy.freeze(protocol.device)
-    check_reading(policy, model, [None] * 3)
-    return policy, model
+    check_reading(policy, policy.freeze(protocol.device), [None] * 3)
+    return policy

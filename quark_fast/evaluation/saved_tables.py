@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.summary import MeasuredRow
+from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.evaluation.table_rows import BASE
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import Sample
+from quark_fast.tasks.by_name import find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
-SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens", "min_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,39 @@ def _sample(fields: dict[str, Any]) -> Sample:
     return made
 
 
+def described_tables(saved: Sequence[Saved], remark: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The first one's tables without their rows, for an evaluation of saved tables alone."""
+    first, *others = saved
+    tables = {}
+    for key, table in first.tables.items():
+        if without := [other.given for other in others if key not in other.tables]:
+            remark(f"{without[0]} has no table of out-of-domain prompts, so none is shown")
+            continue
+        task = find_task(str(table.get("task")), str(table.get("target")))
+        about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
+        tables[key] = about | shown_metrics(task)
+    return tables
+
+
+def check_saved(
+    name: str, tables: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved], classes_open: bool = False
+) -> None:
+    """Raise UsageError unless saved tables compare with those of ``name``.
+
+    Args:
+        classes_open: prompts that have no classes yet get them when the base model is sampled.
+    """
+    for one in saved:
+        for key, about in tables.items():
+            if key not in one.tables:
+                raise UsageError(
+                    f"{one.given} has no table of out-of-domain prompts to stand beside the others; leave"
+                    " --out-of-domain out, or make the table anew with it"
+                )
+            known = not (classes_open and about["classes_sha256"] is None)
+            check_comparable(name, about, one.given, one.tables[key], classes=known)
+
+
 def check_comparable(
     one: str, table: Mapping[str, Any], other: str, against: Mapping[str, Any], classes: bool = True
 ) -> None:
@@ -140,6 +173,7 @@ def check_comparable(
 def _terms(table: Mapping[str, Any]) -> dict[str, str]:
     """What must be equal for two tables to compare, in words."""
     task = str(table.get("task"))
+    sampling = ("temperature", "top_p", "max_new_tokens", "min_new_tokens")
 
     def shown(key: str, absent: str) -> str:
         return f"of sha256 {str(table[key])[:12]}" if table.get(key) else absent
@@ -152,7 +186,7 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
         "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
         "classes of the prompts": shown("classes_sha256", "none"),
         "samples a prompt": str(table.get("samples_per_prompt")),
-        **{n: str(field_of(table, "sampling", n)) for n in SHARED_SAMPLING},
+        **{n: str(field_of(table, "sampling", n)) for n in sampling},
         "perplexity": "by {} of {} tokens".format(
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
         ),

@@ -12,33 +12,20 @@ import torch
 
 from quark_fast.config import numbers
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import (
-    EvaluationSetup,
-    evaluate,
-    evaluation_sampling,
-    first_completions,
-)
+from quark_fast.evaluation.held_out import EvaluationSetup, evaluate, evaluation_sampling, first_completions
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.prompt_sets import PromptSet, load_prompt_sets
-from quark_fast.evaluation.protocol import choose_protocol
-from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, Saved, check_comparable
+from quark_fast.evaluation.protocol import PromptSet, choose_protocol, load_prompt_sets
+from quark_fast.evaluation.saved_tables import Saved, check_saved, described_tables
 from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
-from quark_fast.evaluation.summary import (
-    MeasuredRow,
-    classes_sha256,
-    describe_evaluation,
-    shown_metrics,
-    summarise,
-)
+from quark_fast.evaluation.summary import MeasuredRow, classes_sha256, describe_evaluation, summarise
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.tables import markdown_page
 from quark_fast.rewards.reward import Function, Reward
-from quark_fast.tasks.by_name import find_task
 
 
 @dataclass(frozen=True)
@@ -133,8 +120,8 @@ class Evaluator:
                     "only tables are named, which are shown as they are: leave out what to measure and how to"
                     " sample, or name a run or a model, too"
                 )
-            self.tables = self._describe_saved()
-            self._check_saved()
+            self.tables = described_tables(self.saved, self.remarks.append)
+            check_saved(self.saved[0].given, self.tables, self.saved)
             return
         models = list(self.live.values())
         asked = {"task": task, "target": target, "scorer_label": scorer_label, **sampling}
@@ -147,7 +134,7 @@ class Evaluator:
         self._open_all()
         self._choose_perplexity(ppl_model)
         self.tables = {domain.key: self._describe(domain) for domain in self.domains}
-        self._check_saved()
+        check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
         self._check_reward()
 
     # ---------------------------------------------------------------- checks
@@ -165,10 +152,10 @@ class Evaluator:
             if opened.samples_base or label == self.lead:
                 opened.reference()
             policy = opened.policy
-            self.dtypes.add(opened.model.dtype)
+            self.dtypes.add(policy.model.dtype)
+            # Of the others that other model's tokens are counted.
+            remark = self.remarks.append if label == self.lead else lambda _: None
             for domain in self.domains:
-                # Of the others that other model's tokens are counted.
-                remark = self.remarks.append if label == self.lead else lambda _: None
                 domain.encode(label, policy, self.config, remark)
             words = policy.tokenizer.get_vocab().items()
             self.vocabularies[label] = {token: i for token, i in words if i < policy.vocabulary}
@@ -195,7 +182,8 @@ class Evaluator:
         self.perplexity = {"model": name, "tokens": "re-tokenised" if by_text else "sampled"}
         policy, model = self.opened.policy, self.opened.reference()
         if ppl_model is not None:
-            policy, model = open_plain(ppl_model, self.protocol)
+            policy = open_plain(ppl_model, self.protocol)
+            model = policy.model
         self.nll = {
             domain.key: self._text_nll(policy, model, domain)
             if by_text
@@ -225,46 +213,15 @@ class Evaluator:
         target, task = self.config.target, self.protocol.task
         about = describe_evaluation(setup, task, target, w, self.perplexity, self.dtypes)
         seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}
-        return about | {
-            "source": domain.source,
-            "trained_on": {label: count for label, count in seen.items() if count},
-        }
-
-    def _describe_saved(self) -> dict[str, dict[str, Any]]:
-        """The tables of the first subject without their rows; nothing is to be sampled."""
-        first, *others = self.saved
-        tables = {}
-        for key, table in first.tables.items():
-            if without := [other.given for other in others if key not in other.tables]:
-                self.remarks.append(f"{without[0]} has no table of out-of-domain prompts, so none is shown")
-                continue
-            task = find_task(str(table.get("task")), str(table.get("target")))
-            about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
-            tables[key] = about | shown_metrics(task)
-        return tables
-
-    def _check_saved(self) -> None:
-        """Raise UsageError unless the saved tables compare with this evaluation's, or with each other."""
-        name = "this evaluation" if self.live else self.saved[0].given
-        for saved in self.saved:
-            for key, about in self.tables.items():
-                if key not in saved.tables:
-                    raise UsageError(
-                        f"{saved.given} has no table of out-of-domain prompts to stand beside the others;"
-                        " leave --out-of-domain out, or make the table anew with it"
-                    )
-                # What the classes of prompts are is only known once the base model was sampled.
-                open_classes = (
-                    self.live and self.protocol.task.prompt_classes and about["classes_sha256"] is None
-                )
-                check_comparable(name, about, saved.given, saved.tables[key], classes=not open_classes)
+        trained_on = {label: count for label, count in seen.items() if count}
+        return about | {"source": domain.source, "trained_on": trained_on}
 
     def _check_reward(self) -> None:
         """The first model's completions of a few prompts are scored before the long work."""
         for domain in self.domains:
             held_out, how = domain.held_out[self.lead], evaluation_sampling(self.config)
-            some = first_completions(self.opened.policy, self.opened.model, held_out, how, self.seed)
-            self.reward.check(some)
+            policy = self.opened.policy
+            self.reward.check(first_completions(policy, policy.model, held_out, how, self.seed))
 
     # ---------------------------------------------------------------- the work
 
@@ -284,7 +241,7 @@ class Evaluator:
             rows: list[MeasuredRow] = []
             for label, subject in self.subjects.items():
                 if isinstance(subject, Saved):
-                    rows += subject.rows(key, self._front(label), rows)
+                    rows += subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
                 else:
                     rows += measured[label, key]
             made = summarise(rows, about)
@@ -295,8 +252,7 @@ class Evaluator:
 
     def _setup(self, label: str, opened: OpenModel, domain: PromptSet) -> EvaluationSetup:
         reference = opened.reference() if opened.samples_base or label == self.lead else None
-        sampling = evaluation_sampling(self.config)
-        held_out = domain.held_out[label]
+        held_out, sampling = domain.held_out[label], evaluation_sampling(self.config)
         return EvaluationSetup(opened.policy, reference, self.reward, held_out, sampling, self.seed)
 
     def _classify(self) -> None:
@@ -313,7 +269,7 @@ class Evaluator:
                     self.listen(domain.stage("classes of the prompts"), done, len(rows))
             domain.set_rows(rows)
             self.tables[domain.key]["classes_sha256"] = classes_sha256(self.protocol.task, rows)
-        self._check_saved()
+        check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
 
     def _measure(self, label: str, opened: OpenModel, domain: PromptSet) -> list[MeasuredRow]:
         """The rows of one model."""
@@ -322,28 +278,21 @@ class Evaluator:
         names = {row.name: self._row_name(label, row) for row in opened.rows}
         samples: dict[str, list[Sample]] = {row.name: [] for row in opened.rows}
         measures, nll = self.protocol.task.measures, self.nll[domain.key]
-        for name, part in evaluate(setup, opened.model, opened.rows, measures, nll):
+        for name, part in evaluate(setup, opened.policy.model, opened.rows, measures, nll):
             samples[name] += part
             self.listen(domain.stage(names[name]), len(samples[name]), total)
-        subject, front = self.live[label], opened.policy.tokenizer.decode(opened.policy.prefix)
+        prefix = opened.policy.tokenizer.decode(opened.policy.prefix)
         rows = []
         for row in opened.rows:
-            model = model_name(subject.base) if row.base else subject.given
-            about = {**row.on_curves, "model": model, "prefix": front}
+            model = model_name(self.live[label].base) if row.base else self.live[label].given
+            about = {**row.on_curves, "model": model, "prefix": prefix}
             rows.append(MeasuredRow(names[row.name], about, samples[row.name]))
         return rows
 
-    def _front(self, label: str) -> str:
-        """What stands before the names of a subject's rows; one alone needs none."""
-        return "" if len(self.subjects) == 1 else f"{label}: "
-
     def _row_name(self, label: str, row: TableRow) -> str:
         """The base model's row has the name of the plain model that it is, if that is compared, too."""
-        if not row.base:
-            return self._front(label) + row.name
-        same = self.models.same_base(label)
-        for other in same:
+        same = self.models.same_base(label) if row.base else [label]
+        for other in same if row.base else ():
             if isinstance(self.live[other], Plain):
                 return other
-        only_one = len(same) == len(self.live) and not self.saved
-        return row.name if only_one else f"{label}: {row.name}"
+        return row.name if len(same) == len(self.subjects) else f"{label}: {row.name}"

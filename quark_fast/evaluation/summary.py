@@ -67,11 +67,8 @@ def describe_evaluation(
 
 def shown_metrics(task: Task) -> dict[str, Any]:
     """Which metrics the tables of a task show."""
-    return {
-        "headline": task.headline,
-        "columns": list(task.columns),
-        "more_columns": list(task.more_columns),
-    }
+    columns, more = list(task.columns), list(task.more_columns)
+    return {"headline": task.headline, "columns": columns, "more_columns": more}
 
 
 def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
