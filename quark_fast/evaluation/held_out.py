@@ -119,7 +119,8 @@ def evaluation_sampling(config: Config) -> Sampling:
 
 def generation_settings(sampling: Sampling) -> dict[str, Any]:
     """How completions were drawn, as transformers' generation config spells it."""
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}  # left out it is 50
+    # top_k 0 is off; left out it is 50.
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     how = {"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}
     return how | {"min_new_tokens": sampling.min_new_tokens or None}
 

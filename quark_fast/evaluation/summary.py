@@ -12,7 +12,7 @@ import torch
 
 from quark_fast.data.chat import Row
 from quark_fast.evaluation.held_out import EvaluationSetup
-from quark_fast.metrics import Change, Interval, Sample, as_json, compare, evaluate_samples
+from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.tasks.task import Task
 
 
@@ -90,13 +90,11 @@ def summarise(rows: Sequence[MeasuredRow], about: Mapping[str, Any]) -> dict[str
             {
                 "name": row.name,
                 **row.about,
-                "metrics": _as_json(evaluate_samples(row.samples)),
-                "change": None if row is first else _as_json(compare(first.samples, row.samples)),
+                "metrics": {k: as_json(v) for k, v in evaluate_samples(row.samples).items()},
+                "change": None
+                if row is first
+                else {k: as_json(v) for k, v in compare(first.samples, row.samples).items()},
             }
             for row in rows
         ],
     }
-
-
-def _as_json(numbers: Mapping[str, Interval | Change]) -> dict[str, dict[str, float | None]]:
-    return {name: as_json(value) for name, value in numbers.items()}

@@ -140,7 +140,7 @@ def saved(path: Path, done: Evaluated) -> str:
 # --- who stands in the table, after what ----------------------------------------------------------
 
 
-def test_rows_of_several_runs_can_be_told_apart_and_share_their_untouched_model(place: Path) -> None:
+def test_rows_of_several_runs_can_be_told_apart_and_share_their_base_model(place: Path) -> None:
     one = made("runs/a")
     modes = ["best token", "guided w=2", "quantile 1", "worst token", "no token"]
     assert [row["name"] for row in one.table["rows"]] == ["untouched", *modes]
@@ -176,7 +176,7 @@ def test_changes_are_against_the_first_row_and_paired_by_prompt(place: Path) -> 
     assert row_of(done, "base")["change"] == expected
 
 
-def test_plain_model_of_a_run_is_its_untouched_row_after_the_runs_own_prefix(place: Path) -> None:
+def test_plain_model_of_a_run_is_its_base_row_after_the_runs_own_prefix(place: Path) -> None:
     run = made("runs/a")
     for subjects in (("runs/a", "base"), ("base", "runs/a")):
         beside = made(*subjects)
