@@ -6,7 +6,7 @@ RUN is a finished run. DExperts (Liu et al. 2021, arXiv 2105.03023) samples from
 
     log p = log p0 + alpha (log p_expert - log p_anti-expert),   renormalised,
 
-p0 the untouched model, the experts copies of it, fine-tuned by the LM loss alone: the expert on the run's
+p0 the base model, the experts copies of it, fine-tuned by the LM loss alone: the expert on the run's
 samples of the best quantile of their rewards, the anti-expert on those of the worst. Each takes as many
 samples, in as many steps, as the run drew for the token of that quantile, with the run's learning rate and
 schedule. The run's own rows are those of its evaluation; all rows share held-out prompts, prefix, scorer,
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast.data import assets
-from quark_fast.evaluation.modes import Mode
+from quark_fast.evaluation.table_rows import BASE, TableRow
 from quark_fast.evaluation.trained_run import Finished
 from quark_fast.metrics import Sample
 from quark_fast.model.attention import FAST_ATTENTION
@@ -37,7 +37,6 @@ from quark_fast.model.loading import load_pretrained, stored_dtype
 from quark_fast.model.reading import cache_argument
 from quark_fast.model.rounding import conversion
 from quark_fast.ops.loss import quark_loss
-from quark_fast.rollout.sampling import Conditioning
 
 
 class Mixture(torch.nn.Module):
@@ -65,7 +64,7 @@ class Mixture(torch.nn.Module):
 
 
 def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: int, seed: int) -> Any:
-    """A copy of the untouched model after ``steps`` steps of the LM loss on the completions of ``rows``."""
+    """A copy of the base model after ``steps`` steps of the LM loss on the completions of ``rows``."""
     config, policy = run.config, run.policy
     source = config.model or assets.default_model()
     model, _ = load_pretrained(source, torch.float32)
@@ -124,22 +123,22 @@ def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str
         console.print(
             f"{name}: {len(part)} texts, {steps} steps of {batch}, {time.monotonic() - begun:.0f} s"
         )
-    kept = {"untouched", "best token"} | {f"guided w={w:g}" for w in config.guidances()}
+    kept = {BASE, "best token"} | {f"guided w={w:g}" for w in config.guidances()}
     table = [
-        Mode(name, Conditioning(), untouched=name == "untouched")
+        TableRow(name, base=name == BASE)
         for name in dict.fromkeys(row["row"] for row in record.evaluation_rows)
         if name in kept
     ]
-    samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
-    for row in record.evaluation_rows:
-        if row["row"] in samples:
-            samples[row["row"]].append(Sample(**{key: value for key, value in row.items() if key != "row"}))
+    samples: dict[str, list[Sample]] = {row.name: [] for row in table}
+    for fields in record.evaluation_rows:
+        if (name := fields["row"]) in samples:
+            samples[name].append(Sample(**{key: value for key, value in fields.items() if key != "row"}))
     for alpha in alphas:
         mixture = Mixture(run.reference, experts["expert"], experts["anti-expert"], alpha)
-        mode = Mode(f"DExperts alpha={alpha:g}", Conditioning())
-        samples[mode.name] = finished.draw(mode, mixture)
-        table.append(mode)
-        console.print(f"{mode.name}: sampled")
+        row = TableRow(f"DExperts alpha={alpha:g}")
+        samples[row.name] = finished.draw(row, mixture)
+        table.append(row)
+        console.print(f"{row.name}: sampled")
     return finished.table(table, samples)
 
 

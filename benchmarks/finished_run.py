@@ -11,12 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from quark_fast.data.prompts import load_prompts
-from quark_fast.evaluation.held_out import evaluate
-from quark_fast.evaluation.modes import HeldOut, Mode, evaluation_sampling
-from quark_fast.evaluation.summary import summarise
+from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, evaluation_sampling
+from quark_fast.evaluation.summary import MeasuredRow, summarise
+from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.metrics import Sample
-from quark_fast.model.encode import encode_rows
 from quark_fast.report.files import read_run
 from quark_fast.report.tables import results_table
 from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
@@ -36,37 +35,25 @@ class FinishedRun:
         self.run, self.record = open_run(folder), read_run(folder)
         config = self.run.config
         self.task = find_task(config.task, config.target)
-        self.reward = choose_reward(config, self.task, self.run.device)
-        policy = self.run.policy
-        most = policy.room_of(config)
-        rows, ids, texts = encode_rows(
-            policy,
-            load_prompts(folder / HELD_OUT).rows,
-            most,
-            config.prefix_tokens,
-            cut=config.long_prompts == "cut",
-        )
-        self.held_out = HeldOut(rows, ids, config.eval_samples, texts)
-
-    def draw(self, mode: Mode, model: Any) -> list[Sample]:
-        """The samples of a row: of ``model``, or where the mode says so of the untouched one."""
-        batches = evaluate(
+        self.setup = EvaluationSetup(
             self.run.policy,
-            model,
             self.run.reference,
-            self.reward,
-            self.held_out,
-            [mode],
-            evaluation_sampling(self.run.config),
-            self.run.config.seed,
-            self.task.measures,
+            choose_reward(config, self.task, self.run.device),
+            HeldOut.encoded(self.run.policy, load_prompts(folder / HELD_OUT).rows, config),
+            evaluation_sampling(config),
+            config.seed,
         )
+
+    def draw(self, row: TableRow, model: Any) -> list[Sample]:
+        """The samples of a row: of ``model``, or where the row says so of the base model."""
+        batches = evaluate(self.setup, model, [row], self.task.measures)
         return [sample for _, part in batches for sample in part]
 
-    def table(self, modes: Sequence[Mode], samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    def table(self, rows: Sequence[TableRow], samples: Mapping[str, list[Sample]]) -> dict[str, Any]:
         """What ``evaluation.json`` holds, with these rows in place of the run's, and this machine."""
         about = {name: value for name, value in self.record.evaluation.items() if name != "rows"}
-        return summarise(samples, modes, about) | {"versions": versions(self.run.device)}
+        measured = [MeasuredRow(row.name, row.on_curves, samples[row.name]) for row in rows]
+        return summarise(measured, about) | {"versions": versions(self.run.device)}
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import torch
 from finished_run import FinishedRun, begin, end, options
 from rich.console import Console
 
-from quark_fast.evaluation.modes import Mode
+from quark_fast.evaluation.table_rows import BASE, TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.loading import stored_dtype
 from quark_fast.model.rounding import stochastic_rounding
@@ -41,18 +41,18 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
         "bfloat16, stochastic": stochastic_rounding(torch.bfloat16),
     }
     best = Conditioning(policy.quantiles - 1)
-    untouched = Mode("untouched", Conditioning(), untouched=True)
-    samples: dict[str, list[Sample]] = {untouched.name: finished.draw(untouched, reference)}
-    console.print(f"{untouched.name}: sampled")
+    base = TableRow(BASE, base=True)
+    samples: dict[str, list[Sample]] = {base.name: finished.draw(base, reference)}
+    console.print(f"{base.name}: sampled")
     moved = {}
     for name, way in ways.items():
         model = copy.deepcopy(policy.model)
         for parameter in model.parameters():
             parameter.data = way(parameter.data).to(parameter.dtype)
         moved[name] = share_moved(model, reference)
-        samples[name] = finished.draw(Mode(name, best), model)
+        samples[name] = finished.draw(TableRow(name, best), model)
         console.print(f"{name}: sampled")
-    table = [untouched, *(Mode(name, best) for name in ways)]
+    table = [base, *(TableRow(name, best) for name in ways)]
     return finished.table(table, samples) | {"weights_moved": moved}
 
 

@@ -80,8 +80,8 @@ OUTPUTS = ("json", "markdown", "html")
 
 def run(arguments: argparse.Namespace, console: Terminal) -> None:
     """Evaluate every subject, print the tables and write them."""
+    from quark_fast.evaluation.saved_tables import samples_path
     from quark_fast.evaluation.side_by_side import Evaluator
-    from quark_fast.evaluation.subjects import samples_path
     from quark_fast.files.atomic import replacing
     from quark_fast.report.page import comparison_page
     from quark_fast.report.results import headline

@@ -17,7 +17,7 @@ from quark_fast.ablation.plot import plot
 from quark_fast.ablation.table import markdown
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.subjects import check_comparable
+from quark_fast.evaluation.saved_tables import check_comparable
 from quark_fast.files.atomic import replacing
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.report.files import read_run

@@ -1,87 +1,181 @@
-"""Before and after: held-out prompts, the same prefix, scorer and sampling on both sides."""
+"""Held-out prompts: every row of a table answers the same ones, with the same scorer, sampling and seed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
+from quark_fast.config import Config
 from quark_fast.data.chat import Row
-from quark_fast.evaluation.modes import HeldOut, Mode
-from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit, with_fit
-from quark_fast.metrics import (
-    Sample,
-)
+from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit
+from quark_fast.evaluation.table_rows import TableRow
+from quark_fast.metrics import Sample
+from quark_fast.model.encode import encode_rows
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
 from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
-from quark_fast.runtime.seeds import seed_for
+from quark_fast.runtime.seeds import Purpose, seed_for
 from quark_fast.tasks.task import no_measures
+
+T = TypeVar("T")
+Completion = tuple[int, list[int], str, float]
+"""(index of its prompt, token ids, text, reward; NaN where the scorer gave none)."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts to evaluate on.
+
+    Attributes:
+        rows: for the reward. ids: what the model reads.
+        samples: completions of each prompt.
+        texts: where there are any, the ids of each prompt's held-out text, which begins with the prompt.
+    """
+
+    rows: Sequence[Row]
+    ids: Sequence[Sequence[int]]
+    samples: int
+    texts: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> HeldOut:
+        """Rows as the policy's token ids; ``options`` are those of ``Policy.encode_rows``."""
+        cut, most = config.long_prompts == "cut", policy.room_of(config)
+        rows, ids, texts = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
+        return cls(rows, ids, config.eval_samples, texts)
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """Whose completions of which prompts are sampled, and what scores them.
+
+    Attributes:
+        reference: the base model; None where nothing samples it.
+        sampler: samples the base model, as ``rollout.sample`` does.
+        shard: which of the batches this process makes, as of ``SampleRequest``.
+    """
+
+    policy: Policy
+    reference: Any
+    reward: Reward
+    held_out: HeldOut
+    sampling: Sampling
+    seed: int
+    sampler: Sampler = sample
+    shard: tuple[int, int] = (0, 1)
+
+    def draw(
+        self,
+        purpose: Purpose,
+        model: Any,
+        conditioning: Conditioning,
+        make: Callable[[list[int], list[list[list[int]]]], T],
+        kept: Kept[T] | None = None,
+    ) -> Iterator[T]:
+        """What ``make`` makes of each batch: (indices of prompts, each one's completions as ids).
+
+        Args:
+            purpose: each has a seed of its own.
+            kept: the batches that were made before, and where more are kept.
+        """
+        return kept_or_drawn(
+            functools.partial(self.sampler if model is self.reference else sample, self.policy, model),
+            SampleRequest(
+                self.held_out.ids,
+                conditioning,
+                self.sampling,
+                self.held_out.samples,
+                seed_for(self.seed, purpose),
+                self.shard,
+            ),
+            kept or Kept(),
+            make,
+        )
+
+    def scored(self, indices: Sequence[int], drawn: Sequence[Sequence[list[int]]]) -> list[Completion]:
+        """Every completion of a batch with its text and its reward."""
+        rows, prompts = self.held_out.rows, self.held_out.ids
+        flat = [(i, ids) for i, group in zip(indices, drawn, strict=True) for ids in group]
+        texts = [self.policy.decode(ids, prompts[i]) for i, ids in flat]
+        rewards = self.reward([rows[i] for i, _ in flat], texts)
+        return [
+            (i, ids, text, float(value)) for (i, ids), text, value in zip(flat, texts, rewards, strict=True)
+        ]
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    """How completions are drawn in an evaluation."""
+    return Sampling(
+        config.max_new_tokens,
+        config.min_new_tokens,
+        config.eval_temperature,
+        config.eval_top_p,
+        config.sample_batch,
+    )
+
+
+def generation_settings(sampling: Sampling) -> dict[str, Any]:
+    """How completions were drawn, as transformers' generation config spells it."""
+    # top_k 0 is off; left out it is 50.
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    how = {"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}
+    return how | {"min_new_tokens": sampling.min_new_tokens or None}
 
 
 def evaluate(
-    policy: Policy,
+    setup: EvaluationSetup,
     model: Any,
-    reference: Any,
-    reward: Reward,
-    held_out: HeldOut,
-    table: Sequence[Mode],
-    sampling: Sampling,
-    seed: int,
+    table: Sequence[TableRow],
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
-    sampler: Sampler = sample,
     nll: Nll | None = None,
-    share: tuple[int, int] = (0, 1),
-    kept: Callable[[Mode], Kept[list[Sample]]] = lambda _: Kept(),
+    kept: Callable[[TableRow], Kept[list[Sample]]] = lambda _: Kept(),
 ) -> Iterator[tuple[str, list[Sample]]]:
-    """Sample, score and measure every mode, a batch of prompts at a time.
+    """Sample, score and measure every row of the table, a batch of prompts at a time.
 
-    All modes share one seed: the same luck on both sides of every comparison.
+    All rows share one seed: the same luck on both sides of every comparison.
 
     Args:
         model: the policy's frozen copy.
-        reference: the untouched model, which samples for the mode "untouched".
         measures: the task's own, as ``Task.measures``.
-        sampler: samples the untouched model, as ``rollout.sample`` does.
         nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
-        share: which of the batches, as of ``sample``.
-        kept: the batches of a mode that were made before, and where more are kept.
+        kept: the batches of a row that were made before, and where more are kept.
     Yields:
-        (name of the mode, its samples on the next few prompts).
+        (name of the row, its samples on the next few prompts).
     """
-    nll = nll or id_nll(policy, reference, held_out.ids)
-    for mode in table:
-        source = reference if mode.untouched else model
+    held_out = setup.held_out
+    nll = nll or id_nll(setup.policy, setup.reference, held_out.ids)
 
-        def measured(
-            indices: list[int], drawn: list[list[list[int]]], mode: Mode = mode, source: Any = source
-        ) -> list[Sample]:
-            flat = [(i, completion) for i, group in zip(indices, drawn, strict=True) for completion in group]
-            part = _measure(policy, reward, held_out, flat, measures, nll)
-            if held_out.texts:
-                fits = text_fit(policy, source, [held_out.texts[i] for i in indices], mode.conditioning)
-                of_prompt = dict(zip(indices, fits, strict=True))
-                part = [with_fit(one, *of_prompt[one.prompt_id]) for one in part]
-            return part
+    def measured(
+        row: TableRow, source: Any, indices: list[int], drawn: list[list[list[int]]]
+    ) -> list[Sample]:
+        completions = setup.scored(indices, drawn)
+        prompts, ids, texts, _ = zip(*completions, strict=True)
+        fits = dict.fromkeys(indices, (0.0, 0, 0))
+        if held_out.texts:
+            own = [held_out.texts[i] for i in indices]
+            fits = dict(zip(indices, text_fit(setup.policy, source, own, row.conditioning), strict=True))
+        samples = []
+        for one, (total, tokens) in zip(completions, nll(prompts, ids, texts), strict=True):
+            i, completion, text, value = one
+            prompt, fit = held_out.rows[i], fits[i]
+            score, numbers = None, {}
+            if not np.isnan(value):
+                score = value if setup.reward.property is None else 1.0 - value
+                numbers = measures(prompt, completion, value)
+            samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit))
+        return samples
 
-        for part in kept_or_drawn(
-            functools.partial(sampler if mode.untouched else sample, policy, source),
-            SampleRequest(
-                held_out.ids,
-                mode.conditioning,
-                sampling,
-                held_out.samples,
-                seed_for(seed, "evaluation"),
-                share,
-            ),
-            kept(mode),
-            measured,
-        ):
-            yield mode.name, part
+    for row in table:
+        source = setup.reference if row.base else model
+        make = functools.partial(measured, row, source)
+        for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
+            yield row.name, part
 
 
 def first_completions(
@@ -98,36 +192,3 @@ def first_completions(
                 [rows[i] for i in indices],
                 [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],
             )
-
-
-def _measure(
-    policy: Policy,
-    reward: Reward,
-    held_out: HeldOut,
-    completions: Sequence[tuple[int, list[int]]],
-    measures: Callable[[Row, Sequence[int], float], dict[str, float]],
-    nll: Nll,
-) -> list[Sample]:
-    """Score and perplexity of completions, each with the index of its prompt."""
-    texts = [policy.decode(completion, held_out.ids[i]) for i, completion in completions]
-    rewards = reward([held_out.rows[i] for i, _ in completions], texts)
-    fluency = nll([i for i, _ in completions], [completion for _, completion in completions], texts)
-    return [
-        Sample(
-            prompt_id=i,
-            prompt=held_out.rows[i]["prompt"],
-            completion=text,
-            score=None if np.isnan(value) else score(reward, float(value)),
-            nll=total,
-            tokens=tokens,
-            measures={} if np.isnan(value) else measures(held_out.rows[i], completion, float(value)),
-        )
-        for (i, completion), text, value, (total, tokens) in zip(
-            completions, texts, rewards, fluency, strict=True
-        )
-    ]
-
-
-def score(reward: Reward, value: float) -> float:
-    """What the tables show: the property (1 - reward) where the reward measures one, else the reward."""
-    return value if reward.property is None else 1.0 - value

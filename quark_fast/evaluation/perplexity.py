@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from quark_fast.errors import UsageError
-from quark_fast.metrics import (
-    Sample,
-)
-from quark_fast.model.batch import completion_logits, make_batch
+from quark_fast.model.batch import Batch, completion_logits, make_batch
 from quark_fast.model.policy import Policy
-from quark_fast.ops.loss import quark_loss
+from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.memory import by_parts
 
@@ -49,7 +45,7 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
         made = policy.text_tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
         ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
-        first = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
+        first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
         if not policy.prefix:
             first = max(first, 1)  # something must stand in front of the first token that counts
         completion = ids[first:]
@@ -81,25 +77,8 @@ def completion_nll(
     quantile: int | None = None,
 ) -> list[float]:
     """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
-    if not completions:
-        return []
-    rows = max(1, 1280 // max(map(len, completions)))  # the logits of so many tokens are held at once
-
-    def nll(part: slice) -> list[float]:
-        quantiles = [quantile] * len(prompts[part])
-        batch = make_batch(policy, prompts[part], completions[part], quantiles, model.device)
-        out = quark_loss(
-            completion_logits(model, batch),
-            None,
-            batch.labels,
-            batch.mask,
-            kl_coef=0.0,
-            entropy_coef=0.0,
-            vocab_size=policy.vocabulary,
-        )
-        return out.nll.sum(-1).tolist()
-
-    return [total for part in by_parts(len(prompts), rows, nll) for total in part]
+    parts = _losses(policy, model, None, prompts, completions, quantile)
+    return [total for out, _ in parts for total in out.nll.sum(-1).tolist()]
 
 
 @torch.inference_mode()
@@ -115,31 +94,43 @@ def completion_kl(
 
     Exact over the base vocabulary at every token. NaN without completions.
     """
-    rows = max(1, 640 // max(map(len, completions), default=1))  # two models' logits are held at once
+    parts = _losses(policy, model, reference, prompts, completions, quantile)
+    total, tokens = 0.0, 0
+    for out, count in parts:
+        total, tokens = total + float(out.kl.sum()), tokens + count
+    return total / tokens if tokens else float("nan")
 
-    def kl(part: slice) -> tuple[float, int]:
-        conditioned, plain = (
-            make_batch(policy, prompts[part], completions[part], [k] * len(prompts[part]), model.device)
-            for k in (quantile, None)
-        )
+
+def _losses(
+    policy: Policy,
+    model: Any,
+    reference: Any | None,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    quantile: int | None,
+) -> Iterator[tuple[QuarkLoss, int]]:
+    """(NLL and KL at every token, how many tokens) of some completions at a time; without reference no KL."""
+    models = 1 if reference is None else 2  # as many hold the logits of 1280 tokens together
+    rows = max(1, 1280 // models // max(map(len, completions), default=1))
+
+    def loss(part: slice) -> tuple[QuarkLoss, int]:
+        def batch(quantile: int | None) -> Batch:
+            quantiles = [quantile] * len(prompts[part])
+            return make_batch(policy, prompts[part], completions[part], quantiles, model.device)
+
+        conditioned = batch(quantile)
         out = quark_loss(
             completion_logits(model, conditioned),
-            completion_logits(reference, plain),
+            None if reference is None else completion_logits(reference, batch(None)),
             conditioned.labels,
             conditioned.mask,
-            kl_coef=1.0,
+            kl_coef=0.0 if reference is None else 1.0,
             entropy_coef=0.0,
             vocab_size=policy.vocabulary,
         )
-        return float(out.kl.sum()), int(conditioned.mask.sum())
+        return out, int(conditioned.mask.sum())
 
-    every = list(by_parts(len(prompts), rows, kl))
-    tokens = sum(count for _, count in every)
-    return sum(total for total, _ in every) / tokens if tokens else float("nan")
-
-
-def with_fit(one: Sample, nll: float, correct: int, tokens: int) -> Sample:
-    return dataclasses.replace(one, text_nll=nll, text_correct=correct, text_tokens=tokens)
+    return by_parts(len(prompts), rows, loss)
 
 
 @torch.inference_mode()

@@ -1,69 +1,89 @@
-"""What is evaluated side by side: runs, models and earlier tables."""
+"""What is compared: runs, models as they are, and tables of earlier evaluations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quark_fast.config import Config
 from quark_fast.data import assets
+from quark_fast.data.chat import Row
 from quark_fast.errors import UsageError
+from quark_fast.evaluation.saved_tables import Saved, read_table
 from quark_fast.evaluation.trained_run import run_config
-from quark_fast.files.safe_read import read_bytes
-from quark_fast.metrics import Sample
-
-UNTOUCHED = "untouched"  # the mode of a plain model, and of what a run started from
-OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
-
-# --------------------------------------------------------------------- what is compared
+from quark_fast.runtime.run_folder import COMPLETIONS
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its modes."""
+    """A finished run."""
 
     given: str
     folder: Path
     config: Config
 
     @property
-    def source(self) -> str:
-        """What the untouched model is loaded from."""
-        return _source(self.config.model)
+    def base(self) -> str | None:
+        """The name of the base model; None: the embedded one."""
+        return self.config.model
 
     @property
     def tokenizer_at(self) -> str:
         return str(self.folder / "model")
 
+    def scorer(self) -> str:
+        """The scorer of the run's own evaluation."""
+        path = self.folder / "evaluation.json"
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["scorer"]["name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} does not say what the run's scorer was; name one by --reward"
+            ) from error
+
+    def trained_on(self, rows: Sequence[Row]) -> int:
+        """How many of the prompts the run was trained on: its first round sampled each of its own."""
+        seen: set[str] = set()
+        with (self.folder / COMPLETIONS).open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if row["round"] != 0:
+                    break
+                seen.add(row["prompt"])
+        return len(seen & {row["prompt"] for row in rows})
+
 
 @dataclass(frozen=True)
 class Plain:
-    """Any model as it is."""
+    """A model as it is, which is its own base model."""
 
     given: str
 
     @property
-    def source(self) -> str:
-        return _source(self.given)
+    def base(self) -> str:
+        return self.given
 
     @property
     def tokenizer_at(self) -> str:
         return self.given
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A table of an earlier evaluation, with the samples behind it."""
-
-    given: str
-    tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
-    samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
+Model = Run | Plain
+Subject = Model | Saved
 
 
-Subject = Run | Plain | Saved
+def find_subjects(given: Sequence[str | Path]) -> dict[str, Subject]:
+    """What command-line arguments name, each under a short name.
+
+    Raises:
+        UsageError: there is none, one is there twice, or one cannot be read.
+    """
+    if not given:
+        raise UsageError("nothing to evaluate: name a run folder or a model")
+    found = [find_subject(one) for one in given]
+    return dict(zip(labels(found), found, strict=True))
 
 
 def find_subject(given: str | Path) -> Subject:
@@ -74,7 +94,7 @@ def find_subject(given: str | Path) -> Subject:
     """
     path, given = Path(given), str(given)
     if path.suffix == ".json":
-        return _read_table(path)
+        return read_table(path)
     if (path / "config.yaml").exists():
         return Run(given, path, run_config(path))
     if path.exists() and not (path / "config.json").exists():
@@ -85,7 +105,7 @@ def find_subject(given: str | Path) -> Subject:
     return Plain(given)
 
 
-def _source(model: str | None) -> str:
+def source_of(model: str | None) -> str:
     """One text for one model: a hub name, or a folder by its whole path."""
     path = assets.default_model() if model is None else Path(model)
     return str(path.resolve()) if path.exists() else str(model)
@@ -93,82 +113,7 @@ def _source(model: str | None) -> str:
 
 def model_name(model: str | None) -> str:
     """What a table calls a model."""
-    return assets.DEFAULT_MODEL if _source(model) == _source(None) else str(model)
-
-
-def samples_path(table: Path) -> Path:
-    """Where the samples behind a table are: beside it, table.jsonl for table.json."""
-    return table.with_suffix(".jsonl")
-
-
-def _read_table(path: Path) -> Saved:
-    """A table and its samples, every number of which is checked: the two files may be anyone's."""
-    try:
-        table = json.loads(read_bytes(path))
-        lines = read_bytes(samples_path(path)).split(b"\n")
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename} cannot be read: {error.strerror}; a table is FILE.json with the samples behind"
-            " it in FILE.jsonl"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no table of an evaluation: {error}") from error
-    tables = {"": table}
-    if isinstance(table, dict) and OUT_OF_DOMAIN in table:
-        tables[OUT_OF_DOMAIN] = table[OUT_OF_DOMAIN]
-    samples: dict[str, dict[str, list[Sample]]] = {
-        key: {name: [] for name in _row_names(path, one)} for key, one in tables.items()
-    }
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            key = OUT_OF_DOMAIN if row.pop(OUT_OF_DOMAIN, False) else ""
-            samples[key][row.pop("row")].append(_sample(row))
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UsageError(
-                f"{samples_path(path)}:{number} is no sample of {path.name}: {type(error).__name__}: {error}"
-            ) from error
-    for key, of_row in samples.items():
-        prompts, each = tables[key]["prompts"], tables[key]["samples_per_prompt"]
-        for name, found in of_row.items():
-            # Counted first: a table may name any numbers, and a list of so many fill the memory.
-            whole = len(found) == prompts * each > 0
-            if not whole or sorted(one.prompt_id for one in found) != [i // each for i in range(len(found))]:
-                raise UsageError(
-                    f"{samples_path(path)} has not {each} samples of each of {prompts} prompts for the row"
-                    f" {name!r}, as {path.name} tells: the two do not belong together"
-                )
-    return Saved(str(path), tables, samples)
-
-
-def _row_names(path: Path, table: Any) -> list[str]:
-    """The names of a table's rows, once its other fields are what they must be."""
-    kinds = {"rows": list, "scorer": dict, "sampling": dict, "prompts": int, "samples_per_prompt": int}
-    if isinstance(table, dict):
-        kinds |= {name: dict for name in ("perplexity", "trained_on") if name in table}
-    for name, kind in kinds.items():
-        if not isinstance(table, dict) or not isinstance(table.get(name), kind):
-            raise UsageError(f"{path} is no table of an evaluation: no {name!r} of one in it")
-    names = [row.get("name") if isinstance(row, dict) else None for row in table["rows"]]
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise UsageError(f"{path} is no table of an evaluation: its rows need a name each")
-    return [str(name) for name in names]
-
-
-def _sample(fields: dict[str, Any]) -> Sample:
-    """A sample of a file; TypeError or ValueError for one that cannot be."""
-    made = Sample(**fields)
-    numbers = [made.nll, made.text_nll, *made.measures.values()]
-    counts = [made.prompt_id, made.tokens, made.text_correct, made.text_tokens]
-    if not isinstance(made.prompt, str) or not isinstance(made.completion, str):
-        raise TypeError("prompt and completion need to be texts")
-    if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
-        raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
-    if not all(abs(n) < 1e30 for n in (*numbers, 0.0 if made.score is None else made.score)):
-        raise ValueError("a number is not finite, or beyond 1e30")
-    return made
+    return assets.DEFAULT_MODEL if source_of(model) == source_of(None) else str(model)
 
 
 def labels(subjects: Sequence[Subject]) -> list[str]:
@@ -200,62 +145,9 @@ def _parts(subject: Subject) -> list[str]:
     return [*parts[:-2], f"{parts[-2]}/model"] if parts[-1] == "model" else parts
 
 
-# --------------------------------------------------------------------- what two tables must share
-
-
-def check_comparable(
-    one: str, table: Mapping[str, Any], other: str, against: Mapping[str, Any], classes: bool = True
-) -> None:
-    """Raise UsageError unless two tables have the same task, scorer, prompts, sampling and perplexity.
-
-    Their seeds may differ: rows are paired by prompt, not by luck.
-
-    Args:
-        classes: compare the prompts' classes, too.
-    """
-    mine, theirs = _terms(table), _terms(against)
-    for what, value in mine.items():
-        if theirs[what] != value and (classes or what != "classes of the prompts"):
-            raise UsageError(
-                f"{one} and {other} do not compare: {what} {value} in the one, {theirs[what]} in the other"
-            )
-
-
-SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens", "min_new_tokens")
-
-
-def _terms(table: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal for two tables to compare, in words."""
-    task = str(table.get("task"))
-
-    def shown(key: str, absent: str) -> str:
-        return f"of sha256 {str(table[key])[:12]}" if table.get(key) else absent
-
-    return {
-        "task": f"{task} to {table.get('target')}" if task == "sentiment" else task,
-        "scorer": "{} {} (sha256 {})".format(
-            *(field_of(table, "scorer", n) for n in ("name", "version", "sha256"))
-        ),
-        "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
-        "classes of the prompts": shown("classes_sha256", "none"),
-        "samples a prompt": str(table.get("samples_per_prompt")),
-        **{n: str(field_of(table, "sampling", n)) for n in SHARED_SAMPLING},
-        "perplexity": "by {} of {} tokens".format(
-            *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
-        ),
-    }
-
-
-def field_of(table: Mapping[str, Any], part: str, name: str) -> Any:
-    """table[part][name] of a file that may lack either."""
-    inner = table.get(part)
-    return inner.get(name) if isinstance(inner, dict) else None
-
-
-def agree(configs: Mapping[str, Config], verb: str, what: Callable[[Config], str], mend: str) -> None:
+def agree(runs: Sequence[Run], verb: str, what: Callable[[Config], str], fix: str) -> None:
     """Raise UsageError where two runs differ in something that all rows must share."""
-    said = {name: what(config) for name, config in configs.items()}
-    first = next(iter(said), "")
-    for name, value in said.items():
-        if value != said[first]:
-            raise UsageError(f"{first} {verb} {said[first]}, but {name} {verb} {value}; {mend}")
+    for run in runs[1:]:
+        first, other = what(runs[0].config), what(run.config)
+        if first != other:
+            raise UsageError(f"{runs[0].given} {verb} {first}, but {run.given} {verb} {other}; {fix}")

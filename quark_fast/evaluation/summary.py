@@ -5,32 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quark_fast.data.chat import Row
-from quark_fast.evaluation.modes import HeldOut, Mode
-from quark_fast.metrics import (
-    Sample,
-    as_json,
-    compare,
-    evaluate_samples,
-)
-from quark_fast.model.policy import Policy
-from quark_fast.rewards.reward import Reward
-from quark_fast.rollout.sampling import Sampling
+from quark_fast.evaluation.held_out import EvaluationSetup
+from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.tasks.task import Task
 
 
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A row of the table with its samples; ``about`` is what the table holds of it beside its numbers."""
+
+    name: str
+    about: Mapping[str, Any]
+    samples: list[Sample]
+
+
 def describe_evaluation(
+    setup: EvaluationSetup,
     task: Task,
     target: str,
-    reward: Reward,
-    policy: Policy,
-    sampling: Sampling,
-    held_out: HeldOut,
-    seed: int,
     guidance: Sequence[float],
     perplexity: Mapping[str, str],
     dtypes: Iterable[torch.dtype],
@@ -40,14 +38,13 @@ def describe_evaluation(
     Args:
         guidance: values of w for the guided rows; the first is the one that the table is about.
         perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
-        dtypes: what the models compute in; told, not compared.
+        dtypes: what the models compute in; shown, not compared.
     """
+    reward, held_out, sampling, policy = setup.reward, setup.held_out, setup.sampling, setup.policy
     return {
         "task": task.name,
         "target": target,
-        "headline": task.headline,
-        "columns": list(task.columns),
-        "more_columns": list(task.more_columns),
+        **shown_metrics(task),
         "property": reward.property or "reward",
         "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
         "perplexity": dict(perplexity),
@@ -61,11 +58,17 @@ def describe_evaluation(
             "max_new_tokens": sampling.max_new_tokens,
             "min_new_tokens": sampling.min_new_tokens,
             "prefix": policy.tokenizer.decode(policy.prefix),
-            "seed": seed,
+            "seed": setup.seed,
             "guidance": next(iter(guidance), None),
             "dtype": " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
         },
     }
+
+
+def shown_metrics(task: Task) -> dict[str, Any]:
+    """Which metrics the tables of a task show."""
+    columns, more = list(task.columns), list(task.more_columns)
+    return {"headline": task.headline, "columns": columns, "more_columns": more}
 
 
 def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
@@ -78,21 +81,20 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def summarise(
-    samples: dict[str, list[Sample]], table: Sequence[Mode], about: dict[str, Any]
-) -> dict[str, Any]:
-    """``evaluation.json``: per mode its metrics, and the change against the first mode."""
-    before = samples[table[0].name]
-    rows = [summary(mode.name, samples[mode.name], before, mode.places) for mode in table]
-    return {**about, "rows": rows}
-
-
-def summary(name: str, after: list[Sample], before: list[Sample], more: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of a table: its metrics, and the change against ``before``; none where that is the row."""
-    change = None if after is before else compare(before, after)
+def summarise(rows: Sequence[MeasuredRow], about: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole table, as in ``evaluation.json``: each row's metrics, and its change against the first row."""
+    first = rows[0]
     return {
-        "name": name,
-        **more,
-        "metrics": {k: as_json(v) for k, v in evaluate_samples(after).items()},
-        "change": None if change is None else {k: as_json(v) for k, v in change.items()},
+        **about,
+        "rows": [
+            {
+                "name": row.name,
+                **row.about,
+                "metrics": {k: as_json(v) for k, v in evaluate_samples(row.samples).items()},
+                "change": None
+                if row is first
+                else {k: as_json(v) for k, v in compare(first.samples, row.samples).items()},
+            }
+            for row in rows
+        ],
     }

@@ -1,4 +1,4 @@
-"""A finished run, opened for use: the exported policy, the untouched model, the settings."""
+"""A finished run, opened for use: the exported policy, the base model, the settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Finished:
 
     @functools.cached_property
     def reference(self) -> Any:
-        """The untouched model, loaded when it is first asked for."""
+        """The base model, loaded when it is first asked for."""
         dtype = sampling_dtype(self.config.precision, self.device)
         source = self.config.model or assets.default_model()
         return load_reference(source, dtype, self.device, self.config.trust_remote_code)

@@ -8,11 +8,16 @@ from typing import Any
 
 from quark_fast.data import assets
 from quark_fast.data.chat import to_file
-from quark_fast.evaluation.held_out import evaluate
-from quark_fast.evaluation.modes import Mode, evaluation_sampling, generation_settings, modes
+from quark_fast.evaluation.held_out import (
+    EvaluationSetup,
+    evaluate,
+    evaluation_sampling,
+    generation_settings,
+)
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.summary import describe_evaluation, summarise
+from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
+from quark_fast.evaluation.table_rows import BASE, TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
 from quark_fast.model.copies import exported_copy, frozen_copy, whole_copy
@@ -64,18 +69,23 @@ class Results:
         sampling = dataclasses.replace(setup.held_out_sampling(), rows=32)
         shares = self.work.all_gather(
             lambda: Probe.draw(
-                setup.policy,
-                setup.reference,
-                setup.reward,
-                self.held_out,
-                sampling,
-                setup.config.seed,
-                self.sampler,
-                self.work.shard,
-                self.work.kept("probe", self._what_is_measured(sampling)),
+                self._measured(sampling), self.work.kept("probe", self._what_is_measured(sampling))
             )
         )
         return Probe.of(batch for _, batch in in_batch_order(shares))
+
+    def _measured(self, sampling: Sampling) -> EvaluationSetup:
+        setup = self.setup
+        return EvaluationSetup(
+            setup.policy,
+            setup.reference,
+            setup.reward,
+            self.held_out,
+            sampling,
+            setup.config.seed,
+            self.sampler,
+            self.work.shard,
+        )
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
         """What samples of the held-out prompts follow from that may change at a resume, as JSON."""
@@ -87,16 +97,16 @@ class Results:
     # ---------------------------------------------------------------- the evaluation
 
     def evaluate(self, step: int) -> None:
-        """``evaluation.json``: held-out prompts in every mode, of the model as it is exported."""
+        """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported."""
         setup, config = self.setup, self.setup.config
         if setup.task.prompt_classes:
             self._classify()
-        table = modes(setup.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
+        table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
         if config.eval_modes == "best":
-            table = [mode for mode in table if mode.name in ("untouched", "best token")]
+            table = [row for row in table if row.name in (BASE, "best token")]
         model = exported_copy(setup.policy, setup.sampling_dtype)
         shares = self.work.all_gather(lambda: list(self._evaluated(table, model)))
-        samples: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        samples: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in in_batch_order(shares):
             samples[name] += part
         setup.processes.on_rank_0(lambda: self._write_evaluation(table, samples, step))
@@ -117,15 +127,8 @@ class Results:
         """(index, class) of this process's part of the held-out prompts."""
         setup, sampling = self.setup, self.setup.held_out_sampling()
         found = classify_prompts(
-            setup.policy,
-            setup.reference,
-            setup.reward,
-            self.held_out,
-            sampling,
-            setup.config.seed,
+            self._measured(sampling),
             setup.config.target,
-            self.sampler,
-            self.work.shard,
             self.work.kept(
                 "classes",
                 self._what_is_measured(sampling),
@@ -138,39 +141,28 @@ class Results:
             done = min(total, done * setup.processes.count)
             self.listen(Progress("classifying the held-out prompts", done, total))
 
-    def _evaluated(self, table: list[Mode], model: Any) -> Iterator[tuple[str, list[Sample]]]:
-        """This process's batches of every mode."""
+    def _evaluated(self, table: list[TableRow], model: Any) -> Iterator[tuple[str, list[Sample]]]:
+        """This process's batches of every row."""
         setup, sampling = self.setup, self.setup.held_out_sampling()
 
-        def kept(mode: Mode) -> Kept[list[Sample]]:
+        def kept(row: TableRow) -> Kept[list[Sample]]:
             return self.work.kept(
                 "evaluation",
-                [mode.name, dataclasses.asdict(mode.conditioning), *self._what_is_measured(sampling)],
+                [row.name, dataclasses.asdict(row.conditioning), *self._what_is_measured(sampling)],
                 lambda part: [vars(one) for one in part],
                 lambda part: [Sample(**one) for one in part],
             )
 
-        found: dict[str, list[Sample]] = {mode.name: [] for mode in table}
+        found: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in evaluate(
-            setup.policy,
-            model,
-            setup.reference,
-            setup.reward,
-            self.held_out,
-            table,
-            sampling,
-            seed=setup.config.seed,
-            measures=setup.task.measures,
-            sampler=self.sampler,
-            share=self.work.shard,
-            kept=kept,
+            self._measured(sampling), model, table, measures=setup.task.measures, kept=kept
         ):
             found[name] += part
             self._show(name, found[name])
             yield name, part
 
     def _show(self, name: str, samples: list[Sample]) -> None:
-        """How far the evaluation of a mode is, and its headline so far."""
+        """How far the evaluation of a row is, and its headline so far."""
         task, count = self.setup.task, self.setup.processes.count
         total = len(self.held_out.rows) * self.setup.config.eval_samples
         scores = [s.score for s in samples if s.score is not None]
@@ -181,23 +173,19 @@ class Results:
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
         self.listen(Progress(f"evaluating: {name}", min(total, len(samples) * count), total, numbers))
 
-    def _write_evaluation(self, table: list[Mode], samples: dict[str, list[Sample]], step: int) -> None:
+    def _write_evaluation(self, table: list[TableRow], samples: dict[str, list[Sample]], step: int) -> None:
         setup, config = self.setup, self.setup.config
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         setup.folder.write_rows("evaluation.jsonl", rows)
         about = describe_evaluation(
+            self._measured(setup.held_out_sampling()),
             setup.task,
             config.target,
-            setup.reward,
-            setup.policy,
-            evaluation_sampling(config),
-            self.held_out,
-            config.seed,
             config.guidances(),
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
             [setup.sampling_dtype],
         )
-        summary = summarise(samples, table, about)
+        summary = summarise([MeasuredRow(row.name, row.on_curves, samples[row.name]) for row in table], about)
         setup.folder.write_json("evaluation.json", summary)
         for row in summary["rows"]:
             numbers = {f"{row['name']}/{name}": value["value"] for name, value in row["metrics"].items()}

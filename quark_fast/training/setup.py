@@ -14,8 +14,12 @@ from accelerate import Accelerator
 from quark_fast.config import Config, load_config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import first_completions
-from quark_fast.evaluation.modes import HeldOut, evaluation_sampling, generation_settings
+from quark_fast.evaluation.held_out import (
+    HeldOut,
+    evaluation_sampling,
+    first_completions,
+    generation_settings,
+)
 from quark_fast.model.checks import Checked, check_model
 from quark_fast.model.copies import shared_reference
 from quark_fast.model.loading import load_reference

@@ -11,11 +11,11 @@ import torch
 from conftest import sharpen
 
 from quark_fast.data.chat import Row
-from quark_fast.evaluation.held_out import evaluate
-from quark_fast.evaluation.modes import HeldOut, modes
+from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate
 from quark_fast.evaluation.perplexity import completion_kl, completion_nll, text_fit
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
+from quark_fast.evaluation.table_rows import table_rows
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import describe
 from quark_fast.rollout.sampling import Conditioning, Sampling
@@ -72,13 +72,14 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
     def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
         return {"place": row["place"], "length": len(completion), "reward": reward}
 
-    table = modes(policy.quantiles, [2.0])
+    table = table_rows(policy.quantiles, [2.0])
     sampling = Sampling(4, 4, temperature=0.0, rows=4)
-    seen = list(evaluate(policy, policy.model, policy.model, reward, held_out, table, sampling, 0, measures))
-    assert [name for name, _ in seen] == [mode.name for mode in table]
-    for mode, (_, samples) in zip(table, seen, strict=True):
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, sampling, 0)
+    seen = list(evaluate(setup, policy.model, table, measures))
+    assert [name for name, _ in seen] == [row.name for row in table]
+    for row, (_, samples) in zip(table, seen, strict=True):
         for one in samples:
-            nll, correct, tokens = by_hand(policy, TEXTS[one.prompt_id], mode.conditioning)
+            nll, correct, tokens = by_hand(policy, TEXTS[one.prompt_id], row.conditioning)
             assert one.text_nll == pytest.approx(nll, rel=1e-4)
             assert (one.text_correct, one.text_tokens) == (correct, tokens)
             # An unscored completion has no measures.
@@ -88,19 +89,19 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
 
 
 def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
-    assert [mode.name for mode in modes(1, [1.5])] == ["untouched", "best token", "no token"]
-    assert modes(1, [])[1].conditioning == Conditioning(0)
+    assert [row.name for row in table_rows(1, [1.5])] == ["untouched", "best token", "no token"]
+    assert table_rows(1, [])[1].conditioning == Conditioning(0)
 
 
 def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them() -> None:
-    table = {mode.name: mode for mode in modes(4, [1.5])}
-    by_guidance = {name: mode.guidance for name, mode in table.items() if mode.guidance is not None}
-    by_quantile = {name: mode.quantile for name, mode in table.items() if mode.quantile is not None}
+    table = {row.name: row for row in table_rows(4, [1.5])}
+    by_guidance = {name: row.guidance for name, row in table.items() if row.guidance is not None}
+    by_quantile = {name: row.quantile for name, row in table.items() if row.quantile is not None}
     assert by_guidance == {"worst token": 0.0, "best token": 1.0, "guided w=1.5": 1.5}
     assert by_quantile == {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "best token": 3}
-    ends = [mode.name for mode in modes(4, [1.5], every_quantile=False)]
+    ends = [row.name for row in table_rows(4, [1.5], every_quantile=False)]
     assert ends == [name for name in table if not name.startswith("quantile")]
-    assert [mode.name for mode in modes(2, [])] == ["untouched", "best token", "worst token", "no token"]
+    assert [row.name for row in table_rows(2, [])] == ["untouched", "best token", "worst token", "no token"]
 
 
 def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:
@@ -146,7 +147,7 @@ def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
     held_out = HeldOut(rows, [[i] for i in range(40)], 1)
     reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")
-    drawn = Probe.draw(policy, policy.model, reward, held_out, Sampling(2, 0), 0)
+    drawn = Probe.draw(EvaluationSetup(policy, policy.model, reward, held_out, Sampling(2, 0), 0))
     probe = Probe.of(batch for _, batch in drawn)
     assert list(probe.rewards) == list(range(prompts)) and len(probe.prompts) == prompts
 
@@ -186,7 +187,8 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
 
     rows: list[Row] = [{"prompt": name} for name in wanted]
     held_out = HeldOut(rows, [[i] for i in range(len(rows))], 1)
-    found = dict(classify_prompts(policy, policy.model, describe(reward), held_out, GREEDY, 0, target))
+    setup = EvaluationSetup(policy, policy.model, describe(reward), held_out, GREEDY, 0)
+    found = dict(classify_prompts(setup, target))
     assert found == {i: name for i, (_, name) in enumerate(wanted.values())}
     assert max(calls) > 1, "greedy in the evaluation, but sampled here: or else all 25 were the same"
 
@@ -195,5 +197,6 @@ def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> N
     rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, 13, 25)]
     held_out = HeldOut(rows, [[1]] * 4, 1)
     reward = describe(lambda **_: pytest.fail("scored"), "none")
-    found = dict(classify_prompts(policy, policy.model, reward, held_out, GREEDY, 0, "negative"))
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
+    found = dict(classify_prompts(setup, "negative"))
     assert found == {0: "negative", 1: "neutral", 2: "neutral", 3: "positive"}

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.perplexity import text_nll
+from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
-from quark_fast.evaluation.subjects import OUT_OF_DOMAIN, find_subject, labels
+from quark_fast.evaluation.subjects import find_subject, labels
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
@@ -140,7 +141,7 @@ def saved(path: Path, done: Evaluated) -> str:
 # --- who stands in the table, after what ----------------------------------------------------------
 
 
-def test_rows_of_several_runs_can_be_told_apart_and_share_their_untouched_model(place: Path) -> None:
+def test_rows_of_several_runs_can_be_told_apart_and_share_their_base_model(place: Path) -> None:
     one = made("runs/a")
     modes = ["best token", "guided w=2", "quantile 1", "worst token", "no token"]
     assert [row["name"] for row in one.table["rows"]] == ["untouched", *modes]
@@ -176,7 +177,7 @@ def test_changes_are_against_the_first_row_and_paired_by_prompt(place: Path) -> 
     assert row_of(done, "base")["change"] == expected
 
 
-def test_plain_model_of_a_run_is_its_untouched_row_after_the_runs_own_prefix(place: Path) -> None:
+def test_plain_model_of_a_run_is_its_base_row_after_the_runs_own_prefix(place: Path) -> None:
     run = made("runs/a")
     for subjects in (("runs/a", "base"), ("base", "runs/a")):
         beside = made(*subjects)

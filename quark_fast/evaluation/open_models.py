@@ -1,0 +1,83 @@
+"""Loads the models that are compared, one at a time, with the rows that each is to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quark_fast.data.tokenizer import export_prefix
+from quark_fast.evaluation.protocol import EvaluationProtocol
+from quark_fast.evaluation.subjects import Model, Plain, Run, source_of
+from quark_fast.evaluation.table_rows import BASE, TableRow, table_rows
+from quark_fast.evaluation.trained_run import open_run
+from quark_fast.model.checks import check_reading
+from quark_fast.model.loading import frozen, load_tokenizer
+from quark_fast.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is loaded, and the rows that it is to sample."""
+
+    policy: Policy
+    reference: Callable[[], Any]
+    rows: list[TableRow]
+
+    @property
+    def samples_base(self) -> bool:
+        return any(row.base for row in self.rows)
+
+
+class Models:
+    """The runs and plain models that are compared.
+
+    Each base model is sampled once for each prefix that stands before its prompts, by the first that has it.
+
+    Args:
+        models: by short name.
+        guidance: values of w for the runs' guided rows; None: each run's own.
+    Attributes:
+        bases: (base model, its prefix; None: what its own tokenizer puts there) of each.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Model], protocol: EvaluationProtocol, guidance: Sequence[float] | None
+    ) -> None:
+        self.models, self.protocol, self.guidance = models, protocol, guidance
+        self.trust = protocol.config.trust_remote_code
+        # A plain model that a run started from gets that run's prefix: it is the run's base model.
+        prefixes: dict[str, list[int]] = {}
+        of_run: dict[str, list[int]] = {}
+        for label, model in models.items():
+            if isinstance(model, Run):
+                of_run[label] = export_prefix(load_tokenizer(model.tokenizer_at, self.trust))
+                prefixes.setdefault(source_of(model.base), of_run[label])
+        self.bases = {
+            label: (source := source_of(model.base), of_run.get(label, prefixes.get(source)))
+            for label, model in models.items()
+        }
+
+    def same_base(self, label: str) -> list[str]:
+        """Those with the base model and prefix of one of them; the first samples it."""
+        return [other for other, base in self.bases.items() if base == self.bases[label]]
+
+    def open(self, label: str) -> OpenModel:
+        """Load one of them."""
+        model, with_base = self.models[label], self.same_base(label)[0] == label
+        if isinstance(model, Plain):
+            rows = [TableRow(BASE, base=True)] if with_base else []
+            policy = open_plain(model.given, self.protocol, self.bases[label][1])
+            return OpenModel(policy, lambda: policy.model, rows)
+        finished = open_run(model.folder, self.trust)
+        guidance = model.config.guidances() if self.guidance is None else self.guidance
+        rows = table_rows(finished.policy.quantiles, guidance, model.config.eval_quantiles == "all")
+        rows = [row for row in rows if with_base or not row.base]
+        return OpenModel(finished.policy, lambda: finished.reference, rows)
+
+
+def open_plain(source: str, protocol: EvaluationProtocol, prefix: Sequence[int] | None = None) -> Policy:
+    """A model as it is, frozen; ``prefix`` None: what its own tokenizer puts before a text."""
+    policy = Policy.plain(source, protocol.dtype, prefix, protocol.config.trust_remote_code)
+    check_reading(policy, frozen(policy.model, protocol.device), [None] * 3)
+    return policy

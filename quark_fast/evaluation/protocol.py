@@ -1,0 +1,193 @@
+"""What all rows of a table share: the task, its settings, the scorer and the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quark_fast.config import Config
+from quark_fast.data.chat import Row, chat_template, given
+from quark_fast.data.prompts import load_prompts
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.held_out import HeldOut
+from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
+from quark_fast.evaluation.subjects import Model, Run, agree
+from quark_fast.model.loading import load_tokenizer
+from quark_fast.model.policy import Policy
+from quark_fast.rewards.reward import Function, Reward
+from quark_fast.runtime.machine import sampling_dtype
+from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
+from quark_fast.tasks.by_name import cached, choose_reward, find_task, refuse_code_of
+from quark_fast.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """How everything is evaluated.
+
+    Attributes:
+        config: the first run's settings or the task's own, with those that were asked for in their place.
+        own_task: the task is the runs' own.
+    """
+
+    config: Config
+    task: Task
+    reward: Reward
+    device: torch.device
+    dtype: torch.dtype
+    own_task: bool
+
+
+def choose_protocol(
+    models: Sequence[Model],
+    asked: Mapping[str, Any],
+    reward: str | Function | Reward | None,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> EvaluationProtocol:
+    """What was asked for, and what was not as the runs have it, who must agree.
+
+    Args:
+        asked: settings by name; None: as the first run or the task has it.
+        reward: in any form of training, or a callable; None: the task's, or the runs' own without any task.
+    Raises:
+        UsageError: something is missing, or the runs do not agree.
+    """
+    runs = [model for model in models if isinstance(model, Run)]
+    settings = {name: value for name, value in asked.items() if value is not None}
+    label = settings.pop("scorer_label", None)
+    own_reward = reward is None and not settings.keys() & {"task", "target"}
+    settings["task"] = settings.get("task") or _common_task(models, runs)
+    if reward is None and label is not None:
+        raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
+    if own_reward:
+        _check_rewards_agree(runs)
+    else:
+        settings |= {"reward": reward if isinstance(reward, str) else None, "scorer_label": label}
+    own_task = bool(runs) and all(
+        settings[name] == getattr(runs[0].config, name) for name in ("task", "target") if name in settings
+    )
+    config = dataclasses.replace(runs[0].config, **settings) if own_task else Config(**settings)
+    if runs:
+        config.precision = runs[0].config.precision
+    config.trust_remote_code = trust_remote_code
+    config.check()
+    task = find_task(config.task, config.target)
+    dtype = sampling_dtype(config.precision, device)
+    scorer = choose_reward(config, task, device, None if isinstance(reward, str) else reward)
+    for run in runs if own_reward else ():
+        if (trained_by := run.scorer()) != scorer.name:
+            raise UsageError(
+                f"the run's reward was {trained_by}, a function of its program: hand it over as reward=,"
+                " or name one by --reward"
+            )
+    if runs:
+        scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
+    return EvaluationProtocol(config, task, scorer, device, dtype, own_task)
+
+
+def _common_task(models: Sequence[Model], runs: Sequence[Run]) -> str:
+    """The task that all runs have."""
+
+    def in_words(config: Config) -> str:
+        return f"{config.task} to {config.target}" if config.task == "sentiment" else config.task
+
+    if not runs:
+        names = ", ".join(model.given for model in models)
+        raise UsageError(f"{names}: no run folder here, so a model; name what to measure by --task")
+    agree(runs, "unlearned", in_words, "name what to measure by --task")
+    return runs[0].config.task
+
+
+def _check_rewards_agree(runs: Sequence[Run]) -> None:
+    """Raise UsageError unless all runs have one reward, none of whose code lies in a run folder."""
+
+    def in_words(config: Config) -> str:
+        return f"{config.reward or 'its task'}{f' ({config.scorer_label})' if config.scorer_label else ''}"
+
+    agree(runs, "was rewarded by", in_words, "name one scorer for all by --reward or --task")
+    for run in runs:
+        refuse_code_of(run.folder, run.config.reward)
+
+
+# --------------------------------------------------------------------- prompts
+
+
+@dataclass
+class PromptSet:
+    """The prompts of one table.
+
+    Attributes:
+        key: "" or OUT_OF_DOMAIN.
+        held_out: each model's ids of them, by the model's short name.
+    """
+
+    key: str
+    source: str
+    rows: list[Row]
+    held_out: dict[str, HeldOut] = field(default_factory=dict)
+
+    def stage(self, name: str) -> str:
+        """What a stage of the evaluation on these prompts is called."""
+        return f"{name}, out of domain" if self.key else name
+
+    def encode(self, label: str, policy: Policy, config: Config, remark: Callable[[str], None]) -> None:
+        """Have a model read the prompts."""
+        what = f"texts of {self.source}"
+        held_out = HeldOut.encoded(policy, self.rows, config, what=what, log=remark)
+        policy.check_fits(held_out.ids, config.max_new_tokens)
+        self.held_out[label] = held_out
+
+    def keep_what_fits_all(self, remark: Callable[[str], None]) -> None:
+        """Leave out prompts that are too long for one of the models: all rows have the same ones."""
+        fitting = [{given(row) for row in held.rows} for held in self.held_out.values()]
+        common = set.intersection(*fitting)
+        if not common:
+            raise UsageError(f"no text of {self.source} is short enough for all of the models")
+        if left_out := max(map(len, fitting)) - len(common):
+            remark(f"{left_out:,} texts of {self.source} left out: too long for one of the models")
+        for label, held in self.held_out.items():
+            kept = [i for i, row in enumerate(held.rows) if given(row) in common]
+            rows, ids = [held.rows[i] for i in kept], [held.ids[i] for i in kept]
+            self.held_out[label] = dataclasses.replace(held, rows=rows, ids=ids)
+
+    def set_rows(self, rows: Sequence[Row]) -> None:
+        """Give all models' prompts other columns."""
+        self.held_out = {label: dataclasses.replace(one, rows=rows) for label, one in self.held_out.items()}
+
+
+def load_prompt_sets(
+    models: Sequence[Model],
+    protocol: EvaluationProtocol,
+    prompts: tuple[str | None, str | None],
+    out_of_domain: tuple[str | None, str | None],
+    remark: Callable[[str], None],
+) -> list[PromptSet]:
+    """One set of prompts for each table; the first model's chat template renders messages.
+
+    Args:
+        prompts, out_of_domain: (file or data set, its column).
+    """
+    trust = protocol.config.trust_remote_code
+    chat = chat_template(models[0].given, lambda: load_tokenizer(models[0].tokenizer_at, trust))
+    run = next((model for model in models if isinstance(model, Run) and protocol.own_task), None)
+
+    def load(key: str, source: str, column: str | None) -> PromptSet:
+        loaded = load_prompts(source, column=column, chat=chat)
+        remark(f"{source}: {loaded.counts}")
+        return PromptSet(key, source, loaded.rows)
+
+    source, column = prompts
+    if source:
+        own = load("", source, run.config.prompt_column if run and column is None else column)
+    elif run:
+        path = str(run.folder / HELD_OUT)
+        own = PromptSet("", path, load_prompts(path).rows)
+    else:
+        own = PromptSet("", f"the task's own ({protocol.task.name})", protocol.task.prompts()[1])
+    source, column = out_of_domain
+    return [own, load(OUT_OF_DOMAIN, source, column)] if source else [own]

@@ -1,0 +1,199 @@
+"""Tables of earlier evaluations: read, checked, and compared with another table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
+from quark_fast.evaluation.table_rows import BASE
+from quark_fast.files.safe_read import read_bytes
+from quark_fast.metrics import Sample
+from quark_fast.tasks.by_name import find_task
+
+OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A table of an earlier evaluation, with the samples behind it."""
+
+    given: str
+    tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
+    samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
+
+    def rows(self, key: str, front: str, before: Sequence[MeasuredRow]) -> list[MeasuredRow]:
+        """The rows of a table, ``front`` before their names; one that ``before`` holds to the last sample is
+        not repeated."""
+        table, rows = self.tables[key], []
+        for row in table["rows"]:
+            samples = self.samples[key][row["name"]]
+            about = {n: row[n] for n in ("guidance", "quantile", "model", "prefix") if n in row}
+            if row["name"] == BASE:  # a run's own table says it once for all rows
+                about = {"model": field_of(table, "perplexity", "model")} | about
+            about = {"model": self.given, "prefix": field_of(table, "sampling", "prefix")} | about
+            if not any(
+                samples == one.samples and all(one.about[n] == about[n] for n in ("model", "prefix"))
+                for one in before
+            ):
+                rows.append(MeasuredRow(front + row["name"], about, samples))
+        return rows
+
+
+def samples_path(table: Path) -> Path:
+    """Where the samples behind a table are: beside it, table.jsonl for table.json."""
+    return table.with_suffix(".jsonl")
+
+
+def read_table(path: Path) -> Saved:
+    """A table and its samples, every number of which is checked: the two files may be anyone's."""
+    try:
+        table = json.loads(read_bytes(path))
+        lines = read_bytes(samples_path(path)).split(b"\n")
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename} cannot be read: {error.strerror}; a table is FILE.json with the samples behind"
+            " it in FILE.jsonl"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no table of an evaluation: {error}") from error
+    tables = {"": table}
+    if isinstance(table, dict) and OUT_OF_DOMAIN in table:
+        tables[OUT_OF_DOMAIN] = table[OUT_OF_DOMAIN]
+    samples: dict[str, dict[str, list[Sample]]] = {
+        key: {name: [] for name in _row_names(path, one)} for key, one in tables.items()
+    }
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key = OUT_OF_DOMAIN if row.pop(OUT_OF_DOMAIN, False) else ""
+            samples[key][row.pop("row")].append(_sample(row))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UsageError(
+                f"{samples_path(path)}:{number} is no sample of {path.name}: {type(error).__name__}: {error}"
+            ) from error
+    for key, of_row in samples.items():
+        prompts, each = tables[key]["prompts"], tables[key]["samples_per_prompt"]
+        for name, found in of_row.items():
+            # Counted first: a table may name any numbers, and a list of so many fill the memory.
+            whole = len(found) == prompts * each > 0
+            if not whole or sorted(one.prompt_id for one in found) != [i // each for i in range(len(found))]:
+                raise UsageError(
+                    f"{samples_path(path)} has not {each} samples of each of {prompts} prompts for the row"
+                    f" {name!r}, as {path.name} tells: the two do not belong together"
+                )
+    return Saved(str(path), tables, samples)
+
+
+def _row_names(path: Path, table: Any) -> list[str]:
+    """The names of a table's rows, once its other fields are what they must be."""
+    kinds = {"rows": list, "scorer": dict, "sampling": dict, "prompts": int, "samples_per_prompt": int}
+    if isinstance(table, dict):
+        kinds |= {name: dict for name in ("perplexity", "trained_on") if name in table}
+    for name, kind in kinds.items():
+        if not isinstance(table, dict) or not isinstance(table.get(name), kind):
+            raise UsageError(f"{path} is no table of an evaluation: no {name!r} of one in it")
+    names = [row.get("name") if isinstance(row, dict) else None for row in table["rows"]]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UsageError(f"{path} is no table of an evaluation: its rows need a name each")
+    return [str(name) for name in names]
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
+    """A sample of a file; TypeError or ValueError for one that cannot be."""
+    made = Sample(**fields)
+    numbers = [made.nll, made.text_nll, *made.measures.values()]
+    counts = [made.prompt_id, made.tokens, made.text_correct, made.text_tokens]
+    if not isinstance(made.prompt, str) or not isinstance(made.completion, str):
+        raise TypeError("prompt and completion need to be texts")
+    if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
+        raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
+    if not all(abs(n) < 1e30 for n in (*numbers, 0.0 if made.score is None else made.score)):
+        raise ValueError("a number is not finite, or beyond 1e30")
+    return made
+
+
+def described_tables(saved: Sequence[Saved], remark: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The first one's tables without their rows, for an evaluation of saved tables alone."""
+    first, *others = saved
+    tables = {}
+    for key, table in first.tables.items():
+        if without := [other.given for other in others if key not in other.tables]:
+            remark(f"{without[0]} has no table of out-of-domain prompts, so none is shown")
+            continue
+        task = find_task(str(table.get("task")), str(table.get("target")))
+        about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
+        tables[key] = about | shown_metrics(task)
+    return tables
+
+
+def check_saved(
+    name: str, tables: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved], classes_open: bool = False
+) -> None:
+    """Raise UsageError unless saved tables compare with those of ``name``.
+
+    Args:
+        classes_open: prompts that have no classes yet get them when the base model is sampled.
+    """
+    for one in saved:
+        for key, about in tables.items():
+            if key not in one.tables:
+                raise UsageError(
+                    f"{one.given} has no table of out-of-domain prompts to stand beside the others; leave"
+                    " --out-of-domain out, or make the table anew with it"
+                )
+            known = not (classes_open and about["classes_sha256"] is None)
+            check_comparable(name, about, one.given, one.tables[key], classes=known)
+
+
+def check_comparable(
+    one: str, table: Mapping[str, Any], other: str, against: Mapping[str, Any], classes: bool = True
+) -> None:
+    """Raise UsageError unless two tables have the same task, scorer, prompts, sampling and perplexity.
+
+    Their seeds may differ: rows are paired by prompt, not by luck.
+
+    Args:
+        classes: compare the prompts' classes, too.
+    """
+    mine, theirs = _terms(table), _terms(against)
+    for what, value in mine.items():
+        if theirs[what] != value and (classes or what != "classes of the prompts"):
+            raise UsageError(
+                f"{one} and {other} do not compare: {what} {value} in the one, {theirs[what]} in the other"
+            )
+
+
+def _terms(table: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal for two tables to compare, in words."""
+    task = str(table.get("task"))
+    sampling = ("temperature", "top_p", "max_new_tokens", "min_new_tokens")
+
+    def shown(key: str, absent: str) -> str:
+        return f"of sha256 {str(table[key])[:12]}" if table.get(key) else absent
+
+    return {
+        "task": f"{task} to {table.get('target')}" if task == "sentiment" else task,
+        "scorer": "{} {} (sha256 {})".format(
+            *(field_of(table, "scorer", n) for n in ("name", "version", "sha256"))
+        ),
+        "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
+        "classes of the prompts": shown("classes_sha256", "none"),
+        "samples a prompt": str(table.get("samples_per_prompt")),
+        **{n: str(field_of(table, "sampling", n)) for n in sampling},
+        "perplexity": "by {} of {} tokens".format(
+            *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
+        ),
+    }
+
+
+def field_of(table: Mapping[str, Any], part: str, name: str) -> Any:
+    """table[part][name] of a file that may lack either."""
+    inner = table.get(part)
+    return inner.get(name) if isinstance(inner, dict) else None

@@ -1,0 +1,58 @@
+"""The rows of the table: whose completions, after which reward token, under which guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quark_fast.rollout.sampling import Conditioning
+
+BASE = "untouched"  # the base model's row, as evaluation.json names it
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row that is to be sampled: its name, which model writes it, and what stands before the prompt.
+
+    Attributes:
+        base: the base model writes it, not the policy.
+    """
+
+    name: str
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    base: bool = False
+
+    @property
+    def guidance(self) -> float | None:
+        """Position on the curve over w: the worst token is 0, the best 1; None is off the curve."""
+        if self.conditioning.quantile is None:
+            return None
+        if self.conditioning.against is not None:
+            return self.conditioning.guidance
+        return {"worst token": 0.0, "best token": 1.0}.get(self.name)
+
+    @property
+    def quantile(self) -> int | None:
+        """Position on the curve over quantiles; None where two tokens are mixed, or none is there."""
+        return self.conditioning.quantile if self.conditioning.against is None else None
+
+    @property
+    def on_curves(self) -> dict[str, float | None]:
+        """Both positions, by name."""
+        return {"guidance": self.guidance, "quantile": self.quantile}
+
+
+def table_rows(quantiles: int, guidance: Sequence[float], every_quantile: bool = True) -> list[TableRow]:
+    """Base model, best token, guided by each w, the quantiles between, worst token, no token.
+
+    A single quantile's token is the best one.
+
+    Args:
+        every_quantile: False leaves out those between the best and the worst.
+    """
+    best = quantiles - 1
+    guided = [TableRow(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
+    between = [TableRow(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1) if every_quantile]
+    against = [*guided, *between, TableRow("worst token", Conditioning(0))] if best else []
+    base, token = TableRow(BASE, base=True), TableRow("best token", Conditioning(best))
+    return [base, token, *against, TableRow("no token")]
