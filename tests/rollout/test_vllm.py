@@ -322,7 +322,7 @@ def test_server_that_asks_for_patience_is_left_alone_so_long(serve: Callable[...
         ("text", r"at last with: an answer that is not JSON: b'<html>'"),
         ("abort", r"at last with: a completion that ended by 'abort'"),
         ("reset", r"failed at 3 attempts of .*, at last with: .*(reset|closed|without)"),
-        ("no places", r"at last with: completions without their places"),
+        ("no places", r"at last with: completions without their indices"),
         (400, r"refused /v1/completions, HTTP 400: as the test has it"),
         ("no ids", r"returns no token ids"),
     ],
@@ -338,7 +338,7 @@ def test_server_that_is_not_there_is_waited_for_and_then_named(serve: Callable[.
     served = serve(timeout=0.3)
     served.server.close()
     said: list[str] = []
-    served.engine.say = said.append
+    served.engine.log = said.append
     line = "VLLM_SERVER_DEV_MODE=1 vllm serve .*rollout/model --dtype float32 --max-model-len 64"
     with pytest.raises(UsageError, match=f"no vLLM server at .* refused; start it by `{line} .*--resume"):
         served.drawn(BEST, GREEDY)
