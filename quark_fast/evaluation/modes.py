@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.rollout.sampling import Conditioning, Sampling
 
 

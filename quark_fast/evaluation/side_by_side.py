@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from quark_fast.config import Config, numbers
-from quark_fast.data.chat import Row, chat_template, given
+from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts
+from quark_fast.data.row import Row, given
 from quark_fast.data.tokenizer import export_prefix
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import evaluate, first_completions

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.evaluation.modes import HeldOut, Mode
 from quark_fast.metrics import (
     Sample,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row, is_chat
+from quark_fast.data.row import Row, is_chat
 from quark_fast.data.tokenizer import (
     MIDDLE,
     SEPARATOR,

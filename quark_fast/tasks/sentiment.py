@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from quark_fast.data import assets
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.data.split import split
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.rewards.reward import Reward
 
 
@@ -29,7 +29,7 @@ class Task:
         headline: the metric that the report opens with.
         columns: metrics of the terminal's table; ``report.columns.COLUMNS`` knows them all.
         more_columns: those that the report has beside them.
-        prompt_classes: sort the held-out prompts by what the untouched model makes of them first.
+        prompt_classes: sort the held-out prompts by what the base model makes of them first.
     """
 
     name: str

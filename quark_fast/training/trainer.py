@@ -23,7 +23,8 @@ from torch import Tensor
 
 from quark_fast.config import Config, load_config
 from quark_fast.data import assets
-from quark_fast.data.chat import Row, as_rendered, chat_template, from_file, is_chat, to_file
+from quark_fast.data.chat import chat_template
+from quark_fast.data.row import Row, as_rendered, from_file, is_chat, to_file
 from quark_fast.data.split import choose_prompts, digest
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.evaluation.held_out import evaluate, first_completions

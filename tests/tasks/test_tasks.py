@@ -119,6 +119,11 @@ def test_diversity_reward_of_hand_counted_texts() -> None:
     )
     assert values[4:] == [None, None]
     assert reward.property == "repetition"
+    assert reward.identity == [
+        "diversity",
+        "1",
+        "87ed78e3f5c3b55d559e7b765e2991492ae9028a81f065b8a9356adec250499c",
+    ]
 
 
 def test_repetition_measures_of_hand_counted_ids() -> None:
