@@ -28,10 +28,11 @@ def try_lock(path: Path) -> bool:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _take(handle):
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(handle)
                 return False
-        except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 os.close(handle)
                 raise
@@ -53,17 +54,6 @@ def unlock(path: Path) -> None:
         os.close(handle)
 
 
-def _take(handle: int) -> bool:
-    """Lock the descriptor's file; False: another process holds it."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True
-
-
 def _is_at(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
@@ -76,7 +66,11 @@ def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Until no other process is in such a block with the lock file ``path``, call ``waits`` and wait."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _take(handle):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             waits()
             fcntl.lockf(handle, fcntl.LOCK_EX)
         yield
