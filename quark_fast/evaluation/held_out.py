@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample

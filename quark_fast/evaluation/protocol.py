@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row, chat_template, given
+from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts
+from quark_fast.data.row import Row, given
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import HeldOut
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.saved_tables import Saved, read_table
 from quark_fast.evaluation.trained_run import run_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import EvaluationSetup
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.tasks.task import Task

@@ -37,8 +37,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def share(path: Path) -> None:
-    """Give a file that a library made for the user alone, as safetensors does, the rights of any other."""
+def give_usual_permissions(path: Path) -> None:
+    """Give a file that a library made for the user alone, as safetensors does, those of any other file."""
     if not path.is_file() or stat.S_IMODE(path.stat().st_mode) != 0o600:
         return
     probe = path.with_name(f".{path.name}.{os.getpid()}.mode.tmp")
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield scratch
-        share(scratch)
+        give_usual_permissions(scratch)
         flush(scratch)
         os.replace(scratch, path)
     finally:
@@ -72,7 +72,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         for file in list(scratch.rglob("*")):
-            share(file)
+            give_usual_permissions(file)
         flush_all(scratch)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(scratch, path)

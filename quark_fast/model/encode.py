@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from quark_fast.data.chat import Row, is_chat
+from quark_fast.data.row import Row, is_chat
 from quark_fast.errors import UsageError
 from quark_fast.model.policy import Policy
 

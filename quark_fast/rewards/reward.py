@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, call_side_by_side
 from quark_fast.rewards.cache import RewardCache

@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quark_fast.errors import UsageError
-from quark_fast.files.atomic import DISK_ERRORS, flush, flush_all, replacing, sha256, share
+from quark_fast.files.atomic import (
+    DISK_ERRORS,
+    flush,
+    flush_all,
+    give_usual_permissions,
+    replacing,
+    sha256,
+)
 from quark_fast.files.locks import try_lock, unlock
 from quark_fast.files.safe_text import clean
 
@@ -212,7 +219,7 @@ class RunFolder:
             save_file(dict(group), scratch / f"{name}.safetensors")
         (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
         for file in list(scratch.iterdir()):
-            share(file)
+            give_usual_permissions(file)
         flush_all(scratch)
         sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
         (scratch / CHECKSUMS).write_text(json.dumps(sums))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import math
 import re
 import sys
@@ -23,6 +24,7 @@ from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.identity import NO_SOURCE
 from quark_fast.rewards.reward import Function, Reward, describe
+from quark_fast.tasks import repetition, sentiment, toxicity
 from quark_fast.tasks.task import Task
 
 FORMS = (
@@ -72,12 +74,18 @@ def load_reward(spec: str, config: Config | None = None, device: torch.device | 
         device: where a classifier runs.
     """
     config = config or Config()
-    labels = _labels(spec, config)
-    if (lowered := _lowered(spec)) is not None:
-        part = _load(spec, lowered, config, device, labels)
-        return _sum([(-1.0, part)], offset=1.0, measures=_measured(part))
-    parts = [(weight, _load(spec, name, config, device, labels)) for weight, name in _terms(spec)]
-    return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else _sum(parts)
+    offset, terms = _parse(spec)
+    labels = _labels(spec, [name for _, name in terms], config.scorer_label)
+    parts: list[tuple[float, Reward]] = []
+    for (weight, name), label in zip(terms, labels, strict=True):
+        if name.startswith("hf:"):
+            part = _classifier(name, config, device, label)
+        elif ":" in name:
+            part = _function(name, config)
+        else:
+            part = _of_task(spec, name, config)
+        parts.append((weight, part))
+    return parts[0][1] if offset == 0 and len(parts) == 1 and parts[0][0] == 1 else _sum(parts, offset)
 
 
 def refuse_code_of(folder: Path, spec: str | None) -> None:
@@ -86,70 +94,50 @@ def refuse_code_of(folder: Path, spec: str | None) -> None:
     A run folder may be anyone's, and its settings name the reward to go on with, or to evaluate by. They may
     name what is installed here, or lies beside the folder, but bring no code along to be run.
     """
-    if spec is None:
-        return
-    lowered = _lowered(spec)
-    names = [name for _, name in _terms(spec)] if lowered is None else [lowered]
-    for name in names:
+    for _, name in _parse(spec)[1] if spec is not None else []:
         module = name.partition(":")[0]
         if ":" in name and not name.startswith("hf:"):
-            places = [Path(entry, *module.split(".")).resolve() for entry in sys.path]
-            if any(place.is_relative_to(folder.resolve()) for place in places):
+            paths = [Path(entry, *module.split(".")).resolve() for entry in sys.path]
+            if any(path.is_relative_to(folder.resolve()) for path in paths):
                 raise UsageError(
                     f"reward {name!r} is code in {folder}, the run folder that names it, and is not run; if"
                     " you trust it, move it out of there and name it by --reward package.module:function"
                 )
 
 
-def _lowered(spec: str) -> str | None:
-    """The name in ``1 - name``."""
-    complement = re.fullmatch(r"1\s*-\s+(\S.*)", spec)
-    return complement[1].strip() if complement else None
-
-
-def _terms(spec: str) -> list[tuple[float, str]]:
-    return [_term(spec, text) for text in re.split(r"\s\+\s", spec)]
-
-
-def _labels(spec: str, config: Config) -> list[str]:
-    """A label for each hf: part that is still to come, one for all repeated; empty: none was named."""
-    if config.scorer_label is None:
-        return []
-    count = len(re.findall(r"(?:^|[\s*])hf:", spec))
-    labels = [label.strip() for label in config.scorer_label.split(",")]
-    if len(labels) == 1:
-        labels *= count
-    if not count or len(labels) != count:
-        raise UsageError(
-            f"scorer_label = {config.scorer_label!r} names {len(labels) or 1} labels, but reward {spec!r} has"
-            f" {count} classifiers (hf:NAME); give one label for all or one for each, with commas between"
-        )
-    return labels
+def _parse(spec: str) -> tuple[float, list[tuple[float, str]]]:
+    """(offset, (weight, name) of each term); 1 - NAME is the offset 1 and NAME with the weight -1."""
+    if complement := re.fullmatch(r"1\s*-\s+(\S.*)", spec):
+        return 1.0, [(-1.0, complement[1].strip())]
+    return 0.0, [_term(spec, text.strip()) for text in re.split(r"\s\+\s", spec)]
 
 
 def _term(spec: str, text: str) -> tuple[float, str]:
     """(weight, name) of one term."""
-    before, star, after = text.strip().partition("*")
-    name = after if star else before
+    before, star, after = text.partition("*")
+    name = (after if star else before).strip()
     try:
         weight = float(before) if star else 1.0
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight) or not name.strip():
-        raise UsageError(f"reward {spec!r}: {text.strip()!r} is no weight*name; give {FORMS}")
-    return weight, name.strip()
+    if not math.isfinite(weight) or not name:
+        raise UsageError(f"reward {spec!r}: {text!r} is no weight*name; give {FORMS}")
+    return weight, name
 
 
-def _load(spec: str, name: str, config: Config, device: torch.device | str, labels: list[str]) -> Reward:
-    """The reward of one name in ``spec``."""
-    if name.startswith("hf:"):
-        return _classifier(name, config, device, labels.pop(0) if labels else None)
-    if ":" in name:
-        return _function(name, config)
-    try:
-        return find_task(name, config.target).reward()
-    except UsageError as error:
-        raise UsageError(f"reward {spec!r}: {error}; or give {FORMS}") from error
+def _labels(spec: str, names: Sequence[str], given: str | None) -> list[str | None]:
+    """The label of each name that is a classifier's: the one given for all, or the next of several."""
+    if given is None:
+        return [None] * len(names)
+    count = sum(name.startswith("hf:") for name in names)
+    labels = [label.strip() for label in given.split(",")]
+    if not count or len(labels) not in (1, count):
+        raise UsageError(
+            f"scorer_label = {given!r} names {len(labels)} labels, but reward {spec!r} has {count}"
+            " classifiers (hf:NAME); give one label for all or one for each, with commas between"
+        )
+    left = itertools.cycle(labels)
+    return [next(left) if name.startswith("hf:") else None for name in names]
 
 
 def _classifier(name: str, config: Config, device: torch.device | str, label: str | None) -> Reward:
@@ -183,6 +171,13 @@ def _function(name: str, config: Config) -> Reward:
     return describe(function, name, calls(config))
 
 
+def _of_task(spec: str, name: str, config: Config) -> Reward:
+    try:
+        return find_task(name, config.target).reward()
+    except UsageError as error:
+        raise UsageError(f"reward {spec!r}: {error}; or give {FORMS}") from error
+
+
 # --------------------------------------------------------------------- sums
 
 
@@ -206,13 +201,14 @@ class WeightedSum:
         return total
 
 
-def _sum(parts: Sequence[tuple[float, Reward]], offset: float = 0.0, measures: str | None = None) -> Reward:
-    names = [f"{part.name}" if weight == 1 else f"{weight:g}*{part.name}" for weight, part in parts]
-    name = f"1 - {parts[0][1].name}" if measures else " + ".join(names)
+def _sum(parts: Sequence[tuple[float, Reward]], offset: float) -> Reward:
+    names = [part.name if weight == 1 else f"{weight:g}*{part.name}" for weight, part in parts]
+    name = f"1 - {parts[0][1].name}" if offset else " + ".join(names)
     version = "; ".join(part.version for _, part in parts)
     content = repr([offset, *((weight, part.name, part.version, part.sha256) for weight, part in parts)])
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return Reward(WeightedSum(tuple(parts), offset), name, version, sha256, property=measures)
+    measures = _measured(parts[0][1]) if offset else None
+    return Reward(WeightedSum(tuple(parts), offset), name, version, sha256, measures)
 
 
 def _measured(part: Reward) -> str:
@@ -254,14 +250,7 @@ def cached(reward: Reward, mode: Literal["auto", "on", "off"], path: Path) -> Re
 
 def find_task(name: str, target: str = "positive") -> Task:
     """The task of that name; ``target`` is the sentiment's."""
-    # Each import here is a task's own; a run loads the one it needs.
-    from quark_fast.tasks import repetition, sentiment, toxicity
-
-    tasks = {
-        "toxicity": toxicity.TASK,
-        "sentiment": sentiment.task(target),
-        "repetition": repetition.TASK,
-    }
+    tasks = {task.name: task for task in (toxicity.TASK, sentiment.task(target), repetition.TASK)}
     if name not in tasks:
         raise UsageError(f"unknown task {name!r}; choose from: {', '.join(tasks)}")
     return tasks[name]

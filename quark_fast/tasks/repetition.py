@@ -2,26 +2,26 @@
 
 A prompt is the first 32 tokens of a text, the completion 128 tokens of greedy decoding with the end of text
 blocked: text that stops early repeats nothing. The held-out texts themselves, by the model's perplexity and
-next-token accuracy on them, tell what the cure cost. Training samples are drawn at a temperature between
+next-token accuracy on them, show what the training cost. Training samples are drawn at a temperature between
 greedy decoding, whose completions are nearly all bad, and plain sampling, whose are nearly all good.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from quark_fast.data import assets
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.data.split import split
 from quark_fast.metrics import diversity, repetition
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
 
+# Identifies the scores of version 1 in every run: the sha256 of this file as it first had them.
+SHA256 = "87ed78e3f5c3b55d559e7b765e2991492ae9028a81f065b8a9356adec250499c"
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -36,8 +36,7 @@ def repetition_reward() -> Reward:
         values = [diversity(_WORD.findall(text)) for text in completions]
         return [None if math.isnan(value) else value for value in values]
 
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return Reward(reward, "diversity", "1", source, property="repetition")
+    return Reward(reward, "diversity", "1", SHA256, property="repetition")
 
 
 HELD_OUT = 128

@@ -10,13 +10,17 @@ measures below take a reward above 0.5 for a completion of the sentiment wanted,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from quark_fast.data import assets
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.data.split import split
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
+
+# The sha256 of the wheel of vaderSentiment 3.3.2 identifies the scores in every run.
+VADER_WHEEL = "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311"
 
 
 def sentiment_reward(target: str) -> Reward:
@@ -32,8 +36,7 @@ def sentiment_reward(target: str) -> Reward:
         return [(1 + sign * polarity(text)["compound"]) / 2 if text.strip() else None for text in completions]
 
     unwanted = "negativity" if target == "positive" else "positivity"
-    wheel = assets.VADER
-    return Reward(reward, "vader", f"{wheel.project} {wheel.version}", wheel.sha256, property=unwanted)
+    return Reward(reward, "vader", f"vaderSentiment {version('vaderSentiment')}", VADER_WHEEL, unwanted)
 
 
 OPENING = 8  # words of a passage that make a prompt, about as long as those of RealToxicityPrompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.rewards.reward import Reward
 
 

@@ -8,10 +8,8 @@ trained on that data. Only models scored by the same scorer can be compared.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quark_fast.data import assets
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.data.split import split
+from quark_fast.files.atomic import sha256
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
 
@@ -33,12 +32,12 @@ SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n',
 class ToxicityClassifier(nn.Module):
     """Embedding(20000, 50) -> bidirectional LSTM(50) -> max over time -> 50 -> six probabilities."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        folder = folder or assets.toxicity_classifier()
+        folder = assets.toxicity_classifier()
         weights = load_file(folder / "model.safetensors")
         self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text())
-        self.sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        self.sha256 = sha256(folder / "model.safetensors")
         self.embedding = nn.Embedding(*weights["embedding.weight"].shape)
         self.lstm = nn.LSTM(50, 50, batch_first=True, bidirectional=True)
         self.hidden = nn.Linear(100, 50)

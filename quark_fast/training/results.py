@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from quark_fast.data import assets
-from quark_fast.data.chat import to_file
+from quark_fast.data.row import to_file
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
     evaluate,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.data.chat import Row, as_rendered, chat_template, from_file, is_chat
+from quark_fast.data.chat import chat_template
+from quark_fast.data.row import Row, as_rendered, from_file, is_chat
 from quark_fast.data.split import choose_prompts
 from quark_fast.evaluation.held_out import HeldOut
 from quark_fast.model.encode import encode_rows

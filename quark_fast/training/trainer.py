@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row, to_file
+from quark_fast.data.row import Row, to_file
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.rewards.reward import Function, Reward
 from quark_fast.rollout.sampling import Sampler

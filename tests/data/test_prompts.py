@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row, as_rendered, chat_template, is_chat
+from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts
+from quark_fast.data.row import Row, as_rendered, is_chat
 from quark_fast.data.split import Chosen, choose_prompts, digest, split
 from quark_fast.errors import UsageError
 
@@ -468,6 +469,11 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
         },
     ]
     assert loaded.left_out == {"refused by the chat template": 1, "not text": 2}
+
+
+def test_object_whose_text_is_messages_keeps_them_for_the_reward(tmp_path: Path, chat: Any) -> None:
+    (row,) = rows(write(tmp_path / "p.jsonl", json.dumps({"prompt": {"text": [ASK]}})), chat=chat)
+    assert row == {"prompt": "[user]w1[/][assistant]", "messages": [ASK]}
 
 
 def test_token_that_opens_a_turn_stays_and_what_opens_every_text_goes() -> None:

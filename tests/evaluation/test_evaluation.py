@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import sharpen
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate
 from quark_fast.evaluation.perplexity import completion_kl, completion_nll, text_fit
 from quark_fast.evaluation.probe import Probe

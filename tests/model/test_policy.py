@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from quark_fast.data.chat import Rendered
+from quark_fast.data.row import Rendered
 from quark_fast.errors import UsageError
 from quark_fast.model.checks import check_export, check_policy
 from quark_fast.model.copies import frozen_copy

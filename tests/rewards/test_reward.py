@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache

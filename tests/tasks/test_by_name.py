@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Row
+from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.reward import Reward, describe

@@ -63,7 +63,12 @@ def test_completions_without_sentiment_share_a_quantile() -> None:
 def test_sentiment_property_is_what_should_fall() -> None:
     assert sentiment.sentiment_reward("positive").property == "negativity"
     assert sentiment.sentiment_reward("negative").property == "positivity"
-    assert sentiment.sentiment_reward("positive").version == "vaderSentiment 3.3.2"
+    # Runs that were begun with VADER out of its wheel go on.
+    assert sentiment.sentiment_reward("positive").identity == [
+        "vader",
+        "vaderSentiment 3.3.2",
+        "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311",
+    ]
 
 
 def test_words_of_the_quantiles_rise_with_the_reward() -> None:
@@ -115,6 +120,11 @@ def test_diversity_reward_of_hand_counted_texts() -> None:
     )
     assert values[4:] == [None, None]
     assert reward.property == "repetition"
+    assert reward.identity == [
+        "diversity",
+        "1",
+        "87ed78e3f5c3b55d559e7b765e2991492ae9028a81f065b8a9356adec250499c",
+    ]
 
 
 def test_repetition_measures_of_hand_counted_ids() -> None:
