@@ -373,8 +373,8 @@ def _linear_loss(
 def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
     """What the weights are divided by while gradients are computed, which are multiplied by it at the end.
 
-    A float16 gradient divided by the number of tokens would underflow, so it is computed of size 1. The unit is
-    a power of two, so that multiplying by it rounds nothing.
+    A float16 gradient divided by the number of tokens would underflow, so it is computed of size 1. The unit
+    is a power of two, so that multiplying by it rounds nothing.
     """
     unit = weights.new_ones(())
     if dtype == torch.float16 and weights.numel():
