@@ -158,7 +158,7 @@ py::array_t<T> to_numpy(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-// One value of each live sample, by a member that fills at most the room it is given.
+// One value of each sample, by a member that fills at most the room it is given.
 template <class T, class Write>
 py::array_t<T> one_per_sample(int64_t size, Write write) {
   py::array_t<T> values(size);
@@ -168,7 +168,7 @@ py::array_t<T> one_per_sample(int64_t size, Write write) {
     const py::gil_scoped_release released;
     written = write(out, size);
   }
-  if (written < size) values.resize({written});  // another thread removed samples meanwhile
+  if (written < size) values.resize({written});  // another thread restored fewer meanwhile
   return values;
 }
 
@@ -211,36 +211,15 @@ void bind_quantile_pool(py::module_& m, const char* name) {
           },
           py::arg("rewards"), "Add rewards; their ids, -1 for NaN, which is left out.")
       .def(
-          "remove",
-          [](Pool& pool, const Array<int64_t>& ids) {
-            const py::gil_scoped_release released;
-            pool.remove(ids.data(), ids.size());
-          },
-          py::arg("ids"), "Take samples out; IndexError, and none is, if one is not in the pool.")
-      .def(
           "restore",
-          [](Pool& pool, const Array<int64_t>& ids, const Array<Reward>& rewards,
-             const std::vector<int64_t>& run_sizes, int64_t next_id) {
-            if (ids.size() != rewards.size()) {
-              throw std::invalid_argument("as many ids as rewards are needed");
-            }
+          [](Pool& pool, const Array<Reward>& rewards, const std::vector<int64_t>& run_sizes) {
             const py::gil_scoped_release released;
-            pool.restore(ids.data(), rewards.data(), ids.size(), run_sizes, next_id);
+            pool.restore(rewards.data(), rewards.size(), run_sizes);
           },
-          py::arg("ids"), py::arg("rewards"), py::arg("run_sizes"), py::arg("next_id"),
-          "Replace the content by what ids, rewards, run_sizes and next_id gave.")
+          py::arg("rewards"), py::arg("run_sizes"),
+          "Replace the content by what rewards and run_sizes gave.")
       .def("__len__", &Pool::size)
-      .def_property_readonly("next_id", &Pool::next_id)
       .def_property_readonly("run_sizes", &Pool::run_sizes)
-      .def(
-          "ids",
-          [](const Pool& pool, std::optional<int64_t> oldest) {
-            const int64_t size = pool.size();
-            return one_per_sample<int64_t>(
-                std::min(oldest.value_or(size), size),
-                [&](int64_t* out, int64_t room) { return pool.ids(out, room); });
-          },
-          py::arg("oldest") = py::none(), "The ids of all (or so many) samples, oldest first.")
       .def(
           "rewards",
           [](const Pool& pool) {
@@ -274,18 +253,6 @@ void bind_quantile_pool(py::module_& m, const char* name) {
           },
           py::arg("ids"), "(rewards, quantiles) of given samples.")
       .def(
-          "contains",
-          [](const Pool& pool, const Array<int64_t>& ids) {
-            py::array_t<bool> found(ids.size());
-            bool* const out = found.mutable_data();
-            {
-              const py::gil_scoped_release released;
-              pool.contains(ids.data(), ids.size(), out);
-            }
-            return found;
-          },
-          py::arg("ids"))
-      .def(
           "thresholds", [](const Pool& pool) { return to_numpy(pool.thresholds()); },
           "The K - 1 boundary rewards, the best first; NaN where there is none.")
       .def(
@@ -293,18 +260,17 @@ void bind_quantile_pool(py::module_& m, const char* name) {
           "How many samples each quantile holds, the worst first.")
       .def(
           "sample",
-          [](const Pool& pool, int64_t count, std::vector<int> from, bool replace, bool stratified,
-             uint64_t key) {
+          [](const Pool& pool, int64_t count, const std::vector<int>& from, uint64_t key) {
             typename Pool::Draw draw;
             {
               const py::gil_scoped_release released;
-              draw = pool.sample({count, std::move(from), replace, stratified, key});
+              draw = pool.sample(count, from, key);
             }
             return py::make_tuple(to_numpy(draw.ids), to_numpy(draw.rewards),
                                   to_numpy(draw.quantiles));
           },
-          py::arg("count"), py::arg("quantiles"), py::arg("replace"), py::arg("stratified"),
-          py::arg("key"), "(ids, rewards, quantiles) of a draw; no quantiles named: from all.")
+          py::arg("count"), py::arg("quantiles"), py::arg("key"),
+          "(ids, rewards, quantiles) of a draw; no quantiles named: from all.")
       .def(
           "count_up_to",
           [to_items](const Pool& pool, const Array<Key>& keys, const Array<Key>& ties) {

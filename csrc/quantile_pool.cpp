@@ -11,7 +11,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 
 #include "huge_pages.hpp"
@@ -83,37 +82,6 @@ class Bijection {
 };
 
 namespace {
-
-// Positions in 0..size-1: each independent, or (as a lazy Fisher-Yates shuffle) none twice.
-class Positions {
- public:
-  Positions(std::uint64_t size, bool replace) : left_(size), replace_(replace) {}
-
-  bool exhausted() const { return left_ == 0; }
-
-  std::uint64_t next(Random& random) {
-    const std::uint64_t drawn = random.below(left_);
-    if (replace_) return drawn;
-    --left_;
-    const std::uint64_t position = at(drawn);
-    moved_[drawn] = at(left_);
-    return position;
-  }
-
- private:
-  std::uint64_t at(std::uint64_t index) const {
-    const auto found = moved_.find(index);
-    return found == moved_.end() ? index : found->second;
-  }
-
-  std::uint64_t left_;
-  bool replace_;
-  std::unordered_map<std::uint64_t, std::uint64_t> moved_;
-};
-
-std::out_of_range not_in_pool(std::int64_t id) {
-  return std::out_of_range("sample " + std::to_string(id) + " is not in the pool");
-}
 
 // How many of the m sorted boundaries each key reaches (key <= boundary). No branch depends on a
 // key; all keys take each step together, so that compilers can overlap or vectorise them.
@@ -532,7 +500,7 @@ auto QuantilePool<Reward>::cuts() const -> std::shared_ptr<const Cuts> {
     if (imposed_) {
       throw std::logic_error(
           "the pool has changed since its boundaries were agreed on across ranks: sync() again on "
-          "every rank, or unsync() to use this rank's own");
+          "every rank");
     }
     cuts_ = own_cuts();
   }
@@ -626,105 +594,60 @@ template <class Reward>
 QuantilePool<Reward>::~QuantilePool() = default;
 
 template <class Reward>
-void QuantilePool<Reward>::add(const Reward* rewards, std::int64_t n, std::int64_t* ids) {
-  std::lock_guard<std::mutex> writing(write_mutex_);
-  std::int64_t next_id = next_id_;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const bool scored = !std::isnan(rewards[i]);
-    ids[i] = scored ? next_id : -1;
-    next_id += scored;
-  }
-  if (kKeyBits == 32 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
+void QuantilePool<Reward>::require_numbered(std::int64_t n) {
+  if (kKeyBits == 32 && n > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
     throw std::length_error("a float32 pool numbers 2^32 - 1 samples in its life; use float64");
   }
+}
+
+template <class Reward>
+void QuantilePool<Reward>::add(const Reward* rewards, std::int64_t n, std::int64_t* ids) {
+  std::lock_guard<std::mutex> writing(write_mutex_);
+  const std::int64_t size = slots_.size();
+  std::int64_t end = size;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const bool scored = !std::isnan(rewards[i]);
+    ids[i] = scored ? end : -1;
+    end += scored;
+  }
+  require_numbered(end);
   std::vector<Reward> scored;
-  if (next_id - next_id_ < n) {
+  if (end - size < n) {
     std::copy_if(rewards, rewards + n, std::back_inserter(scored),
                  [](Reward reward) { return !std::isnan(reward); });
     rewards = scored.data();
   }
 
-  auto batch = std::make_shared<Run>(memory_, next_id - next_id_);
+  auto batch = std::make_shared<Run>(memory_, end - size);
   {
     std::unique_lock<std::shared_mutex> changing(state_mutex_);
-    slots_.reserve(next_id);
+    slots_.reserve(end);
   }
   Item* item = batch->items.get();
-  slots_.for_each_span(next_id_, next_id, Slots::kChunk,
-                       [&](std::int64_t first_id, Key* keys, std::int64_t size, bool) {
-                         for (std::int64_t i = 0; i < size; ++i) keys[i] = key_of(rewards[i]);
-                         for (std::int64_t i = 0; i < size; ++i) {
-                           item[i] = item_of(keys[i], tie_of(first_id + i));
-                         }
-                         rewards += size;
-                         item += size;
+  slots_.for_each_span(size, end, Slots::kChunk,
+                       [&](std::int64_t first, Key* keys, std::int64_t count) {
+                         for (std::int64_t i = 0; i < count; ++i) keys[i] = key_of(rewards[i]);
+                         for (std::int64_t i = 0; i < count; ++i)
+                           item[i] = item_of(keys[i], tie_of(first + i));
+                         rewards += count;
+                         item += count;
                        });
   sort(*batch);
   Runs runs = runs_;
   push(runs, std::move(batch));
 
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
-  slots_.publish(next_id);
+  slots_.publish(end);
   runs_.swap(runs);  // those merged away are given up after the readers may go on
-  next_id_ = next_id;
   cuts_.reset();
 }
 
 template <class Reward>
-void QuantilePool<Reward>::remove(const std::int64_t* ids, std::int64_t n) {
-  if (n == 0) return;
-  std::lock_guard<std::mutex> writing(write_mutex_);
-  std::vector<std::int64_t> leaving(ids, ids + n);
-  std::sort(leaving.begin(), leaving.end());
-  for (std::size_t i = 0; i < leaving.size(); ++i) {
-    if (slots_.at(leaving[i]) == kDead) throw not_in_pool(leaving[i]);
-    if (i > 0 && leaving[i] == leaving[i - 1]) {
-      throw std::out_of_range("sample " + std::to_string(leaving[i]) + " is named twice");
-    }
-  }
-  std::vector<bool> leaves(leaving.back() - leaving.front() + 1, false);
-  for (const std::int64_t id : leaving) leaves[id - leaving.front()] = true;
-  const auto stays = [&](Item item) {
-    const std::int64_t id = id_of(tie_in(item));
-    return id < leaving.front() || id > leaving.back() || !leaves[id - leaving.front()];
-  };
-
-  Runs runs;
-  for (const auto& run : runs_) {
-    auto kept = std::make_shared<Run>(memory_, std::count_if(run->begin(), run->end(), stays));
-    if (kept->size == run->size) {
-      push(runs, run);
-    } else {
-      std::copy_if(run->begin(), run->end(), kept->items.get(), stays);
-      push(runs, std::move(kept));
-    }
-  }
-
-  std::unique_lock<std::shared_mutex> changing(state_mutex_);
-  for (const std::int64_t id : leaving) slots_.kill(id);
-  slots_.trim();
-  runs_.swap(runs);
-  cuts_.reset();
-}
-
-template <class Reward>
-void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* rewards, std::int64_t n,
-                                   const std::vector<std::int64_t>& run_sizes,
-                                   std::int64_t next_id) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    if (std::isnan(rewards[i])) throw std::invalid_argument("a stored reward is NaN");
-    if (ids[i] < 0 || ids[i] >= next_id || (i > 0 && ids[i] <= ids[i - 1])) {
-      throw std::invalid_argument("stored ids must ascend from 0 to under next_id");
-    }
-  }
-  if (kKeyBits == 32 && next_id > std::int64_t{std::numeric_limits<std::uint32_t>::max()}) {
-    throw std::invalid_argument("next_id is too large for a float32 pool");
-  }
-  const std::int64_t span = next_id - (n > 0 ? ids[0] : next_id);
-  if (next_id < 0 || next_id > kMaxId || span > kMaxSpan + 1024 * n) {
-    throw std::invalid_argument(
-        "the stored ids lie too far apart, or next_id is none: " + std::to_string(n) +
-        " samples among ids up to " + std::to_string(next_id));
+void QuantilePool<Reward>::restore(const Reward* rewards, std::int64_t n,
+                                   const std::vector<std::int64_t>& run_sizes) {
+  require_numbered(n);
+  if (std::any_of(rewards, rewards + n, [](Reward reward) { return std::isnan(reward); })) {
+    throw std::invalid_argument("a stored reward is NaN");
   }
   std::int64_t in_runs = 0;
   for (const std::int64_t size : run_sizes) {
@@ -734,15 +657,18 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
   if (in_runs != n) throw std::invalid_argument("run sizes do not add up to the samples");
 
   std::lock_guard<std::mutex> writing(write_mutex_);
+  Slots slots;
+  slots.reserve(n);
+  slots.for_each_span(0, n, Slots::kChunk, [&](std::int64_t first, Key* keys, std::int64_t size) {
+    std::transform(rewards + first, rewards + first + size, keys, key_of);
+  });
+  slots.publish(n);
   Runs runs;
-  Slots slots(n > 0 ? ids[0] : next_id, next_id);
-  std::int64_t i = 0;
+  std::int64_t id = 0;
   for (const std::int64_t size : run_sizes) {
     auto run = std::make_shared<Run>(memory_, size);
-    for (Item* item = run->items.get(); item != run->end(); ++item, ++i) {
-      const Key key = key_of(rewards[i]);
-      *item = item_of(key, tie_of(ids[i]));
-      slots.revive(ids[i], key);
+    for (Item* item = run->items.get(); item != run->end(); ++item, ++id) {
+      *item = item_of(slots.at(id), tie_of(id));
     }
     sort(*run);
     runs.push_back(std::move(run));
@@ -751,23 +677,10 @@ void QuantilePool<Reward>::restore(const std::int64_t* ids, const Reward* reward
   std::unique_lock<std::shared_mutex> changing(state_mutex_);
   runs_.swap(runs);
   std::swap(slots_, slots);
-  next_id_ = next_id;
   cuts_.reset();
 }
 
 // --- Samples by id ----------------------------------------------------------------------------
-
-template <class Reward>
-QuantilePool<Reward>::Slots::Slots(std::int64_t first_id, std::int64_t end)
-    : first_chunk_(first_id / kChunk) {
-  reserve(end);
-  end_ = begin();
-  publish(end);
-  for_each_span(begin(), end, kChunk, [&](std::int64_t id, Key* keys, std::int64_t n, bool) {
-    std::fill_n(keys, n, kDead);
-    chunks_[(id - begin()) / kChunk].dead += n;
-  });
-}
 
 template <class Reward>
 void QuantilePool<Reward>::Slots::Free::operator()(Key* keys) const {
@@ -775,47 +688,14 @@ void QuantilePool<Reward>::Slots::Free::operator()(Key* keys) const {
 }
 
 template <class Reward>
-void QuantilePool<Reward>::Slots::reserve(std::int64_t end) {
-  while (begin() + static_cast<std::int64_t>(chunks_.size()) * kChunk < end) {
+void QuantilePool<Reward>::Slots::reserve(std::int64_t size) {
+  while (static_cast<std::int64_t>(chunks_.size()) * kChunk < size) {
     constexpr std::size_t bytes = kChunk * sizeof(Key);
     void* const data = ::operator new(bytes, std::align_val_t{kHugePage});
     // A small pool touches few pages of its only chunk.
     if (!chunks_.empty()) prefer_huge_pages(data, bytes);
-    chunks_.push_back({std::unique_ptr<Key[], Free>(static_cast<Key*>(data)), 0});
+    chunks_.emplace_back(static_cast<Key*>(data));
   }
-}
-
-template <class Reward>
-void QuantilePool<Reward>::Slots::publish(std::int64_t end) {
-  end_ = end;
-}
-
-template <class Reward>
-void QuantilePool<Reward>::Slots::revive(std::int64_t id, Key key) {
-  Chunk& chunk = chunks_[(id - begin()) / kChunk];
-  chunk.keys[(id - begin()) % kChunk] = key;
-  --chunk.dead;
-}
-
-template <class Reward>
-void QuantilePool<Reward>::Slots::kill(std::int64_t id) {
-  Chunk& chunk = chunks_[(id - begin()) / kChunk];
-  chunk.keys[(id - begin()) % kChunk] = kDead;
-  ++chunk.dead;
-}
-
-template <class Reward>
-void QuantilePool<Reward>::Slots::trim() {
-  const auto first_kept = std::find_if(chunks_.begin(), chunks_.end(),
-                                       [](const Chunk& chunk) { return chunk.dead < kChunk; });
-  first_chunk_ += first_kept - chunks_.begin();
-  chunks_.erase(chunks_.begin(), first_kept);
-}
-
-template <class Reward>
-auto QuantilePool<Reward>::Slots::at(std::int64_t id) const -> Key {
-  if (id < begin() || id >= end_) return kDead;
-  return chunks_[(id - begin()) / kChunk].keys[(id - begin()) % kChunk];
 }
 
 template <class Reward>
@@ -823,52 +703,22 @@ template <class Visit>
 void QuantilePool<Reward>::Slots::for_each_span(std::int64_t first, std::int64_t end,
                                                 std::int64_t longest, Visit visit) const {
   while (first < end) {
-    const Chunk& chunk = chunks_[(first - begin()) / kChunk];
-    const std::int64_t index = (first - begin()) % kChunk;
+    const std::int64_t index = first % kChunk;
     const std::int64_t n = std::min({longest, end - first, kChunk - index});
-    visit(first, &chunk.keys[index], n, chunk.dead == 0);
+    visit(first, &chunks_[first / kChunk][index], n);
     first += n;
   }
 }
 
 template <class Reward>
-template <class Value, class Fill>
-std::int64_t QuantilePool<Reward>::write_oldest(Value* out, std::int64_t capacity,
-                                                Fill fill) const {
-  std::array<Value, kBlock> values;
-  const Value* const start = out;
-  slots_.for_each_span(slots_.begin(), slots_.end(), kBlock,
-                       [&](std::int64_t first_id, const Key* keys, std::int64_t n, bool all_live) {
-                         const std::int64_t room = capacity - (out - start);
-                         if (n <= room && all_live) {  // as a rule
-                           fill(first_id, keys, n, out);
-                           out += n;
-                         } else if (room > 0) {
-                           fill(first_id, keys, n, values.data());
-                           for (std::int64_t i = 0; i < n && out - start < capacity; ++i) {
-                             if (keys[i] != kDead) *out++ = values[i];
-                           }
-                         }
-                       });
-  return out - start;
-}
-
-template <class Reward>
-std::int64_t QuantilePool<Reward>::ids(std::int64_t* out, std::int64_t capacity) const {
-  std::shared_lock<std::shared_mutex> reading(state_mutex_);
-  return write_oldest(out, capacity,
-                      [](std::int64_t first_id, const Key*, std::int64_t n, std::int64_t* ids) {
-                        std::iota(ids, ids + n, first_id);
-                      });
-}
-
-template <class Reward>
 std::int64_t QuantilePool<Reward>::rewards(Reward* out, std::int64_t capacity) const {
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
-  return write_oldest(out, capacity,
-                      [](std::int64_t, const Key* keys, std::int64_t n, Reward* rewards) {
-                        std::transform(keys, keys + n, rewards, reward_of);
-                      });
+  const std::int64_t end = std::min(capacity, slots_.size());
+  slots_.for_each_span(0, end, Slots::kChunk,
+                       [&](std::int64_t first, const Key* keys, std::int64_t n) {
+                         std::transform(keys, keys + n, out + first, reward_of);
+                       });
+  return end;
 }
 
 template <class Reward>
@@ -886,19 +736,20 @@ std::int64_t QuantilePool<Reward>::labels(Label* out, std::int64_t capacity) con
   for (const Item boundary : boundaries) boundary_keys.push_back(key_in(boundary));
 
   std::array<std::int32_t, kBlock> reached;  // as wide as a key: compilers vectorise that best
-  return write_oldest(
-      out, capacity, [&](std::int64_t first_id, const Key* keys, std::int64_t n, Label* labels) {
-        // By the key alone: exact under `same`, and for all but the ties of a boundary otherwise.
-        count_reached(keys, n, boundary_keys.data(), count, reached.data());
-        for (std::int64_t i = 0; i < n; ++i) labels[i] = static_cast<Label>(reached[i]);
-        if (ties_ == Ties::same) return;
-        for (std::int64_t i = 0; i < n; ++i) {
-          if (labels[i] > 0 && keys[i] == boundary_keys[count - labels[i]]) {
-            labels[i] =
-                static_cast<Label>(label_of(item_of(keys[i], tie_of(first_id + i)), boundaries));
-          }
-        }
-      });
+  const std::int64_t end = std::min(capacity, slots_.size());
+  slots_.for_each_span(0, end, kBlock, [&](std::int64_t first, const Key* keys, std::int64_t n) {
+    // By the key alone: exact under `same`, and for all but the ties of a boundary otherwise.
+    count_reached(keys, n, boundary_keys.data(), count, reached.data());
+    Label* const labels = out + first;
+    for (std::int64_t i = 0; i < n; ++i) labels[i] = static_cast<Label>(reached[i]);
+    if (ties_ == Ties::same) return;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (labels[i] > 0 && keys[i] == boundary_keys[count - labels[i]]) {
+        labels[i] = static_cast<Label>(label_of(item_of(keys[i], tie_of(first + i)), boundaries));
+      }
+    }
+  });
+  return end;
 }
 
 template <class Reward>
@@ -907,29 +758,19 @@ void QuantilePool<Reward>::look_up(const std::int64_t* ids, std::int64_t n, Rewa
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
   const auto cuts = this->cuts();
   for (std::int64_t i = 0; i < n; ++i) {
+    if (ids[i] < 0 || ids[i] >= slots_.size()) {
+      throw std::out_of_range("sample " + std::to_string(ids[i]) + " is not in the pool");
+    }
     const Key key = slots_.at(ids[i]);
-    if (key == kDead) throw not_in_pool(ids[i]);
     rewards[i] = reward_of(key);
     quantiles[i] = label_of(item_of(key, tie_of(ids[i])), cuts->boundaries);
   }
 }
 
 template <class Reward>
-void QuantilePool<Reward>::contains(const std::int64_t* ids, std::int64_t n, bool* out) const {
-  std::shared_lock<std::shared_mutex> reading(state_mutex_);
-  std::transform(ids, ids + n, out, [&](std::int64_t id) { return slots_.at(id) != kDead; });
-}
-
-template <class Reward>
 std::int64_t QuantilePool<Reward>::size() const {
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
-  return static_cast<std::int64_t>(total_size(runs_));
-}
-
-template <class Reward>
-std::int64_t QuantilePool<Reward>::next_id() const {
-  std::shared_lock<std::shared_mutex> reading(state_mutex_);
-  return next_id_;
+  return slots_.size();
 }
 
 template <class Reward>
@@ -969,53 +810,41 @@ class Slices {
 }  // namespace
 
 template <class Reward>
-auto QuantilePool<Reward>::sample(const Request& request) const -> Draw {
-  std::vector<bool> wanted(quantiles_, request.from.empty());
-  for (const int quantile : request.from) {
+auto QuantilePool<Reward>::sample(std::int64_t count, const std::vector<int>& from,
+                                  std::uint64_t key) const -> Draw {
+  std::vector<bool> wanted(quantiles_, from.empty());
+  for (const int quantile : from) {
     if (quantile < 0 || quantile >= quantiles_) {
       throw std::invalid_argument("quantiles are 0 (worst) to " + std::to_string(quantiles_ - 1) +
                                   " (best), got " + std::to_string(quantile));
     }
     wanted[quantile] = true;
   }
-  if (request.count < 0) throw std::invalid_argument("cannot draw a negative number of samples");
+  if (count < 0) throw std::invalid_argument("cannot draw a negative number of samples");
 
   std::shared_lock<std::shared_mutex> reading(state_mutex_);
   const auto cuts = this->cuts();
-  std::vector<Slices<Item>> strata(request.stratified ? quantiles_ : 1);
+  Slices<Item> members;
   for (int quantile = 0; quantile < quantiles_; ++quantile) {
     if (!wanted[quantile]) continue;
-    auto& stratum = strata[request.stratified ? quantile : 0];
     for (std::size_t r = 0; r < runs_.size(); ++r) {
       const std::size_t first = cuts->splits[quantiles_ - 1 - quantile][r];
       const std::size_t end = cuts->splits[quantiles_ - quantile][r];
-      stratum.append(runs_[r]->begin() + first, end - first);
+      members.append(runs_[r]->begin() + first, end - first);
     }
   }
-  strata.erase(std::remove_if(strata.begin(), strata.end(),
-                              [](const Slices<Item>& stratum) { return stratum.size() == 0; }),
-               strata.end());
   Draw draw;
-  if (request.count == 0) return draw;
-  if (strata.empty()) {
+  if (count == 0) return draw;
+  if (members.size() == 0) {
     throw std::invalid_argument(
         "nothing to draw from: " +
         std::string(runs_.empty() ? "the pool is empty" : "these quantiles are empty"));
   }
 
-  Random random(request.key);
-  std::vector<Positions> positions;
-  for (const auto& stratum : strata) positions.emplace_back(stratum.size(), request.replace);
-  const std::size_t start = random.below(strata.size());
-  for (std::int64_t i = 0; i < request.count; ++i) {
-    const std::size_t turn = (start + i) % strata.size();
-    if (positions[turn].exhausted()) {
-      throw std::invalid_argument(
-          "cannot draw " + std::to_string(request.count) + " without replacement: " +
-          (request.stratified ? "a quantile has only " : "there are only ") +
-          std::to_string(strata[turn].size()) + " samples; ask for fewer or use replace=True");
-    }
-    const Item& item = strata[turn][positions[turn].next(random)];
+  Random random(key);
+  random.next();  // unused; without it the same key would draw otherwise than it did before
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Item& item = members[random.below(members.size())];
     draw.ids.push_back(id_of(tie_in(item)));
     draw.rewards.push_back(reward_of(key_in(item)));
     draw.quantiles.push_back(label_of(item, cuts->boundaries));

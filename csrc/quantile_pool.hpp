@@ -1,13 +1,13 @@
 // Exact streaming quantiles of rewards. No Python, no torch.
 //
-// The pool is one total order of all live samples, the best first: by reward, then by the tie
+// The pool is one total order of all samples, the best first: by reward, then by the tie
 // rule. It is kept as a few sorted runs (the logarithmic method): a batch is sorted into a new run,
 // neighbouring runs of similar size are merged, and a boundary is found by selecting across the
 // runs. Nothing is ever relabelled: a sample's quantile follows from at most K - 1 boundaries.
 //
 // Promises
 //   Quantiles  0 is the worst, K - 1 the best.
-//   Cuts       With n live samples the best j quantiles hold exactly c_j samples under `arrival`
+//   Cuts       With n samples the best j quantiles hold exactly c_j samples under `arrival`
 //              and `random`: c_j = ceil(j n / K) (spread) or j floor(n / K) (last: the worst
 //              quantile takes the remainder). Integers throughout.
 //   Ties       same: equal rewards share a quantile, the one in which the middle of their block
@@ -16,14 +16,14 @@
 //              keyed bijection of the id decides, independent of arrival.
 //   Values     -inf and +inf are ordinary, -0 equals +0 (and is kept as +0), denormals are told
 //              apart whatever the floating-point mode. NaN is not a reward: it gets the id -1.
-//   Ids        Count up from 0 in order of arrival and are never used again.
+//   Ids        Count up from 0 in order of arrival; no sample ever leaves.
 //   Empty      No threshold (NaN), no labels, all sizes 0; drawing throws. A threshold is NaN, too,
 //              where no reward of the pool reaches it.
-//   Draws      Exactly uniform up to the 64-bit generator; a function of the key, the live samples
-//              and run_sizes() alone, the same on every platform.
+//   Draws      Exactly uniform, each by itself, up to the 64-bit generator; a function of the key,
+//              the samples and run_sizes() alone, the same on every platform.
 //   Cost       R runs: R <= 2 n / 2^20 + log2(n) + 1. add: O(log n) merge steps a reward,
 //              amortised, at most 2^21 at a time. Boundaries after a change: O(K R log^2 n), then
-//              cached. A label O(log K), a draw O(log R). remove: O(n).
+//              cached. A label O(log K), a draw O(log R).
 //   Memory     12 bytes a sample (float), 24 (double); at most a quarter of the runs' memory again
 //              is kept for the next merges.
 //   Threads    Every member may be called from any thread. Writers take turns; their sorting and
@@ -73,14 +73,6 @@ class QuantilePool {
   static constexpr int kKeyBits = 8 * sizeof(Key);
   static Item item_of(Key key, Key tie) { return Item{key} << kKeyBits | tie; }
 
-  // What is to be drawn. `from` empty: from all quantiles.
-  struct Request {
-    std::int64_t count = 0;
-    std::vector<int> from;
-    bool replace = true;
-    bool stratified = false;  // turn by turn from each non-empty quantile, from a random start
-    std::uint64_t key = 0;    // the whole randomness of the draw
-  };
   struct Draw {
     std::vector<std::int64_t> ids;
     std::vector<Reward> rewards;
@@ -95,23 +87,15 @@ class QuantilePool {
   // then throws std::length_error; nothing is added by a call that throws.
   void add(const Reward* rewards, std::int64_t n, std::int64_t* ids);
 
-  // Takes samples out. Throws std::out_of_range, and removes nothing, if an id is not in the pool
-  // or is named twice.
-  void remove(const std::int64_t* ids, std::int64_t n);
-
-  // Puts back what ids(), rewards(), run_sizes() and next_id() gave. Throws std::invalid_argument,
-  // and changes nothing, if these do not fit together. Nor may the ids of n samples span more than
-  // 2^26 + 1024 n: each id between them takes a slot, so a small file could ask for any memory.
-  void restore(const std::int64_t* ids, const Reward* rewards, std::int64_t n,
-               const std::vector<std::int64_t>& run_sizes, std::int64_t next_id);
+  // Puts back what rewards() and run_sizes() gave. Throws std::invalid_argument, and changes
+  // nothing, if these do not fit together.
+  void restore(const Reward* rewards, std::int64_t n, const std::vector<std::int64_t>& run_sizes);
 
   std::int64_t size() const;
-  std::int64_t next_id() const;
   std::vector<std::int64_t> run_sizes() const;
 
   // Each writes about the (at most) `capacity` oldest samples, in order of arrival, and returns how
   // many it wrote: a writer may have changed size() since the caller asked.
-  std::int64_t ids(std::int64_t* out, std::int64_t capacity) const;
   std::int64_t rewards(Reward* out, std::int64_t capacity) const;
   // Label: std::uint8_t (throws std::invalid_argument if K > 256), std::int32_t or std::int64_t.
   template <class Label>
@@ -120,20 +104,21 @@ class QuantilePool {
   // Reward and quantile of given samples. Throws std::out_of_range for an id not in the pool.
   void look_up(const std::int64_t* ids, std::int64_t n, Reward* rewards,
                std::int64_t* quantiles) const;
-  void contains(const std::int64_t* ids, std::int64_t n, bool* out) const;
 
   // K - 1 rewards, the best boundary first; NaN where no reward of the pool is enough.
   std::vector<Reward> thresholds() const;
   // K counts, the worst quantile first.
   std::vector<std::int64_t> quantile_sizes() const;
 
-  // Throws std::invalid_argument if there are not enough samples, or a quantile that is not one.
-  Draw sample(const Request& request) const;
+  // `count` samples, any of them perhaps twice, from these quantiles (empty: from all). The key is
+  // the whole randomness of the draw. Throws std::invalid_argument if there is nothing to draw
+  // from, or a quantile that is not one.
+  Draw sample(std::int64_t count, const std::vector<int>& from, std::uint64_t key) const;
 
   // Boundaries over several pools (one a process). A boundary is the last place that still belongs
   // to the best j quantiles; its threshold is the key of the reward there, which may be a worse one
   // than the boundary's own if that reward's first sample is in another pool.
-  // count_up_to: how many live samples are at or before each place.
+  // count_up_to: how many samples are at or before each place.
   // impose: use these K - 1 boundaries (or none: all samples in quantile 0) until the next change;
   // from then on whatever needs boundaries throws std::logic_error, until they are imposed again or
   // set_imposed(false) goes back to the pool's own. set_imposed(true): as after such a change.
@@ -189,23 +174,16 @@ class QuantilePool {
     std::vector<Splits> splits;    // [j][run], j = 0..K: size of the best j
   };
 
-  // The key of every sample by id; dead ids hold kDead. Chunked: growing moves nothing.
+  // The key of every sample by id. Chunked: growing moves nothing.
   class Slots {
    public:
     static constexpr std::int64_t kChunk = (std::int64_t{1} << 21) / sizeof(Key);  // a huge page
 
-    Slots() = default;
-    Slots(std::int64_t first_id, std::int64_t end);  // all dead
-    void reserve(std::int64_t end);                  // memory up to there, not yet readable
-    void publish(std::int64_t end);                  // readable up to there: it has been written
-    void revive(std::int64_t id, Key key);           // a dead one
-    void kill(std::int64_t id);                      // a live one
-    void trim();                                     // frees dead chunks in front
-    Key at(std::int64_t id) const;                   // kDead outside
-    std::int64_t begin() const { return first_chunk_ * kChunk; }
-    std::int64_t end() const { return end_; }
-    // visit(first id, keys, how many, whether all live) in spans of at most `longest`, id
-    // ascending.
+    void reserve(std::int64_t size);                   // memory up to there, not yet readable
+    void publish(std::int64_t size) { size_ = size; }  // readable up to there: it is written
+    Key at(std::int64_t id) const { return chunks_[id / kChunk][id % kChunk]; }
+    std::int64_t size() const { return size_; }
+    // visit(first id, keys, how many) in spans of at most `longest`, id ascending.
     template <class Visit>
     void for_each_span(std::int64_t first, std::int64_t end, std::int64_t longest,
                        Visit visit) const;
@@ -214,18 +192,10 @@ class QuantilePool {
     struct Free {
       void operator()(Key* keys) const;
     };
-    struct Chunk {
-      std::unique_ptr<Key[], Free> keys;
-      std::int64_t dead = 0;
-    };
-    std::vector<Chunk> chunks_;
-    std::int64_t first_chunk_ = 0;
-    std::int64_t end_ = 0;
+    std::vector<std::unique_ptr<Key[], Free>> chunks_;
+    std::int64_t size_ = 0;
   };
 
-  static constexpr std::int64_t kMaxId = std::int64_t{1} << 62;
-  static constexpr std::int64_t kMaxSpan = std::int64_t{1} << 26;
-  static constexpr Key kDead = ~Key{0};                            // the key of a NaN, of no reward
   static constexpr std::size_t kMaxMerged = std::size_t{1} << 20;  // the largest merge
   static constexpr std::int64_t kBlock = 2048;                     // slots labelled at a time
 
@@ -249,9 +219,7 @@ class QuantilePool {
   Block block_at(const Splits& split) const;
   static std::size_t end_of(const Run& run, std::size_t at, Item item);
   std::shared_ptr<const Cuts> cuts() const;
-  // fill(first id, keys, n, values) gives one value a slot; those of live slots are written.
-  template <class Value, class Fill>
-  std::int64_t write_oldest(Value* out, std::int64_t capacity, Fill fill) const;
+  static void require_numbered(std::int64_t n);
 
   const int quantiles_;
   const Ties ties_;
@@ -263,7 +231,6 @@ class QuantilePool {
   mutable std::shared_mutex state_mutex_;  // held exclusively to change what is below
   Runs runs_;                              // run i holds older ids than run i + 1
   Slots slots_;
-  std::int64_t next_id_ = 0;
   bool imposed_ = false;
   mutable std::mutex cuts_mutex_;             // readers fill this cache under it
   mutable std::shared_ptr<const Cuts> cuts_;  // null: not computed since the last change

@@ -17,28 +17,23 @@ CORE = HERE.parent / "csrc"
 PLANTED = [
     (
         "the last sample of a quantile's slice of a run is never drawn",
-        "stratum.append(runs_[r]->begin() + first, end - first);",
-        "stratum.append(runs_[r]->begin() + first, end - first - (end - first > 1));",
+        "members.append(runs_[r]->begin() + first, end - first);",
+        "members.append(runs_[r]->begin() + first, end - first - (end - first > 1));",
     ),
     (
         "the last sample of the whole quantile is never drawn",
-        "const std::uint64_t drawn = random.below(left_);",
-        "const std::uint64_t drawn = random.below(left_ > 1 ? left_ - 1 : 1);",
+        "members[random.below(members.size())];",
+        "members[random.below(members.size() > 1 ? members.size() - 1 : 1)];",
     ),
     (
         "a slice begins with its neighbour's last sample",
-        "stratum.append(runs_[r]->begin() + first, end - first);",
-        "stratum.append(runs_[r]->begin() + first - (first > 0), end - first);",
+        "members.append(runs_[r]->begin() + first, end - first);",
+        "members.append(runs_[r]->begin() + first - (first > 0), end - first);",
     ),
     (
         "some are drawn twice as often, by the remainder of a division",
         "if (x < n) return x;",
         "return x % n;",
-    ),
-    (
-        "without replacement, a moved sample is forgotten",
-        "moved_[drawn] = at(left_);",
-        "moved_[drawn] = left_;",
     ),
     (
         "an epoch leaves its last sample out",

@@ -11,7 +11,6 @@
 #include <map>
 #include <numeric>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -40,18 +39,18 @@ std::vector<std::int64_t> add(QuantilePool<Reward>& pool, const std::vector<Rewa
 
 // Labels under Ties::same or Ties::arrival by sorting everything.
 template <class Reward>
-std::map<std::int64_t, int> labels_by_sorting(const std::map<std::int64_t, Reward>& live, int k,
-                                              Ties ties, Remainder remainder) {
-  std::vector<std::pair<std::int64_t, Reward>> order(live.begin(), live.end());
+std::vector<int> labels_by_sorting(const std::vector<Reward>& rewards, int k, Ties ties,
+                                   Remainder remainder) {
+  std::vector<std::size_t> order(rewards.size());
+  std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [](const auto& a, const auto& b) { return a.second > b.second; });
-  std::map<std::int64_t, int> labels;
-  for (const auto& sample : order) labels[sample.first] = 0;
+                   [&](std::size_t a, std::size_t b) { return rewards[a] > rewards[b]; });
+  std::vector<int> labels(rewards.size());
   const auto n = static_cast<std::int64_t>(order.size());
   for (std::int64_t begin = 0, end; begin < n; begin = end) {
     end = begin + 1;  // one sample, or all of one reward
     if (ties == Ties::same) {
-      while (end < n && order[end].second == order[begin].second) ++end;
+      while (end < n && rewards[order[end]] == rewards[order[begin]]) ++end;
     }
     int missed = 0;
     for (int j = 1; j < k; ++j) {
@@ -61,65 +60,46 @@ std::map<std::int64_t, int> labels_by_sorting(const std::map<std::int64_t, Rewar
       if (begin == 0) missed = 0;
       if (end == n) missed = k - 1;
     }
-    for (std::int64_t i = begin; i < end; ++i) labels[order[i].first] = k - 1 - missed;
+    for (std::int64_t i = begin; i < end; ++i) labels[order[i]] = k - 1 - missed;
   }
   return labels;
 }
 
 // A call that may not fit: it throws and changes nothing, or does what it says, and is undone.
 template <class Reward, class Random>
-void misuse(Random& random, QuantilePool<Reward>& pool, const std::vector<std::int64_t>& ids,
-            const std::vector<Reward>& rewards) {
+void misuse(Random& random, QuantilePool<Reward>& pool, const std::vector<Reward>& rewards) {
   using Pool = QuantilePool<Reward>;
-  const auto n = static_cast<std::int64_t>(ids.size());
-  const std::int64_t next_id = pool.next_id();
+  const auto n = static_cast<std::int64_t>(rewards.size());
   const std::vector<std::int64_t> run_sizes = pool.run_sizes();
   const std::int64_t odd[] = {-1,
                               0,
                               1,
                               n,
                               n + 1,
-                              next_id,
-                              next_id + 1,
                               std::int64_t{1} << random() % 63,
                               std::numeric_limits<std::int64_t>::max(),
                               std::numeric_limits<std::int64_t>::min()};
   const auto any = [&] { return odd[random() % std::size(odd)]; };
   std::vector<std::int64_t> some(random() % 4);
-  for (std::int64_t& one : some) one = n > 0 && random() % 2 ? ids[random() % ids.size()] : any();
+  for (std::int64_t& one : some) one = n > 0 && random() % 2 ? random() % n : any();
   const auto count = static_cast<std::int64_t>(some.size());
-  const int call = static_cast<int>(random() % 6);
+  const int call = static_cast<int>(random() % 5);
   try {
     if (call == 0) {
-      pool.remove(some.data(), count);
-    } else if (call == 1) {
       std::vector<Reward> found(some.size());
       std::vector<std::int64_t> quantiles(some.size());
       pool.look_up(some.data(), count, found.data(), quantiles.data());
+    } else if (call == 1) {
+      const std::int64_t drawn = std::min(any(), n + 1);  // as many as one likes, so not too many
+      const auto draw = pool.sample(drawn, {some.begin(), some.end()}, random());
+      require(static_cast<std::int64_t>(draw.ids.size()) == drawn, "as many as asked for");
     } else if (call == 2) {
-      const bool replace = random() % 2;  // as many as one likes, so not too many
-      typename Pool::Request request;
-      request.count = replace ? std::min(any(), n + 1) : any();
-      request.replace = replace;
-      request.stratified = random() % 2;
-      request.key = random();
-      for (const std::int64_t one : some) request.from.push_back(static_cast<int>(one));
-      const auto draw = pool.sample(request);
-      require(static_cast<std::int64_t>(draw.ids.size()) == request.count, "as many as asked for");
-    } else if (call == 3) {
-      auto other_ids = ids;
       auto other_rewards = rewards;
       auto sizes = run_sizes;
-      std::int64_t end = next_id;
-      const auto kind = random() % 4;
-      if (kind == 0 && n > 0) other_ids[random() % ids.size()] = any();
-      if (kind == 1 && n > 0) other_rewards[random() % ids.size()] = std::nan("");
-      if (kind == 2) sizes.insert(sizes.begin() + random() % (sizes.size() + 1), any());
-      if (kind != 1) end = any();
-      // Not those that may be restored, but take seconds.
-      if (end > next_id + (1 << 20) && end < std::int64_t{1} << 28) end = next_id;
-      pool.restore(other_ids.data(), other_rewards.data(), n, sizes, end);
-    } else if (call == 4) {
+      if (n > 0 && random() % 2) other_rewards[random() % rewards.size()] = std::nan("");
+      if (random() % 2) sizes.insert(sizes.begin() + random() % (sizes.size() + 1), any());
+      pool.restore(other_rewards.data(), n, sizes);
+    } else if (call == 3) {
       std::vector<typename Pool::Item> places;
       for (const std::int64_t one : some) {
         places.push_back(Pool::item_of(static_cast<typename Pool::Key>(one), 0));
@@ -131,11 +111,9 @@ void misuse(Random& random, QuantilePool<Reward>& pool, const std::vector<std::i
       QuantilePool<Reward>(static_cast<int>(any()), Ties::same, Remainder::spread, 0);
     }
   } catch (const std::logic_error&) {  // invalid_argument, out_of_range
-    require(pool.size() == n && pool.next_id() == next_id && pool.run_sizes() == run_sizes,
-            "a refused call changed the pool");
+    require(pool.size() == n && pool.run_sizes() == run_sizes, "a refused call changed the pool");
   }
   if (pool.imposed()) pool.set_imposed(false);
-  if (call == 0 || call == 3) pool.restore(ids.data(), rewards.data(), n, run_sizes, next_id);
 }
 
 template <class Reward, class Random>
@@ -144,7 +122,7 @@ void random_changes(Random& random, int steps) {
   const Remainder remainder = random() % 2 ? Remainder::spread : Remainder::last;
   const int k = 1 + static_cast<int>(random() % 40);
   QuantilePool<Reward> pool(k, ties, remainder, random());
-  std::map<std::int64_t, Reward> live;
+  std::vector<Reward> known;
   const Reward infinity = std::numeric_limits<Reward>::infinity();
   const Reward awkward[] = {0,
                             Reward(-0.0),
@@ -163,41 +141,31 @@ void random_changes(Random& random, int steps) {
     const auto ids = add(pool, rewards);
     for (std::size_t i = 0; i < ids.size(); ++i) {
       require((ids[i] < 0) == std::isnan(rewards[i]), "NaN alone has no id");
-      if (ids[i] >= 0) live[ids[i]] = rewards[i];
+      if (ids[i] < 0) continue;
+      require(ids[i] == static_cast<std::int64_t>(known.size()), "ids count up");
+      known.push_back(rewards[i]);
     }
-    if (random() % 3 == 0 && !live.empty()) {
-      std::vector<std::int64_t> leaving;
-      for (const auto& sample : live) {
-        if (random() % 4 == 0) leaving.push_back(sample.first);
-      }
-      pool.remove(leaving.data(), static_cast<std::int64_t>(leaving.size()));
-      for (const std::int64_t id : leaving) live.erase(id);
-    }
-    const auto n = static_cast<std::int64_t>(live.size());
+    const auto n = static_cast<std::int64_t>(known.size());
     require(pool.size() == n, "size");
-    std::vector<std::int64_t> pool_ids(n);
     std::vector<Reward> pool_rewards(n);
     std::vector<std::int32_t> pool_labels(n);
-    require(pool.ids(pool_ids.data(), n) == n, "ids");
     require(pool.rewards(pool_rewards.data(), n) == n, "rewards");
     require(pool.labels(pool_labels.data(), n) == n, "labels");
-    const auto expected = labels_by_sorting(live, k, ties, remainder);
-    std::size_t i = 0;
-    for (const auto& [id, reward] : live) {
-      require(pool_ids[i] == id && pool_rewards[i] == reward, "samples in order of arrival");
-      require(pool_labels[i] == expected.at(id), "labels by sorting");
-      ++i;
-    }
+    require(pool_rewards == known, "rewards in order of arrival");
+    const auto expected = labels_by_sorting(known, k, ties, remainder);
+    for (std::int64_t i = 0; i < n; ++i)
+      require(pool_labels[i] == expected[i], "labels by sorting");
     if (n > 0) {
-      const auto draw = pool.sample({n, {}, false, false, random()});
+      const auto draw = pool.sample(n, {}, random());
       for (std::size_t d = 0; d < draw.ids.size(); ++d) {
         require(draw.quantiles[d] == expected.at(draw.ids[d]), "quantile of a draw");
+        require(draw.rewards[d] == known.at(draw.ids[d]), "reward of a draw");
       }
     }
     if (random() % 5 == 0) {
-      pool.restore(pool_ids.data(), pool_rewards.data(), n, pool.run_sizes(), pool.next_id());
+      pool.restore(pool_rewards.data(), n, pool.run_sizes());
     }
-    misuse(random, pool, pool_ids, pool_rewards);
+    misuse(random, pool, pool_rewards);
   }
 }
 
@@ -221,7 +189,7 @@ void require_uniform(const std::vector<std::int64_t>& drawn,
   require(std::abs(chi_square - freedom) <= 6 * std::sqrt(2 * std::max(freedom, 1.0)), what);
 }
 
-// Draws from several runs with ties, and with holes where samples were removed.
+// Draws from several runs with ties.
 template <class Reward>
 void draws_reach_all_equally(std::mt19937_64& random) {
   constexpr int kQuantiles = 5;
@@ -231,32 +199,19 @@ void draws_reach_all_equally(std::mt19937_64& random) {
     for (Reward& reward : rewards) reward = static_cast<Reward>(random() % 60);
     add(pool, rewards);
   }
-  std::vector<std::int64_t> leaving;
-  for (std::int64_t id = 0; id < pool.next_id(); id += 9) leaving.push_back(id);
-  pool.remove(leaving.data(), static_cast<std::int64_t>(leaving.size()));
   require(pool.run_sizes().size() >= 4, "several runs");
 
   const std::int64_t n = pool.size();
-  std::vector<std::int64_t> ids(n);
   std::vector<std::int32_t> labels(n);
-  pool.ids(ids.data(), n);
   pool.labels(labels.data(), n);
   for (int quantile = 0; quantile < kQuantiles; ++quantile) {
     std::vector<std::int64_t> members;
     for (std::int64_t i = 0; i < n; ++i) {
-      if (labels[i] == quantile) members.push_back(ids[i]);
+      if (labels[i] == quantile) members.push_back(i);
     }
     const auto size = static_cast<std::int64_t>(members.size());
-    const auto draw = pool.sample({200 * size, {quantile}, true, false, random()});
-    require_uniform(draw.ids, members, "draws with replacement are uniform");
-    std::vector<std::int64_t> drawn;
-    for (int trial = 0; trial < 400; ++trial) {
-      const auto half = pool.sample({size / 2, {quantile}, false, false, random()});
-      require(std::set<std::int64_t>(half.ids.begin(), half.ids.end()).size() == half.ids.size(),
-              "draws without replacement are distinct");
-      drawn.insert(drawn.end(), half.ids.begin(), half.ids.end());
-    }
-    require_uniform(drawn, members, "draws without replacement are uniform");
+    const auto draw = pool.sample(200 * size, {quantile}, random());
+    require_uniform(draw.ids, members, "draws are uniform");
   }
 }
 
@@ -280,7 +235,7 @@ void readers_beside_a_writer(int rounds) {
     while (!done) {
       const auto written = pool.labels(labels.data(), static_cast<std::int64_t>(labels.size()));
       for (std::int64_t i = 0; i < written; ++i) require(labels[i] < 5, "label");
-      for (const auto quantile : pool.sample({32, {}, true, false, ++key}).quantiles) {
+      for (const auto quantile : pool.sample(32, {}, ++key).quantiles) {
         require(quantile >= 0 && quantile < 5, "quantile of a draw");
       }
       pool.thresholds();
@@ -289,13 +244,14 @@ void readers_beside_a_writer(int rounds) {
   };
   std::thread first(read, 1), second(read, 1'000'000);
   std::mt19937_64 random(3);
-  std::vector<std::int64_t> last;
   for (int round = 0; round < rounds; ++round) {
     std::vector<Reward> rewards(1 + random() % 2000);
     for (Reward& reward : rewards) reward = static_cast<Reward>(random() % 100);
-    auto ids = add(pool, rewards);
-    if (round % 3 == 0) pool.remove(last.data(), static_cast<std::int64_t>(last.size()));
-    last = round % 3 == 2 ? std::move(ids) : std::vector<std::int64_t>{};
+    add(pool, rewards);
+    if (round % 3 == 0) {
+      pool.restore(rewards.data(), static_cast<std::int64_t>(rewards.size()),
+                   {static_cast<std::int64_t>(rewards.size())});
+    }
   }
   done = true;
   first.join();

@@ -13,6 +13,8 @@ al. 2021, arXiv 2009.06367) without the length normalisation.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -43,30 +45,13 @@ def contrast_loss(
         ((N,) detached values in nats, float32 but for float64 logits; scalar to call backward on).
     """
     both_labels, both_mask = (t.expand(2, *t.shape) for t in (labels, mask))
+    nll_alone = partial(
+        quark_loss, logits, None, both_labels, kl_coef=0.0, entropy_coef=0.0, vocab_size=vocab_size, impl=impl
+    )
     with torch.no_grad():
-        plain = quark_loss(
-            logits,
-            None,
-            both_labels,
-            both_mask,
-            kl_coef=0.0,
-            entropy_coef=0.0,
-            vocab_size=vocab_size,
-            impl=impl,
-        )
-    own, mirror = plain.nll.sum(-1)
+        own, mirror = nll_alone(both_mask).nll.sum(-1)
     delta = mirror - own
     # Logits that are not finite show in the values; a weight that is not would be refused as a faulty mask.
     weight = torch.sigmoid(-delta).nan_to_num(nan=1.0).unsqueeze(-1) * mask
-    surrogate = quark_loss(
-        logits,
-        None,
-        both_labels,
-        torch.stack([weight, -weight]),
-        kl_coef=0.0,
-        entropy_coef=0.0,
-        vocab_size=vocab_size,
-        normalizer=float(samples),
-        impl=impl,
-    ).loss
+    surrogate = nll_alone(torch.stack([weight, -weight]), normalizer=float(samples)).loss
     return torch.nn.functional.softplus(-delta), surrogate

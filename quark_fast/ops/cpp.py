@@ -1,5 +1,7 @@
 """The C++ kernels on CPU tensors: addresses and strides in, new tensors out, no autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,22 +60,16 @@ def new_gradient(logits: Tensor) -> Tensor:
 
 
 def forward(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    *,
+    *problem: Any,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H (float32), and the per-row statistics that `backward` takes.
 
-    With grad (like logits, or logits itself), the gradient of the loss is written there.
+    Args:
+        problem: logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, as for `eager`.
+        grad: like logits, or logits itself: where the gradient of the loss is written.
     """
-    inputs = _Inputs(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    inputs, labels = _Inputs(*problem), problem[2]
     nll, divergence, entropy = (torch.empty(labels.shape) for _ in range(3))
     stats = torch.empty(labels.numel(), STATS_PER_ROW)
     loss = _C.quark_loss_forward(
@@ -91,15 +87,7 @@ def forward(
 def backward(
     scale: Tensor,
     stats: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    *,
+    *problem: Any,
     grad: Tensor,
     unless_one: bool = False,
 ) -> None:
@@ -109,7 +97,7 @@ def backward(
     """
     if unless_one and scale.item() == 1:
         return
-    inputs = _Inputs(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    inputs = _Inputs(*problem)
     _C.quark_loss_backward(
         inputs.problem, stats.numpy(), scale.item(), _rows(grad, rows_of(grad)), torch.get_num_threads()
     )

@@ -90,56 +90,42 @@ def linear_quark_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a reference that
-            requires grad; the message names the value and the mend.
+            requires grad; the message names the value and the fix.
         RuntimeError: a second derivative is asked for.
 
     Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
     whole, for the compiler to plan.
     """
-    dtype, ref_dtype = (_product_dtype(t) for t in (hidden, ref_hidden))
-    _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, chunk)
-    # Stand-ins of no size: what quark_loss would check on the logits themselves.
-    logits = _stand_in(hidden, weight, dtype)
-    ref_logits = (
-        None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
-    )
-    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
-    weights = ops._weights(logits, mask, labels, normalizer)
-    labels = labels.long()
-    ops._check_labels(labels, weights, vocab_size)
-    chosen = ops._choose(impl, logits, ref_logits)
+    heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    options = (vocab_size, kl_coef, entropy_coef, kl)
+    problem, chosen = _checked(heads, labels, mask, options, impl, normalizer, chunk)
+    _, _, long_labels, weights, *terms = problem
     if chosen == "eager" and torch.compiler.is_compiling():  # autograd inside an operator fails there
-        live = (weights != 0).unsqueeze(-1)
-        hidden = torch.where(live, hidden, 0)
+        hidden = torch.where((weights != 0).unsqueeze(-1), hidden, 0)
         z = torch.nn.functional.linear(hidden, weight, bias)
         r = None
         if ref_hidden is not None and ref_weight is not None:
             r = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
-        problem = (z, r, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
-        return QuarkLoss(*eager.quark_loss(*problem))
+        return QuarkLoss(*eager.quark_loss(z, r, *problem[2:]))
     rows = labels.numel()
-    loss, *terms = _linear_loss(
+    loss, *values = _linear_loss(
         hidden.reshape(1, rows, 1, hidden.shape[-1]),
         weight,
         bias,
         None if ref_hidden is None else ref_hidden.reshape(rows, 1, ref_hidden.shape[-1]),
         ref_weight,
         ref_bias,
-        labels.reshape(rows, 1),
+        long_labels.reshape(rows, 1),
         weights.reshape(rows, 1),
         mask is not None,
-        vocab_size,
-        kl_coef,
-        entropy_coef,
-        kl,
+        *terms,
         0.0,
         chosen,
-        dtype,
-        ref_dtype,
+        *(_product_dtype(t) for t in (hidden, ref_hidden)),
         0 if chunk is None else chunk,
         *_wanted(hidden, weight, bias),
     )[:4]
-    return QuarkLoss(loss, *(term.detach().view(labels.shape) for term in terms))
+    return QuarkLoss(loss, *(value.detach().view(labels.shape) for value in values))
 
 
 def linear_contrast_loss(
@@ -178,42 +164,28 @@ def linear_contrast_loss(
     Returns:
         (the loss, contrast included, with nll, kl, entropy of the own rows; (N,) detached -log sigma(delta)).
     """
-    dtype, ref_dtype = (_product_dtype(t) for t in (hidden, ref_hidden))
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; the contrast term counts whole tokens, pass bool")
     if hidden.dim() != 4 or len(hidden) != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (2, N, T, D), own and mirror rows")
-    _check_heads(hidden[0], weight, bias, ref_hidden, ref_weight, ref_bias, labels, chunk)
-    logits = _stand_in(hidden[0], weight, dtype)
-    ref_logits = (
-        None if ref_hidden is None or ref_weight is None else _stand_in(ref_hidden, ref_weight, ref_dtype)
-    )
-    vocab_size = ops._check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
-    weights = ops._weights(logits, mask, labels, normalizer)
-    labels = labels.long()
-    ops._check_labels(labels, weights, vocab_size)
-    loss, *terms, contrast = _linear_loss(
+    heads = (hidden[0], weight, bias, ref_hidden, ref_weight, ref_bias)
+    options = (vocab_size, kl_coef, entropy_coef, kl)
+    problem, chosen = _checked(heads, labels, mask, options, impl, normalizer, chunk)
+    _, _, labels, weights, *terms = problem
+    loss, *values, contrast = _linear_loss(
         hidden,
-        weight,
-        bias,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
+        *heads[1:],
         labels,
         weights,
         True,
-        vocab_size,
-        kl_coef,
-        entropy_coef,
-        kl,
+        *terms,
         contrast_coef / samples,
-        ops._choose(impl, logits, ref_logits),
-        dtype,
-        ref_dtype,
+        chosen,
+        *(_product_dtype(t) for t in (hidden, ref_hidden)),
         0 if chunk is None else chunk,
         *_wanted(hidden, weight, bias),
     )[:5]
-    return QuarkLoss(loss, *(term.detach() for term in terms)), contrast.detach()
+    return QuarkLoss(loss, *(value.detach() for value in values)), contrast.detach()
 
 
 # --- What can be known before the work ---------------------------------------------------------
@@ -229,63 +201,82 @@ def _product_dtype(hidden: Tensor | None) -> torch.dtype:
     return hidden.dtype
 
 
-def _check_heads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
+# hidden, weight and bias of the policy's head, then of the reference's
+Heads = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _checked(
+    heads: Heads,
     labels: Tensor,
+    mask: Tensor | None,
+    options: ops.Options,
+    impl: str,
+    normalizer: float | None,
     chunk: int | None,
-) -> None:
+) -> tuple[ops.Problem, ops.Chosen]:
+    """The problem that `quark_loss` would solve for these heads, and its implementation, after all checks.
+
+    Its logits are stand-ins of no size.
+    """
+    _check_heads(heads, labels, chunk)
+    hidden, weight, _, ref_hidden, ref_weight, _ = heads
+    logits, ref_logits = _stand_in(hidden, weight), _stand_in(ref_hidden, ref_weight)
+    assert logits is not None
+    problem, chosen = ops.checked(logits, ref_logits, labels, mask, options, impl, normalizer)
+    ops.check_labels(*problem[2:5])
+    return problem, chosen
+
+
+def _check_heads(heads: Heads, labels: Tensor, chunk: int | None) -> None:
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
     if (ref_hidden is None) != (ref_weight is None):
         given, other = ("ref_weight", "ref_hidden") if ref_hidden is None else ("ref_hidden", "ref_weight")
         raise ValueError(f"{given} without {other}; pass both, or neither and kl_coef=0")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}; give at least 1 row, or None")
     for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but the reference is frozen; compute it under torch.no_grad() or"
-                f" pass {name}.detach()"
-            )
-    sides = (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias))
-    for side, states, matrix, offset in sides:
-        if states is None or matrix is None:
+        if tensor is not None:
+            ops.check_frozen(name, tensor)
+    _check_head("", hidden, weight, bias, labels)
+    if ref_hidden is not None and ref_weight is not None:
+        _check_head("ref_", ref_hidden, ref_weight, ref_bias, labels)
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    if not hidden.is_floating_point() or hidden.dim() == 0 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{side}hidden is {hidden.dtype} of shape {tuple(hidden.shape)}; for labels of shape"
+            f" {tuple(labels.shape)} pass floating-point hidden states of the same shape and one more"
+            " dimension"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}weight of shape {tuple(weight.shape)} does not fit {side}hidden of width"
+            f" {hidden.shape[-1]}; pass the (vocabulary, width) weight of the head"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side}bias of shape {tuple(bias.shape)} does not fit {side}weight of shape"
+            f" {tuple(weight.shape)}"
+        )
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in ((f"{side}weight", weight), (f"{side}bias", bias)):
+        if tensor is None:
             continue
-        if not states.is_floating_point() or states.dim() == 0 or states.shape[:-1] != labels.shape:
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, {side}hidden on {hidden.device}; move one")
+        if tensor.dtype != hidden.dtype and not (autocast and tensor.is_floating_point()):
             raise ValueError(
-                f"{side}hidden is {states.dtype} of shape {tuple(states.shape)}; for labels of shape"
-                f" {tuple(labels.shape)} pass floating-point hidden states of the same shape and one more"
-                " dimension"
+                f"{name} is {tensor.dtype}, {side}hidden {hidden.dtype}; convert one, or use torch.autocast"
             )
-        if matrix.dim() != 2 or matrix.shape[1] != states.shape[-1]:
-            raise ValueError(
-                f"{side}weight of shape {tuple(matrix.shape)} does not fit {side}hidden of width"
-                f" {states.shape[-1]}; pass the (vocabulary, width) weight of the head"
-            )
-        if offset is not None and offset.shape != matrix.shape[:1]:
-            raise ValueError(
-                f"{side}bias of shape {tuple(offset.shape)} does not fit {side}weight of shape"
-                f" {tuple(matrix.shape)}"
-            )
-        autocast = torch.is_autocast_enabled(states.device.type)
-        for name, tensor in ((f"{side}weight", matrix), (f"{side}bias", offset)):
-            if tensor is None:
-                continue
-            if tensor.device != states.device:
-                raise ValueError(f"{name} is on {tensor.device}, {side}hidden on {states.device}; move one")
-            if tensor.dtype != states.dtype and not (autocast and tensor.is_floating_point()):
-                raise ValueError(
-                    f"{name} is {tensor.dtype}, {side}hidden {states.dtype}; convert one, or use"
-                    " torch.autocast"
-                )
 
 
-def _stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _stand_in(hidden: Tensor | None, weight: Tensor | None) -> Tensor | None:
     """Something with the shape, dtype and device of the logits, in the memory of one number."""
-    return hidden.detach().new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
+    if hidden is None or weight is None:
+        return None
+    one = hidden.detach().new_empty((), dtype=_product_dtype(hidden))
+    return one.expand(*hidden.shape[:-1], weight.shape[0])
 
 
 def _wanted(*tensors: Tensor | None) -> list[bool]:
@@ -332,13 +323,8 @@ def _linear_loss(
     streams, samples, length, width = hidden.shape
     exact = weights.dtype
     want_any = want_hidden or want_weight or want_bias
-    unit = weights.new_ones(())
-    if dtype == torch.float16 and weights.numel():
-        # A float16 gradient divided by the number of tokens would underflow: compute it of size 1. A power
-        # of two, so that taking it back rounds nothing.
-        exponent = weights.abs().max().clamp(min=contrast_coef if streams == 2 else 0).frexp().exponent
-        unit = torch.ldexp(unit, exponent)
-    options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl, impl)
+    unit = _unit(weights, dtype, contrast_coef if streams == 2 else 0)
+    options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl)
 
     # Autocast would act on the products below, too; their dtype is already decided.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -359,14 +345,15 @@ def _linear_loss(
             r = None
             if ref_head is not None and ref_hidden is not None:
                 r = ref_head.logits(ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows].to(ref_dtype))
-            problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit)
+            problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit, *options)
             if streams == 2:
-                place = rows - part.start * length
+                position = rows - part.start * length
+                shape = (part.stop - part.start, length)
                 share, *terms, contrast[part], grad = _contrast(
-                    *problem, place, part.stop - part.start, length, contrast_coef / unit, want_any, options
+                    problem, impl, position, shape, contrast_coef / unit, want_any
                 )
             else:
-                share, *terms, grad = ops.terms_and_gradient(*problem, *options, want_grad=want_any)
+                share, *terms, grad = ops.terms_and_gradient(problem, impl, want_grad=want_any)
             loss += share
             for whole, term in zip((nll, divergence, entropy), terms, strict=True):
                 whole[rows] = term
@@ -381,6 +368,18 @@ def _linear_loss(
             grad_weight.zero_()
     nll, divergence, entropy = (term.view(samples, length) for term in (nll, divergence, entropy))
     return loss * unit, nll, divergence, entropy, contrast, unit, grad_hidden, grad_weight, grad_bias
+
+
+def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
+    """What the weights are divided by while gradients are computed, which are multiplied by it at the end.
+
+    A float16 gradient divided by the number of tokens would underflow, so it is computed of size 1. The unit
+    is a power of two, so that multiplying by it rounds nothing.
+    """
+    unit = weights.new_ones(())
+    if dtype == torch.float16 and weights.numel():
+        unit = torch.ldexp(unit, weights.abs().max().clamp(min=least).frexp().exponent)
+    return unit
 
 
 class _Head:
@@ -402,7 +401,7 @@ class _Head:
 
 
 def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks as (the samples it holds, its rows as places among the N T tokens); no row of weight 0."""
+    """Chunks as (the samples it holds, its rows as indices into the N T tokens); no row of weight 0."""
     samples = len(weights)
     if weights.device.type == "cpu":
         least = min(LEAST_ROWS_A_THREAD * torch.get_num_threads(), LEAST_ROWS_CPU)
@@ -429,42 +428,33 @@ def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[t
 
 
 def _contrast(
-    z: Tensor,
-    r: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    place: Tensor,
-    samples: int,
-    length: int,
-    coef: Tensor,
-    want_grad: bool,
-    options: tuple[Any, ...],
+    problem: ops.Problem, impl: str, position: Tensor, shape: tuple[int, int], coef: Tensor, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H, contrast (samples,) and the gradient of the loss, of some whole samples.
 
     Args:
-        z: (2 n, >= V) logits of the own rows, then of the mirror rows. The other tensors: (n, ...).
-        place: (n,) each row's place among the samples' samples x length tokens.
+        problem: its logits are (2 n, >= V), the own rows, then the mirror rows; its other tensors (n, ...).
+        position: (n,) of each row among the tokens of these samples, which are of `shape` (samples, length).
     """
-    count, (vocab_size, _, _, kl, impl) = len(labels), options
-    nll_alone = (vocab_size, 0.0, 0.0, kl, impl)
+    z, _, labels, weights, vocab_size, _, _, kl = problem
+    count, nll_alone = len(labels), (vocab_size, 0.0, 0.0, kl)
+    own = (z[:count], *problem[1:])
     loss, nll, divergence, entropy, grad_own = ops.terms_and_gradient(
-        z[:count], r, labels, weights, *options, want_grad=want_grad, inplace=False
+        own, impl, want_grad=want_grad, inplace=False
     )
-    ones = torch.ones_like(weights)
-    mirror = ops.terms_and_gradient(z[count:], None, labels, ones, *nll_alone, want_grad=False)[1]
-    difference = weights.new_zeros(samples * length)
-    difference[place] = mirror - nll
-    delta = difference.view(samples, length).sum(-1)
+    mirrored = (z[count:], None, labels, torch.ones_like(weights), *nll_alone)
+    mirror = ops.terms_and_gradient(mirrored, impl, want_grad=False)[1]
+    difference = weights.new_zeros(shape)
+    difference.view(-1)[position] = mirror - nll
+    delta = difference.sum(-1)
     contrast = torch.nn.functional.softplus(-delta)
     loss = loss + coef * contrast.sum()
     if not want_grad:
         return loss, nll, divergence, entropy, contrast, grad_own
     # As in contrast.py: what is not finite shows in the values, and is no faulty mask.
-    weight = coef * torch.sigmoid(-delta).nan_to_num(nan=1.0)[place // length]
-    *_, grad = ops.terms_and_gradient(
-        z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone, want_grad=True
-    )
+    weight = coef * torch.sigmoid(-delta).nan_to_num(nan=1.0)[position // shape[1]]
+    both = (z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone)
+    *_, grad = ops.terms_and_gradient(both, impl, want_grad=True)
     grad[:count] += grad_own
     return loss, nll, divergence, entropy, contrast, grad
 

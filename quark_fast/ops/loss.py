@@ -17,6 +17,7 @@ from quark_fast.ops.eager import Kl
 from quark_fast.ops.rows import rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
+Chosen = Literal["eager", "cpp", "triton"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,26 +99,22 @@ def quark_loss(
 
     Raises:
         ValueError: shapes, dtypes, layouts, devices, labels or options that do not fit; the message
-            names the value and the mend.
+            names the value and the fix.
         TypeError: an argument of another type altogether.
 
     Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
     NeurIPS 2022, arXiv 2205.13636.
     """
-    vocab_size = _check_inputs(logits, ref_logits, labels, mask, kl_coef, entropy_coef, kl, vocab_size)
-    chosen = _choose(impl, logits, ref_logits)
-    weights = _weights(logits, mask, labels, normalizer)
-    labels = labels.long()
-    if ref_logits is not None:
-        ref_logits = ref_logits.detach()
-    problem = (logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    problem, chosen = checked(
+        logits, ref_logits, labels, mask, (vocab_size, kl_coef, entropy_coef, kl), impl, normalizer
+    )
     if chosen == "eager":
-        _check_labels(labels, weights, vocab_size)
+        check_labels(*problem[2:5])
         loss, *terms = eager.quark_loss(*problem)
     elif not (logits.requires_grad and torch.is_grad_enabled()):
         loss, *terms, _ = _two_pass(*problem, chosen)
     elif inplace and not torch.compiler.is_compiling():
-        _check_overwritable(logits, ref_logits)
+        _check_overwritable(*problem[:2])
         loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
     elif logits.dtype == torch.float16 or (logits.dtype == torch.bfloat16 and torch.compiler.is_compiling()):
         # The incoming scale must enter before the gradient is rounded: nearly all of a float16 gradient
@@ -129,18 +126,40 @@ def quark_loss(
     return QuarkLoss(loss, nll, divergence, entropy)
 
 
-def _check_inputs(
+Options = tuple[int | None, float, float, Kl]  # vocab_size, kl_coef, entropy_coef, kl
+Problem = tuple[Tensor, Tensor | None, Tensor, Tensor, int, float, float, Kl]  # what `eager` takes
+
+
+def checked(
     logits: Tensor,
     ref_logits: Tensor | None,
     labels: Tensor,
     mask: Tensor | None,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    vocab_size: int | None,
-) -> int:
-    """V, after checking everything that shapes, dtypes and devices can tell."""
-    given = {"logits": logits, "ref_logits": ref_logits, "labels": labels, "mask": mask}
+    options: Options,
+    impl: str,
+    normalizer: float | None,
+) -> tuple[Problem, Chosen]:
+    """What an implementation computes, and which; after every check that needs no look at the labels."""
+    _check_kinds({"logits": logits, "ref_logits": ref_logits, "labels": labels, "mask": mask})
+    _check_options(options, ref_logits)
+    vocab_size, kl_coef, entropy_coef, kl = options
+    if vocab_size is None:
+        assert ref_logits is not None
+        vocab_size = ref_logits.shape[-1]
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is not None:
+            _check_logits(name, tensor, labels, vocab_size)
+    _check_tokens(labels, mask)
+    for name, tensor in (("ref_logits", ref_logits), ("labels", labels), ("mask", mask)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}; move one")
+    chosen = _choose(impl, logits, ref_logits)
+    weights = _weights(logits, mask, labels, normalizer)
+    ref_logits = None if ref_logits is None else ref_logits.detach()
+    return (logits, ref_logits, labels.long(), weights, vocab_size, kl_coef, entropy_coef, kl), chosen
+
+
+def _check_kinds(given: dict[str, Tensor | None]) -> None:
     for name, value in given.items():
         if value is None and name in ("ref_logits", "mask"):
             continue
@@ -148,10 +167,20 @@ def _check_inputs(
             raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor")
         if value.layout != torch.strided or value.is_nested:
             raise ValueError(f"{name} is nested or of layout {value.layout}; pass a dense tensor")
+    for name in ("logits", "ref_logits"):
+        tensor = given[name]
+        if tensor is not None and (not tensor.is_floating_point() or tensor.dim() == 0):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "pass floating-point logits of shape (..., vocabulary)"
+            )
+
+
+def _check_options(options: Options, ref_logits: Tensor | None) -> None:
+    vocab_size, kl_coef, entropy_coef, kl = options
     for name, coef in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
-        if (
-            not abs(coef) < math.inf
-        ):  # not isfinite, which torch.compile does not trace for a float that changes
+        # Not isfinite, which torch.compile does not trace for a float that changes.
+        if not abs(coef) < math.inf:
             raise ValueError(f"{name} = {coef}; give a finite number")
     if vocab_size is not None and not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; pass a whole number")
@@ -162,32 +191,32 @@ def _check_inputs(
             raise ValueError(f"kl_coef = {kl_coef} needs ref_logits; pass them, or kl_coef=0")
         if vocab_size is None:
             raise ValueError("without ref_logits the vocabulary is unknown; pass vocab_size=")
-    elif ref_logits.requires_grad:
+    else:
+        check_frozen("ref_logits", ref_logits)
+
+
+def check_frozen(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
         raise ValueError(
-            "ref_logits requires grad, but the reference is frozen; "
-            "compute it under torch.no_grad() or pass ref_logits.detach()"
+            f"{name} requires grad, but the reference is frozen; "
+            f"compute it under torch.no_grad() or pass {name}.detach()"
         )
-    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point() or tensor.dim() == 0:
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "pass floating-point logits of shape (..., vocabulary)"
-            )
-        if tensor.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} does not fit labels of shape "
-                f"{tuple(labels.shape)}; all dimensions but the last must be the same"
-            )
-        vocab_size = tensor.shape[-1] if vocab_size is None and name == "ref_logits" else vocab_size
-    assert vocab_size is not None
-    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
-        if tensor is not None and not 0 < vocab_size <= tensor.shape[-1]:
-            raise ValueError(
-                f"{name} has {tensor.shape[-1]} columns for a base vocabulary of {vocab_size}; "
-                "it needs at least that many, and the vocabulary at least one"
-            )
+
+
+def _check_logits(name: str, logits: Tensor, labels: Tensor, vocab_size: int) -> None:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(logits.shape)} does not fit labels of shape "
+            f"{tuple(labels.shape)}; all dimensions but the last must be the same"
+        )
+    if not 0 < vocab_size <= logits.shape[-1]:
+        raise ValueError(
+            f"{name} has {logits.shape[-1]} columns for a base vocabulary of {vocab_size}; "
+            "it needs at least that many, and the vocabulary at least one"
+        )
+
+
+def _check_tokens(labels: Tensor, mask: Tensor | None) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}; pass integers")
     if mask is not None and mask.is_complex():
@@ -196,13 +225,9 @@ def _check_inputs(
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not fit labels of shape {tuple(labels.shape)}"
         )
-    for name, tensor in (("ref_logits", ref_logits), ("labels", labels), ("mask", mask)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}; move one")
-    return vocab_size
 
 
-def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Literal["eager", "cpp", "triton"]:
+def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Chosen:
     """The implementation to run; one asked for by name runs or is refused with the reason."""
     device = logits.device.type
     foreign = [t.dtype for t in (logits, ref_logits) if t is not None and t.dtype not in KERNEL_DTYPES]
@@ -265,7 +290,7 @@ def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: fl
     return weights / torch.where(total == 0, 1, total)
 
 
-def _check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
+def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
     """What the C++ checks by itself. On a GPU the gather's own assertion does: no sync here."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -316,31 +341,20 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def terms_and_gradient(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: Kl,
-    impl: Literal["eager", "cpp", "triton"],
-    *,
-    want_grad: bool,
-    inplace: bool = True,
+    problem: Problem, impl: str, *, want_grad: bool, inplace: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H and the gradient of the loss, at once and without autograd.
 
     For `quark_fast.ops.linear`, whose operator is the one that autograd sees. The gradient is in the dtype
     of the logits and, if `inplace`, may be in their memory; without `want_grad` it is empty.
     """
-    problem = (ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl)
+    logits = problem[0]
     if impl == "eager":
         if not want_grad:
-            return (*eager.quark_loss(logits, *problem), logits.new_empty(0))
+            return (*eager.quark_loss(*problem), logits.new_empty(0))
 
         def values(z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            out = eager.quark_loss(z, *problem)
+            out = eager.quark_loss(z, *problem[1:])
             return out[0], out
 
         # Not Tensor.backward: autograd does not record below an operator.
@@ -350,81 +364,47 @@ def terms_and_gradient(
     grad = None
     if want_grad:
         grad = logits if inplace else backend.new_gradient(logits)
-    *out, _ = backend.forward(logits, *problem, grad=grad)
+    *out, _ = backend.forward(*problem, grad=grad)
     return (*out, logits.new_empty(0) if grad is None else grad)
 
 
 # --- The operators, as torch sees them ---------------------------------------------------------
 
 
-@torch.library.custom_op("quark_fast::two_pass", mutates_args=())
-def _two_pass(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+_PROBLEM = (
+    "Tensor logits, Tensor? ref_logits, Tensor labels, Tensor weights, "
+    "SymInt vocab_size, float kl_coef, float entropy_coef, str kl, str backend"
+)
+_FIVE = "Tensor, Tensor, Tensor, Tensor, Tensor"
+
+
+@torch.library.custom_op("quark_fast::two_pass", mutates_args=(), schema=f"({_PROBLEM}) -> ({_FIVE})")
+def _two_pass(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H, and the statistics of every row from which backward makes the gradient."""
-    values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backend(backend).forward(
-        logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl
-    )
+    *options, backend = rest
+    values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backend(backend).forward(logits, *options)
     return values
 
 
-@torch.library.custom_op("quark_fast::two_pass_backward", mutates_args=())
-def _two_pass_backward(
-    scale: Tensor,
-    stats: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "quark_fast::two_pass_backward",
+    mutates_args=(),
+    schema=f"(Tensor scale, Tensor stats, {_PROBLEM}) -> Tensor",
+)
+def _two_pass_backward(scale: Tensor, stats: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     """The gradient of scale * loss; the scale enters before anything is rounded."""
+    *options, backend = rest
     grad: Tensor = _backend(backend).new_gradient(logits)
-    _backend(backend).backward(
-        scale,
-        stats,
-        logits,
-        ref_logits,
-        labels,
-        weights,
-        vocab_size,
-        kl_coef,
-        entropy_coef,
-        kl,
-        grad=grad,
-    )
+    _backend(backend).backward(scale, stats, logits, *options, grad=grad)
     return grad
 
 
-@torch.library.custom_op("quark_fast::one_pass", mutates_args=())
-def _one_pass(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("quark_fast::one_pass", mutates_args=(), schema=f"({_PROBLEM}) -> ({_FIVE}, Tensor)")
+def _one_pass(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H, statistics, and the gradient of the loss, written while each row is in the cache."""
+    *options, backend = rest
     grad = _backend(backend).new_gradient(logits)
-    loss, nll, divergence, entropy, stats = _backend(backend).forward(
-        logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad=grad
-    )
+    loss, nll, divergence, entropy, stats = _backend(backend).forward(logits, *options, grad=grad)
     return loss, nll, divergence, entropy, stats, grad
 
 
@@ -529,16 +509,8 @@ class _InPlace(torch.autograd.Function):
             stats, ref_logits, labels, weights = rest
             backend = _backend(ctx.backend)
             grad = backend.new_gradient(logits) if _graph_is_kept() else logits
-            backend.backward(
-                grad_loss,
-                stats,
-                logits,
-                ref_logits,
-                labels,
-                weights,
-                *ctx.options,
-                grad=grad,
-            )
+            problem = (logits, ref_logits, labels, weights, *ctx.options)
+            backend.backward(grad_loss, stats, *problem, grad=grad)
             torch.autograd.graph.increment_version(grad)
         return grad, None, None, None, None, None, None, None, None
 

@@ -862,6 +862,7 @@ class _Problem:
         kl_coef: float,
         entropy_coef: float,
         kl: str,
+        *,
         grad: Tensor | None,
     ) -> None:
         self.rows = labels.numel()
@@ -915,24 +916,18 @@ def new_gradient(logits: Tensor) -> Tensor:
 
 
 def forward(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    *,
+    *problem: Any,
     grad: Tensor | None = None,
     cut: Blocking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, KL, H (float32), and the per-row statistics that `backward` takes.
 
-    With grad (like logits, or logits itself), the gradient of the loss is written there.
+    Args:
+        problem: logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, as for `eager`.
+        grad: like logits, or logits itself: where the gradient of the loss is written.
     """
-    p = _Problem(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad)
-    cut = cut or blocking(p.rows, vocab_size, logits, fused=grad is not None)
+    p, (logits, _, labels, *_) = _Problem(*problem, grad=grad), problem
+    cut = cut or blocking(p.rows, p.vocab_size, logits, fused=grad is not None)
     loss, nll, divergence, entropy = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(4))
     stats = logits.new_empty((p.rows, STATS_PER_ROW), dtype=torch.float32)
     if p.rows == 0:
@@ -951,7 +946,7 @@ def forward(
                 **p.row,
                 **p.written,
                 **terms,
-                V=vocab_size,
+                V=p.vocab_size,
                 KL=p.kl,
                 GRADIENT="off" if grad is None else p.gradient_kl,
                 **p.tiles(cut),
@@ -962,7 +957,7 @@ def forward(
                 **p.read,
                 partials_ptr=partials,
                 splits=cut.splits,
-                V=vocab_size,
+                V=p.vocab_size,
                 KL=p.kl,
                 **p.tiles(cut),
             )
@@ -972,7 +967,7 @@ def forward(
                 **terms,
                 partials_ptr=partials,
                 splits=cut.splits,
-                V=vocab_size,
+                V=p.vocab_size,
                 KL=p.kl,
                 UNIT=p.tile.UNIT,
                 MOST_SPLITS=triton.next_power_of_2(cut.splits),
@@ -987,15 +982,7 @@ def forward(
 def backward(
     scale: Tensor,
     stats: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    kl_coef: float,
-    entropy_coef: float,
-    kl: str,
-    *,
+    *problem: Any,
     grad: Tensor,
     unless_one: bool = False,
     cut: Blocking | None = None,
@@ -1004,11 +991,11 @@ def backward(
 
     With unless_one, grad holds the gradient of the loss already, and a scale of 1 leaves it alone.
     """
-    p = _Problem(logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl, grad)
+    p = _Problem(*problem, grad=grad)
     if p.rows == 0:
         return
     with _on(p.device):
-        cut = cut or blocking(p.rows, vocab_size, logits, fused=False)
+        cut = cut or blocking(p.rows, p.vocab_size, problem[0], fused=False)
         _write_gradient(p, scale, stats, cut, unless_one)
 
 

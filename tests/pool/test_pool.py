@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from safetensors.numpy import load_file, save_file
 
 from quark_fast import _C
@@ -66,7 +66,7 @@ def filled(rewards, batches=1, **options):
 
 
 def assert_is_numpys(made, rewards):
-    """Everything that the pool says about quantiles follows the rule for these live rewards."""
+    """Everything that the pool says about quantiles follows the rule for these rewards."""
     k, ties, remainder = (made.settings[name] for name in ("quantiles", "ties", "remainder"))
     labels = made.labels()
     np.testing.assert_array_equal(made.rewards, rewards)
@@ -164,24 +164,12 @@ def test_one_reward_alone_is_in_the_middle():
     made = filled([0.5] * 10, 2, quantiles=5)
     assert made.labels().tolist() == [2] * 10
     np.testing.assert_array_equal(made.thresholds, [0.5, 0.5, np.nan, np.nan])
-    assert made.quantile_of([0.4, 0.5, 0.6]).tolist() == [0, 2, 2]
 
 
 def test_thresholds_are_numpys_inverted_cdf():
     rewards = np.random.default_rng(1).normal(size=257)
     expected = -np.quantile(-rewards, [3 / 4, 2 / 4, 1 / 4], method="inverted_cdf")
     np.testing.assert_array_equal(filled(rewards, quantiles=4).thresholds, expected)
-
-
-def test_preset_paper_is_arrival_last_float64():
-    made = RolloutPool(preset="paper")
-    assert [made.settings[x] for x in ("ties", "remainder", "dtype")] == [
-        "arrival",
-        "last",
-        "float64",
-    ]
-    with pytest.raises(ValueError, match="leave them out"):
-        RolloutPool(preset="paper", remainder="last")
 
 
 def test_random_ties_are_one_order_for_every_k_and_fair():
@@ -210,14 +198,6 @@ def test_denormals_are_told_apart_when_the_processor_flushes_them():
     assert labels.tolist() == [0, 1, 2]
 
 
-def test_quantile_of_says_what_the_labels_say():
-    rewards = np.random.default_rng(2).choice(AWKWARD, 100)
-    made = filled(rewards, quantiles=7)
-    np.testing.assert_array_equal(made.quantile_of(rewards), made.labels())
-    assert made.quantile_of(np.inf) == 6
-    assert made.quantile_of(-np.inf) == 0
-
-
 def test_none_and_nan_are_left_out_and_counted():
     made = RolloutPool(2)
     assert made.add([[1], [2], [3]], [[4], [5], [6]], [None, 1.0, float("nan")]).tolist() == [
@@ -227,10 +207,6 @@ def test_none_and_nan_are_left_out_and_counted():
     ]
     assert (len(made), made.unscored) == (1, 2)
     assert made[0].prompts[0].tolist() == [2]
-    strict = RolloutPool(2, missing="error")
-    with pytest.raises(ValueError, match=r"rewards\[1\] is None or NaN"):
-        strict.add([[1], [2]], [[3], [4]], [0.5, None])
-    assert (len(strict), strict.unscored) == (0, 0)
 
 
 # --- a pool's life ---------------------------------------------------------------------------
@@ -262,7 +238,7 @@ class PoolLife(RuleBasedStateMachine):
 
     @rule(rewards=reward_lists, round=st.integers(0, 5))
     def add(self, rewards, round):
-        first = self.pool._core.next_id
+        first = len(self.pool)
         prompts, completions = rows(range(first, first + len(rewards)))
         ids = self.pool.add(prompts, completions, rewards, round=round)
         for prompt, completion, reward, sample in zip(
@@ -274,26 +250,6 @@ class PoolLife(RuleBasedStateMachine):
             else:
                 self.model[sample] = prompt, completion, reward, round
 
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def drop(self, data):
-        leaving = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True))
-        self.pool.drop(leaving)
-        for sample in leaving:
-            del self.model[sample]
-
-    @rule(before=st.integers(0, 6))
-    def expire(self, before):
-        old = [sample for sample, (*_, made_in) in self.model.items() if made_in < before]
-        assert self.pool.expire(before) == len(old)
-        for sample in old:
-            del self.model[sample]
-
-    @rule()
-    def clear(self):
-        self.pool.clear()
-        self.model.clear()
-
     @rule()
     def save_and_go_on_with_the_saved(self):
         resumed = RolloutPool(**self.options)
@@ -304,25 +260,9 @@ class PoolLife(RuleBasedStateMachine):
             np.testing.assert_array_equal(before.quantiles, after.quantiles)
         self.pool = resumed
 
-    @precondition(lambda self: self.folder)
-    @rule()
-    def compact(self):
-        self.pool.compact()
-
     def teardown(self):
         if self.folder:
             self.folder.cleanup()
-
-    @rule(rewards=reward_lists)
-    def merge(self, rewards):
-        other = RolloutPool(3)
-        prompts, completions = rows(range(len(rewards)))
-        kept = other.add(prompts, completions, rewards, round=2) >= 0
-        ids = self.pool.merge(other)
-        assert len(ids) == kept.sum()
-        for sample, at in zip(ids.tolist(), np.flatnonzero(kept), strict=True):
-            self.model[sample] = prompts[at], completions[at], rewards[at], 2
-        self.unscored += len(rewards) - len(ids)
 
     @invariant()
     def agrees_with_the_model(self):
@@ -342,7 +282,7 @@ test_any_sequence_of_changes_leaves_the_right_pool = PoolLife.TestCase
 
 
 class SmallFilesLife(PoolLife):
-    """The same where segments are joined, written and rewritten after a few samples."""
+    """The same where segments are joined and written after a few samples."""
 
     def __init__(self):
         super().__init__()
@@ -364,15 +304,11 @@ test_any_sequence_of_changes_leaves_the_right_files = SmallFilesLife.TestCase
     batches=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_labels_depend_neither_on_batches_nor_shards_nor_order(rewards, batches, seed):
+def test_labels_depend_neither_on_batches_nor_order(rewards, batches, seed):
     whole = filled(rewards).labels()
     np.testing.assert_array_equal(filled(rewards, batches).labels(), whole)
     order = np.random.default_rng(seed).permutation(len(rewards))
     np.testing.assert_array_equal(filled(np.array(rewards)[order], batches).labels(), whole[order])
-    half = len(rewards) // 2
-    merged = filled(rewards[:half])
-    merged.merge(filled(rewards[half:], batches))
-    np.testing.assert_array_equal(merged.labels(), whole)
 
 
 def test_token_rows_may_be_lists_arrays_or_tensors():
@@ -395,11 +331,10 @@ def test_an_array_of_rows_leaves_the_unscored_out():
     assert [row.tolist() for row in batch.completions] == [[10, 11], [14, 15], [], []]
 
 
-@pytest.mark.parametrize("group_by", [None, "prompt"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 @pytest.mark.parametrize("ties", TIES)
-def test_labels_go_into_memory_that_is_used_again(ties, dtype, group_by):
-    made = many_runs(ties=ties, quantiles=40, group_by=group_by)
+def test_labels_go_into_memory_that_is_used_again(ties, dtype):
+    made = many_runs(ties=ties, quantiles=40)
     out = np.full(len(made) + 5, 99, dtype)
     labels = made.labels(out=out)
     assert np.shares_memory(labels, out) and labels.dtype == dtype
@@ -420,50 +355,26 @@ def test_labels_refuse_memory_that_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=message):
             made.labels(out=out)
-    for group_by in (None, "prompt"):
-        with pytest.raises(ValueError, match="257 quantiles do not fit in labels of 8 bits"):
-            filled([1.0], quantiles=257, group_by=group_by).labels(out=np.empty(1, np.uint8))
+    with pytest.raises(ValueError, match="257 quantiles do not fit in labels of 8 bits"):
+        filled([1.0], quantiles=257).labels(out=np.empty(1, np.uint8))
 
 
-def test_dropping_an_unknown_sample_drops_none():
+def test_an_unknown_sample_is_named():
     made = filled([1.0, 2.0, 3.0])
-    with pytest.raises(KeyError, match="sample 7 is not in the pool"):
-        made.drop([0, 7])
-    assert made.ids.tolist() == [0, 1, 2]
-    made.drop(1)
-    with pytest.raises(KeyError, match="sample 1 is not in the pool"):
-        made[1]
-
-
-def test_long_lived_pool_frees_what_it_dropped():
-    made = RolloutPool(max_size=100)
-    for _ in range(40):
-        made.add([[1]] * 5000, [[2, 3]] * 5000, np.arange(5000.0))
-    assert made.ids.tolist() == list(range(199_900, 200_000))
-    assert sum(len(segment.completions.tokens) for segment in made._store.segments) <= 2 * 2 * 100 + 2
-    assert_is_numpys(made, np.arange(4900.0, 5000.0))
-
-
-def test_max_rounds_and_max_size_keep_the_newest():
-    made = RolloutPool(max_rounds=2, max_size=5)
-    made.add([[0]] * 3, [[0]] * 3, [9.0, 8.0, 7.0], round=0)
-    made.add([[1]] * 3, [[1]] * 3, [1.0, 2.0, 3.0], round=1)
-    assert made.ids.tolist() == [1, 2, 3, 4, 5]
-    made.add([[2]], [[2]], [5.0], round=2)
-    assert made.ids.tolist() == [3, 4, 5, 6]
-    assert made.rounds.tolist() == [1, 1, 1, 2]
+    for unknown in (7, -1):
+        with pytest.raises(KeyError, match=f"sample {unknown} is not in the pool"):
+            made[[0, unknown]]
 
 
 # --- draws -----------------------------------------------------------------------------------
 
 
 def many_runs(**options):
-    """A pool of several sorted runs, with ties and with holes where samples were dropped."""
+    """A pool of several sorted runs, with ties."""
     rng = np.random.default_rng(5)
     made = RolloutPool(**options)
     for size in (400, 150, 60, 20, 7, 1):
         made.add([[1]] * size, [[2]] * size, rng.integers(0, 60, size).astype(float))
-    made.drop(made.ids[::9])
     assert len(made._core.run_sizes) >= 4
     return made
 
@@ -506,39 +417,8 @@ def test_uniformity_is_tested_sharply_enough_to_see_an_off_by_one(planted):
         assert_uniform(wrong, members)
 
 
-def test_draws_without_replacement_are_distinct_and_equally_likely():
+def test_the_seed_decides_the_draws():
     made = many_runs()
-    members = made.ids[made.labels() == 2]
-    draws = [made.sample(10, quantiles=2, replace=False).ids for _ in range(6 * len(members))]
-    assert all(len(np.unique(draw)) == 10 for draw in draws)
-    assert_uniform(np.concatenate(draws), members)
-    everything = made.sample(len(made), replace=False).ids
-    np.testing.assert_array_equal(np.sort(everything), made.ids)
-    with pytest.raises(ValueError, match="without replacement"):
-        made.sample(len(made) + 1, replace=False)
-
-
-@pytest.mark.parametrize("group_by", [None, "prompt"])
-@pytest.mark.parametrize("replace", [True, False])
-def test_stratified_draws_take_as_many_from_each_quantile(replace, group_by):
-    made = many_runs(group_by=group_by)
-    for n in (3, 5, 32):
-        counts = np.bincount(made.sample(n, stratified=True, replace=replace).quantiles, minlength=5)
-        assert counts.sum() == n and counts.max() - counts.min() <= 1
-    some = made.sample(60, stratified=True, quantiles=[1, 3], replace=replace)
-    assert np.bincount(some.quantiles, minlength=5).tolist() == [0, 30, 0, 30, 0]
-    drawn = [made.sample(50, stratified=True, replace=replace) for _ in range(200)]
-    ids = np.concatenate([batch.ids[batch.quantiles == 3] for batch in drawn])
-    assert_uniform(ids, made.ids[made.labels() == 3])
-
-
-def test_generators_decide_the_draw():
-    made = many_runs()
-    for new in (np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)):
-        first, again = new(7), new(7)
-        one, two, three = (made.sample(50, generator=g).ids for g in (first, again, again))
-        np.testing.assert_array_equal(one, two)
-        assert (two != three).any()
     assert (made.sample(50).ids != made.sample(50).ids).any()
     np.testing.assert_array_equal(many_runs(seed=1).sample(50).ids, many_runs(seed=1).sample(50).ids)
     assert (many_runs(seed=1).sample(50).ids != many_runs(seed=2).sample(50).ids).any()
@@ -562,17 +442,15 @@ def test_epoch_visits_every_sample_once(n):
         assert (visited != np.concatenate([batch.ids for batch in made.epoch(32)])).any()
 
 
-def test_epoch_goes_on_while_the_pool_changes():
+def test_epoch_goes_on_while_the_pool_grows():
     made = filled(np.arange(200.0))
     epoch = made.epoch(16)
     visited = next(epoch).ids.tolist()
     made.add([[1]] * 50, [[2]] * 50, np.full(50, 1000.0))
-    made.drop([i for i in range(0, 200, 3)])
     for batch in epoch:
         visited += batch.ids.tolist()
         assert (batch.quantiles == made[batch.ids].quantiles).all()
-    assert len(visited) == len(set(visited))
-    assert {i for i in range(200) if i % 3} <= set(visited) <= set(range(200))
+    assert sorted(visited) == list(range(200))
 
 
 @pytest.mark.parametrize("n", [2, 6, 300])
@@ -583,47 +461,6 @@ def test_epoch_order_is_uniform(n):
     assert_uniform(np.array(lasts), np.arange(n))
     whole = _C.permutation_slice(n, 1, 0, n)
     np.testing.assert_array_equal(np.sort(whole), np.arange(n))
-
-
-# --- groups ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("remainder", REMAINDERS)
-@pytest.mark.parametrize("ties", ["same", "arrival"])
-def test_group_quantiles_are_those_of_each_group_alone(ties, remainder):
-    rng = np.random.default_rng(6)
-    groups = rng.integers(-3, 9, 300)
-    rewards = rng.choice(AWKWARD, 300)
-    options = {"quantiles": 4, "ties": ties, "remainder": remainder}
-    by_number = RolloutPool(group_by="groups", **options)
-    by_prompt = RolloutPool(group_by="prompt", **options)
-    for part in np.array_split(np.arange(300), 4):
-        prompts, completions = [[5, int(g) + 3] for g in groups[part]], [[1]] * len(part)
-        by_number.add(prompts, completions, rewards[part], groups=groups[part])
-        by_prompt.add(prompts, completions, rewards[part])
-    expected = np.zeros(300, int)
-    for group in np.unique(groups):
-        expected[groups == group] = numpy_rule(rewards[groups == group], 4, ties, remainder)
-    for made in (by_number, by_prompt):
-        np.testing.assert_array_equal(made.labels(), expected)
-        np.testing.assert_array_equal(made.quantile_sizes(), np.bincount(expected, minlength=4))
-        batch = made.sample(64, quantiles=[0, 3])
-        np.testing.assert_array_equal(batch.quantiles, expected[batch.ids])
-        assert set(batch.quantiles.tolist()) <= {0, 3}
-        with pytest.raises(ValueError, match="each group has its own thresholds"):
-            _ = made.thresholds
-
-
-def test_group_labels_follow_changes_and_survive_saving(tmp_path):
-    made = many_runs(group_by="prompt", ties="random")
-    made.add([[9, 9]] * 2, [[1]] * 2, [1.0, 2.0])
-    assert made.labels()[-2:].tolist() == [2, 4]  # cuts of 2 samples in 5: 1, 1, 2, 2
-    made.drop(made.ids[-1:])
-    assert made.labels()[-1] == 4
-    made.save(tmp_path / "pool")
-    resumed = RolloutPool.load(tmp_path / "pool")
-    np.testing.assert_array_equal(resumed.labels(), made.labels())
-    np.testing.assert_array_equal(resumed.sample(30).ids, made.sample(30).ids)
 
 
 # --- saving ----------------------------------------------------------------------------------
@@ -642,7 +479,6 @@ def test_a_saved_pool_goes_on_bit_identically(tmp_path):
         np.testing.assert_array_equal(one.quantiles, two.quantiles)
         for p in (made, resumed):
             p.add([[1]] * 30, [[2]] * 30, np.arange(30.0), round=4)
-            p.expire(0)
     for one, two in zip(made.epoch(50), resumed.epoch(50), strict=True):
         np.testing.assert_array_equal(one.ids, two.ids)
     assert repr(resumed) == repr(made)
@@ -691,21 +527,32 @@ def test_state_is_arrays_and_plain_values():
     assert all(value.dtype != object for name, value in state.items() if name not in plain)
 
 
+def samples_of(made):
+    names = [f"{column}_{part}" for column in ("prompt", "completion") for part in ("tokens", "lengths")]
+    return {name: made.state_dict()[name] for name in names}
+
+
 def test_a_state_that_does_not_fit_changes_nothing():
     made, other = filled([1.0, 2.0, 3.0]), filled([4.0, 5.0])
     for wrong, message in [
         ({"format": 0}, "format 0"),
         ({"settings": other.settings | {"quantiles": 7}}, "quantiles=7"),
         ({"run_sizes": np.array([1])}, "run sizes"),
-        ({"ids": np.array([1, 0])}, "ascend"),
-        ({"ids": np.array([0])}, "differ in length"),
-        # Each id between two takes memory: a file of a few bytes must not ask for all there is.
-        ({"ids": np.array([0, 2**40]), "next_id": 2**40 + 1}, "too far apart"),
-        ({"ids": np.array([0, 1]), "next_id": 2**62}, "too far apart"),
-        ({"next_id": -1}, "under next_id"),
+        ({"ids": np.array([1, 0])}, "ids of the 2 saved samples are not 0 to 1"),
+        ({"ids": np.array([0])}, "as many ids as rewards"),
+        ({"ids": np.array([0, 2**40]), "next_id": 2**40 + 1}, "some were taken out"),
+        ({"next_id": 2**62}, "some were taken out"),
+        ({"next_id": -1}, "some were taken out"),
+        ({"settings": other.settings | {"group_by": "prompt"}}, "group_by='prompt', which this version"),
+        ({"settings": other.settings | {"max_size": 9}}, "max_size=9, which this version"),
         ({"rewards": np.array([np.nan, 1])}, "NaN"),
         ({"rewards": np.array([1.0])}, "as many ids as rewards"),
         ({"prompt_lengths": np.array([1, 7])}, "add up"),
+        ({"completion_lengths": other.state_dict()["completion_lengths"][:0]}, "add up"),
+        (
+            {name: value[:0] for name, value in other.state_dict().items() if "_t" in name or "_l" in name},
+            "differ",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             made.load_state_dict(other.state_dict() | wrong)
@@ -734,32 +581,23 @@ def test_a_pool_in_a_folder_is_the_pool_in_ram(tmp_path, small_files):
     for made in pools:
         for part in np.array_split(np.arange(900), 13):
             made.add(*rows(part.tolist()), rewards[part], round=int(part[0]) // 200)
-        made.expire(1)
-        made.drop(made.ids[::4])
-        made.merge(filled(rewards[:50], 3))
     in_ram, in_folder = pools
     assert len(os.listdir(tmp_path / "samples")) > 3
     assert held_samples(in_ram) == held_samples(in_folder)
-    for draw in ({"n": 40}, {"n": 30, "quantiles": 4, "replace": False}, {"n": 9, "stratified": True}):
+    for draw in ({"n": 40}, {"n": 30, "quantiles": 4}):
         one, two = (made.sample(**draw) for made in pools)
         assert [row.tolist() for row in one.completions] == [row.tolist() for row in two.completions]
         np.testing.assert_array_equal(one.ids, two.ids)
     for one, two in zip(*(made.epoch(64) for made in pools), strict=True):
         np.testing.assert_array_equal(one.ids, two.ids)
-    both_ways = RolloutPool(seed=4)
-    both_ways.merge(in_folder)
-    assert held_samples(both_ways)[1:4] == held_samples(in_ram)[1:4]
 
 
-@pytest.mark.parametrize("group_by", [None, "prompt"])
-def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files, group_by):
-    made = RolloutPool(store=tmp_path / "here" / "samples", group_by=group_by)
+def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files):
+    made = RolloutPool(store=tmp_path / "here" / "samples")
     made.add(*rows(range(500)), np.arange(500.0))
-    made.drop(made.ids[::7])
     made.save(tmp_path / "here" / "pool")
     before, draw = held_samples(made), made.sample(50).ids
     made.add(*rows(range(300)), np.arange(300.0))  # a crash forgets this
-    made.clear()
     del made
     (tmp_path / "here").rename(tmp_path / "there")  # the file finds its folder where both went
     resumed = RolloutPool.load(tmp_path / "there" / "pool")
@@ -770,25 +608,6 @@ def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_fi
     elsewhere = (tmp_path / "there" / "samples").rename(tmp_path / "elsewhere")
     again = RolloutPool.load(tmp_path / "there" / "pool", store=elsewhere)
     assert held_samples(again) == held_samples(resumed)
-
-
-def test_compact_frees_the_disk_and_loses_nothing(tmp_path, small_files):
-    made = RolloutPool(store=tmp_path, max_rounds=3)
-    for step in range(40):
-        made.add([[step] * 9] * 20, [[step, 1]] * 20, np.arange(20.0), round=step)
-    made.drop(made.ids[::3])
-    before = held_samples(made)
-    (tmp_path / ".samples-000000000000-00000000.safetensors.1.tmp").touch()  # of a process that was killed
-    (tmp_path / "notes.txt").touch()
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    made.compact()
-    assert held_samples(made) == before
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < size / 5
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".txt"}
-    made.save(tmp_path / "pool")
-    assert held_samples(RolloutPool.load(tmp_path / "pool")) == before
-    with pytest.raises(ValueError, match="store=FOLDER"):
-        RolloutPool().compact()
 
 
 def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, small_files):
@@ -883,7 +702,7 @@ def test_the_core_lets_other_threads_run():
     calls = {
         "add": lambda: made.add(rewards),
         "labels": lambda: made.labels(),
-        "sample": lambda: made.sample(100_000, [], True, False, 1),
+        "sample": lambda: made.sample(100_000, [], 1),
     }
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)  # a thread runs on until it gives the GIL up by itself
@@ -904,9 +723,8 @@ def test_the_core_lets_other_threads_run():
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("group_by", [None, "prompt"])
-def test_readers_beside_a_writer_see_whole_samples(group_by):
-    made = RolloutPool(seed=1, group_by=group_by)
+def test_readers_beside_a_writer_see_whole_samples():
+    made = RolloutPool(seed=1)
     made.add([[0]], [[0]], [0.0])
     done, errors = threading.Event(), []
 
@@ -930,10 +748,6 @@ def test_readers_beside_a_writer_see_whole_samples(group_by):
     for step in range(60):
         values = list(range(step, step + 40))
         made.add([[v] for v in values], [[v] for v in values], values, round=step)
-        if step % 5 == 4:
-            made.expire(step - 3)
-        if step % 7 == 6:
-            made.drop(made.ids[::5])
     done.set()
     for reader in readers:
         reader.join()
@@ -978,8 +792,6 @@ def sync_worker(rank, world, folder):
     resumed.load_state_dict(stale.state_dict())
     with pytest.raises(RuntimeError, match=r"sync\(\) again"):
         resumed.labels()
-    resumed.unsync()
-    assert resumed.labels()[-1] == 1
     with pytest.raises(ValueError, match="pools differ"):
         RolloutPool(2 + rank).sync()
     save_file(results, f"{folder}/{rank}")
@@ -1016,6 +828,11 @@ def test_sync_alone_is_the_own_pool():
     made.sync()
     made.add([[1]], [[1]], [4.0])
     assert made.labels().tolist() == [2, 0, 1, 2]  # cuts of 4 samples in 3: 2, 3
+    made.load_state_dict(made.state_dict() | {"synced": True})
+    with pytest.raises(RuntimeError, match=r"sync\(\) again"):
+        made.labels()
+    made.sync()
+    assert made.labels().tolist() == [2, 0, 1, 2]
 
 
 # --- mistakes --------------------------------------------------------------------------------
@@ -1031,7 +848,6 @@ def test_sync_alone_is_the_own_pool():
             "ties must be one of 'same'.*got 'older'",
         ),
         (lambda p: RolloutPool(dtype="float16"), ValueError, "dtype must be one of 'float32'"),
-        (lambda p: RolloutPool(max_size=0), ValueError, "max_size must be at least 1 or None"),
         (lambda p: p.add([[1]], [[1]], [1.0, 2.0]), ValueError, "2 rewards but 1 prompts"),
         (lambda p: p.add([[1]], [[1], [2]], [1.0]), ValueError, "1 rewards but 2 completions"),
         (lambda p: p.add(["text"], [[1]], [1.0]), TypeError, "prompts must be rows of integer"),
@@ -1043,23 +859,13 @@ def test_sync_alone_is_the_own_pool():
         (lambda p: p.add([[1]], [[2**31]], [1.0]), ValueError, "token ids from 2147483648"),
         (lambda p: p.add([[1]], [[1]], 1.0), ValueError, "one number per sample"),
         (lambda p: p.add([[1]], [[1]], [1.0], round=1.5), TypeError, "integer"),
-        (lambda p: p.add([[1]], [[1]], [1.0], groups=[1]), ValueError, "belongs to group_by"),
         (lambda p: p.sample(-1), ValueError, "n must be at least 0, got -1"),
         (lambda p: p.sample(4, quantiles=5), ValueError, r"0 \(worst\) to 4 \(best\), got 5"),
         (lambda p: p.sample(4, quantiles=[]), ValueError, "quantiles is empty"),
-        (lambda p: p.sample(4, generator=1), TypeError, "numpy.random.Generator.*got int"),
         (lambda p: RolloutPool().sample(1), ValueError, "the pool is empty"),
-        (lambda p: RolloutPool().quantile_of(1.0), ValueError, "empty pool has no quantiles"),
-        (lambda p: p.quantile_of(np.nan), ValueError, "NaN"),
         (lambda p: p.epoch(0), ValueError, "batch_size must be at least 1, got 0"),
         (lambda p: p[1.5], TypeError, "ids must be integers"),
         (lambda p: list(p), TypeError, "not iterable"),
-        (lambda p: p.merge(p), ValueError, "merged with itself"),
-        (
-            lambda p: p.merge(RolloutPool(group_by="prompt")),
-            ValueError,
-            "group_by=None cannot take",
-        ),
         (
             lambda p: RolloutPool(dtype="float32").add([[1]], [[1]], [1e300]),
             ValueError,
@@ -1077,8 +883,8 @@ def test_a_mistake_is_named_and_changes_nothing(mistake, error, message):
 
 
 def test_repr_says_what_is_in_the_pool():
-    made = RolloutPool(3, max_size=9)
+    made = RolloutPool(3, dtype="float32")
     assert repr(made).startswith("RolloutPool(0 samples, 3 quantiles; ties='same'")
     made.add([[1]] * 3, [[2]] * 3, [0.25, None, 0.5], round=4)
     assert "2 samples" in repr(made) and "rewards 0.25 to 0.5" in repr(made)
-    assert "1 unscored" in repr(made) and "max_size=9" in repr(made)
+    assert "1 unscored" in repr(made) and "dtype='float32'" in repr(made)
