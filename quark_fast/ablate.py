@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quark_fast.config import Config, Parser, parse
+from quark_fast.arguments import Parser, parse
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.terminal import Terminal, exit_status
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from quark_fast.config import Parser, add_scorer
+from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
 from quark_fast.terminal import Terminal, exit_status
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from quark_fast.config import Parser
+from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
 from quark_fast.terminal import Terminal, exit_status
 

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from quark_fast.config import Config, parse
+from quark_fast.arguments import parse
+from quark_fast.config import Config
 from quark_fast.terminal import Terminal, exit_status
 
 LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar

@@ -44,7 +44,8 @@ import yaml
 from conftest import save_tiny_model
 from rich.text import Text
 
-from quark_fast.config import Config, load_config, parse
+from quark_fast.arguments import load_config, parse
+from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.prompts import load_prompts
 from quark_fast.errors import UsageError

@@ -20,7 +20,7 @@ from conftest import save_tiny_classifier, save_tiny_model
 from transformers import AutoTokenizer, pipeline
 
 from quark_fast import evaluate, generate, train
-from quark_fast.config import load_config
+from quark_fast.arguments import load_config
 from quark_fast.data import assets
 from quark_fast.data.assets import AssetError
 from quark_fast.ops import triton_kernels

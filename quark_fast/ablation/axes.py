@@ -24,22 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "eval_modes": "best",
 }
 
-# Settings that may be others when a grid goes on: no number depends on them.
-FREE = {
-    "output",
-    "resume",
-    "seed",
-    "threads",
-    "micro_batch",
-    "checkpoint_every",
-    "show_offensive",
-    "reward_cache",
-    "reward_batch",
-    "reward_concurrency",
-    "reward_timeout",
-    "reward_retries",
-    "reward_backoff",
-}
+# Settings that may be others when a grid goes on: no number depends on them, and each run has its own seed.
+FREE = {"seed"} | {field.name for field in dataclasses.fields(Config) if field.metadata["free"] == "grid"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quark_fast.config import Parser
+from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
 from quark_fast.terminal import Terminal, exit_status
 

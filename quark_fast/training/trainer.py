@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quark_fast.config import Config, load_config
+from quark_fast.arguments import load_config
+from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.chat import Row, as_rendered, chat_template, from_file, is_chat, to_file
 from quark_fast.data.split import choose_prompts, digest
