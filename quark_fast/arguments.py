@@ -91,9 +91,8 @@ class _ConfigParser(Parser, HfArgumentParser):
             typed = self._get_value(flag, str(value))
             self._check_value(flag, typed)
         except argparse.ArgumentError:
-            wanted = (
-                f"choose from {', '.join(map(repr, flag.choices))}" if flag.choices else _KINDS[flag.type]
-            )
+            choices = ", ".join(map(repr, flag.choices or ()))
+            wanted = f"choose from {choices}" if choices else f"give {_KINDS[flag.type]}"
             raise ValueError(f"{name} = {value!r}; {wanted}") from None
         return typed
 
