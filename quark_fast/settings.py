@@ -64,7 +64,6 @@ def text_of(value: Any) -> str:
 @dataclass(kw_only=True)
 class TaskSettings:
     _argument_group_name = "what to unlearn, in what"
-
     task: str = setting(
         "toxicity",
         "what to unlearn: toxicity, sentiment or repetition; --task NAME --help shows that task's defaults",
@@ -85,7 +84,6 @@ class TaskSettings:
 @dataclass(kw_only=True)
 class PromptSettings:
     _argument_group_name = "prompts"
-
     prompts: str | None = setting(
         None,
         "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
@@ -119,7 +117,6 @@ class PromptSettings:
 @dataclass(kw_only=True)
 class RewardSettings:
     _argument_group_name = "reward"
-
     reward: str | None = setting(
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
@@ -169,7 +166,6 @@ class RewardSettings:
 @dataclass(kw_only=True)
 class FolderSettings:
     _argument_group_name = "run folder"
-
     output: str | None = setting(
         None,
         "run folder to make; default: runs/<task>, with a --reward of your own runs/<its name>",
@@ -181,7 +177,6 @@ class FolderSettings:
 @dataclass(kw_only=True)
 class PoolSettings:
     _argument_group_name = "pool"
-
     quantiles: int = setting(
         5, "reward quantiles, one reward token each [K]; 1: no conditioning", at_least=1, at_most=1000
     )
@@ -200,7 +195,6 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-
     initial_samples: int = setting(12, "completions a training prompt from the untouched model", at_least=1)
     explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
@@ -262,7 +256,6 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class LearningSettings:
     _argument_group_name = "learning"
-
     rounds: int = setting(
         2, "rounds of sampling and learning; the first samples the untouched model", at_least=1
     )
@@ -295,7 +288,6 @@ class LearningSettings:
 @dataclass(kw_only=True)
 class LossSettings:
     _argument_group_name = "loss"
-
     kl_coef: float = setting(
         1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
     )
@@ -331,7 +323,6 @@ class LossSettings:
 @dataclass(kw_only=True)
 class EvaluationSettings:
     _argument_group_name = "evaluation"
-
     eval_samples: int = setting(
         5, "completions a held-out prompt and sampling mode", at_least=1, free="resume"
     )
@@ -353,7 +344,6 @@ class EvaluationSettings:
 @dataclass(kw_only=True)
 class MachineSettings:
     _argument_group_name = "machine"
-
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto",
         "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",

@@ -105,7 +105,7 @@ def exit_status(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OtherProcessFailed:
-        # A launcher ends all processes when the first does: that is to be the one that tells why.
+        # A launcher ends all processes when the first one ends: give that one time to print its error.
         time.sleep(2)
         return 2
     except KeyboardInterrupt as stop:  # the trainer's own says how to go on
@@ -115,7 +115,7 @@ def exit_status(command: Callable[[], None]) -> int:
 
 
 def command(run: Callable[[Sequence[str], Terminal], None]) -> Callable[..., int]:
-    """The command that does this: ``main(arguments)``, by default the command line's, gives its exit status."""
+    """A command: ``main(arguments)``, by default those of the command line, returns its exit status."""
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:
