@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quark_fast.config import Config, Parser, parse
+from quark_fast.arguments import Parser, parse
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, exit_status
+from quark_fast.terminal import Display, Terminal, command
 
 PROGRAM = "python -m quark_fast.ablate"
 
@@ -34,25 +37,29 @@ def parser() -> argparse.ArgumentParser:
 
 def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
     """The points by axis with their settings, and the number of runs."""
-    from quark_fast.ablation.axes import points, runs
+    from quark_fast.ablation.axes import distinct_settings, points_of
 
-    grid = points(base, axes)
+    points = points_of(base, axes)
     lines = []
     for axis in axes:
         lines.append(f"{axis}:")
-        for point in (point for point in grid if point.axis == axis):
-            settings = "  ".join(f"--{k.replace('_', '-')} {v}" for k, v in point.settings.items())
-            lines.append(f"  {point.value:24}{settings or 'the base'}")
-    count = len(runs(grid))
+        for point in (point for point in points if point.axis == axis):
+            lines.append(f"  {point.value:24}{_as_flags(point.settings) or 'the base'}")
+    count = len(distinct_settings(points))
     lines.append(f"{count} runs a seed (shared points run once), {count * len(seeds)} in all")
     return "\n".join(lines)
 
 
-def run(arguments: Sequence[str], console: Terminal) -> None:
+def _as_flags(settings: Mapping[str, Any]) -> str:
+    return "  ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+@command
+def main(arguments: Sequence[str], console: Terminal) -> None:
     """Run or list the grid, then show its table."""
     from quark_fast.ablation.axes import DEFAULTS, usual_axes
 
-    own, settings = parser().parse_known_args(list(arguments))
+    own, settings = parser().parse_known_args(arguments)
     seeds = _seeds(own.seeds)
     base = parse(settings, PROGRAM, DEFAULTS)
     axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else usual_axes(base)
@@ -61,18 +68,15 @@ def run(arguments: Sequence[str], console: Terminal) -> None:
     if base.seed:
         raise UsageError(f"seed = {base.seed}; a grid has --seeds {base.seed}")
     if own.help:
-        defaults = "  ".join(f"--{k.replace('_', '-')} {v}" for k, v in DEFAULTS.items())
         console.print(parser().format_help())
         console.print(
             "Every other option is a setting of the base (python -m quark_fast.train --help); its defaults"
-            f" here: {defaults}\n"
+            f" here: {_as_flags(DEFAULTS)}\n"
         )
+    if own.help or own.dry_run:
         console.print(listing(base, axes, seeds), soft_wrap=True)
-        return
-    if own.dry_run:
-        console.print(listing(base, axes, seeds), soft_wrap=True)
-        return
-    _run(base, axes, seeds, console)
+    else:
+        _run(base, axes, seeds, console)
 
 
 def _seeds(text: str) -> list[int]:
@@ -83,14 +87,11 @@ def _seeds(text: str) -> list[int]:
 
 
 def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Terminal) -> None:
-    import json
-
     from quark_fast.ablation.grid import run_grid
     from quark_fast.ablation.table import table
     from quark_fast.report.results import scorer_line
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
-    from quark_fast.train import Display
 
     quiet_libraries()
     keep_freed_memory()
@@ -104,12 +105,6 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Termi
         shown.add_row(*line)
     console.print(shown)
     console.print(f"{folder / 'ablations.md'}, {folder / 'ablations.svg'}, {folder / 'ablations.json'}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped: run it again."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: run(given, Terminal()))
 
 
 if __name__ == "__main__":

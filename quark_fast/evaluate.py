@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from quark_fast.config import Parser, add_scorer
+from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, exit_status
+from quark_fast.terminal import Terminal, command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,26 +79,26 @@ def parser() -> argparse.ArgumentParser:
 OUTPUTS = ("json", "markdown", "html")
 
 
-def run(arguments: argparse.Namespace, console: Terminal) -> None:
+@command
+def main(arguments: Sequence[str], console: Terminal) -> None:
     """Evaluate every subject, print the tables and write them."""
-    from quark_fast.evaluation.saved_tables import samples_path
-    from quark_fast.evaluation.side_by_side import Evaluator
-    from quark_fast.files.atomic import replacing
-    from quark_fast.report.page import comparison_page
-    from quark_fast.report.results import headline
-    from quark_fast.report.tables import markdown_page, results_table, tables
-    from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
-
-    settings = vars(arguments).copy()
+    asked = parser().parse_args(arguments)
+    settings = vars(asked).copy()
     threads, subjects = settings.pop("threads"), settings.pop("subjects")
     files = {name: Path(given) for name in OUTPUTS if (given := settings.pop(name))}
     _check_files(files, subjects)
-    if arguments.samples is not None and arguments.samples < 1:
-        raise UsageError(f"--samples {arguments.samples}: give at least 1")
-    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
-        raise UsageError(f"--top-p {arguments.top_p}: give a share in (0, 1]")
-    if not 0 <= arguments.seed < 2**63:
-        raise UsageError(f"--seed {arguments.seed}: give a number from 0 to 2**63 - 1")
+    if asked.samples is not None and asked.samples < 1:
+        raise UsageError(f"--samples {asked.samples}: give at least 1")
+    if asked.top_p is not None and not 0 < asked.top_p <= 1:
+        raise UsageError(f"--top-p {asked.top_p}: give a share in (0, 1]")
+    if not 0 <= asked.seed < 2**63:
+        raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
+    from quark_fast.evaluation.side_by_side import Evaluator
+    from quark_fast.files.atomic import replacing
+    from quark_fast.report.results import headline
+    from quark_fast.report.tables import results_table, tables
+    from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
+
     quiet_libraries()
     set_threads(threads)
     bar = Progress(console=console, disable=not console.is_terminal)
@@ -118,22 +119,30 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     console.print(headline(made.table))
     for title, table in tables(made.table):
         console.print(results_table(table, title))
-    texts = {}
-    record = versions(evaluator.device)
-    if "json" in files:
-        whole = made.table | {"versions": record}
-        texts[files["json"]] = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
-        texts[samples_path(files["json"])] = "".join(
-            json.dumps(row, ensure_ascii=False) + "\n" for row in made.samples
-        )
-    if "markdown" in files:
-        texts[files["markdown"]] = markdown_page(made.table)
-    if "html" in files:
-        texts[files["html"]] = comparison_page(made.table, made.samples, record)
-    for path, text in texts.items():
+    for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
         with replacing(path) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         console.print(f"written: {path}")
+
+
+def _texts(
+    files: dict[str, Path], table: dict[str, Any], samples: list[dict[str, Any]], record: dict[str, Any]
+) -> dict[Path, str]:
+    """What stands in each file asked for, and in that of the samples."""
+    from quark_fast.evaluation.saved_tables import samples_path
+    from quark_fast.report.page import comparison_page
+    from quark_fast.report.tables import markdown_page
+
+    texts = {}
+    if path := files.get("json"):
+        texts[path] = json.dumps(table | {"versions": record}, indent=2, ensure_ascii=False) + "\n"
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        texts[samples_path(path)] = "".join(lines)
+    if path := files.get("markdown"):
+        texts[path] = markdown_page(table)
+    if path := files.get("html"):
+        texts[path] = comparison_page(table, samples, record)
+    return texts
 
 
 def _check_files(files: dict[str, Path], subjects: Sequence[str]) -> None:
@@ -153,10 +162,6 @@ def _check_files(files: dict[str, Path], subjects: Sequence[str]) -> None:
             raise UsageError(f"{flag}: this is the run's own {path.name}; name another file")
     if len({path.resolve() for path in files.values()}) < len(files):
         raise UsageError(f"{', '.join(f'--{name}' for name in files)} name one file; give each its own")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(parser().parse_args(arguments), Terminal()))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from quark_fast.config import Parser
+from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, exit_status
+from quark_fast.terminal import Terminal, command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +45,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: argparse.Namespace, console: Terminal) -> None:
+@command
+def main(arguments: Sequence[str], console: Terminal) -> None:
     """Sample both models on every prompt and print them side by side."""
+    asked = parser().parse_args(arguments)
+    if asked.samples is None:
+        asked.samples = 3 if asked.temperature else 1
+    _check(asked)
     from quark_fast.evaluation.trained_run import open_run
     from quark_fast.files.safe_text import clean
     from quark_fast.report.texts import mask_profanity
@@ -54,32 +59,22 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
     from quark_fast.rollout.transformers import sample
     from quark_fast.runtime.machine import quiet_libraries, set_threads
 
-    if arguments.samples is None:
-        arguments.samples = 3 if arguments.temperature else 1
-    if arguments.samples < 1 or arguments.max_new_tokens < 1 or not 0 < arguments.top_p <= 1:
-        raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
-    if not (math.isfinite(arguments.temperature) and arguments.temperature >= 0):
-        raise UsageError(f"--temperature {arguments.temperature}: give at least 0, which is greedy")
-    if arguments.temperature == 0 and arguments.samples > 1:
-        raise UsageError(f"--samples {arguments.samples}: greedy ones are all the same; give 1")
-    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
-        raise UsageError(f"--guidance {arguments.guidance}: give a number, 1 for the best token alone")
     quiet_libraries()
-    set_threads(arguments.threads)
-    finished = open_run(Path(arguments.run), arguments.trust_remote_code)
+    set_threads(asked.threads)
+    finished = open_run(Path(asked.run), asked.trust_remote_code)
     policy = finished.policy
     best = policy.quantiles - 1
-    quantile = best if arguments.quantile is None else arguments.quantile
+    quantile = best if asked.quantile is None else asked.quantile
     if not 0 <= quantile <= best:
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
-    guidance = finished.guidance if arguments.guidance is None else arguments.guidance
-    sampling = Sampling(arguments.max_new_tokens, 1, arguments.temperature, arguments.top_p)
-    prompts = [policy.encode(text) for text in arguments.prompts]
-    policy.check_fits(prompts, arguments.max_new_tokens)
+    guidance = finished.guidance if asked.guidance is None else asked.guidance
+    sampling = Sampling(asked.max_new_tokens, 1, asked.temperature, asked.top_p)
+    prompts = [policy.encode(text) for text in asked.prompts]
+    policy.check_fits(prompts, asked.max_new_tokens)
 
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
         texts: list[list[str]] = [[] for _ in prompts]
-        request = SampleRequest(prompts, conditioning, sampling, arguments.samples, arguments.seed)
+        request = SampleRequest(prompts, conditioning, sampling, asked.samples, asked.seed)
         for indices, drawn in sample(policy, model, request):
             for i, group in zip(indices, drawn, strict=True):
                 texts[i] = [policy.decode(completion, prompts[i]) for completion in group]
@@ -87,18 +82,26 @@ def run(arguments: argparse.Namespace, console: Terminal) -> None:
 
     before = completions(finished.reference, Conditioning())
     after = completions(policy.model, Conditioning(quantile, 0 if quantile else best, guidance))
-    show = clean if arguments.show_offensive else mask_profanity
-    for i, prompt in enumerate(arguments.prompts):
+    show = clean if asked.show_offensive else mask_profanity
+    for prompt, lefts, rights in zip(asked.prompts, before, after, strict=True):
         table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
         table.add_column("untouched", ratio=1, overflow="fold")
         table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1, overflow="fold")
-        for left, right in zip(before[i], after[i], strict=True):
+        for left, right in zip(lefts, rights, strict=True):
             table.add_row(show(left), show(right))
         console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: run(parser().parse_args(arguments), Terminal()))
+def _check(asked: argparse.Namespace) -> None:
+    """Raise UsageError for a flag that cannot be, before anything is loaded."""
+    if asked.samples < 1 or asked.max_new_tokens < 1 or not 0 < asked.top_p <= 1:
+        raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
+    if not (math.isfinite(asked.temperature) and asked.temperature >= 0):
+        raise UsageError(f"--temperature {asked.temperature}: give at least 0, which is greedy")
+    if asked.temperature == 0 and asked.samples > 1:
+        raise UsageError(f"--samples {asked.samples}: greedy ones are all the same; give 1")
+    if asked.guidance is not None and not math.isfinite(asked.guidance):
+        raise UsageError(f"--guidance {asked.guidance}: give a number, 1 for the best token alone")
 
 
 if __name__ == "__main__":

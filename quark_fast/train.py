@@ -5,76 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
-from quark_fast.config import Config, parse
-from quark_fast.terminal import Terminal, exit_status
-
-LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar
+from quark_fast.arguments import parse
+from quark_fast.config import Config
+from quark_fast.terminal import Display, Terminal, command
 
 
-class Display:
-    """The live display: one bar for the stage, one line of its latest numbers, a line a finished stage.
-
-    In a log file: a line a finished stage, and one a minute on the way there.
-    """
-
-    def __init__(self, console: Terminal) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.numbers = Text("")
-        self.live = Live(Group(self.bar, self.numbers), console=console, refresh_per_second=4)
-        self.stage, self.begun, self.logged = "", 0.0, 0.0
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Live while the work goes on; what ends it early has a line of its own."""
-        try:
-            with self.live:
-                yield
-        except BaseException:
-            if not self.console.is_terminal:  # rich ends its last line on a terminal alone
-                self.console.line()
-            raise
-
-    def __call__(self, event: object) -> None:
-        from quark_fast.training.progress import Progress as Event
-
-        assert isinstance(event, Event)
-        if event.note:
-            self.console.print(event.note, markup=False)
-        if event.stage != self.stage:
-            for task in self.bar.task_ids:
-                self.bar.remove_task(task)
-            self.bar.add_task(event.stage, total=event.total)
-            self.stage = event.stage
-            self.begun = self.logged = time.monotonic()
-        self.bar.update(self.bar.task_ids[0], completed=event.done)
-        shown = event.shown_numbers
-        self.numbers.plain = "  " + shown
-        if event.done >= event.total:
-            # What a log file keeps of the stage.
-            self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
-        elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
-            self.logged = time.monotonic()
-            self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")
-
-
-def run(arguments: Sequence[str]) -> None:
+@command
+def main(arguments: Sequence[str], console: Terminal) -> None:
     """Train, then show the table and three before/after texts; of several processes the first shows."""
+    logging.basicConfig(level=logging.WARNING)
 
     def parsed() -> Config:
         return parse(arguments, "python -m quark_fast.train")
@@ -87,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     processes = Processes.join()
     if config is None:
         config = processes.together(parsed)
-    console = Terminal(quiet=not processes.main)
+    console.quiet = not processes.main
     from quark_fast.report.columns import scores_are_rewards
     from quark_fast.report.files import read_run
     from quark_fast.report.results import after_names, headline
@@ -125,13 +66,6 @@ def run(arguments: Sequence[str]) -> None:
     console.print(texts)
     console.print(f"report:   {folder / 'report.html'}")
     console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on standard error), 130 stopped and resumable."""
-    logging.basicConfig(level=logging.WARNING)
-    given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: run(given))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ import yaml
 from conftest import export, save_tiny_model
 from rich.text import Text
 
-from quark_fast.config import Config, load_config, parse
+from quark_fast.arguments import load_config, parse
+from quark_fast.config import Config
 from quark_fast.data.prompts import load_prompts
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.side_by_side import Evaluator

@@ -20,14 +20,14 @@ from conftest import save_tiny_classifier, save_tiny_model
 from transformers import AutoTokenizer, pipeline
 
 from quark_fast import evaluate, generate, train
-from quark_fast.config import load_config
+from quark_fast.arguments import load_config
 from quark_fast.data import assets
 from quark_fast.data.assets import AssetError
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
-from quark_fast.terminal import Terminal
+from quark_fast.terminal import Display, Terminal
 from quark_fast.training.explore import Explorer
 from quark_fast.training.learn import Learner
 from quark_fast.training.progress import Progress
@@ -576,11 +576,11 @@ def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def log_of_a_stage(every_s: float) -> str:
-        monkeypatch.setattr(train, "LOG_EVERY_S", every_s)
+        monkeypatch.setattr("quark_fast.terminal.LOG_EVERY_S", every_s)
         file = io.StringIO()
         console = Terminal(file=file, width=20)
         console.print("run folder /a/folder/whose/path/is/longer/than/the/line")
-        display = train.Display(console)
+        display = Display(console)
         for done in (1, 2, 3):
             display(Progress("sampling", done, 3, {"reward": done / 4}))
         return file.getvalue()

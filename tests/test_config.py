@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from quark_fast.config import TASK_DEFAULTS, Config, load_config, parse
+from quark_fast.arguments import load_config, parse
+from quark_fast.config import TASK_DEFAULTS, Config
 from quark_fast.errors import UsageError
 
 

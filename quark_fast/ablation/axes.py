@@ -11,8 +11,6 @@ from typing import Any
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 
-Row = dict[str, Any]
-
 # What the points of a grid have otherwise than a run of its own: a quarter of the steps, one way of sampling.
 DEFAULTS: dict[str, Any] = {
     "output": "runs/ablations",
@@ -24,22 +22,8 @@ DEFAULTS: dict[str, Any] = {
     "eval_modes": "best",
 }
 
-# Settings that may be others when a grid goes on: no number depends on them.
-FREE = {
-    "output",
-    "resume",
-    "seed",
-    "threads",
-    "micro_batch",
-    "checkpoint_every",
-    "show_offensive",
-    "reward_cache",
-    "reward_batch",
-    "reward_concurrency",
-    "reward_timeout",
-    "reward_retries",
-    "reward_backoff",
-}
+# Settings that may be others when a grid goes on: no number depends on them, and each run has its own seed.
+FREE = {"seed"} | {field.name for field in dataclasses.fields(Config) if field.metadata["free"] == "grid"}
 
 
 @dataclass(frozen=True)
@@ -156,7 +140,7 @@ def usual_axes(base: Config) -> list[str]:
     return [name for name in AXES if name != "unlikelihood" or base.unlikelihood_coef]
 
 
-def points(base: Config, axes: Sequence[str]) -> list[Point]:
+def points_of(base: Config, axes: Sequence[str]) -> list[Point]:
     """The points of the axes, in order; one that stands on several axes stands here once for each.
 
     Raises:
@@ -181,10 +165,10 @@ def points(base: Config, axes: Sequence[str]) -> list[Point]:
     return found
 
 
-def runs(grid: Sequence[Point]) -> list[dict[str, Any]]:
+def distinct_settings(points: Sequence[Point]) -> list[dict[str, Any]]:
     """The settings of each different point, the base first: it is what the others are compared with."""
     unique: dict[str, dict[str, Any]] = {name_of({}): {}}
-    for point in grid:
+    for point in points:
         unique.setdefault(point.name, point.settings)
     return list(unique.values())
 
@@ -193,5 +177,5 @@ def run_path(folder: Path, seed: int, settings: Mapping[str, Any]) -> Path:
     return folder / f"seed-{seed}" / name_of(settings)
 
 
-def binding(base: Config) -> Row:
+def binding(base: Config) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(base).items() if name not in FREE}

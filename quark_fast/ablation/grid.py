@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quark_fast.ablation.axes import binding, name_of, points, run_path, runs
-from quark_fast.ablation.summary import write_results
+from quark_fast.ablation.axes import binding, distinct_settings, name_of, points_of, run_path
+from quark_fast.ablation.plot import plot
+from quark_fast.ablation.summary import summarise
+from quark_fast.ablation.table import markdown
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.files.atomic import replacing
@@ -18,8 +20,6 @@ from quark_fast.rollout.shared_samples import SharedSamples
 from quark_fast.runtime.machine import settled_precision
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.trainer import Trainer
-
-# --- running ----------------------------------------------------------------------------------------
 
 
 def run_grid(
@@ -32,8 +32,8 @@ def run_grid(
 ) -> Path:
     """Run what is not finished of the grid in ``base.output``, and write its table and plot.
 
-    A point is a run folder ``seed-N/SETTINGS`` of its own. All take the untouched model's samples of a seed
-    from one place, which changes no number (``shared_samples.SharedSamples``). Calling this again goes on
+    A point is a run folder ``seed-N/SETTINGS`` of its own. All take the base model's samples of a seed
+    from one folder, which changes no number (``shared_samples.SharedSamples``). Calling this again goes on
     where the last call ended, also within a point, and may have other axes or seeds; the table has those of
     the last call.
 
@@ -46,14 +46,14 @@ def run_grid(
     """
     if not seeds or not axes:
         raise UsageError("a grid needs at least one axis and one seed")
-    grid = points(base, axes)
+    points = points_of(base, axes)
     folder = base.output_folder
     base = _begin(folder, base)
     sampler = SharedSamples(folder / "untouched")
-    wanted = [(seed, settings) for seed in seeds for settings in runs(grid)]
-    for place, (seed, settings) in enumerate(wanted, start=1):
+    wanted = [(seed, settings) for seed in seeds for settings in distinct_settings(points)]
+    for number, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)
-        line = f"run {place}/{len(wanted)}: seed {seed}, {name_of(settings)}"
+        line = f"run {number}/{len(wanted)}: seed {seed}, {name_of(settings)}"
         if RunFolder(path).finished:
             about(f"{line}: finished")
             continue
@@ -65,7 +65,8 @@ def run_grid(
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
         gc.collect()  # two models and an optimizer, in circles
-    return write_results(folder, base, grid, seeds)
+    _write(folder, summarise(folder, base, points, seeds))
+    return folder
 
 
 def _begin(folder: Path, base: Config) -> Config:
@@ -96,3 +97,13 @@ def _begin(folder: Path, base: Config) -> Config:
                 " give it its own, or choose another --output"
             )
     return base
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    for name, text in (
+        ("ablations.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"),
+        ("ablations.md", markdown(results)),
+        ("ablations.svg", plot(results)),
+    ):
+        with replacing(folder / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")

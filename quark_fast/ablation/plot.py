@@ -2,72 +2,117 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from quark_fast.ablation.axes import Row
-from quark_fast.ablation.table import headline_title, perplexity_title, spread
+from quark_fast.ablation.table import headline_title, perplexity_title
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "quark_fast",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+BEFORE_COLOUR, BASE_COLOUR, POINT_COLOUR = "#777a82", "#1f2024", "#0b6fae"
 
 
-def plot(results: Row) -> str:
+@dataclass(frozen=True)
+class _Mark:
+    """A dot of a panel, with the interval of its height where there is one."""
+
+    name: str
+    x: float
+    y: float
+    colour: str
+    interval: tuple[float, float] | None = None
+
+
+def plot(results: dict[str, Any]) -> str:
     """``ablations.svg``: for each axis the headline metric against perplexity, and against KL."""
-    import io
-
     import matplotlib
     from matplotlib.figure import Figure
 
     axes = list(dict.fromkeys(point["axis"] for point in results["points"]))
-    before = results["untouched"]
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "quark_fast",
-        "text.parse_math": False,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(settings):
+    x_titles = {"perplexity": perplexity_title(results), "kl": "KL, nats a token"}
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(axes), 6.2), layout="constrained", facecolor="white")
         panels = figure.subplots(2, len(axes), sharey=True, sharex="row", squeeze=False)
-        labels: dict[Any, list[tuple[str, float, float, str]]] = {}
+        drawn = []
         for column, axis in enumerate(axes):
-            rows = [point for point in results["points"] if point["axis"] == axis]
             panels[0][column].set_title(axis)
-            for panel, key, start in (
-                (panels[0][column], "perplexity", before["perplexity"]),
-                (panels[1][column], "kl", 0.0),
-            ):
-                panel.axhline(before["headline"], color="#777a82", lw=1, ls=(0, (2, 3)))
-                panel.plot(start, before["headline"], "o", color="#777a82", ms=5)
-                labels[panel] = [("untouched", start, before["headline"], "#777a82")]
-                panel.set_xlabel(perplexity_title(results) if key == "perplexity" else "KL, nats a token")
+            for row, (key, title) in enumerate(x_titles.items()):
+                panel, marks = panels[row][column], list(_marks(results, axis, key))
+                panel.set_xlabel(title)
                 panel.margins(0.15, 0.12)
-                for point in rows:
-                    x, y = point["mean"][key], point["mean"]["headline"]
-                    if x is None or y is None:
-                        continue
-                    colour = "#1f2024" if point["run"] == "base" else "#0b6fae"
-                    change = point["change"]
-                    if change["low"] is not None:
-                        bounds = [before["headline"] + change[end] for end in ("low", "high")]
-                        panel.plot([x, x], bounds, color=colour, lw=1, alpha=0.35)
-                    panel.plot(x, y, "o", color=colour, ms=5)
-                    labels[panel].append((point["value"], x, y, colour))
+                _draw(panel, marks)
+                drawn.append((panel, marks))
         for row in panels:
             row[0].set_ylabel(headline_title(results))
-        # Beside the panel, where they hide no point, each with a line to its own.
-        for panel, named in labels.items():
-            low, high = panel.get_ylim()
-            heights = spread([y for _, _, y, _ in named], 0.075 * (high - low))
-            for (name, x, y, colour), height in zip(named, heights, strict=True):
-                panel.annotate(
-                    name,
-                    (x, y),
-                    (1.04, (height - low) / (high - low)),
-                    textcoords="axes fraction",
-                    va="center",
-                    color=colour,
-                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
-                )
+        for panel, marks in drawn:  # now that each panel's limits, which they share, are known
+            _label(panel, marks)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[_Mark]:
+    """The base model, then the points of an axis that have both numbers."""
+    before = results["untouched"]
+    yield _Mark("untouched", before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
+    for point in results["points"]:
+        x, y = point["mean"][key], point["mean"]["headline"]
+        if point["axis"] != axis or x is None or y is None:
+            continue
+        colour = BASE_COLOUR if point["run"] == "base" else POINT_COLOUR
+        low, high = point["change"]["low"], point["change"]["high"]
+        interval = None if low is None else (before["headline"] + low, before["headline"] + high)
+        yield _Mark(point["value"], x, y, colour, interval)
+
+
+def _draw(panel: Any, marks: Sequence[_Mark]) -> None:
+    panel.axhline(marks[0].y, color=BEFORE_COLOUR, lw=1, ls=(0, (2, 3)))
+    for mark in marks:
+        if mark.interval:
+            panel.plot([mark.x, mark.x], mark.interval, color=mark.colour, lw=1, alpha=0.35)
+        panel.plot(mark.x, mark.y, "o", color=mark.colour, ms=5)
+
+
+def _label(panel: Any, marks: Sequence[_Mark]) -> None:
+    """Name the dots beside the panel, where the names hide none, each with a line to its own."""
+    low, high = panel.get_ylim()
+    heights = spread([mark.y for mark in marks], 0.075 * (high - low))
+    for mark, height in zip(marks, heights, strict=True):
+        panel.annotate(
+            mark.name,
+            (mark.x, mark.y),
+            (1.04, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            color=mark.colour,
+            arrowprops={"arrowstyle": "-", "color": mark.colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
+    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
+
+    def middle(stack: Sequence[int]) -> float:
+        return sum(heights[i] for i in stack) / len(stack)
+
+    for i in sorted(range(len(heights)), key=heights.__getitem__):
+        stacks.append([i])
+        while len(stacks) > 1:
+            below, above = stacks[-2:]
+            if middle(above) - middle(below) >= gap * len(above) / 2 + gap * len(below) / 2:
+                break
+            stacks[-2:] = [below + above]
+    moved = [0.0] * len(heights)
+    for stack in stacks:
+        for index, i in enumerate(stack):
+            moved[i] = middle(stack) + gap * (index - (len(stack) - 1) / 2)
+    return moved

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from quark_fast.ablation.axes import Row
 from quark_fast.report.columns import COLUMNS, scores_are_rewards
 from quark_fast.report.results import scorer_line
 
-# --- table ------------------------------------------------------------------------------------------
 
-
-def headline_title(results: Row) -> str:
+def headline_title(results: dict[str, Any]) -> str:
     """What the headline metric is called."""
     title = next(column.title for column in COLUMNS if column.key == results["headline"])
     return title.format(property=results["property"], target=results["target"], threshold=".5")
 
 
-def perplexity_title(results: Row) -> str:
+def perplexity_title(results: dict[str, Any]) -> str:
     return "perplexity of text" if results["perplexity_of"] == "text_perplexity" else "perplexity"
 
 
-def table(results: Row) -> list[list[str]]:
+def table(results: dict[str, Any]) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
     before = results["untouched"]
-    plain = results["headline"] == "mean" and scores_are_rewards(results)
-    lines = [
+    named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
+    # A mean reward may be 0 or below.
+    change = _difference if results["headline"] == "mean" and scores_are_rewards(results) else _percent
+    return [
         [
             "axis",
             "point",
@@ -47,29 +46,26 @@ def table(results: Row) -> list[list[str]]:
             _number(before["dist3"], 2),
             *[""] * 2,
         ],
+        *(_line(point, change(point["change"]), named) for point in results["points"]),
     ]
-    named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
-    for point in results["points"]:
 
-        def shown(key: str, digits: int, point: Row = point) -> str:
-            return _number(point["mean"][key], digits, point["deviation"][key])
 
-        lines.append(
-            [
-                point["axis"],
-                point["value"] + (" (base)" if point["run"] == "base" else ""),
-                shown("headline", 3),
-                # A mean reward may be 0 or below.
-                _difference(point["change"]) if plain else _percent(point["change"]),
-                "" if point["difference"] is None else named[point["against"]],
-                "" if point["difference"] is None else _difference(point["difference"]),
-                f"{shown('perplexity', 1)} ({_percent(point['perplexity_change'], short=True)})",
-                shown("dist3", 2),
-                shown("kl", 3),
-                shown("rank_correlation", 2),
-            ]
-        )
-    return lines
+def _line(point: dict[str, Any], change: str, named: dict[str, str]) -> list[str]:
+    def shown(key: str, digits: int) -> str:
+        return _number(point["mean"][key], digits, point["deviation"][key])
+
+    return [
+        point["axis"],
+        point["value"] + (" (base)" if point["run"] == "base" else ""),
+        shown("headline", 3),
+        change,
+        "" if point["difference"] is None else named[point["against"]],
+        "" if point["difference"] is None else _difference(point["difference"]),
+        f"{shown('perplexity', 1)} ({_percent(point['perplexity_change'], short=True)})",
+        shown("dist3", 2),
+        shown("kl", 3),
+        shown("rank_correlation", 2),
+    ]
 
 
 def _number(value: float | None, digits: int, deviation: float | None = None) -> str:
@@ -79,7 +75,7 @@ def _number(value: float | None, digits: int, deviation: float | None = None) ->
     return f"{value:.{digits}f}{spread}"
 
 
-def _percent(change: Row, short: bool = False) -> str:
+def _percent(change: dict[str, Any], short: bool = False) -> str:
     values = [change["relative"], change["relative_low"], change["relative_high"]]
     if None in values:
         return ""
@@ -87,11 +83,11 @@ def _percent(change: Row, short: bool = False) -> str:
     return f"{middle}%" if short else f"{middle}% [{low}, {high}]"
 
 
-def _difference(change: Row) -> str:
+def _difference(change: dict[str, Any]) -> str:
     return f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
 
 
-def markdown(results: Row) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """``ablations.md``: the table and what its columns are."""
     head, *lines = table(results)
     seeds = ", ".join(map(str, results["seeds"]))
@@ -121,31 +117,3 @@ def markdown(results: Row) -> str:
             "",
         ]
     )
-
-
-# --- plot -------------------------------------------------------------------------------------------
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
-
-    def middle(stack: Sequence[int]) -> float:
-        return sum(heights[i] for i in stack) / len(stack)
-
-    def reach(stack: Sequence[int]) -> float:
-        return gap * len(stack) / 2
-
-    for i in order:
-        stacks.append([i])
-        while len(stacks) > 1:
-            below, above = stacks[-2:]
-            if middle(above) - middle(below) >= reach(above) + reach(below):
-                break
-            stacks[-2:] = [below + above]
-    placed = [0.0] * len(heights)
-    for stack in stacks:
-        for place, i in enumerate(stack):
-            placed[i] = middle(stack) + gap * (place - (len(stack) - 1) / 2)
-    return placed

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from quark_fast.config import Config, load_config
+from quark_fast.arguments import load_config
+from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (

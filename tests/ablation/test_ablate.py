@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast import ablate
-from quark_fast.ablation import axes, grid, table
+from quark_fast.ablation import axes, grid, plot
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.training.progress import Progress
@@ -42,7 +42,7 @@ def started(folder: Path) -> list[str]:
 
 def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None:
     config = Config()
-    found = axes.points(config, axes.usual_axes(config))
+    found = axes.points_of(config, axes.usual_axes(config))
     assert {p.value: p.settings for p in found if p.axis == "kl"} == {
         "beta 0": {"kl_coef": 0.0},
         "beta 0.25": {"kl_coef": 0.25},
@@ -56,13 +56,13 @@ def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None
             settings = {"rounds": config.rounds, "steps": config.steps, **point.settings}
             assert settings["rounds"] * settings["steps"] == config.rounds * config.steps
     assert [p.settings for p in found].count({}) == 5, "the base stands on each axis"
-    unique = axes.runs(found)
+    unique = axes.distinct_settings(found)
     assert unique[0] == {} and unique.count({}) == 1
     assert len(unique) == len(found) - 4
 
 
 def test_selection_is_compared_within_the_papers_loss() -> None:
-    found = {p.value: p for p in axes.points(Config(), ["selection"])}
+    found = {p.value: p for p in axes.points_of(Config(), ["selection"])}
     best = found["best, no contrast"]
     assert best.against == found["equal, no contrast"].settings
     assert Config(**best.settings).weights() == [0, 0, 0, 0, 1]
@@ -72,7 +72,7 @@ def test_selection_is_compared_within_the_papers_loss() -> None:
 def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
     config = Config(task="repetition")
     assert axes.usual_axes(config) == list(axes.AXES)
-    both, quark, unlikelihood = axes.points(config, ["unlikelihood"])
+    both, quark, unlikelihood = axes.points_of(config, ["unlikelihood"])
     assert both.settings == {}
     assert quark.settings == {"unlikelihood_coef": 0.0}
     assert unlikelihood.settings["quantiles"] == 1 and unlikelihood.settings["contrast_coef"] == 0
@@ -93,7 +93,7 @@ def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
 )
 def test_axis_that_the_base_cannot_have_is_refused(settings: dict[str, Any], axis: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        axes.points(Config(**settings), [axis])
+        axes.points_of(Config(**settings), [axis])
 
 
 def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
@@ -223,14 +223,14 @@ def test_runs_of_two_scorers_are_refused_in_one_table(
 
 
 def test_labels_that_would_touch_are_moved_apart_about_their_middle_and_no_others() -> None:
-    assert table.spread([0.5, 0.1, 0.9], 0.2) == [0.5, 0.1, 0.9]
-    assert table.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
-    assert table.spread([0.32, 0.3, 0.9], 0.1) == pytest.approx([0.36, 0.26, 0.9])
+    assert plot.spread([0.5, 0.1, 0.9], 0.2) == [0.5, 0.1, 0.9]
+    assert plot.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert plot.spread([0.32, 0.3, 0.9], 0.1) == pytest.approx([0.36, 0.26, 0.9])
     # The first two, moved apart, come to touch the third.
-    assert table.spread([0.0, 0.05, 0.13], 0.1) == pytest.approx([-0.04, 0.06, 0.16])
+    assert plot.spread([0.0, 0.05, 0.13], 0.1) == pytest.approx([-0.04, 0.06, 0.16])
     for seed in range(50):
         heights = np.random.default_rng(seed).random(12)
-        placed = np.array(table.spread(heights.tolist(), 0.05))
+        placed = np.array(plot.spread(heights.tolist(), 0.05))
         assert (np.argsort(placed) == np.argsort(heights)).all()
         assert (np.diff(np.sort(placed)) > 0.05 - 1e-9).all()
         assert placed.mean() == pytest.approx(heights.mean())

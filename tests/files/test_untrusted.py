@@ -33,7 +33,7 @@ from quark_fast.report.tables import before_after, markdown_table, results_table
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
 from quark_fast.tasks.by_name import refuse_code_of
-from quark_fast.terminal import Terminal, exit_status
+from quark_fast.terminal import Display, Terminal, exit_status
 from quark_fast.training.progress import Progress as Event
 from quark_fast.training.trainer import Trainer
 
@@ -86,7 +86,7 @@ def test_tables_titles_headers_and_plain_lines_obey_no_markup_and_no_escape_code
 
 def test_progress_lines_obey_no_markup_and_no_escape_code() -> None:
     console, file = terminal()
-    display = train.Display(console)
+    display = Display(console)
     with display.live:
         display(Event(HOSTILE, 1, 2, {HOSTILE: 0.5}))
         display(Event(HOSTILE, 2, 2, {HOSTILE: 0.5}))

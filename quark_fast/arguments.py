@@ -1,0 +1,206 @@
+"""Flags and YAML files, from which a run's settings come."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
+
+from quark_fast.config import TASK_DEFAULTS, Config
+from quark_fast.errors import UsageError
+from quark_fast.files.safe_read import TooLarge, read_bytes
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything else here does, not by a page of usage.
+
+    A flag is written out: the beginning of one is a typing error.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **({"allow_abbrev": False} | options))
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows every option")
+
+
+class _Help(argparse.HelpFormatter):
+    """Flags with dashes, and every default but None and "", whose meaning the help text itself gives."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # HfArgumentParser makes each flag twice, and an optional value of every switch.
+        flags = ", ".join(flag for flag in action.option_strings if "_" not in flag)
+        if action.nargs in (0, "?"):
+            return flags
+        letters: dict[Any, str] = {int: "N", float: "X"}
+        value = letters.get(action.type, action.dest.upper())
+        return f"{flags} {self._format_args(action, value)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = action.default not in (None, "", argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if known else action.help
+
+
+class _ConfigParser(Parser, HfArgumentParser):
+    """One flag for each field of ``Config``, whose type is that of its value in a YAML file, too."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(
+            Config.__bases__[::-1],
+            prog=program,
+            usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
+            description="Unlearn a property (Quark).",
+            formatter_class=_Help,
+        )
+        self._optionals.title = "help, settings from a file"
+        self.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
+        add_scorer(next(group for group in self._action_groups if group.title == "reward"))
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+        flag = copy.copy(field)  # argparse is given all metadata
+        flag.metadata = {"help": field.metadata["help"]}  # type: ignore[assignment]
+        HfArgumentParser._parse_dataclass_field(parser, flag)
+
+    def typed(self, name: str, value: Any) -> Any:
+        """The YAML value in the setting's type; YAML reads 1e-3 as a text and 1 as an integer.
+
+        Raises:
+            ValueError: it is of no such type.
+        """
+        flag = self._option_string_actions[f"--{name}"]
+        if value is None and flag.default is None:
+            return None
+        if value is None and flag.type is str:
+            raise ValueError(f"{name} is null; give a text, or leave it out")
+        if flag.type is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            if flag.type is string_to_bool and not isinstance(value, bool):
+                raise argparse.ArgumentError(flag, "as a flag it might be yes or 1, too")
+            typed = self._get_value(flag, str(value))
+            self._check_value(flag, typed)
+        except argparse.ArgumentError:
+            choices = ", ".join(map(repr, flag.choices or ()))
+            wanted = f"choose from {choices}" if choices else f"give {_KINDS[flag.type]}"
+            raise ValueError(f"{name} = {value!r}; {wanted}") from None
+        return typed
+
+
+class _Classifier(argparse.Action):
+    """``--scorer NAME`` is ``--reward hf:NAME``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, f"hf:{values}")
+
+
+def add_scorer(parser: argparse._ActionsContainer) -> None:
+    """The short form of a reward that is a classifier, for a parser with ``--reward``."""
+    parser.add_argument(
+        "--scorer",
+        action=_Classifier,
+        dest="reward",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="--reward hf:NAME in short: a sequence-classification model, a folder or a hub name",
+    )
+
+
+def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> Config:
+    """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked.
+
+    Args:
+        defaults: the program's own, under the task's.
+    """
+    parser = _ConfigParser(program)
+    # Help waits for the last pass, which knows the task and so its defaults.
+    flags = [flag for flag in arguments if flag not in ("-h", "--help")]
+    first, _ = parser.parse_known_args(flags)
+    file = _settings_below(parser, **vars(first))
+    parser.set_defaults(**file)
+    task = parser.parse_known_args(flags)[0].task
+    parser.set_defaults(**(dict(defaults or {}) | TASK_DEFAULTS.get(task, {}) | file))
+    given = vars(parser.parse_args(list(arguments)))
+    del given["config"]
+    config = Config(**given)
+    config.check()
+    return config
+
+
+def _settings_below(parser: _ConfigParser, config: str | None, **flags: Any) -> dict[str, Any]:
+    """The settings that the flags win over: those of --config, else of the run to resume."""
+    if config:
+        return _read_yaml(parser, Path(config))
+    saved = Config(**flags).output_folder / "config.yaml"
+    if not flags["resume"] or not saved.exists():
+        return {}
+    # A run goes on as it began; only where it lies is asked again, and consent to the code that it brings.
+    asked_again = ("output", "resume", "trust_remote_code")
+    return {name: value for name, value in _read_run(parser, saved).items() if name not in asked_again}
+
+
+def load_config(path: Path) -> Config:
+    """The settings of a YAML file, as ``Config.save`` writes them; checked."""
+    config = Config(**_read_run(_ConfigParser(""), path))
+    config.check()
+    return config
+
+
+def _read_run(parser: _ConfigParser, path: Path) -> dict[str, Any]:
+    """The settings of a run's own config.yaml, which may be of an earlier version."""
+    settings = _read_yaml(parser, path)
+    if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole record, as ``Config.save`` writes it
+        settings.setdefault("long_prompts", "cut")  # what every run did before it was a setting
+    return settings
+
+
+def _read_yaml(parser: _ConfigParser, path: Path) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(Config)}
+    try:
+        settings = _flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8"))
+        for name, value in settings.items():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown setting {name!r}{hint}")
+            settings[name] = parser.typed(name, value)
+    # A date without its day, a number of thousands of digits, bytes that are no text: ValueErrors all.
+    except (OSError, EOFError, zlib.error, ValueError, TooLarge, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
+    return settings
+
+
+def _flat_mapping(text: str) -> dict[Any, Any]:
+    """The mapping of single values that a YAML text holds.
+
+    Nothing else is built: lists within lists nest without end, aliases of aliases multiply without end, and
+    a tag's value may be one that the tag's constructor never expected.
+    """
+    depth, name = 0, ""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not read; write the value again")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"tags ({event.tag}) are not read; write the value alone")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > 1:
+                raise ValueError(f"{name} = a list or a mapping; give a single value")
+            if not isinstance(event, yaml.MappingStartEvent):
+                raise ValueError("needs 'setting: value' lines")
+        name = getattr(event, "value", name)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+    settings = yaml.safe_load(text)
+    if not isinstance(settings, dict):
+        raise ValueError("needs 'setting: value' lines")
+    return settings

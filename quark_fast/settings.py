@@ -1,0 +1,371 @@
+"""The settings that there are: for each its default, its help, what it may be and when it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MOST = 2**31 - 1  # of anything that is counted
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: int | None = None,
+    free: Literal["", "resume", "grid"] = "",
+) -> Any:
+    """A field of the settings.
+
+    Args:
+        help: what it means, with its unit; --help adds the default.
+        at_least: the lowest number; default: 0, unless there is ``above``.
+        at_most: the highest number; default: ``MOST`` for a whole one, any finite one else.
+        free: "resume": may be another when a run is resumed, as it leaves the run's samples and weights as
+            they would be; "grid": also when a grid of ablations goes on, as no number depends on it.
+    """
+    if at_least is None and above is None and type(default) in (int, float):
+        at_least = type(default)(0)
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "free": free})
+
+
+def fix(value: Any, at_least: float | None, above: float | None, at_most: int | None) -> str:
+    """What to give in place of a value out of these bounds; "" for a value within them."""
+    if value is None:
+        return ""
+    if above is not None and not above < value <= (at_most or sys.float_info.max):
+        return f"a number above {above}" if at_most is None else f"a share in ({above}, {at_most}]"
+    if at_least is not None:
+        if not (at_least <= value and abs(value) < math.inf):
+            return "a number" if at_least == -math.inf else f"at least {at_least}"
+        if isinstance(value, int) and value > (at_most or MOST):
+            return f"at most {at_most or MOST}"
+    return ""
+
+
+def text_of(value: Any) -> str:
+    """The value for an error: a number of thousands of digits has no text at all."""
+    try:
+        return f"{value}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+# One class for each heading of --help, which HfArgumentParser takes from _argument_group_name. Symbols in
+# brackets are the paper's.
+
+
+@dataclass(kw_only=True)
+class TaskSettings:
+    _argument_group_name = "what to unlearn, in what"
+    task: str = setting(
+        "toxicity",
+        "what to unlearn: toxicity, sentiment or repetition; --task NAME --help shows that task's defaults",
+    )
+    target: Literal["positive", "negative"] = setting(
+        "positive", "sentiment that the task of that name steers to"
+    )
+    model: str | None = setting(
+        None, "causal LM, a folder or a hub name; default: the embedded SmolLM2-135M-Instruct"
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "run the Python code that --model, or a classifier of --reward, brings along; else it is refused",
+        free="resume",
+    )
+
+
+@dataclass(kw_only=True)
+class PromptSettings:
+    _argument_group_name = "prompts"
+    prompts: str | None = setting(
+        None,
+        "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
+        " hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT of the datasets library; default: the task's",
+    )
+    prompt_column: str | None = setting(
+        None,
+        "column of the prompts, with dots into nested fields; the others go to the reward; default: prompt,"
+        " else messages",
+    )
+    min_prompt_characters: int = setting(1, "shorter prompts of files are left out, characters", at_least=1)
+    max_prompt_characters: int = setting(0, "longer prompts of files are left out, characters; 0: none is")
+    prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: on all")
+    held_out: str | None = setting(
+        None,
+        "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
+        " or a tenth of --prompts, 200 at most",
+        free="resume",
+    )
+    split_seed: int = setting(0, "which prompts are held out: another number, others", at_most=2**63 - 1)
+    prefix_tokens: int = setting(
+        0,
+        "length of a prompt, tokens: the first ones of each text, whose others are held-out text; shorter"
+        " texts are left out; 0: the whole text is the prompt",
+    )
+    prefix: str = setting(
+        "auto", "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>"
+    )
+
+
+@dataclass(kw_only=True)
+class RewardSettings:
+    _argument_group_name = "reward"
+    reward: str | None = setting(
+        None,
+        "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
+        " None], higher is better (this imports and runs its code; async def is awaited); a task's name;"
+        " hf:NAME, a sequence-classification model; a sum of these, '0.7*toxicity +"
+        " 0.3*package.module:function'; or '1 - NAME', to lower what NAME measures; default: the task's",
+    )
+    scorer_label: str | None = setting(
+        None,
+        "label, by name or number, whose probability the classifier hf:NAME rewards; one for each of several,"
+        " with commas between; default: the only one",
+    )
+    scorer_reads: Literal["completion", "prompt+completion"] = setting(
+        "completion", "what a classifier is shown"
+    )
+    reward_cache: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "keep rewards in rewards.sqlite of the run folder; auto: those of rewards that are asynchronous or"
+        " called for one completion at a time",
+        free="grid",
+    )
+    reward_batch: int = setting(
+        16, "completions in one call of an asynchronous reward", at_least=1, free="grid"
+    )
+    reward_concurrency: int = setting(
+        16, "calls of an asynchronous reward under way at once", at_least=1, free="grid"
+    )
+    reward_timeout: float = setting(
+        60.0, "limit for one call of an asynchronous reward, seconds; 0: none", free="grid"
+    )
+    reward_retries: int = setting(
+        4, "further attempts after a failed call of an asynchronous reward", free="grid"
+    )
+    reward_backoff: float = setting(
+        1.0,
+        "wait before the second attempt, seconds; doubled before each further one, 60 at most",
+        free="grid",
+    )
+    accept_changed_reward: bool = setting(
+        False,
+        "go on with --resume although the reward's code, weights or settings are others than before: what was"
+        " scored keeps its rewards, and one pool ranks both",
+        free="resume",
+    )
+
+
+@dataclass(kw_only=True)
+class FolderSettings:
+    _argument_group_name = "run folder"
+    output: str | None = setting(
+        None,
+        "run folder to make; default: runs/<task>, with a --reward of your own runs/<its name>",
+        free="grid",
+    )
+    resume: bool = setting(False, "go on with the run in --output from its last checkpoint", free="grid")
+
+
+@dataclass(kw_only=True)
+class PoolSettings:
+    _argument_group_name = "pool"
+    quantiles: int = setting(
+        5, "reward quantiles, one reward token each [K]; 1: no conditioning", at_least=1, at_most=1000
+    )
+    ties: Literal["same", "arrival", "random"] = setting(
+        "same",
+        "equal rewards share a quantile, the one in which their middle lies (the lowest reward is in the"
+        " worst and the highest in the best), or are split by arrival or at random",
+    )
+    quantile_weights: str = setting(
+        "extremes",
+        "shares of the training draws: extremes (worst and best alone), equal (the paper), best (that one"
+        " alone), or numbers from worst to best as '2,1,0,1,2'",
+    )
+
+
+@dataclass(kw_only=True)
+class SamplingSettings:
+    _argument_group_name = "sampling"
+    initial_samples: int = setting(12, "completions a training prompt from the untouched model", at_least=1)
+    explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
+    guidance: float = setting(
+        1.5,
+        "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
+        at_least=-math.inf,
+    )
+    explore_token: Literal["best", "random"] = setting(
+        "best", "reward token that explores; random: drawn for each prompt anew, in place of the best one"
+    )
+    max_new_tokens: int = setting(20, "length of a completion, tokens", at_least=1)
+    min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
+    temperature: float = setting(1.0, "sampling temperature of what is trained on; 0: greedy")
+    explore_temperature: float | None = setting(
+        None, "the same in each later round; default: as in the first, --temperature", at_least=0.0
+    )
+    top_p: float = setting(
+        0.9, "nucleus of the same sampling, share of the probability mass", above=0, at_most=1
+    )
+    max_prompt_tokens: int = setting(
+        0,
+        "longest prompt, tokens; longer ones are left out and counted; 0: what the model's positions leave"
+        " beside the new tokens, 1024 at most; with --prefix-tokens texts are cut behind so many",
+    )
+    long_prompts: Literal["leave_out", "cut"] = setting(
+        "leave_out",
+        "prompts that are too long: left out, or cut to their last tokens; a chat, which would lose its"
+        " opening, is left out either way",
+    )
+    sample_batch: int = setting(
+        128,
+        "completions sampled side by side; halved where the memory does not suffice; a resumed run may have"
+        " fewer, which changes what is drawn from there on",
+        at_least=1,
+        free="resume",
+    )
+    rollout: Literal["transformers", "vllm"] = setting(
+        "transformers",
+        "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",
+    )
+    vllm_server: str | None = setting(
+        None,
+        "`vllm serve` to sample by, http://host:port; the run shows how to start it; default: vLLM in this"
+        " process",
+        free="resume",
+    )
+    vllm_timeout: float = setting(
+        600.0,
+        "limit for one request to that server, and for waiting until it is up, seconds",
+        at_least=1.0,
+        free="resume",
+    )
+    vllm_retries: int = setting(5, "further attempts after a failed request to that server", free="resume")
+    vllm_memory: float = setting(
+        0.3, "share of the GPU's memory that vLLM in this process may use", above=0, at_most=1, free="resume"
+    )
+
+
+@dataclass(kw_only=True)
+class LearningSettings:
+    _argument_group_name = "learning"
+    rounds: int = setting(
+        2, "rounds of sampling and learning; the first samples the untouched model", at_least=1
+    )
+    steps: int = setting(64, "optimizer steps a round", at_least=1)
+    batch_size: int = setting(16, "samples a step", at_least=1)
+    micro_batch: int = setting(
+        16, "samples a forward pass; smaller takes less memory, same result", at_least=1, free="grid"
+    )
+    learning_rate: float = setting(2e-4, "AdamW step size for the model")
+    reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
+    lora_rank: int = setting(
+        0, "train LoRA adapters of this rank beside the frozen weights (needs peft); 0: train all weights"
+    )
+    lora_alpha: float = setting(
+        0.0, "scale of the adapters: their update is times alpha / rank; 0: twice the rank"
+    )
+    lora_targets: str = setting(
+        "all-linear",
+        "layers with an adapter: all-linear, which is each but the head, or names as 'q_proj,v_proj'",
+    )
+    warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
+    max_bad_steps: int = setting(
+        5,
+        "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never",
+        free="resume",
+    )
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    _argument_group_name = "loss"
+    kl_coef: float = setting(
+        1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
+    )
+    kl: Literal["policy_ref", "ref_policy", "sampled"] = setting(
+        "policy_ref",
+        "KL(policy || reference), as the authors' code, the reverse, as printed, or its estimate from the"
+        " sampled token alone",
+    )
+    kl_stop: float = setting(
+        0.0, "stop when the KL of a step is above this, nats per token; 0: never", free="resume"
+    )
+    kl_target: float = setting(
+        0.0,
+        "adapt kl_coef after each step so that the KL stays near this, nats per token (Ziegler et al. 2019);"
+        " 0: kl_coef stays as it is",
+    )
+    kl_horizon: int = setting(10_000, "how slowly kl_target adapts kl_coef, samples", at_least=1)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
+    contrast_coef: float = setting(
+        1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
+    )
+    unlikelihood_coef: float = setting(
+        0.0, "weight of -log(1 - p) of every token that repeats an n-gram of its completion (Welleck et al.)"
+    )
+    unlikelihood_ngram: int = setting(
+        4, "length of the n-grams whose repetition unlikelihood punishes, tokens", at_least=1
+    )
+    impl: Literal["auto", "eager", "cpp", "triton"] = setting(
+        "auto", "implementation of the loss; auto: C++ on the CPU, Triton on a GPU"
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings:
+    _argument_group_name = "evaluation"
+    eval_samples: int = setting(
+        5, "completions a held-out prompt and sampling mode", at_least=1, free="resume"
+    )
+    eval_temperature: float = setting(1.0, "sampling temperature in the evaluation; 0: greedy", free="resume")
+    eval_top_p: float = setting(0.9, "nucleus in the evaluation", above=0, at_most=1, free="resume")
+    eval_guidance: str = setting(
+        "1.5,2", "values of w to evaluate, comma-separated; w = 1 always is", free="resume"
+    )
+    eval_quantiles: Literal["all", "ends"] = setting(
+        "all", "quantiles whose token is evaluated alone; ends: the worst and the best", free="resume"
+    )
+    eval_modes: Literal["all", "best"] = setting(
+        "all",
+        "rows of the table; best: the untouched model and the best token alone, in a fraction of the time",
+        free="resume",
+    )
+
+
+@dataclass(kw_only=True)
+class MachineSettings:
+    _argument_group_name = "machine"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",
+    )
+    threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", free="grid")
+    gradient_checkpointing: bool = setting(
+        False,
+        "compute each layer again in the backward pass: less memory, a third more time, same result",
+        free="resume",
+    )
+    seed: int = setting(0, "seed of everything random", at_most=2**63 - 1)
+    checkpoint_every: int = setting(32, "steps between checkpoints", at_least=1, free="grid")
+    report_to: str = setting(
+        "",
+        "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between; default: none",
+        free="resume",
+    )
+    export_head: Literal["own", "tied"] = setting(
+        "own",
+        "head of the exported model where the base model ties it to the embeddings: own, a second table in"
+        " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
+        " transformers are then to be told suppress_tokens of its generation config",
+        free="resume",
+    )
+    show_offensive: bool = setting(False, "do not mask the worst words in the terminal", free="grid")
