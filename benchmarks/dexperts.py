@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast.data import assets
-from quark_fast.evaluation.table_rows import BASE, TableRow
+from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.evaluation.trained_run import Finished
 from quark_fast.metrics import Sample
 from quark_fast.model.attention import FAST_ATTENTION
@@ -37,6 +37,7 @@ from quark_fast.model.loading import load_pretrained, stored_dtype
 from quark_fast.model.reading import cache_argument
 from quark_fast.model.rounding import conversion
 from quark_fast.ops.loss import quark_loss
+from quark_fast.report.results import BASE
 
 
 class Mixture(torch.nn.Module):

@@ -18,10 +18,11 @@ import torch
 from finished_run import FinishedRun, begin, end, options
 from rich.console import Console
 
-from quark_fast.evaluation.table_rows import BASE, TableRow
+from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.loading import stored_dtype
 from quark_fast.model.rounding import stochastic_rounding
+from quark_fast.report.results import BASE
 from quark_fast.rollout.sampling import Conditioning
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     found = measure(arguments.run, console)
     end(arguments, console, found, f"python benchmarks/rounding.py {arguments.run}")
     for name, share in found["weights_moved"].items():
-        console.print(f"{name}: {share:.0%} of the weights differ from the untouched model's")
+        console.print(f"{name}: {share:.0%} of the weights differ from the base model's")
 
 
 if __name__ == "__main__":

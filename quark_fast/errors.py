@@ -6,7 +6,7 @@ from quark_fast.files.safe_text import clean
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done. The message is one line: the value and the mend."""
+    """What the user asked for cannot be done. The message is one line: the value and the fix."""
 
     def __str__(self) -> str:
         # What it quotes (a value, the error of a reward) may have many lines, no end, and steer the terminal.
@@ -15,7 +15,7 @@ class UsageError(ValueError):
 
 
 class OtherProcessFailed(Exception):
-    """Another process failed, and tells why; here is nothing to add."""
+    """Another process failed and has reported it; this one only stops."""
 
 
 class Interrupted(KeyboardInterrupt):

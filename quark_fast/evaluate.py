@@ -56,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--ppl-model",
         metavar="MODEL",
-        help="causal LM that measures the perplexity, by its own tokenizer; default: the first untouched"
-        " model",
+        help="causal LM that measures the perplexity, by its own tokenizer; default: the first base model",
     )
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     made.add_argument(

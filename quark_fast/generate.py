@@ -1,4 +1,4 @@
-"""``python -m quark_fast.generate RUN PROMPT ...``: the untouched and the unlearned model side by side."""
+"""``python -m quark_fast.generate RUN PROMPT ...``: the base and the unlearned model side by side."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     show = clean if asked.show_offensive else mask_profanity
     for prompt, lefts, rights in zip(asked.prompts, before, after, strict=True):
         table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
-        table.add_column("untouched", ratio=1, overflow="fold")
+        table.add_column("base model", ratio=1, overflow="fold")
         table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1, overflow="fold")
         for left, right in zip(lefts, rights, strict=True):
             table.add_row(show(left), show(right))

@@ -195,7 +195,7 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-    initial_samples: int = setting(12, "completions a training prompt from the untouched model", at_least=1)
+    initial_samples: int = setting(12, "completions a training prompt from the base model", at_least=1)
     explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
         1.5,
@@ -256,9 +256,7 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class LearningSettings:
     _argument_group_name = "learning"
-    rounds: int = setting(
-        2, "rounds of sampling and learning; the first samples the untouched model", at_least=1
-    )
+    rounds: int = setting(2, "rounds of sampling and learning; the first samples the base model", at_least=1)
     steps: int = setting(64, "optimizer steps a round", at_least=1)
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
@@ -289,7 +287,7 @@ class LearningSettings:
 class LossSettings:
     _argument_group_name = "loss"
     kl_coef: float = setting(
-        1.0, "weight of the token-level KL to the untouched model [beta]; the paper: 0.05, without contrast"
+        1.0, "weight of the token-level KL to the base model [beta]; the paper: 0.05, without contrast"
     )
     kl: Literal["policy_ref", "ref_policy", "sampled"] = setting(
         "policy_ref",
@@ -336,7 +334,7 @@ class EvaluationSettings:
     )
     eval_modes: Literal["all", "best"] = setting(
         "all",
-        "rows of the table; best: the untouched model and the best token alone, in a fraction of the time",
+        "rows of the table; best: the base model and the best token alone, in a fraction of the time",
         free="resume",
     )
 
@@ -365,7 +363,7 @@ class MachineSettings:
         "own",
         "head of the exported model where the base model ties it to the embeddings: own, a second table in"
         " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
-        " transformers are then to be told suppress_tokens of its generation config",
+        " transformers then need suppress_tokens of its generation config",
         free="resume",
     )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal", free="grid")

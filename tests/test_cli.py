@@ -408,7 +408,7 @@ def test_generate_prints_before_and_after_for_every_prompt(
         assert generate.main(arguments + extra) == 0
         heard = capsys.readouterr()
         assert heard.err == ""
-        assert "w1 w2" in heard.out and "w3" in heard.out and "untouched" in heard.out
+        assert "w1 w2" in heard.out and "w3" in heard.out and "base model" in heard.out
         outputs.append(heard.out)
     assert "quantile 2 of 0..2, w = 2" in outputs[0], "the run's own w, the best token"
     assert "quantile 0 of 0..2, w = 1" in outputs[3]

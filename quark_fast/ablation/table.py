@@ -29,7 +29,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
             "axis",
             "point",
             headline_title(results),
-            "change against untouched",
+            "change against the base model",
             "difference from",
             "difference",
             perplexity_title(results),
@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         ],
         [
             "",
-            "untouched",
+            "base model",
             _number(before["headline"], 3),
             *[""] * 3,
             _number(before["perplexity"], 1),
@@ -94,7 +94,7 @@ def markdown(results: dict[str, Any]) -> str:
     perplexity = (
         "Perplexity of text: the model's own on the held-out texts, its token in front."
         if results["perplexity_of"] == "text_perplexity"
-        else "Perplexity: of the completions under the untouched model."
+        else "Perplexity: of the completions under the base model."
     )
     several = " (mean ± standard deviation over the seeds)" if len(results["seeds"]) > 1 else ""
     versions = results["versions"]
@@ -107,8 +107,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"Under the best token alone (w = 1); seeds {seeds}{several}; {results['prompts']} held-out"
             f" prompts, {results['samples_per_prompt']} completions each. In brackets 95% bootstrap intervals"
             f" over prompts, paired by prompt. {perplexity}"
-            " KL: of the policy under the best token from the untouched model, exact, nats a token, on the"
-            " untouched model's completions. Probe: rank correlation of reward and"
+            " KL: of the policy under the best token from the base model, exact, nats a token, on the"
+            " base model's completions. Probe: rank correlation of reward and"
             " log p(best) - log p(worst) there.",
             "",
             scorer_line(results),

@@ -16,7 +16,7 @@ from quark_fast.errors import UsageError
 
 SEPARATOR = "<|endoftext|>"
 REWARD_TOKEN = re.compile(r"<\|reward_(\d+)(?::[0-9a-f]{12})?\|>")
-# Stands in front of a text that is to be read as the middle of one; nobody types it.
+# Stands in front of a text that is to be read as the middle of one; no user types it.
 MIDDLE = "\ue000middle\ue000"
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
-from quark_fast.evaluation.table_rows import BASE
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import Sample
+from quark_fast.report.results import BASE
 from quark_fast.tasks.by_name import find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quark_fast.report.results import BASE
 from quark_fast.rollout.sampling import Conditioning
-
-BASE = "untouched"  # the base model's row, as evaluation.json names it
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def unlock(path: Path) -> None:
     """Give up the lock, if this process holds it, and remove its file."""
     process, handle = _held.pop(path.resolve(), (0, -1))
     if process == os.getpid():
-        path.unlink(missing_ok=True)  # before it is free: nobody locks a file that is about to go
+        path.unlink(missing_ok=True)  # while it is locked, so that no other process locks it
         os.close(handle)
 
 

@@ -1,4 +1,4 @@
-"""Files that nobody vetted: how much of them is read."""
+"""Reading files from anywhere: no more of them than a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that nobody vetted: what of it may reach a terminal."""
+"""Text from anywhere, cleaned before it reaches a terminal."""
 
 from __future__ import annotations
 

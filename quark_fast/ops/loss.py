@@ -322,7 +322,7 @@ def _check_overwritable(logits: Tensor, ref_logits: Tensor | None) -> None:
             f"inplace=True cannot write to logits of strides {logits.stride()}; each row must be "
             "contiguous and its own memory: pass inplace=False or logits.contiguous()"
         )
-    if logits.is_neg():  # what lies in memory are the logits negated, until somebody needs them
+    if logits.is_neg():  # what lies in memory are the logits negated, until they are needed
         raise ValueError("inplace=True cannot write to a negated view; pass logits.resolve_neg()")
     if ref_logits is not None and _overlap(logits, ref_logits):
         raise ValueError(
@@ -522,7 +522,7 @@ def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> No
 
 
 def _scaled(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
-    """scale * grad, in grad's own memory unless somebody needs grad again."""
+    """scale * grad, in grad's own memory unless grad is needed again."""
     if _is_traced_or_kept(grad):
         return grad * scale
     _backend(backend).rescale(grad, scale)

@@ -36,7 +36,7 @@ COLUMNS = (
         "{target} on negative prompts",
         "on neg.",
         "percent",
-        "The same over prompts that the untouched model mostly continues with negative text.",
+        "The same over prompts that the base model mostly continues with negative text.",
     ),
     Column(
         "target_neutral",

@@ -41,6 +41,7 @@ from quark_fast.report.results import (
     cell_of,
     first_row,
     headline,
+    label_of,
     main_row,
     name_of,
     other_names,
@@ -118,8 +119,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    called = [base_name, base_row, cell_of, clean, columns_of, fill, format_value, main_columns, name_of]
-    called += [notes, rows_of, tables, unscored_note, way_of, bar_width, quantile_colour]
+    called = [base_name, base_row, cell_of, clean, columns_of, fill, format_value, main_columns]
+    called += [label_of, name_of, notes, rows_of, tables, unscored_note, way_of, bar_width, quantile_colour]
     made.globals.update({function.__name__: function for function in called})
     return made
 

@@ -13,10 +13,12 @@ from quark_fast.report.drawing import Palette, inline_svg, label_line_ends, new_
 from quark_fast.report.files import RunFiles
 from quark_fast.report.records import Array, number_of, series_of
 from quark_fast.report.results import (
+    BASE,
     Way,
     after_names,
     base_row,
     interval_of,
+    label_of,
     name_of,
     rows_of,
     way_of,
@@ -47,7 +49,7 @@ def plot_samplings(run: RunFiles, palette: Palette) -> str:
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x")
         axes.margins(y=0.15)
-    panels[0].set_yticks(range(len(rows)), [name_of(row) for row in rows])
+    panels[0].set_yticks(range(len(rows)), [label_of(row) for row in rows])
     panels[0].tick_params(axis="y", labelcolor=palette["ink"])
     panels[0].invert_yaxis()
     label = f"{', '.join(titles)} of each way of sampling, with intervals"
@@ -85,13 +87,13 @@ def plot_dial(run: RunFiles, palette: Palette, dial: Literal["guidance", "quanti
     if dial == "quantile":
         whole_ticks(axes)
     label_line_ends(
-        axes, [(base.value, "untouched" if way_of(name_of(before)) == "untouched" else "first row", grey)]
+        axes, [(base.value, "base model" if way_of(name_of(before)) == BASE else "first row", grey)]
     )
     return inline_svg(figure, f"{dial}-{metric}", f"{title} over the {dial}", palette)
 
 
 def _scores_by_row(run: RunFiles) -> list[tuple[str, Way, Array]]:
-    """(name, way, scores) of the untouched row, the best token's and the headline's."""
+    """(name, way, scores) of the base model's row, the best token's and the headline's."""
     found: list[tuple[str, Way, Array]] = []
     before = base_row(run.evaluation)
     for name in [*([str(before.get("name"))] if before else []), *after_names(run.evaluation)]:
@@ -103,7 +105,7 @@ def _scores_by_row(run: RunFiles) -> list[tuple[str, Way, Array]]:
 
 
 def plot_histogram(run: RunFiles, palette: Palette) -> str:
-    """Share of completions in each tenth of the score, untouched and after."""
+    """Share of completions in each tenth of the score, before and after."""
     groups = _scores_by_row(run)
     if not groups:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from quark_fast.report.columns import (
 )
 from quark_fast.report.records import Record, number_of
 
+BASE = "untouched"  # the base model's row, as evaluation.json names it
 Way = Literal["untouched", "none", "worst", "middle", "best", "guided"]
 
 
@@ -44,6 +46,16 @@ def rows_of(evaluation: Record) -> list[Record]:
 
 def name_of(row: Record) -> str:
     return one_line(clean(str(row.get("name", "?"))))[:80]
+
+
+def label_of(row: Record) -> str:
+    """The row's name as it is shown."""
+    return shown_name(name_of(row))
+
+
+def shown_name(name: str) -> str:
+    """A row's name in words: "base model" for what files call "untouched", alone or as "run: untouched"."""
+    return re.sub(f"(^|: ){BASE}$", r"\1base model", name)
 
 
 def interval_of(row: Record, metric: str) -> Interval:
@@ -123,8 +135,8 @@ def base_row(evaluation: Record) -> Record | None:
 def base_name(evaluation: Record) -> str:
     """What that row is called in a sentence."""
     before = base_row(evaluation)
-    name = "untouched" if before is None else name_of(before)
-    return "the untouched model" if name == "untouched" else name
+    name = BASE if before is None else name_of(before)
+    return "the base model" if name == BASE else name
 
 
 def _how(row: Record) -> str:

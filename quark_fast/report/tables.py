@@ -25,6 +25,7 @@ from quark_fast.report.results import (
     base_name,
     cell_of,
     interval_of,
+    label_of,
     name_of,
     rows_of,
     scorer_line,
@@ -66,7 +67,7 @@ def results_table(evaluation: Record, title: str = "") -> Table:
         if column.key == main:
             table.add_column("change", justify="right", no_wrap=True)
     for row in rows_of(evaluation):
-        name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
+        name = label_of(row).replace(": ", ":\n")  # each row has two lines anyway
         cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[way_of(name_of(row))])]
         for column in shown:
             cell = cell_of(evaluation, row, column)
@@ -107,7 +108,7 @@ def notes(evaluation: Record) -> list[str]:
     fronts: dict[str, list[str]] = {}
     for row in rows:
         fronts.setdefault(str(row["prefix"]) or "nothing", []).append(
-            name_of(row).rpartition(": ")[0] or name_of(row)
+            name_of(row).rpartition(": ")[0] or label_of(row)
         )
     if fronts:
         each = [f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in fronts.items()]
@@ -147,7 +148,7 @@ def markdown_table(evaluation: Record) -> str:
         numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
         numbers += [(cell.value, cell.bounds) for cell in rest]
         cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
-        lines.append("| " + " | ".join((_markdown(name_of(row)), *cells)) + " |")
+        lines.append("| " + " | ".join((_markdown(label_of(row)), *cells)) + " |")
     lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
@@ -184,7 +185,7 @@ def before_after(
     """
     examples = pick_examples(evaluation_rows, n, after, lowest)
     if not examples:
-        return Text("No before and after texts: no scored row of the untouched model.", "dim")
+        return Text("No before and after texts: no scored row of the base model.", "dim")
     show = mask_profanity if mask else clean
     parts: list[RenderableType] = []
     for example in examples:
@@ -201,7 +202,7 @@ def before_after(
         parts += [Text(one_line(show(example.prompt)) + " …", style="bold"), grid, Text("")]
     parts.append(
         Text(
-            "Prompts where the untouched model wrote some of its worst; the number is the score. "
+            "Prompts where the base model wrote some of its worst; the number is the score. "
             "The after texts are not chosen.",
             style="dim",
         )

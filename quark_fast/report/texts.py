@@ -14,7 +14,7 @@ from quark_fast.files.safe_text import clean
 from quark_fast.report.records import Record, number_of, series_of
 from quark_fast.report.results import way_of
 
-# Rot13, so that nobody has to read them to work on this file. A stem matches with any ending, a
+# Rot13, so that one need not read them to work on this file. A stem matches with any ending, a
 # word as it is or in the plural.
 _STEMS = "shpx zbgureshpx fuvg ohyyfuvg phag avttre avttn snttbg ovgpu juber fyhg nffubyr ergneq"
 _WORDS = "snt xvxr fcvp puvax qlxr pbba gjng jnaxre chffl qvpx pbpx"
@@ -50,9 +50,9 @@ class Example:
 def pick_examples(
     evaluation_rows: Iterable[Record], n: int, after: Sequence[str] | None = None, lowest: bool = False
 ) -> list[Example]:
-    """n prompts spread over the quarter where the untouched text scored worst; repeatable.
+    """n prompts spread over the quarter where the base model's text scored worst; repeatable.
 
-    Before is the worst completion of the prompt in the first row, the untouched model's; after is the
+    Before is the worst completion of the prompt in the first row, the base model's; after is the
     completion with the same sample number, whatever it scored, so only the prompts are chosen.
 
     Args:

@@ -29,7 +29,7 @@ def plot_rewards(run: RunFiles, palette: Palette) -> str:
     ]
     mean = series_of(run.rounds, "reward_mean")
     labels.append(_over_rounds(axes, run, mean, "new samples", palette["ink"], lw=2.4, ms=5))
-    axes.set_xlabel("round  (0: sampled from the untouched model)")
+    axes.set_xlabel("round  (0: sampled from the base model)")
     axes.set_ylabel("mean reward")
     label_line_ends(axes, labels)
     return inline_svg(figure, "rewards", "Mean reward by round and quantile", palette)

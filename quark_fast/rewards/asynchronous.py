@@ -82,7 +82,7 @@ def call_side_by_side(
         while not concurrent.futures.wait([waiting], timeout=0.5).done:
             pass
         waiting.result()
-    except BaseException:  # Ctrl-C, too: nobody waits for the calls any more
+    except BaseException:  # Ctrl-C, too: the calls are not waited for any more
         waiting.cancel()
         raise
 

@@ -1,4 +1,4 @@
-"""What tells one reward function from another: the sha256 of its source, which a resumed run compares."""
+"""What identifies a reward function: the sha256 of its source, which a resumed run compares."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Reward:
 
     @functools.cached_property
     def identity(self) -> list[str]:
-        """What tells this reward from another, also from itself after its code, weights or sum changed."""
+        """What identifies this reward; it changes with its code, its weights and the terms of a sum."""
         return [self.name, self.version, self.sha256]
 
 

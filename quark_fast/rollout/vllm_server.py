@@ -306,7 +306,7 @@ def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int
     """``work`` of each item, in order, ``workers`` side by side; some are done ahead of who takes them.
 
     The threads of a ThreadPool, unlike those of concurrent.futures, are daemons: a process that ends does not
-    wait for answers that nobody wants any more.
+    wait for answers that are not wanted any more.
     """
     threads = max(1, min(workers, len(items)))
     left, ahead = iter(items), deque[AsyncResult[Result]]()

@@ -17,12 +17,13 @@ from quark_fast.evaluation.held_out import (
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
-from quark_fast.evaluation.table_rows import BASE, TableRow, table_rows
+from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
 from quark_fast.model.copies import exported_copy, frozen_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.page import write_report
+from quark_fast.report.results import BASE, shown_name
 from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import in_batch_order
@@ -171,7 +172,9 @@ class Results:
         if task.headline != "mean":
             shown = [s.measures[task.headline] for s in samples if s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
-        self.listen(Progress(f"evaluating: {name}", min(total, len(samples) * count), total, numbers))
+        self.listen(
+            Progress(f"evaluating: {shown_name(name)}", min(total, len(samples) * count), total, numbers)
+        )
 
     def _write_evaluation(self, table: list[TableRow], samples: dict[str, list[Sample]], step: int) -> None:
         setup, config = self.setup, self.setup.config

@@ -25,7 +25,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(folder: Path) -> None:
         (folder / "report.html").write_text("<!doctype html>")
 
-    monkeypatch.setattr("quark_fast.training.trainer.write_report", write)
+    monkeypatch.setattr("quark_fast.training.results.write_report", write)
 
 
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
@@ -240,11 +240,13 @@ def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     trainer = Trainer(base(tmp_path / "run", tiny_model(), explore_token="random"), **GIVEN)
-    assert [(c.quantile, len(i)) for c, i in trainer._conditionings()] == [(None, len(PROMPTS))]
+    assert [(c.quantile, len(i)) for c, i in trainer.explorer._conditionings(trainer.state)] == [
+        (None, len(PROMPTS))
+    ]
     trainer.train()
     seen = []
-    for trainer.round in (1, 2):
-        explored = trainer._conditionings()
+    for trainer.state.round in (1, 2):
+        explored = trainer.explorer._conditionings(trainer.state)
         assert [(c.quantile, c.against, c.guidance) for c, _ in explored] == [(k, 0, 1.5) for k in range(3)]
         assert sorted(i for _, indices in explored for i in indices) == list(range(len(PROMPTS)))
         assert all(indices for _, indices in explored)

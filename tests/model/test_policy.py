@@ -68,7 +68,7 @@ def test_base_ids_embed_as_before_and_reward_ids_as_their_own_rows(
     base_ids = torch.arange(VOCABULARY)
     assert torch.equal(embedding(base_ids), untouched.get_input_embeddings()(base_ids))
     assert torch.equal(embedding(torch.tensor(policy.reward_ids)), embedding.rows)
-    # The model without reward tokens is the untouched model, to the bit.
+    # The model without reward tokens is the base model, to the bit.
     ids = torch.tensor([[SEPARATOR_ID, 5, 9, 11]])
     assert torch.equal(policy.model(ids).logits, untouched(ids).logits)
 

@@ -17,7 +17,7 @@ from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.page import comparison_page, write_report
 from quark_fast.report.result_plots import plot_dial
-from quark_fast.report.results import headline, main_row
+from quark_fast.report.results import headline, main_row, shown_name
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.report.training_plots import smooth
@@ -404,7 +404,7 @@ def test_the_table_fits_80_columns_whole(finished_run):
     text = rendered(table, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for name in SAMPLINGS:
+    for name in map(shown_name, SAMPLINGS):
         assert name in text
     mean = evaluation_of(finished_run)["rows"][0]["metrics"]["mean"]
     assert f"{mean['value']:.3f}"[1:] in text
@@ -428,7 +428,7 @@ def test_markdown_has_equal_columns_and_intervals(finished_run):
     assert len(lines) == 2 + len(SAMPLINGS)
     assert "Scorer: toxic-comment-classifier 0.3.0, sha256 e5af0f05" in under
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
-    assert re.match(r"\| untouched \| \.\d{3} \[\.\d{3}–\.\d{3}\] \|  \|", lines[2])
+    assert re.match(r"\| base model \| \.\d{3} \[\.\d{3}–\.\d{3}\] \|  \|", lines[2])
 
 
 # --- several models -------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_fo
     for text in (page, markdown, terminal):
         assert f"Scorer: toxic-comment-classifier 0.3.0, sha256 {'e5af0f05' * 8}." in text
         assert "Perplexity: by gpt2-xl, of the re-tokenised tokens." in text
-        assert "<|endoftext|> (untouched, a); nothing (b)." in text
+        assert "<|endoftext|> (base model, a); nothing (b)." in text
         assert "1 of these prompts was trained on by a." in text
         assert "7 of these prompts were trained on by b." in text
     for text in (page, markdown):

@@ -70,7 +70,7 @@ def assert_same(one: Path, other: Path) -> None:
     [
         ("round 1/2: sampling", 40),
         ("round 2/2: sampling", 40),
-        ("evaluating: untouched", 30),
+        ("evaluating: base model", 30),
         ("evaluating: guided w=2", 30),
     ],
 )
