@@ -113,7 +113,7 @@ def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str
     scored = [dict(row) for row in record.completions if row["reward"] is not None and row["completion"]]
     scored.sort(key=lambda row: row["reward"])
     size, steps = len(scored) // config.quantiles, config.rounds * config.steps
-    shares = config.weights()
+    shares = config.quantile_shares()
     experts = {}
     for name, part, share in (
         ("expert", scored[-size:], shares[-1]),

@@ -144,7 +144,7 @@ def _settings_below(parser: _ConfigParser, config: str | None, **flags: Any) -> 
     saved = Config(**flags).output_folder / "config.yaml"
     if not flags["resume"] or not saved.exists():
         return {}
-    # A run goes on as it began; only where it lies is asked again, and consent to the code that it brings.
+    # A run goes on with its own settings. Not its folder, which may have moved, nor the consent to run code.
     asked_again = ("output", "resume", "trust_remote_code")
     return {name: value for name, value in _read_run(parser, saved).items() if name not in asked_again}
 

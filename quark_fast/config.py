@@ -95,7 +95,7 @@ class Config(
         own = self.reward if self.reward not in (None, *TASK_DEFAULTS) else None
         return Path("runs", self.task if own is None else _short_name(own))
 
-    def weights(self) -> list[float]:
+    def quantile_shares(self) -> list[float]:
         """Share of the training draws for each quantile, worst first; sums to 1."""
         if self.quantile_weights == "equal" or self.quantiles == 1:
             return [1 / self.quantiles] * self.quantiles
@@ -158,7 +158,7 @@ class Config(
             self._check_vllm()
         elif self.vllm_server is not None:
             raise UsageError(f"vllm_server = {self.vllm_server!r} is for rollout = vllm; give that, too")
-        self.weights()
+        self.quantile_shares()
         self.guidances()
         self.held_out_count()
 

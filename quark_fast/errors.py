@@ -19,4 +19,4 @@ class OtherProcessFailed(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; what it had done is in its checkpoint."""
+    """The run was asked to stop; ``--resume`` goes on with what is in the run folder."""

@@ -306,7 +306,7 @@ def test_later_rounds_sample_at_their_own_temperature_or_at_the_first_ones(tmp_p
 def test_one_quantile_has_nothing_to_contrast() -> None:
     with pytest.raises(UsageError, match=r"contrast_coef = 1.0 needs at least 2 quantiles"):
         given("--quantiles", "1")
-    assert given("--quantiles", "1", "--contrast-coef", "0").weights() == [1.0]
+    assert given("--quantiles", "1", "--contrast-coef", "0").quantile_shares() == [1.0]
 
 
 @pytest.mark.parametrize("task", TASK_DEFAULTS)
@@ -352,10 +352,10 @@ def test_more_required_than_allowed_tokens_are_refused() -> None:
 
 
 def test_weights_are_shares_and_guidances_are_numbers() -> None:
-    assert Config(quantiles=4, quantile_weights="equal").weights() == [0.25] * 4
-    assert Config(quantiles=4, quantile_weights="extremes").weights() == [0.5, 0, 0, 0.5]
-    assert Config(quantiles=2, quantile_weights="extremes").weights() == [0.5, 0.5]
-    assert Config(quantiles=3, quantile_weights="1, 0, 3").weights() == [0.25, 0, 0.75]
+    assert Config(quantiles=4, quantile_weights="equal").quantile_shares() == [0.25] * 4
+    assert Config(quantiles=4, quantile_weights="extremes").quantile_shares() == [0.5, 0, 0, 0.5]
+    assert Config(quantiles=2, quantile_weights="extremes").quantile_shares() == [0.5, 0.5]
+    assert Config(quantiles=3, quantile_weights="1, 0, 3").quantile_shares() == [0.25, 0, 0.75]
     assert Config(eval_guidance="3, -2").guidances() == [3.0, -2.0]
     assert Config(eval_guidance="").guidances() == []
 

@@ -64,7 +64,7 @@ def run_grid(
             Trainer(config, sampler=sampler, **given).train()
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
-        gc.collect()  # two models and an optimizer, in circles
+        gc.collect()  # two models and an optimizer that refer to each other
     _write(folder, summarise(folder, base, points, seeds))
     return folder
 

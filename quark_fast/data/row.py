@@ -48,7 +48,7 @@ def from_file(row: Row) -> Row:
 
 
 def given(row: Row) -> str:
-    """What the user gave: the prompt's text, or its messages as JSON. Two runs share what is given alike."""
+    """The prompt as the user gave it: its text, or its messages as JSON. Prompts are compared by this."""
     return json.dumps(row["messages"], sort_keys=True) if is_chat(row) else str(row["prompt"])
 
 

@@ -16,7 +16,7 @@ from quark_fast.errors import UsageError
 
 SEPARATOR = "<|endoftext|>"
 REWARD_TOKEN = re.compile(r"<\|reward_(\d+)(?::[0-9a-f]{12})?\|>")
-# Stands in front of a text that is to be read as the middle of one; no user types it.
+# Put before a text to tokenise it as the continuation of another; from Unicode's private area.
 MIDDLE = "\ue000middle\ue000"
 
 
@@ -67,7 +67,7 @@ def own_front(tokenizer: Any) -> list[int]:
 
 def opening_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer itself puts before a text, else its document separator, else nothing."""
-    # An exported model's tokenizer puts its best reward token in front: training on, rows start anew.
+    # An exported model's tokenizer puts its best reward token first; training it again learns new ones.
     own = [i for i in own_front(tokenizer) if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
     if own:
         return own

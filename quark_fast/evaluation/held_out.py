@@ -45,7 +45,7 @@ class HeldOut:
 
     @classmethod
     def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> HeldOut:
-        """Rows as the policy's token ids; ``options`` are those of ``Policy.encode_rows``."""
+        """Rows as the policy's token ids; ``options`` are those of ``encode_rows``."""
         cut, most = config.long_prompts == "cut", policy.room_of(config)
         rows, ids, texts = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
         return cls(rows, ids, config.eval_samples, texts)
@@ -57,7 +57,7 @@ class EvaluationSetup:
 
     Attributes:
         reference: the base model; None where nothing samples it.
-        sampler: samples the base model, as ``rollout.sample`` does.
+        sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
     """
 

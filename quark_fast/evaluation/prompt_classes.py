@@ -27,8 +27,8 @@ def classify_prompts(
 
     The paper keeps the prompts with 0, 12 or 13, and 25 of them (Liu et al., "DExperts", 2021); here each
     prompt has a class, see ``prompt_class``, and a completion that the reward puts at exactly 0.5 counts
-    half. The samples are not those of the evaluation, whose row of the base model would else owe its numbers
-    to the choice. A row with a ``num_positive``, DExperts' own count, is believed.
+    half. The samples are not those of the evaluation: the base model's results would be biased by the
+    choice. A row with a ``num_positive``, DExperts' own count, is believed.
 
     Args:
         setup: as in the evaluation; greedy sampling is replaced by that at temperature 1.

@@ -153,7 +153,7 @@ class Evaluator:
                 opened.reference()
             policy = opened.policy
             self.dtypes.add(policy.model.dtype)
-            # Of the others that other model's tokens are counted.
+            # Prompts are left out by the first model's tokens; the others' counts are not logged.
             remark = self.remarks.append if label == self.lead else lambda _: None
             for domain in self.domains:
                 domain.encode(label, policy, self.config, remark)

@@ -1,4 +1,4 @@
-"""From the pool to tensors: which samples a step draws, and reward token + prompt + completion -> ids."""
+"""The collator: prefix + reward token + prompt + completion as padded tensors; a model's outputs on them."""
 
 from __future__ import annotations
 

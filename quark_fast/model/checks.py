@@ -43,10 +43,10 @@ Loss = Callable[
 # The share of the spread of a position's logits by which two ways to compute them may differ. Another order
 # of summation makes 1e-6 to 1e-3 in float32 and up to 5e-2 in bfloat16; what is wrong makes 1e-1 and more.
 TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-LENGTHS = (9, 2)  # of the prompts, tokens; a third is as long as the run's longest,
-SHORT = 14  # and no shorter than this
-LONGEST = 128  # tokens on a CPU, where more would take long
-NEW = 5  # tokens behind each of them
+LENGTHS = (9, 2)  # tokens of two of the prompts that are tried; the third is as long as the run's longest
+SHORT = 14  # tokens that the third has at least
+LONGEST = 128  # tokens that the third has at most on a CPU, where more would take long
+NEW = 5  # tokens of each completion
 SAMPLES = 2
 
 
@@ -60,7 +60,7 @@ class WrongModel(UsageError):
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: whether an export's head is to be untied, and lines for the user."""
+    """The outcome of a check: whether an export's head is to be untied, and lines for the user."""
 
     untie: bool
     lines: list[str]
@@ -118,9 +118,9 @@ def check_model(
 
 
 def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
-    """Of all that a check depends on but the model's files."""
+    """Of all that a check depends on but the model's files: the package's sources, versions, settings."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     versions = (torch.__version__, transformers.__version__, tokenizers.__version__)
     kind = [
@@ -150,7 +150,7 @@ def check_policy(policy: Policy, reference: Any, longest: int = SHORT) -> list[s
 @torch.no_grad()
 def _check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None]) -> None:
     """Refuse a model that cannot be sampled in the way that was found for its kind."""
-    probe = _Probe.of(policy, quantiles)
+    probe = _Trial.of(policy, quantiles)
     own = _own_logits(policy, model, probe)
     _first([policy.reading], lambda reading: _decoding(policy, model, probe, own, reading), model)
 
@@ -158,7 +158,7 @@ def _check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None])
 def _check_step(policy: Policy, reference: Any, objective: Callable[[], Loss]) -> None:
     """Try out a training step in its precision, and a copy for sampling behind it, as every round has."""
     best = policy.quantiles - 1
-    probe = _Probe.of(policy, [best, 0, best // 2])
+    probe = _Trial.of(policy, [best, 0, best // 2])
     completions = [first for first, *_ in probe.continuations]
     quantiles = [k for k in probe.quantiles if k is not None]
 
@@ -191,7 +191,7 @@ def check_reading(
     Raises:
         WrongModel: there is none.
     """
-    probe = _Probe.of(policy, quantiles, longest)
+    probe = _Trial.of(policy, quantiles, longest)
     with torch.no_grad():
         own = _own_logits(policy, model, probe)
         _check_causal(policy, model, probe, own)
@@ -212,7 +212,7 @@ def check_reading(
 
 
 @dataclass(frozen=True)
-class _Probe:
+class _Trial:
     """Prompts of ordinary tokens at random, each conditioned on a quantile of its own, and continuations."""
 
     prompts: list[list[int]]
@@ -220,7 +220,7 @@ class _Probe:
     continuations: list[list[list[int]]]  # of each prompt SAMPLES
 
     @staticmethod
-    def of(policy: Policy, quantiles: Sequence[int | None], longest: int = SHORT) -> _Probe:
+    def of(policy: Policy, quantiles: Sequence[int | None], longest: int = SHORT) -> _Trial:
         generator = torch.Generator().manual_seed(0)
         special = {*policy.tokenizer.all_special_ids, *policy.stop_ids, *policy.prefix}
         ordinary = [i for i in range(policy.vocabulary) if i not in special]
@@ -231,7 +231,7 @@ class _Probe:
         lengths = (*LENGTHS, max(longest, SHORT))
         room = max(1, policy.room(NEW, max(lengths)))
         prompts = [some(min(length, room)) for length in lengths]
-        return _Probe(prompts, list(quantiles), [[some(NEW) for _ in range(SAMPLES)] for _ in prompts])
+        return _Trial(prompts, list(quantiles), [[some(NEW) for _ in range(SAMPLES)] for _ in prompts])
 
     def contexts(self, policy: Policy) -> list[list[int]]:
         return [policy.conditioned(p, k) for p, k in zip(self.prompts, self.quantiles, strict=True)]
@@ -243,7 +243,7 @@ def _alone(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
     return logits[0, :, : policy.vocabulary].float()
 
 
-def _own_logits(policy: Policy, model: Any, probe: _Probe) -> Tensor:
+def _own_logits(policy: Policy, model: Any, probe: _Trial) -> Tensor:
     """(prompts, SAMPLES, NEW, V) what the tokens of the continuations are predicted with."""
     with _blamed(model, "does not read a text"):
         found = [
@@ -258,7 +258,7 @@ def _own_logits(policy: Policy, model: Any, probe: _Probe) -> Tensor:
     return own
 
 
-def _check_causal(policy: Policy, model: Any, probe: _Probe, own: Tensor) -> None:
+def _check_causal(policy: Policy, model: Any, probe: _Trial, own: Tensor) -> None:
     """What is predicted behind a prompt must not depend on what follows, nor on whether anything does."""
     last = torch.stack([_alone(policy, model, context)[-1] for context in probe.contexts(policy)])
     gap = max(_gap(model, last, follows) for follows in own[:, :, 0].unbind(1))
@@ -271,7 +271,7 @@ def _check_causal(policy: Policy, model: Any, probe: _Probe, own: Tensor) -> Non
         )
 
 
-def _training(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: Reading) -> float:
+def _training(policy: Policy, model: Any, probe: _Trial, own: Tensor, reading: Reading) -> float:
     """How far the logits of a training batch are from the model's own, both ways that a step may take."""
     before, policy.reading = policy.reading, reading
     pairs = [(i, s) for s in range(SAMPLES) for i in range(len(probe.prompts))]
@@ -291,7 +291,7 @@ def _training(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: R
     return max(_gap(model, logits[batch.mask][:, : policy.vocabulary], expected) for logits in every)
 
 
-def _decoding(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: Reading) -> float:
+def _decoding(policy: Policy, model: Any, probe: _Trial, own: Tensor, reading: Reading) -> float:
     """How far the logits of decoding are from the model's own."""
     contexts = probe.contexts(policy)
     # Where rows of different lengths must not stand together, one by one.
@@ -312,7 +312,7 @@ def _decoding(policy: Policy, model: Any, probe: _Probe, own: Tensor, reading: R
 def _gap(model: Any, found: Tensor, expected: Tensor) -> float:
     """By how much (N, V) logits differ, as a share of the spread of each row's: the largest.
 
-    In low precision it is the median, since a rounding sends a token to other experts now and then.
+    In low precision it is the median: in a mixture of experts a rounding may route a token to other experts.
     """
     spread = (expected.amax(-1) - expected.amin(-1)).clamp(min=1e-6)
     shares = (found.float() - expected).abs().amax(-1) / spread
@@ -387,7 +387,7 @@ def check_export(
 
     Args:
         near: an existing folder, where there will have to be room for the export anyway.
-        sampling, untie: as of ``Policy.write_export``. Some models share more than a head by the setting
+        sampling, untie: as of ``write_export``. Some models share more than a head by the setting
             that ties it; theirs then stays tied.
     Returns:
         (whether the head is to be untied, log lines where that is not as asked).

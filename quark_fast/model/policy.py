@@ -76,9 +76,9 @@ class Policy:
             self.tokenizer = tokenizer = for_texts(tokenizer, rows, middle=False) if tokens else tokenizer
         tokenizer.add_tokens(tokens, special_tokens=True)
         self.reward_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
-        # Without reward tokens of its own a policy reads those of an export, but writes none, either.
+        # A plain policy (K = 0) of an exported model: its reward tokens may be read, but not sampled.
         first = self.reward_ids[0] if tokens else before_reward_tokens(tokenizer)
-        # Special tokens behind the table, such as those of images, are none of the model's.
+        # The tokenizer may have special tokens beyond the table, such as those of images.
         self.vocabulary = min(first, rows)
         self.text_tokenizer = for_texts(tokenizer, self.vocabulary)
         self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
@@ -243,8 +243,8 @@ class Policy:
         """Put the rows of quantiles that training drew nothing from between their trained neighbours.
 
         Row k becomes ((b - k) row_a + (k - a) row_b) / (b - a), with a < k < b the nearest quantiles of a
-        share above 0; beyond the last such quantile it is that one's. A token that was never trained means
-        nothing; on the line it means something between what its neighbours do.
+        share above 0; beyond the last such quantile it is that one's. A row that was never
+        trained has no meaning; interpolated it stands for something between its neighbours.
 
         Args:
             shares: each quantile's share of the training draws, worst first.

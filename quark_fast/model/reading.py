@@ -116,7 +116,7 @@ def next_logits(
     if not reading.padding:
         assert len({*map(len, contexts)}) == 1, "contexts of one length"
         mask = positions = None
-    # Not as the number 1: that is a slice, and a product with a slice copies the head for every prompt.
+    # An index, not the slice [-1:]: a product with a slice copies the head's weights for every prompt.
     last = torch.tensor([-1], device=model.device)
     cache = DynamicCache(config=model.config) if reading.cache else None
     logits = read(model, ids, mask, positions, columns=last, cache=cache).logits

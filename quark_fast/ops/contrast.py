@@ -51,7 +51,7 @@ def contrast_loss(
     with torch.no_grad():
         own, mirror = nll_alone(both_mask).nll.sum(-1)
     delta = mirror - own
-    # Logits that are not finite show in the values; a weight that is not would be refused as a faulty mask.
+    # Logits that are not finite make the values so, which the trainer sees; a NaN weight would be refused.
     weight = torch.sigmoid(-delta).nan_to_num(nan=1.0).unsqueeze(-1) * mask
     surrogate = nll_alone(torch.stack([weight, -weight]), normalizer=float(samples)).loss
     return torch.nn.functional.softplus(-delta), surrogate

@@ -1,6 +1,7 @@
 """The Quark loss in plain PyTorch: the equation, with its gradient by autograd.
 
-Every kernel is judged by this file, so it knows none of their tricks.
+Every kernel is judged by this file, so it knows none of their tricks. It runs for float64, on devices
+without a kernel, and where ``impl="eager"`` asks for it.
 """
 
 from typing import Literal

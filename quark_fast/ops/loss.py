@@ -469,7 +469,8 @@ _one_pass.register_autograd(_one_pass_gradient, setup_context=_save_one_pass)
 
 
 class _InPlace(torch.autograd.Function):
-    """Both forms with the gradient over the logits: float32 in the forward, half in the backward.
+    """Both forms with the gradient written over the logits: in the forward pass for float32, in the backward
+    pass for half precision.
 
     Not `mark_dirty`: the logits do not become an output of this function, they are used up. Their
     version is raised instead, so that autograd refuses any other backward that needs the values.

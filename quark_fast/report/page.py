@@ -74,7 +74,7 @@ def comparison_page(evaluation: Record, samples: Iterable[Record], versions: Rec
     """The page of an evaluation that no run folder holds, as one HTML document.
 
     Args:
-        samples: those of ``evaluator.Evaluated``.
+        samples: those of ``side_by_side.Evaluated``.
     """
     rows = rows_of(evaluation)
     runs = {name_of(row).rpartition(": ")[0] for row in rows if math.isfinite(number_of(row, "guidance"))}

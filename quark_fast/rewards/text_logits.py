@@ -193,7 +193,7 @@ class TextLogits:
         claims.append(self.tokenizer.model_max_length)
         known = [int(n) for n in claims if isinstance(n, int | float) and 0 < n < UNSET]
         self.limit = min(known, default=None)
-        # There and back: numbers that the model looks up in order are then not the text's own.
+        # Three words whose ids do not ascend: where 0, 1, 2, ... are looked up is then a table of positions.
         (probe,) = self.encode([" ".join(self._sample(3))])
         if len(probe.ids) > 2:
             with Lookups() as lookups:

@@ -1,9 +1,4 @@
-"""Sampling completions, plain or guided between the best and the worst reward token.
-
-transformers brings the model and its KV cache; the decoding loop is ours because sampling decides how
-much a run can learn in a given time: prompts are prefilled once for all their samples, attention of one
-new token skips the flash kernel on the CPU, and a token is drawn with one uniform number and no sort.
-"""
+"""What is asked of an engine that samples: prompts, settings of the decoding, reward tokens, batches."""
 
 from __future__ import annotations
 

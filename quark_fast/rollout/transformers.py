@@ -1,4 +1,9 @@
-"""Sampling by a transformers model: batches, token by token."""
+"""Sampling completions with a transformers model, plain or guided between best and worst reward token.
+
+transformers brings the model and its KV cache. The decoding loop is ours, as sampling limits how much a run
+learns in a given time: a prompt is prefilled once for all its samples, attention of one new token skips the
+flash kernel on the CPU, and a token is drawn with one uniform number and no sort.
+"""
 
 from __future__ import annotations
 

@@ -225,13 +225,13 @@ class Processes:
 
     def prepare(
         self, accelerator: Accelerator, model: Any, optimizer: Any, config: Config
-    ) -> tuple[Around, Any]:
+    ) -> tuple[LossModule, Any]:
         """The model as accelerate's launcher wants it: as it is, replicated (DDP) or sharded (FSDP2).
 
         Returns:
             (what a loss is to be computed inside of; the optimizer).
         """
-        around = Around(model)
+        wrapped = LossModule(model)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.replicated = self.count > 1 and not self.sharded and not self.zero
         if self.zero:
@@ -244,12 +244,12 @@ class Processes:
                     plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
                 )
         if accelerator.distributed_type == DistributedType.NO:
-            return around, accelerator.prepare(optimizer)
-        prepared: tuple[Around, Any] = accelerator.prepare(around, optimizer)
+            return wrapped, accelerator.prepare(optimizer)
+        prepared: tuple[LossModule, Any] = accelerator.prepare(wrapped, optimizer)
         return prepared
 
-    def accumulating(self, accelerator: Accelerator, around: Around) -> AbstractContextManager[None]:
-        """Around the loss and the backward of a micro-batch: gradients stay here until they are averaged.
+    def accumulating(self, accelerator: Accelerator, wrapped: LossModule) -> AbstractContextManager[None]:
+        """LossModule the loss and the backward of a micro-batch: gradients stay here until they are averaged.
 
         FSDP2 adds up shards instead, for which it does communicate: gradients of all parameters on every
         process are what it is there to avoid.
@@ -258,20 +258,20 @@ class Processes:
             return contextlib.nullcontext()
         if self.zero:
             return _no_step(accelerator)
-        context: AbstractContextManager[None] = accelerator.no_sync(around)
+        context: AbstractContextManager[None] = accelerator.no_sync(wrapped)
         return context
 
-    def average_gradients(self, accelerator: Accelerator, around: Around, finite: bool) -> None:
-        """Have DDP make gradients, which have gathered on each process, the mean over processes.
+    def average_gradients(self, accelerator: Accelerator, wrapped: LossModule, finite: bool) -> None:
+        """Have DDP average the gradients that each process has accumulated, by the backward of a zero loss.
 
-        By a backward pass of nothing, and not by that of the last micro-batch: a process that waits for the
-        others' gradients cannot learn that one of them has run out of memory. DeepSpeed makes its step
-        there, too, or skips it if the gradients, or the losses before (``finite``), are not finite.
+        Not in the backward pass of the last micro-batch: a process that waits there for the others' gradients
+        cannot learn that one of them has run out of memory. DeepSpeed also makes its step here, or skips it
+        if the gradients, or the losses before (``finite``), are not finite.
         """
         if self.replicated or self.zero:
-            trained = [p for p in around.parameters() if p.requires_grad]
-            nothing = around(lambda: torch.stack([p.reshape(-1)[:0].sum().float() for p in trained]).sum())
-            accelerator.backward(nothing if finite else nothing * math.nan)
+            trained = [p for p in wrapped.parameters() if p.requires_grad]
+            zero_loss = wrapped(lambda: torch.stack([p.reshape(-1)[:0].sum().float() for p in trained]).sum())
+            accelerator.backward(zero_loss if finite else zero_loss * math.nan)
 
     def lacked_memory(self, here: str | None) -> bool:
         """Whether any process ran out of memory, given what this one did, in words; if so, all try again.
@@ -307,9 +307,12 @@ class Processes:
         return on_device
 
 
-class Around(nn.Module):
-    """What DDP and FSDP2 are wrapped around: they act before and after a module's forward, and the loss is
-    more than the model's. Within it parameters are whole, those of sharded models, too."""
+class LossModule(nn.Module):
+    """A module whose forward computes the loss: this is what DDP and FSDP2 wrap.
+
+    They act before and after a module's forward, and the loss needs more than the model's own forward.
+    Inside of it the parameters of a sharded model are whole.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()

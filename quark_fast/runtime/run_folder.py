@@ -41,7 +41,7 @@ PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they w
 LOCK = ".lock"  # held by the process that runs the run
 CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
 
-Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
+StateAndTensors = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
 class RunFolder:
@@ -203,7 +203,7 @@ class RunFolder:
 
     # A checkpoint is a folder made under another name, flushed to disk, read back for its checksums and
     # renamed: whatever kills the run, the folder named "checkpoint" is complete. The one before it stays in
-    # "checkpoint.old" until the next is, for a disk that loses what it said it had.
+    # "checkpoint.old" until the next one is complete, in case the disk loses what it reported as written.
 
     def save_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Add a checkpoint of ``state`` (JSON) and one safetensors file for each of ``tensors``."""
@@ -231,7 +231,7 @@ class RunFolder:
         os.rename(scratch, current)
         flush(self.path)
 
-    def load_checkpoint(self) -> Checkpoint | None:
+    def load_checkpoint(self) -> StateAndTensors | None:
         """(state, tensors) of the last whole checkpoint; None: none was made yet. See ``cut_back``.
 
         Raises:
@@ -273,7 +273,7 @@ class RunFolder:
             else:
                 (self / name).unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> Checkpoint:
+    def _read(self, path: Path) -> StateAndTensors:
         """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
         sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
         files = {file.name for file in path.iterdir()} - {CHECKSUMS}

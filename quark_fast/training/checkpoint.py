@@ -15,9 +15,10 @@ from torch import Tensor
 
 from quark_fast.data.split import digest
 from quark_fast.errors import UsageError
-from quark_fast.runtime import run_folder, zero
-from quark_fast.runtime.distributed import Around, without_data
+from quark_fast.runtime import zero
+from quark_fast.runtime.distributed import LossModule, without_data
 from quark_fast.runtime.journal import Journal
+from quark_fast.runtime.run_folder import StateAndTensors
 from quark_fast.training.quantize import Draws
 from quark_fast.training.setup import Setup, trained_parameters
 from quark_fast.training.stability import BadSteps
@@ -31,7 +32,7 @@ class Checkpoint:
     """Writes and reads the checkpoints of a run: weights, optimizer and ``State``."""
 
     setup: Setup
-    around: Around
+    wrapped: LossModule
     optimizer: Any
     journal: Journal
 
@@ -52,7 +53,7 @@ class Checkpoint:
             "prompts": digest(setup.prompts.train),
             "reward": setup.reward.identity,
             "left_out": state.left_out,
-            "touched": sorted(state.trained),
+            "touched": sorted(state.trained),  # the key of runs begun before
             "pool": plain,
         }
         tensors = {
@@ -140,7 +141,7 @@ class Checkpoint:
         state.prompt_of = tensors["draws"]["prompt_of"].tolist()
         state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
         state.left_out = int(saved.get("left_out", 0))
-        drawn = [k for k, share in enumerate(config.weights()) if share > 0]
+        drawn = [k for k, share in enumerate(config.quantile_shares()) if share > 0]
         state.trained = set(saved.get("touched", drawn if state.step else []))
         state.seconds = float(saved["seconds"])
         state.bad_steps = BadSteps(**saved["bad_steps"])
@@ -182,8 +183,8 @@ class Checkpoint:
             if tensors:
                 for group in self.optimizer.param_groups:
                     group["lr"] = 0.0
-                # A step of nothing, for which DeepSpeed makes the state.
-                processes.average_gradients(self.setup.accelerator, self.around, finite=True)
+                # A step with a zero loss at rate 0, in which DeepSpeed creates the state that is set next.
+                processes.average_gradients(self.setup.accelerator, self.wrapped, finite=True)
                 zero.set_optimizer(self.optimizer, parameters, distributed())
             return
         state: dict[int, dict[str, Tensor]] = {}
@@ -199,7 +200,7 @@ def _trained(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _without_large_data(loaded: run_folder.Checkpoint | None) -> run_folder.Checkpoint | None:
+def _without_large_data(loaded: StateAndTensors | None) -> StateAndTensors | None:
     """A checkpoint without the data of weights and optimizer, which ``Processes.distribute`` sends."""
     if loaded is None:
         return None

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutBatch
-from quark_fast.runtime.distributed import Around, Processes, whole
+from quark_fast.runtime.distributed import LossModule, Processes, whole
 from quark_fast.runtime.memory import within_memory
 from quark_fast.training.objective import Objective
 from quark_fast.training.state import State
@@ -27,7 +27,7 @@ class Learner:
     config: Config
     processes: Processes
     accelerator: Accelerator
-    around: Around
+    wrapped: LossModule
     objective: Objective
     optimizer: Any
 
@@ -85,8 +85,8 @@ class Learner:
                 total / count,
                 len(batch.completions) / count,
             )
-            with self.processes.accumulating(self.accelerator, self.around):
-                loss, terms = self.around(compute)
+            with self.processes.accumulating(self.accelerator, self.wrapped):
+                loss, terms = self.wrapped(compute)
                 self.accelerator.backward(loss)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -100,9 +100,9 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         finite = all(map(math.isfinite, sums.values()))
-        self.processes.average_gradients(self.accelerator, self.around, finite)
+        self.processes.average_gradients(self.accelerator, self.wrapped, finite)
         # In the model's own order, by which accelerate recognises the parameters that it has sharded.
-        parameters = list(self.around.parameters())
+        parameters = list(self.wrapped.parameters())
         norm = float(whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)))
         scaler = self.accelerator.scaler
         bad = state.bad_steps.judge(sums, norm, scaler and scaler.get_scale())

@@ -61,8 +61,9 @@ class Objective:
     ) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
-        The reference sees no reward token; the contrast is with each sample's mirror token; the unlikelihood
-        is of repeated n-grams, under the better of the two, or where there is no contrast the sample's own.
+        The reference sees no reward token. The contrast compares the sample's own token k with its mirror
+        token, K - 1 - k. The unlikelihood lowers tokens that repeat an n-gram, under the better of these two
+        tokens; without the contrast, under the sample's own.
 
         Returns:
             (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
@@ -90,7 +91,7 @@ class Objective:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
             value, surrogate = unlikelihood_loss(weighted_nll, repeated)
             mean = value.sum() / tokens
-            # The surrogate has the gradient, the value the number.
+            # The sum has the value of the mean and the gradient of the surrogate.
             loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
             terms["unlikelihood"] = float(mean)
         terms["loss"] = float(loss.detach())
@@ -185,7 +186,7 @@ class Objective:
             samples=samples,
             impl=self.config.impl,
         )
-        # The surrogate has the gradient, the value the number.
+        # The sum has the value of the mean and the gradient of the surrogate.
         term = surrogate + (value.sum() / samples - surrogate).detach()
         return out._replace(loss=out.loss + self.config.contrast_coef * term), value, weighted_nll
 
@@ -201,8 +202,8 @@ def _repeated(
 ) -> Tensor:
     """(streams N, T) bool, aligned as ``mask``: tokens that repeat an n-gram of their completion.
 
-    Each completion's are marked in one stream, that with the best of its tokens: a worse one names, among
-    others, the very loops that are to go.
+    Each completion is marked in one stream only, that of its best token: a worse token stands for, among
+    other things, the loops that are to go.
     """
     found = torch.zeros_like(mask, device="cpu")
     for i, (completion, *tokens) in enumerate(zip(completions, *streams, strict=True)):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Row, as_rendered, from_file, is_chat
-from quark_fast.data.split import choose_prompts
+from quark_fast.data.split import Chosen, choose_prompts
 from quark_fast.evaluation.held_out import HeldOut
 from quark_fast.model.encode import encode_rows
 from quark_fast.model.loading import load_tokenizer
@@ -26,8 +26,8 @@ class RunPrompts:
     Attributes:
         train, train_ids: rows of the training prompts, and their token ids without prefix.
         held_out_rows, held_out: rows of the evaluation's prompts as they were given, and as it uses them.
-        chats: every row that was rendered from messages, also those that are left out: another day's
-            rendering might fit.
+        chats: every row that was rendered from messages, also those that are left out: a template may write
+            the date, so that a resumed run would render them differently.
         about: what was left out, and why, in words.
     """
 
@@ -47,10 +47,8 @@ class Given:
     held_out: Sequence[str | Row] | None = None
 
 
-def load_run_prompts(
-    config: Config, task: Task, folder: RunFolder, given: Given, own_reward: bool
-) -> Callable[[Policy], RunPrompts]:
-    """Read the prompts; they are encoded once there is a policy.
+def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, own_reward: bool) -> Chosen:
+    """The rows to train on and to hold out, as texts.
 
     Args:
         own_reward: the reward is not the task's, so a note says whose prompts these are.
@@ -64,16 +62,13 @@ def load_run_prompts(
     chosen = choose_prompts(config, task.prompts, chat, given.train, given.held_out)
     # A resumed run goes on with what its chats were rendered as.
     before = list(map(from_file, folder.rows_of(PROMPTS))) if config.resume else []
-    train, held_out = (as_rendered(rows, before) for rows in (chosen.train, chosen.held_out))
     about = list(chosen.about)
     if own_reward and given.train is None and config.prompts is None:
         about.append(f"no --prompts, so those of the task {task.name}")
-    return functools.partial(_encode, config, train, held_out, about)
+    return Chosen(as_rendered(chosen.train, before), as_rendered(chosen.held_out, before), about)
 
 
-def _encode(
-    config: Config, train: list[Row], held_out: list[Row], about: list[str], policy: Policy
-) -> RunPrompts:
+def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
     """The prompts as ids; those that are too long, or too short, are left out and counted."""
     encode = functools.partial(
         encode_rows,
@@ -81,18 +76,17 @@ def _encode(
         max_tokens=policy.room_of(config),
         prefix_tokens=config.prefix_tokens,
         cut=config.long_prompts == "cut",
-        log=about.append,
+        log=chosen.about.append,
     )
-    chats = [row for row in [*train, *held_out] if is_chat(row)]
     what = "texts" if config.prefix_tokens else "prompts"
-    train, train_ids, _ = encode(train, what=f"training {what}")
-    rows, ids, texts = encode(held_out, what=f"held-out {what}")
+    train, train_ids, _ = encode(chosen.train, what=f"training {what}")
+    rows, ids, texts = encode(chosen.held_out, what=f"held-out {what}")
     policy.check_fits([*train_ids, *ids], config.max_new_tokens)
     return RunPrompts(
         train=train,
         train_ids=train_ids,
-        held_out_rows=held_out if config.prefix_tokens else rows,
+        held_out_rows=chosen.held_out if config.prefix_tokens else rows,
         held_out=HeldOut(rows, ids, config.eval_samples, texts),
-        chats=chats,
-        about=about,
+        chats=[row for row in [*chosen.train, *chosen.held_out] if is_chat(row)],
+        about=chosen.about,
     )

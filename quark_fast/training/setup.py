@@ -40,7 +40,7 @@ from quark_fast.tasks.by_name import cached, choose_reward, find_task, refuse_co
 from quark_fast.tasks.task import Task
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
-from quark_fast.training.run_prompts import Given, RunPrompts, load_run_prompts
+from quark_fast.training.run_prompts import Given, RunPrompts, encode_prompts, read_prompts
 from quark_fast.training.shared_work import SharedWork
 
 
@@ -122,29 +122,19 @@ def set_up(
     task = find_task(config.task, config.target)
     set_threads(config.threads)
     accelerator = _accelerator(config, folder, processes)
-    chosen = choose_reward(config, task, accelerator.device, reward)
+    scorer = choose_reward(config, task, accelerator.device, reward)
     tasks_own = config.reward in (None, task.name)
-    encode = load_run_prompts(config, task, folder, given, own_reward=reward is not None or not tasks_own)
+    chosen = read_prompts(config, task, folder, given, own_reward=reward is not None or not tasks_own)
     _check_impl(config.impl, accelerator.device)
-    words = task.words_for(config.quantiles) if tasks_own and chosen.property is not None else None
     dtype = sampling_dtype(config.precision, accelerator.device)
+    words = task.words_for(config.quantiles) if tasks_own and scorer.property is not None else None
     policy = _load_policy(config, words, dtype, accelerator.device)
-    prompts = encode(policy)
+    prompts = encode_prompts(config, policy, chosen)
     _choose_attention(policy, prompts, config)
     reference = _load_reference(config, policy, dtype, accelerator.device)
     autocast = processes.autocast(accelerator, config.precision)
     objective = functools.partial(Objective, config, policy, reference, accelerator.device, autocast)
-    checked = check_model(
-        policy,
-        reference,
-        folder.existing_parent,
-        generation_settings(evaluation_sampling(config)),
-        untie=config.export_head == "own",
-        longest=max(map(len, [*prompts.train_ids, *prompts.held_out.ids])) + config.max_new_tokens,
-        objective=objective,
-        export=processes.main,  # which writes it
-        notes=assets.cache_dir() if config.model is None else None,
-    )
+    checked = _check_model(config, folder, processes, policy, reference, prompts, objective)
     processes.check_padding(accelerator, policy.reading.padding)
     setup = Setup(
         config=config,
@@ -154,20 +144,50 @@ def set_up(
         batch_rows=batch_rows,
         task=task,
         prompts=prompts,
-        reward=chosen,
+        reward=scorer,
         policy=policy,
         reference=reference,
         sampling_dtype=dtype,
         checked=checked,
         objective=objective(),
     )
-    if not config.resume and processes.main:  # a run that is resumed has been through it
+    _check_reward(setup)
+    return setup
+
+
+def _check_model(
+    config: Config,
+    folder: RunFolder,
+    processes: Processes,
+    policy: Policy,
+    reference: Any,
+    prompts: RunPrompts,
+    objective: Callable[[], Objective],
+) -> Checked:
+    """Try out reading, sampling, a training step and, on rank 0, which writes it, the export."""
+    return check_model(
+        policy,
+        reference,
+        folder.existing_parent,
+        generation_settings(evaluation_sampling(config)),
+        untie=config.export_head == "own",
+        longest=max(map(len, [*prompts.train_ids, *prompts.held_out.ids])) + config.max_new_tokens,
+        objective=objective,
+        export=processes.main,
+        notes=assets.cache_dir() if config.model is None else None,
+    )
+
+
+def _check_reward(setup: Setup) -> None:
+    """Try the reward on a few completions, unless the run has begun; then cache it as the settings have it."""
+    config, processes, prompts = setup.config, setup.processes, setup.prompts
+    if not config.resume and processes.main:
         asked = HeldOut(prompts.train, prompts.train_ids, 1)
-        chosen.check(first_completions(policy, reference, asked, setup.round_sampling(0), config.seed))
+        sampling = setup.round_sampling(0)
+        setup.reward.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
     # SQLite is for one machine: files over a network lose its locks.
     mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache
-    setup.reward = cached(chosen, mode, folder / REWARDS)
-    return setup
+    setup.reward = cached(setup.reward, mode, setup.folder / REWARDS)
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:

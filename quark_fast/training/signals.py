@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: a run stops where it can go on."""
+"""Ctrl-C and SIGTERM while a run trains: it stops where it can go on.
+
+While it samples, scores or evaluates: at once, as the batches so far are on disk. While it learns: after the
+step, with a checkpoint. A second signal stops at once. Before and after ``Trainer.train``: as any program.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Trainer:
         self.setup = processes.together(lambda: set_up(config, folder, processes, rows, reward, given))
         self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
         self.policy.unsharded = self.setup.reference
-        around, self.optimizer = processes.prepare(
+        wrapped, self.optimizer = processes.prepare(
             self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
         )
         self.state = State.new(config, processes.count)
@@ -89,10 +89,10 @@ class Trainer:
             config, self.policy, self.setup.prompts, self.setup.reward, self.rollout, self.work, listen
         )
         self.learner = Learner(
-            config, processes, self.accelerator, around, self.setup.objective, self.optimizer
+            config, processes, self.accelerator, wrapped, self.setup.objective, self.optimizer
         )
         self.results = Results(self.setup, self.work, sampler, listen)
-        self.checkpoint = Checkpoint(self.setup, around, self.optimizer, self.journal)
+        self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
         if config.resume:
             self.checkpoint.restore(self.state)
         processes.on_rank_0(self._write_start)
@@ -178,7 +178,7 @@ class Trainer:
         lengths = np.array([len(self.setup.prompts.train_ids[i]) for i in state.prompt_of])
         rng = np.random.default_rng(seed_for(config.seed, "draws", state.round))
         plan = plan_batches(
-            labels, config.weights(), lengths, state.draws, config.steps, config.batch_size, rng
+            labels, config.quantile_shares(), lengths, state.draws, config.steps, config.batch_size, rng
         )
         drawn = set(np.unique(labels[plan]).tolist())
         state.trained |= drawn

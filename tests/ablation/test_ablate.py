@@ -65,7 +65,7 @@ def test_selection_is_compared_within_the_papers_loss() -> None:
     found = {p.value: p for p in axes.points_of(Config(), ["selection"])}
     best = found["best, no contrast"]
     assert best.against == found["equal, no contrast"].settings
-    assert Config(**best.settings).weights() == [0, 0, 0, 0, 1]
+    assert Config(**best.settings).quantile_shares() == [0, 0, 0, 0, 1]
     assert found["equal"].against == {}, "the base's own loss: against the base"
 
 
