@@ -50,10 +50,8 @@ def part(dotted: str) -> str:
 
 def own_imports(name: str) -> Iterator[str]:
     """Modules of the package that a module imports anywhere in its source, also inside functions."""
-    path = PACKAGE.joinpath(*name.split("."))
-    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     known = {*modules(), "_C"}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(source_of(name))):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -96,12 +94,48 @@ def test_no_package_but_the_first_has_code_in_its_init() -> None:
         assert isinstance(docstring, ast.Expr), path
 
 
+def source_of(name: str) -> str:
+    path = PACKAGE.joinpath(*name.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def code_lines(node: ast.AST, lines: list[str]) -> int:
+    """Lines of a function or class without blank ones, comments and docstrings."""
+    docstrings = {
+        line
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant)
+        for line in range(inner.lineno, inner.end_lineno + 1)
+    }
+    numbers = range(node.lineno, node.end_lineno + 1)
+    return sum(
+        1 for n in numbers if n not in docstrings and lines[n - 1].strip() and lines[n - 1].strip()[0] != "#"
+    )
+
+
+@pytest.mark.parametrize("name", modules())
+def test_nothing_is_too_long_to_hold_in_mind(name: str) -> None:
+    """Classes of 300 lines, functions of 60 lines of code and 8 arguments, at most.
+
+    Kernels and the public losses may have more, and so may the list of what a public class is made with.
+    """
+    if part(name) == "ops":
+        return
+    source = source_of(name)
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < 300, node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "__init__":
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([one for one in given if one.arg not in ("self", "cls")]) <= 8, node.name
+            assert code_lines(node, lines) <= 60, node.name
+
+
 def test_only_the_commands_print() -> None:
     # assets speaks on standard error while it downloads: somebody is waiting.
     for name in modules():
-        path = PACKAGE.joinpath(*name.split("."))
-        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+        calls = [n for n in ast.walk(ast.parse(source_of(name))) if isinstance(n, ast.Call)]
         printing = any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
         assert not printing or part(name) in LAYERS[0] or name == "data.assets", f"{name} prints"
 

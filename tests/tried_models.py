@@ -16,7 +16,7 @@ from architectures import ARCHITECTURES, Architecture
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
-from quark_fast.model.checks import check_model
+from quark_fast.model.check_model import check_model
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Sampling

@@ -13,7 +13,7 @@ from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
-from quark_fast.model.checks import check_reading
+from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy

@@ -104,6 +104,6 @@ def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     try:
         with torch.device("meta"):
             made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    except Exception:  # foreign code fails in any way; checks.py finds what does not fit then
+    except Exception:  # foreign code fails in any way; check_reading.py finds what does not fit then
         return {}
     return {name: buffer.dtype for name, buffer in made.named_buffers()}

@@ -47,7 +47,7 @@ class Policy:
         stop_ids: the ids that end a completion: end of text, end of turn, document separator.
         stored_dtype: of the weights at the model's source.
         trust_remote_code: whether what Python code the source brings along may run.
-        reading: how the model is read right, ``checks.py`` finds out.
+        reading: how the model is read right, ``check_reading.py`` finds out.
         other_tables: modules beside the input embedding that look up ids; they see reward tokens as token 0.
         unsharded: a whole model like ``model`` before it had reward tokens; needed to copy a sharded one.
     """

@@ -1,6 +1,6 @@
 """How a model is read: its arguments, its cache, and whether rows of different lengths may stand together.
 
-What holds for a model, ``checks.py`` finds out when it is loaded.
+What holds for a model, ``check_reading.py`` finds out when it is loaded.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def learned_positions(model: Any) -> int | None:
         with Lookups() as lookups:
             try:
                 model(torch.full((1, tokens), token, device=model.device))
-            except Exception:  # foreign code fails in any way; checks.py reports it
+            except Exception:  # foreign code fails in any way; check_reading.py reports it
                 return None
         found.append(lookups.counted(tokens))
     return min((rows - start for rows, start in set.intersection(*found)), default=None)

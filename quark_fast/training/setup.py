@@ -21,7 +21,7 @@ from quark_fast.evaluation.held_out import (
     first_completions,
     generation_settings,
 )
-from quark_fast.model.checks import Checked, check_model
+from quark_fast.model.check_model import Checked, check_model
 from quark_fast.model.copies import shared_reference
 from quark_fast.model.loading import load_reference
 from quark_fast.model.lora import Lora
@@ -168,18 +168,17 @@ def _check_model(
     return check_model(
         policy,
         reference,
-        folder.existing_parent,
+        folder.existing_parent if processes.main else None,
         generation_settings(evaluation_sampling(config)),
         untie=config.export_head == "own",
         longest=max(map(len, [*prompts.train_ids, *prompts.held_out.ids])) + config.max_new_tokens,
         objective=objective,
-        export=processes.main,
         notes=assets.cache_dir() if config.model is None else None,
     )
 
 
 def _check_reward(setup: Setup) -> None:
-    """Try the reward on a few completions, unless the run has begun; then cache it as the settings have it."""
+    """Try the reward on a few completions, unless the run has begun; then cache it, if asked to."""
     config, processes, prompts = setup.config, setup.processes, setup.prompts
     if not config.resume and processes.main:
         asked = HeldOut(prompts.train, prompts.train_ids, 1)

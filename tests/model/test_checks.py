@@ -16,12 +16,15 @@ from conftest import sharpen
 from torch import Tensor, nn
 
 from quark_fast.config import Config
-from quark_fast.model import checks
-from quark_fast.model.checks import WrongModel, check_export, check_model, check_policy
+from quark_fast.model import export
+from quark_fast.model.check_export import check_export
+from quark_fast.model.check_model import check_model
+from quark_fast.model.check_reading import check_policy
 from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
+from quark_fast.model.wrong_model import WrongModel
 from quark_fast.training.objective import Objective
 
 Make = Callable[..., Path]
@@ -276,14 +279,14 @@ def test_export_is_checked_and_the_scratch_folder_is_gone(policy: Policy, tmp_pa
 def test_export_that_loads_as_another_model_is_refused(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Policy.write_export
+    own = export.write_export
 
     def spoiled(self: Policy, folder: Path, model: Any, *rest: Any, **named: Any) -> None:
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
         own(self, folder, model, *rest, **named)
 
-    monkeypatch.setattr(Policy, "write_export", spoiled)
+    monkeypatch.setattr("quark_fast.model.check_export.write_export", spoiled)
     with pytest.raises(WrongModel, match=r"another model when its export is loaded: its logits differ by \d"):
         check_export(policy, tmp_path, HOW, untie=True)
     assert not any(tmp_path.glob(".quark*"))
@@ -296,7 +299,7 @@ def test_export_whose_tokenizer_forgets_the_front_is_refused(
         tokenizer.backend_tokenizer.post_processor = None
         tokenizer.save_pretrained(folder)
 
-    monkeypatch.setattr("quark_fast.model.policy.save_tokenizer", forgetful)
+    monkeypatch.setattr("quark_fast.model.export.save_tokenizer", forgetful)
     with pytest.raises(WrongModel, match=r"TokenizersBackend\) reads 'The man said that it is good.' as"):
         check_export(policy, tmp_path, HOW, untie=True)
 
@@ -313,7 +316,7 @@ def test_head_stays_tied_where_an_own_one_makes_another_model(
         if untie:
             raise WrongModel("Kind (kind)", "is another model", "give another")
 
-    monkeypatch.setattr(checks, "_check_export", check)
+    monkeypatch.setattr("quark_fast.model.check_export._check_export", check)
     untie, lines = check_export(policy, tmp_path, HOW, untie=True)
     assert untie is False and lines == [
         "the export's head stays tied (--export-head tied), since otherwise the model is another model"
@@ -332,15 +335,13 @@ def test_note_of_an_ordinary_model_saves_the_check_until_anything_changes(
     assert run()[0].startswith("model checked in") and len(list((tmp_path / "notes").iterdir())) == 1
     assert run() == ["model checked before, with the same versions"]
     assert run(untie=False)[0].startswith("model checked in")
-    monkeypatch.setattr(checks.transformers, "__version__", "5.99")
+    monkeypatch.setattr("transformers.__version__", "5.99")
     assert run()[0].startswith("model checked in")
 
 
 def test_model_with_remarks_is_checked_each_time(policy: Policy, tmp_path: Path) -> None:
     plant(policy, without("cache", "past_key_values"))
     for _ in range(2):
-        lines = check_model(
-            policy, policy.model, tmp_path, HOW, untie=True, export=False, notes=tmp_path / "notes"
-        ).lines
+        lines = check_model(policy, policy.model, None, HOW, untie=True, notes=tmp_path / "notes").lines
         assert "without a cache" in lines[1]
     assert not (tmp_path / "notes").exists()

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 
 from quark_fast.data.row import Rendered
 from quark_fast.errors import UsageError
-from quark_fast.model.checks import check_export, check_policy
+from quark_fast.model.check_export import check_export
+from quark_fast.model.check_reading import check_policy
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.encode import encode_rows
 from quark_fast.model.loading import load_pretrained, load_reference

@@ -24,7 +24,7 @@ from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from transformers import OPTConfig, OPTForCausalLM
 
 from quark_fast.errors import Interrupted, UsageError
-from quark_fast.model.checks import Checked
+from quark_fast.model.check_model import Checked
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.runtime.distributed import Processes

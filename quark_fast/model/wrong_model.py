@@ -1,0 +1,49 @@
+"""What is wrong with a model, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from quark_fast.errors import UsageError
+from quark_fast.model.loading import first_line
+from quark_fast.runtime.memory import OutOfMemory
+
+
+class WrongModel(UsageError):
+    """A model that cannot be read, trained or exported right; ``what`` is the reason."""
+
+    def __init__(self, who: str, what: str, fix: str) -> None:
+        super().__init__(f"{who} {what}; {fix}")
+        self.what = what
+
+
+def message_of(error: Exception) -> str:
+    kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+    return kind + first_line(error)
+
+
+@contextlib.contextmanager
+def blamed(model: Any, what: str, export: str | None = None) -> Iterator[None]:
+    """Whatever fails here, but for a lack of memory, is the model's: foreign code fails in any way."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, OutOfMemory):
+        raise
+    except Exception as error:
+        # Our loader's message names the scratch folder; transformers' own, its cause, does not.
+        loader = isinstance(error, UsageError) and isinstance(error.__cause__, Exception)
+        said = message_of(error.__cause__ if loader else error)  # type: ignore[arg-type]
+        if export is not None:
+            said = said.replace(repr(export), "the export")
+        raise wrong(model, f"{what}: {said}") from error
+
+
+def wrong(model: Any, what: str) -> WrongModel:
+    low = model.dtype != torch.float32
+    fix = "give --precision fp32, or another --model" if low else "give another --model"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return WrongModel(f"{type(model).__name__} ({model.config.model_type}, {dtype})", what, fix)
