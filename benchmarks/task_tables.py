@@ -1,14 +1,19 @@
-"""The README's tables of the three tasks, from the evaluations in docs/results.
+"""The measured results as README.md and docs/results.md show them, from the evaluations in docs/results.
 
-python benchmarks/task_tables.py
+python benchmarks/task_tables.py                                   # the tables
+python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # README.md's picture
 """
 
+import argparse
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quark_fast.report.results import scorer_line
+from matplotlib.figure import Figure
+
+from quark_fast.report.results import scorer_line, shown_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 # task: (headline metric, its name, whether it is shown in percent)
@@ -26,6 +31,63 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 def change(numbers: dict[str, float]) -> str:
     parts = (numbers[key] for key in ("relative", "relative_low", "relative_high"))
     return "{:+.0f}% [{:+.0f}, {:+.0f}]".format(*(100 * part for part in parts))
+
+
+def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:
+    """Of each seed's run: the rows of its table, by name."""
+    files = sorted(RESULTS.glob(f"{task}-seed*.json"))
+    return [{row["name"]: row for row in json.loads(file.read_text())["rows"]} for file in files]
+
+
+def summary_table() -> str:
+    """Toxicity and perplexity, the mean of the seeds and their range."""
+    runs = evaluations("toxicity")
+    lines = []
+    for name, words in (
+        ("untouched", "base model"),
+        ("best token", "unlearned: the best token in front"),
+        ("guided w=2", "unlearned, guided with w = 2"),
+    ):
+        toxicity, perplexity = (
+            [run[name]["metrics"][metric]["value"] for run in runs] for metric in ("mean", "perplexity")
+        )
+        mean = statistics.mean(toxicity)
+        if name == "untouched":
+            base = mean
+        fall = "" if name == "untouched" else f"{100 * (mean / base - 1):+.0f}%"
+        lines.append(
+            [
+                words,
+                f"{mean:.3f} ({min(toxicity):.3f} to {max(toxicity):.3f})",
+                fall,
+                f"{statistics.mean(perplexity):.1f}",
+            ]
+        )
+    return markdown(["", "mean toxicity (of three seeds)", "change", "perplexity"], lines)
+
+
+def plot(path: Path) -> None:
+    """Toxicity over perplexity: each seed's way from the base model along the guidance dial."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = ["untouched", "best token", "guided w=1.5", "guided w=2"]
+    for run in evaluations("toxicity"):
+        points = [
+            [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")] for name in names
+        ]
+        axes.plot(*zip(*points, strict=True), color="#8a8d94", lw=1, zorder=1)
+        for (x, y), colour in zip(points, ("#8a8d94", "#2c7fb8", "#41b6c4", "#1d9a6c"), strict=True):
+            axes.plot(x, y, "o", color=colour, ms=7)
+    last = evaluations("toxicity")[0]
+    for name, words in zip(names, ("base model", "best token", "w = 1.5", "w = 2"), strict=True):
+        x, y = (last[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean"))
+        axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points")
+    axes.set_xlabel("perplexity of the text under the base model")
+    axes.set_ylabel("mean toxicity")
+    axes.margins(x=0.15, y=0.15)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def task_table(task: str) -> str:
@@ -48,7 +110,7 @@ def task_table(task: str) -> str:
         costs = " / ".join(
             f"{run[name]['metrics']['perplexity']['value']:.1f}" for run in runs if name in run
         )
-        lines.append([name, *cells, costs])
+        lines.append([shown_name(name), *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
     table = markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
     (scorer,) = {scorer_line(evaluation) for evaluation in evaluations}  # one scorer in one table
@@ -61,7 +123,7 @@ def unlikelihood_table(path: Path) -> str:
     base = grid["points"][0]["seeds"]
     lines = [
         [
-            "untouched",
+            "base model",
             *(f"{100 * one['untouched']['headline']:.1f}%" for one in base),
             "",
             " / ".join(f"{one['untouched']['perplexity']:.1f}" for one in base),
@@ -82,6 +144,12 @@ def unlikelihood_table(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
+    if path := parser.parse_args().plot:
+        plot(path)
+        raise SystemExit
+    print(f"README.md\n\n{summary_table()}")
     for task in TASKS:
         print(f"\n{task}\n\n{task_table(task)}")
     print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
