@@ -96,7 +96,7 @@ def test_shared_reference_is_the_untouched_model_to_the_bit_on_the_policys_own_w
     assert not torch.equal(logits(policy.model, IDS), logits(plain, IDS))
     assert policy.model.get_input_embeddings().rows.dtype == torch.float32, "what trains is float32"
     assert shared_reference(policy, torch.float16) is None, "in another dtype it would be another model"
-    assert Policy.create(source, quantiles=3).shared_reference(torch.float32) is None
+    assert shared_reference(Policy.create(source, quantiles=3), torch.float32) is None
 
 
 def test_weights_stored_in_another_dtype_than_the_references_are_adapted_in_float32(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_missing_peft_is_one_line_with_what_to_install(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"lora_rank = 2 needs peft, .*: pip install 'peft>=0.20'$"):
         Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0))
-    assert Policy.create(tiny_model(), quantiles=3).frozen_copy(torch.float32) is not None, "others need none"
+    assert frozen_copy(Policy.create(tiny_model(), quantiles=3), torch.float32) is not None
 
 
 def test_settings_give_the_adapters() -> None:
@@ -183,7 +183,7 @@ def test_run_with_adapters_learns_resumes_to_identical_results_and_exports_the_m
         )  # fmt: skip
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
         mine = {id(p) for p in trainer.policy.model.parameters()}
-        assert all(id(p) in mine for p in trainer.reference.parameters()), "one copy of the weights"
+        assert all(id(p) in mine for p in trainer.setup.reference.parameters()), "one copy of the weights"
         trainer.train()
         return trainer
 
