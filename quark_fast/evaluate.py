@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress, TaskID
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     settings = vars(asked).copy()
     threads, subjects = settings.pop("threads"), settings.pop("subjects")
     files = {name: Path(given) for name in OUTPUTS if (given := settings.pop(name))}
-    _check_files(files, subjects)
+    _check_files(files, [*subjects, *filter(None, (asked.prompts, asked.out_of_domain))])
     if asked.samples is not None and asked.samples < 1:
         raise UsageError(f"--samples {asked.samples}: give at least 1")
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
@@ -100,7 +100,8 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
 
     quiet_libraries()
     set_threads(threads)
-    bar = Progress(console=console, disable=not console.is_terminal)
+    name = TextColumn("{task.description}", markup=False)  # which names a folder
+    bar = Progress(name, BarColumn(), TaskProgressColumn(), console=console, disable=not console.is_terminal)
     shown: dict[str, TaskID] = {}
 
     def listen(stage: str, done: int, total: int) -> None:
@@ -144,11 +145,21 @@ def _texts(
     return texts
 
 
-def _check_files(files: dict[str, Path], subjects: Sequence[str]) -> None:
-    """Raise UsageError for a file that cannot be written, or that must not be lost."""
-    named = {Path(one).resolve() for one in subjects}
-    for name, path in files.items():
-        flag = f"--{name} {path}"
+# What a run folder may hold: none of it is written over.
+RUN_FILES = {
+    *("config.yaml", "versions.json", "finished.json", "report.html", "evaluation.json", "evaluation.jsonl"),
+    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "prompts.jsonl"),
+}
+
+
+def _check_files(files: dict[str, Path], read: Sequence[str]) -> None:
+    """Raise UsageError for a file that cannot be written, or that must not be lost: ``read`` names some."""
+    named = {Path(one).resolve() for one in read}
+    written = [(f"--{name} {path}", name, path) for name, path in files.items()]
+    if path := files.get("json"):
+        samples = path.with_suffix(".jsonl")
+        written.append((f"--json {path} (its samples go to {samples.name})", "samples", samples))
+    for flag, name, path in written:
         if not path.parent.is_dir():
             raise UsageError(f"{flag}: no such folder")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -156,10 +167,10 @@ def _check_files(files: dict[str, Path], subjects: Sequence[str]) -> None:
         if name == "json" and path.suffix != ".json":
             raise UsageError(f"{flag}: give a name in .json; the samples go beside it, in .jsonl")
         if path.resolve() in named:
-            raise UsageError(f"{flag}: this is a table to compare with; name another file")
-        if (path.parent / "config.yaml").exists() and path.stem in ("evaluation", "report"):
+            raise UsageError(f"{flag}: this is a table, or prompts, to be read; name another file")
+        if (path.parent / "config.yaml").exists() and path.name in RUN_FILES:
             raise UsageError(f"{flag}: this is the run's own {path.name}; name another file")
-    if len({path.resolve() for path in files.values()}) < len(files):
+    if len({path.resolve() for _, _, path in written}) < len(written):
         raise UsageError(f"{', '.join(f'--{name}' for name in files)} name one file; give each its own")
 
 

@@ -100,6 +100,8 @@ def _check(asked: argparse.Namespace) -> None:
         raise UsageError(f"--temperature {asked.temperature}: give at least 0, which is greedy")
     if asked.temperature == 0 and asked.samples > 1:
         raise UsageError(f"--samples {asked.samples}: greedy ones are all the same; give 1")
+    if not 0 <= asked.seed < 2**63:
+        raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
     if asked.guidance is not None and not math.isfinite(asked.guidance):
         raise UsageError(f"--guidance {asked.guidance}: give a number, 1 for the best token alone")
 

@@ -236,6 +236,7 @@ def test_train_refuses_triton_without_a_gpu(
         (["finished", "w1", "--quantile", "-1"], "--quantile -1"),
         (["finished", "w1", "--guidance", "nan"], "--guidance nan"),
         (["finished", "w1", "--threads", "-1"], "threads = -1"),
+        (["finished", "w1", "--seed", "-1"], "--seed -1: give a number from 0"),
         (["finished", "w1", "--loud"], "--loud"),
     ],
 )
@@ -274,6 +275,9 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--markdown", "nowhere/table.md"], "--markdown nowhere/table.md: no such folder"),
         (["finished", "--markdown", "x.md", "--html", "x.md"], "name one file"),
         (["finished", "--html", "finished/report.html"], "the run's own report.html"),
+        (["finished", "--json", "finished/metrics.json"], "the run's own metrics.jsonl"),
+        (["finished", "--prompts", "bad.jsonl", "--json", "bad.json"], "go to bad.jsonl): this is a table"),
+        (["finished", "--json", "a.json", "--markdown", "a.jsonl"], "name one file"),
         (
             ["finished/evaluation.json", "--json", "finished/evaluation.json"],
             "--json finished/evaluation.json: this is a table",

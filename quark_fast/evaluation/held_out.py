@@ -103,10 +103,15 @@ class EvaluationSetup:
         rows, prompts = self.held_out.rows, self.held_out.ids
         flat = [(i, ids) for i, group in zip(indices, drawn, strict=True) for ids in group]
         texts = [self.policy.decode(ids, prompts[i]) for i, ids in flat]
-        rewards = self.reward([rows[i] for i, _ in flat], texts)
+        rewards = self.reward([_given(rows[i]) for i, _ in flat], texts)
         return [
             (i, ids, text, float(value)) for (i, ids), text, value in zip(flat, texts, rewards, strict=True)
         ]
+
+
+def _given(row: Row) -> Row:
+    """The row without its class, which is no column of the user's, so that a reward need not take it."""
+    return {name: value for name, value in row.items() if name != "prompt_class"}
 
 
 def evaluation_sampling(config: Config) -> Sampling:
@@ -189,6 +194,6 @@ def first_completions(
             policy, model, SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
         ):
             yield (
-                [rows[i] for i in indices],
+                [_given(rows[i]) for i in indices],
                 [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],
             )

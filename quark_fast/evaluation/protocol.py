@@ -108,7 +108,9 @@ def _check_rewards_agree(runs: Sequence[Run]) -> None:
     """Raise UsageError unless all runs have one reward, none of whose code lies in a run folder."""
 
     def in_words(config: Config) -> str:
-        return f"{config.reward or 'its task'}{f' ({config.scorer_label})' if config.scorer_label else ''}"
+        how = [config.scorer_label] if config.scorer_label else []
+        how += [f"reads {config.scorer_reads}"] if config.scorer_reads != "completion" else []
+        return (config.reward or "its task") + (f" ({', '.join(how)})" if how else "")
 
     agree(runs, "was rewarded by", in_words, "name one scorer for all by --reward or --task")
     for run in runs:

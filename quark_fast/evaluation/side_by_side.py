@@ -114,7 +114,8 @@ class Evaluator:
             "min_new_tokens": min_new_tokens,
         }
         if not self.live:
-            others = (task, target, prompts, out_of_domain, reward, guidance, ppl_model, *sampling.values())
+            others = [task, target, prompts, out_of_domain, reward, guidance, ppl_model, *sampling.values()]
+            others += [prompt_column, out_of_domain_column, scorer_label]
             if any(one is not None for one in others):
                 raise UsageError(
                     "only tables are named, which are shown as they are: leave out what to measure and how to"

@@ -46,12 +46,17 @@ class Run:
     def trained_on(self, rows: Sequence[Row]) -> int:
         """How many of the prompts the run was trained on: its first round sampled each of its own."""
         seen: set[str] = set()
-        with (self.folder / COMPLETIONS).open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                if row["round"] != 0:
-                    break
-                seen.add(row["prompt"])
+        path = self.folder / COMPLETIONS
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    row = json.loads(line)
+                    if row["round"] != 0:
+                        break
+                    seen.add(row["prompt"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{path} does not say what the run was trained on ({reason})") from error
         return len(seen & {row["prompt"] for row in rows})
 
 

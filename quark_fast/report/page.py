@@ -47,6 +47,7 @@ from quark_fast.report.results import (
     other_names,
     rows_of,
     scorer_name,
+    shown_name,
     way_of,
 )
 from quark_fast.report.tables import about, notes, tables, unscored_note
@@ -119,9 +120,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    called = [base_name, base_row, cell_of, clean, columns_of, fill, format_value, main_columns]
-    called += [label_of, name_of, notes, rows_of, tables, unscored_note, way_of, bar_width, quantile_colour]
-    made.globals.update({function.__name__: function for function in called})
+    texts = (base_name, clean, fill, format_value, label_of, name_of, notes, shown_name, unscored_note)
+    parts = (base_row, cell_of, columns_of, main_columns, rows_of, tables, way_of, bar_width, quantile_colour)
+    made.globals.update({function.__name__: function for function in [*texts, *parts]})
     return made
 
 

@@ -21,6 +21,7 @@ from quark_fast.report.results import (
     label_of,
     name_of,
     rows_of,
+    shown_name,
     way_of,
 )
 
@@ -100,7 +101,7 @@ def _scores_by_row(run: RunFiles) -> list[tuple[str, Way, Array]]:
         scores = series_of([row for row in run.evaluation_rows if row.get("row") == name], "score")
         scores = scores[~np.isnan(scores)]
         if scores.size:
-            found.append((clean(name), way_of(name), scores))
+            found.append((clean(shown_name(name)), way_of(name), scores))
     return found
 
 

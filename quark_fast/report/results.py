@@ -135,8 +135,8 @@ def base_row(evaluation: Record) -> Record | None:
 def base_name(evaluation: Record) -> str:
     """What that row is called in a sentence."""
     before = base_row(evaluation)
-    name = BASE if before is None else name_of(before)
-    return "the base model" if name == BASE else name
+    label = shown_name(BASE) if before is None else label_of(before)
+    return "the base model" if label == shown_name(BASE) else label
 
 
 def _how(row: Record) -> str:
@@ -144,7 +144,8 @@ def _how(row: Record) -> str:
     if way_of(name) == "guided" and ": " not in name:
         dial = f"(w = {number_of(row, 'guidance'):g})".replace(" ", "\N{NO-BREAK SPACE}")
         return f"guided conditioning {dial}"
-    return "the best reward token in front" if way_of(name) == "best" and ": " not in name else f"“{name}”"
+    alone = way_of(name) == "best" and ": " not in name
+    return "the best reward token in front" if alone else f"“{shown_name(name)}”"
 
 
 def headline(evaluation: Record) -> str:
@@ -175,7 +176,7 @@ def _result(evaluation: Record) -> str:
     old = cell_of(evaluation, before, column)
     if row is None or row is before:
         interval = f" (95% interval {old.bounds})" if old.bounds else ""
-        return f"{subject} of {name_of(before)} is {old.value}{interval}."
+        return f"{subject} of {label_of(before)} is {old.value}{interval}."
     new = cell_of(evaluation, row, column)
     values = f"from {old.value} to {new.value}"
     if not new.change_bounds:

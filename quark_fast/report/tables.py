@@ -29,6 +29,7 @@ from quark_fast.report.results import (
     name_of,
     rows_of,
     scorer_line,
+    shown_name,
     way_of,
 )
 from quark_fast.report.texts import mask_profanity, pick_examples
@@ -195,7 +196,7 @@ def before_after(
         grid.add_column(overflow="fold")
         for name, completion, score in example.texts:
             grid.add_row(
-                Text(clean(name), style=_TERMINAL_COLOURS[way_of(name)]),
+                Text(clean(shown_name(name)), style=_TERMINAL_COLOURS[way_of(name)]),
                 Text(format_value(score, "2 digits"), style="dim"),
                 Text(one_line(show(completion)) or "(nothing)"),
             )

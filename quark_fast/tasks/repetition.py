@@ -50,9 +50,13 @@ def embedded_prompts() -> tuple[list[Row], list[Row]]:
 
 
 def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, float]:
-    """rep-n as shares, diversity and the number of different tokens, of the completion's tokens."""
+    """rep-n as shares, diversity and the number of different tokens, of the completion's tokens.
+
+    A completion that is too short for an n-gram lacks what needs it.
+    """
     found = {f"rep{n}": repetition(completion, n) / 100 for n in (2, 3, 4)}
-    return {**found, "diversity": diversity(completion), "distinct": float(len(set(completion)))}
+    found |= {"diversity": diversity(completion), "distinct": float(len(set(completion)))}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 TASK = Task(

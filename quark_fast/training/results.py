@@ -170,7 +170,7 @@ class Results:
         mean = sum(scores) / len(scores) if scores else float("nan")
         numbers = {self.setup.reward.property or "reward": mean}
         if task.headline != "mean":
-            shown = [s.measures[task.headline] for s in samples if s.measures]
+            shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
         self.listen(
             Progress(f"evaluating: {shown_name(name)}", min(total, len(samples) * count), total, numbers)

@@ -212,6 +212,15 @@ def test_short_names_tell_subjects_apart_and_keep_hub_names_whole(place: Path) -
 def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
     assert made("runs/a").table["trained_on"] == {"a": 1}
     assert made("runs/a", prompts="others.txt").table["trained_on"] == {}
+    kept = place / "runs" / "a" / "completions.jsonl"
+    content = kept.read_bytes()
+    try:
+        for damaged in (b"{", b"[]\n", b"{}\n"):
+            kept.write_bytes(damaged)
+            with pytest.raises(UsageError, match=r"completions.jsonl does not say what"):
+                made("runs/a")
+    finally:
+        kept.write_bytes(content)
 
 
 # --- perplexity -----------------------------------------------------------------------------------

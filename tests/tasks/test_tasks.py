@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ def test_repetition_measures_of_hand_counted_ids() -> None:
     assert found == pytest.approx(
         {"rep2": 3 / 5, "rep3": 2 / 4, "rep4": 1 / 3, "diversity": 2 / 5 * 2 / 4 * 2 / 3, "distinct": 2.0}
     )
-    assert math.isnan(repetition.measures({"prompt": ""}, [1, 2, 3], 0.5)["rep4"])
+    assert repetition.measures({"prompt": ""}, [1, 2, 3], 0.5).keys() == {"rep2", "rep3", "distinct"}
 
 
 def test_repetition_texts_are_the_fixed_split() -> None:
@@ -187,6 +186,7 @@ TINY = {
 }
 REWARDS = """
 def evens(prompts, completions, **columns):
+    assert "prompt_class" not in columns, "a reward without such a parameter would fail on it"
     numbers = [[int(w) for w in c.replace("<unk>", "").split("w") if w] for c in completions]
     return [sum(n % 2 == 0 for n in each) / len(each) if each else None for each in numbers]
 """
@@ -357,7 +357,7 @@ def test_sentiment_run_classes_its_prompts_first_and_reports_the_share_of_each(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "quark_fast.evaluation.prompt_classes.classify_prompts", lambda *_: pytest.fail("classed again")
+            "quark_fast.evaluation.side_by_side.classify_prompts", lambda *_: pytest.fail("classed again")
         )
         assert evaluate.main(["sentiment", "--threads", "1", "--json", "again.json"]) == 0
     again = json.loads((folder / "again.json").read_text())
