@@ -45,7 +45,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the
         # model sharpen.
         "kl": "ref_policy",
-        # A loop's token is 0.9 likely to the reference, so that small ones leave it the likeliest.
+        # A loop's token has p = 0.9 under the reference: with a smaller weight it stays most probable.
         "unlikelihood_coef": 15.0,
         "eval_samples": 1,
         "eval_temperature": 0.0,

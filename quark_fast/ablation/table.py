@@ -11,7 +11,7 @@ from quark_fast.report.results import scorer_line
 def headline_title(results: dict[str, Any]) -> str:
     """What the headline metric is called."""
     title = next(column.title for column in COLUMNS if column.key == results["headline"])
-    return title.format(property=results["property"], target=results["target"], threshold=".5")
+    return title.format(property=results["property"], target=results["target"])
 
 
 def perplexity_title(results: dict[str, Any]) -> str:

@@ -49,8 +49,8 @@ def load_prompts(
     """The usable prompts of a file or data set, each once, in its order, with a count of the others.
 
     Args:
-        source: a file of ``FORMATS``, or ``hf:NAME``, ``hf:NAME:SPLIT``, ``hf:NAME:CONFIG:SPLIT`` for a data
-            set of the ``datasets`` library, by hub name or folder; without a split it is ``train``.
+        source: a file of ``readers.FORMATS``, or ``hf:NAME``, ``hf:NAME:SPLIT``, ``hf:NAME:CONFIG:SPLIT`` for
+            a data set of the ``datasets`` library, by hub name or folder; without a split it is ``train``.
         column: where the prompt stands, with dots into nested objects ("meta.question"). Without it
             ``prompt``: a text, an object with a ``text`` as in RealToxicityPrompts, or a list of messages;
             else ``messages``, a conversation, whose closing answers of the assistant are cut off.

@@ -19,10 +19,12 @@ from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.subjects import Model, Run, agree
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
+from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
+from quark_fast.rewards.weighted_sum import cached
 from quark_fast.runtime.machine import sampling_dtype
 from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
-from quark_fast.tasks.by_name import cached, choose_reward, find_task, refuse_code_of
+from quark_fast.tasks.by_name import choose_reward, find_task
 from quark_fast.tasks.task import Task
 
 

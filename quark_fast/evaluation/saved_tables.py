@@ -27,8 +27,8 @@ class Saved:
     samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
 
     def rows(self, key: str, front: str, before: Sequence[MeasuredRow]) -> list[MeasuredRow]:
-        """The rows of a table, ``front`` before their names; one that ``before`` holds to the last sample is
-        not repeated."""
+        """The rows of a table, ``front`` before their names, without those whose samples equal a row's of
+        ``before``."""
         table, rows = self.tables[key], []
         for row in table["rows"]:
             samples = self.samples[key][row["name"]]

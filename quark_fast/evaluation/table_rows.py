@@ -23,7 +23,7 @@ class TableRow:
 
     @property
     def guidance(self) -> float | None:
-        """Position on the curve over w: the worst token is 0, the best 1; None is off the curve."""
+        """Position on the curve over w: 0 for the worst token, 1 for the best, else w; None: not on it."""
         if self.conditioning.quantile is None:
             return None
         if self.conditioning.against is not None:

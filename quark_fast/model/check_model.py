@@ -55,8 +55,8 @@ def check_model(
     Args:
         near, sampling, untie: as of ``check_export``; without ``near`` the export is not checked.
         longest: of the prompts, tokens; on a CPU no more than ``LONGEST`` are tried.
-        objective: makes that by which the policy is trained: a step is tried out.
-        notes: a folder where it is noted that this very model is as usual, which then is not checked again.
+        objective: makes the training objective, with which a step is tried out.
+        notes: a folder for a note that this model passed without remarks; then it is not checked again.
     Raises:
         WrongModel: it cannot be read right, trained or exported.
         OutOfMemory: not even that fits.

@@ -77,12 +77,12 @@ def _cast_buffers(policy: Policy, model: Any, dtype: torch.dtype) -> None:
 
 
 def shared_reference(policy: Policy, dtype: torch.dtype) -> Any | None:
-    """The base model on the very weights that adapters stand beside; None where they have another
-    dtype, or are trained themselves."""
+    """The base model on the frozen weights that the adapters belong to; None where these have another
+    dtype, or all weights are trained."""
     if not has_adapters(policy.model) or policy.model.get_input_embeddings().weight.dtype != dtype:
         return None
     _forget_graphs(policy.model)
-    # deepcopy takes what is in its memo for copied.
+    # What is in its memo, deepcopy does not copy: the parameters are shared.
     model = copy.deepcopy(policy.model, {id(p): p for p in policy.model.parameters()})
     drop_adapters(model)
     model.set_input_embeddings(model.get_input_embeddings().base)

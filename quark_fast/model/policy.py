@@ -182,14 +182,15 @@ class Policy:
     def encode(self, prompt: str, max_tokens: int = 0, chat: bool = False) -> list[int]:
         """A prompt's ids without any prefix; with ``max_tokens`` the last so many of them.
 
-        A plain text is one by itself. A chat is a text that the exported template writes behind the best
-        token, where sentencepiece tokenizers put no mark of a word's beginning. Reward tokens that are
-        spelled in either are ordinary characters.
+        A text is tokenised as the beginning of a document. A chat is tokenised as the continuation of the
+        best token, as the exported template will write it: there sentencepiece tokenizers put no mark of a
+        word's beginning. Reward tokens spelled in either are ordinary characters.
         """
-        chat = chat and self.quantiles > 0  # a plain model's texts all begin alike
-        front = MIDDLE if chat else ""
-        ids = list(self.text_tokenizer(front + prompt, add_special_tokens=False).input_ids)
-        return ids[chat:][-max_tokens:]
+        continues = chat and self.quantiles > 0
+        text = MIDDLE + prompt if continues else prompt
+        ids = list(self.text_tokenizer(text, add_special_tokens=False).input_ids)
+        ids = ids[1:] if continues else ids
+        return ids[-max_tokens:] if max_tokens else ids
 
     def room_of(self, config: Config) -> int:
         """The longest prompt of a run, tokens; with ``prefix_tokens`` the longest text, read as it is."""

@@ -22,9 +22,9 @@ BLOCK = 2**24  # weights at a time: the random bits of a whole embedding table w
 def conversion(dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor], Tensor]:
     """How weights of a model that came in ``stored`` get to ``dtype``: to the nearest, or stochastically.
 
-    Stochastically where they lay on the very grid of ``dtype`` before training: there the nearest is mostly
-    where they were. Weights that lay anywhere between keep their changes on average by the nearest, too, and
-    a model that learned nothing then stays what the reference is.
+    Stochastically where they were numbers of ``dtype`` before training: rounding to the nearest would undo
+    most changes, which are smaller than half a step. Other weights keep their changes on average by rounding
+    to the nearest, and a model that learned nothing then equals the reference.
     """
     if dtype in LOST_BITS and stored in (dtype, torch.bfloat16):
         return stochastic_rounding(dtype)

@@ -798,8 +798,9 @@ class Blocking(NamedTuple):
 def blocking(rows: int, vocab_size: int, logits: Tensor, *, fused: bool) -> Blocking:
     """The blocking for `rows` rows like those of logits; `fused` if one program makes sums and gradient.
 
-    The fused program is alone on its multiprocessor, so that 32 KB of loads on their way would not hide what
-    it waits for between its loops: two more tiles come in through shared memory. The others are many.
+    One fused program fills a multiprocessor: 32 KB of loads in flight would not hide its latency between
+    loops, so two more tiles are prefetched through shared memory. Of the other kernels several programs run
+    on one multiprocessor.
     """
     if not logits.is_cuda:  # Triton's interpreter goes through the threads one by one
         return Blocking(splits=1, warps=1, per_thread=16)

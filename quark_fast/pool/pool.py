@@ -99,7 +99,7 @@ class RolloutPool:
         self._rounds = Rounds()
         self._newest_round = 0
         self._draws = 0  # with the seed, the whole state of the pool's randomness
-        # Held in this order. Drawing and looking up exclude loading another state, but not adding samples.
+        # Always taken in this order. Loading takes both, adding the first alone: reads go on meanwhile.
         self._writing = threading.Lock()
         self._reading = threading.Lock()
 

@@ -90,7 +90,7 @@ class SampleStore:
         """Take in samples whose ids follow all others, or (OSError: the disk is full) none of them."""
         if not len(segment):
             return
-        # The logarithmic method: every sample is copied a few times in its life, however small the calls are.
+        # Small segments are merged so that sizes double: a sample is copied log2(SMALL) times at most.
         kept, joining, size = list(self.segments), [segment], len(segment)
         while kept and kept[-1].name is None and size < SMALL and len(kept[-1]) < min(2 * size, SMALL):
             joining.append(kept.pop())

@@ -23,9 +23,9 @@ def union_boundaries(
     """The K - 1 boundaries of the union of all ranks' pools, in the core's order.
 
     Radix bisection: all ranks count their samples up to 255 candidates for the next 8 bits of each boundary,
-    and add the counts up: 4 all-reduces for float32 keys, 8 for float64, of at most 2 KB per boundary. Twice:
-    for the ties among equal keys, or with ties="same" for the next better reward, which is the boundary where
-    a block of equal rewards belongs behind it.
+    and add the counts up: 4 all-reduces for float32 keys, 8 for float64, of at most 2 KB per boundary. This
+    is done twice: for the keys, then for the ties among equal keys; with ties="same" then for the next better
+    reward, which is the boundary where a whole block of equal rewards falls into the worse quantile.
 
     Returns:
         keys and ties of the last positions on this rank that belong to the best j quantiles, and the
@@ -50,7 +50,7 @@ def _around_blocks(union: _Union, cuts: Ints, n: int) -> tuple[Unsigned, Unsigne
     """Boundaries before or behind the whole block of equal rewards that each cut goes through."""
     one = union.word(1)
     keys, ties = union.smallest(np.maximum(cuts, 1), "key")
-    # No reward has the key 0, so there is one before each.
+    # Keys of rewards begin at 1, so key - 1 does not wrap around.
     better = union.count_up_to(keys - one, ties)
     reaches = _C.block_reaches(n, cuts, better, union.count_up_to(keys, ties) - better)
     next_better = np.where(better > 0, union.smallest(np.maximum(better, 1), "key")[0], union.word(0))

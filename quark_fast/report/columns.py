@@ -159,7 +159,7 @@ def find_column(key: str) -> Column:
     return next(column for column in COLUMNS if column.key == key)
 
 
-# What presumes scores in [0, 1], of which the highest is the worst.
+# Metrics of a score in [0, 1] whose highest value is the worst.
 _OF_A_PROPERTY = {"share", "expected_max", "probability"}
 
 # What an evaluation without a choice of its own shows.

@@ -79,7 +79,7 @@ def comparison_page(evaluation: Record, samples: Iterable[Record], versions: Rec
     """
     rows = rows_of(evaluation)
     runs = {name_of(row).rpartition(": ")[0] for row in rows if math.isfinite(number_of(row, "guidance"))}
-    if len(runs) > 1:  # no curve goes through the dials of several runs
+    if len(runs) > 1:  # one curve through the rows of several runs would mean nothing
         rows = [{k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows]
     shown = [row for row in samples if not row.get("out_of_domain")]
     return render_html(RunFiles("evaluation", versions, {**evaluation, "rows": rows}, shown))
@@ -160,7 +160,7 @@ def _facts(run: RunFiles) -> dict[str, Any]:
     """What stands under the headline."""
     evaluation = run.evaluation
     facts = {
-        # A reward of the user's own leaves no more of the task than its prompts and sampling.
+        # With a reward of the user's own, the task gives prompts and sampling only: not named.
         "task": None if scores_are_rewards(evaluation) else evaluation.get("task"),
         "evaluated on": about(evaluation).partition(" on ")[2],
         "trained": counted(len(run.steps), "step") if run.steps else None,

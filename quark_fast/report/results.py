@@ -154,7 +154,7 @@ def headline(evaluation: Record) -> str:
 
 
 def _what_it_takes(evaluation: Record) -> str:
-    """The guided row is not what the exported model does by itself: both by name, with what each needs."""
+    """What each result needs: guidance needs our generate, the best token alone any engine."""
     row, best = main_row(evaluation), first_row(evaluation, "best")
     if row is None or best is None or way_of(name_of(row)) != "guided" or ": " in name_of(row):
         return ""

@@ -5,7 +5,7 @@ the evaluation are split by batches, a step by samples; what a process made is g
 not depend on how many there are. So any number of processes computes what one does, up to the rounding of
 float32 sums, and checkpoints do not depend on the number of processes.
 
-With one process everything here does the work and nothing else.
+With one process the functions here only call the work: nothing is communicated.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class Results:
         )
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
-        """What samples of the held-out prompts follow from that may change at a resume, as JSON."""
-        # How many are side by side may change in the middle.
+        """As JSON, what decides the samples of the held-out prompts and may change at a resume."""
+        # Not how many are side by side: that may change in the middle of a stage.
         how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
         held_out = self.held_out
         return [how, held_out.samples, held_out.rows, held_out.ids, held_out.texts]

@@ -28,7 +28,9 @@ from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import recompute_layers
 from quark_fast.ops.loss import Implementation, quark_loss
+from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
+from quark_fast.rewards.weighted_sum import cached
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
@@ -36,7 +38,7 @@ from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import REPLICATION, Processes
 from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
 from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
-from quark_fast.tasks.by_name import cached, choose_reward, find_task, refuse_code_of
+from quark_fast.tasks.by_name import choose_reward, find_task
 from quark_fast.tasks.task import Task
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress

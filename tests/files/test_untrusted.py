@@ -30,9 +30,9 @@ from quark_fast.report.files import read_run
 from quark_fast.report.page import render_html
 from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_table, results_table
+from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
-from quark_fast.tasks.by_name import refuse_code_of
 from quark_fast.terminal import Display, Terminal, exit_status
 from quark_fast.training.progress import Progress as Event
 from quark_fast.training.trainer import Trainer

@@ -19,8 +19,9 @@ from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.reward import Reward, describe
+from quark_fast.rewards.weighted_sum import cached
 from quark_fast.tasks import by_name
-from quark_fast.tasks.by_name import cached, choose_reward, load_reward
+from quark_fast.tasks.by_name import choose_reward, load_reward
 from quark_fast.tasks.task import Task
 
 ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]

@@ -1,0 +1,153 @@
+"""The reward that a text names: a function, a classifier, a task's own, or a sum of them."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.rewards.asynchronous import Calls
+from quark_fast.rewards.reward import Reward, describe
+from quark_fast.rewards.weighted_sum import weighted_sum
+
+FORMS = (
+    "a task's name, package.module:function, hf:NAME for a classifier, a sum such as 0.7*toxicity +"
+    " 0.3*package.module:function, or 1 - NAME for what the reward is to lower"
+)
+
+
+def calls(config: Config) -> Calls:
+    """How asynchronous rewards are called."""
+    return Calls(
+        config.reward_batch,
+        config.reward_concurrency,
+        config.reward_timeout,
+        config.reward_retries,
+        config.reward_backoff,
+    )
+
+
+def reward_by_name(
+    spec: str, config: Config, device: torch.device | str, of_task: Callable[[str], Reward]
+) -> Reward:
+    """The reward that a text names. One of a module runs the module's code.
+
+        spec := "1 - " name | term (" + " term)*
+        term := [weight "*"] name
+        name := task | package.module:function | hf:FOLDER_OR_HUB_NAME
+
+    A sum is of the plain values, each times its weight (1 unless given, may be negative); a sample that any
+    part leaves out is left out. ``1 - name`` makes what ``name`` measures the property of the tables.
+
+    Args:
+        config: its ``scorer_*`` and ``reward_*`` settings.
+        device: where a classifier runs.
+        of_task: gives a task's own reward by the task's name.
+    """
+    offset, terms = _parse(spec)
+    labels = _labels(spec, [name for _, name in terms], config.scorer_label)
+    parts: list[tuple[float, Reward]] = []
+    for (weight, name), label in zip(terms, labels, strict=True):
+        if name.startswith("hf:"):
+            part = _classifier(name, config, device, label)
+        elif ":" in name:
+            part = _function(name, config)
+        else:
+            try:
+                part = of_task(name)
+            except UsageError as error:
+                raise UsageError(f"reward {spec!r}: {error}; or give {FORMS}") from error
+        parts.append((weight, part))
+    plain = offset == 0 and len(parts) == 1 and parts[0][0] == 1
+    return parts[0][1] if plain else weighted_sum(parts, offset)
+
+
+def refuse_code_of(folder: Path, spec: str | None) -> None:
+    """Refuse a reward whose module lies in the run folder that names it.
+
+    A run folder may be anyone's, and its settings name the reward to go on with, or to evaluate by. They may
+    name what is installed here, or lies beside the folder, but bring no code along to be run.
+    """
+    for _, name in _parse(spec)[1] if spec is not None else []:
+        module = name.partition(":")[0]
+        if ":" in name and not name.startswith("hf:"):
+            paths = [Path(entry, *module.split(".")).resolve() for entry in sys.path]
+            if any(path.is_relative_to(folder.resolve()) for path in paths):
+                raise UsageError(
+                    f"reward {name!r} is code in {folder}, the run folder that names it, and is not run; if"
+                    " you trust it, move it out of there and name it by --reward package.module:function"
+                )
+
+
+def _parse(spec: str) -> tuple[float, list[tuple[float, str]]]:
+    """(offset, (weight, name) of each term); 1 - NAME is the offset 1 and NAME with the weight -1."""
+    if complement := re.fullmatch(r"1\s*-\s+(\S.*)", spec):
+        return 1.0, [(-1.0, complement[1].strip())]
+    return 0.0, [_term(spec, text.strip()) for text in re.split(r"\s\+\s", spec)]
+
+
+def _term(spec: str, text: str) -> tuple[float, str]:
+    """(weight, name) of one term."""
+    before, star, after = text.partition("*")
+    name = (after if star else before).strip()
+    try:
+        weight = float(before) if star else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or not name:
+        raise UsageError(f"reward {spec!r}: {text!r} is no weight*name; give {FORMS}")
+    return weight, name
+
+
+def _labels(spec: str, names: Sequence[str], given: str | None) -> list[str | None]:
+    """The label of each name that is a classifier's: the one given for all, or the next of several."""
+    if given is None:
+        return [None] * len(names)
+    count = sum(name.startswith("hf:") for name in names)
+    labels = [label.strip() for label in given.split(",")]
+    if not count or len(labels) not in (1, count):
+        raise UsageError(
+            f"scorer_label = {given!r} names {len(labels)} labels, but reward {spec!r} has {count}"
+            " classifiers (hf:NAME); give one label for all or one for each, with commas between"
+        )
+    left = itertools.cycle(labels)
+    return [next(left) if name.startswith("hf:") else None for name in names]
+
+
+def _classifier(name: str, config: Config, device: torch.device | str, label: str | None) -> Reward:
+    from quark_fast.rewards.classifier import SequenceClassifier
+
+    model = SequenceClassifier(
+        name.removeprefix("hf:"),
+        label,
+        config.scorer_reads,
+        device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    # Part of what identifies the scores: earlier versions cut the end of a long text, not its front.
+    reads = model.reads if model.reads == "completion" else f"{model.reads}, its front cut"
+    return Reward(model, name, f"label {model.label}, reads {reads}", model.sha256)
+
+
+def _function(name: str, config: Config) -> Reward:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"reward {name!r}: write it as package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit
+        raise UsageError(
+            f"reward {name!r}: importing {module_name} failed, {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")
+    return describe(function, name, calls(config))

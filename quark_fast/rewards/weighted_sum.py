@@ -1,0 +1,87 @@
+"""A weighted sum of rewards, and which rewards are cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from quark_fast.errors import UsageError
+from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.identity import NO_SOURCE
+from quark_fast.rewards.reward import Reward
+
+# --------------------------------------------------------------------- sums
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """offset + sum of weight times reward; NaN, which leaves a sample out, where any part is."""
+
+    parts: Sequence[tuple[float, Reward]]
+    offset: float = 0.0
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> npt.NDArray[np.float64]:
+        rows = [
+            {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+        total = np.full(len(rows), self.offset)
+        for weight, part in self.parts:
+            total += weight * part(rows, completions)
+        return total
+
+
+def weighted_sum(parts: Sequence[tuple[float, Reward]], offset: float) -> Reward:
+    names = [part.name if weight == 1 else f"{weight:g}*{part.name}" for weight, part in parts]
+    name = f"1 - {parts[0][1].name}" if offset else " + ".join(names)
+    version = "; ".join(part.version for _, part in parts)
+    content = repr([offset, *((weight, part.name, part.version, part.sha256) for weight, part in parts)])
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    measures = _measured(parts[0][1]) if offset else None
+    return Reward(WeightedSum(tuple(parts), offset), name, version, sha256, measures)
+
+
+def _measured(part: Reward) -> str:
+    """What the tables call the values of a reward of which less is better."""
+    label = getattr(part.function, "label", None)  # a classifier's
+    return str(label).lower() if label else part.name.rpartition(":")[2]
+
+
+# --------------------------------------------------------------------- the cache
+
+
+def cached(reward: Reward, mode: Literal["auto", "on", "off"], path: Path) -> Reward:
+    """The reward with a cache in the file ``path``: "auto" for those that are called in many calls a batch.
+
+    Asynchronous rewards and those of one completion at a time are slow or paid for, and a batch of them is
+    not to be lost by a kill in the middle of it.
+
+    A sum's parts are cached each by itself. A key holds the hash of the scorer, prompt, completion and
+    columns; the hash of a function is that of the file it stands in, not of what that imports.
+
+    Raises:
+        UsageError: mode "on" for a function without source, whose versions no key could tell apart.
+    """
+    if mode == "off":
+        return reward
+    if isinstance(reward.function, WeightedSum):
+        parts = [(weight, cached(part, mode, path)) for weight, part in reward.function.parts]
+        return dataclasses.replace(reward, function=dataclasses.replace(reward.function, parts=parts))
+    if reward.sha256 == NO_SOURCE:
+        if mode == "on":
+            raise UsageError(
+                f"reward_cache = on, but reward {reward.name} has no source to tell its versions apart by;"
+                " give reward_cache off"
+            )
+        return reward
+    wanted = mode == "on" or reward.asynchronous or reward.one_at_a_time
+    return dataclasses.replace(reward, cache=RewardCache(path)) if wanted else reward
