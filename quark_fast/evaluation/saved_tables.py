@@ -19,7 +19,7 @@ OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of 
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTable:
     """A table of an earlier evaluation, with the samples behind it."""
 
     given: str
@@ -49,7 +49,7 @@ def samples_path(table: Path) -> Path:
     return table.with_suffix(".jsonl")
 
 
-def read_table(path: Path) -> Saved:
+def read_table(path: Path) -> SavedTable:
     """A table and its samples, every number of which is checked: the two files may be anyone's."""
     try:
         table = json.loads(read_bytes(path))
@@ -88,7 +88,7 @@ def read_table(path: Path) -> Saved:
                     f"{samples_path(path)} has not {each} samples of each of {prompts} prompts for the row"
                     f" {name!r}, as {path.name} tells: the two do not belong together"
                 )
-    return Saved(str(path), tables, samples)
+    return SavedTable(str(path), tables, samples)
 
 
 def _row_names(path: Path, table: Any) -> list[str]:
@@ -119,7 +119,7 @@ def _sample(fields: dict[str, Any]) -> Sample:
     return made
 
 
-def described_tables(saved: Sequence[Saved], remark: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """The first one's tables without their rows, for an evaluation of saved tables alone."""
     first, *others = saved
     tables = {}
@@ -134,7 +134,10 @@ def described_tables(saved: Sequence[Saved], remark: Callable[[str], None]) -> d
 
 
 def check_saved(
-    name: str, tables: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved], classes_open: bool = False
+    name: str,
+    tables: Mapping[str, Mapping[str, Any]],
+    saved: Sequence[SavedTable],
+    classes_open: bool = False,
 ) -> None:
     """Raise UsageError unless saved tables compare with those of ``name``.
 

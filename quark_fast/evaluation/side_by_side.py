@@ -17,7 +17,7 @@ from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.protocol import PromptSet, choose_protocol, load_prompt_sets
-from quark_fast.evaluation.saved_tables import Saved, check_saved, described_tables
+from quark_fast.evaluation.saved_tables import SavedTable, check_saved, described_tables
 from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
 from quark_fast.evaluation.summary import MeasuredRow, classes_sha256, describe_evaluation, summarise
 from quark_fast.evaluation.table_rows import TableRow
@@ -99,8 +99,8 @@ class Evaluator:
         listen: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         self.subjects = find_subjects(subjects)
-        self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, Saved)}
-        self.saved = [s for s in self.subjects.values() if isinstance(s, Saved)]
+        self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
+        self.saved = [s for s in self.subjects.values() if isinstance(s, SavedTable)]
         self.listen, self.seed = listen, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
@@ -241,7 +241,7 @@ class Evaluator:
         for key, about in self.tables.items():
             rows: list[MeasuredRow] = []
             for label, subject in self.subjects.items():
-                if isinstance(subject, Saved):
+                if isinstance(subject, SavedTable):
                     rows += subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
                 else:
                     rows += measured[label, key]

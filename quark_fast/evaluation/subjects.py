@@ -11,7 +11,7 @@ from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.saved_tables import Saved, read_table
+from quark_fast.evaluation.saved_tables import SavedTable, read_table
 from quark_fast.evaluation.trained_run import run_config
 from quark_fast.runtime.run_folder import COMPLETIONS
 
@@ -76,7 +76,7 @@ class Plain:
 
 
 Model = Run | Plain
-Subject = Model | Saved
+Subject = Model | SavedTable
 
 
 def find_subjects(given: Sequence[str | Path]) -> dict[str, Subject]:
@@ -144,7 +144,7 @@ def _parts(subject: Subject) -> list[str]:
     if isinstance(subject, Plain) and not path.exists():
         return [subject.given]  # a hub name is known by its whole
     parts = list(path.resolve().parts)
-    if isinstance(subject, Saved):
+    if isinstance(subject, SavedTable):
         # A run folder is better known than its evaluation.json.
         return parts[:-1] if path.name == "evaluation.json" else [*parts[:-1], path.stem]
     return [*parts[:-2], f"{parts[-2]}/model"] if parts[-1] == "model" else parts

@@ -67,7 +67,7 @@ def completion_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def completion_hidden(model: Any, batch: Batch) -> Tensor:
-    """(N, C, D) what the model's head takes to predict each completion token (``policy.linear_head``)."""
+    """(N, C, D) what the model's head takes to predict each completion token (``structure.linear_head``)."""
 
     def hidden(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         found: Tensor = read(model.base_model, ids, mask, positions).last_hidden_state

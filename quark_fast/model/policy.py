@@ -248,7 +248,7 @@ class Policy:
         trained has no meaning; interpolated it stands for something between its neighbours.
 
         Args:
-            shares: each quantile's share of the training draws, worst first.
+            shares: above 0 for each quantile whose token was trained, worst first.
         """
         parameter = self.model.get_input_embeddings().rows
         rows = whole(parameter).clone()

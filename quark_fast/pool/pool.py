@@ -24,7 +24,7 @@ import torch.distributed as dist
 from quark_fast import _C
 from quark_fast.pool import saved
 from quark_fast.pool.store import Rounds, SampleStore, Segment
-from quark_fast.pool.tokens import Ints, Rows, Tokens, pack
+from quark_fast.pool.tokens import IdRows, Ints, Tokens, pack
 from quark_fast.pool.union import union_boundaries
 
 Floats = npt.NDArray[np.floating]
@@ -188,8 +188,8 @@ class RolloutPool:
 
     def add(
         self,
-        prompts: Rows,
-        completions: Rows,
+        prompts: IdRows,
+        completions: IdRows,
         rewards: npt.ArrayLike | Sequence[float | None],
         round: int | None = None,
     ) -> Ints:

@@ -27,7 +27,7 @@ _FORMER = {"group_by": None, "max_rounds": None, "max_size": None, "missing": "s
 
 
 @dataclass(frozen=True)
-class Saved:
+class PoolState:
     """What a state holds, after all checks that need no core."""
 
     rewards: npt.NDArray[np.floating]
@@ -53,7 +53,7 @@ def samples_state(store: SampleStore) -> State:
     }
 
 
-def parse(state: State, settings: dict[str, Any], folder: Path | None) -> Saved:
+def parse(state: State, settings: dict[str, Any], folder: Path | None) -> PoolState:
     """Check a state for a pool of these settings. ValueError says what does not fit."""
     if state.get("format") != FORMAT:
         raise ValueError(f"pool format {state.get('format')!r}; this version reads {FORMAT}")
@@ -63,7 +63,7 @@ def parse(state: State, settings: dict[str, Any], folder: Path | None) -> Saved:
         raise ValueError(f"the saved pool is damaged: {type(error).__name__}: {error}") from error
 
 
-def _parse(state: State, settings: dict[str, Any], folder: Path | None) -> Saved:
+def _parse(state: State, settings: dict[str, Any], folder: Path | None) -> PoolState:
     saved_settings = settings_of(state)
     for name, mine in settings.items():
         theirs = saved_settings.get(name)
@@ -88,7 +88,7 @@ def _parse(state: State, settings: dict[str, Any], folder: Path | None) -> Saved
         raise ValueError("stored samples are of no round")
     if not isinstance(state["synced"], bool):
         raise ValueError(f"stored synced is {state['synced']!r}, neither true nor false")
-    return Saved(
+    return PoolState(
         rewards,
         _ints("run_sizes", state["run_sizes"]).tolist(),
         state["synced"],

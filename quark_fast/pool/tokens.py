@@ -14,8 +14,8 @@ from quark_fast import _C
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
-Row = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
-Rows = Sequence[Row] | npt.NDArray[np.integer] | torch.Tensor
+IdRow = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
+IdRows = Sequence[IdRow] | npt.NDArray[np.integer] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TokenRows:
         return [self.tokens[i:j].copy() for i, j in zip(starts, self.ends[rows].tolist(), strict=True)]
 
 
-def pack(name: str, rows: Rows, kept: npt.NDArray[np.bool_]) -> TokenRows:
+def pack(name: str, rows: IdRows, kept: npt.NDArray[np.bool_]) -> TokenRows:
     """Those of the rows that are kept. `name` is what a message calls them."""
     if len(rows) != len(kept):
         raise ValueError(f"{len(kept)} rewards but {len(rows)} {name}")

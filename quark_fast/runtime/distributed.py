@@ -249,7 +249,7 @@ class Processes:
         return prepared
 
     def accumulating(self, accelerator: Accelerator, wrapped: LossModule) -> AbstractContextManager[None]:
-        """LossModule the loss and the backward of a micro-batch: gradients stay here until they are averaged.
+        """Around the loss and the backward of a micro-batch: gradients stay here until they are averaged.
 
         FSDP2 adds up shards instead, for which it does communicate: gradients of all parameters on every
         process are what it is there to avoid.

@@ -53,7 +53,7 @@ class Checkpoint:
             "prompts": digest(setup.prompts.train),
             "reward": setup.reward.identity,
             "left_out": state.left_out,
-            "touched": sorted(state.trained),  # the key of runs begun before
+            "touched": sorted(state.trained),  # the name that earlier versions wrote
             "pool": plain,
         }
         tensors = {

@@ -110,7 +110,7 @@ class Learner:
             self.optimizer.step()
             state.kl.update(sums["kl"], samples)
         elif scaler is not None:
-            scaler.update()  # it has seen this gradient, and takes no other before
+            scaler.update()  # else it would refuse the next gradient
         self._forget_gradients()
         return norm, bad
 

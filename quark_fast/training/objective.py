@@ -18,7 +18,7 @@ from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
 
-# weights (streams N, T) -> the loss of all rows of a batch over the batch's tokens, with its NLL alone.
+# Weights (streams N, T) of the tokens -> their weighted NLL, without KL and entropy, over the batch's tokens.
 WeightedNll = Callable[[Tensor], QuarkLoss]
 NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
 

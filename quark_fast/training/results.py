@@ -30,7 +30,7 @@ from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.training.progress import Progress
-from quark_fast.training.setup import Setup
+from quark_fast.training.setup import Setup, in_batches
 from quark_fast.training.shared_work import SharedWork
 
 
@@ -52,9 +52,11 @@ class Results:
         self.listen(Progress("probing", 0, 1))
         model = frozen_copy(setup.policy, setup.sampling_dtype)
         probe = self.drawn = self.drawn or self._draw_probe()
-        found, kl = self.work.all_gather(
-            lambda: (probe.measure(setup.policy, model), probe.kl(setup.policy, model, setup.reference))
-        )[0]
+        found, kl = setup.processes.on_rank_0(
+            self.work.stoppable(
+                lambda: (probe.measure(setup.policy, model), probe.kl(setup.policy, model, setup.reference))
+            )
+        )
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
         return {
             "kind": "probe",
@@ -67,7 +69,7 @@ class Results:
     def _draw_probe(self) -> Probe:
         setup = self.setup
         # One sample a prompt is mostly prefill: fewer rows side by side.
-        sampling = dataclasses.replace(setup.held_out_sampling(), rows=32)
+        sampling = in_batches(setup.held_out_sampling(), 32, setup.config.sample_batch)
         shares = self.work.all_gather(
             lambda: Probe.draw(
                 self._measured(sampling), self.work.kept("probe", self._what_is_measured(sampling))

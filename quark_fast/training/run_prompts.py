@@ -47,11 +47,11 @@ class Given:
     held_out: Sequence[str | Row] | None = None
 
 
-def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, own_reward: bool) -> Chosen:
+def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, tasks_own: bool) -> Chosen:
     """The rows to train on and to hold out, as texts.
 
     Args:
-        own_reward: the reward is not the task's, so a note says whose prompts these are.
+        tasks_own: whether the reward is the task's; else a note says whose prompts these are.
     Raises:
         UsageError: a source cannot be read, or leaves nothing to train on or to measure.
     """
@@ -63,7 +63,7 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ow
     # A resumed run goes on with what its chats were rendered as.
     before = list(map(from_file, folder.rows_of(PROMPTS))) if config.resume else []
     about = list(chosen.about)
-    if own_reward and given.train is None and config.prompts is None:
+    if not tasks_own and given.train is None and config.prompts is None:
         about.append(f"no --prompts, so those of the task {task.name}")
     return Chosen(as_rendered(chosen.train, before), as_rendered(chosen.held_out, before), about)
 

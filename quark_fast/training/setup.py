@@ -1,4 +1,4 @@
-"""What a run is made of: everything that stays as it is while it trains. Whatever is wrong shows here."""
+"""What a run is made of, loaded and tried out before it begins: whatever is wrong shows here."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-        batch_rows: completions that are sampled with one generator, as when the run began.
+        batch_rows: completions of a batch, each with a random generator: ``sample_batch`` of the start.
         sampling_dtype: of frozen copies, which sample and evaluate.
     """
 
@@ -125,8 +125,8 @@ def set_up(
     set_threads(config.threads)
     accelerator = _accelerator(config, folder, processes)
     scorer = choose_reward(config, task, accelerator.device, reward)
-    tasks_own = config.reward in (None, task.name)
-    chosen = read_prompts(config, task, folder, given, own_reward=reward is not None or not tasks_own)
+    tasks_own = reward is None and config.reward in (None, task.name)
+    chosen = read_prompts(config, task, folder, given, tasks_own)
     _check_impl(config.impl, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)
     words = task.words_for(config.quantiles) if tasks_own and scorer.property is not None else None
@@ -260,9 +260,10 @@ def _load_policy(config: Config, words: list[str] | None, dtype: torch.dtype, de
 
 
 def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> None:
-    """Over sequences of up to 512 tokens, PyTorch's CPU flash kernel takes 1.4 times a whole eager step.
+    """Switch the policy to eager attention for sequences of up to 512 tokens on a CPU.
 
-    Over longer ones it is transformers' own choice: sdpa, where the model can.
+    There PyTorch's flash kernel takes 1.4 times as long for a whole step. Otherwise it stays transformers'
+    own choice: sdpa, where the model can.
     """
     longest = max(map(len, prompts.train_ids)) + config.max_new_tokens
     if policy.model.device.type == "cpu" and longest <= 512:

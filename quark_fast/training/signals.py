@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM while a run trains: it stops where it can go on.
 
 While it samples, scores or evaluates: at once, as the batches so far are on disk. While it learns: after the
-step, with a checkpoint. A second signal stops at once. Before and after ``Trainer.train``: as any program.
+step, with a checkpoint. While it exports: not at all, it is about to end. A second signal stops at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(message: Callable[[], str]) -> Iterator[Stop]:
-    """Around a run: Ctrl-C and SIGTERM ask it to stop after its current step."""
+    """Around a run: Ctrl-C and SIGTERM ask it to stop where it can go on."""
     stop = Stop(message)
     try:
         before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}

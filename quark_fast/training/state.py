@@ -18,7 +18,8 @@ class State:
         pool: the scored samples.
         prompt_of: index of each sample's training prompt.
         draws: how often each sample was drawn.
-        kl: the weight of the KL.
+        kl: controls the weight of the KL.
+        bad_steps: how many steps were skipped.
         micro_batch: samples a forward pass, as many as the memory sufficed for.
         round, sampled: the current round, from 0, and whether its samples are in the pool.
         step: optimizer steps made.

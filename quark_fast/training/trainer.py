@@ -77,7 +77,7 @@ class Trainer:
         given = Given(prompts, held_out)
         self.setup = processes.together(lambda: set_up(config, folder, processes, rows, reward, given))
         self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
-        self.policy.unsharded = self.setup.reference
+        self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
         wrapped, self.optimizer = processes.prepare(
             self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
         )
@@ -120,7 +120,7 @@ class Trainer:
             self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
             self._save()
             self.results.evaluate(state.step)
-        with self.folder.disk_errors():
+            self.processes.all_gather(self._stop_if_asked)
             self.results.export(time.monotonic() - self.started)
         return self.folder.path
 
@@ -279,9 +279,9 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self._stop_asked:
+            where = f" in round {self.state.round + 1}" if self.state.round < self.config.rounds else ""
             raise Interrupted(
-                f"stopped in round {self.state.round + 1} at step {self.state.step};"
-                f" go on with --resume --output {self.folder.path}"
+                f"stopped{where} at step {self.state.step}; go on with --resume --output {self.folder.path}"
             )
 
     def _how_to_go_on(self) -> str:
