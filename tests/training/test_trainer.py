@@ -21,12 +21,14 @@ import torch
 from accelerate import DistributedType
 from conftest import sharpen
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
+from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.model.check_model import Checked
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
+from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.distributed import Processes
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
@@ -630,3 +632,16 @@ def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callab
     page = (tmp_path / "run" / "report.html").read_text()
     assert "1 of 25 training prompts left out" in page
     assert len(rows(tmp_path / "run" / "held_out.jsonl")) == 4
+
+
+def test_words_of_the_task_name_the_quantiles_of_its_own_reward_alone(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def rows_with(name: str, reward: Any) -> Tensor:
+        config = small(tmp_path / name, tiny_model())
+        trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:4])
+        rows: Tensor = trainer.policy.model.get_input_embeddings().rows.detach().clone()
+        return rows
+
+    own = Reward(even_words, "evens", "1", "0" * 64, property="oddness")
+    assert torch.equal(rows_with("reward", own), rows_with("function", even_words)), "random, as the paper's"
