@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quark_fast.ablation.table import headline_title, perplexity_title
+from quark_fast.report.drawing import spread
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -95,24 +96,3 @@ def _label(panel: Any, marks: Sequence[_Mark]) -> None:
             color=mark.colour,
             arrowprops={"arrowstyle": "-", "color": mark.colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
         )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
-    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
-
-    def middle(stack: Sequence[int]) -> float:
-        return sum(heights[i] for i in stack) / len(stack)
-
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
-        stacks.append([i])
-        while len(stacks) > 1:
-            below, above = stacks[-2:]
-            if middle(above) - middle(below) >= gap * len(above) / 2 + gap * len(below) / 2:
-                break
-            stacks[-2:] = [below + above]
-    moved = [0.0] * len(heights)
-    for stack in stacks:
-        for index, i in enumerate(stack):
-            moved[i] = middle(stack) + gap * (index - (len(stack) - 1) / 2)
-    return moved

@@ -36,12 +36,19 @@ class HeldOut:
         rows: for the reward. ids: what the model reads.
         samples: completions of each prompt.
         texts: where there are any, the ids of each prompt's held-out text, which begins with the prompt.
+        classified: the rows' ``prompt_class`` is ours, no column of the user's: a reward need not take it.
     """
 
     rows: Sequence[Row]
     ids: Sequence[Sequence[int]]
     samples: int
     texts: Sequence[Sequence[int]] = ()
+    classified: bool = False
+
+    def for_reward(self, index: int) -> Row:
+        """A prompt's row with the columns that the user gave."""
+        row = self.rows[index]
+        return {k: v for k, v in row.items() if k != "prompt_class"} if self.classified else row
 
     @classmethod
     def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> HeldOut:
@@ -100,18 +107,13 @@ class EvaluationSetup:
 
     def scored(self, indices: Sequence[int], drawn: Sequence[Sequence[list[int]]]) -> list[Completion]:
         """Every completion of a batch with its text and its reward."""
-        rows, prompts = self.held_out.rows, self.held_out.ids
+        prompts = self.held_out.ids
         flat = [(i, ids) for i, group in zip(indices, drawn, strict=True) for ids in group]
         texts = [self.policy.decode(ids, prompts[i]) for i, ids in flat]
-        rewards = self.reward([_given(rows[i]) for i, _ in flat], texts)
+        rewards = self.reward([self.held_out.for_reward(i) for i, _ in flat], texts)
         return [
             (i, ids, text, float(value)) for (i, ids), text, value in zip(flat, texts, rewards, strict=True)
         ]
-
-
-def _given(row: Row) -> Row:
-    """The row without its class, which is no column of the user's, so that a reward need not take it."""
-    return {name: value for name, value in row.items() if name != "prompt_class"}
 
 
 def evaluation_sampling(config: Config) -> Sampling:
@@ -188,12 +190,11 @@ def first_completions(
 ) -> Iterator[tuple[list[Row], list[str]]]:
     """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
     for number, some in enumerate((slice(0, 4), slice(4, 64))):
-        rows, own_seed = prompts.rows[some], seed_for(seed, "check of the reward", number)
-        some_ids = prompts.ids[some]
+        some_ids, own_seed = prompts.ids[some], seed_for(seed, "check of the reward", number)
         for indices, drawn in sample(
             policy, model, SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
         ):
             yield (
-                [_given(rows[i]) for i in indices],
+                [prompts.for_reward((some.start or 0) + i) for i in indices],
                 [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],
             )

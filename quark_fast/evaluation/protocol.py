@@ -128,12 +128,14 @@ class PromptSet:
 
     Attributes:
         key: "" or OUT_OF_DOMAIN.
+        classified: as of ``HeldOut``.
         held_out: each model's ids of them, by the model's short name.
     """
 
     key: str
     source: str
     rows: list[Row]
+    classified: bool = False
     held_out: dict[str, HeldOut] = field(default_factory=dict)
 
     def stage(self, name: str) -> str:
@@ -145,7 +147,7 @@ class PromptSet:
         what = f"texts of {self.source}"
         held_out = HeldOut.encoded(policy, self.rows, config, what=what, log=remark)
         policy.check_fits(held_out.ids, config.max_new_tokens)
-        self.held_out[label] = held_out
+        self.held_out[label] = dataclasses.replace(held_out, classified=self.classified)
 
     def keep_what_fits_all(self, remark: Callable[[str], None]) -> None:
         """Leave out prompts that are too long for one of the models: all rows have the same ones."""
@@ -160,9 +162,12 @@ class PromptSet:
             rows, ids = [held.rows[i] for i in kept], [held.ids[i] for i in kept]
             self.held_out[label] = dataclasses.replace(held, rows=rows, ids=ids)
 
-    def set_rows(self, rows: Sequence[Row]) -> None:
-        """Give all models' prompts other columns."""
-        self.held_out = {label: dataclasses.replace(one, rows=rows) for label, one in self.held_out.items()}
+    def set_classes(self, rows: Sequence[Row]) -> None:
+        """Give all models' prompts the rows that have classes."""
+        self.held_out = {
+            label: dataclasses.replace(one, rows=rows, classified=True)
+            for label, one in self.held_out.items()
+        }
 
 
 def load_prompt_sets(
@@ -191,7 +196,7 @@ def load_prompt_sets(
         own = load("", source, run.config.prompt_column if run and column is None else column)
     elif run:
         path = str(run.folder / HELD_OUT)
-        own = PromptSet("", path, load_prompts(path).rows)
+        own = PromptSet("", path, load_prompts(path).rows, protocol.task.prompt_classes)
     else:
         own = PromptSet("", f"the task's own ({protocol.task.name})", protocol.task.prompts()[1])
     source, column = out_of_domain

@@ -268,7 +268,7 @@ class Evaluator:
                 for done, (i, name) in enumerate(found, start=1):
                     rows[i]["prompt_class"] = name
                     self.listen(domain.stage("classes of the prompts"), done, len(rows))
-            domain.set_rows(rows)
+                domain.set_classes(rows)
             self.tables[domain.key]["classes_sha256"] = classes_sha256(self.protocol.task, rows)
         check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
 

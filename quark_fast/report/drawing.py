@@ -140,6 +140,27 @@ def inline_svg(figure: Figure, name: str, label: str, palette: Palette) -> str:
     return palette.bind(svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved no more than it takes for any two to be ``gap`` apart; their order stays."""
+    stacks: list[list[int]] = []  # labels that touch, bottom to top; each stack is centred on its own
+
+    def middle(stack: Sequence[int]) -> float:
+        return sum(heights[i] for i in stack) / len(stack)
+
+    for i in sorted(range(len(heights)), key=heights.__getitem__):
+        stacks.append([i])
+        while len(stacks) > 1:
+            below, above = stacks[-2:]
+            if middle(above) - middle(below) >= gap * len(above) / 2 + gap * len(below) / 2:
+                break
+            stacks[-2:] = [below + above]
+    moved = [0.0] * len(heights)
+    for stack in stacks:
+        for index, i in enumerate(stack):
+            moved[i] = middle(stack) + gap * (index - (len(stack) - 1) / 2)
+    return moved
+
+
 def label_line_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Names lines (y, text, colour) at their right end, pushed apart where they would overlap."""
     labels = sorted(label for label in labels if math.isfinite(label[0]))
@@ -148,15 +169,11 @@ def label_line_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> Non
     low, high = axes.get_ylim()
     # 9.5-point text needs 0.155 inch; a panel is about three quarters as high as its figure.
     gap = 0.155 * (high - low) / (0.75 * _PLOT_SIZE[1])
-    wanted = np.array([label[0] for label in labels])
-    placed = wanted.copy()
-    for i in range(1, placed.size):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    placed += (wanted - placed).mean()
-    for y, (_, text, colour) in zip(placed, labels, strict=True):
+    wanted = [label[0] for label in labels]
+    for y, (_, text, colour) in zip(spread(wanted, gap), labels, strict=True):
         axes.annotate(
             text,
-            (1, float(y)),
+            (1, y),
             xycoords=("axes fraction", "data"),
             xytext=(6, 0),
             textcoords="offset points",

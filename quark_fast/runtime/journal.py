@@ -60,10 +60,11 @@ class Journal:
     Args:
         folder: made with the first stage.
         process: number of this process.
+        here: whether this process sees the folder; else it keeps nothing.
     """
 
-    def __init__(self, folder: Path, process: int = 0) -> None:
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path, process: int = 0, here: bool = True) -> None:
+        self.folder, self.process, self.here = folder, process, here
 
     @property
     def about(self) -> dict[str, Any] | None:
@@ -93,6 +94,8 @@ class Journal:
         Raises:
             UsageError: a file holds something else.
         """
+        if not self.here:
+            return Kept()
         self.folder.mkdir(exist_ok=True)
         mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         known: dict[int, T] = {}

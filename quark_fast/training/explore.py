@@ -130,7 +130,7 @@ class Explorer:
                     seed_for(self.config.seed, "round", state.round, number),
                     self.work.shard,
                 ),
-                self.work.kept(stage_of(state), number, Scored.to_json, Scored.from_json),
+                self.work.journal.stage(stage_of(state), number, Scored.to_json, Scored.from_json),
                 functools.partial(self._score, indices),
             ):
                 yield number, batch

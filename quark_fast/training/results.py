@@ -72,7 +72,7 @@ class Results:
         sampling = in_batches(setup.held_out_sampling(), 32, setup.config.sample_batch)
         shares = self.work.all_gather(
             lambda: Probe.draw(
-                self._measured(sampling), self.work.kept("probe", self._what_is_measured(sampling))
+                self._measured(sampling), self.work.journal.stage("probe", self._what_is_measured(sampling))
             )
         )
         return Probe.of(batch for _, batch in in_batch_order(shares))
@@ -122,7 +122,7 @@ class Results:
             for share in self.work.all_gather(lambda: dict(self._classified())):
                 for i, name in share.items():
                     rows[i]["prompt_class"] = name
-        self.held_out = dataclasses.replace(self.held_out, rows=rows)
+            self.held_out = dataclasses.replace(self.held_out, rows=rows, classified=True)
         texts = [{**row, "prompt": row["text"]} if setup.config.prefix_tokens else row for row in rows]
         setup.processes.on_rank_0(lambda: setup.folder.write_rows(HELD_OUT, map(to_file, texts)))
 
@@ -132,7 +132,7 @@ class Results:
         found = classify_prompts(
             self._measured(sampling),
             setup.config.target,
-            self.work.kept(
+            self.work.journal.stage(
                 "classes",
                 self._what_is_measured(sampling),
                 decode=lambda batch: [(int(i), str(name)) for i, name in batch],
@@ -149,7 +149,7 @@ class Results:
         setup, sampling = self.setup, self.setup.held_out_sampling()
 
         def kept(row: TableRow) -> Kept[list[Sample]]:
-            return self.work.kept(
+            return self.work.journal.stage(
                 "evaluation",
                 [row.name, dataclasses.asdict(row.conditioning), *self._what_is_measured(sampling)],
                 lambda part: [vars(one) for one in part],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Row, as_rendered, from_file, is_chat
 from quark_fast.data.split import Chosen, choose_prompts
 from quark_fast.evaluation.held_out import HeldOut
-from quark_fast.model.encode import encode_rows
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.run_folder import PROMPTS, RunFolder
@@ -70,23 +68,15 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
 
 def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
     """The prompts as ids; those that are too long, or too short, are left out and counted."""
-    encode = functools.partial(
-        encode_rows,
-        policy,
-        max_tokens=policy.room_of(config),
-        prefix_tokens=config.prefix_tokens,
-        cut=config.long_prompts == "cut",
-        log=chosen.about.append,
-    )
-    what = "texts" if config.prefix_tokens else "prompts"
-    train, train_ids, _ = encode(chosen.train, what=f"training {what}")
-    rows, ids, texts = encode(chosen.held_out, what=f"held-out {what}")
-    policy.check_fits([*train_ids, *ids], config.max_new_tokens)
+    what, log = "texts" if config.prefix_tokens else "prompts", chosen.about.append
+    train = HeldOut.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
+    held_out = HeldOut.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
+    policy.check_fits([*train.ids, *held_out.ids], config.max_new_tokens)
     return RunPrompts(
-        train=train,
-        train_ids=train_ids,
-        held_out_rows=chosen.held_out if config.prefix_tokens else rows,
-        held_out=HeldOut(rows, ids, config.eval_samples, texts),
+        train=list(train.rows),
+        train_ids=[list(ids) for ids in train.ids],
+        held_out_rows=chosen.held_out if config.prefix_tokens else list(held_out.rows),
+        held_out=held_out,
         chats=[row for row in [*chosen.train, *chosen.held_out] if is_chat(row)],
         about=chosen.about,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from quark_fast.runtime.distributed import Processes
-from quark_fast.runtime.journal import Journal, Kept
+from quark_fast.runtime.journal import Journal
 from quark_fast.training.signals import Stop
 
 T = TypeVar("T")
@@ -16,6 +16,7 @@ class SharedWork:
     """How sampling, scoring and evaluation are done: each process its batches, none of them twice.
 
     Attributes:
+        journal: has what is on disk of each stage's batches.
         stop: asked for while the run trains; None before.
     """
 
@@ -42,15 +43,3 @@ class SharedWork:
                 return work()
 
         return stoppable
-
-    def kept(
-        self,
-        stage: str,
-        settings: Any = None,
-        encode: Callable[[T], Any] = lambda value: value,
-        decode: Callable[[Any], T] = lambda value: value,
-    ) -> Kept[T]:
-        """What is on disk of a stage's batches, where this process sees the run folder; see ``Journal``."""
-        if self.processes.main or self.processes.machines == 1:
-            return self.journal.stage(stage, settings, encode, decode)
-        return Kept()

@@ -82,7 +82,9 @@ class Trainer:
             self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
         )
         self.state = State.new(config, processes.count)
-        self.journal = Journal(folder / PENDING, processes.index)
+        self.journal = Journal(
+            folder / PENDING, processes.index, here=processes.main or processes.machines == 1
+        )
         self.work = SharedWork(processes, self.journal)
         self.rollout = choose_rollout(self.setup, self.work, sampler, listen)
         self.explorer = Explorer(

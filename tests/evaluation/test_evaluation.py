@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import sharpen
 
 from quark_fast.data.row import Row
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate
+from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, first_completions
 from quark_fast.evaluation.perplexity import completion_kl, completion_nll, text_fit
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
@@ -200,3 +201,24 @@ def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> N
     setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
     found = dict(classify_prompts(setup, "negative"))
     assert found == {0: "negative", 1: "neutral", 2: "neutral", 3: "positive"}
+
+
+@pytest.mark.parametrize("classified", [False, True])
+def test_class_of_a_prompt_reaches_the_reward_only_as_a_column_of_the_users(
+    policy: Policy, classified: bool
+) -> None:
+    seen: list[set[str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen.append(set(columns))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": f"w{i}", "prompt_class": "neutral", "n": i} for i in range(5)]
+    held_out = HeldOut(rows, [[i] for i in range(5)], 1, classified=classified)
+    asked = EvaluationSetup(policy, policy.model, describe(reward), held_out, Sampling(2, 0), 0)
+    asked.scored([0, 4], [[[1]], [[2]]])
+    tried = first_completions(policy, policy.model, held_out, Sampling(2, 0), 0)
+    given = [row for part, _ in tried for row in part]
+    expected = {"n"} if classified else {"n", "prompt_class"}
+    assert seen == [expected] and all(row.keys() - {"prompt"} == expected for row in given)
+    assert sorted(row["n"] for row in given) == list(range(5))
