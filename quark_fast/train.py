@@ -64,6 +64,8 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
         lowest=scores_are_rewards(finished.evaluation),
     )
     console.print(texts)
+    cost = finished.versions
+    console.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
     console.print(f"report:   {folder / 'report.html'}")
     console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 

@@ -20,7 +20,7 @@ from quark_fast.model.lookups import Lookups
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, next_logits, read
 from quark_fast.model.structure import linear_head
-from quark_fast.model.wrong_model import blamed, message_of, wrong
+from quark_fast.model.wrong_model import blamed, coarsest_dtype, message_of, wrong
 
 # The share of the spread of a position's logits by which two ways to compute them may differ. Another order
 # of summation makes 1e-6 to 1e-3 in float32 and up to 5e-2 in bfloat16; what is wrong makes 1e-1 and more.
@@ -195,11 +195,11 @@ def gap_of(model: Any, found: Tensor, expected: Tensor) -> float:
     shares = (found.float() - expected).abs().amax(-1) / spread
     if not bool(shares.isfinite().all()):
         return math.inf
-    return float(shares.max() if model.dtype in (torch.float32, torch.float64) else shares.median())
+    return float(shares.max() if coarsest_dtype(model) in (torch.float32, torch.float64) else shares.median())
 
 
 def tolerance_of(model: Any) -> float:
-    return TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
+    return TOLERANCE.get(coarsest_dtype(model), max(TOLERANCE.values()))
 
 
 def _first(

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from quark_fast.model.cache import decoding_cache
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def next_logits(
         mask = positions = None
     # An index, not the slice [-1:]: a product with a slice copies the head's weights for every prompt.
     last = torch.tensor([-1], device=model.device)
-    cache = DynamicCache(config=model.config) if reading.cache else None
+    cache = decoding_cache(model) if reading.cache else None
     logits = read(model, ids, mask, positions, columns=last, cache=cache).logits
     if samples > 1:  # from here on each sample has its own cache
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)

@@ -42,8 +42,14 @@ def blamed(model: Any, what: str, export: str | None = None) -> Iterator[None]:
         raise wrong(model, f"{what}: {said}") from error
 
 
+def coarsest_dtype(model: Any) -> torch.dtype:
+    """That of its parameters which rounds most: beside adapters and reward tokens the others may be lower."""
+    dtypes: set[torch.dtype] = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def wrong(model: Any, what: str) -> WrongModel:
-    low = model.dtype != torch.float32
+    low = coarsest_dtype(model) != torch.float32
     fix = "give --precision fp32, or another --model" if low else "give another --model"
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(coarsest_dtype(model)).removeprefix("torch.")
     return WrongModel(f"{type(model).__name__} ({model.config.model_type}, {dtype})", what, fix)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from quark_fast.errors import UsageError
@@ -23,6 +26,25 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at the most that glibc takes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what this process has freed and kept, between two stages that need it differently.
+
+    What one stage leaves in pieces the next cannot use for its own, larger tensors. Without effect where libc
+    has no malloc_trim.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def most_memory(device: torch.device) -> int:
+    """The most memory that this process has held so far, bytes: of the GPU, if it is on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 class OutOfMemory(UsageError):

@@ -161,9 +161,9 @@ class RunFolder:
         path = self / "versions.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def add_minutes(self, minutes: float) -> None:
-        """How long the run took, into ``versions.json``."""
-        self.write_json("versions.json", self._record() | {"minutes": minutes})
+    def add_cost(self, minutes: float, memory_gb: float) -> None:
+        """How long the run took and the most memory of its last start, into ``versions.json``."""
+        self.write_json("versions.json", self._record() | {"minutes": minutes, "memory_gb": memory_gb})
 
     def finish(self) -> None:
         """Everything is written: from here on this is a finished run."""

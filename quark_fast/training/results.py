@@ -28,6 +28,7 @@ from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.memory import most_memory
 from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.training.progress import Progress
 from quark_fast.training.setup import Setup, in_batches
@@ -208,7 +209,7 @@ class Results:
             with replacing_folder(setup.folder / "model") as scratch:
                 how = generation_settings(evaluation_sampling(setup.config))
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
-            setup.folder.add_minutes(round(seconds / 60, 1))
+            setup.folder.add_cost(round(seconds / 60, 1), round(most_memory(setup.device) / 1e9, 2))
             write_report(setup.folder.path)
             trackers.finish(setup.accelerator)
             setup.folder.finish()

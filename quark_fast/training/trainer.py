@@ -24,7 +24,7 @@ from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.machine import versions
-from quark_fast.runtime.memory import OutOfMemory
+from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.checkpoint import Checkpoint
@@ -130,6 +130,7 @@ class Trainer:
 
     def _explore(self) -> None:
         """The round's samples into the pool and completions.jsonl."""
+        give_back_freed_memory()
         state, config = self.state, self.config
         size = self.setup.batch_rows
         if config.sample_batch > size:
@@ -190,6 +191,7 @@ class Trainer:
 
     def _learn(self, plan: Ints) -> None:
         """The round's optimizer steps; checkpoints on the way and at its end."""
+        give_back_freed_memory()
         state, config = self.state, self.config
         first = state.first_step(config)
         while state.step < first + config.steps:
@@ -217,6 +219,7 @@ class Trainer:
         state.draws.count(plan)
 
     def _probe(self) -> None:
+        give_back_freed_memory()
         if self.policy.quantiles > 1:  # one token tells nothing apart
             self._record(self.results.probe(self.state.step))
 

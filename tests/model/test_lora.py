@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.model.check_reading import TOLERANCE, tolerance_of
 from quark_fast.model.copies import frozen_copy, shared_reference, whole_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.lora import Lora
@@ -43,6 +44,15 @@ def adapted(source: Path, **settings: Any) -> Policy:
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(torch.tensor([ids])).logits
+
+
+def test_a_model_in_bf16_under_float32_adapters_is_judged_as_one_in_bf16(tiny_model: Make) -> None:
+    source = tiny_model("llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    policy = Policy.create(source, quantiles=3, lora=Lora(4, 8.0), low=torch.bfloat16)
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert tolerance_of(policy.model) == TOLERANCE[torch.bfloat16]
+    assert tolerance_of(Policy.create(source, quantiles=3).model) == TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,60 @@
+"""A cache of keys and values with room for the tokens to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # tokens
+
+
+def decoding_cache(model: Any) -> DynamicCache:
+    """An empty cache for the model, of which a new token's keys and values are all that is written.
+
+    Layers that keep no more than a window, or something else than keys and values, are transformers' own.
+    """
+    cache = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _RoomyLayer()  # type: ignore[no-untyped-call]
+    return cache
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer that grows in place: transformers' copies all that it holds for each new token."""
+
+    keys: Tensor
+    values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.key_room, self.value_room = self.keys, self.values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_room = _behind(self.keys, key_states, self.key_room)
+        self.values, self.value_room = _behind(self.values, value_states, self.value_room)
+        return self.keys, self.values
+
+
+def _behind(held: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., L + l, D) ``new`` behind ``held``, and the memory in which both lie.
+
+    That is ``room``, unless what is held lies elsewhere, as after a change of order, or fills it.
+    """
+    count = held.shape[-2] if held.numel() else 0
+    total = count + new.shape[-2]
+    if held.data_ptr() != room.data_ptr() or room.shape[:-2] != new.shape[:-2] or total > room.shape[-2]:
+        size = (*new.shape[:-2], total + ROOM, new.shape[-1])
+        room = torch.empty(size, dtype=new.dtype, device=new.device)
+        if count:
+            room[..., :count, :] = held
+    room[..., count:total, :] = new
+    return room[..., :total, :], room
