@@ -13,17 +13,19 @@
 #include <vector>
 
 #include "huge_pages.hpp"
+#include "levels.hpp"
 #include "quantile_pool.hpp"
 #include "quark_loss.hpp"
+#include "rows.hpp"
+#include "sampling.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-// --- quark_loss -------------------------------------------------------------------------------
+// --- rows of logits ---------------------------------------------------------------------------
 
 using quark::DType;
-using quark::Kl;
 
 // Addresses and strides of a tensor that the Python side keeps alive during the call: bfloat16 has
 // no buffer protocol. `elements` of them lie in its memory from there on.
@@ -40,15 +42,6 @@ quark::Rows make_rows(uintptr_t data, const std::string& dtype, int64_t inner, i
                               "; the C++ kernels take float32, bfloat16 and float16");
 }
 
-Kl kl_of(const std::string& name, bool has_ref) {
-  if (!has_ref) return Kl::none;
-  if (name == "policy_ref") return Kl::policy_ref;
-  if (name == "ref_policy") return Kl::ref_policy;
-  if (name == "sampled") return Kl::sampled;
-  throw std::invalid_argument("kl = '" + name +
-                              "'; choose 'policy_ref', 'ref_policy' or 'sampled'");
-}
-
 // Contiguous and of this very type: a converted copy would be read, or written, in vain.
 template <class T>
 using Exact = py::array_t<T, py::array::c_style>;
@@ -61,6 +54,39 @@ T* values_of(const char* name, Exact<T>& array, int64_t rows, size_t each = 1) {
                                 " values for " + std::to_string(rows) + " rows");
   }
   return array.mutable_data();  // throws if it is read-only
+}
+
+void bind_rows(py::module_& m) {
+  m.def("isa", &quark::isa,
+        "The instruction-set level of the kernels: v2, v3, v4 (x86-64) or generic.\n\n"
+        "QUARK_FAST_ISA in the environment chooses a lower one; RuntimeError if it cannot be had.");
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t data, size_t bytes) {
+        quark::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"),
+      "Advise the kernel to back a large buffer, not yet written, by huge pages.");
+
+  py::class_<quark::Rows>(m, "Rows",
+                          "Where the rows of a tensor lie: row n starts at element\n"
+                          "(n // inner) * outer_stride + (n % inner) * inner_stride of `data`,\n"
+                          "from where on its memory holds `elements`.")
+      .def(py::init(&make_rows), py::arg("data"), py::arg("dtype"), py::arg("inner"),
+           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("elements"));
+}
+
+// --- quark_loss -------------------------------------------------------------------------------
+
+using quark::Kl;
+
+Kl kl_of(const std::string& name, bool has_ref) {
+  if (!has_ref) return Kl::none;
+  if (name == "policy_ref") return Kl::policy_ref;
+  if (name == "ref_policy") return Kl::ref_policy;
+  if (name == "sampled") return Kl::sampled;
+  throw std::invalid_argument("kl = '" + name +
+                              "'; choose 'policy_ref', 'ref_policy' or 'sampled'");
 }
 
 // Holds the arrays that the core knows by address.
@@ -88,24 +114,6 @@ Problem make_problem(const quark::Rows& logits, const std::optional<quark::Rows>
 }
 
 void bind_quark_loss(py::module_& m) {
-  m.def("isa", &quark::isa,
-        "The instruction-set level of the loss kernels: v2, v3, v4 (x86-64) or generic.\n\n"
-        "QUARK_FAST_ISA in the environment chooses a lower one; RuntimeError if it cannot be had.");
-  m.def(
-      "prefer_huge_pages",
-      [](uintptr_t data, size_t bytes) {
-        quark::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
-      },
-      py::arg("data"), py::arg("bytes"),
-      "Advise the kernel to back a large buffer, not yet written, by huge pages.");
-
-  py::class_<quark::Rows>(m, "Rows",
-                          "Where the rows of a tensor lie: row n starts at element\n"
-                          "(n // inner) * outer_stride + (n % inner) * inner_stride of `data`,\n"
-                          "from where on its memory holds `elements`.")
-      .def(py::init(&make_rows), py::arg("data"), py::arg("dtype"), py::arg("inner"),
-           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("elements"));
-
   py::class_<Problem>(m, "Problem",
                       "The inputs of the loss: logits and reference by address, which must stay\n"
                       "alive; labels int64, weights float32, contiguous.")
@@ -146,6 +154,35 @@ void bind_quark_loss(py::module_& m) {
       },
       py::arg("problem"), py::arg("stats").noconvert(), py::arg("scale"), py::arg("grad"),
       py::arg("threads"), "The gradient of scale * loss, from the stats of quark_loss_forward.");
+}
+
+// --- sampling ---------------------------------------------------------------------------------
+
+bool sample_tokens(const quark::Rows& logits, int64_t rows, int64_t vocab, Exact<float> weights,
+                   Exact<int64_t> suppressed, double top_p, Exact<int64_t> drawn_rows,
+                   std::optional<Exact<float>> uniform, Exact<int64_t> tokens, Exact<bool> inside,
+                   int threads) {
+  const quark::Distribution from{logits, weights.data(),    weights.size(),    rows,
+                                 vocab,  suppressed.data(), suppressed.size(), top_p};
+  const int64_t count = drawn_rows.size();
+  const quark::Draws draws{count, drawn_rows.data(),
+                           uniform ? values_of("uniform", *uniform, count) : nullptr,
+                           values_of("tokens", tokens, count), values_of("inside", inside, count)};
+  const py::gil_scoped_release released;
+  return quark::sample_tokens(from, draws, threads);
+}
+
+void bind_sampling(py::module_& m) {
+  m.def(
+      "sample_tokens", &sample_tokens, py::arg("logits"), py::arg("rows"), py::arg("vocab"),
+      py::arg("weights").noconvert(), py::arg("suppressed").noconvert(), py::arg("top_p"),
+      py::arg("drawn_rows").noconvert(), py::arg("uniform").noconvert(),
+      py::arg("tokens").noconvert(), py::arg("inside").noconvert(), py::arg("threads"),
+      "A token of each of drawn_rows goes to tokens, and whether it is in the nucleus to inside;\n"
+      "without uniform numbers it is the lowest id of the highest logit. csrc/sampling.hpp has\n"
+      "the equation. logits: as many times `rows` as there are weights, stream by stream.\n"
+      "Returns whether all had one: those of NaN, +inf or nothing but -inf get -1.\n"
+      "ValueError if anything does not fit; nothing is written.");
 }
 
 // --- quantile_pool ----------------------------------------------------------------------------
@@ -364,8 +401,10 @@ py::object pack_rows(const py::list& rows) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ core of quark_fast: fused loss and quantile pool.";
+  m.doc() = "The C++ core of quark_fast: fused loss, sampling and quantile pool.";
+  bind_rows(m);
   bind_quark_loss(m);
+  bind_sampling(m);
   bind_quantile_pools(m);
   m.def("pack_rows", &pack_rows, py::arg("rows"),
         "(tokens int32, ends int64) of a list of lists of ints, end to end: row i is\n"

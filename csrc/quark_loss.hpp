@@ -28,22 +28,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rows.hpp"
+
 namespace quark {
 
-enum class DType { f32, bf16, f16 };
 enum class Kl { none, policy_ref, ref_policy, sampled };
-
-// Rows where they lie: row n starts at element (n / inner) * outer_stride +
-// (n % inner) * inner_stride, so that logits[:, :-1] of a batch needs no copy. The elements of one
-// row are adjacent. `elements` is how many of the dtype the memory holds from `data` on.
-struct Rows {
-  void* data;
-  DType dtype;
-  int64_t inner;
-  int64_t outer_stride;
-  int64_t inner_stride;
-  int64_t elements;
-};
 
 // What backward needs of a row: s = sum e^(z - m) with m about max z, t = sum e^(r - u) with u
 // about max r, and whether no z - m and r - u is so far below 0 that its exponential counts as 0 (1
@@ -80,10 +69,5 @@ double forward(const Problem& problem, const RowOutputs& out, const Rows* grad, 
 // unscaled gradient would underflow. `grad` may be the logits.
 void backward(const Problem& problem, const RowStats* stats, double scale, const Rows& grad,
               int threads);
-
-// The instruction-set level in use: v2, v3, v4 (x86-64 levels) or generic. The environment
-// variable QUARK_FAST_ISA chooses a lower one. Throws std::runtime_error if it names a level that
-// does not exist or that this processor lacks.
-const char* isa();
 
 }  // namespace quark

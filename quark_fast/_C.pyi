@@ -5,14 +5,19 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-# --- quark_loss ---
-
-STATS_PER_ROW: int
+# --- rows of logits ---
 
 class Rows:
     def __init__(
         self, data: int, dtype: str, inner: int, outer_stride: int, inner_stride: int, elements: int
     ) -> None: ...
+
+def isa() -> str: ...
+def prefer_huge_pages(data: int, bytes: int) -> None: ...
+
+# --- quark_loss ---
+
+STATS_PER_ROW: int
 
 class Problem:
     def __init__(
@@ -28,8 +33,6 @@ class Problem:
         entropy_coef: float,
     ) -> None: ...
 
-def isa() -> str: ...
-def prefer_huge_pages(data: int, bytes: int) -> None: ...
 def quark_loss_forward(
     problem: Problem,
     nll: npt.NDArray[np.float32],
@@ -42,6 +45,22 @@ def quark_loss_forward(
 def quark_loss_backward(
     problem: Problem, stats: npt.NDArray[np.float32], scale: float, grad: Rows, threads: int
 ) -> None: ...
+
+# --- sampling ---
+
+def sample_tokens(
+    logits: Rows,
+    rows: int,
+    vocab: int,
+    weights: npt.NDArray[np.float32],
+    suppressed: npt.NDArray[np.int64],
+    top_p: float,
+    drawn_rows: npt.NDArray[np.int64],
+    uniform: npt.NDArray[np.float32] | None,
+    tokens: npt.NDArray[np.int64],
+    inside: npt.NDArray[np.bool_],
+    threads: int,
+) -> bool: ...
 
 # --- quantile_pool ---
 

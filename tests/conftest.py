@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -140,3 +141,18 @@ def export(
 ) -> None:
     """Write the policy as a run does in the end."""
     write_export(policy, folder, whole_copy(policy, dtype), sampling)
+
+
+def assert_drawn_from(counts: Tensor, shares: Tensor) -> None:
+    """Pearson's statistic within 5 standard deviations of its mean, for fixed seeds; never a share of 0."""
+    assert (counts[shares == 0] == 0).all()
+    counts, shares = counts[shares > 0].double(), shares[shares > 0].double()
+    expected = shares / shares.sum() * counts.sum()
+    # Cells that expect few draws are put together: the statistic needs about 5 in each.
+    rare = expected < 5
+    if rare.any():
+        counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
+        expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
+    freedom = len(counts) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 1, (statistic, freedom)

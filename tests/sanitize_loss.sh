@@ -1,6 +1,6 @@
 #!/bin/sh
-# The loss's C++ core under AddressSanitizer + UndefinedBehaviorSanitizer, at every level of this machine.
-# usage: tests/sanitize_loss.sh [problems a level, 1000 as a rule] [seed]    CXX chooses the compiler
+# The C++ cores of loss and sampling under AddressSanitizer + UndefinedBehaviorSanitizer, at every level of this
+# machine. usage: tests/sanitize_loss.sh [problems a level, 1000 as a rule] [seed]    CXX chooses the compiler
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 build=$(mktemp -d)
@@ -8,21 +8,27 @@ trap 'rm -r "$build"' EXIT
 flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all"
 kernels="-fopenmp-simd -ftree-vectorize -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 case $(uname -m) in
-  x86_64) levels="v2 v3 v4" lowest="-DQUARK_LOWEST=v2 -DQUARK_X86_64" ;;
-  *) levels=generic lowest=-DQUARK_LOWEST=generic ;;
+  x86_64) levels="v2 v3 v4" x86=-DQUARK_X86_64 ;;
+  *) levels=generic x86= ;;
 esac
+compile() { "${CXX:-c++}" $flags "$@"; }
 for level in $levels; do
   march=
   [ "$level" = generic ] || march=-march=x86-64-$level
-  "${CXX:-c++}" $flags $kernels $march -DQUARK_LEVEL="$level" \
-    -c "$here/../csrc/quark_loss_rows.cpp" -o "$build/$level.o" &
+  for core in quark_loss sampling; do
+    compile $kernels $march -DQUARK_LEVEL="$level" -c "$here/../csrc/${core}_rows.cpp" -o "$build/$core-$level.o" &
+  done
 done
-"${CXX:-c++}" $flags $lowest -c "$here/sanitize_loss.cpp" -o "$build/driver.o"
-"${CXX:-c++}" $flags $lowest -c "$here/../csrc/quark_loss.cpp" -o "$build/core.o"
+for core in levels quark_loss rows sampling threads; do
+  compile $x86 -c "$here/../csrc/$core.cpp" -o "$build/$core.o"
+done
 wait
-"${CXX:-c++}" $flags "$build"/*.o -pthread -ldl -o "$build/run"
+for driver in loss sampling; do
+  compile $x86 "$here/sanitize_$driver.cpp" "$build"/*.o -pthread -ldl -o "$build/$driver"
+done
 for level in $levels; do
-  if QUARK_FAST_ISA=$level "$build/run" isa; then
-    QUARK_FAST_ISA=$level "$build/run" "${1:-1000}" "${2:-1}"
+  if QUARK_FAST_ISA=$level "$build/loss" isa; then
+    QUARK_FAST_ISA=$level "$build/loss" "${1:-1000}" "${2:-1}"
+    QUARK_FAST_ISA=$level "$build/sampling" "${1:-1000}" "${2:-1}"
   fi
 done

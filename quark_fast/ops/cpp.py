@@ -1,6 +1,7 @@
 """The C++ kernels on CPU tensors: addresses and strides in, new tensors out, no autograd.
 
-The numbers are computed in csrc/quark_loss_rows.cpp: blocks of a row in float32, their sums in double.
+The numbers are computed in csrc/quark_loss_rows.cpp and csrc/sampling_rows.cpp: blocks of a row in float32,
+their sums in double.
 """
 
 from typing import Any
@@ -110,3 +111,42 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
     """grad *= scale, in place."""
     if scale.item() != 1:
         grad.mul_(scale)
+
+
+def sample_tokens(
+    logits: Tensor,
+    weights: Tensor,
+    suppressed: Tensor,
+    top_p: float,
+    rows: Tensor,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor, bool]:
+    """A token of each of ``rows``, whether it is in the nucleus, and whether all logits were finite or -inf.
+
+    The equation: csrc/sampling.hpp. A token outside the nucleus has to be drawn again.
+
+    Args:
+        logits: (streams N, V) of one of KERNEL_DTYPES, all rows of the first stream, then those of the next.
+        weights: (streams,) float32, divided by the temperature.
+        suppressed: int64 ids that are not drawn.
+        rows: (D,) int64 in [0, N).
+        uniform: (D, 1) float32 in [0, 1); None: the most probable token, the lowest id among equals.
+    Returns:
+        (D,) int64, -1 where the logits have a NaN or +inf, or nothing but -inf; (D,) bool.
+    """
+    logits, where = with_rows(logits)
+    tokens, inside = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)
+    finite = _C.sample_tokens(
+        _rows(logits, where),
+        len(logits) // len(weights),
+        logits.shape[-1],
+        weights.numpy(),
+        suppressed.numpy(),
+        top_p,
+        rows.numpy(),
+        None if uniform is None else uniform.numpy(),
+        tokens.numpy(),
+        inside.numpy(),
+        torch.get_num_threads(),
+    )
+    return tokens, inside, finite

@@ -14,11 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from quark_fast.ops import eager
 from quark_fast.ops.eager import Kl
-from quark_fast.ops.rows import rows_of
+from quark_fast.ops.rows import KERNEL_DTYPES, rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
 Chosen = Literal["eager", "cpp", "triton"]
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuarkLoss(NamedTuple):

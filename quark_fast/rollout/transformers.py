@@ -2,7 +2,7 @@
 
 transformers brings the model and its KV cache. The decoding loop is ours, as sampling limits how much a run
 learns in a given time: a prompt is prefilled once for all its samples, attention of one new token skips the
-flash kernel on the CPU, and a token is drawn with one uniform number and no sort.
+flash kernel on the CPU, and a token is drawn with one uniform number and no sort (``tokens.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quark_fast.errors import UsageError
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import next_logits, runs_of_one_length
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
+from quark_fast.rollout.tokens import NextToken, draw_tokens
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
@@ -91,8 +91,10 @@ def _sample_batch(
     sampling, samples = request.sampling, request.samples
     streams = request.conditioning.streams()
     rows = len(request.prompts) * samples
-    weights = torch.tensor([weight for _, weight in streams], device=model.device).view(-1, 1, 1)
     stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=model.device)
+    weights = torch.tensor([weight for _, weight in streams], device=model.device)
+    of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p)
+    no_stop = dataclasses.replace(of_any, suppressed=stop)
 
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]
     reader = next_logits(model, contexts, samples, policy.reading)
@@ -100,18 +102,8 @@ def _sample_batch(
     drawn: list[Tensor] = []
     ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
     for length in range(sampling.max_new_tokens):
-        scores = logits[:, : policy.vocabulary].float()
-        if len(streams) > 1:
-            scores = (scores.log_softmax(-1).view(len(streams), rows, -1) * weights).sum(0)
-        if length < sampling.min_new_tokens:
-            scores[:, stop] = -torch.inf
-        if sampling.temperature == 0:
-            highest, tokens = scores.max(-1)
-            check_finite(highest)
-        else:
-            if sampling.temperature != 1:  # a division by 1 would read and write a vocabulary a row
-                scores = scores / sampling.temperature
-            tokens = sample_tokens(scores, sampling.top_p, generator)
+        wanted = no_stop if length < sampling.min_new_tokens else of_any
+        tokens = draw_tokens(logits, wanted, generator)
         drawn.append(tokens)
         ended |= torch.isin(tokens, stop)
         if length + 1 == sampling.max_new_tokens or bool(ended.all()):
@@ -122,59 +114,11 @@ def _sample_batch(
     return [completions[i : i + samples] for i in range(0, rows, samples)]
 
 
-class NotFinite(UsageError):
-    """A model's logits are NaN or infinite."""
-
-
-def check_finite(found: Tensor) -> None:
-    """Raise NotFinite for what a model's logits cannot give if they are numbers."""
-    if not bool(found.isfinite().all()):
-        raise NotFinite(
-            "the model's logits are NaN or infinite, so there is nothing to sample from: its weights have"
-            " diverged, or it overflows in this precision; give sound weights, or --precision fp32"
-        )
-
-
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens up to the first stop id, that id included: ending there is learned, too."""
     for index, token in enumerate(tokens):
         if token in stop_ids:
             return tokens[: index + 1]
-    return tokens
-
-
-def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row from softmax(logits) restricted to its nucleus.
-
-    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p`` (Holtzman et al.
-    2020), so a token belongs to it when the tokens more probable than it hold less than ``top_p``. A draw
-    from the whole distribution is therefore kept if that holds, and redrawn if not: exact, without
-    sorting the vocabulary, 1 / top_p draws on average.
-
-    Args:
-        logits: (N, V) float32.
-    Returns:
-        (N,) token ids.
-    Raises:
-        NotFinite: a row has a NaN or +inf.
-    """
-    probs = logits.softmax(-1)
-    # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
-    cdf = probs.cumsum(-1)
-    check_finite(cdf[:, -1])
-    tokens = torch.empty(len(probs), dtype=torch.long, device=probs.device)
-    open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
-    while len(open_rows):
-        uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
-        target = uniform * cdf[:, -1:]
-        # right=True: the first token whose cumulative mass is above the target, never one of mass 0.
-        draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)
-        tokens[open_rows] = draw.squeeze(1)
-        if top_p >= 1.0:
-            break
-        above = (probs * (probs > probs.gather(1, draw))).sum(-1)
-        outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
-        open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
 
 

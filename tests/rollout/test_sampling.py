@@ -1,4 +1,4 @@
-"""Sampling against plain forwards: padding, cache, guidance, the nucleus, and where a completion ends."""
+"""Sampling against plain forwards: padding, cache, guidance, and where a completion ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, sharpen, tiny_config
+from conftest import WORDS, assert_drawn_from, sharpen, tiny_config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
@@ -21,7 +21,8 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, cache_argument, pad_left
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
-from quark_fast.rollout.transformers import NotFinite, sample, sample_tokens
+from quark_fast.rollout.tokens import NextToken, NotFinite, scores_of
+from quark_fast.rollout.transformers import sample
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 STOP = WORDS
@@ -68,11 +69,12 @@ def seen_logits(
     """(steps, rows, V): what the tokens of ``CONTINUATION`` would have been drawn from, prompt by prompt."""
     steps: list[Tensor] = []
 
-    def scripted(logits: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
-        steps.append(logits.clone())
-        return torch.full((len(logits),), CONTINUATION[len(steps) - 1])
+    def scripted(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+        scores = scores_of(logits, wanted)
+        steps.append(scores.clone())
+        return torch.full((len(scores),), CONTINUATION[len(steps) - 1])
 
-    monkeypatch.setattr(rollout, "sample_tokens", scripted)
+    monkeypatch.setattr(rollout, "draw_tokens", scripted)
     settings = {"max_new_tokens": len(CONTINUATION), "min_new_tokens": 0} | sampling
     model = frozen_copy(policy, torch.float32)
     request = SampleRequest(PROMPTS, conditioning, Sampling(**settings), samples, 0)
@@ -317,107 +319,6 @@ def test_decoding_step_with_padding_is_the_same_with_grouped_attention_and_sdpa(
             )
         logits.append(torch.stack([first.logits[:, -1], step.logits[:, -1]]))
     torch.testing.assert_close(*logits, **KERNELS)
-
-
-# --- sample_tokens ---------------------------------------------------------------------------------
-
-
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """By sorting: the most probable tokens up to the one that reaches top_p, and those that tie with it."""
-    inside = torch.zeros_like(probs, dtype=torch.bool)
-    for row, p in enumerate(probs):
-        mass, last = 0.0, None
-        for token in p.argsort(descending=True).tolist():
-            if mass >= top_p and float(p[token]) != last:
-                break
-            inside[row, token] = True
-            mass, last = mass + float(p[token]), float(p[token])
-    return inside
-
-
-def assert_drawn_from(counts: Tensor, shares: Tensor) -> None:
-    """Pearson's statistic within 5 standard deviations of its mean, for fixed seeds; never a share of 0."""
-    assert (counts[shares == 0] == 0).all()
-    counts, shares = counts[shares > 0].double(), shares[shares > 0].double()
-    expected = shares / shares.sum() * counts.sum()
-    # Cells that expect few draws are put together: the statistic needs about 5 in each.
-    rare = expected < 5
-    if rare.any():
-        counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
-        expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
-    freedom = len(counts) - 1
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 1, (statistic, freedom)
-
-
-def draw_counts(logits: Tensor, top_p: float, draws: int) -> Tensor:
-    """(V,) how often each token came of so many draws from one row."""
-    tokens = sample_tokens(logits.expand(draws, -1), top_p, generator(5))
-    return tokens.bincount(minlength=logits.shape[-1])
-
-
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "flat"])
-def test_every_draw_is_in_the_nucleus_that_sorting_finds(kind: str, top_p: float) -> None:
-    logits = torch.randn(40, 30, generator=generator(1), dtype=torch.float64)
-    if kind == "peaked":
-        logits = 4 * logits
-    elif kind == "ties":
-        logits = logits.round()
-    elif kind == "flat":
-        logits = torch.zeros_like(logits)
-    probs = logits.softmax(-1)
-    drawn = torch.zeros_like(probs)
-    repeated = logits.float().repeat_interleave(500, 0)
-    rows = torch.arange(40).repeat_interleave(500)
-    drawn.index_put_((rows, sample_tokens(repeated, top_p, generator(2))), drawn.new_ones(()), True)
-    # Equal logits must tie in the oracle as in float32, whatever their rounding: hence rounded.
-    inside = nucleus(probs.mul(1e9).round() / 1e9, top_p - 1e-6)
-    assert (drawn[~inside] == 0).all()
-    shares = probs * inside
-    likely = shares / shares.sum(-1, keepdim=True) > 0.05
-    assert (drawn[likely] > 0).all(), "(1 - 0.05)^500 is 7e-12: each likely token of the nucleus comes up"
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("seed", range(4))
-def test_draws_follow_the_probabilities_within_the_nucleus(seed: int, top_p: float) -> None:
-    logits = 2 * torch.randn(1, 50, generator=generator(seed))
-    probs = logits.double().softmax(-1)
-    assert_drawn_from(draw_counts(logits, top_p, 40_000), (probs * nucleus(probs, top_p))[0])
-
-
-def test_tiny_top_p_is_the_most_probable_token() -> None:
-    logits = torch.randn(200, 50, generator=generator(3))
-    assert torch.equal(sample_tokens(logits, 1e-9, generator()), logits.argmax(-1))
-
-
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_token_of_probability_zero_is_never_drawn(top_p: float) -> None:
-    logits = torch.zeros(1, 9)
-    logits[0, [0, 3, 4, 8]] = -torch.inf
-    counts = draw_counts(logits, top_p, 30_000)
-    assert counts.nonzero().flatten().tolist() == [1, 2, 5, 6, 7]
-
-
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1 - 2**-24, 7)])
-def test_the_ends_of_the_unit_interval_hit_no_token_of_probability_zero(
-    monkeypatch: pytest.MonkeyPatch, uniform: float, expected: int
-) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform))
-    logits = torch.randn(2000, 9, generator=generator(4))
-    logits[:, [0, 8]] = -torch.inf
-    assert (sample_tokens(logits, 1.0) == expected).all()
-
-
-def test_large_vocabulary_keeps_its_tail_despite_float32_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    uniform = torch.linspace(0, 1 - 2**-24, 64).unsqueeze(1)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: uniform)
-    logits = torch.randn(1, 150_000, generator=generator(6)).expand(64, -1)
-    drawn = sample_tokens(logits, 1.0)
-    cdf = logits[0].double().softmax(-1).cumsum(-1)
-    # Rounding walks: sqrt(150,000) * 2^-24 is 2.3e-5. A sum that loses the tail would miss by far more.
-    torch.testing.assert_close(cdf[drawn].float(), uniform[:, 0], rtol=0, atol=2e-4)
 
 
 # --- Where completions end, who is independent of whom ---------------------------------------------

@@ -1,0 +1,174 @@
+// Tokens of rows, compiled once per instruction-set level; see row_math.hpp for what that forbids.
+// sampling.cpp chooses among them at run time.
+//
+// A row's logits are read once, and all else happens in the thread's own memory, which for the
+// vocabularies of today stays in the second-level cache: the mix of the streams and its maximum,
+// the exponentials with a sum for each block, then the walk to the token, over the blocks' sums and
+// within one block.
+
+#include "row_math.hpp"
+#include "sampling.hpp"
+
+namespace quark::QUARK_LEVEL {
+
+namespace {
+
+// Columns mixed at a time: the sum over the streams stays in the first-level cache.
+constexpr int64_t kMixedColumns = 2048;
+
+inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+
+struct Mixed {
+  float largest;
+  Extremes extremes;  // of the logits and of y
+};
+
+// y = weight z for the first stream, y += weight z for the others.
+template <bool first, class T>
+Mixed mix(const T* z, float weight, int64_t count, float* y) {
+  float largest = -INFINITY;
+  int32_t top = 0;
+  uint32_t low = 0;
+#pragma omp simd reduction(max : largest, top, low)
+  for (int64_t j = 0; j < count; ++j) {
+    const float logit = load(z[j]);
+    const float sum = first ? weight * logit : y[j] + weight * logit;
+    y[j] = sum;
+    largest = sum > largest ? sum : largest;
+    top = int32_t(bits_of(logit)) > top ? int32_t(bits_of(logit)) : top;
+    low = bits_of(logit) > low ? bits_of(logit) : low;
+    top = int32_t(bits_of(sum)) > top ? int32_t(bits_of(sum)) : top;
+    low = bits_of(sum) > low ? bits_of(sum) : low;
+  }
+  return {largest, {top, low}};
+}
+
+// Writes y of row n; returns its maximum, or NaN if the row has no token.
+template <class T>
+float mix_row(const Distribution& from, int64_t n, float* y) {
+  float m = -INFINITY;
+  bool sound = true;
+  for (int64_t j = 0; j < from.vocab; j += kMixedColumns) {
+    const int64_t count = smaller(kMixedColumns, from.vocab - j);
+    Mixed mixed{};
+    for (int64_t s = 0; s < from.streams; ++s) {
+      const T* const z = row_of<T>(from.logits, s * from.rows + n) + j;
+      mixed = s == 0 ? mix<true>(z, from.weights[s], count, y + j)
+                     : mix<false>(z, from.weights[s], count, y + j);
+      sound = sound && !mixed.extremes.nan_or_inf();
+    }
+    m = mixed.largest > m ? mixed.largest : m;
+  }
+  bool suppressed_largest = false;
+  for (int64_t i = 0; i < from.suppressed_count; ++i) {
+    float& value = y[from.suppressed[i]];
+    suppressed_largest = suppressed_largest || value == m;
+    value = -INFINITY;
+  }
+  if (suppressed_largest) m = maximum(y, from.vocab);
+  return sound && m > -INFINITY ? m : NAN;
+}
+
+int64_t first_equal(const float* y, int64_t vocab, float m) {
+  int64_t j = 0;
+  while (vocab - j > kMixedColumns && maximum(y + j, kMixedColumns) != m) j += kMixedColumns;
+  while (y[j] != m) ++j;
+  return j;
+}
+
+// e^(y - m) in place; returns the sum.
+float exponentials(float* y, int64_t count, float m) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) {
+    const float e = exp_below_headroom<Range::any>(y[j] - m);
+    y[j] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+float sum_above(const float* e, int64_t count, float limit) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += e[j] > limit ? e[j] : 0;
+  return sum;
+}
+
+// The exponentials of a row and the sums of its blocks.
+struct Masses {
+  const float* e;
+  const double* blocks;
+  int64_t vocab;
+  double total;
+
+  int64_t columns_of(int64_t block) const {
+    return smaller(kSummedColumns, vocab - block * kSummedColumns);
+  }
+
+  // The first token up to which the mass exceeds the target, which is below the total.
+  int64_t token_at(double target) const {
+    double before = 0;
+    int64_t block = 0;
+    // Ends: over all blocks this is the sum that gave the total.
+    while (before + blocks[block] <= target) before += blocks[block++];
+    const int64_t begin = block * kSummedColumns, end = begin + columns_of(block);
+    int64_t token = begin;
+    for (int64_t j = begin; j < end && before <= target; ++j) {
+      before += e[j];
+      // A block's own sum is rounded: at its end, the target may still be above. Then it is the
+      // last token with a mass.
+      if (e[j] > 0) token = j;
+    }
+    return token;
+  }
+
+  double above(float limit) const {
+    double sum = 0;
+    for (int64_t block = 0; block * kSummedColumns < vocab; ++block) {
+      // None is above the limit if even the sum is not: rounding leaves it at least the largest.
+      if (blocks[block] > limit)
+        sum += sum_above(e + block * kSummedColumns, columns_of(block), limit);
+    }
+    return sum;
+  }
+};
+
+Masses masses(const Workspace& work, int64_t vocab, float m) {
+  double total = 0;
+  for (int64_t block = 0; block * kSummedColumns < vocab; ++block) {
+    const int64_t begin = block * kSummedColumns;
+    work.blocks[block] = exponentials(work.row + begin, smaller(kSummedColumns, vocab - begin), m);
+    total += work.blocks[block];
+  }
+  return {work.row, work.blocks, vocab, total};
+}
+
+template <class T>
+void sample_row(const Distribution& from, const Draws& draws, const Workspace& work, int64_t i) {
+  const float m = mix_row<T>(from, draws.rows[i], work.row);
+  draws.inside[i] = true;
+  if (isnan(m)) {
+    draws.tokens[i] = -1;
+    return;
+  }
+  if (!draws.uniform) {
+    draws.tokens[i] = first_equal(work.row, from.vocab, m);
+    return;
+  }
+  const Masses mass = masses(work, from.vocab, m);
+  const int64_t token = mass.token_at(draws.uniform[i] * mass.total);
+  draws.tokens[i] = token;
+  if (from.top_p < 1) draws.inside[i] = mass.above(mass.e[token]) < from.top_p * mass.total;
+}
+
+}  // namespace
+
+void sample_rows(const Distribution& from, const Draws& draws, const Workspace& work, int64_t begin,
+                 int64_t end) {
+  with_type(from.logits.dtype, [&](auto z) {
+    for (int64_t i = begin; i < end; ++i) sample_row<decltype(z)>(from, draws, work, i);
+  });
+}
+
+}  // namespace quark::QUARK_LEVEL

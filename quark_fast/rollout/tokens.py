@@ -1,0 +1,147 @@
+"""One token a row: from the logits of all streams to the ids.
+
+``draw_by_equation`` is the equation in PyTorch, and what runs on a GPU. For logits on the CPU
+``draw_tokens`` calls a kernel that reads them once (csrc/sampling_rows.cpp). From the same generator it draws
+the same tokens, but where a uniform number falls within rounding of the border between two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quark_fast.errors import UsageError
+from quark_fast.ops import cpp
+from quark_fast.ops.rows import KERNEL_DTYPES
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """What the next token of each row is drawn from, given the logits of all streams.
+
+    Attributes:
+        weights: (streams,) float32, of each stream's log-probabilities.
+        vocabulary: how many columns of the logits are tokens.
+        suppressed: int64 ids that are not drawn.
+        temperature: 0 takes the most probable token, the lowest id among equals.
+        top_p: mass of the nucleus, as ``sample_tokens`` has it.
+    """
+
+    weights: Tensor
+    vocabulary: int
+    suppressed: Tensor
+    temperature: float
+    top_p: float
+
+
+class NotFinite(UsageError):
+    """A model's logits are NaN or infinite."""
+
+
+def check_finite(finite: bool) -> None:
+    """Raise NotFinite where a model's logits are not."""
+    if not finite:
+        raise NotFinite(
+            "the model's logits are NaN or infinite, so there is nothing to sample from: its weights have"
+            " diverged, or it overflows in this precision; give sound weights, or --precision fp32"
+        )
+
+
+def draw_tokens(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+    """One token a row.
+
+    Args:
+        logits: (streams N, >= V), all rows of the first stream, then those of the next; any float dtype.
+            They may be written to.
+        generator: on the device of the logits.
+    Returns:
+        (N,) token ids.
+    Raises:
+        NotFinite: a row has a NaN or +inf, or no token of a probability above 0.
+    """
+    if logits.device.type == "cpu" and logits.dtype in KERNEL_DTYPES:
+        return _draw_by_kernel(logits, wanted, generator)
+    return draw_by_equation(logits, wanted, generator)
+
+
+def draw_by_equation(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+    """``draw_tokens`` in PyTorch, on any device."""
+    scores = scores_of(logits, wanted)
+    if wanted.temperature != 0:
+        return sample_tokens(scores, wanted.top_p, generator)
+    highest, tokens = scores.max(-1)
+    check_finite(bool(highest.isfinite().all()))
+    return tokens
+
+
+def scores_of(logits: Tensor, wanted: NextToken) -> Tensor:
+    """(N, V) float32, whose softmax the tokens are drawn from, before the nucleus; may be the logits.
+
+    scores = sum over streams s of weights_s log p_s / temperature, or the logits themselves of one stream.
+    """
+    scores = logits[:, : wanted.vocabulary].float()
+    streams = len(wanted.weights)
+    if streams > 1:
+        by_stream = scores.log_softmax(-1).view(streams, -1, scores.shape[-1])
+        scores = (by_stream * wanted.weights.view(-1, 1, 1)).sum(0)
+    if len(wanted.suppressed):
+        scores[:, wanted.suppressed] = -torch.inf
+    if wanted.temperature not in (0, 1):  # a division by 1 would read and write a vocabulary a row
+        scores = scores / wanted.temperature
+    return scores
+
+
+def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row from softmax(logits) restricted to its nucleus.
+
+    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p`` (Holtzman et al.
+    2020), so a token belongs to it when the tokens more probable than it hold less than ``top_p``. A draw
+    from the whole distribution is therefore kept if that holds, and redrawn if not: exact, without
+    sorting the vocabulary, 1 / top_p draws on average.
+
+    Args:
+        logits: (N, V) float32.
+    Returns:
+        (N,) token ids.
+    Raises:
+        NotFinite: a row has a NaN or +inf.
+    """
+    probs = logits.softmax(-1)
+    # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
+    cdf = probs.cumsum(-1)
+    check_finite(bool(cdf[:, -1].isfinite().all()))
+    tokens = torch.empty(len(probs), dtype=torch.long, device=probs.device)
+    open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
+    while len(open_rows):
+        uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
+        target = uniform * cdf[:, -1:]
+        # right=True: the first token whose cumulative mass is above the target, never one of mass 0.
+        draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)
+        tokens[open_rows] = draw.squeeze(1)
+        if top_p >= 1.0:
+            break
+        above = (probs * (probs > probs.gather(1, draw))).sum(-1)
+        outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
+        open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
+    return tokens
+
+
+def _draw_by_kernel(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+    """The same with the C++ kernel, which takes the uniform numbers in the order of ``sample_tokens``."""
+    greedy = wanted.temperature == 0
+    weights = wanted.weights if greedy else wanted.weights / wanted.temperature
+    logits = logits[:, : wanted.vocabulary]
+    tokens = torch.empty(len(logits) // len(weights), dtype=torch.long)
+    open_rows = torch.arange(len(tokens))
+    while len(open_rows):
+        # (N, 1), as there: a generator may fill another shape in another order.
+        uniform = None if greedy else torch.rand(len(open_rows), 1, generator=generator)
+        drawn, inside, finite = cpp.sample_tokens(
+            logits, weights, wanted.suppressed, wanted.top_p, open_rows, uniform
+        )
+        check_finite(finite)
+        tokens[open_rows] = drawn
+        open_rows = open_rows[~inside]
+    return tokens

@@ -1,0 +1,346 @@
+"""From logits to tokens: the equation in PyTorch against sorting and counting, the kernel against both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_drawn_from
+from torch import Tensor
+
+from quark_fast import _C
+from quark_fast.ops import cpp
+from quark_fast.ops.rows import KERNEL_DTYPES
+from quark_fast.rollout.tokens import NextToken, NotFinite, draw_by_equation, draw_tokens, sample_tokens
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def wanted(
+    vocabulary: int,
+    weights: tuple[float, ...] = (1.0,),
+    suppressed: tuple[int, ...] = (),
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> NextToken:
+    ids = torch.tensor(suppressed, dtype=torch.long)
+    return NextToken(torch.tensor(weights), vocabulary, ids, temperature, top_p)
+
+
+# --- Both ways, against sorting and counting -------------------------------------------------------
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """By sorting: the most probable tokens up to the one that reaches top_p, and those that tie with it."""
+    inside = torch.zeros_like(probs, dtype=torch.bool)
+    for row, p in enumerate(probs):
+        mass, last = 0.0, None
+        for token in p.argsort(descending=True).tolist():
+            if mass >= top_p and float(p[token]) != last:
+                break
+            inside[row, token] = True
+            mass, last = mass + float(p[token]), float(p[token])
+    return inside
+
+
+# (N, V) float32 logits, top_p, generator -> (N,) tokens
+Way = Callable[[Tensor, float, torch.Generator], Tensor]
+
+
+def by_kernel(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
+    return draw_tokens(logits, wanted(logits.shape[-1], top_p=top_p), generator)
+
+
+@pytest.fixture(params=[sample_tokens, by_kernel], ids=["torch", "kernel"])
+def way(request: pytest.FixtureRequest) -> Way:
+    found: Way = request.param
+    return found
+
+
+def draw_counts(way: Way, logits: Tensor, top_p: float, draws: int) -> Tensor:
+    """(V,) how often each token came of so many draws from one row."""
+    tokens = way(logits.expand(draws, -1), top_p, generator(5))
+    return tokens.bincount(minlength=logits.shape[-1])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "flat"])
+def test_every_draw_is_in_the_nucleus_that_sorting_finds(way: Way, kind: str, top_p: float) -> None:
+    logits = torch.randn(40, 30, generator=generator(1), dtype=torch.float64)
+    if kind == "peaked":
+        logits = 4 * logits
+    elif kind == "ties":
+        logits = logits.round()
+    elif kind == "flat":
+        logits = torch.zeros_like(logits)
+    probs = logits.softmax(-1)
+    drawn = torch.zeros_like(probs)
+    repeated = logits.float().repeat_interleave(500, 0)
+    rows = torch.arange(40).repeat_interleave(500)
+    drawn.index_put_((rows, way(repeated, top_p, generator(2))), drawn.new_ones(()), True)
+    # Equal logits must tie in the oracle as in float32, whatever their rounding: hence rounded.
+    inside = nucleus(probs.mul(1e9).round() / 1e9, top_p - 1e-6)
+    assert (drawn[~inside] == 0).all()
+    shares = probs * inside
+    likely = shares / shares.sum(-1, keepdim=True) > 0.05
+    assert (drawn[likely] > 0).all(), "(1 - 0.05)^500 is 7e-12: each likely token of the nucleus comes up"
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_draws_follow_the_probabilities_within_the_nucleus(way: Way, seed: int, top_p: float) -> None:
+    logits = 2 * torch.randn(1, 50, generator=generator(seed))
+    probs = logits.double().softmax(-1)
+    assert_drawn_from(draw_counts(way, logits, top_p, 40_000), (probs * nucleus(probs, top_p))[0])
+
+
+def test_tiny_top_p_is_the_most_probable_token(way: Way) -> None:
+    logits = torch.randn(200, 50, generator=generator(3))
+    assert torch.equal(way(logits, 1e-9, generator()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_token_of_probability_zero_is_never_drawn(way: Way, top_p: float) -> None:
+    logits = torch.zeros(1, 9)
+    logits[0, [0, 3, 4, 8]] = -torch.inf
+    counts = draw_counts(way, logits, top_p, 30_000)
+    assert counts.nonzero().flatten().tolist() == [1, 2, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1 - 2**-24, 7)])
+def test_the_ends_of_the_unit_interval_hit_no_token_of_probability_zero(
+    monkeypatch: pytest.MonkeyPatch, way: Way, uniform: float, expected: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform))
+    logits = torch.randn(2000, 9, generator=generator(4))
+    logits[:, [0, 8]] = -torch.inf
+    assert (way(logits, 1.0, generator()) == expected).all()
+
+
+def test_large_vocabulary_keeps_its_tail_despite_float32_sums(
+    monkeypatch: pytest.MonkeyPatch, way: Way
+) -> None:
+    uniform = torch.linspace(0, 1 - 2**-24, 64).unsqueeze(1)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: uniform)
+    logits = torch.randn(1, 150_000, generator=generator(6)).expand(64, -1)
+    drawn = way(logits, 1.0, generator())
+    cdf = logits[0].double().softmax(-1).cumsum(-1)
+    # Rounding walks: sqrt(150,000) * 2^-24 is 2.3e-5. A sum that loses the tail would miss by far more.
+    torch.testing.assert_close(cdf[drawn].float(), uniform[:, 0], rtol=0, atol=2e-4)
+
+
+# --- The kernel against the equation ---------------------------------------------------------------
+
+STREAMS = [(1.0,), (2.5, -1.5)]
+
+
+def likely_logits(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """As peaked as those of a language model, more or less from row to row."""
+    sharpness = torch.linspace(0.5, 4, rows).unsqueeze(1)
+    return (sharpness * torch.randn(rows, width, generator=generator(seed)) - 5).to(dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 257, 1003, 2049, 49152])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("weights", STREAMS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernel_finds_the_token_at_the_uniform_number(
+    dtype: torch.dtype, weights: tuple[float, ...], temperature: float, vocabulary: int
+) -> None:
+    draws, suppressed = 24, (0, vocabulary // 2) if vocabulary > 2 else ()
+    logits = likely_logits(draws * len(weights), vocabulary, dtype)
+    asked = wanted(vocabulary, weights, suppressed, temperature, top_p=0.9)
+    uniform = torch.rand(draws, 1, generator=generator(1))
+    uniform[0], uniform[1] = 0, 1 - 2**-24
+    tokens, inside, finite = cpp.sample_tokens(
+        logits, asked.weights / temperature, asked.suppressed, asked.top_p, torch.arange(draws), uniform
+    )
+    scores = (logits.double().view(len(weights), draws, -1) * asked.weights.view(-1, 1, 1)).sum(0)
+    scores[:, suppressed] = -torch.inf
+    probs = (scores / temperature).softmax(-1)
+    own = probs.gather(1, tokens.unsqueeze(1))
+    upper = probs.cumsum(-1).gather(1, tokens.unsqueeze(1))
+    # float32 scores up to 80 are within 4e-6 of the equation, and a sum of shares moves by less than that.
+    near = 1e-5
+    assert finite and ((upper - own - near <= uniform) & (uniform <= upper + near)).all() and (own > 0).all()
+    above = (probs * (probs > own * (1 + near))).sum(-1)
+    reached = (probs * (probs >= own * (1 - near))).sum(-1)
+    assert (above[inside] < 0.9 + near).all(), "in the nucleus"
+    assert (reached[~inside] - own[~inside, 0] >= 0.9 - near).all(), "outside"
+
+
+@pytest.mark.parametrize("vocabulary", [61, 1003])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("weights", STREAMS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernel_draws_what_the_equation_draws_from_the_same_generator(
+    dtype: torch.dtype, weights: tuple[float, ...], temperature: float, top_p: float, vocabulary: int
+) -> None:
+    logits = likely_logits(40 * len(weights), vocabulary + 5, dtype)
+    logits[:, vocabulary:] = torch.nan  # reward tokens and padding are not read
+    logits[: 3 * len(weights), 7:20] = -torch.inf if len(weights) == 1 else 0
+    asked = wanted(vocabulary, weights, (3, vocabulary - 1), temperature, top_p)
+    ours, theirs = generator(2), generator(2)
+    # Of 2,000 uniform numbers of these seeds none lies within rounding of a border.
+    for _ in range(3):
+        assert torch.equal(draw_tokens(logits, asked, ours), draw_by_equation(logits.clone(), asked, theirs))
+    assert torch.equal(ours.get_state(), theirs.get_state()), "a resumed run draws the same further tokens"
+
+
+def test_kernel_reads_rows_where_they_lie() -> None:
+    steps = likely_logits(30, 300, torch.bfloat16).view(10, 3, 300)
+    for view in (steps[:, -1], steps[::2, 1, :200], steps[:1, 0], steps[0, :1].expand(50, -1), steps[3:3, 0]):
+        asked = wanted(view.shape[1], top_p=0.8)
+        found = draw_tokens(view, asked, generator(3))
+        assert torch.equal(found, draw_tokens(view.contiguous(), asked, generator(3)))
+    columns = likely_logits(300, 10, torch.float32).T  # not adjacent: copied
+    found = draw_tokens(columns, wanted(300), generator(3))
+    assert torch.equal(found, draw_tokens(columns.contiguous(), wanted(300), generator(3)))
+
+
+def test_the_most_probable_token_is_the_lowest_of_equals_even_far_apart() -> None:
+    logits = torch.full((3, 5000), -torch.inf)
+    logits[0, [4999, 2100, 2099]] = -3.0
+    logits[1, [4999]] = -3.0
+    logits[2, [0, 4999]] = 0.0
+    assert draw_tokens(logits, wanted(5000, temperature=0.0), generator()).tolist() == [2099, 4999, 0]
+    logits[0, [5, 6]] = -2.0
+    asked = wanted(5000, suppressed=(5, 2099), temperature=0.0)
+    assert draw_tokens(logits, asked, generator()).tolist() == [6, 4999, 0]
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("largest", [5.0, 300.0])
+def test_suppressed_tokens_take_no_mass_however_likely(largest: float, top_p: float) -> None:
+    logits = torch.zeros(1, 9)
+    logits[0, [0, 8]] = largest
+    asked = wanted(9, suppressed=(8, 0), top_p=top_p)
+    counts = draw_tokens(logits.expand(7000, -1), asked, generator()).bincount(minlength=9)
+    assert_drawn_from(counts, torch.tensor([0.0, *[1.0] * 7, 0.0]))
+
+
+BROKEN = {
+    "nan": 0x7FC00000,
+    "negative nan": 0xFFC00000,
+    "nan with a payload": 0x7F800101,
+    "negative nan with a payload": 0xFF800101,
+    "inf": 0x7F800000,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("weights", STREAMS)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_logit_that_is_no_number_is_an_error_wherever_it_is(
+    broken: str, weights: tuple[float, ...], dtype: torch.dtype, temperature: float
+) -> None:
+    value = torch.from_numpy(np.array([BROKEN[broken]], dtype=np.uint32)).view(torch.float32).to(dtype)
+    asked = wanted(3001, weights, (), temperature)
+    for row in range(2 * len(weights)):
+        for column in (0, 1500, 3000):
+            logits = likely_logits(2 * len(weights), 3001, dtype)
+            draw_tokens(logits, asked, generator())
+            logits[row, column] = value
+            with pytest.raises(NotFinite, match="NaN or infinite"):
+                draw_tokens(logits, asked, generator())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("weights", "where"),
+    [
+        ((1.0,), (slice(1, 2), slice(None))),  # nothing to draw
+        ((2.5, -1.5), (slice(1, 2), slice(None))),  # in the second stream
+        ((2.5, -1.5), (slice(None), slice(4, 5))),  # inf - inf
+        ((2.5, -1.5), (slice(1, 2), slice(4, 5))),  # + inf
+        ((0.0, 1.0), (slice(0, 1), slice(4, 5))),  # 0 inf
+    ],
+)
+def test_minus_infinity_is_an_error_where_the_mix_is_no_number(
+    weights: tuple[float, ...], where: tuple[slice, slice], temperature: float
+) -> None:
+    logits = likely_logits(2, 9, torch.float32)
+    logits[where] = -torch.inf
+    asked = wanted(9, weights, temperature=temperature)
+    with pytest.raises(NotFinite):
+        draw_tokens(logits, asked, generator())
+    with pytest.raises(NotFinite):
+        draw_tokens(logits.double(), asked, generator())  # by the equation
+
+
+def test_float64_is_drawn_by_the_equation() -> None:
+    logits = likely_logits(20, 50, torch.float32)
+    asked = wanted(50, top_p=0.9)
+    found = draw_tokens(logits.double(), asked, generator())
+    assert torch.equal(found, draw_tokens(logits, asked, generator()))
+
+
+def test_threads_do_not_change_what_is_drawn() -> None:
+    logits = likely_logits(64, 30_000, torch.bfloat16)
+    asked = wanted(30_000, (2.5, -1.5), top_p=0.9)
+    alone = draw_tokens(logits, asked, generator())
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(draw_tokens(logits, asked, generator()), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
+    logits = torch.zeros(4, 9)
+    fits = {
+        "logits": logits,
+        "weights": torch.ones(2),
+        "suppressed": torch.tensor([8]),
+        "top_p": 0.5,
+        "rows": torch.tensor([1, 0]),
+        "uniform": torch.tensor([[0.5], [0.0]]),
+    }
+    assert cpp.sample_tokens(**fits)[2]
+    for change, message in [
+        ({"suppressed": torch.tensor([9])}, r"suppressed\[0\] = 9 is outside \[0, 9\)"),
+        ({"suppressed": torch.tensor([-1])}, r"suppressed\[0\] = -1"),
+        ({"rows": torch.tensor([0, 2])}, r"rows\[1\] = 2 is outside \[0, 2\)"),
+        ({"uniform": torch.tensor([[0.5], [1.0]])}, r"uniform\[1\] = 1.0+ is outside \[0, 1\)"),
+        ({"uniform": torch.tensor([[torch.nan], [0.0]])}, r"uniform\[0\] = -?nan"),
+        ({"uniform": torch.tensor([[0.5]])}, "uniform has 1 values for 2 rows"),
+        ({"weights": torch.tensor([1.0, torch.inf])}, "weight of stream 1 is not finite"),
+        ({"top_p": 0.0}, "top_p = 0.0+ is not above 0"),
+        ({"logits": logits.double()}, "logits of dtype float64"),
+        ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "incompatible function arguments"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            cpp.sample_tokens(**fits | change)
+
+
+@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+def test_every_level_of_this_machine(level: str) -> None:
+    """The comparisons again, with the kernels of one level."""
+    environment = {**os.environ, "QUARK_FAST_ISA": level}
+
+    def in_a_new_process(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+        )
+
+    known = in_a_new_process("-c", "from quark_fast import _C; print(_C.isa())")
+    if known.returncode != 0:
+        assert "lacks that level" in known.stderr or "not a level of this build" in known.stderr
+        pytest.skip(known.stderr.strip().splitlines()[-1])
+    assert known.stdout.strip() == level
+    if os.environ.get("QUARK_FAST_ISA") == level or _C.isa() == level:
+        return  # this process runs all of its tests at that level
+    again = "uniform_number or same_generator or no_number or equals or suppressed"
+    tests = in_a_new_process(
+        "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", again, __file__
+    )
+    assert tests.returncode == 0, tests.stdout
