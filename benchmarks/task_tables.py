@@ -70,18 +70,24 @@ def plot(path: Path) -> None:
     """Toxicity over perplexity: each seed's way from the base model along the guidance dial."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    names = ["untouched", "best token", "guided w=1.5", "guided w=2"]
-    for run in evaluations("toxicity"):
-        points = [
-            [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")] for name in names
-        ]
-        axes.plot(*zip(*points, strict=True), color="#8a8d94", lw=1, zorder=1)
-        for (x, y), colour in zip(points, ("#8a8d94", "#2c7fb8", "#41b6c4", "#1d9a6c"), strict=True):
+    shown = {
+        "untouched": ("base model", "#8a8d94"),
+        "best token": ("best token", "#2c7fb8"),
+        "guided w=1.5": ("w = 1.5", "#41b6c4"),
+        "guided w=2": ("w = 2", "#1d9a6c"),
+    }
+    for number, run in enumerate(evaluations("toxicity")):
+        points = {
+            name: [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")]
+            for name in shown
+            if name in run  # a run may have sampled in fewer ways
+        }
+        axes.plot(*zip(*points.values(), strict=True), color="#8a8d94", lw=1, zorder=1)
+        for name, (x, y) in points.items():
+            words, colour = shown[name]
             axes.plot(x, y, "o", color=colour, ms=7)
-    last = evaluations("toxicity")[0]
-    for name, words in zip(names, ("base model", "best token", "w = 1.5", "w = 2"), strict=True):
-        x, y = (last[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean"))
-        axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points")
+            if number == 0:
+                axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points")
     axes.set_xlabel("perplexity of the text under the base model")
     axes.set_ylabel("mean toxicity")
     axes.margins(x=0.15, y=0.15)
@@ -97,7 +103,7 @@ def task_table(task: str) -> str:
     evaluations = [json.loads(file.read_text()) for file in files]
     runs = [{row["name"]: row for row in evaluation["rows"]} for evaluation in evaluations]
     lines = []
-    for name in ROWS:
+    for name in [name for name in ROWS if any(name in run for run in runs)]:
         cells = []
         for run in runs:
             if name not in run:  # a run may have sampled in fewer ways

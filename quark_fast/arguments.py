@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from quark_fast.config import TASK_DEFAULTS, Config
+from quark_fast.config import Config, defaults_of
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
 
@@ -58,7 +58,7 @@ class _ConfigParser(Parser, HfArgumentParser):
         super().__init__(
             Config.__bases__[::-1],
             prog=program,
-            usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
+            usage="%(prog)s [--task TASK] [--preset PRESET] [--SETTING VALUE ...]",
             description="Unlearn a property (Quark).",
             formatter_class=_Help,
         )
@@ -120,16 +120,16 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked.
 
     Args:
-        defaults: the program's own, under the task's.
+        defaults: the program's own, under those of the task and the preset.
     """
     parser = _ConfigParser(program)
-    # Help waits for the last pass, which knows the task and so its defaults.
+    # Help waits for the last pass, which knows the task and the preset and so their defaults.
     flags = [flag for flag in arguments if flag not in ("-h", "--help")]
     first, _ = parser.parse_known_args(flags)
     file = _settings_below(parser, **vars(first))
     parser.set_defaults(**file)
-    task = parser.parse_known_args(flags)[0].task
-    parser.set_defaults(**(dict(defaults or {}) | TASK_DEFAULTS.get(task, {}) | file))
+    known, _ = parser.parse_known_args(flags)
+    parser.set_defaults(**(dict(defaults or {}) | defaults_of(known.task, known.preset) | file))
     given = vars(parser.parse_args(list(arguments)))
     del given["config"]
     config = Config(**given)
@@ -158,20 +158,33 @@ def load_config(path: Path) -> Config:
 
 def _read_run(parser: _ConfigParser, path: Path) -> dict[str, Any]:
     """The settings of a run's own config.yaml, which may be of an earlier version."""
-    settings = _read_yaml(parser, path)
-    if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole record, as ``Config.save`` writes it
+    return _read_yaml(parser, path, of_run=True)
+
+
+def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """A run's record with the names and choices that were others when it was written."""
+    if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole one, as ``Config.save`` writes it
         settings.setdefault("long_prompts", "cut")  # what every run did before it was a setting
+        modes, quantiles = settings.pop("eval_modes", "all"), settings.pop("eval_quantiles", "all")
+        settings.setdefault("eval_rows", "best" if modes == "best" else quantiles)
     return settings
 
 
-def _read_yaml(parser: _ConfigParser, path: Path) -> dict[str, Any]:
+# Settings of earlier versions, and what took their place.
+RENAMED = {"eval_modes": "eval_rows", "eval_quantiles": "eval_rows"}
+
+
+def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Config)}
     try:
         settings = _flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8"))
+        if of_run:
+            settings = _of_today(settings)
         for name, value in settings.items():
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                meant = RENAMED.get(name) or next(iter(near), None)
+                hint = f"; did you mean {meant!r}?" if meant else ""
                 raise ValueError(f"unknown setting {name!r}{hint}")
             settings[name] = parser.typed(name, value)
     # A date without its day, a number of thousands of digits, bytes that are no text: ValueErrors all.

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
@@ -17,7 +17,7 @@ from quark_fast.errors import UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.settings import MOST
 
-# Where a task's defaults differ from the fields' own; what the user sets wins over both.
+# Where a task's defaults differ from the fields' own; a preset's and what the user sets win over both.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {},
     "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
@@ -50,9 +50,83 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_samples": 1,
         "eval_temperature": 0.0,
         "eval_guidance": "1.5",
-        "eval_quantiles": "ends",
+        "eval_rows": "all",
     },
 }
+
+# Named defaults over a task's, under what the user sets: of every task, then of the one.
+EVERY_TASK = ""
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    # More samples and steps than the defaults take, and every row of the table.
+    "long": {
+        EVERY_TASK: {
+            "initial_samples": 12,
+            "explore_samples": 4,
+            "rounds": 2,
+            "steps": 64,
+            "eval_rows": "all",
+        },
+        "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
+        "repetition": {"initial_samples": 1, "explore_samples": 1, "rounds": 1, "steps": 24},
+    },
+    # The method of the paper and of its authors' code, without what is added here; in their numbers, but for
+    # the samples, whose 84,000 prompts a round are no machine's work. docs/recipe.md has what is not theirs.
+    "paper": {
+        EVERY_TASK: {
+            "prefix": "",
+            "quantiles": 5,
+            "quantile_weights": "equal",
+            "initial_samples": 40,
+            "explore_samples": 40,
+            "guidance": 1.0,
+            "explore_token": "best",
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "rounds": 22,
+            "steps": 500,
+            "batch_size": 128,
+            "learning_rate": 1e-5,
+            "reward_token_lr": 1e-5,
+            "warmup_steps": 500,
+            "kl_coef": 0.05,
+            "kl": "policy_ref",
+            "entropy_coef": 0.06,
+            "contrast_coef": 0.0,
+            "unlikelihood_coef": 0.0,
+            "eval_samples": 25,
+            "eval_rows": "best",
+        },
+        "sentiment": {"rounds": 12},
+        "repetition": {"eval_samples": 1},  # greedy decoding writes one completion
+    },
+    # Every part in about a minute on two cores: a run to look at, which learns hardly anything.
+    "look": {
+        EVERY_TASK: {
+            "prompt_limit": 128,
+            "held_out": "64",
+            "initial_samples": 1,
+            "explore_samples": 1,
+            "max_new_tokens": 12,
+            "rounds": 2,
+            "steps": 4,
+            "eval_samples": 1,
+        },
+        "sentiment": {"held_out": "32"},  # each is continued 25 times to class it
+        "repetition": {
+            "prompt_limit": 32,
+            "held_out": "32",
+            "max_new_tokens": 32,  # in which a loop shows
+            "min_new_tokens": 32,
+        },
+    },
+}
+
+
+def defaults_of(task: str, preset: str) -> dict[str, Any]:
+    """Where the defaults of a task and a preset differ from the fields' own; the preset's win."""
+    of_preset = PRESETS.get(preset, {})
+    return TASK_DEFAULTS.get(task, {}) | of_preset.get(EVERY_TASK, {}) | of_preset.get(task, {})
 
 
 # A dataclass begins with the fields of its last base: read upwards, this is the order of --help.
@@ -71,8 +145,8 @@ class Config(
 ):
     """Settings of one run: the fields are the command line, the YAML file and the run's record.
 
-    A field that is not given takes the default of ``task``, which is its own unless ``TASK_DEFAULTS`` has
-    another: ``Config(task="repetition").max_new_tokens`` is 128.
+    A field that is not given takes the default of ``preset``, else of ``task``, where ``PRESETS`` or
+    ``TASK_DEFAULTS`` has one, else its own: ``Config(task="repetition").max_new_tokens`` is 128.
     """
 
     # The generated __init__ cannot tell a default from a value that equals it: what was given is noted here.
@@ -83,7 +157,7 @@ class Config(
 
     def __post_init__(self) -> None:
         given = self.__dict__.pop("given")
-        for name, value in TASK_DEFAULTS.get(self.task, {}).items():
+        for name, value in defaults_of(self.task, self.preset).items():
             if name not in given:
                 setattr(self, name, value)
 
@@ -121,8 +195,12 @@ class Config(
         return count
 
     def guidances(self) -> list[float]:
-        """The values of w to evaluate."""
-        return numbers("eval_guidance", self.eval_guidance)
+        """The values of w to evaluate; none where the best token is evaluated alone."""
+        text = self.eval_guidance
+        if text is None:
+            text = "1.5,2" if self.eval_rows == "all" else "2"
+        values = numbers("eval_guidance", text)
+        return [] if self.eval_rows == "best" else values
 
     def temperature_of(self, round: int) -> float:
         """Sampling temperature in a round (from 0)."""
@@ -147,8 +225,12 @@ class Config(
 
     def check(self) -> None:
         """Raise UsageError for a setting that cannot be, naming its value and what can."""
+        kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, choices = getattr(self, field.name), get_args(kinds[field.name])
+            if get_origin(kinds[field.name]) is Literal and value not in choices:
+                named = ", ".join(map(repr, choices))
+                raise UsageError(f"{field.name} = {settings.text_of(value)}; choose from {named}")
             if wanted := settings.fix(value, **field.metadata["bounds"]):
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; give {wanted}")
         self._check_lengths()

@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-new-tokens", type=int, help=f"length of a completion, tokens; {own}")
     made.add_argument("--min-new-tokens", type=int, help=f"end of text is blocked before these; {own}")
     made.add_argument(
+        "--rows",
+        choices=["ends", "all", "best"],
+        help="of a run, as --eval-rows of training has it; default: each run's own, but with --guidance ends"
+        " for a run of the best token alone",
+    )
+    made.add_argument(
         "--guidance", default=None, help="values of w, comma-separated; default: each run's own"
     )
     made.add_argument(

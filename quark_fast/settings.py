@@ -68,6 +68,11 @@ class TaskSettings:
         "toxicity",
         "what to unlearn: toxicity, sentiment or repetition; --task NAME --help shows that task's defaults",
     )
+    preset: Literal["default", "long", "paper", "look"] = setting(
+        "default",
+        "named defaults over the task's: long (more samples and steps, every row), paper (the paper's method"
+        " and sizes), look (every part in about a minute); --preset NAME --help shows them",
+    )
     target: Literal["positive", "negative"] = setting(
         "positive", "sentiment that the task of that name steers to"
     )
@@ -326,15 +331,15 @@ class EvaluationSettings:
     )
     eval_temperature: float = setting(1.0, "sampling temperature in the evaluation; 0: greedy", free="resume")
     eval_top_p: float = setting(0.9, "nucleus in the evaluation", above=0, at_most=1, free="resume")
-    eval_guidance: str = setting(
-        "1.5,2", "values of w to evaluate, comma-separated; w = 1 always is", free="resume"
+    eval_rows: Literal["ends", "all", "best"] = setting(
+        "ends",
+        "rows of the table; ends: base model, best token, guided by each w, worst token; all: also the"
+        " quantiles between and no token; best: base model and best token alone",
+        free="resume",
     )
-    eval_quantiles: Literal["all", "ends"] = setting(
-        "all", "quantiles whose token is evaluated alone; ends: the worst and the best", free="resume"
-    )
-    eval_modes: Literal["all", "best"] = setting(
-        "all",
-        "rows of the table; best: the base model and the best token alone, in a fraction of the time",
+    eval_guidance: str | None = setting(
+        None,
+        "values of w to evaluate, comma-separated; w = 1 always is; default: 2, with --eval-rows all 1.5,2",
         free="resume",
     )
 

@@ -76,6 +76,7 @@ SMALL = {
     "--micro-batch": "8",
     "--max-new-tokens": "6",
     "--eval-samples": "2",
+    "--eval-rows": "all",
     "--eval-guidance": "2,4",
     "--precision": "fp32",
     "--threads": "1",
@@ -269,6 +270,9 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--samples", "0"], "--samples"),
         (["finished", "--top-p", "2"], "--top-p"),
         (["finished", "--guidance", "strong"], "'strong'"),
+        (["finished", "--rows", "ends,all"], "--rows: invalid choice: 'ends,all'"),
+        (["finished", "--rows", "best", "--guidance", "2"], "guidance = '2' asks for rows that"),
+        (["finished/evaluation.json", "--rows", "all"], "only tables are named"),
         (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
         (["finished", "--json", "table.txt"], "--json table.txt: give a name in .json"),
         (["finished", "--html", "notes"], "--html notes: this is a folder"),
@@ -460,6 +464,26 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert all(name in heard.out for name in names)
     progress = [line for line in heard.out.splitlines() if line.endswith(": 4 of 4")]
     assert progress == [f"{name}: 4 of 4" for name in names], "in a log each row says that it is done"
+
+
+def test_evaluate_brings_the_rows_and_the_guidance_asked_for(folder: Path) -> None:
+    def rows_of(*asked: str) -> list[str]:
+        own = ["--prompts", "one.txt", "--samples", "1", "--max-new-tokens", "3", "--threads", "1"]
+        assert evaluate.main(["finished", *own, *asked, "--json", "rows.json"]) == 0
+        return [row["name"] for row in json.loads((folder / "rows.json").read_text())["rows"]]
+
+    best = ["untouched", "best token"]
+    assert rows_of("--rows", "ends") == [*best, "guided w=2", "guided w=4", "worst token"]
+    assert rows_of("--rows", "best") == best
+    config = folder / "finished" / "config.yaml"
+    written = config.read_text()
+    try:
+        config.write_text(written.replace("eval_rows: all", "eval_rows: best"))
+        assert rows_of() == best
+        assert rows_of("--guidance", "3") == [*best, "guided w=3", "worst token"]
+        assert "quantile 1" in rows_of("--rows", "all")
+    finally:
+        config.write_text(written)
 
 
 def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(

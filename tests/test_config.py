@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from quark_fast.arguments import load_config, parse
-from quark_fast.config import TASK_DEFAULTS, Config
+from quark_fast.config import EVERY_TASK, PRESETS, TASK_DEFAULTS, Config
 from quark_fast.errors import UsageError
 
 
@@ -108,6 +108,11 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
     assert "'lerning_rate'" in message and "did you mean 'learning_rate'" in message
     assert "did you mean" not in refusal(tmp_path / "run.yaml", "zzz: 1\n")
     assert "5" in refusal(tmp_path / "run.yaml", "5: 1\n")
+
+
+@pytest.mark.parametrize("line", ["eval_modes: best", "eval_quantiles: ends"])
+def test_setting_of_an_earlier_version_is_refused_with_what_took_its_place(tmp_path: Path, line: str) -> None:
+    assert "did you mean 'eval_rows'?" in refusal(tmp_path / "run.yaml", line)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +322,9 @@ def test_task_brings_its_defaults_and_what_is_given_wins_over_them(tmp_path: Pat
     assert {name: getattr(config, name) for name in own} == own
     others = {f.name for f in dataclasses.fields(Config)} - own.keys() - {"task"}
     assert {name: getattr(config, name) for name in others} == {n: getattr(Config(), n) for n in others}
-    # A value that equals the field's own default is given all the same.
-    explicit = {name: getattr(Config(), name) for name in own}
-    assert {name: getattr(Config(task=task, **explicit), name) for name in own} == explicit
+    # A value that equals the field's own default is given all the same (but None, which is no flag's value).
+    explicit = {name: value for name in own if (value := getattr(Config(), name)) is not None}
+    assert {name: getattr(Config(task=task, **explicit), name) for name in explicit} == explicit
     flags = [part for name, value in explicit.items() for part in (f"--{name}", str(value))]
     assert given("--task", task, *flags) == Config(task=task, **explicit)
     file = tmp_path / "run.yaml"
@@ -336,6 +341,74 @@ def test_flag_for_another_task_wins_over_the_task_of_the_file(tmp_path: Path) ->
     file.write_text("task: repetition\neval_samples: 1\n")
     config = given("--config", str(file), "--task", "sentiment", "--seed", "4")
     assert config == Config(task="sentiment", eval_samples=1, seed=4)
+
+
+@pytest.mark.parametrize("task", TASK_DEFAULTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_of_every_task_is_possible_and_between_the_tasks_defaults_and_what_is_given(
+    tmp_path: Path, task: str, preset: str
+) -> None:
+    own = PRESETS[preset].get(EVERY_TASK, {}) | PRESETS[preset].get(task, {})
+    config, plain = given("--task", task, "--preset", preset), Config(task=task)
+    assert config == Config(task=task, preset=preset)
+    assert config == dataclasses.replace(plain, preset=preset, **own)
+    # What is given wins, also where it equals what the task would have without a preset.
+    explicit = {name: getattr(plain, name) for name in own}
+    expected = dataclasses.replace(plain, preset=preset)
+    assert Config(task=task, preset=preset, **explicit) == expected
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"task": task, "preset": preset, **explicit}))
+    assert given("--config", str(file)) == load_config(file) == expected
+    file.write_text(f"seed: 3\npreset: {preset}\n")
+    assert given("--config", str(file), "--task", task) == dataclasses.replace(config, seed=3)
+    config.save(file)
+    assert load_config(file) == config
+
+
+def test_settings_win_in_the_order_default_program_task_preset_file_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rounds: 5\nbatch_size: 7\n")
+    flags = ["--task", "repetition", "--preset", "look", "--config", str(file), "--batch-size", "9"]
+    config = parse(flags, "ablate", {"warmup_steps": 77, "quantiles": 4, "seed": 1})
+    assert (config.seed, config.top_p) == (1, Config().top_p), "the program's, and a field's own"
+    assert (config.quantiles, config.warmup_steps) == (2, 2), "the task's"
+    assert config.steps == Config(preset="look").steps != Config(task="repetition").steps
+    assert (config.rounds, config.batch_size) == (5, 9)
+
+
+def test_unknown_choice_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--preset: invalid choice: 'short' .*long"):
+        given("--preset", "short")
+    named = "preset = 'short'; choose from 'default', 'long', 'paper', 'look'"
+    assert named in refusal(tmp_path / "run.yaml", "preset: short")
+    for name in ("preset", "eval_rows", "kl"):
+        with pytest.raises(UsageError, match=rf"^{name} = short; choose from '"):
+            Config(**{name: "short"}).check()
+
+
+def test_resumed_run_keeps_its_values_whatever_its_preset_says_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = given("--preset", "look", "--output", str(tmp_path), "--seed", "3")
+    saved.save(tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["preset"] == "look"
+    monkeypatch.setitem(PRESETS, "look", {EVERY_TASK: {"steps": 99, "batch_size": 99}})
+    for flags in ([], ["--preset", "look"]):
+        resumed = given("--resume", "--output", str(tmp_path), *flags)
+        assert resumed == dataclasses.replace(saved, resume=True)
+    other = given("--resume", "--output", str(tmp_path), "--preset", "long")
+    assert other.steps == saved.steps
+    with pytest.raises(UsageError, match=r"preset = 'long', but the run to resume has 'look'"):
+        other.check_resumes(saved)
+
+
+def test_help_after_a_preset_shows_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("preset: look\n")
+    for flags in (["--preset", "look", "--help"], ["-h", "--config", str(tmp_path / "run.yaml")]):
+        with pytest.raises(SystemExit):
+            given(*flags)
+        words = " ".join(capsys.readouterr().out.split())
+        assert "optimizer steps a round (default: 4)" in words and "so many of the prompts" in words
 
 
 def test_help_after_a_task_shows_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,6 +431,8 @@ def test_weights_are_shares_and_guidances_are_numbers() -> None:
     assert Config(quantiles=3, quantile_weights="1, 0, 3").quantile_shares() == [0.25, 0, 0.75]
     assert Config(eval_guidance="3, -2").guidances() == [3.0, -2.0]
     assert Config(eval_guidance="").guidances() == []
+    default = {rows: Config(eval_rows=rows).guidances() for rows in ("ends", "all", "best")}
+    assert default == {"ends": [2.0], "all": [1.5, 2.0], "best": []}
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
@@ -426,3 +501,20 @@ def test_run_of_a_version_without_long_prompts_goes_on_cutting_them(tmp_path: Pa
     assert load_config(tmp_path / "config.yaml").long_prompts == "cut"
     resumed = parse(["--resume", "--output", str(tmp_path)], "train")
     assert resumed.long_prompts == "cut"
+
+
+@pytest.mark.parametrize(
+    ("modes", "quantiles", "rows"),
+    [("all", "all", "all"), ("all", "ends", "ends"), ("best", "all", "best"), ("best", "ends", "best")],
+)
+def test_run_of_a_version_with_two_settings_for_the_rows_has_the_one_in_their_place(
+    tmp_path: Path, modes: str, quantiles: str, rows: str
+) -> None:
+    record = dataclasses.asdict(Config(eval_guidance="1.5,3"))
+    del record["eval_rows"], record["preset"]
+    record |= {"eval_modes": modes, "eval_quantiles": quantiles}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    resumed = parse(["--resume", "--output", str(tmp_path)], "train")
+    for config in (load_config(tmp_path / "config.yaml"), resumed):
+        assert config.eval_rows == rows
+        assert config.guidances() == ([] if rows == "best" else [1.5, 3.0])

@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "explore_samples": 2,
     "steps": 16,
     "warmup_steps": 4,
-    "eval_modes": "best",
+    "eval_rows": "best",
 }
 
 # Settings that may be others when a grid goes on: no number depends on them, and each run has its own seed.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quark_fast.config import Config
 from quark_fast.data.tokenizer import export_prefix
 from quark_fast.evaluation.protocol import EvaluationProtocol
 from quark_fast.evaluation.subjects import Model, Plain, Run, source_of
@@ -37,15 +39,16 @@ class Models:
 
     Args:
         models: by short name.
-        guidance: values of w for the runs' guided rows; None: each run's own.
+        asked: ``eval_rows`` and ``eval_guidance`` in place of each run's own; None: its own.
     Attributes:
         bases: (base model, its prefix; None: what its own tokenizer puts there) of each.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], protocol: EvaluationProtocol, guidance: Sequence[float] | None
+        self, models: Mapping[str, Model], protocol: EvaluationProtocol, asked: Mapping[str, str | None]
     ) -> None:
-        self.models, self.protocol, self.guidance = models, protocol, guidance
+        self.models, self.protocol = models, protocol
+        self.asked: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         self.trust = protocol.config.trust_remote_code
         # A plain model that a run started from gets that run's prefix: it is the run's base model.
         prefixes: dict[str, list[int]] = {}
@@ -63,6 +66,13 @@ class Models:
         """Those with the base model and prefix of one of them; the first samples it."""
         return [other for other, base in self.bases.items() if base == self.bases[label]]
 
+    def settings_of(self, run: Run) -> Config:
+        """A run's settings with what was asked for in their place: they choose its rows."""
+        asked = self.asked
+        if asked.get("eval_guidance") and run.config.eval_rows == "best":
+            asked = {"eval_rows": "ends"} | asked  # the best token alone would leave out the w asked for
+        return dataclasses.replace(run.config, **asked)
+
     def open(self, label: str) -> OpenModel:
         """Load one of them."""
         model, with_base = self.models[label], self.same_base(label)[0] == label
@@ -71,8 +81,8 @@ class Models:
             policy = open_plain(model.given, self.protocol, self.bases[label][1])
             return OpenModel(policy, lambda: policy.model, rows)
         finished = open_run(model.folder, self.trust)
-        guidance = model.config.guidances() if self.guidance is None else self.guidance
-        rows = table_rows(finished.policy.quantiles, guidance, model.config.eval_quantiles == "all")
+        config = self.settings_of(model)
+        rows = table_rows(finished.policy.quantiles, config.guidances(), config.eval_rows)
         rows = [row for row in rows if with_base or not row.base]
         return OpenModel(finished.policy, lambda: finished.reference, rows)
 

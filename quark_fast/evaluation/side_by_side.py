@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from quark_fast.config import numbers
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EvaluationSetup, evaluate, evaluation_sampling, first_completions
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
@@ -64,6 +63,8 @@ class Evaluator:
         scorer_label: label that a classifier of ``reward`` rewards.
         samples, temperature, top_p, max_new_tokens, min_new_tokens: the sampling; default: the first run's
             own, without a run the task's.
+        rows: which rows a run brings, "ends", "all" or "best" as ``eval_rows`` of training; default: each
+            run's own, but "ends" in place of "best" where ``guidance`` is given.
         guidance: values of w for the runs' guided rows, comma-separated; default: each run's own.
         seed: of the sampling.
         ppl_model: a causal model for the perplexity, by its own tokenizer on the completions' text; default:
@@ -92,6 +93,7 @@ class Evaluator:
         top_p: float | None = None,
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
+        rows: str | None = None,
         guidance: str | None = None,
         seed: int = 0,
         ppl_model: str | None = None,
@@ -105,7 +107,11 @@ class Evaluator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
         self.domains: list[PromptSet] = []
-        w = None if guidance is None else numbers("guidance", guidance)
+        modes = {"eval_rows": rows, "eval_guidance": guidance}
+        if rows == "best" and guidance:
+            raise UsageError(
+                f"guidance = {guidance!r} asks for rows that rows = 'best' leaves out; give one of the two"
+            )
         sampling = {
             "eval_samples": samples,
             "eval_temperature": temperature,
@@ -114,8 +120,8 @@ class Evaluator:
             "min_new_tokens": min_new_tokens,
         }
         if not self.live:
-            others = [task, target, prompts, out_of_domain, reward, guidance, ppl_model, *sampling.values()]
-            others += [prompt_column, out_of_domain_column, scorer_label]
+            others: list[Any] = [task, target, prompts, out_of_domain, reward, ppl_model]
+            others += [prompt_column, out_of_domain_column, scorer_label, *modes.values(), *sampling.values()]
             if any(one is not None for one in others):
                 raise UsageError(
                     "only tables are named, which are shown as they are: leave out what to measure and how to"
@@ -125,13 +131,13 @@ class Evaluator:
             check_saved(self.saved[0].given, self.tables, self.saved)
             return
         models = list(self.live.values())
-        asked = {"task": task, "target": target, "scorer_label": scorer_label, **sampling}
+        asked = {"task": task, "target": target, "scorer_label": scorer_label, **modes, **sampling}
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
         own = (prompts, prompt_column)
         other = (out_of_domain, out_of_domain_column or prompt_column)
         self.domains = load_prompt_sets(models, self.protocol, own, other, self.remarks.append)
-        self.models = Models(self.live, self.protocol, w)
+        self.models = Models(self.live, self.protocol, modes)
         self._open_all()
         self._choose_perplexity(ppl_model)
         self.tables = {domain.key: self._describe(domain) for domain in self.domains}
@@ -208,9 +214,7 @@ class Evaluator:
         """A table without its rows."""
         setup = self._setup(self.lead, self.opened, domain)
         runs = {label: model for label, model in self.live.items() if isinstance(model, Run)}
-        w = self.models.guidance
-        if w is None:
-            w = next((run.config.guidances() for run in runs.values()), [])
+        w = next((self.models.settings_of(run).guidances() for run in runs.values()), [])
         target, task = self.config.target, self.protocol.task
         about = describe_evaluation(setup, task, target, w, self.perplexity, self.dtypes)
         seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from quark_fast.report.results import BASE
 from quark_fast.rollout.sampling import Conditioning
@@ -41,17 +42,23 @@ class TableRow:
         return {"guidance": self.guidance, "quantile": self.quantile}
 
 
-def table_rows(quantiles: int, guidance: Sequence[float], every_quantile: bool = True) -> list[TableRow]:
+def table_rows(
+    quantiles: int, guidance: Sequence[float], rows: Literal["ends", "all", "best"] = "ends"
+) -> list[TableRow]:
     """Base model, best token, guided by each w, the quantiles between, worst token, no token.
 
     A single quantile's token is the best one.
 
     Args:
-        every_quantile: False leaves out those between the best and the worst.
+        rows: "ends" leaves out the quantiles between and no token; "best" all but the first two.
     """
     best = quantiles - 1
-    guided = [TableRow(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
-    between = [TableRow(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1) if every_quantile]
-    against = [*guided, *between, TableRow("worst token", Conditioning(0))] if best else []
-    base, token = TableRow(BASE, base=True), TableRow("best token", Conditioning(best))
-    return [base, token, *against, TableRow("no token")]
+    chosen = [TableRow(BASE, base=True), TableRow("best token", Conditioning(best))]
+    if rows != "best" and best:
+        chosen += [TableRow(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
+        if rows == "all":
+            chosen += [TableRow(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1)]
+        chosen.append(TableRow("worst token", Conditioning(0)))
+    if rows == "all":
+        chosen.append(TableRow("no token"))
+    return chosen

@@ -64,10 +64,11 @@ _DIALS = {
 
 
 def plot_dial(run: RunFiles, palette: Palette, dial: Literal["guidance", "quantile"], metric: str) -> str:
-    """The metric over the guidance w, or over the quantile in front."""
+    """The metric over the guidance w, or over the quantile in front; empty where no curve is to be drawn."""
     rows = [row for row in rows_of(run.evaluation) if math.isfinite(number_of(row, dial))]
     before = base_row(run.evaluation)
-    if len(rows) < 2 or before is None:
+    # The worst and the best quantile alone are w = 0 and w = 1.
+    if len(rows) < {"guidance": 2, "quantile": 3}[dial] or before is None:
         return ""
     rows.sort(key=lambda row: number_of(row, dial))
     title = fill(find_column(metric).title, run.evaluation)

@@ -23,7 +23,7 @@ from quark_fast.metrics import Sample
 from quark_fast.model.copies import exported_copy, frozen_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.page import write_report
-from quark_fast.report.results import BASE, shown_name
+from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import in_batch_order
@@ -105,9 +105,7 @@ class Results:
         setup, config = self.setup, self.setup.config
         if setup.task.prompt_classes:
             self._classify()
-        table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_quantiles == "all")
-        if config.eval_modes == "best":
-            table = [row for row in table if row.name in (BASE, "best token")]
+        table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_rows)
         model = exported_copy(setup.policy, setup.sampling_dtype)
         shares = self.work.all_gather(lambda: list(self._evaluated(table, model)))
         samples: dict[str, list[Sample]] = {row.name: [] for row in table}

@@ -33,7 +33,7 @@ GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": P
 
 def base(folder: Path, model: Path, **settings: Any) -> Config:
     few = {"rounds": 2, "steps": 4, "initial_samples": 4, "explore_samples": 2, "eval_samples": 2}
-    return small(folder, model, **(few | {"checkpoint_every": 2, "eval_modes": "best"} | settings))
+    return small(folder, model, **(few | {"checkpoint_every": 2, "eval_rows": "best"} | settings))
 
 
 def started(folder: Path) -> list[str]:

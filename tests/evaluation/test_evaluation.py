@@ -73,7 +73,7 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
     def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
         return {"place": row["place"], "length": len(completion), "reward": reward}
 
-    table = table_rows(policy.quantiles, [2.0])
+    table = table_rows(policy.quantiles, [2.0], "all")
     sampling = Sampling(4, 4, temperature=0.0, rows=4)
     setup = EvaluationSetup(policy, policy.model, reward, held_out, sampling, 0)
     seen = list(evaluate(setup, policy.model, table, measures))
@@ -90,19 +90,24 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
 
 
 def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
-    assert [row.name for row in table_rows(1, [1.5])] == ["untouched", "best token", "no token"]
+    assert [row.name for row in table_rows(1, [1.5], "all")] == ["untouched", "best token", "no token"]
+    assert [row.name for row in table_rows(1, [1.5], "ends")] == ["untouched", "best token"]
     assert table_rows(1, [])[1].conditioning == Conditioning(0)
 
 
 def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them() -> None:
-    table = {row.name: row for row in table_rows(4, [1.5])}
+    table = {row.name: row for row in table_rows(4, [1.5], "all")}
     by_guidance = {name: row.guidance for name, row in table.items() if row.guidance is not None}
     by_quantile = {name: row.quantile for name, row in table.items() if row.quantile is not None}
     assert by_guidance == {"worst token": 0.0, "best token": 1.0, "guided w=1.5": 1.5}
     assert by_quantile == {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "best token": 3}
-    ends = [row.name for row in table_rows(4, [1.5], every_quantile=False)]
-    assert ends == [name for name in table if not name.startswith("quantile")]
-    assert [row.name for row in table_rows(2, [])] == ["untouched", "best token", "worst token", "no token"]
+    # Fewer rows are the same rows.
+    ends = {row.name: row for row in table_rows(4, [1.0, 1.5], "ends")}
+    assert list(ends) == ["untouched", "best token", "guided w=1.5", "worst token"]
+    assert ends == {name: table[name] for name in ends}
+    assert table_rows(4, [1.5], "best") == [table["untouched"], table["best token"]]
+    two = [row.name for row in table_rows(2, [], "all")]
+    assert two == ["untouched", "best token", "worst token", "no token"]
 
 
 def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:

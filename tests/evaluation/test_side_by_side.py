@@ -70,6 +70,7 @@ def save_run(folder: Path, base: str, seed: int, **settings: Any) -> Path:
         eval_samples=2,
         precision="fp32",
         eval_guidance="2",
+        eval_rows="all",
         **settings,
     )
     policy = Policy.create(base, quantiles=3, seed=seed)

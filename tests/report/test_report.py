@@ -1,4 +1,5 @@
 import codecs
+import dataclasses
 import io
 import json
 import math
@@ -652,6 +653,14 @@ def test_a_dials_curve_goes_through_the_tables_numbers_in_order(finished_run, mo
         assert drawn[0] == (at, [rows[place][metric]["value"] for place in at])
         bars = [given for given in drawn[1:] if isinstance(given[0], list)]
         assert bars == [([p, p], [rows[p][metric]["low"], rows[p][metric]["high"]]) for p in at]
+
+
+def test_the_ends_alone_are_points_of_the_guidance_dial_and_no_curve_over_quantiles(finished_run):
+    run = read_run(finished_run)
+    ends = [row for row in run.evaluation["rows"] if not row["name"].startswith("quantile")]
+    run = dataclasses.replace(run, evaluation=run.evaluation | {"rows": ends})
+    assert plot_dial(run, Palette(5), "guidance", "mean")
+    assert not plot_dial(run, Palette(5), "quantile", "mean")
 
 
 def test_the_page_loads_nothing_from_anywhere(report):

@@ -56,7 +56,8 @@ def test_reward_rises_and_best_is_above_none_above_worst(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     folder = tmp_path / "run"
-    trainer = Trainer(small(folder, tiny_model()), reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:10])
+    config = small(folder, tiny_model(), eval_rows="all")
+    trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:10])
     trainer.train()
     rounds = rows(folder / "metrics.jsonl", kind="round")
     assert rounds[-1]["reward_mean"] > rounds[0]["reward_mean"] + 0.2
