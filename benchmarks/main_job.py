@@ -192,7 +192,7 @@ SMALL: dict[str, Any] = {
     "micro_batch": 4,
     "max_new_tokens": 20,
     "eval_samples": 1,
-    "eval_modes": "best",
+    "eval_rows": "best",
 }
 # (setting, its values one after the other, the stages whose work grows with it)
 GROWTH: list[tuple[str, list[int], list[str]]] = [

@@ -903,6 +903,8 @@ TARGETS: dict[str, tuple[Target, float]] = {
     "terminal": (terminal, 10.44),
 }
 
+NEVER_REFUSED = {"run_folder", "page", "terminal"}  # they show what can be read, and name the rest
+
 # --- the long form ---------------------------------------------------------------------------------
 
 

@@ -83,21 +83,15 @@ PLANTED = [
 ]
 
 
-def seen(mutant: str) -> str:
-    """What the checks say of the mutant; empty: they pass."""
+COMPILE = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-pthread"]
+
+
+def seen(mutant: str, driver: Path) -> str:
+    """What the checks, compiled before as ``driver``, say of the mutant; empty: they pass."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "csrc").mkdir()
-        for header in CORE.glob("*.hpp"):
-            (folder / "csrc" / header.name).write_text(header.read_text())
-        (folder / "csrc" / "quantile_pool.cpp").write_text(mutant)
-        (folder / "tests").mkdir()
-        (folder / "tests" / "check.cpp").write_text((HERE / "sanitize_pool.cpp").read_text())
-        (folder / "tests" / "chosen.hpp").write_text((HERE / "chosen.hpp").read_text())
-        program = folder / "check"
-        sources = [folder / "tests" / "check.cpp", folder / "csrc" / "quantile_pool.cpp"]
-        compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, "-std=c++17", "-O1", "-pthread", *sources, "-o", program], check=True)
+        core, program = Path(scratch, "quantile_pool.cpp"), Path(scratch, "check")
+        core.write_text(mutant)
+        subprocess.run([*COMPILE, f"-I{CORE}", core, driver, "-o", program], check=True)
         try:
             done = subprocess.run([program, "1"], capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
@@ -113,8 +107,11 @@ def main() -> int:
             return 1
     mutants = [source, *(source.replace(right, wrong) for _, right, wrong in PLANTED)]
     unseen = 0
-    with ThreadPoolExecutor(os.cpu_count()) as checks:
-        messages = checks.map(seen, mutants)
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(cores) as checks:
+        driver = Path(scratch, "driver.o")
+        subprocess.run([*COMPILE, "-c", HERE / "sanitize_pool.cpp", "-o", driver], check=True)
+        messages = checks.map(lambda mutant: seen(mutant, driver), mutants)
         if message := next(messages):
             print(f"without a planted bug: {message}")
             return 1

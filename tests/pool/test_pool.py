@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from pairwise import pairwise
 from safetensors.numpy import load_file, save_file
 
 from quark_fast import _C
@@ -86,12 +87,11 @@ def assert_is_numpys(made, rewards):
 # --- the rule --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("remainder", REMAINDERS)
-@pytest.mark.parametrize("ties", TIES)
-@pytest.mark.parametrize("k", [1, 2, 5, 32])
-# empty, one, under and over K, one past a round number, large enough for the radix sort
-@pytest.mark.parametrize("n", [0, 1, 4, 33, 101, 6000])
+# n: empty, one, under and over K, one past a round number, large enough for the radix sort
+@pytest.mark.parametrize(
+    ("n", "k", "ties", "remainder", "dtype"),
+    pairwise([0, 1, 4, 33, 101, 6000], [1, 2, 5, 32], TIES, REMAINDERS, DTYPES),
+)
 def test_labels_are_those_of_numpys_rule(n, k, ties, remainder, dtype):
     rng = np.random.default_rng(n + k)
     for rewards in (rng.normal(size=n), rng.choice(AWKWARD, n), np.zeros(n)):
