@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from quark_fast.model.policy import Policy
 
 # One core each for the processes that run the tests, and for those that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not outlive a fork, either
 
 # Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.
 if not torch.cuda.is_available():
@@ -41,10 +45,68 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
+# Begun first, so that in the end no worker is left alone with one of them; most seconds first.
+LONGEST = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Seconds of the longest files: those of LONGEST, or it is out of date."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.location[0]] += report.duration  # type: ignore[assignment]
+    if seconds.total() > 60:
+        longest = ", ".join(f"{Path(name).name} {spent:.0f}" for name, spent in seconds.most_common(12))
+        terminalreporter.write_line(f"{seconds.total():.0f} s of tests in {len(seconds)} files: {longest}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     # Threads that outnumber free cores wait for each other spinning.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    # A full pass of the garbage collector, as for lack of memory, takes a second over all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+def blank_report(folder: Path) -> Path:
+    (folder / "report.html").write_text("<!doctype html>")
+    return folder / "report.html"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_reports() -> Iterator[None]:
+    # A second of plots, longer than the tiny run that it is about; see `reports`.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quark_fast.training.results.write_report", blank_report)
+        yield
+
+
+@contextlib.contextmanager
+def whole_reports() -> Iterator[None]:
+    """Runs in this block write their reports as users' runs do."""
+    from quark_fast.report.page import write_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quark_fast.training.results.write_report", write_report)
+        yield
+
+
+@pytest.fixture
+def reports() -> Iterator[None]:
+    """For a test that looks at the report of a run."""
+    with whole_reports():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +23,16 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import save_tiny_model, sharpen
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM
 from vllm_server import VllmServer
+from warm import START_METHOD
 
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OtherProcessFailed, UsageError
@@ -38,7 +40,6 @@ from quark_fast.files.locks import unlock
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import results
 from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -129,10 +130,8 @@ def train(config: Config, stop: bool = False) -> Trainer:
             servers.callback(VllmServer(launch_folder(config.output_folder / ROLLOUT), port=port).close)
 
     trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:5], listen=listen)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "write_report", lambda path: None)  # its plots take longer than the run
-        with contextlib.ExitStack() as servers:
-            trainer.train()
+    with contextlib.ExitStack() as servers:
+        trainer.train()
     return trainer
 
 
@@ -146,6 +145,7 @@ def free_port() -> int:
 def work(index: int, root: Path, port: int, url: str) -> None:
     """All that is done on two processes, in one pair of them: starting one takes longest."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # pytest makes errors of those of torch's wrappers
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in alike.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
@@ -231,7 +231,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings(root, "adapters-on-one", **ADAPTERS))
     url = f"http://127.0.0.1:{free_port()}"
     train(settings(root, "served-on-one", **SERVED, vllm_server=url))
-    pair = torch.multiprocessing.spawn(work, args=(root, free_port(), url), nprocs=2, join=False)
+    pair = start_processes(work, (root, free_port(), url), 2, join=False, start_method=START_METHOD)
     try:
         assert pair.join(timeout=HANGS) or pair.join(timeout=HANGS), "a process waits for what never comes"
     finally:
