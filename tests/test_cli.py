@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import save_tiny_classifier, save_tiny_model, whole_reports
 from transformers import AutoTokenizer, pipeline
-from warm import Command
+from warm import Process
 
 from quark_fast import evaluate, generate, train
 from quark_fast.arguments import load_config
@@ -335,7 +335,7 @@ def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
 
 def test_process_with_bad_input_ends_with_status_2_and_one_line(folder: Path) -> None:
     for verb, arguments in (("train", flags(prompts="bad.jsonl")), ("generate", []), ("evaluate", [])):
-        command = Command(f"quark_fast.{verb}", *arguments, folder=folder)
+        command = Process(f"quark_fast.{verb}", *arguments, folder=folder)
         assert command.wait() == 2, command.errors
         assert command.errors.startswith("error: ") and command.errors.count("\n") == 1, command.errors
 

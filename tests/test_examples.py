@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import Command
+from warm import Process
 
 from quark_fast import train
 from quark_fast.config import Config
@@ -164,11 +164,11 @@ def test_run_with_a_server_resumes_without_asking_again(
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
-    def start(name: str, *more: str) -> Command:
+    def start(name: str, *more: str) -> Process:
         arguments = [*flags, "--output", str(tmp_path / name), *more]
-        return Command("quark_fast.train", *arguments, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+        return Process("quark_fast.train", *arguments, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
 
-    def wait_for(count: int, process: Command) -> None:
+    def wait_for(count: int, process: Process) -> None:
         while len(server.asked) < count and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, process.errors

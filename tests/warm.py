@@ -23,7 +23,7 @@ from quark_fast.rewards import asynchronous
 START_METHOD = "spawn" if torch.cuda.is_available() else "fork"  # of torch.multiprocessing
 
 
-class Command:
+class Process:
     """``python -m module arguments``, begun in a folder; what it prints is kept."""
 
     def __init__(

@@ -21,7 +21,7 @@ from conftest import sharpen
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
-from warm import Command
+from warm import Process
 
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.model.check_model import Checked
@@ -130,10 +130,10 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
         checkpoint_every=5,
     ).save(tmp_path / "run.yaml")
 
-    def start(*flags: str) -> Command:
-        return Command("quark_fast.train", *flags, folder=tmp_path)
+    def start(*flags: str) -> Process:
+        return Process("quark_fast.train", *flags, folder=tmp_path)
 
-    def wait_for_steps(process: Command, count: int) -> None:
+    def wait_for_steps(process: Process, count: int) -> None:
         metrics = tmp_path / "run" / "metrics.jsonl"
         while process.poll() is None:
             if metrics.exists() and metrics.read_text().count('"step": ') >= count:
