@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -75,6 +77,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def one_thread() -> None:
     # Threads that outnumber free cores wait for each other spinning.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waits_for_the_disk() -> Iterator[None]:
+    # What they are for, a machine that stops, no test can see; a tiny run makes a hundred of them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -191,13 +201,29 @@ def sharpen(model: torch.nn.Module) -> None:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, torch.Tensor]]:
+    """The folder of a tiny model, made once, and the state of the random numbers behind its making."""
+
+    @functools.cache
+    def made(architecture: str, padded_vocabulary: int) -> tuple[Path, torch.Tensor]:
+        folder = tmp_path_factory.mktemp(f"tiny-{architecture}")
+        save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
+        return folder, torch.get_rng_state()
+
+    return made
+
+
 @pytest.fixture
-def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+def tiny_model(
+    tmp_path: Path, tiny_models: Callable[[str, int], tuple[Path, torch.Tensor]]
+) -> Callable[..., Path]:
     """A folder with a random tiny model and tokenizer of an architecture: gpt2, llama or qwen2."""
 
     def make(architecture: str = "llama", *, padded_vocabulary: int = 0) -> Path:
-        folder = tmp_path / f"tiny-{architecture}"
-        return save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
+        folder, state = tiny_models(architecture, padded_vocabulary)
+        torch.set_rng_state(state)
+        return shutil.copytree(folder, tmp_path / f"tiny-{architecture}", dirs_exist_ok=True)
 
     return make
 
