@@ -95,7 +95,8 @@ def test_run_killed_at_any_moment_resumes_to_identical_results(
             if next(events) == die_at:
                 raise SystemError("killed")
 
-        config = small(tmp_path / name, model, rounds=2, steps=15, checkpoint_every=4, resume=resume)
+        longer = {"rounds": 2, "steps": 15, "initial_samples": 8, "eval_samples": 2, "checkpoint_every": 4}
+        config = small(tmp_path / name, model, **(SHORT | longer), resume=resume)
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
         trainer.train()
 
@@ -309,7 +310,8 @@ def test_other_architectures_and_precisions_train(
     tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, precision: str
 ) -> None:
     model = tiny_model(architecture, padded_vocabulary=10)
-    config = small(tmp_path / "run", model, rounds=2, steps=4, precision=precision, contrast_coef=0.0)
+    few = SHORT | {"rounds": 2, "steps": 4, "precision": precision, "contrast_coef": 0.0}
+    config = small(tmp_path / "run", model, **few)
     folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
     assert (folder / "report.html").exists()
     assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
@@ -321,7 +323,7 @@ def test_fp16_scales_the_loss_and_the_scale_survives_a_resume(
 ) -> None:
     model = tiny_model()
     given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
-    settings = {"rounds": 1, "steps": 6, "checkpoint_every": 2, "precision": "fp16"}
+    settings = SHORT | {"precision": "fp16"}
 
     def stop(progress: Progress) -> None:
         if progress.stage.endswith("learning") and progress.done == 5:
