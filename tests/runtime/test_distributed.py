@@ -146,6 +146,7 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     """All that is done on two processes, in one pair of them: starting one takes longest."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # pytest makes errors of those of torch's wrappers
+    AcceleratorState._reset_state(reset_partial_state=True)
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in alike.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
