@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +94,46 @@ def small_heap() -> None:
     # A full pass of the garbage collector, as for lack of memory, takes a second over all that was imported.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs check a tiny model that passed before, with the same settings, by the note of it.
+
+    The check takes longer than such a run learns; it is tested by itself, without notes.
+    """
+    from quark_fast.training import setup
+
+    notes, check = tmp_path_factory.mktemp("checked"), setup.check_model
+
+    def check_once(policy: Policy, reference: Any, *given: Any, **how: Any) -> Any:
+        digest = hashlib.sha256(repr(policy.tokenizer).encode())
+        for model in (policy.model, reference):
+            digest.update(f"{type(model)} {model.config}".encode())
+            for name, tensor in model.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return check(policy, reference, *given, **how | {"notes": notes / digest.hexdigest()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "check_model", check_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter puts its own functions in place of the language's anew at every call of a
+    function, which takes it longer than to run that; here it does so once for each."""
+    from triton.runtime import interpreter
+
+    own = interpreter._patch_lang
+
+    def patch_lang(function: Any) -> Any:
+        own(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", functools.cache(patch_lang))
+        yield
 
 
 def blank_report(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from warm import Process
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("quick_interpreter")
 @pytest.mark.parametrize("mode", ["measure", "tune"])
 def test_the_gpu_benchmark_runs_to_its_end(tmp_path: Path, mode: str) -> None:
     options = ["--interpret", "--rounds", "1", "--output", str(tmp_path / "out.json")]

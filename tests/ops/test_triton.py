@@ -7,9 +7,8 @@ thousand times slower than a GPU: few rows, and tiles of one warp.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -17,7 +16,6 @@ import test_linear
 import torch
 from test_loss import DTYPES, SLACK, Inputs, Result, make, run, strided, truth
 from torch import Tensor
-from triton.runtime import interpreter
 
 from quark_fast.ops import loss, triton_kernels
 from quark_fast.ops.eager import Kl
@@ -30,29 +28,11 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TILE = 512  # columns a program of one warp takes at once
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
     # Infinities are computed with, in numpy.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
 ]
-
-
-class Patched:
-    """The language's functions as the interpreter has them, which may stay so."""
-
-    def restore(self) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once() -> Iterator[None]:
-    """The interpreter puts its own functions in place of the language's anew at every call of a function,
-    which takes it longer than to run that; here it does so once for each."""
-    own = interpreter._patch_lang
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            interpreter, "_patch_lang", functools.cache(lambda function: own(function) and Patched())
-        )
-        yield
 
 
 @pytest.fixture(autouse=True)
