@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import hashlib
 import os
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +36,7 @@ from quark_fast.model.policy import Policy
 
 # One core each for the processes that run the tests, and for those that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not outlive a fork, either
 
 # Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.
 if not torch.cuda.is_available():
@@ -42,10 +50,121 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
+# Begun first, so that in the end no worker is left alone with one of them; most seconds first.
+LONGEST = [
+    *("test_models.py", "test_trainer.py", "test_triton.py", "test_distributed.py", "test_report.py"),
+    *("test_assets.py", "test_vllm.py", "test_kill.py", "test_interrupted.py", "test_classifier.py"),
+    *("test_triton_aot.py", "test_cli.py", "test_ablate.py", "test_loss.py", "test_pool.py"),
+    *("test_gpu_benchmark.py", "test_imports.py", "test_policy.py", "test_docs.py", "test_stability.py"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Seconds of the longest files: those of LONGEST, or it is out of date."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.location[0]] += report.duration  # type: ignore[assignment]
+    if seconds.total() > 60:
+        longest = ", ".join(f"{Path(name).name} {spent:.0f}" for name, spent in seconds.most_common(12))
+        terminalreporter.write_line(f"{seconds.total():.0f} s of tests in {len(seconds)} files: {longest}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     # Threads that outnumber free cores wait for each other spinning.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waits_for_the_disk() -> Iterator[None]:
+    # What they are for, a machine that stops, no test can see; a tiny run makes a hundred of them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    # A full pass of the garbage collector, as for lack of memory, takes a second over all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs check a tiny model that passed before, with the same settings, by the note of it.
+
+    The check takes longer than such a run learns; it is tested by itself, without notes.
+    """
+    from quark_fast.training import setup
+
+    notes, check = tmp_path_factory.mktemp("checked"), setup.check_model
+
+    def check_once(policy: Policy, reference: Any, *given: Any, **how: Any) -> Any:
+        digest = hashlib.sha256(repr(policy.tokenizer).encode())
+        for model in (policy.model, reference):
+            digest.update(f"{type(model)} {model.config}".encode())
+            for name, tensor in model.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return check(policy, reference, *given, **how | {"notes": notes / digest.hexdigest()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "check_model", check_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter puts its own functions in place of the language's anew at every call of a
+    function, which takes it longer than to run that; here it does so once for each."""
+    from triton.runtime import interpreter
+
+    own = interpreter._patch_lang
+
+    def patch_lang(function: Any) -> Any:
+        own(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", functools.cache(patch_lang))
+        yield
+
+
+def blank_report(folder: Path) -> Path:
+    (folder / "report.html").write_text("<!doctype html>")
+    return folder / "report.html"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_reports() -> Iterator[None]:
+    # A second of plots, longer than the tiny run that it is about; see `reports`.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quark_fast.training.results.write_report", blank_report)
+        yield
+
+
+@contextlib.contextmanager
+def whole_reports() -> Iterator[None]:
+    """Runs in this block write their reports as users' runs do."""
+    from quark_fast.report.page import write_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quark_fast.training.results.write_report", write_report)
+        yield
+
+
+@pytest.fixture
+def reports() -> Iterator[None]:
+    """For a test that looks at the report of a run."""
+    with whole_reports():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -125,13 +244,29 @@ def sharpen(model: torch.nn.Module) -> None:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, torch.Tensor]]:
+    """The folder of a tiny model, made once, and the state of the random numbers behind its making."""
+
+    @functools.cache
+    def made(architecture: str, padded_vocabulary: int) -> tuple[Path, torch.Tensor]:
+        folder = tmp_path_factory.mktemp(f"tiny-{architecture}")
+        save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
+        return folder, torch.get_rng_state()
+
+    return made
+
+
 @pytest.fixture
-def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+def tiny_model(
+    tmp_path: Path, tiny_models: Callable[[str, int], tuple[Path, torch.Tensor]]
+) -> Callable[..., Path]:
     """A folder with a random tiny model and tokenizer of an architecture: gpt2, llama or qwen2."""
 
     def make(architecture: str = "llama", *, padded_vocabulary: int = 0) -> Path:
-        folder = tmp_path / f"tiny-{architecture}"
-        return save_tiny_model(folder, architecture, padded_vocabulary=padded_vocabulary)
+        folder, state = tiny_models(architecture, padded_vocabulary)
+        torch.set_rng_state(state)
+        return shutil.copytree(folder, tmp_path / f"tiny-{architecture}", dirs_exist_ok=True)
 
     return make
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_classifier, save_tiny_model
+from conftest import save_tiny_classifier, save_tiny_model, whole_reports
 from transformers import AutoTokenizer, pipeline
+from warm import Process
 
 from quark_fast import evaluate, generate, train
 from quark_fast.arguments import load_config
@@ -122,7 +123,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         bare.mkdir()
         for name in ("config.json", "model.safetensors"):
             (bare / name).write_bytes((here / "model" / name).read_bytes())
-        assert train.main(flags(output="finished")) == 0
+        with whole_reports():
+            assert train.main(flags(output="finished")) == 0
         yield here
     sys.modules.pop("tiny_rewards", None)
 
@@ -352,10 +354,9 @@ def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
 
 def test_process_with_bad_input_ends_with_status_2_and_one_line(folder: Path) -> None:
     for verb, arguments in (("train", flags(prompts="bad.jsonl")), ("generate", []), ("evaluate", [])):
-        command = [sys.executable, "-m", f"quark_fast.{verb}", *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        command = Process(f"quark_fast.{verb}", *arguments, folder=folder)
+        assert command.wait() == 2, command.errors
+        assert command.errors.startswith("error: ") and command.errors.count("\n") == 1, command.errors
 
 
 # --- A tiny run, from the command line to its use ------------------------------------------------

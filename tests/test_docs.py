@@ -51,6 +51,7 @@ def interrupt_after_a_step(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train.main(shlex.split(os.path.expandvars(line))[3:]) == 130
 
 
+@pytest.mark.usefixtures("reports")
 def test_every_command_of_the_tutorial_runs_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Process
 
 from quark_fast import train
 from quark_fast.config import Config
@@ -163,18 +163,15 @@ def test_run_with_a_server_resumes_without_asking_again(
         "threads": 1,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def start(name: str, *more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "quark_fast.train", *flags, "--output", str(tmp_path / name), *more]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def start(name: str, *more: str) -> Process:
+        arguments = [*flags, "--output", str(tmp_path / name), *more]
+        return Process("quark_fast.train", *arguments, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
 
-    def wait_for(count: int, process: subprocess.Popen[str]) -> None:
+    def wait_for(count: int, process: Process) -> None:
         while len(server.asked) < count and process.poll() is None:
             time.sleep(0.01)
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.errors
 
     assert train.main([*flags, "--output", str(tmp_path / "whole")]) == 0
     assert "prompts.csv: 20 read" in " ".join(capsys.readouterr().out.split())
@@ -184,13 +181,12 @@ def test_run_with_a_server_resumes_without_asking_again(
     killed = start("run")
     wait_for(12, killed)
     killed.kill()
-    killed.communicate()
+    assert killed.wait() == -signal.SIGKILL
     before = len(server.asked)
     stopped = start("run", "--resume")
     wait_for(before + 10, stopped)
-    stopped.send_signal(2)
-    _, errors = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and "--resume" in errors, errors
+    stopped.kill(signal.SIGINT)
+    assert stopped.wait() == 130 and "--resume" in stopped.errors, stopped.errors
     server.delay = 0.0
     assert train.main(["--resume", "--output", str(tmp_path / "run")]) == 0
     for name in ("completions.jsonl", "evaluation.jsonl"):

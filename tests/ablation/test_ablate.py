@@ -18,16 +18,6 @@ from quark_fast.errors import UsageError
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A second of plots for each of many runs; tests/report/test_report.py looks at them.
-    def write(folder: Path) -> None:
-        (folder / "report.html").write_text("<!doctype html>")
-
-    monkeypatch.setattr("quark_fast.training.results.write_report", write)
-
-
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
 
 

@@ -9,28 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import Process
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("quick_interpreter")
 @pytest.mark.parametrize("mode", ["measure", "tune"])
 def test_the_gpu_benchmark_runs_to_its_end(tmp_path: Path, mode: str) -> None:
     options = ["--interpret", "--rounds", "1", "--output", str(tmp_path / "out.json")]
-    done = subprocess.run(
-        # numpy remarks on infinities.
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            ROOT / "benchmarks" / "gpu.py",
-            *options,
-            *["--tune"] * (mode == "tune"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    options += ["--tune"] * (mode == "tune")
+    done = Process("gpu", *options, folder=ROOT / "benchmarks", environment={"PYTHONPATH": str(ROOT)})
+    assert done.wait() == 0, done.output + done.errors
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["triton"]
     if mode == "tune":

@@ -53,15 +53,17 @@ import matplotlib.backends.backend_svg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
 import tqdm  # noqa: E402
-from conftest import save_tiny_model  # noqa: E402
+from conftest import blank_report, save_tiny_model  # noqa: E402
 from tiny_runs import even_words  # noqa: E402
 
 from quark_fast.config import Config  # noqa: E402
 from quark_fast.data import assets  # noqa: E402
+from quark_fast.model.check_model import check_model  # noqa: E402
 from quark_fast.pool.pool import RolloutPool  # noqa: E402
+from quark_fast.report.page import write_report  # noqa: E402
 from quark_fast.runtime.machine import versions  # noqa: E402
 from quark_fast.terminal import exit_status  # noqa: E402
-from quark_fast.training import results  # noqa: E402
+from quark_fast.training import results, setup  # noqa: E402
 from quark_fast.training.checkpoint import Checkpoint  # noqa: E402
 from quark_fast.training.explore import Explorer  # noqa: E402
 from quark_fast.training.learn import Learner  # noqa: E402
@@ -163,8 +165,8 @@ def marked(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..
 
 def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) -> None:
     """One run, to its end or to its kill; the plots of its report take longer than all else."""
-    if not plots:
-        results.write_report = lambda folder: (folder / "report.html").touch()
+    results.write_report = write_report if plots else blank_report
+    setup.check_model = check_model  # not as in tests that check a model once
     methods = [
         (Explorer, "explore", "sampling"),
         (Learner, "step", "step"),

@@ -8,6 +8,7 @@ a Triton that does not interpret, so that the tests run it in a process of its o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -73,8 +74,14 @@ def compiled_by(arch: int, call: Any) -> dict[str, Any]:
 
 def measurements(kernel: Any) -> dict[str, Any]:
     """Registers, bytes of stack (spills) and of shared memory, and the instructions of each loop."""
+    found = disassembled(kernel.asm["cubin"])
+    return {**found, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+
+
+@functools.cache  # some variants have kernels in common
+def disassembled(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
         code = subprocess.run(
@@ -95,8 +102,6 @@ def measurements(kernel: Any) -> dict[str, Any]:
     return {
         "registers": int(registers),
         "stack": int(stack),
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
         "loops": loops,
         "instructions": len(instructions),
     }

@@ -906,9 +906,8 @@ def test_every_level_of_this_machine(level: str) -> None:
     if os.environ.get("QUARK_FAST_ISA") == level or _C.isa() == level:
         return  # this process runs all of its tests at that level
     again = "(more_than_eager and (1003 or 2049) and fresh) or infinity or huge or growing or half"
-    tests = _in_a_new_process(
-        level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__
-    )
+    alone = ["-m", "pytest", "-q", "-x", "-n", "0", "--noconftest", "-p", "no:cacheprovider"]
+    tests = _in_a_new_process(level, *alone, "-k", again, __file__)
     assert tests.returncode == 0, tests.stdout
 
 

@@ -28,6 +28,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TILE = 512  # columns a program of one warp takes at once
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
     # Infinities are computed with, in numpy.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),

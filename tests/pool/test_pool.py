@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pairwise import pairwise
 from safetensors.numpy import load_file, save_file
+from torch.multiprocessing import start_processes
+from warm import START_METHOD
 
 from quark_fast import _C
 from quark_fast.files import atomic
@@ -800,7 +802,7 @@ def sync_worker(rank, world, folder):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sync_gives_the_quantiles_of_the_union(tmp_path, world):
-    torch.multiprocessing.spawn(sync_worker, (world, str(tmp_path)), nprocs=world)
+    start_processes(sync_worker, (world, str(tmp_path)), world, start_method=START_METHOD)
     results = [load_file(tmp_path / str(rank)) for rank in range(world)]
     for at, (k, ties, remainder, dtype) in enumerate(SYNC_CASES):
         shards = [shard_rewards(rank, k).astype(dtype) for rank in range(world)]

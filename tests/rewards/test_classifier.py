@@ -286,14 +286,18 @@ def save_any(tmp_path: Path) -> Callable[..., str]:
 
 
 @torch.inference_mode()
-def by_hand(folder: str, text: str, limit: int | None = None, front: bool = False) -> float:
-    """p(Toxic | text) of one text by the model as transformers loads it: no padding, no batch."""
+def by_hand(folder: str, texts: list[str], limit: int | None = None, front: bool = False) -> list[float]:
+    """p(Toxic | text) of each text by the model as transformers loads it: no padding, no batch."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
-    if limit is not None and len(ids) > limit:
-        ids = ids[-limit:] if front else ids[:limit]
-    output = model(input_ids=torch.tensor([ids]), return_dict=True)
-    return float(output.logits.double().softmax(-1)[0, 1])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        if limit is not None and len(ids) > limit:
+            ids = ids[-limit:] if front else ids[:limit]
+        output = model(input_ids=torch.tensor([ids]), return_dict=True)
+        found.append(float(output.logits.double().softmax(-1)[0, 1]))
+    return found
 
 
 def alike(found: list[float | None], expected: list[float]) -> None:
@@ -308,7 +312,7 @@ def test_score_is_the_same_alone_and_beside_others(
 ) -> None:
     folder = save_any(kind, side)
     scorer = SequenceClassifier(folder, "Toxic")
-    expected = [by_hand(folder, text) for text in VARIED]
+    expected = by_hand(folder, VARIED)
     alike(scorer([""] * 6, VARIED), expected)
     alike(scorer([""] * 7, [*VARIED, LONG])[:6], expected)  # the longest brings the most padding
     way = {"xlnet": "left", "fnet": "equal"}.get(kind, "right")
@@ -328,7 +332,7 @@ def test_long_text_is_cut_to_all_that_the_model_takes(
     if kind != "bart":  # which would lose its end token by hand
         (value,) = scorer([""], [LONG])
         front = reads == "prompt+completion"
-        assert value == pytest.approx(by_hand(folder, LONG, limit, front), abs=2e-6)
+        assert [value] == pytest.approx(by_hand(folder, [LONG], limit, front), abs=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
@@ -341,12 +345,12 @@ def test_last_token_is_found_whatever_the_padding_of_tokenizer_and_model(
     folder = save_any(kind, side, pad, pad_token_id=own)
     texts = [*VARIED, "w9 w30", "w9 w3", "w9 <|endoftext|>", "w8 <unk>", "w30"]
     scorer = SequenceClassifier(folder, "Toxic")
-    alike(scorer([""] * len(texts), texts), [by_hand(folder, text) for text in texts])
+    alike(scorer([""] * len(texts), texts), by_hand(folder, texts))
 
 
 def test_padding_id_that_is_no_token_is_as_none(save_any: Callable[..., str]) -> None:
     folder = save_any("llama", pad_token_id=-1)
-    alike(SequenceClassifier(folder, "Toxic")([""] * 6, VARIED), [by_hand(folder, text) for text in VARIED])
+    alike(SequenceClassifier(folder, "Toxic")([""] * 6, VARIED), by_hand(folder, VARIED))
 
 
 def test_completions_of_a_prompt_that_is_too_long_are_told_apart_and_keep_special_tokens(
@@ -362,13 +366,13 @@ def test_completions_of_a_prompt_that_is_too_long_are_told_apart_and_keep_specia
     found = SequenceClassifier(folder, "Toxic", "prompt+completion")([LONG] * 3, completions)
     plain = save_any("bert")  # the same model; its tokenizer adds nothing
     kept = [" ".join(["w50", *(LONG + text).split()[2 - PLACES :], "w51"]) for text in completions]
-    alike(found, [by_hand(plain, text) for text in kept])
+    alike(found, by_hand(plain, kept))
 
 
 def test_bart_reads_texts_apart_that_spell_its_end_token(save_any: Callable[..., str]) -> None:
     folder = save_any("bart")
     texts = ["w1 w2", "w3 <|endoftext|> w4", "w5"]
-    alike(SequenceClassifier(folder, "Toxic")([""] * 3, texts), [by_hand(folder, text) for text in texts])
+    alike(SequenceClassifier(folder, "Toxic")([""] * 3, texts), by_hand(folder, texts))
 
 
 def test_text_without_a_token_scores_none(save_any: Callable[..., str]) -> None:
@@ -406,7 +410,7 @@ def test_scaled_positions_of_short_texts_are_not_those_of_a_long_neighbour(
     monkeypatch.setattr(TextLogits, "_cheap_length", lambda self: 9)
     scorer = SequenceClassifier(folder, "Toxic")
     texts = [VARIED[0], " ".join(LONG.split()[:30]), *VARIED[1:]]
-    alike(scorer([""] * 7, texts), [by_hand(folder, text) for text in texts])
+    alike(scorer([""] * 7, texts), by_hand(folder, texts))
     assert scorer.logits.batching == "right"
 
 
@@ -449,7 +453,7 @@ def test_model_that_reads_its_neighbours_is_given_one_text_at_a_time_and_says_so
     save_any: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_any("bert")
-    expected = [by_hand(folder, text) for text in VARIED]
+    expected = by_hand(folder, VARIED)
     model = type(AutoModelForSequenceClassification.from_pretrained(folder))
     forward = model.forward
 

@@ -318,7 +318,7 @@ def test_server_that_asks_for_patience_is_left_alone_so_long(serve: Callable[...
     ("fault", "words"),
     [
         (500, r"failed at 3 attempts of /v1/completions, at last with: HTTP 500: as the test has it"),
-        ("hang", r"at last with: no answer in 1 s"),
+        ("hang", r"at last with: no answer in 0.2 s"),
         ("text", r"at last with: an answer that is not JSON: b'<html>'"),
         ("abort", r"at last with: a completion that ended by 'abort'"),
         ("reset", r"failed at 3 attempts of .*, at last with: .*(reset|closed|without)"),
@@ -328,7 +328,7 @@ def test_server_that_asks_for_patience_is_left_alone_so_long(serve: Callable[...
     ],
 )
 def test_lasting_fault_is_one_clear_line(serve: Callable[..., Served], fault: Any, words: str) -> None:
-    served = serve(timeout=1.0)
+    served = serve(timeout=0.2 if fault == "hang" else 1.0)
     served.server.faults = [fault] * 50
     with pytest.raises(UsageError, match=words):
         served.drawn(BEST, GREEDY)

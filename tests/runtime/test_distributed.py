@@ -11,8 +11,8 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,23 +22,25 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import save_tiny_model, sharpen
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM
 from vllm_server import VllmServer
+from warm import START_METHOD, Process
 
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OtherProcessFailed, UsageError
 from quark_fast.files.locks import unlock
+from quark_fast.model.check_model import check_model
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import results
+from quark_fast.training import setup
 from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -129,10 +131,8 @@ def train(config: Config, stop: bool = False) -> Trainer:
             servers.callback(VllmServer(launch_folder(config.output_folder / ROLLOUT), port=port).close)
 
     trainer = Trainer(config, reward=reward, prompts=PROMPTS, held_out=PROMPTS[:5], listen=listen)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "write_report", lambda path: None)  # its plots take longer than the run
-        with contextlib.ExitStack() as servers:
-            trainer.train()
+    with contextlib.ExitStack() as servers:
+        trainer.train()
     return trainer
 
 
@@ -146,6 +146,9 @@ def free_port() -> int:
 def work(index: int, root: Path, port: int, url: str) -> None:
     """All that is done on two processes, in one pair of them: starting one takes longest."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # pytest makes errors of those of torch's wrappers
+    AcceleratorState._reset_state(reset_partial_state=True)
+    setup.check_model = check_model  # on two processes it is made in any case
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in alike.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
@@ -231,7 +234,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings(root, "adapters-on-one", **ADAPTERS))
     url = f"http://127.0.0.1:{free_port()}"
     train(settings(root, "served-on-one", **SERVED, vllm_server=url))
-    pair = torch.multiprocessing.spawn(work, args=(root, free_port(), url), nprocs=2, join=False)
+    pair = start_processes(work, (root, free_port(), url), 2, join=False, start_method=START_METHOD)
     try:
         assert pair.join(timeout=HANGS) or pair.join(timeout=HANGS), "a process waits for what never comes"
     finally:
@@ -354,15 +357,14 @@ def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     given = {"reward": "rewards:score", "prompts": str(tmp_path / "prompts.txt"), "held_out": "2"}
     settings(tmp_path, "down", **given).save(tmp_path / "run.yaml")
     # As on GPUs; with --cpu in place of --multi_gpu it would take MPI.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(free_port()), "-m", "quark_fast.train"]
-    command += ["--config", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert len(lines) == 1, done.stderr
+    flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    flags += ["-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml")]
+    done = Process("accelerate.commands.launch", *flags, folder=tmp_path)
+    assert done.wait() != 0
+    lines = [line for line in done.errors.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.errors
     assert lines[0].startswith("error: ") and "the scorer is down" in lines[0]
-    assert done.stdout.count("prompts.txt: 15") == 1, "one process speaks"
+    assert done.output.count("prompts.txt: 15") == 1, "one process speaks"
 
 
 def heard(root: Path, index: int) -> dict[str, str]:

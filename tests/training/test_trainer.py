@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,6 +21,7 @@ from conftest import sharpen
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
+from warm import Process
 
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.model.check_model import Checked
@@ -97,7 +96,8 @@ def test_run_killed_at_any_moment_resumes_to_identical_results(
             if next(events) == die_at:
                 raise SystemError("killed")
 
-        config = small(tmp_path / name, model, rounds=2, steps=15, checkpoint_every=4, resume=resume)
+        longer = {"rounds": 2, "steps": 15, "initial_samples": 8, "eval_samples": 2, "checkpoint_every": 4}
+        config = small(tmp_path / name, model, **(SHORT | longer), resume=resume)
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
         trainer.train()
 
@@ -132,37 +132,33 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
         checkpoint_every=5,
     ).save(tmp_path / "run.yaml")
 
-    def start(*flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml"), *flags]
-        return subprocess.Popen(
-            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
+    def start(*flags: str) -> Process:
+        return Process("quark_fast.train", *flags, folder=tmp_path)
 
-    def wait_for_steps(process: subprocess.Popen[str], count: int) -> None:
+    def wait_for_steps(process: Process, count: int) -> None:
         metrics = tmp_path / "run" / "metrics.jsonl"
         while process.poll() is None:
             if metrics.exists() and metrics.read_text().count('"step": ') >= count:
                 return
             time.sleep(0.02)
-        raise AssertionError(f"ended early: {process.stderr.read() if process.stderr else ''}")
+        raise AssertionError(f"ended early: {process.errors}")
 
-    process = start()
+    with_file = ["--config", str(tmp_path / "run.yaml")]
+    process = start(*with_file)
     wait_for_steps(process, 20)
     process.kill()
-    process.communicate()
-    process = start("--resume")  # with the same file; below from the run folder's own settings
+    assert process.wait() == -signal.SIGKILL
+    process = start(*with_file, "--resume")  # with the same file; below from the run folder's own settings
     wait_for_steps(process, 60)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume" in errors
+    process.kill(signal.SIGINT)
+    assert process.wait() == 130
+    assert "--resume" in process.errors
     steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
     assert steps == list(range(1, len(steps) + 1)), "no step is lost or repeated"
     state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
     assert state["step"] == steps[-1], "Ctrl-C saves the very step it stopped at"
-    command = [sys.executable, "-m", "quark_fast.train", "--resume", "--output", str(tmp_path / "run")]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert finished.returncode == 0, finished.stderr
+    process = start("--resume", "--output", str(tmp_path / "run"))
+    assert process.wait() == 0, process.errors
     steps = [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl", kind="step")]
     assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
 
@@ -308,13 +304,15 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
     assert any(p.grad.abs().max() > 1e-3 for p in policy.model.parameters())
 
 
+@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_other_architectures_and_precisions_train(
     tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, precision: str
 ) -> None:
     model = tiny_model(architecture, padded_vocabulary=10)
-    config = small(tmp_path / "run", model, rounds=2, steps=4, precision=precision, contrast_coef=0.0)
+    few = SHORT | {"rounds": 2, "steps": 4, "precision": precision, "contrast_coef": 0.0}
+    config = small(tmp_path / "run", model, **few)
     folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
     assert (folder / "report.html").exists()
     assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
@@ -326,7 +324,7 @@ def test_fp16_scales_the_loss_and_the_scale_survives_a_resume(
 ) -> None:
     model = tiny_model()
     given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
-    settings = {"rounds": 1, "steps": 6, "checkpoint_every": 2, "precision": "fp16"}
+    settings = SHORT | {"precision": "fp16"}
 
     def stop(progress: Progress) -> None:
         if progress.stage.endswith("learning") and progress.done == 5:
@@ -619,6 +617,7 @@ def test_run_of_chats_goes_on_after_midnight_with_the_date_that_it_began_with(
         assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
 
 
+@pytest.mark.usefixtures("reports")
 def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     config = small(tmp_path / "run", tiny_model("gpt2"), **SHORT, max_prompt_tokens=3)
     given = [*PROMPTS, "w1 w2 w3 w4 w5"]
