@@ -17,6 +17,11 @@ QUARK_DECLARE_AT_LEVELS(void sample_rows(const Distribution&, const Draws&, cons
 
 namespace {
 
+// Aligned: a vector across two cache lines is written in two steps.
+struct alignas(64) Block {
+  float columns[kSummedColumns];
+};
+
 void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t end) {
   require(count >= 0 && (count == 0 || (ids && is_aligned(ids, sizeof(int64_t)))),
           std::string(name) + " has no memory, or not at a multiple of its elements' size");
@@ -28,7 +33,7 @@ void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t end)
 }
 
 void check(const Distribution& from) {
-  int64_t rows;
+  int64_t rows = 0;
   require(from.rows >= 0 && from.streams >= 1 && from.vocab >= 1 &&
               !__builtin_mul_overflow(from.streams, from.rows, &rows),
           std::to_string(from.streams) + " streams of " + std::to_string(from.rows) +
@@ -46,7 +51,7 @@ void check(const Distribution& from) {
 
 // Returns the elements that all draws read.
 int64_t check(const Distribution& from, const Draws& draws) {
-  int64_t width, elements;
+  int64_t width = 0, elements = 0;
   require(!__builtin_mul_overflow(from.streams, from.vocab, &width) &&
               !__builtin_mul_overflow(width, draws.count, &elements),
           std::to_string(draws.count) + " draws from " + std::to_string(from.streams) +
@@ -75,13 +80,12 @@ bool sample_tokens(const Distribution& from, const Draws& draws, int threads) {
   const int64_t width = from.streams * from.vocab;
   // Allocated here, where it may throw.
   const auto used = static_cast<size_t>(useful_threads(draws.count, width, threads));
-  const auto vocab = static_cast<size_t>(from.vocab);
   const auto blocks = static_cast<size_t>(blocks_of(from.vocab));
-  std::vector<float> row(used * vocab);
+  std::vector<Block> row(used * blocks);
   std::vector<double> sums(used * blocks);
   over_rows(draws.count, width, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const auto n = static_cast<size_t>(thread);
-    rows(from, draws, Workspace{&row[n * vocab], &sums[n * blocks]}, begin, end);
+    const size_t first = static_cast<size_t>(thread) * blocks;
+    rows(from, draws, Workspace{row[first].columns, &sums[first]}, begin, end);
   });
   return std::none_of(draws.tokens, draws.tokens + draws.count, [](int64_t t) { return t < 0; });
 }

@@ -35,8 +35,8 @@ Mixed mix(const T* z, float weight, int64_t count, float* y) {
     const float sum = first ? weight * logit : y[j] + weight * logit;
     y[j] = sum;
     largest = sum > largest ? sum : largest;
+    // A NaN shows in y, too; +inf might be -inf there, or be lost in it.
     top = int32_t(bits_of(logit)) > top ? int32_t(bits_of(logit)) : top;
-    low = bits_of(logit) > low ? bits_of(logit) : low;
     top = int32_t(bits_of(sum)) > top ? int32_t(bits_of(sum)) : top;
     low = bits_of(sum) > low ? bits_of(sum) : low;
   }
