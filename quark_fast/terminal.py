@@ -17,6 +17,7 @@ from rich.text import Text
 
 from quark_fast.errors import OtherProcessFailed, UsageError
 from quark_fast.files.safe_text import clean
+from quark_fast.runtime.waiting import wait_briefly
 from quark_fast.training.progress import Progress as Event
 
 LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar
@@ -119,6 +120,7 @@ def command(run: Callable[[Sequence[str], Terminal], None]) -> Callable[..., int
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:
+        wait_briefly()
         given = sys.argv[1:] if arguments is None else arguments
         return exit_status(lambda: run(given, Terminal()))
 
