@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from quark_fast.errors import UsageError
-from quark_fast.model.batch import Batch, completion_logits, make_batch
+from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
 from quark_fast.model.policy import Policy
+from quark_fast.model.structure import linear_head
 from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.memory import by_parts
@@ -76,35 +79,73 @@ def completion_nll(
     completions: Sequence[Sequence[int]],
     quantile: int | None = None,
 ) -> list[float]:
-    """-log p of each completion under ``model``, nats, given the quantile's token (None: no token)."""
+    """-log p of each completion under ``model``, nats, given the quantile's token (None: no token).
+
+    A prompt is read once for all its completions that are neighbours, where the model can be read so.
+    """
     parts = _losses(policy, model, None, prompts, completions, quantile)
     return [total for out, _ in parts for total in out.nll.sum(-1).tolist()]
 
 
-@torch.inference_mode()
-def completion_kl(
-    policy: Policy,
-    model: Any,
-    reference: Any,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    quantile: int,
-) -> float:
-    """KL(model given the quantile's token || reference without), nats, mean over all completions' tokens.
+class ReferenceLogits:
+    """What the reference, given no token, predicts completions with, any number of times.
 
-    Exact over the base vocabulary at every token. NaN without completions.
+    It does not change, so its hidden states of the completions are kept, 2 bytes x D a token in bfloat16,
+    and only its head is computed again. Where its logits are not its hidden states times one matrix,
+    everything is.
     """
-    parts = _losses(policy, model, reference, prompts, completions, quantile)
-    total, tokens = 0.0, 0
-    for out, count in parts:
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Any,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self.prompts, self.completions = prompts, completions
+        self._head = linear_head(reference)
+        self._hidden: dict[int, Tensor] = {}  # (its tokens, D) of a completion
+
+    @torch.inference_mode()
+    def __call__(self, part: slice) -> Tensor:
+        """(N, C, >= V) logits of these completions; beyond the end of one they mean nothing."""
+        rows = range(len(self.completions))[part]
+        if self._head is None:
+            return completion_logits(self.reference, self._batch(part))
+        if any(i not in self._hidden for i in rows):
+            found = completion_hidden(self.reference, self._batch(part))
+            for i, hidden in zip(rows, found, strict=True):
+                self._hidden[i] = hidden[: len(self.completions[i])].clone()
+        logits: Tensor = self._head(pad_sequence([self._hidden[i] for i in rows], batch_first=True))
+        return logits
+
+    def _batch(self, part: slice) -> Batch:
+        prompts, completions = self.prompts[part], self.completions[part]
+        return make_batch(self.policy, prompts, completions, [None] * len(prompts), self.reference.device)
+
+
+@torch.inference_mode()
+def completion_nll_and_kl(
+    policy: Policy, model: Any, reference: ReferenceLogits, quantile: int
+) -> tuple[list[float], float]:
+    """Of the reference's completions under ``model``, given the quantile's token.
+
+    Returns:
+        (-log p of each, nats; KL(model || reference), nats, the mean over all completions' tokens, exact
+        over the base vocabulary at every token, NaN without completions).
+    """
+    nll, total, tokens = [], 0.0, 0
+    for out, count in _losses(policy, model, reference, reference.prompts, reference.completions, quantile):
+        nll += out.nll.sum(-1).tolist()
         total, tokens = total + float(out.kl.sum()), tokens + count
-    return total / tokens if tokens else float("nan")
+    return nll, total / tokens if tokens else float("nan")
 
 
 def _losses(
     policy: Policy,
     model: Any,
-    reference: Any | None,
+    reference: ReferenceLogits | None,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     quantile: int | None,
@@ -114,14 +155,11 @@ def _losses(
     rows = max(1, 1280 // models // max(map(len, completions), default=1))
 
     def loss(part: slice) -> tuple[QuarkLoss, int]:
-        def batch(quantile: int | None) -> Batch:
-            quantiles = [quantile] * len(prompts[part])
-            return make_batch(policy, prompts[part], completions[part], quantiles, model.device)
-
-        conditioned = batch(quantile)
+        quantiles = [quantile] * len(prompts[part])
+        conditioned = make_batch(policy, prompts[part], completions[part], quantiles, model.device)
         out = quark_loss(
-            completion_logits(model, conditioned),
-            None if reference is None else completion_logits(reference, batch(None)),
+            shared_logits(model, conditioned),
+            None if reference is None else reference(part),
             conditioned.labels,
             conditioned.mask,
             kl_coef=0.0 if reference is None else 1.0,

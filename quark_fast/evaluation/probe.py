@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
-from quark_fast.evaluation.perplexity import completion_kl, completion_nll
+from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl
 from quark_fast.metrics import RankCorrelation, rank_correlation
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Conditioning
@@ -58,19 +58,19 @@ class Probe:
         every = [one for batch in drawn for one in batch]
         return cls([p for p, _, _ in every], [c for _, c, _ in every], [r for _, _, r in every])
 
-    def measure(self, policy: Policy, model: Any) -> RankCorrelation:
-        """The rank correlation under the policy's frozen copy ``model``."""
-        best, worst = (
-            completion_nll(policy, model, self.prompts, self.completions, quantile)
-            for quantile in (policy.quantiles - 1, 0)
-        )
-        return rank_correlation(np.subtract(worst, best), self.rewards)
+    def reference_logits(self, policy: Policy, reference: Any) -> ReferenceLogits:
+        """What the reference makes of the completions, the same after every round."""
+        return ReferenceLogits(policy, reference, self.prompts, self.completions)
 
-    def kl(self, policy: Policy, model: Any, reference: Any) -> float:
-        """Exact KL(policy under the best token || reference), nats, mean over the completions' tokens.
+    def measure(
+        self, policy: Policy, model: Any, reference: ReferenceLogits
+    ) -> tuple[RankCorrelation, float]:
+        """The rank correlation under the policy's frozen copy ``model``, and how far that has moved.
 
-        The contexts are the base model's texts, the same for every policy: two of them compare without the
-        luck of what each happens to write.
+        The latter is the exact KL(policy under the best token || reference), nats, mean over the completions'
+        tokens. The contexts are the base model's texts, the same for every policy: two of them compare
+        without the luck of what each happens to write.
         """
-        best = policy.quantiles - 1
-        return completion_kl(policy, model, reference, self.prompts, self.completions, best)
+        best, kl = completion_nll_and_kl(policy, model, reference, policy.quantiles - 1)
+        worst = completion_nll(policy, model, self.prompts, self.completions, 0)
+        return rank_correlation(np.subtract(worst, best), self.rewards), kl

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quark_fast.model.cache import decoding_cache
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, pad_left, positions_of, read
 
@@ -62,6 +63,42 @@ def completion_logits(model: Any, batch: Batch) -> Tensor:
         columns = _before_completion(batch, ids)
         found: Tensor = read(model, ids, mask, positions, columns=columns).logits
         return found
+
+    return _by_length(batch, logits)
+
+
+def shared_logits(model: Any, batch: Batch) -> Tensor:
+    """``completion_logits``, without gradients, for which neighbours with the same context read it once.
+
+    Another order of the same sums: equal up to rounding.
+    """
+    if not (batch.reading.cache and batch.reading.many):
+        return completion_logits(model, batch)
+    length = batch.labels.shape[1]
+
+    def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        width = ids.shape[1] - length
+        context = ids[:, :width] if mask is None else torch.cat([ids[:, :width], mask[:, :width]], 1)
+        _, row_of, counts = context.unique_consecutive(return_inverse=True, return_counts=True, dim=0)
+        if len(counts) == len(ids):
+            found: Tensor = read(model, ids, mask, positions, columns=_before_completion(batch, ids)).logits
+            return found
+        firsts = counts.cumsum(0) - counts
+
+        def part(tensor: Tensor | None, rows: Any, columns: slice) -> Tensor | None:
+            return None if tensor is None else tensor[rows, columns]
+
+        cache, front = decoding_cache(model), slice(width)
+        last = torch.tensor([-1], device=ids.device)
+        inputs = (part(mask, firsts, front), part(positions, firsts, front))
+        first: Tensor = read(model, ids[firsts, front], *inputs, columns=last, cache=cache).logits[row_of]
+        if length == 1:
+            return first
+        # From here on each completion has its own.
+        cache.reorder_cache(row_of)  # type: ignore[arg-type]  # it means int64
+        rest, every = slice(width, -1), slice(None)
+        inputs = (part(mask, every, slice(-1)), part(positions, every, rest))
+        return torch.cat([first, read(model, ids[:, rest], *inputs, cache=cache).logits], 1)
 
     return _by_length(batch, logits)
 

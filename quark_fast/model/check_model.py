@@ -21,6 +21,7 @@ from quark_fast.model.copies import frozen_copy
 from quark_fast.model.loading import first_line
 from quark_fast.model.lora import has_adapters
 from quark_fast.model.policy import Policy
+from quark_fast.model.reading import Reading
 from quark_fast.model.wrong_model import blamed, wrong
 from quark_fast.runtime.memory import OutOfMemory, within_memory
 
@@ -80,7 +81,7 @@ def check_model(
             f"the memory does not hold a few short texts ({first_line(error)}); give a smaller --model, or"
             " --lora-rank"
         ) from error
-    if note is not None and near is not None and not remarks:
+    if note is not None and near is not None and not remarks and policy.reading == Reading():
         with contextlib.suppress(OSError):  # a cache that cannot be written: it is checked each time
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()

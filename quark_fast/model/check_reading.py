@@ -6,6 +6,8 @@ or given positions. No architecture is known by name, so one that is invented ne
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quark_fast.model.batch import completion_hidden, completion_logits, make_batch
+from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
 from quark_fast.model.loading import decoding
 from quark_fast.model.lookups import Lookups
 from quark_fast.model.policy import Policy
@@ -84,6 +86,9 @@ def check_reading(
             policy.reading, more = _first(
                 ways, lambda reading: _decoding(policy, model, probe, own, reading), model
             )
+            if policy.reading.cache and not _reads_many(policy, model, probe, own):
+                # Only slower, so nothing that is worth a line.
+                policy.reading = dataclasses.replace(policy.reading, many=False)
     said += more
     return [f"{type(model).__name__} is read as {policy.reading}, since {'; '.join(said)}"] if said else []
 
@@ -150,8 +155,16 @@ def _check_causal(policy: Policy, model: Any, probe: Trial, own: Tensor) -> None
 
 def _training(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading) -> float:
     """How far the logits of a training batch are from the model's own, both ways that a step may take."""
-    before, policy.reading = policy.reading, reading
-    pairs = [(i, s) for s in range(SAMPLES) for i in range(len(probe.prompts))]
+    batch, expected = _batch(policy, model, probe, own, reading)
+    every = [completion_logits(model, batch)]
+    if (head := linear_head(model)) is not None:
+        every.append(head(completion_hidden(model, batch)))
+    return max(gap_of(model, logits[batch.mask][:, : policy.vocabulary], expected) for logits in every)
+
+
+def _batch(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading) -> tuple[Batch, Tensor]:
+    """(the continuations of all prompts, those of one prompt as neighbours; (N, V) their own logits)."""
+    pairs = [(i, s) for i in range(len(probe.prompts)) for s in range(SAMPLES)]
     lengths = [NEW - (i + s) % 3 for i, s in pairs]  # of the completions, which are padded, too
     batch = make_batch(
         policy,
@@ -160,12 +173,17 @@ def _training(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Re
         [probe.quantiles[i] for i, _ in pairs],
         model.device,
     )
-    policy.reading = before
     expected = torch.cat([own[i, s, :length] for (i, s), length in zip(pairs, lengths, strict=True)])
-    every = [completion_logits(model, batch)]
-    if (head := linear_head(model)) is not None:
-        every.append(head(completion_hidden(model, batch)))
-    return max(gap_of(model, logits[batch.mask][:, : policy.vocabulary], expected) for logits in every)
+    return dataclasses.replace(batch, reading=reading), expected
+
+
+def _reads_many(policy: Policy, model: Any, probe: Trial, own: Tensor) -> bool:
+    """Whether several tokens may be read at a time behind a cache: some models take them for one, or fail."""
+    batch, expected = _batch(policy, model, probe, own, policy.reading)
+    with contextlib.suppress(Exception):  # foreign code fails in any way
+        logits = shared_logits(model, batch)[batch.mask][:, : policy.vocabulary]
+        return gap_of(model, logits, expected) <= tolerance_of(model)
+    return False
 
 
 def _decoding(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading) -> float:

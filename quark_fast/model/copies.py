@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from quark_fast.model.loading import decode_fast
@@ -22,11 +23,16 @@ def whole_copy(policy: Policy, dtype: torch.dtype) -> Any:
 
     Of a sharded model it is a whole one on each process, all of which have to ask for it.
     """
+    return _copy(policy, conversion(dtype, policy.stored_dtype), [dtype])
+
+
+def _copy(policy: Policy, converted: Callable[[Tensor], Tensor], dtypes: Sequence[torch.dtype]) -> Any:
+    """A copy whose weights are ``converted`` one by one; buffers go through the dtypes to the last."""
     own = dict(policy.model.named_parameters())
     sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
     _forget_graphs(policy.model)
-    model = copy.deepcopy(policy.unsharded if sharded else policy.model)
-    converted = conversion(dtype, policy.stored_dtype)
+    model = _same_weights(policy.unsharded if sharded else policy.model)
+    done: set[int] = set()
     if sharded:
         embedding: RewardEmbedding = policy.model.get_input_embeddings()
         rows = torch.empty(embedding.rows.shape, device=model.device)
@@ -34,33 +40,60 @@ def whole_copy(policy: Policy, dtype: torch.dtype) -> Any:
         model.set_input_embeddings(RewardEmbedding(base, embedding.first_id, rows))
         hide_reward_tokens(model, policy.other_tables, policy.vocabulary)
     elif has_adapters(model):
-        merge_adapters(model, converted)
+        done.update(map(id, merge_adapters(model, converted)))
     # Not model.to(dtype), which would round the rotary frequencies, too.
-    _cast_buffers(policy, model, dtype)
+    for dtype in dtypes:
+        _cast_buffers(policy, model, dtype)
     for name, parameter in model.named_parameters():
-        if sharded:
-            parameter.data = converted(whole(own[name].detach())).to(parameter.device)
-        else:
-            parameter.data = converted(parameter.data)
-    model.config.dtype = dtype
+        if id(parameter) in done:
+            continue
+        before = whole(own[name].detach()) if sharded else parameter.data
+        after = converted(before).to(parameter.device)
+        parameter.data = after.clone() if after.data_ptr() == before.data_ptr() else after
+    model.config.dtype = dtypes[-1]
     return model
+
+
+def _same_weights(model: Any) -> Any:
+    """A copy with parameters of its own in the same memory: a whole copy would be there beside the next."""
+    # What is in its memo, deepcopy does not copy. A tied weight is one parameter, and stays one.
+    own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, own)
 
 
 def frozen_copy(policy: Policy, dtype: torch.dtype) -> Any:
     """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
-    model = whole_copy(policy, dtype).eval().requires_grad_(False)
-    decode_fast(model)
-    return model
+    return _frozen(whole_copy(policy, dtype))
 
 
 def exported_copy(policy: Policy, dtype: torch.dtype) -> Any:
     """``frozen_copy`` of what an export holds, which is in the dtype that the model came in."""
-    model = frozen_copy(policy, policy.stored_dtype)
-    _cast_buffers(policy, model, dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    stored = policy.stored_dtype
+    rounded = conversion(stored, stored)
+    return _frozen(_copy(policy, lambda weights: rounded(weights).to(dtype), [stored, dtype]))
+
+
+def _frozen(model: Any) -> Any:
+    model.eval().requires_grad_(False)
+    decode_fast(model)
     return model
+
+
+class SharedCopy:
+    """The policy's frozen copy between two trainings, made when it is first needed."""
+
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self.policy, self.dtype = policy, dtype
+        self._model: Any = None
+
+    def get(self) -> Any:
+        if self._model is None:
+            self._model = frozen_copy(self.policy, self.dtype)
+        return self._model
+
+    def drop(self) -> None:
+        """Before the policy changes: learning needs the memory, and the next copy is another."""
+        self._model = None
 
 
 def _cast_buffers(policy: Policy, model: Any, dtype: torch.dtype) -> None:

@@ -24,10 +24,12 @@ class Reading:
     Attributes:
         padding: rows of different lengths may stand together, padded on their left. Else those of one length.
         cache: a token may be read with the cache of those before it. Else all of them are read again.
+        many: with a cache, several tokens may be read at a time.
     """
 
     padding: bool = True
     cache: bool = True
+    many: bool = True
 
     @property
     def rows(self) -> str:

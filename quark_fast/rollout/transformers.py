@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quark_fast.model.copies import frozen_copy
+from quark_fast.model.copies import SharedCopy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import next_logits, runs_of_one_length
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
@@ -126,20 +126,24 @@ class TransformersRollout:
     """Sampling in this process, by ``sample``.
 
     Args:
+        copied: of the policy, which is sampled.
         reference: the base model.
         sampler: samples it, as ``sample`` does.
     """
 
-    def __init__(self, policy: Policy, reference: Any, dtype: torch.dtype, sampler: Sampler = sample) -> None:
-        self.policy, self.reference, self.dtype, self.sampler = policy, reference, dtype, sampler
+    def __init__(self, copied: SharedCopy, reference: Any, sampler: Sampler = sample) -> None:
+        self.copied, self.reference, self.sampler = copied, reference, sampler
 
     @contextlib.contextmanager
     def synchronised(self, from_base: bool) -> Iterator[Draw]:
+        policy = self.copied.policy
         if from_base:
-            yield functools.partial(self.sampler, self.policy, self.reference)
+            yield functools.partial(self.sampler, policy, self.reference)
         else:
-            # The copy goes when the round is sampled: learning needs its memory.
-            yield functools.partial(sample, self.policy, frozen_copy(self.policy, self.dtype))
+            try:
+                yield functools.partial(sample, policy, self.copied.get())
+            finally:
+                self.copied.drop()  # learning needs its memory
 
     def close(self) -> None:
         """Nothing is kept between rounds."""

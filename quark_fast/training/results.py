@@ -14,13 +14,14 @@ from quark_fast.evaluation.held_out import (
     evaluation_sampling,
     generation_settings,
 )
+from quark_fast.evaluation.perplexity import ReferenceLogits
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
-from quark_fast.model.copies import exported_copy, frozen_copy, whole_copy
+from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.page import write_report
 from quark_fast.report.results import shown_name
@@ -43,7 +44,8 @@ class Results:
     ) -> None:
         self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
         self.held_out = setup.prompts.held_out
-        self.drawn: Probe | None = None  # the probe's completions, drawn when they are first asked for
+        # The probe's completions and what the reference makes of them, made when they are first asked for.
+        self.drawn: tuple[Probe, ReferenceLogits] | None = None
 
     # ---------------------------------------------------------------- between rounds
 
@@ -51,12 +53,10 @@ class Results:
         """How well the reward tokens tell held-out completions apart by now, as a row of metrics.jsonl."""
         setup = self.setup
         self.listen(Progress("probing", 0, 1))
-        model = frozen_copy(setup.policy, setup.sampling_dtype)
-        probe = self.drawn = self.drawn or self._draw_probe()
+        model = setup.copied.get()
+        probe, reference = self.drawn = self.drawn or self._draw_probe()
         found, kl = setup.processes.on_rank_0(
-            self.work.stoppable(
-                lambda: (probe.measure(setup.policy, model), probe.kl(setup.policy, model, setup.reference))
-            )
+            self.work.stoppable(lambda: probe.measure(setup.policy, model, reference))
         )
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
         return {
@@ -67,7 +67,7 @@ class Results:
             "kl": kl,
         }
 
-    def _draw_probe(self) -> Probe:
+    def _draw_probe(self) -> tuple[Probe, ReferenceLogits]:
         setup = self.setup
         # One sample a prompt is mostly prefill: fewer rows side by side.
         sampling = in_batches(setup.held_out_sampling(), 32, setup.config.sample_batch)
@@ -76,7 +76,8 @@ class Results:
                 self._measured(sampling), self.work.journal.stage("probe", self._what_is_measured(sampling))
             )
         )
-        return Probe.of(batch for _, batch in in_batch_order(shares))
+        probe = Probe.of(batch for _, batch in in_batch_order(shares))
+        return probe, probe.reference_logits(setup.policy, setup.reference)
 
     def _measured(self, sampling: Sampling) -> EvaluationSetup:
         setup = self.setup

@@ -22,7 +22,7 @@ from quark_fast.evaluation.held_out import (
     generation_settings,
 )
 from quark_fast.model.check_model import Checked, check_model
-from quark_fast.model.copies import shared_reference
+from quark_fast.model.copies import SharedCopy, shared_reference
 from quark_fast.model.loading import load_reference
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
@@ -53,6 +53,7 @@ class Setup:
     Attributes:
         batch_rows: completions of a batch, each with a random generator: ``sample_batch`` of the start.
         sampling_dtype: of frozen copies, which sample and evaluate.
+        copied: the one of the policy as it is, for the probe and the next round's samples.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Setup:
     policy: Policy
     reference: Any
     sampling_dtype: torch.dtype
+    copied: SharedCopy
     checked: Checked
     objective: Objective
 
@@ -150,6 +152,7 @@ def set_up(
         policy=policy,
         reference=reference,
         sampling_dtype=dtype,
+        copied=SharedCopy(policy, dtype),
         checked=checked,
         objective=objective(),
     )
@@ -213,7 +216,7 @@ def choose_rollout(
     """The engine that samples the rounds."""
     config = setup.config
     if config.rollout == "transformers":
-        return TransformersRollout(setup.policy, setup.reference, setup.sampling_dtype, sampler)
+        return TransformersRollout(setup.copied, setup.reference, sampler)
     return vllm_rollout(
         config,
         setup.policy,

@@ -118,6 +118,7 @@ class Trainer:
                     state.left_out += 1
                 state.round, state.sampled = state.round + 1, False
             self.processes.on_rank_0(self.rollout.close)
+            self.setup.copied.drop()  # a probe's that no round samples any more
             quantiles = range(self.policy.quantiles)
             self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
             self._save()
@@ -222,6 +223,8 @@ class Trainer:
         give_back_freed_memory()
         if self.policy.quantiles > 1:  # one token tells nothing apart
             self._record(self.results.probe(self.state.step))
+        if self.config.rollout != "transformers":  # else the next round samples this copy
+            self.setup.copied.drop()
 
     # ---------------------------------------------------------------- the run folder
 

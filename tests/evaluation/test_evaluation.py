@@ -13,11 +13,12 @@ from conftest import sharpen
 
 from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, first_completions
-from quark_fast.evaluation.perplexity import completion_kl, completion_nll, text_fit
+from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl, text_fit
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import table_rows
 from quark_fast.model.policy import Policy
+from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
 from quark_fast.rollout.sampling import Conditioning, Sampling
 
@@ -122,6 +123,27 @@ def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Polic
     assert completion_nll(policy, policy.model, [], []) == []
 
 
+@pytest.mark.parametrize("padding", [True, False])
+def test_prompt_is_read_once_for_its_completions_that_are_neighbours(policy: Policy, padding: bool) -> None:
+    policy.reading = Reading(padding=padding)
+    samples, last = 5, [1, 2, 3]
+    prompts = [prompt for prompt in ([1] * 30, [2] * 30, [3] * 30) for _ in range(samples)] + [last]
+    completions = [[i + 4, *range(i % 4)] for i in range(len(prompts))]
+    read: list[int] = []
+    embedding = policy.model.get_input_embeddings()
+    with embedding.register_forward_hook(lambda _, given, out: read.append(given[0].numel())):
+        together = completion_nll(policy, policy.model, prompts, completions, 1)
+    width = len(policy.conditioned(prompts[0], 1))
+    # Completions of up to 4 tokens, of which the last predicts nothing.
+    rows, alone = 3 * samples, len(policy.conditioned(last, 1)) + 4
+    assert sum(read) == (4 * width + (rows + 1) * 3 if padding else 3 * width + rows * 3 + alone)
+    one_by_one = [
+        completion_nll(policy, policy.model, [p], [c], 1)[0]
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    assert together == pytest.approx(one_by_one, rel=1e-4)
+
+
 @torch.no_grad()
 def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy: Policy) -> None:
     reference = copy.deepcopy(policy.model)
@@ -140,9 +162,20 @@ def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy:
         )
         total += float((logp.exp() * (logp - logq)).sum())
         tokens += len(completion)
-    found = completion_kl(policy, policy.model, reference, prompts, completions, 2)
+    kept = ReferenceLogits(policy, reference, prompts, completions)
+    passes: list[Any] = []
+    reference.base_model.register_forward_hook(lambda *given: passes.append(given))
+    nll, found = completion_nll_and_kl(policy, policy.model, kept, 2)
     assert found == pytest.approx(total / tokens, rel=1e-4)  # float32 logits
     assert found > 0.01
+    assert nll == pytest.approx(completion_nll(policy, policy.model, prompts, completions, 2), rel=1e-4)
+    assert len(passes) == 3
+    assert completion_nll_and_kl(policy, policy.model, kept, 2) == (nll, found)
+    assert len(passes) == 3, "what the reference makes of them is kept"
+    kept._head = None  # as of a model whose logits are not its hidden states times one matrix
+    again, once_more = completion_nll_and_kl(policy, policy.model, kept, 2)
+    assert again == pytest.approx(nll, rel=1e-4) and once_more == pytest.approx(found, rel=1e-4)
+    assert len(passes) == 6
 
 
 @pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 32)])

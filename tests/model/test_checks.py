@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quark_fast.config import Config
 from quark_fast.model import export
+from quark_fast.model.batch import completion_logits, make_batch, shared_logits
 from quark_fast.model.check_export import check_export
 from quark_fast.model.check_model import check_model
 from quark_fast.model.check_reading import check_policy
@@ -88,6 +89,21 @@ def test_model_without_a_cache_is_read_whole(policy: Policy) -> None:
     remarks = check(plant(policy, without("cache", "past_key_values")))
     assert policy.reading == Reading(cache=False)
     assert "without a cache (the whole text again for each token)" in remarks[0]
+
+
+def test_model_that_takes_many_tokens_behind_a_cache_for_one_is_read_without_sharing_prompts(
+    policy: Policy,
+) -> None:
+    def change(forward: Any, ids: Tensor, **inputs: Any) -> Any:
+        cache = inputs.get("cache") or inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() and ids.shape[1] > 1:
+            raise RuntimeError("one token at a time")
+        return forward(ids, **inputs)
+
+    assert check(plant(policy, change)) == [] and policy.reading == Reading(many=False)
+    batch = make_batch(policy, [[1, 2]] * 3, [[3, 4], [5, 6], [7, 8]], [1] * 3, CPU)
+    with torch.no_grad():
+        assert torch.equal(shared_logits(policy.model, batch), completion_logits(policy.model, batch))
 
 
 def test_cache_that_fails_when_it_is_repeated_is_not_used(policy: Policy) -> None:

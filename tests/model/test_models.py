@@ -34,11 +34,14 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
+from quark_fast.model.batch import completion_logits, make_batch, shared_logits
+from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.encode import encode_rows
 from quark_fast.model.export import write_export
 from quark_fast.model.loading import load_reference, stored_dtype
 from quark_fast.model.policy import Policy
+from quark_fast.model.reading import Reading
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 from quark_fast.training.objective import Objective
@@ -119,6 +122,24 @@ def test_untrained_policy_without_its_token_samples_what_the_reference_samples(c
         for model in (frozen_copy(case.policy, torch.bfloat16), reference)
     )
     assert ours == theirs
+
+
+def test_completions_are_as_likely_where_their_prompt_is_read_once(case: Case) -> None:
+    policy, model = case.policy, frozen_copy(case.policy, torch.float32)
+    check_reading(policy, policy.model, [2, 0, None])
+    assert policy.reading == Reading(), "each kind is read with a cache, many tokens at a time"
+    prompts = [prompt for prompt in case.prompts for _ in range(3)]
+    completions = [[5 + i, 9, 6 + i, 7, 8][: 1 + i % 5] for i in range(len(prompts))]
+    batch = make_batch(policy, prompts, completions, [2] * len(prompts), CPU)
+    columns: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, given, out: columns.append(out.shape[:2].numel())
+    )
+    with torch.inference_mode():
+        every, once = completion_logits(model, batch), shared_logits(model, batch)
+    assert len(columns) == 3 and sum(columns[1:]) < 0.7 * columns[0]
+    # float32, logits up to 10, another order of summation.
+    torch.testing.assert_close(once[batch.mask], every[batch.mask], rtol=0, atol=1e-4)
 
 
 def objective(case: Case, **settings: Any) -> Objective:

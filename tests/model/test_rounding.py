@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from quark_fast.evaluation.side_by_side import Evaluator
 from quark_fast.model import rounding
-from quark_fast.model.copies import whole_copy
+from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.model.rounding import LOST_BITS, stochastic_rounding
@@ -112,6 +112,30 @@ def test_a_float32_model_is_rounded_to_the_nearest_as_the_reference_is(tmp_path:
     copied = whole_copy(policy, torch.bfloat16).state_dict()
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(copied[name], parameter.detach().bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("came_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, Lora(1, 1.0)])
+def test_copies_share_no_memory_with_the_policy_and_evaluate_what_is_exported(
+    tmp_path: Path, came_in: torch.dtype, dtype: torch.dtype, lora: Lora | None
+) -> None:
+    policy = Policy.create(stored(tmp_path / "source", came_in), quantiles=2, lora=lora, low=dtype)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    whole = whole_copy(policy, came_in)
+    exported = exported_copy(policy, dtype)
+    own = {p.data_ptr() for p in policy.model.parameters()}
+    for copied, kind in ((whole, came_in), (exported, dtype)):
+        assert {p.dtype for p in copied.parameters()} == {kind}
+        assert not own & {p.data_ptr() for p in copied.parameters()}
+        assert (copied.lm_head.weight is copied.get_input_embeddings().weight) == (
+            policy.model.lm_head.weight is policy.model.get_input_embeddings().weight
+        )
+    for name, weight in whole.named_parameters():
+        assert torch.equal(exported.get_parameter(name), weight.to(dtype)), name
+        weight.data.zero_()
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(p, before[name]), name
 
 
 def test_adapters_small_beside_their_weights_survive_being_merged(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vllm_server import SAMPLING, Vllm, VllmServer
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.model.copies import whole_copy
+from quark_fast.model.copies import SharedCopy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.model.lora import Lora, has_adapters
 from quark_fast.model.policy import Policy
@@ -72,7 +72,7 @@ class Served:
             return by_prompt(draw, conditioning, sampling, samples, seed)
 
     def local(self, conditioning: Conditioning, sampling: Sampling, samples: int = 1, seed: int = 0) -> Any:
-        local = TransformersRollout(self.policy, None, torch.float32)
+        local = TransformersRollout(SharedCopy(self.policy, torch.float32), None)
         with local.synchronised(from_base=False) as draw:
             return by_prompt(draw, conditioning, sampling, samples, seed)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from warm import Process
 
 from quark_fast.errors import Interrupted, UsageError
+from quark_fast.model import copies
 from quark_fast.model.check_model import Checked
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
@@ -63,6 +66,32 @@ def test_reward_rises_and_best_is_above_none_above_worst(
     table = {row["name"]: row["metrics"]["mean"]["value"] for row in _evaluation(folder)["rows"]}
     assert table["best token"] > table["no token"] > table["worst token"]
     assert table["best token"] > table["untouched"] + 0.2
+
+
+def test_probe_and_the_next_rounds_samples_are_of_one_copy_which_is_gone_while_learning(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    own = copies.frozen_copy
+
+    def counted(*given: Any) -> Any:
+        model = own(*given)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(copies, "frozen_copy", counted)
+    config = small(tmp_path / "run", tiny_model(), rounds=3, steps=2)
+    trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    step = trainer.learner.step
+
+    def watched(*given: Any) -> Any:
+        gc.collect()
+        assert not [model for model in made if model() is not None]
+        return step(*given)
+
+    object.__setattr__(trainer.learner, "step", watched)
+    trainer.train()
+    assert len(made) == 3, "one after each round's learning"
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
