@@ -79,7 +79,7 @@ def shared_logits(model: Any, batch: Batch) -> Tensor:
     def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         width = ids.shape[1] - length
         context = ids[:, :width] if mask is None else torch.cat([ids[:, :width], mask[:, :width]], 1)
-        _, row_of, counts = context.unique_consecutive(return_inverse=True, return_counts=True, dim=0)
+        _, row_of, counts = torch.unique_consecutive(context, return_inverse=True, return_counts=True, dim=0)
         if len(counts) == len(ids):
             found: Tensor = read(model, ids, mask, positions, columns=_before_completion(batch, ids)).logits
             return found
@@ -95,7 +95,7 @@ def shared_logits(model: Any, batch: Batch) -> Tensor:
         if length == 1:
             return first
         # From here on each completion has its own.
-        cache.reorder_cache(row_of)  # type: ignore[arg-type]  # it means int64
+        cache.reorder_cache(row_of)
         rest, every = slice(width, -1), slice(None)
         inputs = (part(mask, every, slice(-1)), part(positions, every, rest))
         return torch.cat([first, read(model, ids[:, rest], *inputs, cache=cache).logits], 1)
