@@ -20,7 +20,7 @@ from quark_fast.settings import MOST
 # Where a task's defaults differ from the fields' own; a preset's and what the user sets win over both.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {},
-    "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
+    "sentiment": {"initial_samples": 5, "explore_samples": 2, "rounds": 2, "steps": 32},
     "repetition": {
         "prefix_tokens": 32,
         "max_prompt_tokens": 128,

@@ -200,8 +200,8 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-    initial_samples: int = setting(12, "completions a training prompt from the base model", at_least=1)
-    explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
+    initial_samples: int = setting(4, "completions a training prompt from the base model", at_least=1)
+    explore_samples: int = setting(2, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
         1.5,
         "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
@@ -230,7 +230,7 @@ class SamplingSettings:
         " opening, is left out either way",
     )
     sample_batch: int = setting(
-        128,
+        256,
         "completions sampled side by side; halved where the memory does not suffice; a resumed run may have"
         " fewer, which changes what is drawn from there on",
         at_least=1,
@@ -261,11 +261,13 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class LearningSettings:
     _argument_group_name = "learning"
-    rounds: int = setting(2, "rounds of sampling and learning; the first samples the base model", at_least=1)
-    steps: int = setting(64, "optimizer steps a round", at_least=1)
+    rounds: int = setting(4, "rounds of sampling and learning; the first samples the base model", at_least=1)
+    steps: int = setting(16, "optimizer steps a round", at_least=1)
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
-        16, "samples a forward pass; smaller takes less memory, same result", at_least=1, free="grid"
+        0,
+        "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8",
+        free="grid",
     )
     learning_rate: float = setting(2e-4, "AdamW step size for the model")
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")

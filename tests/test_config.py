@@ -230,7 +230,7 @@ def test_bad_flag_is_one_line_not_a_page_of_usage(
 IMPOSSIBLE: list[tuple[str, Any]] = [
     # Every number below its own bound.
     *((name, 0) for name in ("initial_samples", "explore_samples", "max_new_tokens")),
-    *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size", "micro_batch")),
+    *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every", "quantiles", "unlikelihood_ngram")),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency", "kl_horizon")),
     *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),

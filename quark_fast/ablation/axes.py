@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "prompt_limit": 200,
     "initial_samples": 8,
     "explore_samples": 2,
+    "rounds": 2,
     "steps": 16,
     "warmup_steps": 4,
     "eval_rows": "best",

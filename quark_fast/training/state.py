@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutPool
 from quark_fast.training.quantize import Draws
@@ -42,12 +44,14 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def new(cls, config: Config, processes: int) -> State:
+    def new(cls, config: Config, processes: int, device: torch.device) -> State:
         """Of a run that begins."""
+        # On a laptop the memory is short; a GPU wants many rows at a time.
+        usual = 8 if device.type == "cpu" else 16
         return cls(
             pool=RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed),
             kl=KLController(config.kl_coef, config.kl_target, config.kl_horizon),
-            micro_batch=min(config.micro_batch, config.batch_size // processes),
+            micro_batch=min(config.micro_batch or usual, config.batch_size // processes),
         )
 
     def first_step(self, config: Config) -> int:

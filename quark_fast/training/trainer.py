@@ -81,7 +81,7 @@ class Trainer:
         wrapped, self.optimizer = processes.prepare(
             self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
         )
-        self.state = State.new(config, processes.count)
+        self.state = State.new(config, processes.count, self.setup.device)
         self.journal = Journal(
             folder / PENDING, processes.index, here=processes.main or processes.machines == 1
         )
