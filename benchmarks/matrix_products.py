@@ -91,7 +91,7 @@ class RunWork:
         self.learned = [round(row["tokens_per_s"] * row["seconds"]) for row in self.steps]
         mean = self._context(self.prompts, True) / len(self.prompts)
         mean += sum(self.learned) / len(self.learned) / config.batch_size
-        self.step_rows = round(self.streams * config.micro_batch * mean)
+        self.step_rows = round(self.streams * (config.micro_batch or 8) * mean)
 
     def by_stage(self) -> dict[str, Work]:
         """By the names that the run itself has for its stages."""
@@ -172,7 +172,7 @@ class RunWork:
         return found
 
     def _probing(self, probes: int, base_tokens: int) -> Work:
-        """One sample of some prompts; each probe has two tokens and the reference score them.
+        """One sample of some prompts, which two tokens score in each probe, and the reference once.
 
         They are in no file: their length is that of the base model's samples in the evaluation.
         """
@@ -180,6 +180,6 @@ class RunWork:
         some = every[: max(32, PROBE_TOKENS // self.config.max_new_tokens)]
         tokens = round(base_tokens / self.config.eval_samples * len(some) / len(every))
         work = self._sampling(some, 1, tokens, 1, False)
-        for token in [True, True, False] * probes:
+        for token in [True, True] * probes + [False]:
             work.products.append(self._scoring(some, 1, tokens, token))
         return work

@@ -65,11 +65,8 @@ def parser() -> argparse.ArgumentParser:
         help="causal LM that measures the perplexity, by its own tokenizer; default: the first base model",
     )
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    made.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code that the models bring along",
-    )
+    trust = "run the Python code that the models bring along"
+    made.add_argument("--trust-remote-code", action="store_true", help=trust)
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
     made.add_argument(
         "--json",

@@ -74,8 +74,8 @@ def test_stages_multiply_what_is_counted_and_add_up_to_the_whole_time(
     assert made.keys() - {main_job.START, main_job.CHECKPOINTS, main_job.EXPORT} == work.keys()
     for name, stage in work.items():
         flops = sum(one.flops for one in stage.products)
-        # Beyond that a run reads the last of 11 tokens, and a probe its best token's twice; a sample with two
-        # unknown words has a text of one token fewer.
+        # Beyond that a run reads the last of 11 tokens, and each probe computes the reference's head again; a
+        # sample with two unknown words has a text of one token fewer.
         most = 1.02 if "sampling" in name else 1.5 if name == "probing" else 1.15
         assert flops <= made[name] <= most * flops, name
     learning = work["round 1/2: learning"]
