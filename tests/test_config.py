@@ -233,7 +233,10 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every", "quantiles", "unlikelihood_ngram")),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency", "kl_horizon")),
-    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),
+    *(
+        (name, -1)
+        for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "micro_batch")
+    ),
     *((name, -1) for name in ("prefix_tokens", "max_prompt_characters", "prompt_limit", "lora_rank")),
     *((name, -1) for name in ("max_bad_steps", "max_prompt_tokens", "reward_retries", "vllm_retries")),
     *((name, -0.1) for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef")),
@@ -272,10 +275,10 @@ def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
 def test_greedy_decoding_of_several_completions_a_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match=r"eval_temperature = 0 is greedy: all eval_samples = 5"):
         given("--eval-temperature", "0")
-    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 4"):
+    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 2"):
         given("--temperature", "0", "--initial-samples", "1")
     given("--temperature", "0", "--initial-samples", "1", "--explore-samples", "1")
-    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 4"):
+    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 2"):
         given("--explore-temperature", "0")
     given("--temperature", "0", "--initial-samples", "1", "--explore-temperature", "0.5")
 
