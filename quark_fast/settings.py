@@ -200,8 +200,8 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-    initial_samples: int = setting(4, "completions a training prompt from the base model", at_least=1)
-    explore_samples: int = setting(2, "completions a training prompt in each later round", at_least=1)
+    initial_samples: int = setting(12, "completions a training prompt from the base model", at_least=1)
+    explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
         1.5,
         "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
@@ -261,8 +261,8 @@ class SamplingSettings:
 @dataclass(kw_only=True)
 class LearningSettings:
     _argument_group_name = "learning"
-    rounds: int = setting(4, "rounds of sampling and learning; the first samples the base model", at_least=1)
-    steps: int = setting(16, "optimizer steps a round", at_least=1)
+    rounds: int = setting(2, "rounds of sampling and learning; the first samples the base model", at_least=1)
+    steps: int = setting(64, "optimizer steps a round", at_least=1)
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
         0,

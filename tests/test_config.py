@@ -278,10 +278,10 @@ def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
 def test_greedy_decoding_of_several_completions_a_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match=r"eval_temperature = 0 is greedy: all eval_samples = 5"):
         given("--eval-temperature", "0")
-    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 2"):
+    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 4"):
         given("--temperature", "0", "--initial-samples", "1")
     given("--temperature", "0", "--initial-samples", "1", "--explore-samples", "1")
-    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 2"):
+    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 4"):
         given("--explore-temperature", "0")
     given("--temperature", "0", "--initial-samples", "1", "--explore-temperature", "0.5")
 

@@ -29,7 +29,7 @@ from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.journal import Kept
-from quark_fast.runtime.memory import most_memory
+from quark_fast.runtime.memory import give_back_freed_memory, most_memory
 from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.training.progress import Progress
 from quark_fast.training.setup import Setup, in_batches
@@ -103,6 +103,7 @@ class Results:
 
     def evaluate(self, step: int) -> None:
         """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported."""
+        give_back_freed_memory()
         setup, config = self.setup, self.setup.config
         if setup.task.prompt_classes:
             self._classify()
