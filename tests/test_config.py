@@ -233,14 +233,9 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, 0) for name in ("sample_batch", "rounds", "steps", "batch_size")),
     *((name, 0) for name in ("eval_samples", "checkpoint_every", "quantiles", "unlikelihood_ngram")),
     *((name, 0) for name in ("min_prompt_characters", "reward_batch", "reward_concurrency", "kl_horizon")),
-    *(
-        (name, -1)
-        for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed", "micro_batch")
-    ),
-    *(
-        (name, -1)
-        for name in ("micro_batch", "prefix_tokens", "max_prompt_characters", "prompt_limit", "lora_rank")
-    ),
+    *((name, -1) for name in ("min_new_tokens", "warmup_steps", "threads", "seed", "split_seed")),
+    *((name, -1) for name in ("prefix_tokens", "max_prompt_characters", "prompt_limit", "lora_rank")),
+    ("micro_batch", -1),
     *((name, -1) for name in ("max_bad_steps", "max_prompt_tokens", "reward_retries", "vllm_retries")),
     *((name, -0.1) for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef")),
     *((name, -0.1) for name in ("entropy_coef", "unlikelihood_coef", "temperature", "explore_temperature")),
