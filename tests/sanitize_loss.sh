@@ -31,6 +31,7 @@ done
 jobs=
 for level in $levels; do
   if QUARK_FAST_ISA=$level "$build/loss" isa >"$build/$level.log"; then
+    rm "$build/$level.log"  # the drivers name their level themselves
     for driver in loss sampling; do
       QUARK_FAST_ISA=$level "$build/$driver" "${1:-1000}" "${2:-1}" >>"$build/$level-$driver.log" 2>&1 &
       jobs="$jobs $!"

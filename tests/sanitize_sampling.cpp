@@ -184,27 +184,8 @@ void one_problem(bool hostile) {
   }
 }
 
+constexpr const char* kDriver = "sanitize_sampling";
+
 }  // namespace
 
-#ifdef QUARK_LIBFUZZER
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
-  random_bits = Chosen(bytes, size);
-  one_problem(below(4) > 0);
-  return 0;
-}
-
-#else
-
-int main(int argc, char** argv) {
-  const int problems = argc > 1 ? std::atoi(argv[1]) : 1000;
-  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  for (int i = 0; i < problems; ++i) {
-    seed_of_this_problem = seed + static_cast<uint64_t>(i);
-    random_bits = Chosen(seed_of_this_problem);
-    one_problem(i % 2 == 1);
-  }
-  std::printf("sanitize_sampling: %d problems at level %s: ok\n", problems, quark::isa());
-}
-
-#endif
+#include "driver.hpp"
