@@ -43,6 +43,7 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
         "batch_size": 32,
         "micro_batch": 32,
         "max_new_tokens": 8,
+        "sample_batch": 128,
         "learning_rate": 3e-3,
         "reward_token_lr": 1e-2,
         "eval_samples": 8,
