@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sentiment": {"rounds": 12},
         "repetition": {"eval_samples": 1},  # greedy decoding writes one completion
     },
-    # Every part in about a minute on two cores: a run to look at, which learns hardly anything.
+    # Every part in minutes (3 on one core of an AMD EPYC): a run to look at, which learns hardly anything.
     "look": {
         EVERY_TASK: {
             "prompt_limit": 128,

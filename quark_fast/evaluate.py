@@ -53,12 +53,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rows",
         choices=["ends", "all", "best"],
-        help="of a run, as --eval-rows of training has it; default: each run's own, but with --guidance ends"
-        " for a run of the best token alone",
+        help="rows of a run, as --eval-rows of training; default: its own, with --guidance at least ends",
     )
-    made.add_argument(
-        "--guidance", default=None, help="values of w, comma-separated; default: each run's own"
-    )
+    made.add_argument("--guidance", help="values of w, comma-separated; default: each run's own")
     made.add_argument(
         "--ppl-model",
         metavar="MODEL",

@@ -71,7 +71,7 @@ class TaskSettings:
     preset: Literal["default", "long", "paper", "look"] = setting(
         "default",
         "named defaults over the task's: long (more samples and steps, every row), paper (the paper's method"
-        " and sizes), look (every part in about a minute); --preset NAME --help shows them",
+        " and sizes), look (every part, in minutes); --preset NAME --help shows them",
     )
     target: Literal["positive", "negative"] = setting(
         "positive", "sentiment that the task of that name steers to"
