@@ -58,7 +58,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 EVERY_TASK = ""
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
-    # More samples and steps than the defaults take, and every row of the table.
+    # What the README's tables are of, whatever the defaults become, and every row of the table.
     "long": {
         EVERY_TASK: {
             "initial_samples": 12,

@@ -70,7 +70,7 @@ class TaskSettings:
     )
     preset: Literal["default", "long", "paper", "look"] = setting(
         "default",
-        "named defaults over the task's: long (more samples and steps, every row), paper (the paper's method"
+        "named defaults over the task's: long (two rounds of 64 steps, every row), paper (the paper's method"
         " and sizes), look (every part, in minutes); --preset NAME --help shows them",
     )
     target: Literal["positive", "negative"] = setting(
