@@ -1,0 +1,32 @@
+"""What a run says of its memory, against what the system says."""
+
+from pathlib import Path
+
+import torch
+
+from quark_fast.runtime.memory import give_back_freed_memory, most_memory
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+
+def test_the_most_memory_holds_what_was_there_and_is_gone() -> None:
+    size = 300 << 20
+    before = resident()
+    held = torch.ones(size, dtype=torch.uint8)
+    assert most_memory(torch.device("cpu")) >= before + size * 0.9
+    del held
+    assert most_memory(torch.device("cpu")) >= before + size * 0.9, "the most so far, not what is there now"
+
+
+def test_memory_that_was_freed_in_pieces_goes_back() -> None:
+    # Below glibc's limit for memory of its own, each between two that stay: the heap cannot shrink by itself.
+    pieces = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]
+    full = resident()
+    del pieces[::2], pieces[1::2]
+    give_back_freed_memory()
+    assert resident() < full - (50 << 20)
+    assert len(pieces) == 500
