@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import environment  # noqa: F401  # first, as others read what it sets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -33,14 +34,6 @@ from transformers import (
 from quark_fast.model.copies import whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.model.policy import Policy
-
-# One core each for the processes that run the tests, and for those that they start.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not outlive a fork, either
-
-# Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = 60  # w0 ... w59, then the special tokens
 

@@ -1,0 +1,13 @@
+"""What the environment of the tests says, before any module is imported that reads it as it is loaded."""
+
+import os
+
+import torch
+
+# One core each for the processes that run the tests, and for those that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not outlive a fork, either
+
+# Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
