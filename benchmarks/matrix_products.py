@@ -91,7 +91,7 @@ class RunWork:
         self.learned = [round(row["tokens_per_s"] * row["seconds"]) for row in self.steps]
         mean = self._context(self.prompts, True) / len(self.prompts)
         mean += sum(self.learned) / len(self.learned) / config.batch_size
-        self.step_rows = round(self.streams * (config.micro_batch or 8) * mean)
+        self.step_rows = round(self.streams * config.samples_a_pass(on_cpu=True) * mean)
 
     def by_stage(self) -> dict[str, Work]:
         """By the names that the run itself has for its stages."""

@@ -202,6 +202,10 @@ class Config(
         values = numbers("eval_guidance", text)
         return [] if self.eval_rows == "best" else values
 
+    def samples_a_pass(self, on_cpu: bool) -> int:
+        """``micro_batch``, or the usual one: a laptop's memory is short, a GPU wants many rows at a time."""
+        return self.micro_batch or (8 if on_cpu else 16)
+
     def temperature_of(self, round: int) -> float:
         """Sampling temperature in a round (from 0)."""
         value: float = getattr(self, self._exploring_by if round else "temperature")

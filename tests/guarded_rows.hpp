@@ -29,6 +29,19 @@ inline void require(bool holds, const char* what) {
   std::abort();
 }
 
+// Puts a number that does not fit in place of a size, a stride or an index.
+inline void change(int64_t& number) {
+  const int64_t wild[] = {0,
+                          -1,
+                          number - 1,
+                          number + 1,
+                          static_cast<int64_t>(2 * static_cast<uint64_t>(number)),
+                          INT64_MAX,
+                          INT64_MIN,
+                          int64_t{1} << below(63)};
+  number = wild[below(8)];
+}
+
 // Memory between two pages that may not be touched, up against the one or the other.
 class Guarded {
  public:

@@ -156,17 +156,6 @@ void one_problem(bool hostile) {
   // overwritten.
   const int threads = 1 + static_cast<int>(below(3));
   if (hostile) {
-    const auto change = [&](int64_t& number) {
-      const int64_t wild[] = {0,
-                              -1,
-                              number - 1,
-                              number + 1,
-                              static_cast<int64_t>(2 * static_cast<uint64_t>(number)),
-                              INT64_MAX,
-                              INT64_MIN,
-                              int64_t{1} << below(63)};
-      number = wild[below(8)];
-    };
     // The memory's true size stays: whoever lies about that cannot be helped.
     int64_t* const numbers[] = {&p.logits.inner,
                                 &p.logits.outer_stride,

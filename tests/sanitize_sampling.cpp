@@ -133,17 +133,6 @@ void one_problem(bool hostile) {
     // The memory's true size stays, and so does that of the arrays, for which the caller vouches.
     int64_t* const numbers[] = {&from.logits.inner, &from.logits.outer_stride,
                                 &from.logits.inner_stride, &from.rows, &from.vocab};
-    const auto change = [&](int64_t& number) {
-      const int64_t wild[] = {0,
-                              -1,
-                              number - 1,
-                              number + 1,
-                              static_cast<int64_t>(2 * static_cast<uint64_t>(number)),
-                              INT64_MAX,
-                              INT64_MIN,
-                              int64_t{1} << below(63)};
-      number = wild[below(8)];
-    };
     const float wild_floats[] = {NAN, INFINITY, -INFINITY, -1, 1, 2};
     switch (below(6)) {
       case 0:

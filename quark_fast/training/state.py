@@ -46,12 +46,10 @@ class State:
     @classmethod
     def new(cls, config: Config, processes: int, device: torch.device) -> State:
         """Of a run that begins."""
-        # On a laptop the memory is short; a GPU wants many rows at a time.
-        usual = 8 if device.type == "cpu" else 16
         return cls(
             pool=RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed),
             kl=KLController(config.kl_coef, config.kl_target, config.kl_horizon),
-            micro_batch=min(config.micro_batch or usual, config.batch_size // processes),
+            micro_batch=min(config.samples_a_pass(device.type == "cpu"), config.batch_size // processes),
         )
 
     def first_step(self, config: Config) -> int:

@@ -7,9 +7,6 @@ float32 sums in another order.
 """
 
 import math
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, in_a_new_process, run_again_at
 from torch import Tensor
 
 from quark_fast import _C
@@ -888,30 +886,14 @@ def test_float64_is_computed_in_float64() -> None:
 # --- Instruction-set levels --------------------------------------------------------------------
 
 
-def _in_a_new_process(level: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "QUARK_FAST_ISA": level}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_machine(level: str) -> None:
     """The accuracy and the pitfalls again, with the kernels of one level."""
-    known = _in_a_new_process(level, "-c", "from quark_fast import _C; print(_C.isa())")
-    if known.returncode != 0:
-        assert "lacks that level" in known.stderr or "not a level of this build" in known.stderr
-        pytest.skip(known.stderr.strip().splitlines()[-1])
-    assert known.stdout.strip() == level
-    if os.environ.get("QUARK_FAST_ISA") == level or _C.isa() == level:
-        return  # this process runs all of its tests at that level
-    again = "(more_than_eager and (1003 or 2049) and fresh) or infinity or huge or growing or half"
-    alone = ["-m", "pytest", "-q", "-x", "-n", "0", "--noconftest", "-p", "no:cacheprovider"]
-    tests = _in_a_new_process(level, *alone, "-k", again, __file__)
-    assert tests.returncode == 0, tests.stdout
+    chosen = "(more_than_eager and (1003 or 2049) and fresh) or infinity or huge or growing or half"
+    run_again_at(level, __file__, chosen, "--noconftest")
 
 
 def test_unknown_level_is_refused() -> None:
-    result = _in_a_new_process("avx9", "-c", "from quark_fast import _C; print(_C.isa())")
+    result = in_a_new_process("avx9", "-c", "from quark_fast import _C; print(_C.isa())")
     assert result.returncode != 0
     assert "QUARK_FAST_ISA=avx9 is not a level of this build" in result.stderr

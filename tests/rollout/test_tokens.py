@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_drawn_from
+from levels import LEVELS, run_again_at
 from torch import Tensor
 
-from quark_fast import _C
 from quark_fast.ops import cpp
 from quark_fast.ops.rows import KERNEL_DTYPES
 from quark_fast.rollout.tokens import NextToken, NotFinite, draw_by_equation, draw_tokens, sample_tokens
@@ -322,25 +319,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
             cpp.sample_tokens(**fits | change)
 
 
-@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_machine(level: str) -> None:
     """The comparisons again, with the kernels of one level."""
-    environment = {**os.environ, "QUARK_FAST_ISA": level}
-
-    def in_a_new_process(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-        )
-
-    known = in_a_new_process("-c", "from quark_fast import _C; print(_C.isa())")
-    if known.returncode != 0:
-        assert "lacks that level" in known.stderr or "not a level of this build" in known.stderr
-        pytest.skip(known.stderr.strip().splitlines()[-1])
-    assert known.stdout.strip() == level
-    if os.environ.get("QUARK_FAST_ISA") == level or _C.isa() == level:
-        return  # this process runs all of its tests at that level
-    again = "uniform_number or same_generator or no_number or equals or suppressed"
-    tests = in_a_new_process(
-        "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", again, __file__
-    )
-    assert tests.returncode == 0, tests.stdout
+    run_again_at(level, __file__, "uniform_number or same_generator or no_number or equals or suppressed")
