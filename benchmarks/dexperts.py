@@ -70,7 +70,7 @@ def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: i
     source = config.model or assets.default_model()
     model, _ = load_pretrained(source, torch.float32)
     model.to(run.device).eval()  # no dropout, as in the run
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.step_size, weight_decay=0.0)
     prompts = [policy.encode(row["prompt"], config.max_prompt_tokens) for row in rows]
     completions = [policy.encode(row["completion"], config.max_new_tokens) for row in rows]
     rng = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: i
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         # As many steps as the run took, so its schedule is theirs.
-        optimizer.param_groups[0]["lr"] = config.learning_rate * config.decay(step)
+        optimizer.param_groups[0]["lr"] = config.step_size * config.decay(step)
         optimizer.step()
         optimizer.zero_grad()
     converted = conversion(run.reference.dtype, stored_dtype(source))

@@ -138,12 +138,12 @@ def table(folder: Path, spent: dict[str, Spent]) -> dict[str, Any]:
     dtype = sampling_dtype(run.config.precision, torch.device("cpu"))
     weights = [weight.to(dtype) for weight in run.weights]
     work = run.by_stage()
-    kinds = sorted({(one.rows, one.learns) for stage in work.values() for one in stage.products})
+    kinds = sorted({(one.rows, one.passes) for stage in work.values() for one in stage.products})
     speeds = {kind: speed(weights, *kind) for kind in kinds}
     rows = []
     for stage in [*spent, *(name for name in work if name not in spent)]:
         took, done = spent.get(stage), work.get(stage, Work(0, 0))
-        floor = math.fsum(one.flops / speeds[one.rows, one.learns] for one in done.products)
+        floor = math.fsum(one.flops / speeds[one.rows, one.passes] for one in done.products)
         rows.append(
             {
                 "stage": stage,
@@ -160,8 +160,8 @@ def table(folder: Path, spent: dict[str, Spent]) -> dict[str, Any]:
     return versions(torch.device("cpu")) | {
         "run": {name: record.get(name) for name in ("command", "machine", "time", "minutes")},
         "products": [
-            {"rows": n, "backward": learns, "dtype": str(dtype), "gflop_per_s": round(found / 1e9, 1)}
-            for (n, learns), found in speeds.items()
+            {"rows": n, "passes": passes, "dtype": str(dtype), "gflop_per_s": round(found / 1e9, 1)}
+            for (n, passes), found in speeds.items()
         ],
         "stages": rows,
     }

@@ -2,8 +2,9 @@
 
 Counted is what no way of doing it can spare: 2 x inputs x outputs of a linear layer for each token that a
 model has to read, the head at tokens that are sampled or scored, and each prompt once for all samples that
-are drawn of it. A step's backward pass is twice its forward pass. Not counted: attention's own products (1%
-at 30 tokens), padding, the scorer, and the check at the start.
+are drawn of it. A step's backward pass is twice its forward pass, and as long with LoRA, whose frozen weights
+need no gradient. Not counted: attention's own products (1% at 30 tokens), the adapters', padding, the scorer,
+and the check at the start.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFol
 
 @dataclass(frozen=True)
 class Products:
-    """Matrix products with so many rows at a time; ``learns``: those of the backward pass, too."""
+    """Matrix products with so many rows at a time; ``passes``: 1 forward, 2 with the gradient of a layer's
+    inputs, 3 with that of its weights, too."""
 
     rows: int
     flops: float
-    learns: bool = False
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,25 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
     return [module.weight.detach() for module in model.modules() if type(module) is nn.Linear]
 
 
-def multiply(weights: Sequence[Tensor], rows: int, learns: bool = False) -> float:
+def multiply(weights: Sequence[Tensor], rows: int, passes: int = 1) -> float:
     """Seconds of a pass of random rows through all layers and nothing else, with the gradients of each."""
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1]).to(w.dtype) for w in weights}
-    gradients = {w.shape[0]: torch.randn(rows, w.shape[0]).to(w.dtype) for w in weights if learns}
+    gradients = {w.shape[0]: torch.randn(rows, w.shape[0]).to(w.dtype) for w in weights if passes > 1}
     begun = time.perf_counter()
     for w in weights:
         nn.functional.linear(inputs[w.shape[1]], w)
-        if learns:
+        if passes > 1:
             gradients[w.shape[0]] @ w
+        if passes > 2:
             gradients[w.shape[0]].t() @ inputs[w.shape[1]]
     return time.perf_counter() - begun
 
 
 @torch.inference_mode()
-def speed(weights: Sequence[Tensor], rows: int, learns: bool) -> float:
-    """FLOPs a second of the best of three passes."""
-    flops = (6 if learns else 2) * rows * sum(map(Tensor.numel, weights))
-    return flops / min(multiply(weights, rows, learns) for _ in range(3))
+def speed(weights: Sequence[Tensor], rows: int, passes: int) -> float:
+    """FLOPs a second of the best of three times."""
+    flops = 2 * passes * rows * sum(map(Tensor.numel, weights))
+    return flops / min(multiply(weights, rows, passes) for _ in range(3))
 
 
 class RunWork:
@@ -152,7 +155,8 @@ class RunWork:
         mean = self._context(self.prompts, True) / len(self.prompts)
         context = round(samples * mean)
         flops = self.streams * self._flops(context + tokens - samples, tokens)
-        products = [Products(self.step_rows, 3 * flops, learns=True)]
+        passes = 2 if self.config.lora_rank else 3
+        products = [Products(self.step_rows, passes * flops, passes)]
         if self.config.kl_coef:  # the reference sees no reward token
             products.append(Products(self.step_rows, self._flops(context + tokens - 2 * samples, tokens)))
         return Work(context, tokens, products)

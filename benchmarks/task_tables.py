@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from quark_fast.report.results import scorer_line, shown_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-# task: (headline metric, its name, whether it is shown in percent)
+# runs, by the beginning of their files' names: (headline metric, its name, whether it is shown in percent)
 TASKS = {
     "toxicity": ("mean", "mean toxicity", False),
-    "sentiment": ("target", "share of positive completions", True),
+    "toxicity-long": ("mean", "mean toxicity", False),
+    "sentiment-long": ("target", "share of positive completions", True),
 }
 ROWS = ["untouched", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 

@@ -70,7 +70,7 @@ class TaskSettings:
     )
     preset: Literal["default", "long", "paper", "look"] = setting(
         "default",
-        "named defaults over the task's: long (two rounds of 64 steps, every row), paper (the paper's method"
+        "named defaults over the task's: long (all weights, 64 steps a round, every row), paper (its method"
         " and sizes), look (every part, in minutes); --preset NAME --help shows them",
     )
     target: Literal["positive", "negative"] = setting(
@@ -200,11 +200,11 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-    initial_samples: int = setting(12, "completions a training prompt from the base model", at_least=1)
-    explore_samples: int = setting(4, "completions a training prompt in each later round", at_least=1)
+    initial_samples: int = setting(4, "completions a training prompt from the base model", at_least=1)
+    explore_samples: int = setting(2, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
-        1.5,
-        "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1 is the paper",
+        1.0,
+        "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1: the best token alone",
         at_least=-math.inf,
     )
     explore_token: Literal["best", "random"] = setting(
@@ -262,17 +262,19 @@ class SamplingSettings:
 class LearningSettings:
     _argument_group_name = "learning"
     rounds: int = setting(2, "rounds of sampling and learning; the first samples the base model", at_least=1)
-    steps: int = setting(64, "optimizer steps a round", at_least=1)
+    steps: int = setting(24, "optimizer steps a round", at_least=1)
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
         0,
         "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8",
         free="grid",
     )
-    learning_rate: float = setting(2e-4, "AdamW step size for the model")
+    learning_rate: float | None = setting(
+        None, "AdamW step size for the model; default: 1e-3 for adapters, 2e-4 for all weights", at_least=0.0
+    )
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
     lora_rank: int = setting(
-        0, "train LoRA adapters of this rank beside the frozen weights (needs peft); 0: train all weights"
+        16, "rank of the LoRA adapters that are trained beside the frozen weights; 0: train all weights"
     )
     lora_alpha: float = setting(
         0.0, "scale of the adapters: their update is times alpha / rank; 0: twice the rank"
@@ -314,6 +316,14 @@ class LossSettings:
     contrast_coef: float = setting(
         1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
     )
+    contrast_with: Literal["both", "mirror", "base"] = setting(
+        "both",
+        "what the probability of a completion under a reward token is compared with: that under its mirror"
+        " token (worst for best), and the base model's, which good completions are to exceed",
+    )
+    contrast_margin: float = setting(
+        5.0, "difference of log p that the contrast asks for, nats: more moves the model further", above=0
+    )
     unlikelihood_coef: float = setting(
         0.0, "weight of -log(1 - p) of every token that repeats an n-gram of its completion (Welleck et al.)"
     )
@@ -341,7 +351,7 @@ class EvaluationSettings:
     )
     eval_guidance: str | None = setting(
         None,
-        "values of w to evaluate, comma-separated; w = 1 always is; default: 2, with --eval-rows all 1.5,2",
+        "values of w to evaluate, comma-separated; w = 1 always is; default: 1.5, with --eval-rows all 1.5,2",
         free="resume",
     )
 

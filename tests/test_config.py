@@ -61,7 +61,6 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         "seed": 2**63 - 1,
         "explore_temperature": 0.5,
         "learning_rate": 1e-5,  # YAML reads 1e-05 as a text
-        "guidance": 1.0,  # for vLLM
         "vllm_server": "http://host:8000",
         "vllm_memory": 0.5,
         "max_prompt_tokens": 99,
@@ -79,12 +78,14 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
             other[field.name] = field.default + 1
         else:
             other[field.name] = "some: text # 1"
-    config = Config(**other)
-    assert not any(getattr(config, f.name) == f.default for f in dataclasses.fields(Config))
-    config.check()
-    config.save(tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
-    assert given("--config", str(tmp_path / "config.yaml")) == config
+    assert all(other[f.name] != f.default for f in dataclasses.fields(Config))
+    # vLLM does not guide: one of the two is at its default.
+    for one in ({"guidance": 1.0}, {"rollout": "transformers", "vllm_server": None}):
+        config = Config(**other | one)
+        config.check()
+        config.save(tmp_path / "config.yaml")
+        assert load_config(tmp_path / "config.yaml") == config
+        assert given("--config", str(tmp_path / "config.yaml")) == config
 
 
 def test_defaults_are_possible_settings_and_survive_too(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, -0.1) for name in ("entropy_coef", "unlikelihood_coef", "temperature", "explore_temperature")),
     *((name, -0.1) for name in ("eval_temperature", "reward_timeout", "reward_backoff", "lora_alpha")),
     *((name, -0.1) for name in ("kl_stop", "kl_target")),
-    *((name, 0.0) for name in ("max_grad_norm", "vllm_memory", "top_p", "eval_top_p")),
+    *((name, 0.0) for name in ("max_grad_norm", "vllm_memory", "top_p", "eval_top_p", "contrast_margin")),
     ("vllm_timeout", 0.9),
     # What each kind of bound has to refuse, once: at least, above, a share, any number, a whole one.
     *(("learning_rate", value) for value in (float("nan"), float("inf"))),
@@ -273,10 +274,10 @@ def test_every_number_among_the_settings_has_an_impossible_value_here() -> None:
 def test_greedy_decoding_of_several_completions_a_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match=r"eval_temperature = 0 is greedy: all eval_samples = 5"):
         given("--eval-temperature", "0")
-    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 4"):
+    with pytest.raises(UsageError, match=r"temperature = 0 is greedy: all explore_samples = 2"):
         given("--temperature", "0", "--initial-samples", "1")
     given("--temperature", "0", "--initial-samples", "1", "--explore-samples", "1")
-    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 4"):
+    with pytest.raises(UsageError, match=r"^explore_temperature = 0 is greedy: all explore_samples = 2"):
         given("--explore-temperature", "0")
     given("--temperature", "0", "--initial-samples", "1", "--explore-temperature", "0.5")
 
@@ -416,7 +417,7 @@ def test_weights_are_shares_and_guidances_are_numbers() -> None:
     assert Config(eval_guidance="3, -2").guidances() == [3.0, -2.0]
     assert Config(eval_guidance="").guidances() == []
     default = {rows: Config(eval_rows=rows).guidances() for rows in ("ends", "all", "best")}
-    assert default == {"ends": [2.0], "all": [1.5, 2.0], "best": []}
+    assert default == {"ends": [1.5], "all": [1.5, 2.0], "best": []}
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
@@ -485,6 +486,19 @@ def test_run_of_a_version_without_long_prompts_goes_on_cutting_them(tmp_path: Pa
     assert load_config(tmp_path / "config.yaml").long_prompts == "cut"
     resumed = parse(["--resume", "--output", str(tmp_path)], "train")
     assert resumed.long_prompts == "cut"
+
+
+def test_run_of_a_version_with_one_contrast_goes_on_with_that(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    Config().save(file)
+    record = yaml.safe_load(file.read_text())
+    del record["contrast_with"], record["contrast_margin"]
+    file.write_text(yaml.safe_dump(record))
+    for config in (load_config(file), parse(["--resume", "--output", str(tmp_path)], "train")):
+        assert (config.contrast_with, config.contrast_margin) == ("mirror", 1.0)
+        assert config.guidances() == [2.0], "which was the default"
+    file.write_text("steps: 7\n")  # not a run's own record, but settings of today
+    assert load_config(file).contrast_with == "both"
 
 
 @pytest.mark.parametrize(

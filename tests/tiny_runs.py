@@ -44,6 +44,7 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
         "micro_batch": 32,
         "max_new_tokens": 8,
         "sample_batch": 128,
+        "lora_rank": 0,  # whose adapters of float32 weights would learn too little in such short runs
         "learning_rate": 3e-3,
         "reward_token_lr": 1e-2,
         "eval_samples": 8,

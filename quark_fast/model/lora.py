@@ -43,14 +43,10 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     """Freeze the model and put a float32 adapter beside each target layer, which at first changes nothing.
 
     Raises:
-        UsageError: peft is not installed, or the targets are not layers of the model's body.
+        UsageError: the targets are not layers of the model's body.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UsageError(
-            f"lora_rank = {lora.rank} needs peft, which is not installed: pip install 'peft>=0.20'"
-        ) from error
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import
+
     names = [name.strip() for name in lora.targets.split(",") if name.strip()]
     outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
     where = {name: outer[id(module)] for name, module in model.named_modules() if id(module) in outer}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quark_fast.ops import eager
 from quark_fast.ops import loss as ops
+from quark_fast.ops.contrast import Contrast, ContrastWeights, compare
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import Implementation, QuarkLoss
 
@@ -119,7 +120,8 @@ def linear_quark_loss(
         weights.reshape(rows, 1),
         mask is not None,
         *terms,
-        0.0,
+        None,
+        [],
         chosen,
         *(_product_dtype(t) for t in (hidden, ref_hidden)),
         0 if chunk is None else chunk,
@@ -135,8 +137,9 @@ def linear_contrast_loss(
     ref_weight: Tensor | None,
     labels: Tensor,
     mask: Tensor,
+    better: Tensor | None = None,
     *,
-    contrast_coef: float,
+    weights: ContrastWeights,
     samples: float,
     normalizer: float,
     vocab_size: int,
@@ -147,45 +150,57 @@ def linear_contrast_loss(
     kl: Kl = "policy_ref",
     impl: Implementation = "auto",
     chunk: int | None = None,
-) -> tuple[QuarkLoss, Tensor]:
-    """`linear_quark_loss` of the own rows + contrast_coef times the contrast term, from one pass over both.
+) -> tuple[QuarkLoss, Contrast, Tensor]:
+    """`linear_quark_loss` of the own rows + the contrast, from one pass over both.
 
-    The contrast term (see `quark_fast.ops.contrast`) of a sample needs nothing but the sample's own and
-    mirror rows, so a chunk is some whole samples: each row goes through the head once, as without the term.
+    The contrast (see `quark_fast.ops.contrast`) of a sample needs nothing but the sample's own, mirror and
+    reference rows, so a chunk is some whole samples: each row goes through the head once, as without it. With
+    the comparison with the base model the KL holds the mirror rows, too, with the same weight.
 
     Args:
         hidden: (2, N, T, D), the own rows first, then the same completions under the mirror token.
-        ref_hidden: (N, T, D_ref), or None for no KL.
+        ref_hidden: (N, T, D_ref), or None for neither KL nor comparison with the base model.
         labels, mask: (N, T); the mask is bool.
-        contrast_coef: weight of the sum of -log sigma(delta) / samples, per nat.
+        better: (N,) as for ``compare``; None without the comparison with the base model.
+        weights: of the comparisons, whose sums are divided by ``samples``.
         samples: number of samples in the whole batch, of which N may be a part; or what else to divide by.
         normalizer: number of tokens in the whole batch.
         chunk: rows at a time, of both streams together; a sample is never cut.
     Returns:
-        (the loss, contrast included, with nll, kl, entropy of the own rows; (N,) detached -log sigma(delta)).
+        (the loss, contrast included, with nll, kl, entropy of the own rows; the comparisons, -log sigma(...)
+        of each sample, detached; (N, T) KL of the mirror rows, 0 without the comparison with the base model).
     """
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}; the contrast term counts whole tokens, pass bool")
+        raise ValueError(f"mask is {mask.dtype}; the contrast counts whole tokens, pass bool")
     if hidden.dim() != 4 or len(hidden) != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (2, N, T, D), own and mirror rows")
+    if weights.base and (better is None or ref_hidden is None):
+        raise ValueError(
+            f"base = {weights.base} compares with the base model; pass better, ref_hidden and ref_weight"
+        )
     heads = (hidden[0], weight, bias, ref_hidden, ref_weight, ref_bias)
     options = (vocab_size, kl_coef, entropy_coef, kl)
     problem, chosen = _checked(heads, labels, mask, options, impl, normalizer, chunk)
-    _, _, labels, weights, *terms = problem
-    loss, *values, contrast = _linear_loss(
+    _, _, labels, token_weights, *terms = problem
+    loss, *values, contrast, mirror_kl = _linear_loss(
         hidden,
         *heads[1:],
         labels,
-        weights,
+        token_weights,
         True,
         *terms,
-        contrast_coef / samples,
+        better if weights.base else None,
+        [float(weights.mirror) / samples, float(weights.base) / samples, weights.margin],
         chosen,
         *(_product_dtype(t) for t in (hidden, ref_hidden)),
         0 if chunk is None else chunk,
         *_wanted(hidden, weight, bias),
-    )[:5]
-    return QuarkLoss(loss, *(value.detach() for value in values)), contrast.detach()
+    )[:6]
+    return (
+        QuarkLoss(loss, *(value.detach() for value in values)),
+        Contrast(*contrast.detach()),
+        mirror_kl.detach(),
+    )
 
 
 # --- What can be known before the work ---------------------------------------------------------
@@ -302,7 +317,8 @@ def _linear_loss(
     kl_coef: float,
     entropy_coef: float,
     kl: str,
-    contrast_coef: float,
+    better: Tensor | None,
+    contrast: list[float],
     impl: str,
     dtype: torch.dtype,
     ref_dtype: torch.dtype,
@@ -310,20 +326,22 @@ def _linear_loss(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, KL, H, contrast, and the gradients of loss / unit with their unit.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, the comparisons, the mirror rows' KL; and the gradients of loss / unit, with unit.
 
     Args:
-        hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast term.
+        hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast.
         ref_hidden: (N, T, D_ref). labels, weights: (N, T). masked: whether a weight may be 0.
+        contrast: ``ContrastWeights``, over the number of samples; empty without mirror rows.
     Returns:
-        loss (), nll, KL, H (N, T), contrast (N,) or (0,), unit (), and the gradients of hidden in `dtype`,
-        of weight and bias in float32 (float64 for float64); (0,) for one that is not wanted.
+        loss (), nll, KL, H (N, T), comparisons (2, N), KL of the mirror rows (N, T), or (2, 0) and (0, T),
+        unit (), and the gradients of hidden in `dtype`, of weight and bias in float32 (float64 for float64);
+        (0,) for one that is not wanted.
     """
     streams, samples, length, width = hidden.shape
     exact = weights.dtype
     want_any = want_hidden or want_weight or want_bias
-    unit = _unit(weights, dtype, contrast_coef if streams == 2 else 0)
+    unit = _unit(weights, dtype, max(contrast[:2], default=0))
     options: tuple[Any, ...] = (vocab_size, kl_coef, entropy_coef, kl)
 
     # Autocast would act on the products below, too; their dtype is already decided.
@@ -331,7 +349,8 @@ def _linear_loss(
         head = _Head(weight, bias, dtype)
         ref_head = None if ref_weight is None else _Head(ref_weight, ref_bias, ref_dtype)
         nll, divergence, entropy = (weights.new_zeros(samples * length) for _ in range(3))
-        contrast = weights.new_zeros(samples if streams == 2 else 0)
+        comparisons = weights.new_zeros(2, samples if streams == 2 else 0)
+        mirror_kl = weights.new_zeros(comparisons.shape[1] * length)
         loss = weights.new_zeros(())
         grad_hidden = weights.new_zeros(hidden.shape if want_hidden else 0, dtype=dtype)
         grad_weight = weights.new_empty(weight.shape if want_weight else 0)
@@ -347,10 +366,14 @@ def _linear_loss(
                 r = ref_head.logits(ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows].to(ref_dtype))
             problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit, *options)
             if streams == 2:
-                position = rows - part.start * length
-                shape = (part.stop - part.start, length)
-                share, *terms, contrast[part], grad = _contrast(
-                    problem, impl, position, shape, contrast_coef / unit, want_any
+                share, *terms, mirror_kl[rows], comparisons[:, part], grad = _contrast(
+                    problem,
+                    impl,
+                    rows - part.start * length,
+                    (part.stop - part.start, length),
+                    None if better is None else better[part],
+                    ContrastWeights(contrast[0] / unit, contrast[1] / unit, contrast[2]),
+                    want_any,
                 )
             else:
                 share, *terms, grad = ops.terms_and_gradient(problem, impl, want_grad=want_any)
@@ -367,7 +390,9 @@ def _linear_loss(
         if first:
             grad_weight.zero_()
     nll, divergence, entropy = (term.view(samples, length) for term in (nll, divergence, entropy))
-    return loss * unit, nll, divergence, entropy, contrast, unit, grad_hidden, grad_weight, grad_bias
+    mirror_kl = mirror_kl.view(-1, length)
+    values = (loss * unit, nll, divergence, entropy, comparisons, mirror_kl, unit)
+    return *values, grad_hidden, grad_weight, grad_bias
 
 
 def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
@@ -428,35 +453,68 @@ def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[t
 
 
 def _contrast(
-    problem: ops.Problem, impl: str, position: Tensor, shape: tuple[int, int], coef: Tensor, want_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, KL, H, contrast (samples,) and the gradient of the loss, of some whole samples.
+    problem: ops.Problem,
+    impl: str,
+    position: Tensor,
+    shape: tuple[int, int],
+    better: Tensor | None,
+    contrast: ContrastWeights,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, KL, H, the mirror rows' KL, comparisons (2, samples), gradient, of some whole samples.
 
     Args:
         problem: its logits are (2 n, >= V), the own rows, then the mirror rows; its other tensors (n, ...).
         position: (n,) of each row among the tokens of these samples, which are of `shape` (samples, length).
     """
-    z, _, labels, weights, vocab_size, _, _, kl = problem
+    z, r, labels, weights, vocab_size, kl_coef, _, kl = problem
     count, nll_alone = len(labels), (vocab_size, 0.0, 0.0, kl)
-    own = (z[:count], *problem[1:])
+    held = better is not None and r is not None  # by the KL: the mirror rows
     loss, nll, divergence, entropy, grad_own = ops.terms_and_gradient(
-        own, impl, want_grad=want_grad, inplace=False
+        (z[:count], *problem[1:]), impl, want_grad=want_grad, inplace=False
     )
-    mirrored = (z[count:], None, labels, torch.ones_like(weights), *nll_alone)
-    mirror = ops.terms_and_gradient(mirrored, impl, want_grad=False)[1]
-    difference = weights.new_zeros(shape)
-    difference.view(-1)[position] = mirror - nll
-    delta = difference.sum(-1)
-    contrast = torch.nn.functional.softplus(-delta)
-    loss = loss + coef * contrast.sum()
+    mirrored = (
+        z[count:],
+        r if held else None,
+        labels,
+        weights,
+        vocab_size,
+        kl_coef if held else 0.0,
+        0.0,
+        kl,
+    )
+    _, mirror, mirror_kl, _, grad_mirror = ops.terms_and_gradient(
+        mirrored, impl, want_grad=want_grad and held, inplace=False
+    )
+
+    def of_samples(rows: Tensor) -> Tensor:
+        sums = weights.new_zeros(shape)
+        sums.view(-1)[position] = rows
+        return sums.sum(-1)
+
+    reference = None
+    if r is not None and held:
+        reference = of_samples(
+            ops.terms_and_gradient((r, None, labels, weights, *nll_alone), impl, want_grad=False)[1]
+        )
+        loss = loss + kl_coef * (weights * mirror_kl).sum()
+    values, *on = compare(of_samples(nll), of_samples(mirror), reference, better, contrast)
+    loss = loss + contrast.margin * (
+        contrast.mirror * values.mirror.sum() + contrast.base * values.base.sum()
+    )
+    both_values = torch.stack(values)
     if not want_grad:
-        return loss, nll, divergence, entropy, contrast, grad_own
-    # As in contrast.py: what is not finite shows in the values, and is no faulty mask.
-    weight = coef * torch.sigmoid(-delta).nan_to_num(nan=1.0)[position // shape[1]]
-    both = (z, None, labels.repeat(2), torch.cat([weight, -weight]), *nll_alone)
+        return loss, nll, divergence, entropy, mirror_kl, both_values, grad_own
+    sample = position // shape[1]
+    on_own, on_mirror = (weight[sample] for weight in on)
+    if held:
+        on_mirror = on_mirror - weights  # the NLL came with the KL
+    both = (z, None, labels.repeat(2), torch.cat([on_own, on_mirror]), *nll_alone)
     *_, grad = ops.terms_and_gradient(both, impl, want_grad=True)
     grad[:count] += grad_own
-    return loss, nll, divergence, entropy, contrast, grad
+    if held:
+        grad[count:] += grad_mirror
+    return loss, nll, divergence, entropy, mirror_kl, both_values, grad
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
@@ -484,13 +542,14 @@ def _(
 ) -> tuple[Tensor, ...]:
     dtype, (want_hidden, want_weight, want_bias) = rest[-6], rest[-3:]
     nll, divergence, entropy = (torch.empty_like(weights) for _ in range(3))
-    contrast = weights.new_empty(len(labels) if len(hidden) == 2 else 0)
+    samples = len(labels) if len(hidden) == 2 else 0
     return (
         weights.new_empty(()),
         nll,
         divergence,
         entropy,
-        contrast,
+        weights.new_empty(2, samples),
+        weights.new_empty(samples, labels.shape[1]),
         weights.new_empty(()),
         weights.new_empty(hidden.shape if want_hidden else 0, dtype=dtype),
         weights.new_empty(weight.shape if want_weight else 0),

@@ -57,7 +57,7 @@ class Learner:
             **sums,
             **({"kl_coef": self.objective.kl_coef} if self.config.kl_target else {}),
             "grad_norm": norm,
-            "lr": self.config.learning_rate * decay,
+            "lr": self.config.step_size * decay,
             "tokens_per_s": sum(map(len, batch.completions)) / seconds,
             "seconds": seconds,
         }
@@ -96,7 +96,7 @@ class Learner:
         self, state: State, sums: dict[str, float], decay: float, samples: int
     ) -> tuple[float, str | None]:
         """Clip the gradient and move the weights, unless a term is not finite: (gradient norm, that term)."""
-        rates = (self.config.learning_rate, self.config.reward_token_lr)
+        rates = (self.config.step_size, self.config.reward_token_lr)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         finite = all(map(math.isfinite, sums.values()))

@@ -13,7 +13,7 @@ from quark_fast.config import Config
 from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import linear_head
-from quark_fast.ops.contrast import contrast_loss
+from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
@@ -43,6 +43,11 @@ class Objective:
         self.config, self.policy, self.reference = config, policy, reference
         self.device, self.autocast = device, autocast
         self.kl_coef = config.kl_coef  # a controller may change it from step to step
+        mirror, base = (
+            config.contrast_coef if config.contrast_with in ("both", other) else 0.0
+            for other in ("mirror", "base")
+        )
+        self.contrast = ContrastWeights(mirror, base, config.contrast_margin)
         head, ref_head = linear_head(policy.model), linear_head(reference)
         self.heads = None if head is None or ref_head is None else (head, ref_head)
         self.description = (
@@ -62,8 +67,9 @@ class Objective:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
         The reference sees no reward token. The contrast compares the sample's own token k with its mirror
-        token, K - 1 - k. The unlikelihood lowers tokens that repeat an n-gram, under the better of these two
-        tokens; without the contrast, under the sample's own.
+        token, K - 1 - k, and the better of these two with the base model; with the latter comparison the KL
+        holds both. The unlikelihood lowers tokens that repeat an n-gram, under the better of the two; without
+        any contrast, under the sample's own.
 
         Returns:
             (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
@@ -78,15 +84,21 @@ class Objective:
             [k for stream in streams for k in stream],
             self.device,
         )
-        plain = None
-        if self.kl_coef:
+        plain = better = None
+        if self.contrast.base:
+            own, mirror = (torch.tensor(stream, device=self.device) for stream in streams)
+            better = torch.sign(own - mirror)
+        if self.kl_coef or self.contrast.base:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
         compute = self._from_logits if self.heads is None else self._from_hidden
-        out, contrast, weighted_nll = compute(batch, plain, len(streams), tokens, samples)
+        out, contrast, mirror_kl, weighted_nll = compute(batch, plain, better, len(streams), tokens, samples)
         loss = out.loss
         terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
         if contrast is not None:
-            terms["contrast"] = float(contrast.sum()) / samples
+            terms["contrast"] = float(contrast.mirror.sum()) / samples
+        if contrast is not None and better is not None:
+            terms["base_contrast"] = float(contrast.base.sum()) / samples
+            terms["mirror_kl"] = float(mirror_kl.sum()) / tokens
         if self.config.unlikelihood_coef:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
             value, surrogate = unlikelihood_loss(weighted_nll, repeated)
@@ -107,8 +119,14 @@ class Objective:
         }
 
     def _from_hidden(
-        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
-    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
+        self,
+        batch: Batch,
+        plain: Batch | None,
+        better: Tensor | None,
+        streams: int,
+        tokens: float,
+        samples: float,
+    ) -> tuple[QuarkLoss, Contrast | None, Tensor, WeightedNll]:
         assert self.heads is not None
         head, ref_head = self.heads
         labels, mask = _own(batch, streams)
@@ -137,7 +155,7 @@ class Objective:
             options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": tokens}
             if streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
-                return out, None, weighted_nll
+                return out, None, torch.zeros(0), weighted_nll
             return *linear_contrast_loss(
                 torch.unflatten(hidden, 0, (streams, -1)),
                 head.weight,
@@ -145,14 +163,21 @@ class Objective:
                 ref_weight,
                 labels,
                 mask,
-                contrast_coef=self.config.contrast_coef,
+                better,
+                weights=self.contrast,
                 samples=samples,
                 **options,
             ), weighted_nll
 
     def _from_logits(
-        self, batch: Batch, plain: Batch | None, streams: int, tokens: float, samples: float
-    ) -> tuple[QuarkLoss, Tensor | None, WeightedNll]:
+        self,
+        batch: Batch,
+        plain: Batch | None,
+        better: Tensor | None,
+        streams: int,
+        tokens: float,
+        samples: float,
+    ) -> tuple[QuarkLoss, Contrast | None, Tensor, WeightedNll]:
         labels, mask = _own(batch, streams)
         with self.autocast():
             every = completion_logits(self.policy.model, batch)
@@ -166,29 +191,32 @@ class Objective:
         if plain is not None:
             with torch.no_grad():
                 ref_logits = completion_logits(self.reference, plain)
-        out = quark_loss(
-            logits[0],
+        options = {**self._options(), "normalizer": tokens}
+        # The contrast and the unlikelihood read the logits, too.
+        inplace = streams == 1 and not self.config.unlikelihood_coef
+        out = quark_loss(logits[0], ref_logits, labels, mask, inplace=inplace, **options)
+        if streams == 1:
+            return out, None, torch.zeros(0), weighted_nll
+        contrast, surrogate = contrast_loss(
+            logits,
             ref_logits,
             labels,
             mask,
-            **self._options(),
-            # The contrast and the unlikelihood read the logits, too.
-            inplace=streams == 1 and not self.config.unlikelihood_coef,
-            normalizer=tokens,
-        )
-        if streams == 1:
-            return out, None, weighted_nll
-        value, surrogate = contrast_loss(
-            logits,
-            labels,
-            mask,
+            better,
+            weights=self.contrast,
             vocab_size=self.policy.vocabulary,
             samples=samples,
             impl=self.config.impl,
         )
+        value = self.contrast.mirror * contrast.mirror.sum() + self.contrast.base * contrast.base.sum()
         # The sum has the value of the mean and the gradient of the surrogate.
-        term = surrogate + (value.sum() / samples - surrogate).detach()
-        return out._replace(loss=out.loss + self.config.contrast_coef * term), value, weighted_nll
+        loss = out.loss + surrogate + (self.contrast.margin * value / samples - surrogate).detach()
+        mirror_kl = torch.zeros_like(out.kl)
+        if better is not None:
+            held = quark_loss(logits[1], ref_logits, labels, mask, **{**options, "entropy_coef": 0.0})
+            nll = quark_loss(logits[1], None, labels, mask, **{**options, **NLL_ALONE})
+            loss, mirror_kl = loss + (held.loss - nll.loss), held.kl  # the KL alone
+        return out._replace(loss=loss), contrast, mirror_kl, weighted_nll
 
 
 def _own(batch: Batch, streams: int) -> tuple[Tensor, Tensor]:

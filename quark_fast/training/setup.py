@@ -198,7 +198,7 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     """AdamW, by which the reward tokens' rows learn at a rate of their own."""
     *body, rows = trained_parameters(policy.model)
     groups: list[dict[str, Any]] = [
-        {"params": body, "lr": config.learning_rate},
+        {"params": body, "lr": config.step_size},
         {"params": [rows], "lr": config.reward_token_lr},
     ]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

@@ -23,6 +23,7 @@ GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": P
 
 def base(folder: Path, model: Path, **settings: Any) -> Config:
     few = {"rounds": 2, "steps": 4, "initial_samples": 4, "explore_samples": 2, "eval_samples": 2}
+    few |= {"guidance": 1.5}  # so that the axis tokens has all its points
     return small(folder, model, **(few | {"checkpoint_every": 2, "eval_rows": "best"} | settings))
 
 
@@ -262,7 +263,7 @@ def test_command_runs_a_grid_prints_its_table_and_finds_it_finished(
     given = {
         **{"--model": str(tiny_model()), "--prompts": "prompts.txt", "--reward": "grid_rewards:evens"},
         **{"--quantiles": "3", "--rounds": "2", "--steps": "2", "--batch-size": "8", "--micro-batch": "8"},
-        **{"--initial-samples": "2", "--explore-samples": "1", "--eval-samples": "2"},
+        **{"--initial-samples": "2", "--explore-samples": "1", "--eval-samples": "2", "--guidance": "1.5"},
         **{"--max-new-tokens": "4", "--precision": "fp32", "--threads": "1", "--output": "grid"},
     }
     command = ["--grid", "tokens", *(part for pair in given.items() for part in pair)]

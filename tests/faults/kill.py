@@ -191,6 +191,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         batch_size=8,
         micro_batch=4,
         max_new_tokens=6,
+        lora_rank=0,
         learning_rate=3e-3,
         kl_coef=0.1,
         eval_samples=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,17 +158,11 @@ def test_targets_that_are_no_layers_of_the_body_are_refused(
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_peft_is_one_line_with_what_to_install(
-    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match=r"lora_rank = 2 needs peft, .*: pip install 'peft>=0.20'$"):
-        Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0))
-    assert frozen_copy(Policy.create(tiny_model(), quantiles=3), torch.float32) is not None
-
-
 def test_settings_give_the_adapters() -> None:
-    assert Lora.of(Config()) is None
+    assert Lora.of(Config(lora_rank=0)) is None
+    assert Lora.of(Config()) == Lora(16, 32.0, "all-linear")
+    assert [Config(lora_rank=rank).step_size for rank in (0, 16)] == [2e-4, 1e-3]
+    assert Config(lora_rank=0, learning_rate=0.5).step_size == 0.5
     assert Lora.of(Config(lora_rank=8)) == Lora(8, 16.0, "all-linear")
     assert Lora.of(Config(lora_rank=8, lora_alpha=4.0, lora_targets="q_proj")) == Lora(8, 4.0, "q_proj")
 

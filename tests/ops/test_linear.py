@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quark_fast.ops import linear as module
-from quark_fast.ops.contrast import contrast_loss
+from quark_fast.ops.contrast import ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import quark_loss
 
@@ -507,29 +507,53 @@ def test_compiled_step_has_no_graph_break(impl: str, autocast: bool) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("chunk", [1, 50, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_contrast_is_that_of_whole_logits(dtype: torch.dtype, chunk: int | None, impl: str) -> None:
+@pytest.mark.parametrize(
+    "weights", [ContrastWeights(0.7), ContrastWeights(0.7, 0.4, 3.0)], ids=["mirror", "both"]
+)
+def test_contrast_is_that_of_whole_logits(
+    dtype: torch.dtype, chunk: int | None, impl: str, weights: ContrastWeights
+) -> None:
     """Own rows: quark_loss; own and mirror: the contrast; all against float64 of whole logits."""
     inputs = make((6, 30), dtype)
     mirror = (inputs.hidden + 0.05 * make((6, 30), seed=1).hidden).to(dtype)
     hidden = torch.stack([inputs.hidden, mirror])
     mask = torch.arange(30) < torch.tensor([30, 3, 1, 17, 0, 30]).unsqueeze(1)
-    shares = {"kl_coef": 0.3, "entropy_coef": 0.1, "normalizer": 200.0}
+    better = torch.tensor([1, -1, 0, -1, 1, 1]) if weights.base else None
+    shares = {"kl_coef": 0.3, "normalizer": 200.0}
 
-    def usual(hidden: Tensor, weight: Tensor, bias: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    def usual(hidden: Tensor, weight: Tensor, bias: Tensor, impl: str) -> tuple[Tensor, Any]:
         logits = linear(hidden, weight, bias)
         ref = linear(*(t.to(weight.dtype) for t in (inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias)))
-        out = quark_loss(logits[0], ref, inputs.labels, mask, impl=impl, **shares)
-        value, surrogate = contrast_loss(
-            logits, inputs.labels, mask, vocab_size=VOCABULARY, samples=9, impl=impl
+        out = quark_loss(logits[0], ref, inputs.labels, mask, impl=impl, entropy_coef=0.1, **shares)
+        values, surrogate = contrast_loss(
+            logits,
+            ref,
+            inputs.labels,
+            mask,
+            better,
+            weights=weights,
+            vocab_size=VOCABULARY,
+            samples=9,
+            impl=impl,
         )
-        return out.loss + 0.7 * surrogate, (out.loss + 0.7 * value.sum() / 9, *out[1:], value)
+        sums = weights.mirror * values.mirror.sum() + weights.base * values.base.sum()
+        loss, value = out.loss + surrogate, out.loss + weights.margin * sums / 9
+        mirror_kl = torch.zeros_like(out.kl)
+        if better is not None:
+            held = quark_loss(logits[1], ref, inputs.labels, mask, impl=impl, entropy_coef=0, **shares)
+            alone = {"kl_coef": 0, "entropy_coef": 0, "normalizer": 200.0, "vocab_size": VOCABULARY}
+            nll = quark_loss(logits[1], None, inputs.labels, mask, impl=impl, **alone)
+            kl, mirror_kl = held.loss - nll.loss, held.kl
+            loss, value = loss + kl, value + kl
+        return loss, (value, *out[1:], mirror_kl, *values)
 
     def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Any]:
-        out, value = linear_contrast_loss(
-            hidden, weight, *inputs[2:4], inputs.labels, mask, contrast_coef=0.7, samples=9,
-            vocab_size=VOCABULARY, bias=bias, ref_bias=inputs.ref_bias, chunk=chunk, impl=impl, **shares,
+        out, values, mirror_kl = linear_contrast_loss(
+            hidden, weight, *inputs[2:4], inputs.labels, mask, better, weights=weights, samples=9,
+            vocab_size=VOCABULARY, bias=bias, ref_bias=inputs.ref_bias, chunk=chunk, impl=impl,
+            entropy_coef=0.1, **shares,
         )  # fmt: skip
-        return out.loss, (*out, value)
+        return out.loss, (*out, mirror_kl, *values)
 
     results = []
     for function, kind in (
@@ -542,8 +566,8 @@ def test_contrast_is_that_of_whole_logits(dtype: torch.dtype, chunk: int | None,
         loss.backward()
         results.append([t.detach().double() for t in (*values, *(leaf.grad for leaf in leaves))])
     for n, (exact, eager, mine) in enumerate(zip(*results, strict=True)):
-        allowed = (eager - exact).abs().max() + 2 * SLACK * exact.abs().max() + SLACK * (n < 5)
-        if n >= 5:
+        allowed = (eager - exact).abs().max() + 2 * SLACK * exact.abs().max() + SLACK * (n < 7)
+        if n >= 7:
             allowed += torch.finfo(dtype).eps / 2 * exact.abs().max()
         assert (mine - exact).abs().max() <= allowed, f"number {n}"
 
@@ -554,13 +578,33 @@ def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     parts = list(module._plan(mask.float(), True, 2, 50))
     assert [(p.start, p.stop) for p, _ in parts] == [(0, 1), (1, 5), (5, 6)]
     assert torch.equal(torch.cat([rows for _, rows in parts]), mask.view(-1).nonzero().squeeze(1))
-    options = {"contrast_coef": 1.0, "samples": 6, "vocab_size": VOCABULARY, "normalizer": 81.0}
+    options = {"samples": 6, "vocab_size": VOCABULARY, "normalizer": 81.0}
     hidden = torch.stack([inputs.hidden, inputs.hidden])
     with torch.no_grad():
-        out, value = linear_contrast_loss(hidden, *inputs[1:5], mask, **options)
-    torch.testing.assert_close(value, torch.full((6,), math.log(2)))
+        out, values, mirror_kl = linear_contrast_loss(
+            hidden, *inputs[1:5], mask, weights=ContrastWeights(1.0), **options
+        )
+    torch.testing.assert_close(values.mirror, torch.full((6,), math.log(2)))
+    assert not values.base.any() and not mirror_kl.any()
     plain = linear_quark_loss(*inputs[:5], mask)
     torch.testing.assert_close(out.loss, plain.loss + math.log(2))
+
+
+def test_contrast_with_the_base_model_needs_it() -> None:
+    inputs = make((6, 30))
+    hidden, mask = torch.stack([inputs.hidden] * 2), torch.ones(6, 30, dtype=torch.bool)
+    options = {
+        "weights": ContrastWeights(1.0, 0.5),
+        "samples": 6,
+        "vocab_size": VOCABULARY,
+        "normalizer": 180.0,
+    }
+    better = torch.ones(6)
+    for ref, given in ((inputs[2:4], None), ((None, None), better)):
+        with pytest.raises(ValueError, match=r"base = 0.5 compares with the base model; pass better"):
+            linear_contrast_loss(
+                hidden, inputs.weight, *ref, inputs.labels, mask, given, kl_coef=0, **options
+            )
 
 
 # --- Errors ------------------------------------------------------------------------------------

@@ -593,6 +593,7 @@ def test_run_learns_by_a_server_and_a_round_half_sampled_is_repeated(
                 batch_size=32,
                 micro_batch=32,
                 max_new_tokens=6,
+                lora_rank=0,
                 learning_rate=1e-2,
                 eval_samples=2,
                 precision="fp32",

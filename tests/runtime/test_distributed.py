@@ -76,6 +76,7 @@ def settings(root: Path, name: str, **changed: Any) -> Config:
         "entropy_coef": 0.1,
         "unlikelihood_coef": 0.5,
         "unlikelihood_ngram": 1,
+        "lora_rank": 0,  # FSDP2 and DeepSpeed have none
         "learning_rate": 3e-3,
         "eval_samples": 2,
         "eval_guidance": "1.5",

@@ -47,24 +47,35 @@ def gradients(of: Objective) -> tuple[dict[str, float], dict[str, Tensor]]:
     return terms, {n: p.grad.clone() for n, p in of.policy.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("contrast_coef", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("contrast_coef", "contrast_with"), [(0.0, "both"), (0.7, "mirror"), (0.7, "base"), (0.7, "both")]
+)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.5])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
 def test_chunks_of_hidden_states_give_what_whole_logits_give(
-    tiny_model: Callable[..., Path], architecture: str, kl_coef: float, contrast_coef: float
+    tiny_model: Callable[..., Path],
+    architecture: str,
+    kl_coef: float,
+    contrast_coef: float,
+    contrast_with: str,
 ) -> None:
     """Own head, tied head, tied head with a padded table."""
     source = tiny_model(architecture, padded_vocabulary=7)
-    of = objective(source, kl_coef=kl_coef, contrast_coef=contrast_coef)
+    contrast = {"contrast_coef": contrast_coef, "contrast_with": contrast_with, "contrast_margin": 2.0}
+    of = objective(source, kl_coef=kl_coef, **contrast)
     assert of.heads is not None
     ours, ours_grads = gradients(of)
     of.heads = None
     whole, whole_grads = gradients(of)
     assert ours == pytest.approx(whole, rel=1e-5, abs=1e-6)
-    assert (ours["kl"] > 0.01) == (kl_coef > 0)
-    assert ours.keys() == {"nll", "kl", "entropy", "loss"} | ({"contrast"} if contrast_coef else set())
-    weighted = ours["nll"] + kl_coef * ours["kl"] - 0.1 * ours["entropy"]
-    assert ours["loss"] == pytest.approx(weighted + contrast_coef * ours.get("contrast", 0), rel=1e-5)
+    base = bool(contrast_coef) and contrast_with != "mirror"
+    assert (ours["kl"] > 0.01) == (kl_coef > 0 or base)
+    assert ours.keys() == {"nll", "kl", "entropy", "loss"} | (
+        ({"contrast"} if contrast_coef else set()) | ({"base_contrast", "mirror_kl"} if base else set())
+    )
+    weighted = ours["nll"] + kl_coef * (ours["kl"] + ours.get("mirror_kl", 0)) - 0.1 * ours["entropy"]
+    compared = (contrast_with != "base") * ours.get("contrast", 0) + ours.get("base_contrast", 0)
+    assert ours["loss"] == pytest.approx(weighted + 2 * contrast_coef * compared, rel=1e-5)
     assert ours_grads.keys() == whole_grads.keys()
     for name, grad in whole_grads.items():
         scale = grad.abs().max().item()

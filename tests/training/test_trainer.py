@@ -537,6 +537,7 @@ def test_round_without_a_second_reward_is_left_out_and_the_next_learns(
 ) -> None:
     model = tiny_model()
     settings = {"rounds": 3, "steps": 4, "initial_samples": 1, "explore_samples": 1, "checkpoint_every": 2}
+    settings |= {"guidance": 1.5}
     given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
 
     def train(name: str, die_at: str = "", resume: bool = False, **more: Any) -> Trainer:
