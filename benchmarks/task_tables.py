@@ -47,7 +47,7 @@ def summary_table() -> str:
     for name, words in (
         ("untouched", "base model"),
         ("best token", "unlearned: the best token in front"),
-        ("guided w=2", "unlearned, guided with w = 2"),
+        ("guided w=1.5", "unlearned, guided with w = 1.5"),
     ):
         toxicity, perplexity = (
             [run[name]["metrics"][metric]["value"] for run in runs] for metric in ("mean", "perplexity")
@@ -77,18 +77,21 @@ def plot(path: Path) -> None:
         "guided w=1.5": ("w = 1.5", "#41b6c4"),
         "guided w=2": ("w = 2", "#1d9a6c"),
     }
-    for number, run in enumerate(evaluations("toxicity")):
-        points = {
-            name: [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")]
-            for name in shown
-            if name in run  # a run may have sampled in fewer ways
-        }
-        axes.plot(*zip(*points.values(), strict=True), color="#8a8d94", lw=1, zorder=1)
-        for name, (x, y) in points.items():
-            words, colour = shown[name]
-            axes.plot(x, y, "o", color=colour, ms=7)
-            if number == 0:
-                axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points")
+    for runs, marker in (("toxicity-long", "s"), ("toxicity", "o")):
+        fade = 0.35 if runs == "toxicity-long" else 1.0
+        for number, run in enumerate(evaluations(runs)):
+            points = {
+                name: [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")]
+                for name in shown
+                if name in run  # a run may have sampled in fewer ways
+            }
+            axes.plot(*zip(*points.values(), strict=True), color="#8a8d94", lw=1, zorder=1, alpha=fade)
+            for name, (x, y) in points.items():
+                words, colour = shown[name]
+                axes.plot(x, y, marker, color=colour, ms=7, alpha=fade)
+                if number == 0 and (fade == 1 or name == "guided w=2"):
+                    words += " (--preset long)" if fade < 1 else ""
+                    axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points", alpha=fade)
     axes.set_xlabel("perplexity of the text under the base model")
     axes.set_ylabel("mean toxicity")
     axes.margins(x=0.15, y=0.15)

@@ -111,6 +111,17 @@ def _selection(base: Config) -> Values:
         yield weights + suffix, {**plain, "quantile_weights": weights}
 
 
+def _contrast(base: Config) -> Values:
+    """What the contrast compares a completion with, or with nothing; and other margins."""
+    if not base.contrast_coef:
+        raise UsageError("the axis contrast takes a base that has it, but contrast_coef = 0; give one")
+    for other in ("both", "mirror", "base"):
+        yield other, {"contrast_with": other}
+    yield "none", {"contrast_coef": 0.0}
+    for margin in sorted({1.0, 2 * base.contrast_margin} - {base.contrast_margin}):
+        yield f"margin {margin:g}", {"contrast_margin": margin}
+
+
 def _unlikelihood(base: Config) -> Values:
     """Quark with the unlikelihood of repeated n-grams, and each of the two alone.
 
@@ -132,13 +143,15 @@ AXES: dict[str, Callable[[Config], Values]] = {
     "exploration": _exploration,
     "tokens": _tokens,
     "selection": _selection,
+    "contrast": _contrast,
     "unlikelihood": _unlikelihood,
 }
 
 
 def usual_axes(base: Config) -> list[str]:
-    """All axes; that of the unlikelihood only for a base that has it."""
-    return [name for name in AXES if name != "unlikelihood" or base.unlikelihood_coef]
+    """All axes; those of the contrast and the unlikelihood only for a base that has it."""
+    absent = {"contrast": not base.contrast_coef, "unlikelihood": not base.unlikelihood_coef}
+    return [name for name in AXES if not absent.get(name)]
 
 
 def points_of(base: Config, axes: Sequence[str]) -> list[Point]:

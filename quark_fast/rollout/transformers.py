@@ -32,8 +32,8 @@ def sample(
     """Sample the completions of a request, a batch of prompts at a time.
 
     Each batch has a generator of its own, derived from the seed and the batch's number, so that it comes out
-    the same whatever was sampled before it. Where the memory does not suffice for a batch, half of it is
-    sampled at a time, and a warning says so.
+    the same whatever was sampled before it. Guided completions, of two streams each, are sampled half a batch
+    at a time. Where the memory does not suffice for so many, half of them are, and a warning says so.
 
     Args:
         model: ``frozen_copy(policy, ...)``, or the reference.
@@ -44,6 +44,7 @@ def sample(
         OutOfMemory: the memory does not suffice for one completion.
     """
     at_once = request.sampling.at_once or max(request.sampling.rows, request.samples)
+    at_once = max(1, at_once // len(request.conditioning.streams()))  # each has a cache of its own
     for number, indices in request.batches(done):
         prompts, seed = [request.prompts[i] for i in indices], seed_for(request.seed, "batch", number)
         batch = dataclasses.replace(request, prompts=prompts, seed=seed)

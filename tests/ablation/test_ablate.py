@@ -46,10 +46,10 @@ def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None
         if point.axis == "exploration":
             settings = {"rounds": config.rounds, "steps": config.steps, **point.settings}
             assert settings["rounds"] * settings["steps"] == config.rounds * config.steps
-    assert [p.settings for p in found].count({}) == 5, "the base stands on each axis"
+    assert [p.settings for p in found].count({}) == 6, "the base stands on each axis"
     unique = axes.distinct_settings(found)
     assert unique[0] == {} and unique.count({}) == 1
-    assert len(unique) == len(found) - 4
+    assert len(unique) == len(found) - 5
 
 
 def test_selection_is_compared_within_the_papers_loss() -> None:
@@ -58,6 +58,18 @@ def test_selection_is_compared_within_the_papers_loss() -> None:
     assert best.against == found["equal, no contrast"].settings
     assert Config(**best.settings).quantile_shares() == [0, 0, 0, 0, 1]
     assert found["equal"].against == {}, "the base's own loss: against the base"
+
+
+def test_contrast_is_compared_with_its_parts_and_with_none() -> None:
+    found = {p.value: p.settings for p in axes.points_of(Config(), ["contrast"])}
+    assert found.pop("both") == {} and found.pop("none") == {"contrast_coef": 0.0}
+    assert found == {
+        "mirror": {"contrast_with": "mirror"},
+        "base": {"contrast_with": "base"},
+        "margin 1": {"contrast_margin": 1.0},
+        "margin 10": {"contrast_margin": 10.0},
+    }
+    assert "contrast" not in axes.usual_axes(Config(contrast_coef=0.0))
 
 
 def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
@@ -77,6 +89,7 @@ def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
         ({}, "k", "grid = 'k'"),
         ({}, "", "grid = ''"),
         ({"kl_coef": 0.0}, "kl", "kl_coef"),
+        ({"contrast_coef": 0.0}, "contrast", "contrast_coef = 0"),
         ({"rounds": 3, "steps": 5}, "exploration", "15 steps into 2"),
         ({"rounds": 1}, "tokens", "rounds = 1"),
         ({"quantile_weights": "1,0,0,0,1"}, "quantiles", "point K 2: quantile_weights"),

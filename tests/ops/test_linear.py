@@ -474,8 +474,9 @@ def test_opcheck(dtype: torch.dtype, streams: int) -> None:
     inputs = make((3, 4), dtype=dtype)
     hidden = torch.stack([inputs.hidden] * streams).requires_grad_()
     policy, ref = (hidden, inputs.weight.requires_grad_(), None), (*inputs[2:4], inputs.ref_bias)
-    weighted = (inputs.labels, inputs.mask / 5, True, VOCABULARY, 0.05, 0.06, "policy_ref", 0.1)
-    how = ("cpp", dtype, dtype, 5, True, True, False)
+    weighted = (inputs.labels, inputs.mask / 5, True, VOCABULARY, 0.05, 0.06, "policy_ref")
+    contrast = (torch.tensor([1, -1, 0]), [0.1, 0.2, 3.0]) if streams == 2 else (None, [])
+    how = (*contrast, "cpp", dtype, dtype, 5, True, True, False)
     torch.library.opcheck(module._linear_loss, (*policy, *ref, *weighted, *how))
 
 
