@@ -157,7 +157,8 @@ class RunWork:
         flops = self.streams * self._flops(context + tokens - samples, tokens)
         passes = 2 if self.config.lora_rank else 3
         products = [Products(self.step_rows, passes * flops, passes)]
-        if self.config.kl_coef:  # the reference sees no reward token
+        with_base = self.config.contrast_coef and self.config.contrast_with != "mirror"
+        if self.config.kl_coef or with_base:  # the reference sees no reward token
             products.append(Products(self.step_rows, self._flops(context + tokens - 2 * samples, tokens)))
         return Work(context, tokens, products)
 

@@ -169,7 +169,7 @@ def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
         settings.setdefault("eval_rows", "best" if modes == "best" else quantiles)
         if "contrast_with" not in settings:
             settings |= {"contrast_with": "mirror", "contrast_margin": 1.0}
-            if settings["eval_guidance"] is None and settings["eval_rows"] == "ends":
+            if settings.get("eval_guidance") is None and settings["eval_rows"] == "ends":
                 settings["eval_guidance"] = "2"
     return settings
 

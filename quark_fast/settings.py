@@ -231,8 +231,8 @@ class SamplingSettings:
     )
     sample_batch: int = setting(
         256,
-        "completions sampled side by side; halved where the memory does not suffice; a resumed run may have"
-        " fewer, which changes what is drawn from there on",
+        "completions sampled side by side, guided half as many; halved where the memory does not suffice; a"
+        " resumed run may have fewer, which changes what is drawn from there on",
         at_least=1,
         free="resume",
     )

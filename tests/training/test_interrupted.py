@@ -392,6 +392,28 @@ def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("guidance", "most"), [(1.0, 12), (1.5, 6)])
+def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_side_by_side(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, guidance: float, most: int
+) -> None:
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(tiny_model(), quantiles=2)
+    together: list[int] = []
+    own = rollout._sample_batch
+
+    def seen(policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator) -> Any:
+        together.append(len(request.prompts) * request.samples)
+        return own(policy, model, request, generator)
+
+    monkeypatch.setattr(rollout, "_sample_batch", seen)
+    how = Conditioning(1, 0, guidance)
+    request = SampleRequest([[i] for i in range(1, 7)], how, Sampling(3, 0, rows=12), 3, 0)
+    drawn = list(sample(policy, frozen_copy(policy, torch.float32), request))
+    assert [len(group) for _, groups in drawn for group in groups] == [3] * 6
+    assert max(together) == most and sum(together) == 18
+
+
 def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable[..., Path]) -> None:
     from quark_fast.model.policy import Policy
 
