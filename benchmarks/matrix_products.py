@@ -157,8 +157,7 @@ class RunWork:
         flops = self.streams * self._flops(context + tokens - samples, tokens)
         passes = 2 if self.config.lora_rank else 3
         products = [Products(self.step_rows, passes * flops, passes)]
-        with_base = self.config.contrast_coef and self.config.contrast_with != "mirror"
-        if self.config.kl_coef or with_base:  # the reference sees no reward token
+        if self.config.kl_coef or self.config.contrast_coefs[1]:  # the reference sees no reward token
             products.append(Products(self.step_rows, self._flops(context + tokens - 2 * samples, tokens)))
         return Work(context, tokens, products)
 

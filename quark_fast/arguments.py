@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from quark_fast.config import Config, defaults_of
+from quark_fast.config import ONE_CONTRAST, Config, defaults_of
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
 
@@ -168,7 +168,7 @@ def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
         modes, quantiles = settings.pop("eval_modes", "all"), settings.pop("eval_quantiles", "all")
         settings.setdefault("eval_rows", "best" if modes == "best" else quantiles)
         if "contrast_with" not in settings:
-            settings |= {"contrast_with": "mirror", "contrast_margin": 1.0}
+            settings |= ONE_CONTRAST
             if settings.get("eval_guidance") is None and settings["eval_rows"] == "ends":
                 settings["eval_guidance"] = "2"
     return settings

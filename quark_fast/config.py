@@ -17,6 +17,9 @@ from quark_fast.errors import UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.settings import MOST
 
+# The contrast of the runs until November 2026: with the mirror token alone, as a plain log loss.
+ONE_CONTRAST: dict[str, Any] = {"contrast_with": "mirror", "contrast_margin": 1.0}
+
 # Where a task's defaults differ from the fields' own; a preset's and what the user sets win over both.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {},
@@ -27,8 +30,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "guidance": 1.5,
         "steps": 32,
         "lora_rank": 0,
-        "contrast_with": "mirror",
-        "contrast_margin": 1.0,
+        **ONE_CONTRAST,
     },
     "repetition": {
         "prefix_tokens": 32,
@@ -52,8 +54,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "warmup_steps": 2,
         # The contrast sums over a completion's tokens, and here are six times as many.
         "contrast_coef": 0.03,
-        "contrast_with": "mirror",
-        "contrast_margin": 1.0,
+        **ONE_CONTRAST,
         # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the
         # model sharpen.
         "kl": "ref_policy",
@@ -79,8 +80,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 64,
             "guidance": 1.5,
             "lora_rank": 0,
-            "contrast_with": "mirror",
-            "contrast_margin": 1.0,
+            **ONE_CONTRAST,
             "eval_rows": "all",
         },
         "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},
@@ -228,6 +228,12 @@ class Config(
     def samples_a_pass(self, on_cpu: bool) -> int:
         """``micro_batch``, or the usual one: a laptop's memory is short, a GPU wants many rows at a time."""
         return self.micro_batch or (8 if on_cpu else 16)
+
+    @property
+    def contrast_coefs(self) -> tuple[float, float]:
+        """Weights of the comparison with the mirror token, and with the base model."""
+        mirror, base = (self.contrast_with in ("both", other) for other in ("mirror", "base"))
+        return self.contrast_coef * mirror, self.contrast_coef * base
 
     @property
     def step_size(self) -> float:

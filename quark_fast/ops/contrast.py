@@ -30,6 +30,8 @@ from torch import Tensor
 
 from quark_fast.ops.loss import Implementation, quark_loss
 
+softplus = torch.nn.functional.softplus
+
 
 class ContrastWeights(NamedTuple):
     """Weights of the two comparisons, per nat and sample, and the margin of both, nats."""
@@ -37,6 +39,10 @@ class ContrastWeights(NamedTuple):
     mirror: float | Tensor
     base: float | Tensor = 0.0
     margin: float = 1.0
+
+    def total(self, values: Contrast) -> Tensor:
+        """What the comparisons of these samples add to the loss, before it is divided by their number."""
+        return self.margin * (self.mirror * values.mirror.sum() + self.base * values.base.sum())
 
 
 class Contrast(NamedTuple):
@@ -78,9 +84,6 @@ def compare(
 def _sigmoid(x: Tensor) -> Tensor:
     # Logits that are not finite make the values so, which the trainer sees; a NaN weight would be refused.
     return torch.sigmoid(x).nan_to_num(nan=1.0)
-
-
-softplus = torch.nn.functional.softplus
 
 
 def contrast_loss(

@@ -499,9 +499,7 @@ def _contrast(
         )
         loss = loss + kl_coef * (weights * mirror_kl).sum()
     values, *on = compare(of_samples(nll), of_samples(mirror), reference, better, contrast)
-    loss = loss + contrast.margin * (
-        contrast.mirror * values.mirror.sum() + contrast.base * values.base.sum()
-    )
+    loss = loss + contrast.total(values)
     both_values = torch.stack(values)
     if not want_grad:
         return loss, nll, divergence, entropy, mirror_kl, both_values, grad_own

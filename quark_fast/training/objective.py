@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,32 @@ from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward and backward pass, as the models read them.
+
+    Attributes:
+        batch: every sample under its own token and, in a second stream, under its mirror token.
+        plain: every sample without a token, for the reference; None where nothing asks it.
+        better: which of the two tokens is the better one, as of ``compare``; None: not asked.
+        tokens, samples: of the whole batch.
+    """
+
+    batch: Batch
+    plain: Batch | None
+    better: Tensor | None
+    streams: int
+    tokens: float
+    samples: float
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Labels and mask of one stream; the others have the same."""
+        count = len(self.batch.labels) // self.streams
+        return self.batch.labels[:count], self.batch.mask[:count]
+
 
 # Weights (streams N, T) of the tokens -> their weighted NLL, without KL and entropy, over the batch's tokens.
 WeightedNll = Callable[[Tensor], QuarkLoss]
@@ -43,11 +70,7 @@ class Objective:
         self.config, self.policy, self.reference = config, policy, reference
         self.device, self.autocast = device, autocast
         self.kl_coef = config.kl_coef  # a controller may change it from step to step
-        mirror, base = (
-            config.contrast_coef if config.contrast_with in ("both", other) else 0.0
-            for other in ("mirror", "base")
-        )
-        self.contrast = ContrastWeights(mirror, base, config.contrast_margin)
+        self.contrast = ContrastWeights(*config.contrast_coefs, config.contrast_margin)
         head, ref_head = linear_head(policy.model), linear_head(reference)
         self.heads = None if head is None or ref_head is None else (head, ref_head)
         self.description = (
@@ -91,12 +114,14 @@ class Objective:
         if self.kl_coef or self.contrast.base:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
         compute = self._from_logits if self.heads is None else self._from_hidden
-        out, contrast, mirror_kl, weighted_nll = compute(batch, plain, better, len(streams), tokens, samples)
+        out, contrast, mirror_kl, weighted_nll = compute(
+            MicroBatch(batch, plain, better, len(streams), tokens, samples)
+        )
         loss = out.loss
         terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
         if contrast is not None:
             terms["contrast"] = float(contrast.mirror.sum()) / samples
-        if contrast is not None and better is not None:
+        if contrast is not None and mirror_kl is not None and better is not None:
             terms["base_contrast"] = float(contrast.base.sum()) / samples
             terms["mirror_kl"] = float(mirror_kl.sum()) / tokens
         if self.config.unlikelihood_coef:
@@ -118,22 +143,14 @@ class Objective:
             "vocab_size": self.policy.vocabulary,
         }
 
-    def _from_hidden(
-        self,
-        batch: Batch,
-        plain: Batch | None,
-        better: Tensor | None,
-        streams: int,
-        tokens: float,
-        samples: float,
-    ) -> tuple[QuarkLoss, Contrast | None, Tensor, WeightedNll]:
+    def _from_hidden(self, part: MicroBatch) -> tuple[QuarkLoss, Contrast | None, Tensor | None, WeightedNll]:
         assert self.heads is not None
         head, ref_head = self.heads
-        labels, mask = _own(batch, streams)
+        labels, mask = part.own
         ref_hidden = ref_weight = ref_bias = None
-        if plain is not None:
+        if part.plain is not None:
             with torch.no_grad():
-                ref_hidden = completion_hidden(self.reference, plain)
+                ref_hidden = completion_hidden(self.reference, part.plain)
             ref_weight, ref_bias = ref_head.weight, ref_head.bias
 
         def weighted_nll(weights: Tensor) -> QuarkLoss:
@@ -143,86 +160,72 @@ class Objective:
                     head.weight,
                     None,
                     None,
-                    batch.labels,
+                    part.batch.labels,
                     weights,
                     **{**self._options(), **NLL_ALONE},
                     bias=head.bias,
-                    normalizer=tokens,
+                    normalizer=part.tokens,
                 )
 
         with self.autocast():
-            hidden = completion_hidden(self.policy.model, batch)
-            options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": tokens}
-            if streams == 1:
+            hidden = completion_hidden(self.policy.model, part.batch)
+            options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": part.tokens}
+            if part.streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
-                return out, None, torch.zeros(0), weighted_nll
+                return out, None, None, weighted_nll
             return *linear_contrast_loss(
-                torch.unflatten(hidden, 0, (streams, -1)),
+                torch.unflatten(hidden, 0, (part.streams, -1)),
                 head.weight,
                 ref_hidden,
                 ref_weight,
                 labels,
                 mask,
-                better,
+                part.better,
                 weights=self.contrast,
-                samples=samples,
+                samples=part.samples,
                 **options,
             ), weighted_nll
 
-    def _from_logits(
-        self,
-        batch: Batch,
-        plain: Batch | None,
-        better: Tensor | None,
-        streams: int,
-        tokens: float,
-        samples: float,
-    ) -> tuple[QuarkLoss, Contrast | None, Tensor, WeightedNll]:
-        labels, mask = _own(batch, streams)
+    def _from_logits(self, part: MicroBatch) -> tuple[QuarkLoss, Contrast | None, Tensor | None, WeightedNll]:
+        labels, mask = part.own
         with self.autocast():
-            every = completion_logits(self.policy.model, batch)
-        logits = torch.unflatten(every, 0, (streams, -1))
+            every = completion_logits(self.policy.model, part.batch)
+        logits = torch.unflatten(every, 0, (part.streams, -1))
 
         def weighted_nll(weights: Tensor) -> QuarkLoss:
-            options = {**self._options(), **NLL_ALONE, "normalizer": tokens}
-            return quark_loss(every, None, batch.labels, weights, **options)
+            options = {**self._options(), **NLL_ALONE, "normalizer": part.tokens}
+            return quark_loss(every, None, part.batch.labels, weights, **options)
 
         ref_logits = None
-        if plain is not None:
+        if part.plain is not None:
             with torch.no_grad():
-                ref_logits = completion_logits(self.reference, plain)
-        options = {**self._options(), "normalizer": tokens}
+                ref_logits = completion_logits(self.reference, part.plain)
+        options = {**self._options(), "normalizer": part.tokens}
         # The contrast and the unlikelihood read the logits, too.
-        inplace = streams == 1 and not self.config.unlikelihood_coef
+        inplace = part.streams == 1 and not self.config.unlikelihood_coef
         out = quark_loss(logits[0], ref_logits, labels, mask, inplace=inplace, **options)
-        if streams == 1:
-            return out, None, torch.zeros(0), weighted_nll
+        if part.streams == 1:
+            return out, None, None, weighted_nll
         contrast, surrogate = contrast_loss(
             logits,
             ref_logits,
             labels,
             mask,
-            better,
+            part.better,
             weights=self.contrast,
             vocab_size=self.policy.vocabulary,
-            samples=samples,
+            samples=part.samples,
             impl=self.config.impl,
         )
-        value = self.contrast.mirror * contrast.mirror.sum() + self.contrast.base * contrast.base.sum()
+        value = self.contrast.total(contrast) / part.samples
         # The sum has the value of the mean and the gradient of the surrogate.
-        loss = out.loss + surrogate + (self.contrast.margin * value / samples - surrogate).detach()
-        mirror_kl = torch.zeros_like(out.kl)
-        if better is not None:
+        loss = out.loss + surrogate + (value - surrogate).detach()
+        mirror_kl = None
+        if part.better is not None:
             held = quark_loss(logits[1], ref_logits, labels, mask, **{**options, "entropy_coef": 0.0})
             nll = quark_loss(logits[1], None, labels, mask, **{**options, **NLL_ALONE})
             loss, mirror_kl = loss + (held.loss - nll.loss), held.kl  # the KL alone
         return out._replace(loss=loss), contrast, mirror_kl, weighted_nll
-
-
-def _own(batch: Batch, streams: int) -> tuple[Tensor, Tensor]:
-    """Labels and mask of one stream; the others have the same."""
-    count = len(batch.labels) // streams
-    return batch.labels[:count], batch.mask[:count]
 
 
 def _repeated(
