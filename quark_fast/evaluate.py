@@ -43,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         help="in any form of training; default: the runs' own, or that of --task where it is given",
     )
     add_scorer(made)
+    made.add_argument(
+        "--judge",
+        metavar="SPEC",
+        help="scorers beside the reward, in any of its forms, with commas between; auto: the task's own"
+        " judge; none; default: the first run's own, without a run auto; of tables alone, their samples are"
+        " judged as they are",
+    )
     made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
     own = "default: the first run's own, without a run the task's"
     made.add_argument("--samples", type=int, help=f"completions a prompt and row; {own}")

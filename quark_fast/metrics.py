@@ -86,6 +86,11 @@ class Sample:
     text_tokens: int = 0
 
 
+def judge_measure(name: str) -> str:
+    """What a judge's number is called among a sample's measures."""
+    return f"judge {name}"
+
+
 @dataclass(frozen=True)
 class RankCorrelation:
     """Spearman's rho and the standard error that it has when there is no relation."""

@@ -108,6 +108,11 @@ class PromptSettings:
         " or a tenth of --prompts, 200 at most",
         free="resume",
     )
+    evaluate_on: Literal["test", "development"] = setting(
+        "test",
+        "prompts to evaluate on; test: the held-out ones; development: others, as many but at most a quarter"
+        " of the training prompts, which are then not trained on, to choose settings by",
+    )
     split_seed: int = setting(0, "which prompts are held out: another number, others", at_most=2**63 - 1)
     prefix_tokens: int = setting(
         0,
@@ -128,6 +133,12 @@ class RewardSettings:
         " None], higher is better (this imports and runs its code; async def is awaited); a task's name;"
         " hf:NAME, a sequence-classification model; a sum of these, '0.7*toxicity +"
         " 0.3*package.module:function'; or '1 - NAME', to lower what NAME measures; default: the task's",
+    )
+    judge: str = setting(
+        "auto",
+        "scorers that training never sees and the evaluation shows beside the reward, in any of its forms,"
+        " with commas between; auto: the task's own judge, where the reward is the task's; none",
+        free="resume",
     )
     scorer_label: str | None = setting(
         None,

@@ -11,9 +11,11 @@ from typing import Any
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 
-# What the points of a grid have otherwise than a run of its own: a quarter of the steps, one way of sampling.
+# What the points of a grid have otherwise than a run of its own: a quarter of the steps, one way of sampling;
+# and what is chosen by a grid is chosen on development prompts.
 DEFAULTS: dict[str, Any] = {
     "output": "runs/ablations",
+    "evaluate_on": "development",
     "prompt_limit": 200,
     "initial_samples": 8,
     "explore_samples": 2,

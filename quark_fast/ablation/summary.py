@@ -19,7 +19,7 @@ from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.report.files import read_run
 
 BEFORE, AFTER = "untouched", "best token"  # rows of a run's evaluation
-ABOUT = ("task", "target", "headline", "property", "scorer", "prompts", "samples_per_prompt")
+ABOUT = ("task", "target", "headline", "property", "scorer", "split", "prompts", "samples_per_prompt")
 AVERAGED = ("headline", "perplexity", "dist3", "kl", "rank_correlation", "minutes")
 
 

@@ -1,4 +1,4 @@
-"""Which prompts are trained on, and which are held out."""
+"""Which prompts are trained on, and which are held out: for the test, or for development."""
 
 from __future__ import annotations
 
@@ -69,12 +69,29 @@ def choose_prompts(
         train, test = split(train, count, config.split_seed)
     elif prompts is None:
         train = _not_in(test, train, notes)
+    if config.evaluate_on == "development":
+        train, test = _for_development(train, test, config, notes)
     if not train or not test:
         raise UsageError(
             f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
             " others by --held-out"
         )
     return Chosen(_limited(train, config, notes), test, notes)
+
+
+def _for_development(
+    train: list[Row], test: list[Row], config: Config, notes: list[str]
+) -> tuple[list[Row], list[Row]]:
+    """(the training rows without the development rows, these): neither looks at the test rows."""
+    if len(train) < 2:
+        raise UsageError(
+            f"evaluate_on = development: {len(train)} training prompts are too few to take some for"
+            " development; give more"
+        )
+    count = max(1, min(len(test), len(train) // 4))
+    train, development = split(train, count, config.split_seed)
+    notes.append(f"evaluated on {count:,} development prompts; the {len(test):,} test prompts stay unseen")
+    return train, development
 
 
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:

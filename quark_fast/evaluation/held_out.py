@@ -11,6 +11,7 @@ import numpy as np
 
 from quark_fast.config import Config
 from quark_fast.data.row import Row
+from quark_fast.evaluation.judging import judge_measures
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
@@ -64,6 +65,7 @@ class EvaluationSetup:
 
     Attributes:
         reference: the base model; None where nothing samples it.
+        judges: further scorers, which take no part in training.
         sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
     """
@@ -76,6 +78,7 @@ class EvaluationSetup:
     seed: int
     sampler: Sampler = sample
     shard: tuple[int, int] = (0, 1)
+    judges: Sequence[Reward] = ()
 
     def draw(
         self,
@@ -168,13 +171,14 @@ def evaluate(
             own = [held_out.texts[i] for i in indices]
             fits = dict(zip(indices, text_fit(setup.policy, source, own, row.conditioning), strict=True))
         samples = []
-        for one, (total, tokens) in zip(completions, nll(prompts, ids, texts), strict=True):
+        judged = judge_measures(setup.judges, [held_out.for_reward(i) for i in prompts], texts)
+        for one, (total, tokens), numbers in zip(completions, nll(prompts, ids, texts), judged, strict=True):
             i, completion, text, value = one
             prompt, fit = held_out.rows[i], fits[i]
-            score, numbers = None, {}
+            score = None
             if not np.isnan(value):
                 score = value if setup.reward.property is None else 1.0 - value
-                numbers = measures(prompt, completion, value)
+                numbers = measures(prompt, completion, value) | numbers
             samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit))
         return samples
 

@@ -24,7 +24,7 @@ from quark_fast.rewards.reward import Function, Reward
 from quark_fast.rewards.weighted_sum import cached
 from quark_fast.runtime.machine import sampling_dtype
 from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
-from quark_fast.tasks.by_name import choose_reward, find_task
+from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 
 
@@ -40,6 +40,7 @@ class EvaluationProtocol:
     config: Config
     task: Task
     reward: Reward
+    judges: tuple[Reward, ...]
     device: torch.device
     dtype: torch.dtype
     own_task: bool
@@ -67,6 +68,9 @@ def choose_protocol(
     settings["task"] = settings.get("task") or _common_task(models, runs)
     if reward is None and label is not None:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
+    for run in runs if "judge" not in settings else ():
+        for spec in run.config.judge.split(","):
+            refuse_code_of(run.folder, spec)
     if own_reward:
         _check_rewards_agree(runs)
     else:
@@ -82,6 +86,8 @@ def choose_protocol(
     task = find_task(config.task, config.target)
     dtype = sampling_dtype(config.precision, device)
     scorer = choose_reward(config, task, device, None if isinstance(reward, str) else reward)
+    tasks_own = config.reward in (None, task.name) and (reward is None or isinstance(reward, str))
+    judges = choose_judges(config, task, device, scorer.identity, tasks_own)
     for run in runs if own_reward else ():
         if (trained_by := run.scorer()) != scorer.name:
             raise UsageError(
@@ -90,7 +96,8 @@ def choose_protocol(
             )
     if runs:
         scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
-    return EvaluationProtocol(config, task, scorer, device, dtype, own_task)
+        judges = tuple(cached(judge, config.reward_cache, runs[0].folder / REWARDS) for judge in judges)
+    return EvaluationProtocol(config, task, scorer, judges, device, dtype, own_task)
 
 
 def _common_task(models: Sequence[Model], runs: Sequence[Run]) -> str:
@@ -128,6 +135,7 @@ class PromptSet:
 
     Attributes:
         key: "" or OUT_OF_DOMAIN.
+        split: which of a run's or the task's prompts these are; None: neither.
         classified: as of ``HeldOut``.
         held_out: each model's ids of them, by the model's short name.
     """
@@ -135,6 +143,7 @@ class PromptSet:
     key: str
     source: str
     rows: list[Row]
+    split: str | None = None
     classified: bool = False
     held_out: dict[str, HeldOut] = field(default_factory=dict)
 
@@ -196,8 +205,10 @@ def load_prompt_sets(
         own = load("", source, run.config.prompt_column if run and column is None else column)
     elif run:
         path = str(run.folder / HELD_OUT)
-        own = PromptSet("", path, load_prompts(path).rows, protocol.task.prompt_classes)
+        rows, split = load_prompts(path).rows, run.config.evaluate_on
+        own = PromptSet("", path, rows, split, protocol.task.prompt_classes)
     else:
-        own = PromptSet("", f"the task's own ({protocol.task.name})", protocol.task.prompts()[1])
+        source = f"the task's own ({protocol.task.name})"
+        own = PromptSet("", source, protocol.task.prompts()[1], "test")
     source, column = out_of_domain
     return [own, load(OUT_OF_DOMAIN, source, column)] if source else [own]

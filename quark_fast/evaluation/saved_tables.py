@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.errors import UsageError
+from quark_fast.evaluation.judging import judged
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import Sample
 from quark_fast.report.results import BASE
+from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.by_name import find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
@@ -25,6 +28,14 @@ class SavedTable:
     given: str
     tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
     samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
+
+    def judged(self, judges: Sequence[Reward]) -> SavedTable:
+        """The same with these judges' measures in its samples."""
+        samples = {
+            key: {name: judged(judges, part) for name, part in rows.items()}
+            for key, rows in self.samples.items()
+        }
+        return dataclasses.replace(self, samples=samples)
 
     def rows(self, key: str, front: str, before: Sequence[MeasuredRow]) -> list[MeasuredRow]:
         """The rows of a table, ``front`` before their names, without those whose samples equal a row's of
@@ -166,6 +177,8 @@ def check_comparable(
         classes: compare the prompts' classes, too.
     """
     mine, theirs = _terms(table), _terms(against)
+    for name in (judges := _judges(table)).keys() & (others := _judges(against)).keys():
+        mine[f"judge {name}"], theirs[f"judge {name}"] = judges[name], others[name]
     for what, value in mine.items():
         if theirs[what] != value and (classes or what != "classes of the prompts"):
             raise UsageError(
@@ -193,6 +206,16 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
         "perplexity": "by {} of {} tokens".format(
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
         ),
+    }
+
+
+def _judges(table: Mapping[str, Any]) -> dict[str, str]:
+    """Version and hash of each judge, by name; a table may have others than another, or none."""
+    judges = table.get("judges")
+    return {
+        str(one.get("name")): f"{one.get('version')} (sha256 {one.get('sha256')})"
+        for one in (judges if isinstance(judges, list) else [])
+        if isinstance(one, dict)
     }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EvaluationSetup, evaluate, evaluation_sampling, first_completions
+from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
@@ -25,6 +27,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.tables import markdown_page
 from quark_fast.rewards.reward import Function, Reward
+from quark_fast.tasks.by_name import choose_judges, find_task
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Evaluator:
         out_of_domain: a second one, for a second table.
         out_of_domain_column: where its prompts stand; default: ``prompt_column``.
         reward: in any form of training, or a callable.
+        judge: scorers beside it, as ``judge`` of training; default: the first run's own, or the task's. Of
+            tables alone, their samples are judged as they are.
         scorer_label: label that a classifier of ``reward`` rewards.
         samples, temperature, top_p, max_new_tokens, min_new_tokens: the sampling; default: the first run's
             own, without a run the task's.
@@ -87,6 +92,7 @@ class Evaluator:
         out_of_domain: str | None = None,
         out_of_domain_column: str | None = None,
         reward: str | Function | Reward | None = None,
+        judge: str | None = None,
         scorer_label: str | None = None,
         samples: int | None = None,
         temperature: float | None = None,
@@ -129,9 +135,12 @@ class Evaluator:
                 )
             self.tables = described_tables(self.saved, self.remarks.append)
             check_saved(self.saved[0].given, self.tables, self.saved)
+            if judge is not None:
+                self._judge_saved(judge)
             return
         models = list(self.live.values())
-        asked = {"task": task, "target": target, "scorer_label": scorer_label, **modes, **sampling}
+        asked: dict[str, Any] = {"task": task, "target": target, "scorer_label": scorer_label, "judge": judge}
+        asked |= modes | sampling
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
         own = (prompts, prompt_column)
@@ -145,6 +154,22 @@ class Evaluator:
         self._check_reward()
 
     # ---------------------------------------------------------------- checks
+
+    def _judge_saved(self, judge: str) -> None:
+        """Have the samples of saved tables judged as they are."""
+        about = self.tables[""]
+        config = Config(task=str(about.get("task")), target=about.get("target") or "positive", judge=judge)
+        config.check()
+        task = find_task(config.task, config.target)
+        trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
+        tasks_own = trained_by == task.reward().identity
+        judges = choose_judges(config, task, self.device, trained_by, tasks_own)
+        for table in self.tables.values():
+            table["judges"] = described(judges)
+        self.subjects = {
+            label: one.judged(judges) if isinstance(one, SavedTable) else one
+            for label, one in self.subjects.items()
+        }
 
     def _open_all(self) -> None:
         """Load every model once and let it go again, so that what cannot be loaded shows now.
@@ -216,7 +241,7 @@ class Evaluator:
         runs = {label: model for label, model in self.live.items() if isinstance(model, Run)}
         w = next((self.models.settings_of(run).guidances() for run in runs.values()), [])
         target, task = self.config.target, self.protocol.task
-        about = describe_evaluation(setup, task, target, w, self.perplexity, self.dtypes)
+        about = describe_evaluation(setup, task, target, domain.split, w, self.perplexity, self.dtypes)
         seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}
         trained_on = {label: count for label, count in seen.items() if count}
         return about | {"source": domain.source, "trained_on": trained_on}
@@ -226,7 +251,8 @@ class Evaluator:
         for domain in self.domains:
             held_out, how = domain.held_out[self.lead], evaluation_sampling(self.config)
             policy = self.opened.policy
-            self.reward.check(first_completions(policy, policy.model, held_out, how, self.seed))
+            for scorer in (self.reward, *self.protocol.judges):
+                scorer.check(first_completions(policy, policy.model, held_out, how, self.seed))
 
     # ---------------------------------------------------------------- the work
 
@@ -258,7 +284,15 @@ class Evaluator:
     def _setup(self, label: str, opened: OpenModel, domain: PromptSet) -> EvaluationSetup:
         reference = opened.reference() if opened.samples_base or label == self.lead else None
         held_out, sampling = domain.held_out[label], evaluation_sampling(self.config)
-        return EvaluationSetup(opened.policy, reference, self.reward, held_out, sampling, self.seed)
+        return EvaluationSetup(
+            opened.policy,
+            reference,
+            self.reward,
+            held_out,
+            sampling,
+            self.seed,
+            judges=self.protocol.judges,
+        )
 
     def _classify(self) -> None:
         """Give every prompt the class that the first model's base model puts it in."""

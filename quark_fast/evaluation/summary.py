@@ -12,6 +12,7 @@ import torch
 
 from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import EvaluationSetup
+from quark_fast.evaluation.judging import described
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.tasks.task import Task
 
@@ -29,6 +30,7 @@ def describe_evaluation(
     setup: EvaluationSetup,
     task: Task,
     target: str,
+    split: str | None,
     guidance: Sequence[float],
     perplexity: Mapping[str, str],
     dtypes: Iterable[torch.dtype],
@@ -36,6 +38,7 @@ def describe_evaluation(
     """What makes two tables comparable: task, scorer, prompts, sampling; and which metrics its tables show.
 
     Args:
+        split: which of a run's prompts these are, "test" or "development"; None: neither.
         guidance: values of w for the guided rows; the first is the one that the table is about.
         perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
         dtypes: what the models compute in; shown, not compared.
@@ -47,7 +50,9 @@ def describe_evaluation(
         **shown_metrics(task),
         "property": reward.property or "reward",
         "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
+        "judges": described(setup.judges),
         "perplexity": dict(perplexity),
+        "split": split,
         "prompts": len(held_out.rows),
         "prompts_sha256": _sha256([[row["prompt"] for row in held_out.rows], held_out.texts]),
         "classes_sha256": classes_sha256(task, held_out.rows),

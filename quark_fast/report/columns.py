@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import Change
+from quark_fast.metrics import Change, judge_measure
 from quark_fast.report.records import Record
 
 
@@ -140,7 +140,21 @@ def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     if scores_are_rewards(evaluation):
         keys = [key for key in keys if key not in _OF_A_PROPERTY]
     known = [column for column in COLUMNS if column.key in keys]
-    return sorted(known, key=lambda column: column.key != keys[0])
+    first, *others = sorted(known, key=lambda column: column.key != keys[0])
+    return [first, *judge_columns(evaluation), *others]
+
+
+def judge_columns(evaluation: Record) -> list[Column]:
+    """One for each scorer that took no part in training."""
+    judges = evaluation.get("judges")
+    found = []
+    for judge in judges if isinstance(judges, list) else []:
+        if isinstance(judge, dict) and (name := one_line(clean(str(judge.get("name"))))[:60]):
+            what = one_line(clean(str(judge.get("property") or "score")))[:60]
+            plain = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
+            meaning = f"The mean {plain}, which took no part in training."
+            found.append(Column(judge_measure(str(judge.get("name"))), plain, "judge", "3 digits", meaning))
+    return found
 
 
 def main_columns(evaluation: Record) -> list[Column]:

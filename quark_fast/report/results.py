@@ -15,6 +15,7 @@ from quark_fast.report.columns import (
     format_change,
     format_value,
     headline_column,
+    judge_columns,
     one_line,
 )
 from quark_fast.report.records import Record, number_of
@@ -150,7 +151,21 @@ def _how(row: Record) -> str:
 
 def headline(evaluation: Record) -> str:
     """The result with its interval, and what it takes to have it; empty if there is no result."""
-    return " ".join(part for part in (_result(evaluation), _what_it_takes(evaluation)) if part)
+    parts = (_result(evaluation), _by_judges(evaluation), _what_it_takes(evaluation))
+    return " ".join(part for part in parts if part)
+
+
+def _by_judges(evaluation: Record) -> str:
+    """What scorers find of the same row that took no part in training."""
+    row = main_row(evaluation)
+    found = []
+    for column in judge_columns(evaluation) if row is not None and row.get("change") else ():
+        assert row is not None
+        cell = cell_of(evaluation, row, column)
+        if cell.value != "–":
+            bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
+            found.append(f"{column.title} is at {cell.value} ({cell.change}{bounds})")
+    return f"A judge that took no part in training: {'; '.join(found)}." if found else ""
 
 
 def _what_it_takes(evaluation: Record) -> str:
@@ -193,6 +208,19 @@ def scorer_line(evaluation: Record) -> str:
     sha256 = (evaluation.get("scorer") or {}).get("sha256")
     name = scorer_name(evaluation)
     return f"Scorer: {name}{f', sha256 {sha256}' if sha256 else ''}." if name else ""
+
+
+def judge_lines(evaluation: Record) -> list[str]:
+    """Name, version and hash of each judge."""
+    judges = evaluation.get("judges")
+    found = []
+    for judge in judges if isinstance(judges, list) else []:
+        if isinstance(judge, dict):
+            name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
+            found.append(
+                f"Judge: {name}, sha256 {str(judge.get('sha256'))[:12]}; it took no part in training."
+            )
+    return found
 
 
 def scorer_name(evaluation: Record) -> str | None:

@@ -25,6 +25,7 @@ from quark_fast.report.results import (
     base_name,
     cell_of,
     interval_of,
+    judge_lines,
     label_of,
     name_of,
     rows_of,
@@ -89,7 +90,8 @@ def about(evaluation: Record) -> str:
     if prompts is None or samples is None:
         return what
     source = evaluation.get("source")
-    of = counted(prompts, "prompt" if source else "held-out prompt")
+    split = {"development": "development ", "test": "test "}.get(str(evaluation.get("split")), "")
+    of = counted(prompts, f"{split}prompt" if split or source else "held-out prompt")
     where = f" of {clean(str(source))}" if source else ""
     return f"{what} on {of}{where} × {counted(samples, 'completion')}"
 
@@ -100,6 +102,7 @@ def notes(evaluation: Record) -> list[str]:
     found = []
     if scorer := scorer_line(evaluation):
         found.append(scorer)
+    found += judge_lines(evaluation)
     ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
     if ways:
         found.append(f"Sampling: {', '.join(ways)}.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 
 from quark_fast.config import Config
@@ -27,6 +30,31 @@ def choose_reward(
     return task.reward()
 
 
+def choose_judges(
+    config: Config, task: Task, device: torch.device | str, trained_by: Sequence[str], tasks_own: bool
+) -> tuple[Reward, ...]:
+    """The scorers that judge what the reward has trained.
+
+    Args:
+        trained_by: identity of the reward that trains, which cannot judge itself.
+        tasks_own: whether that is the task's own; else the task's judge is for those who name it.
+    """
+    names = [name.strip() for name in config.judge.split(",") if name.strip()]
+    if names == ["auto"]:
+        return (task.judge(),) if task.judge is not None and tasks_own else ()
+    if names == ["none"]:
+        return ()
+    # --scorer-label is the reward's: a judge hf:NAME is a classifier of one label, or of two.
+    own = dataclasses.replace(config, scorer_label=None)
+    judges = tuple(load_reward(name, own, device) for name in names)
+    for name, one in zip(names, judges, strict=True):
+        if one.identity == list(trained_by):
+            raise UsageError(f"judge = {config.judge!r}: {name} is the reward itself; name another scorer")
+    if len({one.name for one in judges}) < len(judges) or not judges:
+        raise UsageError(f"judge = {config.judge!r}; name each scorer once, or give auto or none")
+    return judges
+
+
 def find_task(name: str, target: str = "positive") -> Task:
     """The task of that name; ``target`` is the sentiment's."""
     tasks = {task.name: task for task in (toxicity.TASK, sentiment.task(target), repetition.TASK)}
@@ -36,6 +64,15 @@ def find_task(name: str, target: str = "positive") -> Task:
 
 
 def load_reward(spec: str, config: Config | None = None, device: torch.device | str = "cpu") -> Reward:
-    """``reward_by_name`` with the tasks' own rewards."""
+    """``reward_by_name`` with the tasks' own rewards, and their judges under the name TASK-judge."""
     config = config or Config()
-    return reward_by_name(spec, config, device, lambda name: find_task(name, config.target).reward())
+
+    def of_task(name: str) -> Reward:
+        task = find_task(name.removesuffix("-judge"), config.target)
+        if not name.endswith("-judge"):
+            return task.reward()
+        if task.judge is None:
+            raise UsageError(f"the task {task.name} has no judge")
+        return task.judge()
+
+    return reward_by_name(spec, config, device, of_task)

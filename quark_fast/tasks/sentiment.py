@@ -16,6 +16,7 @@ from typing import Any
 from quark_fast.data import assets
 from quark_fast.data.row import Row
 from quark_fast.data.split import split
+from quark_fast.rewards.judge import judge
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
 
@@ -35,8 +36,13 @@ def sentiment_reward(target: str) -> Reward:
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         return [(1 + sign * polarity(text)["compound"]) / 2 if text.strip() else None for text in completions]
 
-    unwanted = "negativity" if target == "positive" else "positivity"
-    return Reward(reward, "vader", f"vaderSentiment {version('vaderSentiment')}", VADER_WHEEL, unwanted)
+    version_of = f"vaderSentiment {version('vaderSentiment')}"
+    return Reward(reward, "vader", version_of, VADER_WHEEL, unwanted(target))
+
+
+def unwanted(target: str) -> str:
+    """What 1 - reward measures."""
+    return "negativity" if target == "positive" else "positivity"
 
 
 OPENING = 8  # words of a passage that make a prompt, about as long as those of RealToxicityPrompts
@@ -68,6 +74,7 @@ def task(target: str) -> Task:
         name="sentiment",
         prompts=embedded_prompts,
         reward=lambda: sentiment_reward(target),
+        judge=lambda: judge("sentiment", unwanted(target), complement=target == "positive"),
         words=words if target == "positive" else words[::-1],
         measures=measures,
         headline="target",

@@ -24,6 +24,7 @@ class Task:
         prompts: () -> (training rows, held-out rows).
         reward: () -> the task's reward.
         words: texts from the worst quantile to the best that name it; the reward tokens start there.
+        judge: () -> a scorer of another kind, which no run trains on; None: the task has none.
         measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
             completions join the table. A name that a completion lacks leaves it out of that mean.
         headline: the metric that the report opens with.
@@ -36,10 +37,11 @@ class Task:
     prompts: Callable[[], tuple[list[Row], list[Row]]]
     reward: Callable[[], Reward]
     words: Sequence[str]
+    judge: Callable[[], Reward] | None = None
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
-    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "dist2", "dist3")
-    more_columns: Sequence[str] = ("share",)
+    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "dist3")
+    more_columns: Sequence[str] = ("share", "dist2")
     prompt_classes: bool = False
 
     def words_for(self, quantiles: int) -> list[str]:

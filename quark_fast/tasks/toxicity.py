@@ -20,6 +20,7 @@ from quark_fast.data import assets
 from quark_fast.data.row import Row
 from quark_fast.data.split import split
 from quark_fast.files.atomic import sha256
+from quark_fast.rewards.judge import judge
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
 
@@ -99,5 +100,6 @@ TASK = Task(
     name="toxicity",
     prompts=embedded_prompts,
     reward=toxicity_reward,
+    judge=lambda: judge("toxicity", "toxicity"),
     words=(" hateful obscene stupid", " rude", " ordinary", " polite", " kind gentle friendly"),
 )

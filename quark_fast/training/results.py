@@ -90,6 +90,7 @@ class Results:
             setup.config.seed,
             self.sampler,
             self.work.shard,
+            setup.judges,
         )
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
@@ -148,11 +149,12 @@ class Results:
     def _evaluated(self, table: list[TableRow], model: Any) -> Iterator[tuple[str, list[Sample]]]:
         """This process's batches of every row."""
         setup, sampling = self.setup, self.setup.held_out_sampling()
+        judges = [judge.identity for judge in setup.judges]
 
         def kept(row: TableRow) -> Kept[list[Sample]]:
             return self.work.journal.stage(
                 "evaluation",
-                [row.name, dataclasses.asdict(row.conditioning), *self._what_is_measured(sampling)],
+                [row.name, dataclasses.asdict(row.conditioning), *judges, *self._what_is_measured(sampling)],
                 lambda part: [vars(one) for one in part],
                 lambda part: [Sample(**one) for one in part],
             )
@@ -187,6 +189,7 @@ class Results:
             self._measured(setup.held_out_sampling()),
             setup.task,
             config.target,
+            config.evaluate_on,
             config.guidances(),
             {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
             [setup.sampling_dtype],

@@ -38,7 +38,7 @@ from quark_fast.runtime import trackers
 from quark_fast.runtime.distributed import REPLICATION, Processes
 from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
 from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
-from quark_fast.tasks.by_name import choose_reward, find_task
+from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -64,6 +64,7 @@ class Setup:
     task: Task
     prompts: RunPrompts
     reward: Reward
+    judges: tuple[Reward, ...]
     policy: Policy
     reference: Any
     sampling_dtype: torch.dtype
@@ -104,7 +105,8 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
     if config.precision == "auto":  # whatever would be chosen today, the run goes on as it began
         config.precision = saved.precision
     config.check_resumes(saved)
-    refuse_code_of(folder.path, config.reward)
+    for spec in (config.reward, *config.judge.split(",")):
+        refuse_code_of(folder.path, spec)
     folder.check_results()
     return config.precision, saved.sample_batch
 
@@ -128,6 +130,7 @@ def set_up(
     accelerator = _accelerator(config, folder, processes)
     scorer = choose_reward(config, task, accelerator.device, reward)
     tasks_own = reward is None and config.reward in (None, task.name)
+    judges = choose_judges(config, task, accelerator.device, scorer.identity, tasks_own)
     chosen = read_prompts(config, task, folder, given, tasks_own)
     _check_impl(config.impl, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)
@@ -149,6 +152,7 @@ def set_up(
         task=task,
         prompts=prompts,
         reward=scorer,
+        judges=judges,
         policy=policy,
         reference=reference,
         sampling_dtype=dtype,
@@ -188,10 +192,14 @@ def _check_reward(setup: Setup) -> None:
     if not config.resume and processes.main:
         asked = HeldOut(prompts.train, prompts.train_ids, 1)
         sampling = setup.round_sampling(0)
-        setup.reward.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
+        for scorer in (setup.reward, *setup.judges):
+            scorer.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
     # SQLite is for one machine: files over a network lose its locks.
     mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache
-    setup.reward = cached(setup.reward, mode, setup.folder / REWARDS)
+    setup.reward, *judges = (
+        cached(scorer, mode, setup.folder / REWARDS) for scorer in (setup.reward, *setup.judges)
+    )
+    setup.judges = tuple(judges)
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:

@@ -557,6 +557,22 @@ def test_tasks_own_prompts_stay_as_the_task_splits_them() -> None:
     assert len(choose(split_seed=5)[1]) == 4 and choose(split_seed=5)[1] != held_out
 
 
+def test_development_prompts_are_taken_from_those_to_train_on_and_leave_the_test_alone(
+    tmp_path: Path,
+) -> None:
+    file = str(write(tmp_path / "p.txt", *(f"prompt {i}" for i in range(100))))
+    whole, test, _ = choose(set_prompts=file)
+    train, development, about = choose(set_prompts=file, evaluate_on="development")
+    assert len(test) == len(development) == 10 and sorted(train + development) == sorted(whole)
+    assert not set(development) & set(test)
+    assert "10 development prompts; the 10 test prompts stay unseen" in about
+    # A quarter at most, whoever names the test prompts; a limit keeps of what is trained on.
+    limited = choose(set_prompts=file, held_out=test * 9, evaluate_on="development", prompt_limit=7)
+    assert len(limited[1]) == 90 // 4 and len(limited[0]) == 7
+    with pytest.raises(UsageError, match="1 training prompts are too few"):
+        choose(["a"], ["b"], evaluate_on="development")
+
+
 def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     train = str(write(tmp_path / "train.txt", "a", "b", "c", "a", "d"))
     held_out = str(write(tmp_path / "held.txt", "c", "x", "d", "own 2"))

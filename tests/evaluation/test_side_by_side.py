@@ -125,6 +125,50 @@ SMALL: dict[str, Any] = {
 }
 
 
+def flat(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+    return [len(text) / 100 for text in completions]
+
+
+def test_judges_stand_beside_the_scorer_and_change_nothing_else(place: Path) -> None:
+    alone = made("runs/a", judge="none")
+    judged = made("runs/a", judge="test_side_by_side:odds, test_side_by_side:flat")
+    assert alone.table["judges"] == [] and not any(row["measures"] for row in alone.samples)
+    names = ["test_side_by_side:odds", "test_side_by_side:flat"]
+    assert [one["name"] for one in judged.table["judges"]] == names
+    for before, after in zip(alone.samples, judged.samples, strict=True):
+        of_odds = odds([], [after["completion"]])[0]
+        expected = {"judge test_side_by_side:flat": len(after["completion"]) / 100}
+        if of_odds is not None:
+            expected["judge test_side_by_side:odds"] = of_odds
+        assert after["measures"] == pytest.approx(expected) and before == after | {"measures": {}}
+    change = row_of(judged, "best token")["change"]["judge test_side_by_side:flat"]
+    assert change["relative"] is not None
+    shown = str(judged).replace("\\", "")
+    assert "score by test_side_by_side:odds" in shown and "Judge: test_side_by_side:odds source" in shown
+    with pytest.raises(UsageError, match="evens is the reward itself"):
+        made("runs/a", judge="test_side_by_side:evens")
+
+
+def test_saved_samples_are_judged_as_they_are(place: Path, tmp_path: Path) -> None:
+    done = made("runs/a", judge="none")
+    table = saved(tmp_path / "old.json", done)
+    again = made(table, judge="test_side_by_side:odds")
+    live = made("runs/a", judge="test_side_by_side:odds")
+    assert [row["measures"] for row in again.samples] == [row["measures"] for row in live.samples]
+    assert again.table["judges"] == live.table["judges"]
+    with pytest.raises(UsageError, match="evens is the reward itself"):
+        made(table, judge="test_side_by_side:evens")
+
+
+def test_judge_of_another_version_does_not_compare(place: Path, tmp_path: Path) -> None:
+    done = made("runs/a", judge="test_side_by_side:odds")
+    done.table["judges"][0]["sha256"] = "other"
+    table = saved(tmp_path / "old.json", done)
+    with pytest.raises(UsageError, match="judge test_side_by_side:odds"):
+        made(table, "runs/b", judge="test_side_by_side:odds")
+    assert made(table, "runs/b", judge="none").table["judges"] == []
+
+
 def samples_of(done: Evaluated, name: str) -> list[str]:
     return [row["completion"] for row in done.samples if row["row"] == name]
 

@@ -54,6 +54,34 @@ def test_sharded_model_whose_rows_must_not_be_padded_is_refused(
         Trainer(small(tmp_path / "two", tiny_model()), **given)
 
 
+def shares_of_odd_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    return [None if value is None else 1 - value for value in even_words(prompts, completions)]
+
+
+@pytest.mark.usefixtures("reports")
+def test_judge_takes_no_part_in_training_and_stands_in_table_headline_and_report(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    spec = f"{__name__}:shares_of_odd_words"
+    given = {"reward": even_words, "prompts": PROMPTS}
+    folders = []
+    for judge in ("none", spec):
+        config = small(tmp_path / f"judge-{judge[:4]}", tiny_model(), judge=judge, **SHORT)
+        config.evaluate_on = "development"
+        folders.append(Trainer(config, **given, held_out=PROMPTS[:10]).train())
+    plain, judged = map(_evaluation, folders)
+    assert timeless(folders[0] / "metrics.jsonl") == timeless(folders[1] / "metrics.jsonl")
+    for before, after in zip(plain["rows"], judged["rows"], strict=True):
+        assert before["metrics"].items() <= after["metrics"].items()
+        mean, judged_mean = (after["metrics"][key]["value"] for key in ("mean", f"judge {spec}"))
+        assert judged_mean == pytest.approx(1 - mean)
+    assert (judged["split"], judged["prompts"]) == ("development", 6)
+    assert "A judge that took no part in training" in (folders[1] / "report.html").read_text()
+    trained = {row["prompt"] for row in rows(folders[1] / "completions.jsonl")}
+    measured = {row["prompt"] for row in rows(folders[1] / "held_out.jsonl")}
+    assert not trained & measured and trained | measured == set(PROMPTS)
+
+
 def test_reward_rises_and_best_is_above_none_above_worst(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:

@@ -1,0 +1,404 @@
+"""One point of ``peers.py``: a model trained by one method within a budget, and measured as every other.
+
+A method's function is given a ``Point`` and leaves a model in its folder. What counts as its minutes is the
+CPU time of sampling, scoring and learning: not loading, and not the evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from quark_fast.config import Config
+from quark_fast.data import assets
+from quark_fast.evaluation.held_out import EvaluationSetup, evaluate
+from quark_fast.evaluation.table_rows import TableRow
+from quark_fast.metrics import Sample
+from quark_fast.model.loading import load_reference
+from quark_fast.report.results import BASE
+from quark_fast.rollout.sampling import Conditioning, SampleRequest
+from quark_fast.rollout.transformers import sample
+from quark_fast.runtime.distributed import Processes
+from quark_fast.runtime.machine import quiet_libraries, set_threads, settled_precision, versions
+from quark_fast.runtime.memory import keep_freed_memory
+from quark_fast.runtime.run_folder import COMPLETIONS, RunFolder
+from quark_fast.training.progress import Progress
+from quark_fast.training.run_prompts import Given
+from quark_fast.training.setup import Setup, set_up
+from quark_fast.training.trainer import Trainer
+
+OUR_MINUTES = 12.0  # CPU minutes that the default of toxicity trains for, one thread of an AMD EPYC
+POOL = 6  # completions a training prompt that the methods which do not sample as they learn are given
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is trained, and how it is measured.
+
+    Attributes:
+        minutes: CPU time to train for.
+        settings: the method's own, which are tuned.
+        split: whose prompts it is measured on, "development" or "test".
+    """
+
+    task: str
+    method: str
+    minutes: float
+    settings: dict[str, Any]
+    seed: int
+    split: str
+    folder: Path
+    threads: int
+
+    def config(self, **settings: Any) -> Config:
+        return Config(
+            task=self.task,
+            evaluate_on=self.split,
+            seed=self.seed,
+            threads=self.threads,
+            output=str(self.folder / "run"),
+            **settings,
+        )
+
+
+class Clock:
+    """CPU time of this process since it was started, in minutes."""
+
+    def __init__(self) -> None:
+        self.begun = time.process_time()
+
+    @property
+    def minutes(self) -> float:
+        return (time.process_time() - self.begun) / 60
+
+
+@dataclass
+class Trained:
+    """What a method left.
+
+    Attributes:
+        minutes: CPU time that it took. scored: completions that the reward scored.
+        rows: its rows' samples by name, where it has measured itself; else ``model`` is to be measured.
+    """
+
+    minutes: float
+    scored: int
+    model: Path | None = None
+    rows: dict[str, list[Sample]] = dataclasses.field(default_factory=dict)
+
+
+# --------------------------------------------------------------------- ours
+
+
+def quark(point: Point, **settings: Any) -> Trained:
+    """Our trainer, with steps in proportion to the minutes; its own evaluation measures it."""
+    config = point.config(eval_rows="ends", **settings)
+    config.steps = max(1, round(config.steps * point.minutes / OUR_MINUTES))
+    spent: list[float] = []
+
+    def listen(progress: Progress) -> None:
+        if progress.stage.startswith("evaluating") and not spent:
+            spent.append(clock.minutes)
+
+    trainer = Trainer(config, listen=listen)
+    clock = Clock()
+    folder = trainer.train()
+    scored = sum(1 for _ in (folder / COMPLETIONS).open())
+    rows: dict[str, list[Sample]] = {}
+    fields = {field.name for field in dataclasses.fields(Sample)}
+    for line in (folder / "evaluation.jsonl").open():
+        record = json.loads(line)
+        made = Sample(**{name: value for name, value in record.items() if name in fields})
+        rows.setdefault(record["row"], []).append(made)
+    return Trained(spent[0], scored, rows={name: rows[name] for name in rows if name != BASE})
+
+
+# What the paper's method has in place of ours, at our sizes: equal quantiles, a small KL, no contrast.
+PAPER = {"quantile_weights": "equal", "contrast_coef": 0.0, "kl_coef": 0.05, "entropy_coef": 0.06}
+
+
+# --------------------------------------------------------------------- TRL's
+
+
+class UntilTimeIsUp(TrainerCallback):
+    """Ends a training when its minutes are spent; the step size falls linearly with them."""
+
+    def __init__(self, clock: Clock, minutes: float, rate: float) -> None:
+        self.clock, self.minutes, self.rate = clock, minutes, rate
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = max(0.0, 1.0 - self.clock.minutes / self.minutes)
+        warm = min(1.0, (state.global_step + 1) / 10)
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = self.rate * left * warm
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = self.clock.minutes >= self.minutes
+        return control
+
+
+def common(point: Point, setup: Setup) -> dict[str, Any]:
+    """Arguments that all of TRL's trainers are given."""
+    return {
+        "output_dir": str(point.folder / "trl"),
+        "use_cpu": setup.device.type == "cpu",
+        "bf16": setup.sampling_dtype == torch.bfloat16,
+        "learning_rate": point.settings["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "max_steps": 100_000,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "seed": point.seed,
+        "report_to": [],
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+
+
+def base_and_tokenizer() -> tuple[Any, Any]:
+    """The base model, all of whose weights are trained in float32.
+
+    With adapters TRL is no faster here: its decoding runs through them and takes twice the time.
+    """
+    source = assets.default_model()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
+
+
+def finish(point: Point, trainer: Any, tokenizer: Any) -> Path:
+    """The trained model as a transformers folder."""
+    records = [json.dumps(row) + "\n" for row in trainer.state.log_history]
+    (point.folder / "log.jsonl").write_text("".join(records))
+    trained = trainer.accelerator.unwrap_model(trainer.model).to(torch.bfloat16)
+    trained.save_pretrained(point.folder / "model")
+    tokenizer.save_pretrained(point.folder / "model")
+    return point.folder / "model"
+
+
+def front(setup: Setup) -> str:
+    """What stands before every prompt, as a text."""
+    text: str = setup.policy.tokenizer.decode(setup.policy.prefix)
+    return text
+
+
+def online(point: Point, setup: Setup, kind: str) -> Trained:
+    """GRPO or RLOO: 32 completions a step, in groups of 8."""
+    import trl
+    from datasets import Dataset
+
+    config, before = setup.config, front(setup)
+    model, tokenizer = base_and_tokenizer()
+    scored = 0
+
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        nonlocal scored
+        scored += len(completions)
+        rows = [{"prompt": prompt.removeprefix(before)} for prompt in prompts]
+        # A completion that the scorer leaves out is worth nothing.
+        return np.nan_to_num(setup.reward(rows, completions), nan=0.0).tolist()
+
+    arguments = common(point, setup) | {
+        "beta": point.settings["beta"],
+        "per_device_train_batch_size": 32,
+        "num_generations": 8,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": 0,
+        "generation_kwargs": {"min_new_tokens": config.min_new_tokens},
+    }
+    made = trl.GRPOConfig(**arguments) if kind == "GRPO" else trl.RLOOConfig(**arguments)
+    trainer_type = trl.GRPOTrainer if kind == "GRPO" else trl.RLOOTrainer
+    clock = Clock()
+    trainer = trainer_type(
+        model=model,
+        reward_funcs=reward,
+        args=made,
+        train_dataset=Dataset.from_list([{"prompt": before + row["prompt"]} for row in setup.prompts.train]),
+        processing_class=tokenizer,
+        callbacks=[UntilTimeIsUp(clock, point.minutes, point.settings["learning_rate"])],
+    )
+    trainer.train()
+    return Trained(clock.minutes, scored, finish(point, trainer, tokenizer))
+
+
+def pool(point: Point, setup: Setup) -> list[list[tuple[str, float]]]:
+    """The base model's completions of each training prompt with their rewards, those that have one."""
+    prompts = setup.prompts
+    request = SampleRequest(
+        prompts.train_ids, Conditioning(), setup.round_sampling(0), POOL, setup.config.seed
+    )
+    found: list[list[tuple[str, float]]] = [[] for _ in prompts.train]
+    for indices, drawn in sample(setup.policy, setup.reference, request):
+        for i, group in zip(indices, drawn, strict=True):
+            texts = [setup.policy.decode(ids, prompts.train_ids[i]) for ids in group]
+            values = setup.reward([prompts.train[i]] * len(texts), texts)
+            found[i] += [(t, float(v)) for t, v in zip(texts, values, strict=True) if not np.isnan(v)]
+    return found
+
+
+def offline(point: Point, setup: Setup, kind: str) -> Trained:
+    """DPO on each prompt's best and worst sample; KTO on the best and worst fifth; RAFT on the best fifth."""
+    import trl
+    from datasets import Dataset
+
+    before, clock = front(setup), Clock()
+    found = pool(point, setup)
+    scored = len(setup.prompts.train) * POOL
+    rows: list[dict[str, Any]] = []
+    every = [
+        (value, before + row["prompt"], text)
+        for row, group in zip(setup.prompts.train, found, strict=True)
+        for text, value in group
+    ]
+    low, high = np.quantile([value for value, *_ in every], [0.2, 0.8])
+    if kind == "DPO":
+        for row, group in zip(setup.prompts.train, found, strict=True):
+            by_reward = sorted(group, key=lambda one: one[1])
+            if len(group) > 1 and by_reward[0][1] < by_reward[-1][1]:
+                worst, best = by_reward[0][0], by_reward[-1][0]
+                rows.append({"prompt": before + row["prompt"], "chosen": best, "rejected": worst})
+    elif kind == "KTO":
+        ends = [one for one in every if one[0] <= low or one[0] >= high]
+        rows = [{"prompt": p, "completion": t, "label": bool(v >= high)} for v, p, t in ends]
+    else:
+        rows = [{"prompt": p, "completion": t} for v, p, t in every if v >= high]
+    model, tokenizer = base_and_tokenizer()
+    arguments = common(point, setup) | {"per_device_train_batch_size": 16}
+    if "beta" in point.settings:
+        arguments["beta"] = point.settings["beta"]
+    types: dict[str, tuple[Any, Any]] = {
+        "DPO": (trl.DPOTrainer, trl.DPOConfig),
+        "KTO": (trl.KTOTrainer, trl.KTOConfig),
+        "RAFT": (trl.SFTTrainer, trl.SFTConfig),
+    }
+    trainer_type, config_type = types[kind]
+    trainer = trainer_type(
+        model=model,
+        args=config_type(**arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[UntilTimeIsUp(clock, point.minutes, point.settings["learning_rate"])],
+    )
+    trainer.train()
+    return Trained(clock.minutes, scored, finish(point, trainer, tokenizer))
+
+
+def untouched(point: Point, setup: Setup) -> Trained:
+    """The base model as it is."""
+    return Trained(0.0, 0, assets.default_model())
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and the settings that are tried for it on development prompts.
+
+    Attributes:
+        train: given a set-up beside the point, unless it is ours, which makes its own.
+    """
+
+    train: Callable[..., Trained]
+    tries: Sequence[dict[str, Any]] = ({},)
+    ours: bool = False
+
+
+ONLINE = (
+    {"learning_rate": 4e-5, "beta": 0.05},
+    {"learning_rate": 1e-4, "beta": 0.05},
+    {"learning_rate": 1e-4, "beta": 0.2},
+)
+OFFLINE = (
+    {"learning_rate": 1e-5, "beta": 0.1},
+    {"learning_rate": 4e-5, "beta": 0.1},
+    {"learning_rate": 4e-5, "beta": 0.3},
+)
+METHODS = {
+    "base": Method(untouched),
+    "ours": Method(quark, ours=True),
+    "Quark as published": Method(
+        functools.partial(quark, **PAPER),
+        [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
+        ours=True,
+    ),
+    "GRPO": Method(functools.partial(online, kind="GRPO"), ONLINE),
+    "RLOO": Method(functools.partial(online, kind="RLOO"), ONLINE),
+    "DPO": Method(
+        functools.partial(offline, kind="DPO"),
+        OFFLINE,
+    ),
+    "KTO": Method(
+        functools.partial(offline, kind="KTO"),
+        OFFLINE,
+    ),
+    "RAFT": Method(
+        functools.partial(offline, kind="RAFT"), [{"learning_rate": rate} for rate in (1e-5, 4e-5, 1e-4)]
+    ),
+}
+
+
+def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
+    """The completions of a model as it is, with what our run's evaluation has before every prompt."""
+    model = load_reference(folder, setup.sampling_dtype, setup.device)
+    measured = EvaluationSetup(
+        setup.policy,
+        setup.reference,
+        setup.reward,
+        setup.prompts.held_out,
+        setup.held_out_sampling(),
+        setup.config.seed,
+        judges=setup.judges,
+    )
+    batches = evaluate(measured, model, [TableRow(name)], setup.task.measures)
+    return [one for _, part in batches for one in part]
+
+
+def run(point: Point) -> None:
+    """Train, measure and write ``result.json`` with the samples behind it, ``samples.jsonl``."""
+    quiet_libraries()
+    keep_freed_memory()
+    set_threads(point.threads)
+    method = METHODS[point.method]
+    begun = time.monotonic()
+    if method.ours:
+        trained = method.train(point, **point.settings)
+        device = torch.device("cpu")
+    else:
+        config = point.config()
+        config.precision = settled_precision(config.precision)
+        setup = set_up(
+            config, RunFolder(point.folder / "run"), Processes.join(), config.sample_batch, None, Given()
+        )
+        device = setup.device
+        trained = method.train(point, setup)
+        assert trained.model is not None
+        trained.rows[point.method] = measure(setup, point.method, trained.model)
+    with (point.folder / "samples.jsonl").open("w") as file:
+        for row, samples in trained.rows.items():
+            file.writelines(json.dumps({"row": row, **vars(one)}) + "\n" for one in samples)
+    record = {
+        "method": point.method,
+        "settings": point.settings,
+        "seed": point.seed,
+        "split": point.split,
+        "budget": point.minutes,
+        "minutes": round(trained.minutes, 2),
+        "wall_minutes": round((time.monotonic() - begun) / 60, 2),
+        "scored": trained.scored,
+        "threads": point.threads,
+        "versions": versions(device),
+    }
+    scratch = point.folder / "result.tmp"
+    scratch.write_text(json.dumps(record, indent=1))
+    scratch.rename(point.folder / "result.json")

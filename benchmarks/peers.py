@@ -1,0 +1,287 @@
+"""Ours beside the methods that people would use instead: same model, prompts, reward, sampling and CPU time.
+
+    pip install -e ".[peers]"
+    python benchmarks/peers.py --task toxicity --minutes 12 --seeds 0,1,2
+
+GRPO and RLOO are TRL's (which has dropped PPO), on completions that the model writes as it learns; DPO, KTO
+and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too, on 6 samples a prompt of the
+base model; Quark as published is our trainer with the paper's loss and draws. Ours and
+Quark train LoRA adapters, TRL's methods all weights, by which they are no slower here.
+Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
+perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has its
+defaults, which were chosen before on development prompts, from more tries (docs/recipe.md).
+
+Every point is a folder of its own below --output; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quark_fast.metrics import Change, Sample, compare, evaluate_samples, judge_measure
+
+BASE = "base"
+DEAREST = 0.10  # rise in perplexity that a try may cost
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--task", default="toxicity", choices=["toxicity", "sentiment"])
+    made.add_argument("--minutes", type=float, default=12.0, help="CPU time to train for (default: 12)")
+    made.add_argument("--seeds", default="0,1,2")
+    made.add_argument("--methods", help="with commas between; default: all")
+    made.add_argument("--output", type=Path, default=Path("runs/peers"))
+    made.add_argument("--jobs", type=int, help="points at once, of one thread each; default: one a core")
+    made.add_argument("--table", type=Path, metavar="FILE", help="also write the numbers here, as JSON")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="also draw the frontier here, as SVG")
+    made.add_argument("--dry-run", action="store_true", help="list the points")
+    made.add_argument("--point", help=argparse.SUPPRESS)
+    return made
+
+
+def folder_of(output: Path, point: Mapping[str, Any]) -> Path:
+    """Where a point lives: its task, minutes, split, method, settings and seed in words."""
+    settings = "-".join(f"{name}={value:g}" for name, value in point["settings"].items()) or "defaults"
+    first = f"{point['task']}-{point['minutes']:g}-minutes"
+    return output / first / point["split"] / point["method"] / settings / f"seed-{point['seed']}"
+
+
+def points(
+    asked: argparse.Namespace, split: str, seeds: Sequence[int], settings: Mapping[str, Sequence[Any]]
+) -> Iterator[dict[str, Any]]:
+    for method, tries in settings.items():
+        for one in tries:
+            for seed in seeds:
+                yield {
+                    "task": asked.task,
+                    "method": method,
+                    "minutes": asked.minutes,
+                    "settings": one,
+                    "seed": seed,
+                    "split": split,
+                    "threads": 1,
+                }
+
+
+def run_all(asked: argparse.Namespace, wanted: Sequence[dict[str, Any]]) -> None:
+    """Run what is not there yet, some points at once, each in a process of its own."""
+    left = [one for one in wanted if not (folder_of(asked.output, one) / "result.json").exists()]
+    running: dict[subprocess.Popen[bytes], str] = {}
+    try:
+        while left or running:
+            while left and len(running) < (asked.jobs or os.cpu_count() or 1):
+                point = left.pop(0)
+                folder = folder_of(asked.output, point)
+                shutil.rmtree(folder, ignore_errors=True)  # of a point that was stopped
+                folder.mkdir(parents=True)
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--point",
+                    json.dumps(point),
+                    "--output",
+                    str(asked.output),
+                ]
+                with (folder / "log").open("wb") as log:
+                    running[subprocess.Popen(command, stdout=log, stderr=log)] = str(folder)
+                print(f"{time.strftime('%H:%M')} {folder} ({len(left)} left)", flush=True)
+            time.sleep(1)
+            for process in [one for one in running if one.poll() is not None]:
+                folder_name = running.pop(process)
+                if process.returncode:
+                    raise SystemExit(f"{folder_name}/log: the point ended with {process.returncode}")
+    finally:
+        for process in running:
+            process.terminate()
+
+
+# --------------------------------------------------------------------- what came of it
+
+
+def read_point(folder: Path) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """(its record, its rows' samples)."""
+    rows: dict[str, list[Sample]] = {}
+    for line in (folder / "samples.jsonl").open():
+        record = json.loads(line)
+        rows.setdefault(record.pop("row"), []).append(Sample(**record))
+    return json.loads((folder / "result.json").read_text()), rows
+
+
+def metrics_of(task: str) -> dict[str, str]:
+    """What a table shows: a heading for each metric."""
+    headline = {"toxicity": ("mean", "toxicity"), "sentiment": ("target", "share positive")}[task]
+    return {
+        headline[0]: headline[1],
+        judge_measure(f"{task}-judge"): "judge",
+        "perplexity": "perplexity",
+        "dist3": "dist-3",
+    }
+
+
+def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Value and change against the base model of each metric."""
+    values, changes = evaluate_samples(row), compare(base, row)
+    return {name: {"value": values[name].value, **asdict(changes[name])} for name in metrics_of(task)}
+
+
+def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The try that is best on development prompts."""
+    if len(tries) == 1:
+        return tries[0]
+    (base,) = points(asked, "development", [0], {BASE: [{}]})
+    before = read_point(folder_of(asked.output, base))[1][BASE]
+    found = []
+    for point in points(asked, "development", [0], {method: tries}):
+        rows = read_point(folder_of(asked.output, point))[1]
+        made = numbers(asked.task, before, rows.get(method, rows.get("best token", [])))
+        headline, judge, perplexity, _ = made.values()
+        sign = -1 if asked.task == "sentiment" else 1
+        dear = perplexity["relative"] > DEAREST
+        found.append((dear, perplexity["relative"] if dear else sign * headline["value"], point["settings"]))
+        print(
+            f"  {method} {point['settings']}: {headline['relative']:+.0%}, judge {judge['relative']:+.0%},"
+            f" perplexity {perplexity['relative']:+.0%}"
+        )
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def results(
+    asked: argparse.Namespace, chosen: Mapping[str, dict[str, Any]], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Every row of every seed on the test prompts, and their means with a bootstrap interval over prompts."""
+    table: dict[str, Any] = {"task": asked.task, "minutes": asked.minutes, "seeds": list(seeds), "rows": []}
+    bases = {}
+    for point in points(asked, "test", seeds, {BASE: [{}]}):
+        bases[point["seed"]] = read_point(folder_of(asked.output, point))[1][BASE]
+    for method, settings in chosen.items():
+        records, rows = [], {}
+        for point in points(asked, "test", seeds, {method: [settings]}):
+            record, found = read_point(folder_of(asked.output, point))
+            records.append(record)
+            for name, samples in found.items():
+                rows.setdefault(name, {})[point["seed"]] = samples
+        for name, by_seed in rows.items():
+            if name == "worst token":
+                continue
+            every = [one for samples in by_seed.values() for one in samples]
+            before = [one for seed in by_seed for one in bases[seed]]
+            table["rows"].append(
+                {
+                    "method": method,
+                    "row": name,
+                    "settings": settings,
+                    "minutes": statistics.fmean(record["minutes"] for record in records),
+                    "scored": statistics.fmean(record["scored"] for record in records),
+                    "all seeds": numbers(asked.task, before, every),
+                    "seeds": [numbers(asked.task, bases[seed], by_seed[seed]) for seed in by_seed],
+                }
+            )
+        table["versions"] = records[0]["versions"] | {"threads": records[0]["threads"]}
+    return table
+
+
+def label(row: Mapping[str, Any]) -> str:
+    return row["method"] if row["row"] == row["method"] else f"{row['method']}, {row['row']}"
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The means of all seeds, a change with its interval beside them."""
+    names = metrics_of(table["task"])
+    lines = [
+        "| method | CPU minutes | scored samples | " + " | ".join(names.values()) + " |",
+        "|---|---:|---:|" + "---:|" * len(names),
+    ]
+    for row in table["rows"]:
+        cells = []
+        for name in names:
+            one = row["all seeds"][name]
+            digits = 1 if name == "perplexity" else 3
+            cell = f"{one['value']:.{digits}f}"
+            if row["method"] != BASE:
+                change = Change(*(one[key] for key in Change.__dataclass_fields__))
+                low, high = (round(100 * bound) for bound in (change.relative_low, change.relative_high))
+                cell += f", {100 * change.relative:+.0f}% [{low:+d}, {high:+d}]"
+            cells.append(cell)
+        lines.append(
+            f"| {label(row)} | {row['minutes']:.1f} | {row['scored']:,.0f} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def plot(table: Mapping[str, Any], path: Path) -> None:
+    """The frontier: the property over perplexity, by the scorer and by the judge; small dots are seeds."""
+    import matplotlib
+
+    from quark_fast.ablation.plot import STYLE
+
+    with matplotlib.rc_context(STYLE):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        names = metrics_of(table["task"])
+        headline, judge, *_ = names
+        by = {headline: f"{names[headline]}, by the scorer", judge: "by a judge that never trained"}
+        for axes, metric in zip(figure.subplots(1, 2), by, strict=True):
+            for number, row in enumerate(table["rows"]):
+                ours = row["method"] == "ours"
+                colour = "#777a82" if row["method"] == BASE else "#008562" if ours else f"C{number}"
+                dots = [(one["perplexity"]["value"], one[metric]["value"]) for one in row["seeds"]]
+                axes.scatter(*zip(*dots, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
+                x, y = (row["all seeds"][name]["value"] for name in ("perplexity", metric))
+                axes.scatter([x], [y], s=42, color=colour, marker="s" if ours else "o")
+                where: Any = {"xytext": (5, 4), "textcoords": "offset points"}
+                axes.annotate(label(row), (x, y), fontsize=7.5, color=colour, **where)
+            axes.set_xlabel("perplexity under the base model")
+            axes.set_ylabel(by[metric])
+            axes.margins(x=0.25, y=0.12)
+        figure.suptitle("down and left is better; dots: seeds", fontsize=9)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    asked = parser().parse_args()
+    if asked.point:
+        import peer_point
+
+        point = json.loads(asked.point)
+        peer_point.run(peer_point.Point(**point, folder=folder_of(asked.output, point)))
+        return
+    import peer_point
+
+    methods = asked.methods.split(",") if asked.methods else list(peer_point.METHODS)
+    if unknown := [one for one in methods if one not in peer_point.METHODS]:
+        raise SystemExit(f"{unknown[0]} is no method; choose from {', '.join(peer_point.METHODS)}")
+    methods = [BASE, *(one for one in methods if one != BASE)]
+    tries = {name: list(peer_point.METHODS[name].tries) for name in methods}
+    tuned = {name: found for name, found in tries.items() if name == BASE or len(found) > 1}
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    development = list(points(asked, "development", [0], tuned))
+    if asked.dry_run:
+        for point in development:
+            print(folder_of(asked.output, point))
+        print(f"then, of each method's best try, seeds {asked.seeds} on test prompts")
+        return
+    run_all(asked, development)
+    chosen = {name: choose(asked, name, found) for name, found in tries.items()}
+    run_all(asked, list(points(asked, "test", seeds, {name: [one] for name, one in chosen.items()})))
+    table = results(asked, chosen, seeds)
+    print(markdown(table))
+    if asked.table:
+        asked.table.write_text(json.dumps(table, indent=1) + "\n")
+    if asked.plot:
+        plot(table, asked.plot)
+
+
+if __name__ == "__main__":
+    main()

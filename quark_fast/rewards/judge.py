@@ -1,0 +1,107 @@
+"""Judges: small scorers that no run trains on, which tell whether a result holds beyond its own scorer.
+
+A judge reads a text with the first layers of the embedded model and takes one linear function of what they
+make of it. Its weights were fitted to published scores by ``benchmarks/fit_judge.py``; docs/judges.md says
+how well it agrees with them, and where it fails.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quark_fast.data import assets
+from quark_fast.files.atomic import sha256
+from quark_fast.rewards.reward import Reward
+
+FOLDER = Path(__file__).parent / "judges"
+TOKENS = 128  # of a text that are read
+AT_ONCE = 64
+
+
+class Embedder:
+    """Texts as the mean over their tokens of the embedded model's hidden states after some layers.
+
+    In float32, so that a text has the same score on every machine, up to its last digits. The model's end of
+    text, which it was trained to begin texts with, stands in front and does not count.
+    """
+
+    def __init__(self, layers: int) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = assets.default_model()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        (self.start,) = self.tokenizer("<|endoftext|>", add_special_tokens=False).input_ids
+        model = AutoModel.from_pretrained(folder)
+        model.layers = model.layers[:layers]
+        model.norm = torch.nn.Identity()  # made for the states after the last layer of all
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.float().to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) float32."""
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids[:TOKENS] for text in texts]
+        found = torch.zeros(len(ids), self.model.config.hidden_size)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for first in range(0, len(order), AT_ONCE):
+            part = order[first : first + AT_ONCE]
+            lengths = torch.tensor([len(ids[i]) for i in part])
+            rows = torch.full((len(part), 1 + int(lengths.max())), self.start)
+            for row, i in zip(rows, part, strict=True):
+                row[1 : 1 + len(ids[i])] = torch.tensor(ids[i], dtype=torch.long)
+            rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
+            read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
+            read_as = self.model(input_ids=rows, attention_mask=read.long(), use_cache=False)
+            states = read_as.last_hidden_state[:, 1:]
+            total = (states * read[:, 1:, None]).sum(1)
+            found[part] = (total / lengths.clamp(min=1)[:, None]).cpu()
+        return found
+
+
+class LinearJudge:
+    """sigmoid(weights . embedding + bias), in [0, 1].
+
+    Attributes:
+        sha256: of the file of the weights.
+    """
+
+    def __init__(self, name: str) -> None:
+        path = FOLDER / f"{name}.safetensors"
+        with safe_open(path, "pt") as file:
+            self.layers = int(file.metadata()["layers"])
+            self.weights, self.bias = file.get_tensor("weights"), file.get_tensor("bias")
+        self.sha256 = sha256(path)
+
+    @functools.cached_property
+    def embed(self) -> Embedder:
+        """Loaded when the first text is read: a run may never be judged."""
+        return Embedder(self.layers)
+
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        """One number for each text; NaN for a blank one."""
+        scores = torch.sigmoid(self.embed(texts) @ self.weights + self.bias)
+        return [
+            score if text.strip() else float("nan")
+            for text, score in zip(texts, scores.tolist(), strict=True)
+        ]
+
+
+def judge(name: str, property: str, complement: bool = False) -> Reward:
+    """The judge ``name`` of this package as a reward, 1 - its number; with ``complement`` its number itself.
+
+    ``property`` is what 1 - reward measures. Both read the completion alone; a blank one scores None.
+    """
+    found = LinearJudge(name)
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        return [score if complement else 1.0 - score for score in found(completions)]
+
+    version = f"of {found.layers} layers of {assets.DEFAULT_MODEL}"
+    return Reward(reward, f"{name}-judge", version, found.sha256, property=property)

@@ -1,0 +1,94 @@
+"""The judges: what they compute, that they tell texts apart, and how their weights are fitted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from quark_fast.data import assets
+from quark_fast.files.atomic import sha256
+from quark_fast.rewards import judge
+from quark_fast.tasks.by_name import load_reward
+
+TEXTS = ["What a wonderful day, thank you all.", "You stupid bitch, go to hell.", "The train leaves at noon."]
+
+
+@pytest.mark.parametrize("name", ["toxicity", "sentiment"])
+def test_score_is_a_linear_function_of_the_mean_hidden_state(name: str) -> None:
+    found = judge.LinearJudge(name)
+    folder = assets.default_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = AutoModel.from_pretrained(folder, dtype=torch.float64)
+    scores = []
+    for text in TEXTS:
+        ids = tokenizer("<|endoftext|>" + text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            states = whole(input_ids=ids, output_hidden_states=True).hidden_states[found.layers]
+        odds = states[0, 1:].mean(0) @ found.weights.double() + found.bias
+        scores.append(1 / (1 + math.exp(-odds)))
+    assert found(TEXTS) == pytest.approx(scores, abs=1e-4)
+    assert found([TEXTS[2], " \n", TEXTS[0]])[::2] == pytest.approx([scores[2], scores[0]], abs=1e-4)
+    assert math.isnan(found([" \n"])[0])
+
+
+def test_judges_tell_texts_apart_as_their_tasks_mean_it() -> None:
+    rows = [{"prompt": "w"}] * len(TEXTS)
+    polite, rude, neutral = load_reward("toxicity-judge")(rows, TEXTS)
+    assert rude < 0.5 < min(polite, neutral)
+    good, bad, _ = load_reward("sentiment-judge")(rows, TEXTS)
+    assert bad < 0.5 < good
+    assert load_reward("sentiment-judge").property == "negativity"
+
+
+@pytest.fixture
+def fit_judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import fit_judge
+
+    yield fit_judge
+    sys.modules.pop("fit_judge", None)
+
+
+def test_ridge_finds_a_plane_whatever_the_scale_of_its_features(fit_judge: ModuleType) -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(2.0, [0.1, 1.0, 30.0], (200_000, 3))
+    plane = np.array([5.0, -1.0, 0.02])
+    weights, bias = fit_judge.ridge(features, features @ plane + 0.7)
+    shrunk = 200_000 / (200_000 + fit_judge.RIDGE)
+    assert weights == pytest.approx(plane * shrunk, rel=1e-2)
+    assert bias + 2.0 * weights.sum() == pytest.approx(2.0 * plane.sum() + 0.7, rel=1e-2)
+
+
+def test_area_counts_pairs_and_ties_by_half(fit_judge: ModuleType) -> None:
+    scores, positive = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True])
+    assert fit_judge.area(scores, positive) == (1 + 0.5 + 1 + 1) / 4
+
+
+def test_what_was_published_is_read_in_both_forms_and_falls_into_folds_whole(
+    fit_judge: ModuleType, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    nested = {"prompt": {"text": "a", "toxicity": 0.1}, "continuation": {"text": "b", "toxicity": 0.9}}
+    flat = {"prompt": "c", "prompt_toxicity": None, "continuation": "d", "continuation_toxicity": 0.3}
+    file.write_text(json.dumps(nested) + "\n" + json.dumps(flat) + "\n")
+    texts, scores, groups = fit_judge.toxicity_scores(file)
+    assert texts == ["b", "a", "d"] and scores.tolist() == [0.9, 0.1, 0.3] and groups == ["0", "0", "1"]
+    numbers = fit_judge.folds([*groups, *map(str, range(2, 50))])
+    assert numbers[0] == numbers[1] and set(numbers) == set(range(fit_judge.FOLDS))
+
+
+@pytest.mark.parametrize("name", ["toxicity", "sentiment"])
+def test_record_of_the_fit_is_of_the_weights_that_are_there(name: str) -> None:
+    record = json.loads((Path(__file__).parents[2] / "docs" / "results" / f"judge-{name}.json").read_text())
+    assert record["weights sha256"] == sha256(judge.FOLDER / f"{name}.safetensors")
+    for kind, own in record["judge"].items():
+        assert own["AUROC at .5"] > 0.75, kind
