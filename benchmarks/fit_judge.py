@@ -24,7 +24,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,10 +58,19 @@ TERMS = (
 )
 
 
-def toxicity_scores(path: Path) -> tuple[list[str], Array, list[str]]:
-    """(texts, scores in [0, 1], group of each: prompt and continuation of one record share theirs)."""
+class Published(NamedTuple):
+    """A text with its published score in [0, 1]; ``group`` is what it must share its fold with."""
+
+    text: str
+    score: float
+    group: str
+    kind: str
+
+
+def toxicity_scores(path: Path) -> list[Published]:
+    """Prompts and continuations; both of one record are a group. A score that is missing is left out."""
     opened = gzip.open if path.suffix == ".gz" else open
-    texts, scores, groups = [], [], []
+    found = []
     with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file):
             record = json.loads(line)
@@ -73,15 +82,13 @@ def toxicity_scores(path: Path) -> tuple[list[str], Array, list[str]]:
                     else (part, record[f"{name}_toxicity"])
                 )
                 if score is not None:
-                    texts.append(text)
-                    scores.append(score)
-                    groups.append(str(number))
-    return texts, np.array(scores), groups
+                    found.append(Published(text, score, str(number), f"{name}s"))
+    return found
 
 
-def sentiment_scores(path: Path) -> tuple[list[str], Array, list[str]]:
-    """(sentences, ratings put on [0, 1], group of each: sentences of one review share theirs)."""
-    texts, scores, groups = [], [], []
+def sentiment_scores(path: Path) -> list[Published]:
+    """Sentences, their ratings put on [0, 1]; those of one review are a group."""
+    found = []
     with tarfile.open(path) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None
@@ -92,13 +99,12 @@ def sentiment_scores(path: Path) -> tuple[list[str], Array, list[str]]:
                 assert member is not None
                 for line in member.read().decode("utf-8", "replace").splitlines():
                     number, rating, text = line.split("\t", 2)
-                    texts.append(text)
-                    scores.append((float(rating) + 4) / 8)
-                    groups.append(f"{name} {number.partition('_')[0]}")
-    return texts, np.array(scores), groups
+                    group = f"{name} {number.partition('_')[0]}"
+                    found.append(Published(text, (float(rating) + 4) / 8, group, name))
+    return found
 
 
-READERS: dict[str, Callable[[Path], tuple[list[str], Array, list[str]]]] = {
+READERS: dict[str, Callable[[Path], list[Published]]] = {
     "toxicity": toxicity_scores,
     "sentiment": sentiment_scores,
 }
@@ -118,10 +124,10 @@ def ridge(features: Array, target: Array) -> tuple[Array, float]:
     return weights, float(middle - mean @ weights)
 
 
-def folds(groups: Sequence[str]) -> Array:
-    names = sorted(set(groups))
+def folds(texts: Sequence[Published]) -> npt.NDArray[np.int64]:
+    names = sorted({one.group for one in texts})
     fold = dict(zip(names, np.random.default_rng(0).permutation(len(names)) % FOLDS, strict=True))
-    return np.array([fold[group] for group in groups])
+    return np.array([fold[one.group] for one in texts])
 
 
 def area(scores: Array, positive: npt.NDArray[np.bool_]) -> float:
@@ -151,11 +157,11 @@ def main() -> None:
     asked.add_argument("scores", type=Path)
     given = asked.parse_args()
     name, layers = given.judge, LAYERS[given.judge]
-    texts, published, groups = READERS[name](given.scores)
-    embed, target = Embedder(layers), log_odds(published)
-    features = embed(texts).double().numpy()
-    fold = folds(groups)
-    judged = np.zeros(len(texts))
+    published = READERS[name](given.scores)
+    embed, target = Embedder(layers), log_odds(np.array([one.score for one in published]))
+    features = embed([one.text for one in published]).double().numpy()
+    fold = folds(published)
+    judged = np.zeros(len(published))
     for number in range(FOLDS):
         weights, bias = ridge(features[fold != number], target[fold != number])
         judged[fold == number] = features[fold == number] @ weights + bias
@@ -170,16 +176,14 @@ def main() -> None:
         FOLDER / f"{name}.safetensors",
         {"layers": str(layers)},
     )
-    record = about(name, texts, published, judged, groups)
+    record = about(name, published, judged)
     record |= {"source": given.scores.name, "source sha256": sha256(given.scores), "layers": layers}
     record["weights sha256"] = sha256(FOLDER / f"{name}.safetensors")
     Path("docs/results", f"judge-{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 
-def about(
-    name: str, texts: Sequence[str], published: Array, judged: Array, groups: Sequence[str]
-) -> dict[str, Any]:
+def about(name: str, published: Sequence[Published], judged: Array) -> dict[str, Any]:
     """How judge and scorer agree with the published scores and each other; what each makes of terms."""
     from quark_fast.rewards.judge import judge
 
@@ -191,26 +195,27 @@ def about(
         values = reward([{"prompt": ""}] * len(some), list(some))
         return np.asarray(values if rising else 1 - values)
 
-    own = scored(scorer, texts)
-    # Prompts and continuations, or the four sources.
-    kinds = np.array(
-        ["continuations" if i % 2 == 0 else "prompts" for i in range(len(texts))]
-        if name == "toxicity"
-        else [group.partition(" ")[0] for group in groups]
-    )
-    if name == "toxicity":  # a score may be missing, and with it the turn of the two
-        last: dict[str, int] = {}
-        for i, group in enumerate(groups):
-            last[group] = last.get(group, 0) + 1
-            kinds[i] = "continuations" if last[group] == 1 else "prompts"
+    scores = np.array([one.score for one in published])
+    own = scored(scorer, [one.text for one in published])
+    kinds = np.array([one.kind for one in published])
+    tenths = np.minimum((10 * scores).astype(int), 9)
+
+    def by_kind(found: Array) -> dict[str, dict[str, float]]:
+        every = sorted(set(kinds.tolist()))
+        return {kind: agreement(found[kinds == kind], scores[kinds == kind]) for kind in every}
+
     sentences = [f"My neighbour is {term}." for term in TERMS]
     final = judge(name, "", complement=rising)
     return {
-        "judge": {
-            kind: agreement(judged[kinds == kind], published[kinds == kind]) for kind in sorted(set(kinds))
-        },
-        "scorer": {
-            kind: agreement(own[kinds == kind], published[kinds == kind]) for kind in sorted(set(kinds))
+        "judge": by_kind(judged),
+        "scorer": by_kind(own),
+        "mean by tenth of the published score": {
+            f"{tenth / 10:g}": {
+                "texts": int((tenths == tenth).sum()),
+                "judge": round(float(judged[tenths == tenth].mean()), 3),
+                "scorer": round(float(np.nanmean(own[tenths == tenth])), 3),
+            }
+            for tenth in sorted(set(tenths.tolist()))
         },
         "scorer name": scorer.name,
         "rank correlation of judge and scorer": round(

@@ -25,6 +25,7 @@ from quark_fast.evaluation.held_out import EvaluationSetup, evaluate
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.loading import load_reference
+from quark_fast.model.rounding import stochastic_rounding
 from quark_fast.report.results import BASE
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
@@ -113,10 +114,10 @@ def quark(point: Point, **settings: Any) -> Trained:
     trainer = Trainer(config, listen=listen)
     clock = Clock()
     folder = trainer.train()
-    scored = sum(1 for _ in (folder / COMPLETIONS).open())
+    scored = len((folder / COMPLETIONS).read_text().splitlines())
     rows: dict[str, list[Sample]] = {}
     fields = {field.name for field in dataclasses.fields(Sample)}
-    for line in (folder / "evaluation.jsonl").open():
+    for line in (folder / "evaluation.jsonl").read_text().splitlines():
         record = json.loads(line)
         made = Sample(**{name: value for name, value in record.items() if name in fields})
         rows.setdefault(record["row"], []).append(made)
@@ -163,7 +164,7 @@ def common(point: Point, setup: Setup) -> dict[str, Any]:
         "logging_steps": 5,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
 
 
@@ -178,11 +179,10 @@ def base_and_tokenizer() -> tuple[Any, Any]:
 
 
 def finish(point: Point, trainer: Any, tokenizer: Any) -> Path:
-    """The trained model as a transformers folder."""
+    """The trained model as a transformers folder, in float32."""
     records = [json.dumps(row) + "\n" for row in trainer.state.log_history]
     (point.folder / "log.jsonl").write_text("".join(records))
-    trained = trainer.accelerator.unwrap_model(trainer.model).to(torch.bfloat16)
-    trained.save_pretrained(point.folder / "model")
+    trainer.accelerator.unwrap_model(trainer.model).float().save_pretrained(point.folder / "model")
     tokenizer.save_pretrained(point.folder / "model")
     return point.folder / "model"
 
@@ -292,8 +292,23 @@ def offline(point: Point, setup: Setup, kind: str) -> Trained:
         processing_class=tokenizer,
         callbacks=[UntilTimeIsUp(clock, point.minutes, point.settings["learning_rate"])],
     )
+    trainer.train_dataset = without_ends(trainer.train_dataset, tokenizer.eos_token_id)
     trainer.train()
     return Trained(clock.minutes, scored, finish(point, trainer, tokenizer))
+
+
+def without_ends(rows: Any, end: int) -> Any:
+    """Tokenized rows of TRL's without the end of text that it puts behind every completion.
+
+    Nearly all completions were cut at their last token, and the model would learn to stop there.
+    """
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        lists = {name: ids for name, ids in row.items() if isinstance(ids, list) and name != "prompt_ids"}
+        assert all(ids[-1] == end for name, ids in lists.items() if name.endswith("_ids")), lists.keys()
+        return {name: ids[:-1] for name, ids in lists.items()}
+
+    return rows.map(cut)
 
 
 def untouched(point: Point, setup: Setup) -> Trained:
@@ -317,7 +332,7 @@ class Method:
 ONLINE = (
     {"learning_rate": 4e-5, "beta": 0.05},
     {"learning_rate": 1e-4, "beta": 0.05},
-    {"learning_rate": 1e-4, "beta": 0.2},
+    {"learning_rate": 2e-4, "beta": 0.05},
 )
 OFFLINE = (
     {"learning_rate": 1e-5, "beta": 0.1},
@@ -350,7 +365,12 @@ METHODS = {
 
 def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
     """The completions of a model as it is, with what our run's evaluation has before every prompt."""
-    model = load_reference(folder, setup.sampling_dtype, setup.device)
+    model = load_reference(folder, torch.float32, setup.device)
+    if setup.sampling_dtype != torch.float32:
+        # As our export: rounded to the nearest, a short training is half undone.
+        rounded = stochastic_rounding(setup.sampling_dtype)
+        for weights in model.parameters():
+            weights.data = rounded(weights.data)
     measured = EvaluationSetup(
         setup.policy,
         setup.reference,

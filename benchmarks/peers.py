@@ -112,7 +112,7 @@ def run_all(asked: argparse.Namespace, wanted: Sequence[dict[str, Any]]) -> None
 def read_point(folder: Path) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """(its record, its rows' samples)."""
     rows: dict[str, list[Sample]] = {}
-    for line in (folder / "samples.jsonl").open():
+    for line in (folder / "samples.jsonl").read_text().splitlines():
         record = json.loads(line)
         rows.setdefault(record.pop("row"), []).append(Sample(**record))
     return json.loads((folder / "result.json").read_text()), rows

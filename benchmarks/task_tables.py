@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from quark_fast.metrics import judge_measure
 from quark_fast.report.results import scorer_line, shown_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -49,22 +50,59 @@ def summary_table() -> str:
         ("best token", "unlearned: the best token in front"),
         ("guided w=1.5", "unlearned, guided with w = 1.5"),
     ):
-        toxicity, perplexity = (
-            [run[name]["metrics"][metric]["value"] for run in runs] for metric in ("mean", "perplexity")
-        )
-        mean = statistics.mean(toxicity)
+        values = {
+            metric: [run[name]["metrics"][metric]["value"] for run in runs]
+            for metric in ("mean", judge_measure("toxicity-judge"), "perplexity")
+        }
+        means = {metric: statistics.mean(of_seeds) for metric, of_seeds in values.items()}
         if name == "untouched":
-            base = mean
-        fall = "" if name == "untouched" else f"{100 * (mean / base - 1):+.0f}%"
-        lines.append(
-            [
-                words,
-                f"{mean:.3f} ({min(toxicity):.3f} to {max(toxicity):.3f})",
-                fall,
-                f"{statistics.mean(perplexity):.1f}",
-            ]
-        )
-    return markdown(["", "mean toxicity (of three seeds)", "change", "perplexity"], lines)
+            base = means
+        cells = []
+        for metric, of_seeds in values.items():
+            digits = 1 if metric == "perplexity" else 3
+            fall = "" if name == "untouched" else f", {100 * (means[metric] / base[metric] - 1):+.0f}%"
+            spread = f"({min(of_seeds):.{digits}f} to {max(of_seeds):.{digits}f})"
+            cells.append(f"{means[metric]:.{digits}f}{fall} {spread}")
+        lines.append([words, *cells])
+    return markdown(["", "toxicity by the scorer", "by the judge", "perplexity"], lines)
+
+
+def judge_table(name: str) -> str:
+    """How judge and scorer agree with published scores: kinds of texts down."""
+    record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
+    lines = []
+    for kind, judge in record["judge"].items():
+        cells = [f"{judge['texts']:,}"]
+        for key in ("rank correlation", "AUROC at .5"):
+            cells += [f"{one[key]:.3f}" for one in (judge, record["scorer"][kind])]
+        lines.append([kind, *cells])
+    head = ["texts", "how many", "rank correlation: judge", record["scorer name"], "AUROC: judge"]
+    return markdown([*head, record["scorer name"]], lines)
+
+
+def calibration_table(name: str) -> str:
+    """What judge and scorer give texts of each tenth of the published score."""
+    record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
+    tenths = record["mean by tenth of the published score"]
+    lines = [
+        [
+            one if one == "judge" else record["scorer name"],
+            *(f"{tenth[one]:.2f}" for tenth in tenths.values()),
+        ]
+        for one in ("judge", "scorer")
+    ]
+    return markdown(["published score from", *tenths], lines)
+
+
+def terms_table(name: str) -> str:
+    """What both make of a term in "My neighbour is ..."."""
+    record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
+    terms = record["terms"]
+    lines = [
+        [one if one == "judge" else record["scorer name"], *(f"{terms[term][one]:.2f}" for term in terms)]
+        for one in ("judge", "scorer")
+    ]
+    return markdown(["My neighbour is ...", *terms], lines)
 
 
 def plot(path: Path) -> None:
@@ -162,4 +200,7 @@ if __name__ == "__main__":
     print(f"README.md\n\n{summary_table()}")
     for task in TASKS:
         print(f"\n{task}\n\n{task_table(task)}")
+    for judge in ("toxicity", "sentiment"):
+        made = (judge_table(judge), calibration_table(judge), terms_table(judge))
+        print("\n\n".join((f"\njudge of {judge}", *made)))
     print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")

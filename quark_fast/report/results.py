@@ -21,6 +21,7 @@ from quark_fast.report.columns import (
 from quark_fast.report.records import Record, number_of
 
 BASE = "untouched"  # the base model's row, as evaluation.json names it
+AGAIN = ", again"  # behind the name of a row, another completion of it for the same prompt
 Way = Literal["untouched", "none", "worst", "middle", "best", "guided"]
 
 
@@ -56,7 +57,7 @@ def label_of(row: Record) -> str:
 
 def shown_name(name: str) -> str:
     """A row's name in words: "base model" for what files call "untouched", alone or as "run: untouched"."""
-    return re.sub(f"(^|: ){BASE}$", r"\1base model", name)
+    return re.sub(f"(^|: ){BASE}({AGAIN})?$", r"\1base model\2", name)
 
 
 def interval_of(row: Record, metric: str) -> Interval:

@@ -206,8 +206,8 @@ def before_after(
         parts += [Text(one_line(show(example.prompt)) + " …", style="bold"), grid, Text("")]
     parts.append(
         Text(
-            "Prompts where the base model wrote some of its worst; the number is the score. "
-            "The after texts are not chosen.",
+            "Prompts where the base model wrote some of its worst; the number is the score. Its next "
+            "completion (again) is the control; no after text is chosen.",
             style="dim",
         )
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from quark_fast.files.safe_text import clean
 from quark_fast.report.records import Record, number_of, series_of
-from quark_fast.report.results import way_of
+from quark_fast.report.results import AGAIN, way_of
 
 # Rot13, so that one need not read them to work on this file. A stem matches with any ending, a
 # word as it is or in the plural.
@@ -53,7 +53,9 @@ def pick_examples(
     """n prompts spread over the quarter where the base model's text scored worst; repeatable.
 
     Before is the worst completion of the prompt in the first row, the base model's; after is the
-    completion with the same sample number, whatever it scored, so only the prompts are chosen.
+    completion with the same sample number, whatever it scored, so only the prompts are chosen. Since the
+    worst of some is followed by a better one without any training, another completion of the first row
+    stands between as the control: the next one, whatever it scored.
 
     Args:
         after: names of the rows to show after that one; None: the first row with the best token and
@@ -83,12 +85,15 @@ def pick_examples(
 
     examples = []
     for _, prompt_id, index in (quarter[i] for i in chosen):
-        texts = []
-        for name in (base, *after):
+        own = before[prompt_id]
+        shown = [(base, own[index])]
+        if len(own) > 1:
+            shown.append((base + AGAIN, own[(index + 1) % len(own)]))
+        for name in after:
             samples = by_row.get(name, {}).get(prompt_id, [])
             if index < len(samples):
-                row = samples[index]
-                texts.append((name, str(row.get("completion", "")), number_of(row, "score")))
+                shown.append((name, samples[index]))
+        texts = [(name, str(row.get("completion", "")), number_of(row, "score")) for name, row in shown]
         examples.append(Example(str(before[prompt_id][index].get("prompt", "")), texts))
     return examples
 

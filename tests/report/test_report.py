@@ -539,14 +539,17 @@ def test_examples_come_from_the_worst_quarter_and_pair_sample_numbers(finished_r
     examples = pick_examples(rows, 4, after=["guided w=6"])
     assert len({example.prompt for example in examples}) == 4
     for example in examples:
-        (_, before, score), (name, after, _) = example.texts
+        (_, before, score), (control, again, _), (name, after, _) = example.texts
         assert score == peaks[example.prompt] and score in quarter and name == "guided w=6"
         of_prompt = [row for row in rows if row["prompt"] == example.prompt]
         texts = {
             name: [row["completion"] for row in of_prompt if row["row"] == name]
             for name in ("untouched", "guided w=6")
         }
-        assert texts["untouched"].index(before) == texts["guided w=6"].index(after)
+        number = texts["untouched"].index(before)
+        assert texts["guided w=6"][number] == after
+        assert control == "untouched, again"
+        assert again == texts["untouched"][(number + 1) % len(texts["untouched"])]
 
 
 def test_the_worst_texts_of_a_plain_reward_are_those_of_the_lowest(finished_run):

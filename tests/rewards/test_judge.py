@@ -80,9 +80,10 @@ def test_what_was_published_is_read_in_both_forms_and_falls_into_folds_whole(
     nested = {"prompt": {"text": "a", "toxicity": 0.1}, "continuation": {"text": "b", "toxicity": 0.9}}
     flat = {"prompt": "c", "prompt_toxicity": None, "continuation": "d", "continuation_toxicity": 0.3}
     file.write_text(json.dumps(nested) + "\n" + json.dumps(flat) + "\n")
-    texts, scores, groups = fit_judge.toxicity_scores(file)
-    assert texts == ["b", "a", "d"] and scores.tolist() == [0.9, 0.1, 0.3] and groups == ["0", "0", "1"]
-    numbers = fit_judge.folds([*groups, *map(str, range(2, 50))])
+    found = fit_judge.toxicity_scores(file)
+    assert found[0] == ("b", 0.9, "0", "continuations") and found[1] == ("a", 0.1, "0", "prompts")
+    assert found[2:] == [("d", 0.3, "1", "continuations")]
+    numbers = fit_judge.folds([*found, *(found[0]._replace(group=str(i)) for i in range(2, 50))])
     assert numbers[0] == numbers[1] and set(numbers) == set(range(fit_judge.FOLDS))
 
 

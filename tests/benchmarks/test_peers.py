@@ -1,0 +1,131 @@
+"""The comparison with other methods: which points run, which try is chosen, what the table says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import save_tiny_model, word_tokenizer
+from tokenizers import decoders
+
+from quark_fast.metrics import Sample, judge_measure
+from quark_fast.rewards.reward import Reward
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import peers
+
+    yield peers
+    for name in ("peers", "peer_point"):
+        sys.modules.pop(name, None)
+
+
+def samples(score: float, nll: float, judge: float) -> list[Sample]:
+    return [
+        Sample(i, "p", f"a b c {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100})
+        for i in range(6)
+    ]
+
+
+def save_point(peers: ModuleType, output: Path, point: dict[str, Any], rows: dict[str, list[Sample]]) -> None:
+    folder = peers.folder_of(output, point)
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"row": row, **vars(one)}) + "\n" for row, part in rows.items() for one in part]
+    (folder / "samples.jsonl").write_text("".join(lines))
+    record = {"minutes": 12.0, "scored": 100, "threads": 1, "versions": {"torch": "x"}}
+    (folder / "result.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> argparse.Namespace:
+    return argparse.Namespace(task="toxicity", minutes=12.0, output=tmp_path)
+
+
+def test_lowest_score_wins_among_the_tries_that_keep_the_perplexity(
+    peers: ModuleType, asked: argparse.Namespace
+) -> None:
+    tries = [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"learning_rate": 1e-3}]
+    found = [samples(0.4, 8.0, 0.4), samples(0.2, 8.2, 0.3), samples(0.1, 9.0, 0.2)]
+    (base,) = peers.points(asked, "development", [0], {"base": [{}]})
+    save_point(peers, asked.output, base, {"base": samples(0.5, 8.0, 0.5)})
+    for point, rows in zip(peers.points(asked, "development", [0], {"GRPO": tries}), found, strict=True):
+        save_point(peers, asked.output, point, {"GRPO": rows})
+    # exp(8.2 / 4) / exp(8 / 4) is +5%, exp(9 / 4) / exp(8 / 4) +28%.
+    assert peers.choose(asked, "GRPO", tries) == tries[1]
+    assert peers.choose(asked, "GRPO", tries[2:]) == tries[2], "a single try needs no choice"
+
+
+def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
+    peers: ModuleType, asked: argparse.Namespace, tmp_path: Path
+) -> None:
+    for seed, score in ((0, 0.2), (1, 0.3)):
+        for method, rows in (
+            ("base", {"base": samples(0.5, 8.0, 0.5)}),
+            ("ours", {"best token": samples(score, 8.2, 0.25), "worst token": samples(0.9, 8.0, 0.6)}),
+        ):
+            (point,) = peers.points(asked, "test", [seed], {method: [{}]})
+            save_point(peers, asked.output, point, rows)
+    table = peers.results(asked, {"base": {}, "ours": {}}, [0, 1])
+    base, ours = table["rows"]
+    assert (base["method"], ours["row"]) == ("base", "best token")
+    assert ours["all seeds"]["mean"]["value"] == pytest.approx(0.25)
+    assert ours["all seeds"]["mean"]["relative"] == pytest.approx(-0.5)
+    assert [one["mean"]["relative"] for one in ours["seeds"]] == pytest.approx([-0.6, -0.4])
+    shown = peers.markdown(table)
+    assert "| ours, best token | 12.0 | 100 | 0.250, -50% [-50, -50] | 0.275, -48% " in shown
+    peers.plot(table, tmp_path / "plot.svg")
+    assert "ours, best token" in (tmp_path / "plot.svg").read_text()
+
+
+def test_points_that_are_there_do_not_run_again(peers: ModuleType, asked: argparse.Namespace) -> None:
+    wanted = list(peers.points(asked, "test", [0], {"base": [{}]}))
+    save_point(peers, asked.output, wanted[0], {"base": samples(0.5, 8.0, 0.5)})
+    asked.jobs = 1
+    peers.run_all(asked, wanted)
+    assert not (peers.folder_of(asked.output, wanted[0]) / "log").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "DPO", "KTO", "RAFT"])
+def test_method_of_trl_trains_a_model_that_differs_from_the_base(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    pytest.importorskip("trl")
+    import peer_point
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tiny = save_tiny_model(tmp_path / "tiny", "llama")
+    spaced = word_tokenizer()  # so that prompt and completion stay apart in the text of both
+    spaced.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
+    spaced.save_pretrained(tiny)
+    monkeypatch.setattr("quark_fast.data.assets.default_model", lambda: tiny)
+    monkeypatch.setattr(peer_point, "POOL", 2)
+    settings = {"learning_rate": 1e-2} if method == "RAFT" else {"learning_rate": 1e-2, "beta": 0.1}
+    point = peer_point.Point("toxicity", method, 60.0, settings, 0, "development", tmp_path / "point", 1)
+    point.folder.mkdir()
+    common = peer_point.common
+    monkeypatch.setattr(peer_point, "common", lambda *given: common(*given) | {"max_steps": 3})
+    # Rewards that differ, whatever so small a model writes.
+    numbers = iter(range(10**9))
+    reward = Reward(lambda prompts, **_: [next(numbers) / 7 % 1 for _ in prompts], "tiny", "1", "ab" * 32)
+    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: reward)
+    limits = {"judge": "none", "max_new_tokens": 4, "prompt_limit": 8, "held_out": "2", "precision": "fp32"}
+    config = point.config
+    monkeypatch.setattr(peer_point.Point, "config", lambda self, **given: config(**limits, **given))
+    peer_point.run(point)
+    record = json.loads((point.folder / "result.json").read_text())
+    assert 0 <= record["minutes"] < 60 and record["scored"] > 0
+    rows = [json.loads(line) for line in (point.folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {method} and len(rows) == 10
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(point.folder / "model").state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
