@@ -19,10 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 from quark_fast.runtime.machine import versions
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    return 0  # a benchmark beside another would measure both
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results", type=Path, help="write every row to this JSON file, with machine and command"

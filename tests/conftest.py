@@ -38,6 +38,20 @@ from quark_fast.model.policy import Policy
 WORDS = 60  # w0 ... w59, then the special tokens
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests on every core where pytest-xdist is installed, unless said otherwise; benchmarks never.
+
+    A file's tests share a worker, and its fixtures; the order of the files is that of ``LONGEST``.
+    """
+    option, is_worker = config.option, hasattr(config, "workerinput")
+    if not config.pluginmanager.hasplugin("xdist") or is_worker:
+        return
+    if option.numprocesses is None and option.dist == "no":
+        option.numprocesses, option.dist, option.loadscopereorder = "auto", "loadfile", False
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     # A worker for each core of this process, not of the machine; each holds some 1 GB, and 8 end the wait.
     return min(len(os.sched_getaffinity(0)), 8)
