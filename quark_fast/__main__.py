@@ -1,17 +1,53 @@
-"""``python -m quark_fast``: which commands there are."""
+"""``quark-fast COMMAND ...``, or ``python -m quark_fast COMMAND ...``: which commands there are; runs one."""
 
+from __future__ import annotations
+
+import difflib
+import importlib
 import sys
+from collections.abc import Sequence
 
-COMMANDS = """\
-usage: python -m quark_fast.COMMAND ...; each has --help
+from quark_fast import __version__
 
-  train      unlearn a property: settings in, a run folder with report and model out
-  generate   text of a finished run, before and after
-  evaluate   runs, models and earlier tables side by side
-  ablate     a small grid of runs, one table and one plot
-  report     a run's report.html again, from its files\
-"""
+COMMANDS = {
+    "train": "unlearn a property: settings in, a run folder with report and model out",
+    "generate": "text of a finished run, before and after",
+    "evaluate": "runs, models and earlier tables side by side",
+    "ablate": "a small grid of runs, one table and one plot",
+    "report": "a run's report.html again, from its files",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<11}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: quark-fast COMMAND ..., or python -m quark_fast.COMMAND ...; each has --help",
+            "",
+            *lines,
+            "",
+            "  --version",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; its exit status."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help", "--version"):
+        print(f"quark_fast {__version__}" if name == "--version" else usage())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"error: no command {name!r}{hint}\n\n{usage()}" if name else usage(), file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"quark_fast.{name}" + (".__main__" if name == "report" else ""))
+    # As python -m sets it: a run's record has the command that made it.
+    sys.argv = [str(module.__file__), *rest]
+    status: int = module.main()
+    return status
+
 
 if __name__ == "__main__":
-    print(COMMANDS)
-    sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    sys.exit(main())

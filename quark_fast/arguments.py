@@ -21,6 +21,36 @@ from quark_fast.files.safe_read import TooLarge, read_bytes
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 
 
+# What TRL's and transformers' trainers call a setting, and what it is here, nearly.
+NEIGHBOURS = {
+    "output_dir": "output",
+    "model_name_or_path": "model",
+    "dataset_name": "prompts",
+    "train_file": "prompts",
+    "validation_file": "held_out",
+    "reward_funcs": "reward",
+    "reward_model_name_or_path": "scorer",
+    "beta": "kl_coef",
+    "init_kl_coef": "kl_coef",
+    "target_kl": "kl_target",
+    "max_steps": "steps",
+    "num_train_epochs": "rounds",
+    "per_device_train_batch_size": "micro_batch",
+    "train_batch_size": "batch_size",
+    "num_generations": "initial_samples",
+    "max_completion_length": "max_new_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "generation_batch_size": "sample_batch",
+    "resume_from_checkpoint": "resume",
+    "save_steps": "checkpoint_every",
+    "mixed_precision": "precision",
+    "use_vllm": "rollout",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+    "use_peft": "lora_rank",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as everything else here does, not by a page of usage.
 
@@ -29,6 +59,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **({"allow_abbrev": False} | options))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hints(unknown)}")
+        return found
+
+    def _hints(self, unknown: Sequence[str]) -> str:
+        """What a flag that is not known may have meant: another trainer's name of one of ours, or a slip."""
+        known = {flag for flag in self._option_string_actions if flag.startswith("--")}
+        meant = {}
+        for flag in (given.partition("=")[0] for given in unknown if given.startswith("--")):
+            ours = "--" + NEIGHBOURS.get(flag[2:].replace("-", "_"), "").replace("_", "-")
+            near = [ours] if ours in known else difflib.get_close_matches(flag, known, n=1)
+            if near:
+                meant[flag] = near[0]
+        if not meant:
+            return ""
+        return "; did you mean " + ", ".join(f"{ours} for {flag}" for flag, ours in meant.items()) + "?"
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help shows every option")

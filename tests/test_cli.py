@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -25,8 +26,10 @@ from conftest import save_tiny_classifier, save_tiny_model, whole_reports
 from transformers import AutoTokenizer, pipeline
 from warm import Process
 
+import quark_fast.__main__
 from quark_fast import evaluate, generate, train
-from quark_fast.arguments import load_config
+from quark_fast.arguments import NEIGHBOURS, load_config
+from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
 from quark_fast.model.policy import Policy
@@ -758,12 +761,44 @@ def test_worst_words_are_masked_unless_asked_for(
     assert (RUDE in shown) == bool(extra)
 
 
-def test_the_package_itself_says_which_commands_there_are() -> None:
-    asked = [sys.executable, "-m", "quark_fast"]
-    plain, helped = (subprocess.run(a, capture_output=True, text=True) for a in (asked, [*asked, "--help"]))
-    assert (plain.returncode, helped.returncode) == (2, 0)
-    for name in ("train", "generate", "evaluate", "ablate"):
-        assert f"  {name} " in helped.stdout
+def test_the_package_itself_says_which_commands_there_are_and_runs_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quark_fast.__main__.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in ("train", "generate", "evaluate", "ablate", "report"))
+    assert quark_fast.__main__.main([]) == 2
+    assert quark_fast.__main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"quark_fast {quark_fast.__version__}\n"
+    assert quark_fast.__main__.main(["trian"]) == 2
+    assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["quark-fast"])
+    assert quark_fast.__main__.main(["report", "finished"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert Path(sys.argv[0]).parent.name == "report" and sys.argv[1:] == ["finished"]
+
+
+def test_installed_command_is_that_of_the_package() -> None:
+    program = Path(sys.executable).with_name("quark-fast")
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"quark_fast {quark_fast.__version__}\n"
+
+
+def test_unknown_flag_hints_at_the_slip_and_at_what_neighbours_call_ours(
+    refused: Callable[[Command, Sequence[str]], str],
+) -> None:
+    slip = refused(train.main, ["--kl-coeff", "3"])
+    assert "--kl-coeff 3; did you mean --kl-coef for --kl-coeff?" in slip
+    theirs = refused(train.main, ["--output_dir=x", "--max_steps", "3", "--zzzz"])
+    assert (
+        "did you mean --output for --output_dir, --steps for --max_steps?" in theirs and "zzzz:" not in theirs
+    )
+    assert "did you mean --guidance for --guidence?" in refused(generate.main, ["x", "--guidence", "3"])
+
+
+def test_names_of_neighbours_are_those_of_settings_here() -> None:
+    known = {field.name for field in dataclasses.fields(Config)} | {"scorer"}
+    assert set(NEIGHBOURS.values()) <= known and not NEIGHBOURS.keys() & known
 
 
 def test_command_typed_twice_says_at_once_what_there_is_and_what_to_type(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
 @pytest.mark.parametrize("what", [["benchmarks/", "--benchmark-only"], ["tests/test_config.py"]])
 def test_it_is_collected_without_xdist(what: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--collect-only", *what]
