@@ -51,12 +51,7 @@ def parser() -> argparse.ArgumentParser:
         " judged as they are",
     )
     made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
-    own = "default: the first run's own, without a run the task's"
-    made.add_argument("--samples", type=int, help=f"completions a prompt and row; {own}")
-    made.add_argument("--temperature", type=float, help=f"of the sampling, 0: greedy; {own}")
-    made.add_argument("--top-p", type=float, help=f"nucleus, share of mass; {own}")
-    made.add_argument("--max-new-tokens", type=int, help=f"length of a completion, tokens; {own}")
-    made.add_argument("--min-new-tokens", type=int, help=f"end of text is blocked before these; {own}")
+    _add_sampling(made)
     made.add_argument(
         "--rows",
         choices=["ends", "all", "best"],
@@ -80,6 +75,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--markdown", metavar="FILE", help="also write it as Markdown")
     made.add_argument("--html", metavar="FILE", help="also write it as a page with plots and texts")
     return made
+
+
+def _add_sampling(made: argparse.ArgumentParser) -> None:
+    own = "default: the first run's own, without a run the task's"
+    made.add_argument("--samples", type=int, help=f"completions a prompt and row; {own}")
+    made.add_argument("--temperature", type=float, help=f"of the sampling, 0: greedy; {own}")
+    made.add_argument("--top-p", type=float, help=f"nucleus, share of mass; {own}")
+    made.add_argument("--max-new-tokens", type=int, help=f"length of a completion, tokens; {own}")
+    made.add_argument("--min-new-tokens", type=int, help=f"end of text is blocked before these; {own}")
 
 
 OUTPUTS = ("json", "markdown", "html")

@@ -21,7 +21,7 @@ from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
-from quark_fast.rewards.weighted_sum import cached
+from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.runtime.machine import sampling_dtype
 from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
 from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
@@ -87,7 +87,7 @@ def choose_protocol(
     dtype = sampling_dtype(config.precision, device)
     scorer = choose_reward(config, task, device, None if isinstance(reward, str) else reward)
     tasks_own = config.reward in (None, task.name) and (reward is None or isinstance(reward, str))
-    judges = choose_judges(config, task, device, scorer.identity, tasks_own)
+    judges = choose_judges(config, task, device, [term.identity for term in terms(scorer)], tasks_own)
     for run in runs if own_reward else ():
         if (trained_by := run.scorer()) != scorer.name:
             raise UsageError(

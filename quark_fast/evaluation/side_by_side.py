@@ -163,7 +163,7 @@ class Evaluator:
         task = find_task(config.task, config.target)
         trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
         tasks_own = trained_by == task.reward().identity
-        judges = choose_judges(config, task, self.device, trained_by, tasks_own)
+        judges = choose_judges(config, task, self.device, [trained_by], tasks_own)
         for table in self.tables.values():
             table["judges"] = described(judges)
         self.subjects = {

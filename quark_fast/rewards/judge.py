@@ -78,6 +78,7 @@ class LinearJudge:
             self.layers = int(file.metadata()["layers"])
             self.weights, self.bias = file.get_tensor("weights"), file.get_tensor("bias")
         self.sha256 = sha256(path)
+        assets.default_model()  # there before any long work begins
 
     @functools.cached_property
     def embed(self) -> Embedder:

@@ -50,6 +50,13 @@ def weighted_sum(parts: Sequence[tuple[float, Reward]], offset: float) -> Reward
     return Reward(WeightedSum(tuple(parts), offset), name, version, sha256, measures)
 
 
+def terms(reward: Reward) -> list[Reward]:
+    """The terms of a sum; of any other reward itself."""
+    if not isinstance(reward.function, WeightedSum):
+        return [reward]
+    return [term for _, part in reward.function.parts for term in terms(part)]
+
+
 def _measured(part: Reward) -> str:
     """What the tables call the values of a reward of which less is better."""
     label = getattr(part.function, "label", None)  # a classifier's

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from quark_fast.config import Config
+from quark_fast.data.assets import AssetError
 from quark_fast.errors import UsageError
 from quark_fast.rewards.by_name import calls, reward_by_name
 from quark_fast.rewards.reward import Function, Reward, describe
+from quark_fast.rewards.weighted_sum import terms
 from quark_fast.tasks import repetition, sentiment, toxicity
 from quark_fast.tasks.task import Task
 
@@ -31,25 +33,37 @@ def choose_reward(
 
 
 def choose_judges(
-    config: Config, task: Task, device: torch.device | str, trained_by: Sequence[str], tasks_own: bool
+    config: Config,
+    task: Task,
+    device: torch.device | str,
+    trained_by: Iterable[Sequence[str]],
+    tasks_own: bool,
 ) -> tuple[Reward, ...]:
     """The scorers that judge what the reward has trained.
 
     Args:
-        trained_by: identity of the reward that trains, which cannot judge itself.
+        trained_by: identities of the reward that trains, or of its terms, which cannot judge themselves.
         tasks_own: whether that is the task's own; else the task's judge is for those who name it.
     """
     names = [name.strip() for name in config.judge.split(",") if name.strip()]
     if names == ["auto"]:
-        return (task.judge(),) if task.judge is not None and tasks_own else ()
+        if task.judge is None or not tasks_own:
+            return ()
+        try:
+            return (task.judge(),)
+        except AssetError as error:
+            raise UsageError(f"{error}; --judge none leaves out the judge, which needs it") from error
     if names == ["none"]:
         return ()
     # --scorer-label is the reward's: a judge hf:NAME is a classifier of one label, or of two.
     own = dataclasses.replace(config, scorer_label=None)
     judges = tuple(load_reward(name, own, device) for name in names)
+    trained = {tuple(identity) for identity in trained_by}
     for name, one in zip(names, judges, strict=True):
-        if one.identity == list(trained_by):
-            raise UsageError(f"judge = {config.judge!r}: {name} is the reward itself; name another scorer")
+        if any(tuple(term.identity) in trained for term in terms(one)):
+            raise UsageError(
+                f"judge = {config.judge!r}: {name} is the reward itself, or a term of it; name another"
+            )
     if len({one.name for one in judges}) < len(judges) or not judges:
         raise UsageError(f"judge = {config.judge!r}; name each scorer once, or give auto or none")
     return judges

@@ -30,7 +30,7 @@ from quark_fast.model.structure import recompute_layers
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
-from quark_fast.rewards.weighted_sum import cached
+from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
@@ -130,7 +130,8 @@ def set_up(
     accelerator = _accelerator(config, folder, processes)
     scorer = choose_reward(config, task, accelerator.device, reward)
     tasks_own = reward is None and config.reward in (None, task.name)
-    judges = choose_judges(config, task, accelerator.device, scorer.identity, tasks_own)
+    trained_by = [term.identity for term in terms(scorer)]
+    judges = choose_judges(config, task, accelerator.device, trained_by, tasks_own)
     chosen = read_prompts(config, task, folder, given, tasks_own)
     _check_impl(config.impl, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)
@@ -192,7 +193,9 @@ def _check_reward(setup: Setup) -> None:
     if not config.resume and processes.main:
         asked = HeldOut(prompts.train, prompts.train_ids, 1)
         sampling = setup.round_sampling(0)
-        for scorer in (setup.reward, *setup.judges):
+        # The task's own judge is known to work, and once tried out it would stay in memory to the end.
+        named = setup.judges if config.judge != "auto" else ()
+        for scorer in (setup.reward, *named):
             scorer.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
     # SQLite is for one machine: files over a network lose its locks.
     mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache

@@ -19,7 +19,7 @@ from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.reward import Reward, describe
-from quark_fast.rewards.weighted_sum import cached
+from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.tasks import by_name
 from quark_fast.tasks.by_name import choose_judges, choose_reward, load_reward
 from quark_fast.tasks.task import Task
@@ -241,27 +241,30 @@ def test_label_without_its_classifier_is_refused(task: Task, spec: str, label: s
 
 def judges_of(task: Task, config: Config, tasks_own: bool = True) -> list[str]:
     reward = choose_reward(config, task, "cpu")
-    return [one.name for one in choose_judges(config, task, "cpu", reward.identity, tasks_own)]
+    trained_by = [one.identity for one in terms(reward)]
+    return [one.name for one in choose_judges(config, task, "cpu", trained_by, tasks_own)]
 
 
 def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str], None], task: Task) -> None:
     own = Reward(task.reward().function, "tiny-judge", "2", "cd" * 32, property="toxicity")
     judged = dataclasses.replace(task, judge=lambda: own)
     module("def score(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
+    Path(sys.path[0], "my_judges.py").write_text("def length(prompts, completions):\n    return [1.0]\n")
     assert judges_of(judged, Config()) == ["tiny-judge"]
     assert judges_of(judged, Config(), tasks_own=False) == [] == judges_of(judged, Config(judge="none"))
     assert judges_of(task, Config()) == [], "a task without a judge"
-    named = Config(reward="my_rewards:score", judge="toxicity, 1 - my_rewards:score")
-    assert judges_of(judged, named, tasks_own=False) == ["tiny-scorer", "1 - my_rewards:score"]
+    named = Config(reward="my_rewards:score", judge="toxicity, 1 - my_judges:length")
+    assert judges_of(judged, named, tasks_own=False) == ["tiny-scorer", "1 - my_judges:length"]
 
 
 @pytest.mark.parametrize(
     ("judge", "named"),
     [
         ("toxicity", "toxicity is the reward itself"),
+        ("1 - toxicity", "1 - toxicity is the reward itself, or a term of it"),
         (" , ", "auto or none"),
         ("auto, toxicity", "unknown task 'auto'"),
-        ("1 - toxicity, 1 - toxicity", "name each scorer once"),
+        ("my_rewards:score, my_rewards:score", "name each scorer once"),
         ("my_rewards:nothing", "my_rewards"),
         ("toxicity-judge", "the task toxicity has no judge"),
     ],
@@ -269,7 +272,7 @@ def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str
 def test_judge_that_cannot_judge_is_refused(
     module: Callable[[str], None], task: Task, judge: str, named: str
 ) -> None:
-    module("")
+    module("def score(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
     with pytest.raises(UsageError, match=named):
         judges_of(task, Config(judge=judge))
 
