@@ -40,7 +40,7 @@ from quark_fast.report.results import (
     base_row,
     cell_of,
     first_row,
-    headline,
+    headline_parts,
     label_of,
     main_row,
     name_of,
@@ -90,6 +90,7 @@ def render_html(run: RunFiles) -> str:
     rewards, thresholds = (lists_of(run.rounds, name) for name in ("reward_by_quantile", "thresholds"))
     palette = Palette(max(rewards.shape[1], thresholds.shape[1] + 1))
     last_round, training_samples = median_samples(run.completions)
+    found = headline_parts(run.evaluation)
     no_result = f"This run has no result yet: {counted(len(run.steps), 'step')} recorded."
     template = _environment().get_template("page.html.jinja")
     return template.render(
@@ -97,7 +98,8 @@ def render_html(run: RunFiles) -> str:
         evaluation=run.evaluation,
         palette=palette,
         plots=_plots(run, palette),
-        headline=headline(run.evaluation) or no_result,
+        headline=found[0] if found else no_result,
+        qualified=" ".join(found[1:]),
         facts=_facts(run),
         tiles=_tiles(run.evaluation),
         examples=_examples(run),

@@ -151,9 +151,14 @@ def _how(row: Record) -> str:
 
 
 def headline(evaluation: Record) -> str:
-    """The result with its interval, and what it takes to have it; empty if there is no result."""
-    parts = (_result(evaluation), _by_judges(evaluation), _what_it_takes(evaluation))
-    return " ".join(part for part in parts if part)
+    """The result with its interval, what it takes, and what judges find; empty if there is no result."""
+    return " ".join(headline_parts(evaluation))
+
+
+def headline_parts(evaluation: Record) -> list[str]:
+    """The same, the result apart from what is said of it."""
+    parts = (_result(evaluation), _what_it_takes(evaluation), _by_judges(evaluation))
+    return [part for part in parts if part]
 
 
 def _by_judges(evaluation: Record) -> str:
@@ -165,8 +170,10 @@ def _by_judges(evaluation: Record) -> str:
         cell = cell_of(evaluation, row, column)
         if cell.value != "–":
             bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
-            found.append(f"{column.title} is at {cell.value} ({cell.change}{bounds})")
-    return f"A judge that took no part in training: {'; '.join(found)}." if found else ""
+            what, _, judge = column.title.rpartition(" by ")
+            who = f"{judge}, which took no part in training, finds"
+            found.append(f"{who} a {what} of {cell.value} there ({cell.change}{bounds}).")
+    return " ".join(found)
 
 
 def _what_it_takes(evaluation: Record) -> str:
