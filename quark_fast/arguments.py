@@ -60,12 +60,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **({"allow_abbrev": False} | options))
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hints(unknown)}")
-        return found
-
     def _hints(self, unknown: Sequence[str]) -> str:
         """What a flag that is not known may have meant: another trainer's name of one of ours, or a slip."""
         known = {flag for flag in self._option_string_actions if flag.startswith("--")}
@@ -80,7 +74,9 @@ class Parser(argparse.ArgumentParser):
         return "; did you mean " + ", ".join(f"{ours} for {flag}" for flag, ours in meant.items()) + "?"
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help shows every option")
+        _, unknown, given = message.partition("unrecognized arguments: ")
+        hints = self._hints(given.split()) if unknown else ""
+        raise UsageError(f"{message}{hints}; --help shows every option")
 
 
 class _Help(argparse.HelpFormatter):

@@ -149,6 +149,7 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
     judges = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
     for name in ("toxicity", "sentiment"):
         assert task_tables.judge_table(name) in judges and task_tables.terms_table(name) in judges
+    assert task_tables.calibration_table("toxicity") in judges
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     of_tasks = [task_tables.task_table(task) for task in task_tables.TASKS]
     for made in (*of_tasks, task_tables.unlikelihood_table(task_tables.RESULTS / "unlikelihood.json")):

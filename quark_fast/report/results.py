@@ -171,8 +171,8 @@ def _by_judges(evaluation: Record) -> str:
         if cell.value != "–":
             bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
             what, _, judge = column.title.rpartition(" by ")
-            who = f"{judge}, which took no part in training, finds"
-            found.append(f"{who} a {what} of {cell.value} there ({cell.change}{bounds}).")
+            who = f"By {judge}, which took no part in training, {what} with {_how(row)}"
+            found.append(f"{who} is {cell.value} ({cell.change}{bounds}).")
     return " ".join(found)
 
 

@@ -76,7 +76,7 @@ def test_judge_takes_no_part_in_training_and_stands_in_table_headline_and_report
         mean, judged_mean = (after["metrics"][key]["value"] for key in ("mean", f"judge {spec}"))
         assert judged_mean == pytest.approx(1 - mean)
     assert (judged["split"], judged["prompts"]) == ("development", 6)
-    assert "which took no part in training, finds a score of" in (folders[1] / "report.html").read_text()
+    assert "which took no part in training, score with" in (folders[1] / "report.html").read_text()
     trained = {row["prompt"] for row in rows(folders[1] / "completions.jsonl")}
     measured = {row["prompt"] for row in rows(folders[1] / "held_out.jsonl")}
     assert not trained & measured and trained | measured == set(PROMPTS)
