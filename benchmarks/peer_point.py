@@ -379,6 +379,7 @@ def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
         setup.held_out_sampling(),
         setup.config.seed,
         judges=setup.judges,
+        controls=setup.controls,
     )
     batches = evaluate(measured, model, [TableRow(name)], setup.task.measures)
     return [one for _, part in batches for one in part]

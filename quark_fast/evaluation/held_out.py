@@ -66,6 +66,7 @@ class EvaluationSetup:
     Attributes:
         reference: the base model; None where nothing samples it.
         judges: further scorers, which take no part in training.
+        controls: ordinary texts as ids, one for each of the first prompts, if these have none of their own.
         sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
     """
@@ -79,6 +80,7 @@ class EvaluationSetup:
     sampler: Sampler = sample
     shard: tuple[int, int] = (0, 1)
     judges: Sequence[Reward] = ()
+    controls: Sequence[Sequence[int]] = ()
 
     def draw(
         self,
@@ -117,6 +119,16 @@ class EvaluationSetup:
         return [
             (i, ids, text, float(value)) for (i, ids), text, value in zip(flat, texts, rewards, strict=True)
         ]
+
+
+CONTROLS = 64  # texts, and tokens of each
+
+
+def control_texts(policy: Policy, texts: Sequence[str]) -> list[list[int]]:
+    """The first tokens of the first texts, as ids; as many as the model has positions for behind a token."""
+    room = CONTROLS if policy.positions is None else policy.positions - len(policy.prefix) - 1
+    every = (policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts[:CONTROLS])
+    return [list(ids[: min(CONTROLS, room)]) for ids in every if len(ids) > 1 and room > 1]
 
 
 def evaluation_sampling(config: Config) -> Sampling:
@@ -167,9 +179,10 @@ def evaluate(
         completions = setup.scored(indices, drawn)
         prompts, ids, texts, _ = zip(*completions, strict=True)
         fits = dict.fromkeys(indices, (0.0, 0, 0))
-        if held_out.texts:
-            own = [held_out.texts[i] for i in indices]
-            fits = dict(zip(indices, text_fit(setup.policy, source, own, row.conditioning), strict=True))
+        texts_of = held_out.texts or setup.controls
+        if own := [i for i in indices if i < len(texts_of)]:
+            found = text_fit(setup.policy, source, [texts_of[i] for i in own], row.conditioning)
+            fits |= zip(own, found, strict=True)
         samples = []
         judged = judge_measures(setup.judges, [held_out.for_reward(i) for i in prompts], texts)
         for one, (total, tokens), numbers in zip(completions, nll(prompts, ids, texts), judged, strict=True):

@@ -34,6 +34,7 @@ class EvaluationProtocol:
 
     Attributes:
         config: the first run's settings or the task's own, with those that were asked for in their place.
+        texts: ordinary ones, of a task whose own reward scores.
         own_task: the task is the runs' own.
     """
 
@@ -41,6 +42,7 @@ class EvaluationProtocol:
     task: Task
     reward: Reward
     judges: tuple[Reward, ...]
+    texts: Sequence[str]
     device: torch.device
     dtype: torch.dtype
     own_task: bool
@@ -97,7 +99,8 @@ def choose_protocol(
     if runs:
         scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
         judges = tuple(cached(judge, config.reward_cache, runs[0].folder / REWARDS) for judge in judges)
-    return EvaluationProtocol(config, task, scorer, judges, device, dtype, own_task)
+    texts = task.texts() if tasks_own else []
+    return EvaluationProtocol(config, task, scorer, judges, texts, device, dtype, own_task)
 
 
 def _common_task(models: Sequence[Model], runs: Sequence[Run]) -> str:

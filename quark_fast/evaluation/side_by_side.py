@@ -12,7 +12,13 @@ import torch
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import EvaluationSetup, evaluate, evaluation_sampling, first_completions
+from quark_fast.evaluation.held_out import (
+    EvaluationSetup,
+    control_texts,
+    evaluate,
+    evaluation_sampling,
+    first_completions,
+)
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
@@ -198,6 +204,7 @@ class Evaluator:
     def _choose_perplexity(self, ppl_model: str | None) -> None:
         """Who measures the perplexity: nll[key] for each set of prompts."""
         others = [label for label, v in self.vocabularies.items() if v != self.vocabularies[self.lead]]
+        self.one_tokenizer = not others
         task = self.protocol.task.name
         if others and self.config.prefix_tokens:
             raise UsageError(
@@ -292,6 +299,8 @@ class Evaluator:
             sampling,
             self.seed,
             judges=self.protocol.judges,
+            # Accuracies of a next token compare between models of one tokenizer.
+            controls=control_texts(opened.policy, self.protocol.texts) if self.one_tokenizer else [],
         )
 
     def _classify(self) -> None:

@@ -76,9 +76,10 @@ def task(target: str) -> Task:
         reward=lambda: sentiment_reward(target),
         judge=lambda: judge("sentiment", unwanted(target), complement=target == "positive"),
         words=words if target == "positive" else words[::-1],
+        texts=assets.book_passages,
         measures=measures,
         headline="target",
         columns=("target", "target_negative", "target_neutral", "target_positive", "perplexity"),
-        more_columns=("mean", "dist2", "dist3"),
+        more_columns=("mean", "dist2", "dist3", "text_accuracy"),
         prompt_classes=True,
     )

@@ -25,6 +25,7 @@ class Task:
         reward: () -> the task's reward.
         words: texts from the worst quantile to the best that name it; the reward tokens start there.
         judge: () -> a scorer of another kind, which no run trains on; None: the task has none.
+        texts: () -> ordinary texts, by which an evaluation tells what a training cost elsewhere.
         measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
             completions join the table. A name that a completion lacks leaves it out of that mean.
         headline: the metric that the report opens with.
@@ -38,10 +39,11 @@ class Task:
     reward: Callable[[], Reward]
     words: Sequence[str]
     judge: Callable[[], Reward] | None = None
+    texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
     columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "dist3")
-    more_columns: Sequence[str] = ("share", "dist2")
+    more_columns: Sequence[str] = ("share", "dist2", "text_accuracy")
     prompt_classes: bool = False
 
     def words_for(self, quantiles: int) -> list[str]:

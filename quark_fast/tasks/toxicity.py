@@ -101,5 +101,6 @@ TASK = Task(
     prompts=embedded_prompts,
     reward=toxicity_reward,
     judge=lambda: judge("toxicity", "toxicity"),
+    texts=assets.book_passages,
     words=(" hateful obscene stupid", " rude", " ordinary", " polite", " kind gentle friendly"),
 )

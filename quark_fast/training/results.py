@@ -91,6 +91,7 @@ class Results:
             self.sampler,
             self.work.shard,
             setup.judges,
+            setup.controls,
         )
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
@@ -98,7 +99,8 @@ class Results:
         # Not how many are side by side: that may change in the middle of a stage.
         how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
         held_out = self.held_out
-        return [how, held_out.samples, held_out.rows, held_out.ids, held_out.texts]
+        texts = held_out.texts or self.setup.controls
+        return [how, held_out.samples, held_out.rows, held_out.ids, texts]
 
     # ---------------------------------------------------------------- the evaluation
 

@@ -17,6 +17,7 @@ from quark_fast.data import assets
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     HeldOut,
+    control_texts,
     evaluation_sampling,
     first_completions,
     generation_settings,
@@ -65,6 +66,7 @@ class Setup:
     prompts: RunPrompts
     reward: Reward
     judges: tuple[Reward, ...]
+    controls: list[list[int]]
     policy: Policy
     reference: Any
     sampling_dtype: torch.dtype
@@ -154,6 +156,7 @@ def set_up(
         prompts=prompts,
         reward=scorer,
         judges=judges,
+        controls=control_texts(policy, task.texts() if tasks_own else []),
         policy=policy,
         reference=reference,
         sampling_dtype=dtype,

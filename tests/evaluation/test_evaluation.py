@@ -12,11 +12,18 @@ import torch
 from conftest import sharpen
 
 from quark_fast.data.row import Row
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, first_completions
+from quark_fast.evaluation.held_out import (
+    EvaluationSetup,
+    HeldOut,
+    control_texts,
+    evaluate,
+    first_completions,
+)
 from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl, text_fit
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import table_rows
+from quark_fast.metrics import evaluate_samples
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
@@ -88,6 +95,36 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
             expected = {"place": one.prompt_id, "length": 4, "reward": one.score}
             assert one.measures == ({} if one.score is None else expected)
         assert sum(one.score is None for one in samples) == 1
+
+
+def test_ordinary_texts_are_measured_beside_the_first_prompts_under_each_rows_token(policy: Policy) -> None:
+    rows: list[Row] = [{"prompt": f"w{i}"} for i in range(3)]
+    held_out = HeldOut(rows, [[0], [1], [2]], 2)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    controls = control_texts(policy, ["w3 w1 w4 w1 w5", "w9", "w2 w7 w1"])
+    assert controls == [[3, 1, 4, 1, 5], [2, 7, 1]], "one word leaves nothing to predict"
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(2, 0), 0, controls=controls)
+    table = table_rows(policy.quantiles, [2.0], "all")
+    for row, (_, samples) in zip(table, evaluate(setup, policy.model, table), strict=True):
+        for one in samples:
+            fit = (one.text_nll, one.text_correct, one.text_tokens)
+            if one.prompt_id == 2:
+                assert fit == (0.0, 0, 0)
+            else:
+                expected = by_hand(policy, controls[one.prompt_id], row.conditioning)
+                assert fit == pytest.approx(expected, rel=1e-4)
+        accuracy = evaluate_samples(samples)["text_accuracy"].value
+        correct, tokens = (
+            sum(getattr(one, f"text_{what}") for one in samples) for what in ("correct", "tokens")
+        )
+        assert accuracy == pytest.approx(correct / tokens)
+
+
+def test_ordinary_texts_are_cut_to_the_models_positions(tiny_model: Make) -> None:
+    short = Policy.create(tiny_model("gpt2"), quantiles=3)
+    assert short.positions is not None
+    (ids,) = control_texts(short, [" ".join(["w1"] * 500)])
+    assert len(ids) == min(64, short.positions - len(short.prefix) - 1)
 
 
 def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
