@@ -330,8 +330,8 @@ class Method:
 
 
 ONLINE = (
-    {"learning_rate": 4e-5, "beta": 0.05},
     {"learning_rate": 1e-4, "beta": 0.05},
+    {"learning_rate": 1.5e-4, "beta": 0.05},
     {"learning_rate": 2e-4, "beta": 0.05},
 )
 OFFLINE = (
@@ -341,7 +341,7 @@ OFFLINE = (
 )
 METHODS = {
     "base": Method(untouched),
-    "ours": Method(quark, ours=True),
+    "ours": Method(quark, [{}, {"contrast_margin": 7.5}, {"contrast_margin": 10.0}], ours=True),
     "Quark as published": Method(
         functools.partial(quark, **PAPER),
         [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],

@@ -8,8 +8,8 @@ and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too,
 base model; Quark as published is our trainer with the paper's loss and draws. Ours and
 Quark train LoRA adapters, TRL's methods all weights, by which they are no slower here.
 Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
-perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has its
-defaults, which were chosen before on development prompts, from more tries (docs/recipe.md).
+perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. What ours starts
+from, its defaults, was chosen before on development prompts, from more tries (docs/recipe.md).
 
 Every point is a folder of its own below --output; the same command goes on where it was stopped.
 """
