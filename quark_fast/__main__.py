@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from quark_fast import __version__
 
@@ -31,6 +31,29 @@ def usage() -> str:
     )
 
 
+def _module(name: str) -> ModuleType:
+    """The command of that name, imported when it is asked for."""
+    if name == "train":
+        from quark_fast import train
+
+        return train
+    if name == "generate":
+        from quark_fast import generate
+
+        return generate
+    if name == "evaluate":
+        from quark_fast import evaluate
+
+        return evaluate
+    if name == "ablate":
+        from quark_fast import ablate
+
+        return ablate
+    from quark_fast.report import __main__ as report
+
+    return report
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; its exit status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
@@ -42,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"error: no command {name!r}{hint}\n\n{usage()}" if name else usage(), file=sys.stderr)
         return 2
-    module = importlib.import_module(f"quark_fast.{name}" + (".__main__" if name == "report" else ""))
+    module = _module(name)
     # As python -m sets it: a run's record has the command that made it.
     sys.argv = [str(module.__file__), *rest]
     status: int = module.main()
