@@ -173,7 +173,7 @@ def _losses(
 
 @torch.inference_mode()
 def text_fit(
-    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 8
+    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 4
 ) -> list[tuple[float, int, int]]:
     """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
 

@@ -41,8 +41,9 @@ class Embedder:
         model = AutoModel.from_pretrained(folder)
         model.layers = model.layers[:layers]
         model.norm = torch.nn.Identity()  # made for the states after the last layer of all
+        model.layers.float()  # the embeddings, half of it, stay as they are stored
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.float().to(device).eval().requires_grad_(False)
+        self.model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -58,7 +59,8 @@ class Embedder:
                 row[1 : 1 + len(ids[i])] = torch.tensor(ids[i], dtype=torch.long)
             rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
             read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
-            read_as = self.model(input_ids=rows, attention_mask=read.long(), use_cache=False)
+            embedded = self.model.embed_tokens(rows).float()
+            read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
             states = read_as.last_hidden_state[:, 1:]
             total = (states * read[:, 1:, None]).sum(1)
             found[part] = (total / lengths.clamp(min=1)[:, None]).cpu()
