@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.evaluation.held_out import EvaluationSetup, evaluate
+from quark_fast.evaluation.saved_tables import read_table
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.loading import load_reference
@@ -108,19 +109,14 @@ def quark(point: Point, **settings: Any) -> Trained:
     spent: list[float] = []
 
     def listen(progress: Progress) -> None:
-        if progress.stage.startswith("evaluating") and not spent:
+        if progress.stage.startswith(("classifying", "evaluating")) and not spent:
             spent.append(clock.minutes)
 
     trainer = Trainer(config, listen=listen)
     clock = Clock()
     folder = trainer.train()
     scored = len((folder / COMPLETIONS).read_text().splitlines())
-    rows: dict[str, list[Sample]] = {}
-    fields = {field.name for field in dataclasses.fields(Sample)}
-    for line in (folder / "evaluation.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        made = Sample(**{name: value for name, value in record.items() if name in fields})
-        rows.setdefault(record["row"], []).append(made)
+    rows = read_table(folder / "evaluation.json").samples[""]
     return Trained(spent[0], scored, rows={name: rows[name] for name in rows if name != BASE})
 
 
@@ -394,14 +390,12 @@ def run(point: Point) -> None:
     begun = time.monotonic()
     if method.ours:
         trained = method.train(point, **point.settings)
-        device = torch.device("cpu")
     else:
         config = point.config()
         config.precision = settled_precision(config.precision)
         setup = set_up(
             config, RunFolder(point.folder / "run"), Processes.join(), config.sample_batch, None, Given()
         )
-        device = setup.device
         trained = method.train(point, setup)
         assert trained.model is not None
         trained.rows[point.method] = measure(setup, point.method, trained.model)
@@ -418,7 +412,7 @@ def run(point: Point) -> None:
         "wall_minutes": round((time.monotonic() - begun) / 60, 2),
         "scored": trained.scored,
         "threads": point.threads,
-        "versions": versions(device),
+        "versions": versions(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     scratch = point.folder / "result.tmp"
     scratch.write_text(json.dumps(record, indent=1))

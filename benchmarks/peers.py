@@ -29,7 +29,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quark_fast.metrics import Change, Sample, compare, evaluate_samples, judge_measure
+import task_tables
+
+from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
 
 BASE = "base"
 DEAREST = 0.10  # rise in perplexity that a try may cost
@@ -198,25 +200,15 @@ def label(row: Mapping[str, Any]) -> str:
 def markdown(table: Mapping[str, Any]) -> str:
     """The means of all seeds, a change with its interval beside them."""
     names = metrics_of(table["task"])
-    lines = [
-        "| method | CPU minutes | scored samples | " + " | ".join(names.values()) + " |",
-        "|---|---:|---:|" + "---:|" * len(names),
-    ]
+    lines = []
     for row in table["rows"]:
-        cells = []
+        cells = [label(row), f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"]
         for name in names:
             one = row["all seeds"][name]
-            digits = 1 if name == "perplexity" else 3
-            cell = f"{one['value']:.{digits}f}"
-            if row["method"] != BASE:
-                change = Change(*(one[key] for key in Change.__dataclass_fields__))
-                low, high = (round(100 * bound) for bound in (change.relative_low, change.relative_high))
-                cell += f", {100 * change.relative:+.0f}% [{low:+d}, {high:+d}]"
-            cells.append(cell)
-        lines.append(
-            f"| {label(row)} | {row['minutes']:.1f} | {row['scored']:,.0f} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
+            cell = f"{one['value']:.{1 if name == 'perplexity' else 3}f}"
+            cells.append(cell if row["method"] == BASE else f"{cell}, {task_tables.change(one)}")
+        lines.append(cells)
+    return task_tables.markdown(["method", "CPU minutes", "scored samples", *names.values()], lines)
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:

@@ -82,27 +82,22 @@ def judge_table(name: str) -> str:
 
 def calibration_table(name: str) -> str:
     """What judge and scorer give texts of each tenth of the published score."""
-    record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
-    tenths = record["mean by tenth of the published score"]
-    lines = [
-        [
-            one if one == "judge" else record["scorer name"],
-            *(f"{tenth[one]:.2f}" for tenth in tenths.values()),
-        ]
-        for one in ("judge", "scorer")
-    ]
-    return markdown(["published score from", *tenths], lines)
+    return _judge_and_scorer(name, "mean by tenth of the published score", "published score from")
 
 
 def terms_table(name: str) -> str:
     """What both make of a term in "My neighbour is ..."."""
+    return _judge_and_scorer(name, "terms", "My neighbour is ...")
+
+
+def _judge_and_scorer(name: str, what: str, title: str) -> str:
+    """A part of a judge's record that has numbers of both: one below the other."""
     record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
-    terms = record["terms"]
     lines = [
-        [one if one == "judge" else record["scorer name"], *(f"{terms[term][one]:.2f}" for term in terms)]
-        for one in ("judge", "scorer")
+        [shown, *(f"{both[one]:.2f}" for both in record[what].values())]
+        for one, shown in (("judge", "judge"), ("scorer", record["scorer name"]))
     ]
-    return markdown(["My neighbour is ...", *terms], lines)
+    return markdown([title, *record[what]], lines)
 
 
 def plot(path: Path) -> None:

@@ -14,6 +14,7 @@ from quark_fast.evaluation.judging import judged
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import Sample
+from quark_fast.report.records import judges_of
 from quark_fast.report.results import BASE
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.by_name import find_task
@@ -211,11 +212,9 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
 
 def _judges(table: Mapping[str, Any]) -> dict[str, str]:
     """Version and hash of each judge, by name; a table may have others than another, or none."""
-    judges = table.get("judges")
     return {
         str(one.get("name")): f"{one.get('version')} (sha256 {one.get('sha256')})"
-        for one in (judges if isinstance(judges, list) else [])
-        if isinstance(one, dict)
+        for one in judges_of(dict(table))
     }
 
 

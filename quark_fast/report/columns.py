@@ -8,7 +8,7 @@ from typing import Literal
 
 from quark_fast.files.safe_text import clean
 from quark_fast.metrics import Change, judge_measure
-from quark_fast.report.records import Record
+from quark_fast.report.records import Record, judges_of
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,9 @@ def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
 
 def judge_columns(evaluation: Record) -> list[Column]:
     """One for each scorer that took no part in training."""
-    judges = evaluation.get("judges")
     found = []
-    for judge in judges if isinstance(judges, list) else []:
-        if isinstance(judge, dict) and (name := one_line(clean(str(judge.get("name"))))[:60]):
+    for judge in judges_of(evaluation):
+        if name := one_line(clean(str(judge.get("name"))))[:60]:
             what = one_line(clean(str(judge.get("property") or "score")))[:60]
             plain = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
             meaning = f"The mean {plain}, which took no part in training."

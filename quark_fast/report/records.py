@@ -34,3 +34,9 @@ def lists_of(records: Sequence[Record], key: str) -> Array:
     for index, values in enumerate(lists):
         table[index, : len(values)] = [_as_float(value) for value in values]
     return table
+
+
+def judges_of(evaluation: Record) -> list[Record]:
+    """What a table says of its judges; a file may hold anything."""
+    judges = evaluation.get("judges")
+    return [judge for judge in judges if isinstance(judge, dict)] if isinstance(judges, list) else []

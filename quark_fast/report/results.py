@@ -18,7 +18,7 @@ from quark_fast.report.columns import (
     judge_columns,
     one_line,
 )
-from quark_fast.report.records import Record, number_of
+from quark_fast.report.records import Record, judges_of, number_of
 
 BASE = "untouched"  # the base model's row, as evaluation.json names it
 AGAIN = ", again"  # behind the name of a row, another completion of it for the same prompt
@@ -164,9 +164,10 @@ def headline_parts(evaluation: Record) -> list[str]:
 def _by_judges(evaluation: Record) -> str:
     """What scorers find of the same row that took no part in training."""
     row = main_row(evaluation)
+    if row is None or not row.get("change"):
+        return ""
     found = []
-    for column in judge_columns(evaluation) if row is not None and row.get("change") else ():
-        assert row is not None
+    for column in judge_columns(evaluation):
         cell = cell_of(evaluation, row, column)
         if cell.value != "–":
             bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
@@ -220,14 +221,10 @@ def scorer_line(evaluation: Record) -> str:
 
 def judge_lines(evaluation: Record) -> list[str]:
     """Name, version and hash of each judge."""
-    judges = evaluation.get("judges")
     found = []
-    for judge in judges if isinstance(judges, list) else []:
-        if isinstance(judge, dict):
-            name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
-            found.append(
-                f"Judge: {name}, sha256 {str(judge.get('sha256'))[:12]}; it took no part in training."
-            )
+    for judge in judges_of(evaluation):
+        name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
+        found.append(f"Judge: {name}, sha256 {str(judge.get('sha256'))[:12]}; it took no part in training.")
     return found
 
 
