@@ -6,12 +6,14 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import environment  # noqa: F401  # first, as others read what it sets
@@ -180,6 +182,17 @@ def fresh_accelerator() -> Iterator[None]:
     # accelerate keeps its precision for the life of a process; here every run has its own.
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def from_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a program of benchmarks/; it and what it imports from there are forgotten afterwards."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == folder:
+            del sys.modules[name]
 
 
 def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:

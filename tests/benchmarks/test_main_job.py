@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +21,8 @@ from quark_fast.runtime.run_folder import RunFolder
 
 
 @pytest.fixture
-def main_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import main_job
-
-    yield main_job
-    for name in ("main_job", "matrix_products"):
-        sys.modules.pop(name, None)
+def main_job(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return from_benchmarks("main_job")
 
 
 # Nothing is padded and nothing ends early; every prompt of the evaluation has one sample.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,13 +18,8 @@ from quark_fast.rewards.reward import Reward
 
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import peers
-
-    yield peers
-    for name in ("peers", "peer_point"):
-        sys.modules.pop(name, None)
+def peers(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return from_benchmarks("peers")
 
 
 def samples(score: float, nll: float, judge: float) -> list[Sample]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -50,12 +49,8 @@ def test_judges_tell_texts_apart_as_their_tasks_mean_it() -> None:
 
 
 @pytest.fixture
-def fit_judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import fit_judge
-
-    yield fit_judge
-    sys.modules.pop("fit_judge", None)
+def fit_judge(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return from_benchmarks("fit_judge")
 
 
 def test_ridge_finds_a_plane_whatever_the_scale_of_its_features(fit_judge: ModuleType) -> None:
