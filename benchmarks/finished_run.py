@@ -42,6 +42,7 @@ class FinishedRun:
             HeldOut.encoded(self.run.policy, load_prompts(folder / HELD_OUT).rows, config),
             evaluation_sampling(config),
             config.seed,
+            prompt_fit=self.task.shows("prompt_fit"),
         )
 
     def draw(self, row: TableRow, model: Any) -> list[Sample]:

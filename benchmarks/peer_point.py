@@ -376,6 +376,7 @@ def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
         setup.config.seed,
         judges=setup.judges,
         controls=setup.controls,
+        prompt_fit=setup.task.shows("prompt_fit"),
     )
     batches = evaluate(measured, model, [TableRow(name)], setup.task.measures)
     return [one for _, part in batches for one in part]

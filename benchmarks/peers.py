@@ -127,6 +127,7 @@ def metrics_of(task: str) -> dict[str, str]:
         headline[0]: headline[1],
         judge_measure(f"{task}-judge"): "judge",
         "perplexity": "perplexity",
+        "prompt_fit": "fit to prompt",
         "dist3": "dist-3",
     }
 

@@ -67,6 +67,7 @@ class EvaluationSetup:
         reference: the base model; None where nothing samples it.
         judges: further scorers, which take no part in training.
         controls: ordinary texts as ids, one for each of the first prompts, if these have none of their own.
+        prompt_fit: also measure how completions fit their prompts.
         sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
     """
@@ -81,6 +82,7 @@ class EvaluationSetup:
     shard: tuple[int, int] = (0, 1)
     judges: Sequence[Reward] = ()
     controls: Sequence[Sequence[int]] = ()
+    prompt_fit: bool = False
 
     def draw(
         self,
@@ -178,6 +180,8 @@ def evaluate(
     ) -> list[Sample]:
         completions = setup.scored(indices, drawn)
         prompts, ids, texts, _ = zip(*completions, strict=True)
+        nlls = nll(prompts, ids, texts)
+        prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
         fits = dict.fromkeys(indices, (0.0, 0, 0))
         texts_of = held_out.texts or setup.controls
         if own := [i for i in indices if i < len(texts_of)]:
@@ -185,8 +189,10 @@ def evaluate(
             fits |= zip(own, found, strict=True)
         samples = []
         judged = judge_measures(setup.judges, [held_out.for_reward(i) for i in prompts], texts)
-        for one, (total, tokens), numbers in zip(completions, nll(prompts, ids, texts), judged, strict=True):
+        for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):
             i, completion, text, value = one
+            if place in prompt_fits:
+                numbers = {**numbers, "prompt_fit": prompt_fits[place]}
             prompt, fit = held_out.rows[i], fits[i]
             score = None
             if not np.isnan(value):
@@ -200,6 +206,38 @@ def evaluate(
         make = functools.partial(measured, row, source)
         for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
             yield row.name, part
+
+
+def fit_to_prompts(
+    nll: Nll, prompts: int, completions: Sequence[Completion], own: Sequence[tuple[float, int]]
+) -> dict[int, float]:
+    """How much likelier the first completion of each prompt is after it than after another prompt.
+
+    (log p(completion | its prompt) - log p(completion | another prompt)) / its tokens, nats. The other prompt
+    is the one half of all prompts further on, the same in every row of a table. A model that answers every
+    prompt alike has 0.
+
+    Args:
+        prompts: how many there are; with fewer than two there is no other.
+        own: (-log p after its own prompt, tokens) of each completion.
+    Returns:
+        Of each place in ``completions`` where there is one.
+    """
+    first: dict[int, int] = {}
+    for place, (i, *_) in enumerate(completions):
+        first.setdefault(i, place)
+    places = [place for place in first.values() if own[place][1]] if prompts > 1 else []
+    others, ids, texts = [], [], []
+    for place in places:
+        i, completion, text, _ = completions[place]
+        others.append((i + prompts // 2) % prompts)
+        ids.append(completion)
+        texts.append(text)
+    found = nll(others, ids, texts) if places else []
+    return {
+        place: (total - own[place][0]) / own[place][1]
+        for place, (total, _) in zip(places, found, strict=True)
+    }
 
 
 def first_completions(

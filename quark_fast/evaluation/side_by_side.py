@@ -301,6 +301,7 @@ class Evaluator:
             judges=self.protocol.judges,
             # Accuracies of a next token compare between models of one tokenizer.
             controls=control_texts(opened.policy, self.protocol.texts) if self.one_tokenizer else [],
+            prompt_fit=self.protocol.task.shows("prompt_fit"),
         )
 
     def _classify(self) -> None:

@@ -106,6 +106,14 @@ COLUMNS = (
         "how odd the original model finds the text.",
     ),
     Column(
+        "prompt_fit",
+        "fit to prompt",
+        "fit",
+        "2 digits",
+        "How much likelier the frozen reference model finds a completion after its own prompt than after "
+        "another's, in nats per token, a completion a prompt: it falls as the model leaves the subject.",
+    ),
+    Column(
         "text_perplexity",
         "perplexity of text",
         "text ppl",

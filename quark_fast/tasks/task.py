@@ -42,9 +42,13 @@ class Task:
     texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
-    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "dist3")
+    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "prompt_fit", "dist3")
     more_columns: Sequence[str] = ("share", "dist2", "text_accuracy")
     prompt_classes: bool = False
+
+    def shows(self, metric: str) -> bool:
+        """Whether a column of the report shows it."""
+        return metric in self.columns or metric in self.more_columns
 
     def words_for(self, quantiles: int) -> list[str]:
         """One text per quantile, spread evenly over the task's words; a single quantile gets the best."""

@@ -92,6 +92,7 @@ class Results:
             self.work.shard,
             setup.judges,
             setup.controls,
+            setup.task.shows("prompt_fit"),
         )
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
@@ -151,12 +152,16 @@ class Results:
     def _evaluated(self, table: list[TableRow], model: Any) -> Iterator[tuple[str, list[Sample]]]:
         """This process's batches of every row."""
         setup, sampling = self.setup, self.setup.held_out_sampling()
-        judges = [judge.identity for judge in setup.judges]
+        measured = [
+            *(judge.identity for judge in setup.judges),
+            setup.task.shows("prompt_fit"),
+            *self._what_is_measured(sampling),
+        ]
 
         def kept(row: TableRow) -> Kept[list[Sample]]:
             return self.work.journal.stage(
                 "evaluation",
-                [row.name, dataclasses.asdict(row.conditioning), *judges, *self._what_is_measured(sampling)],
+                [row.name, dataclasses.asdict(row.conditioning), *measured],
                 lambda part: [vars(one) for one in part],
                 lambda part: [Sample(**one) for one in part],
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from conftest import sharpen
 
 from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import (
+    Completion,
     EvaluationSetup,
     HeldOut,
     control_texts,
     evaluate,
     first_completions,
+    fit_to_prompts,
 )
 from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl, text_fit
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
-from quark_fast.evaluation.table_rows import table_rows
+from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.metrics import evaluate_samples
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
@@ -43,10 +46,12 @@ def policy(tiny_model: Make) -> Policy:
 
 
 @torch.no_grad()
-def by_hand(policy: Policy, text: list[int], conditioning: Conditioning) -> tuple[float, int, int]:
+def by_hand(
+    policy: Policy, text: list[int], conditioning: Conditioning, first: int = 1
+) -> tuple[float, int, int]:
     """One token at a time, nothing batched or padded, in float64 after the model."""
     nll, correct = 0.0, 0
-    for place in range(1, len(text)):
+    for place in range(first, len(text)):
         mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
         for quantile, weight in conditioning.streams():
             ids = torch.tensor([policy.conditioned(text[:place], quantile)])
@@ -55,7 +60,7 @@ def by_hand(policy: Policy, text: list[int], conditioning: Conditioning) -> tupl
         logp = mixed.log_softmax(-1)
         nll -= float(logp[text[place]])
         correct += int(logp.argmax()) == text[place]
-    return nll, correct, len(text) - 1
+    return nll, correct, len(text) - first
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,50 @@ def test_ordinary_texts_are_measured_beside_the_first_prompts_under_each_rows_to
             sum(getattr(one, f"text_{what}") for one in samples) for what in ("correct", "tokens")
         )
         assert accuracy == pytest.approx(correct / tokens)
+
+
+def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_another(
+    policy: Policy,
+) -> None:
+    rows: list[Row] = [{"prompt": f"w{i}"} for i in range(5)]
+    held_out = HeldOut(rows, [[0], [1, 4], [2], [3], [4, 2, 1]], 2)
+    reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
+    setup = EvaluationSetup(
+        policy, policy.model, reward, held_out, Sampling(3, 3, rows=4), 0, prompt_fit=True
+    )
+    drawn: dict[int, list[list[int]]] = {}
+    for indices, groups in setup.draw("evaluation", policy.model, Conditioning(), lambda *made: made):
+        drawn |= zip(indices, groups, strict=True)
+    samples = [
+        one for _, part in evaluate(setup, policy.model, [TableRow("base", base=True)]) for one in part
+    ]
+    for i, of_prompt in itertools.groupby(samples, key=lambda one: one.prompt_id):
+        first, second = of_prompt
+        assert not second.measures
+        own, other = (
+            by_hand(policy, [*held_out.ids[j], *drawn[i][0]], Conditioning(), len(held_out.ids[j]))[0]
+            for j in (i, (i + 2) % 5)
+        )
+        # Counted whether or not it has a score.
+        assert first.measures == {"prompt_fit": pytest.approx((other - own) / 3, rel=1e-3)}
+        assert abs(other - own) > 1e-3, "a model that reads its prompt"
+    assert "prompt_fit" in evaluate_samples(samples)
+
+
+def test_fit_to_prompt_leaves_out_what_has_no_token_and_a_lone_prompt() -> None:
+    def nll(
+        indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        asked.append(list(indices))
+        return [(10.0, len(ids)) for ids in completions]
+
+    asked: list[list[int]] = []
+    completions: list[Completion] = [(0, [], "", 0.5), (0, [5], "a", 0.5), (1, [5, 6], "b", 0.5)]
+    own = [(0.0, 0), (1.0, 1), (4.0, 2)]
+    assert fit_to_prompts(nll, 2, completions, own) == {2: 3.0}, "the first of prompt 0 has no token"
+    assert asked == [[0]]
+    assert fit_to_prompts(nll, 1, completions[:2], own[:2]) == {}
+    assert len(asked) == 1
 
 
 def test_ordinary_texts_are_cut_to_the_models_positions(tiny_model: Make) -> None:

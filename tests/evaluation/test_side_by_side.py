@@ -132,15 +132,17 @@ def flat(prompts: list[str], completions: list[str], **columns: object) -> list[
 def test_judges_stand_beside_the_scorer_and_change_nothing_else(place: Path) -> None:
     alone = made("runs/a", judge="none")
     judged = made("runs/a", judge="test_side_by_side:odds, test_side_by_side:flat")
-    assert alone.table["judges"] == [] and not any(row["measures"] for row in alone.samples)
+    assert alone.table["judges"] == []
+    assert not any("judge" in name for row in alone.samples for name in row["measures"])
     names = ["test_side_by_side:odds", "test_side_by_side:flat"]
     assert [one["name"] for one in judged.table["judges"]] == names
     for before, after in zip(alone.samples, judged.samples, strict=True):
         of_odds = odds([], [after["completion"]])[0]
-        expected = {"judge test_side_by_side:flat": len(after["completion"]) / 100}
+        expected = before["measures"] | {"judge test_side_by_side:flat": len(after["completion"]) / 100}
         if of_odds is not None:
             expected["judge test_side_by_side:odds"] = of_odds
-        assert after["measures"] == pytest.approx(expected) and before == after | {"measures": {}}
+        assert after["measures"] == pytest.approx(expected)
+        assert before == after | {"measures": before["measures"]}
     change = row_of(judged, "best token")["change"]["judge test_side_by_side:flat"]
     assert change["relative"] is not None
     shown = str(judged).replace("\\", "")
