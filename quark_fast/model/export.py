@@ -19,6 +19,7 @@ from quark_fast.data.tokenizer import (
     reward_token,
     save_tokenizer,
 )
+from quark_fast.model import custom_generate
 from quark_fast.model.policy import Policy
 from quark_fast.model.reward_embedding import RewardEmbedding
 
@@ -34,11 +35,11 @@ def write_export(
 ) -> None:
     """Write an ordinary transformers folder conditioned on the best reward token.
 
-    Its tokenizer puts prefix + best token before every text, its chat template before every chat; nothing
-    in it needs this package. Reward tokens are suppressed by its generation config, which not every
-    engine reads, and have rows in the head that do not win: the mean of those of the least probable
-    tokens, so that their probability is the geometric mean of these tokens'. A head that was tied to the
-    embeddings is therefore a table of its own.
+    Its tokenizer puts prefix + best token before every text, its chat template before every chat, and
+    ``custom_generate/`` has guided generation; nothing in it needs this package. Reward tokens are
+    suppressed by its generation config, which not every engine reads, and have rows in the head that do not
+    win: the mean of those of the least probable tokens, so that their probability is the geometric mean of
+    these tokens'. A head that was tied to the embeddings is therefore a table of its own.
 
     Args:
         model: a ``whole_copy`` of the policy's, which is changed.
@@ -67,6 +68,17 @@ def write_export(
     # vLLM bans tokens by their text, not by their ids: there they have no mark.
     made = _best_token_first(policy, mark if padding else "")
     save_tokenizer(made, folder, policy.trust_remote_code)
+    if padding and policy.quantiles > 1:
+        _write_dial(folder / "custom_generate", policy.reward_ids[-1], policy.reward_ids[0])
+
+
+def _write_dial(folder: Path, best: int, worst: int) -> None:
+    """What gives ``model.generate`` of plain transformers the argument ``guidance``."""
+    source = Path(custom_generate.__file__).read_text(encoding="utf-8")
+    folder.mkdir()
+    (folder / "generate.py").write_text(
+        source.replace("BEST, WORST = -1, -1", f"BEST, WORST = {best}, {worst}"), encoding="utf-8"
+    )
 
 
 def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[str, Any]) -> GenerationConfig:

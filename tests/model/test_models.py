@@ -75,10 +75,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shutil.rmtree(folder)
 
 
-def greedy(policy: Policy, model: Any, prompts: list[list[int]], quantile: int | None) -> list[list[int]]:
+def greedy(
+    policy: Policy, model: Any, prompts: list[list[int]], how: int | Conditioning | None
+) -> list[list[int]]:
     """By our sampling, all prompts side by side."""
     drawn: dict[int, list[int]] = {}
-    request = SampleRequest(prompts, Conditioning(quantile), Sampling(NEW, NEW, temperature=0.0), 1, 0)
+    conditioning = how if isinstance(how, Conditioning) else Conditioning(how)
+    request = SampleRequest(prompts, conditioning, Sampling(NEW, NEW, temperature=0.0), 1, 0)
     for indices, groups in sample(policy, model, request):
         drawn.update((i, group[0]) for i, group in zip(indices, groups, strict=True))
     return [drawn[i] for i in range(len(prompts))]
@@ -196,6 +199,41 @@ def test_exported_folder_gives_plain_transformers_the_same_greedy_texts(case: Ca
         both = policy.tokenizer.decode([*prompt, *row], skip_special_tokens=True)
         assert text + policy.decode(row, prompt) == both, "what the model wrote, behind its prompt"
         assert tokenizer.decode(whole, skip_special_tokens=True).strip() == policy.decode(row, prompt).strip()
+
+
+@pytest.mark.parametrize("weight", [2.0, 0.0, -0.5])
+def test_guided_text_of_plain_transformers_is_ours(
+    case: Case, weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    policy, settings = case.policy, {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    ours = greedy(policy, frozen_copy(policy, torch.float32), case.prompts, Conditioning(2, 0, weight))
+    model, tokenizer = (c.from_pretrained(case.export) for c in (AutoModelForCausalLM, AutoTokenizer))
+    guided = {"custom_generate": str(case.export), "trust_remote_code": True, "guidance": weight}
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert not batch["attention_mask"].all(), "padded"
+    start = batch["input_ids"].shape[1]
+    theirs = model.generate(**batch, **guided, **settings)[:, start:].tolist()
+    assert theirs == ours
+    plain = model.generate(**batch, **settings)[:, start:].tolist()
+    unguided = model.generate(**batch, **guided | {"guidance": 1.0}, **settings)
+    assert unguided[:, start:].tolist() == plain
+    assert weight > 1 or theirs != plain, "the tiny model's best token alone may be as sure as a guided one"
+    # One text alone, without a mask; drawn at a low temperature twice over.
+    alone = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    drawn = {"temperature": 1e-4, "num_return_sequences": 2, "do_sample": True}
+    twice = model.generate(alone, **guided, **settings | drawn)[:, alone.shape[1] :].tolist()
+    assert twice == [ours[0]] * 2
+    # Loaded with its code, the model takes the argument by itself.
+    own = AutoModelForCausalLM.from_pretrained(case.export, trust_remote_code=True)
+    assert own.generate(**batch, guidance=weight, **settings)[:, start:].tolist() == ours
+    pipe = pipeline("text-generation", model=own, tokenizer=tokenizer)
+    text = pipe(TEXTS[0], guidance=weight, **settings)[0]["generated_text"]
+    assert text == TEXTS[0] + policy.decode(ours[0], case.prompts[0])
+    with pytest.raises(ValueError, match="beams are not supported"):
+        own.generate(**batch, guidance=weight, num_beams=2, **settings)
+    with pytest.raises(ValueError, match="must stand before every text"):
+        own.generate(torch.tensor([case.prompts[0]]), guidance=weight, **settings)
 
 
 def test_exported_policy_is_the_policy(case: Case) -> None:
@@ -474,7 +512,7 @@ def test_files_have_the_rights_that_the_umask_gives(
             save_file({"a": torch.zeros(2)}, scratch)
     finally:
         os.umask(before)
-    written = [*(tmp_path / "model").iterdir(), tmp_path / "one.safetensors"]
+    written = [*filter(Path.is_file, (tmp_path / "model").rglob("*")), tmp_path / "one.safetensors"]
     assert len(written) > 4
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
 

@@ -1,0 +1,93 @@
+"""Guided generation of this model by transformers alone.
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    model.generate(**tokenizer(texts, return_tensors="pt", padding=True), guidance=1.5)
+
+The model has learned a token for its best and one for its worst texts, and its tokenizer puts the best one in
+front. With ``guidance`` w the next token is drawn from
+
+    log p = log p(. | worst) + w (log p(. | best) - log p(. | worst)),   renormalised,
+
+before temperature, top-k and top-p; w = 1 is the best token alone. Each token takes a second forward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+BEST, WORST = -1, -1
+
+
+class Guidance(LogitsProcessor):
+    """Mixes in what the model predicts when the worst token stands where the best one does."""
+
+    def __init__(self, model: Any, weight: float, mask: Tensor | None) -> None:
+        self.model, self.weight, self.mask = model, weight, mask
+        self.takes = set(inspect.signature(model.forward).parameters)
+        # Its name depends on the version of transformers.
+        self.cache_name = next((name for name in ("cache", "past_key_values") if name in self.takes), "")
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best, worst = scores.float().log_softmax(-1), self._under_worst(input_ids).float().log_softmax(-1)
+        mixed = worst + self.weight * (best - worst)
+        # What is suppressed stays so, whatever the weight.
+        return torch.where(scores == -torch.inf, scores, mixed.to(scores.dtype))
+
+    @torch.no_grad()
+    def _under_worst(self, input_ids: Tensor) -> Tensor:
+        """(N, V) logits of the next token."""
+        rows, length = input_ids.shape
+        if self.mask is None:
+            self.mask = torch.ones_like(input_ids)
+        # Several samples of a prompt are neighbours.
+        self.mask = self.mask.repeat_interleave(rows // len(self.mask), dim=0)
+        new = self.mask.new_ones(rows, length - self.mask.shape[1])
+        self.mask = torch.cat([self.mask, new], dim=1)
+        ids = torch.where(input_ids == BEST, WORST, input_ids)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if self.cache is not None:
+            ids, positions = ids[:, -1:], positions[:, -1:]
+        inputs = {"attention_mask": self.mask, "position_ids": positions, self.cache_name: self.cache}
+        given = {name: value for name, value in inputs.items() if name in self.takes}
+        # A model without a cache by either name reads the whole text again for every token.
+        output = self.model(input_ids=ids, use_cache=bool(self.cache_name), **given)
+        self.cache = output.get(self.cache_name)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def generate(
+    inputs: Tensor | None = None,
+    *,
+    model: Any,
+    guidance: float = 1.0,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    **kwargs: Any,
+) -> Any:
+    """As ``model.generate``, with ``guidance``.
+
+    Raises:
+        ValueError: a text has no best token in front, or beams are searched, which change places.
+    """
+    ids = inputs if input_ids is None else input_ids
+    processors = LogitsProcessorList(logits_processor or [])
+    if guidance != 1:
+        if ids is None or not bool((ids == BEST).any(dim=1).all()):
+            raise ValueError(
+                f"guidance: token {BEST} must stand before every text; use this folder's tokenizer"
+            )
+        config = kwargs.get("generation_config") or model.generation_config
+        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+            raise ValueError("guidance: beams are not supported; leave num_beams at 1")
+        processors.append(Guidance(model, guidance, attention_mask))
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask
+    return GenerationMixin.generate(model, ids, logits_processor=processors, **kwargs)
