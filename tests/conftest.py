@@ -147,7 +147,7 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-def blank_report(folder: Path) -> Path:
+def blank_report(folder: Path, run: object = None) -> Path:
     (folder / "report.html").write_text("<!doctype html>")
     return folder / "report.html"
 

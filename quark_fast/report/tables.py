@@ -144,7 +144,7 @@ def markdown_table(evaluation: Record) -> str:
     titles = [fill(column.title, evaluation) for column in (main, *others)]
     titles = ["sampling", titles[0], f"change of {of_the}", *titles[1:]]
     lines = [
-        "| " + " | ".join(map(_markdown, titles)) + " |",
+        "| " + " | ".join(map(as_markdown, titles)) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for row in rows_of(evaluation):
@@ -152,17 +152,19 @@ def markdown_table(evaluation: Record) -> str:
         numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
         numbers += [(cell.value, cell.bounds) for cell in rest]
         cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
-        lines.append("| " + " | ".join((_markdown(label_of(row)), *cells)) + " |")
-    lines += ["", *(f"{_markdown(line)}  " for line in notes(evaluation))]
+        lines.append("| " + " | ".join((as_markdown(label_of(row)), *cells)) + " |")
+    lines += ["", *(f"{as_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
 
 def markdown_page(evaluation: Record) -> str:
     """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
-    return "\n".join(f"### {_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation))
+    return "\n".join(
+        f"### {as_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation)
+    )
 
 
-def _markdown(text: str) -> str:
+def as_markdown(text: str) -> str:
     """A text as Markdown shows it: no mark-up, no HTML."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
 

@@ -23,6 +23,8 @@ from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
 from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
+from quark_fast.report.files import read_run
+from quark_fast.report.model_card import write_card
 from quark_fast.report.page import write_report
 from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Sampler, Sampling
@@ -220,7 +222,9 @@ class Results:
                 how = generation_settings(evaluation_sampling(setup.config))
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
             setup.folder.add_cost(round(seconds / 60, 1), round(most_memory(setup.device) / 1e9, 2))
-            write_report(setup.folder.path)
+            run = read_run(setup.folder.path)
+            write_report(setup.folder.path, run)
+            write_card(setup.folder / "model", run, setup.config)
             trackers.finish(setup.accelerator)
             setup.folder.finish()
 

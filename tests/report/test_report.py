@@ -8,14 +8,18 @@ import shutil
 import sys
 from html.parser import HTMLParser
 
+import huggingface_hub
 import matplotlib
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
+from quark_fast.config import Config
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
+from quark_fast.report.model_card import Base, find_base, model_card
 from quark_fast.report.page import comparison_page, write_report
 from quark_fast.report.result_plots import plot_dial
 from quark_fast.report.results import headline, main_row, shown_name
@@ -392,7 +396,8 @@ def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finis
     assert main_row(evaluation)["name"] == "guided w=3"  # w = 6 has less toxicity
     best = next(row for row in evaluation["rows"] if row["name"] == "best token")["metrics"]["mean"]["value"]
     alone = f"the exported model by itself, which is the best token, is at {best:.3f} (".replace("0.", ".")
-    assert "That takes quark_fast.generate (--guidance 3);" in headline(evaluation)
+    takes = "That takes quark_fast.generate (--guidance 3), or the export's own with guidance=3;"
+    assert takes in headline(evaluation)
     assert alone in headline(evaluation), "both, with what each needs"
     evaluation["sampling"] = {}
     assert main_row(evaluation)["name"] == "guided w=2"  # the first one
@@ -828,3 +833,78 @@ def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(finished_ru
     page = Page(write_report(folder).read_text())
     assert "python -m quark_fast.train --task toxicity" in page.text
     assert "from step 7: python -m quark_fast.train --resume (there)" in page.text
+
+
+# --- The model card -------------------------------------------------------------------------------
+
+
+def card_of(run_dir, base=None, **settings):
+    return model_card(read_run(run_dir), Config(**settings), base or find_base(None))
+
+
+def test_card_names_base_model_and_licence_for_the_hub_and_shows_the_tables(finished_run):
+    card = ModelCard(card_of(finished_run))
+    assert card.data.to_dict() == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["quark", "unlearning", "quark_fast"],
+    }
+    evaluation = evaluation_of(finished_run)
+    assert markdown_table(evaluation) in card.text
+    assert "to write less toxicity" in card.text and "apache-2.0" in card.text
+    assert f"guidance={evaluation['sampling']['guidance']:g})" in card.text
+
+
+def test_card_of_a_run_without_guided_rows_speaks_of_no_guidance(small_run):
+    evaluation = evaluation_of(small_run)
+    evaluation["rows"] = [row for row in evaluation["rows"] if "guided" not in row["name"]]
+    (small_run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = card_of(small_run)
+    assert "pipeline(" in text and "custom_generate" not in text
+
+
+def test_card_shows_settings_that_are_no_defaults_and_no_folder_of_this_machine(small_run, tmp_path):
+    prompts = tmp_path / "secret-folder" / "prompts.jsonl"
+    prompts.parent.mkdir()
+    prompts.touch()
+    text = card_of(small_run, prompts=str(prompts), contrast_margin=7.5, output=str(tmp_path), seed=3)
+    settings = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `"))
+    assert settings == {
+        "`task`": "toxicity",
+        "`preset`": "default",
+        "`prompts`": "prompts.jsonl",
+        "`contrast_margin`": "7.5",
+        "`seed`": "3",
+    }
+    assert "secret-folder" not in text
+
+
+def test_card_keeps_mark_up_of_names_as_text(small_run):
+    evaluation = evaluation_of(small_run)
+    evaluation["property"] = "<b>x</b>|y"
+    (small_run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = card_of(small_run, Base("a_b*c", None, None, "it has <none>"))
+    assert "a\\_b\\*c" in text and "\\<b\\>x\\</b\\>\\|y" in text
+    assert "not known here: it has \\<none\\>." in text
+    assert "license" not in text.split("---")[1] and "base_model" not in text.split("---")[1]
+
+
+def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert find_base(str(folder)) == Base(
+        "mine", None, None, "it has no card that could be read (FileNotFoundError)"
+    )
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/first\n---\n# Mine\n")
+    monkeypatch.chdir(folder)
+    assert find_base(".") == Base("mine", "org/first", "mit", "its card names none"), "as the card has it"
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert find_base(str(folder)).licence is None and "could be read" in find_base(str(folder)).why
+    (folder / "README.md").write_text("# no header\n")
+    assert find_base(str(folder)) == Base("mine", None, None, "its card names none")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = find_base("some-org/not-in-the-cache")
+    assert (found.hub_name, found.licence) == ("some-org/not-in-the-cache", None)
+    assert "no card that could be read" in found.why

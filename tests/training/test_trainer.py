@@ -20,6 +20,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from conftest import sharpen
+from huggingface_hub import ModelCard
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
@@ -372,6 +373,8 @@ def test_other_architectures_and_precisions_train(
     config = small(tmp_path / "run", model, **few)
     folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
     assert (folder / "report.html").exists()
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert "to write what its reward function scores high" in card.text and card.data.license is None
     assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
     assert not (folder / "checkpoint").exists(), "a finished run keeps no checkpoint"
 

