@@ -271,6 +271,7 @@ class Config(
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; choose from {named}")
             if wanted := settings.fix(value, **field.metadata["bounds"]):
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; give {wanted}")
+        self._check_scored()
         self._check_lengths()
         self._check_greedy()
         self._check_learning()
@@ -281,6 +282,20 @@ class Config(
         self.quantile_shares()
         self.guidances()
         self.held_out_count()
+
+    def _check_scored(self) -> None:
+        if self.scored is None:
+            if self.initial_samples == 0:
+                raise UsageError(
+                    "initial_samples = 0 leaves nothing to learn from; give at least 1, or --scored"
+                )
+        elif self.prompts is not None:
+            raise UsageError(f"scored = {self.scored!r} brings its own prompts; leave out --prompts")
+        elif self.prefix_tokens:
+            raise UsageError(
+                f"prefix_tokens = {self.prefix_tokens} cuts prompts out of texts, but those of --scored stand"
+                " before their completions; give --prefix-tokens 0"
+            )
 
     def _check_lengths(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:

@@ -94,6 +94,12 @@ class PromptSettings:
         "training prompts: .jsonl, .json, .csv, .tsv, .txt (one a line; each also .gz), .parquet, or hf:NAME,"
         " hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT of the datasets library; default: the task's",
     )
+    scored: str | None = setting(
+        None,
+        "completions that are scored already, in the same formats: prompt, completion and reward (without it"
+        " the run's scores them), or chosen and rejected; they are the pool's first samples, their prompts"
+        " the training prompts; with --initial-samples 0 learning begins at once; default: none",
+    )
     prompt_column: str | None = setting(
         None,
         "column of the prompts, with dots into nested fields; the others go to the reward; default: prompt,"
@@ -211,7 +217,9 @@ class PoolSettings:
 @dataclass(kw_only=True)
 class SamplingSettings:
     _argument_group_name = "sampling"
-    initial_samples: int = setting(4, "completions a training prompt from the base model", at_least=1)
+    initial_samples: int = setting(
+        4, "completions a training prompt from the base model; 0, with --scored: none"
+    )
     explore_samples: int = setting(2, "completions a training prompt in each later round", at_least=1)
     guidance: float = setting(
         1.0,

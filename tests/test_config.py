@@ -79,8 +79,9 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         else:
             other[field.name] = "some: text # 1"
     assert all(other[f.name] != f.default for f in dataclasses.fields(Config))
-    # vLLM does not guide: one of the two is at its default.
-    for one in ({"guidance": 1.0}, {"rollout": "transformers", "vllm_server": None}):
+    # vLLM does not guide, and what is scored brings its prompts: one of the two is at its default.
+    by_vllm, by_us = {"guidance": 1.0}, {"rollout": "transformers", "vllm_server": None}
+    for one in (by_vllm | {"scored": None}, by_us | {"prompts": None, "prefix_tokens": 0}):
         config = Config(**other | one)
         config.check()
         config.save(tmp_path / "config.yaml")

@@ -73,7 +73,7 @@ def load_prompts(
             )
         row = {"prompt": record} if isinstance(record, str) else from_file(record)
         names |= dict.fromkeys(map(str, row))
-        held, value = (True, record) if isinstance(record, str) else _find(row, column)
+        held, value = (True, record) if isinstance(record, str) else find_prompt(row, column)
         found |= held
         try:
             made, reason = with_prompt(row, value, chat)
@@ -100,7 +100,7 @@ def load_prompts(
 # --------------------------------------------------------------------- one record
 
 
-def _find(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
+def find_prompt(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
     """(whether the row has the column, its value)."""
     if column is None and "prompt" not in row and isinstance(row.get("messages"), list):
         asked = row["messages"]

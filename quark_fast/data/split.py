@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quark_fast.config import Config
 from quark_fast.data.chat import Chat
 from quark_fast.data.prompts import load_prompts, with_prompt
 from quark_fast.data.row import Row, given
+from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
 
 
@@ -27,11 +28,16 @@ def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tu
 
 @dataclass(frozen=True)
 class Chosen:
-    """Training rows, held-out rows, and what was left out of the files (nothing without files)."""
+    """Training rows, held-out rows, and what was left out of the files (nothing without files).
+
+    Attributes:
+        scored: completions that were scored before.
+    """
 
     train: list[Row]
     held_out: list[Row]
     about: list[str]
+    scored: list[ScoredText] = field(default_factory=list)
 
 
 def choose_prompts(
@@ -50,6 +56,12 @@ def choose_prompts(
         UsageError: a source cannot be read, or leaves nothing to train on or to measure.
     """
     notes: list[str] = []
+    scored: list[ScoredText] = []
+    if config.scored is not None:
+        if prompts is not None:
+            raise UsageError(f"scored = {config.scored!r} brings its own prompts; give no others")
+        scored, counts = load_scored(config.scored, config.prompt_column, chat)
+        notes.append(f"{config.scored}: {counts}")
 
     def rows(name: str, given_rows: Sequence[str | Row] | None, source: str | None) -> list[Row] | None:
         if given_rows is not None:
@@ -58,6 +70,11 @@ def choose_prompts(
 
     count = config.held_out_count()
     train = rows("prompts", prompts, config.prompts)
+    if scored:
+        first: dict[str, Row] = {}
+        for one in scored:
+            first.setdefault(given(one.row), one.row)
+        train = list(first.values())
     test = rows("held_out", held_out, config.held_out if count is None else None)
     if train is None and test is None:
         train, test = tasks_own()
@@ -76,7 +93,7 @@ def choose_prompts(
             f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
             " others by --held-out"
         )
-    return Chosen(_limited(train, config, notes), test, notes)
+    return Chosen(_limited(train, config, notes), test, notes, scored)
 
 
 def _for_development(

@@ -192,6 +192,21 @@ class Policy:
         ids = ids[1:] if continues else ids
         return ids[-max_tokens:] if max_tokens else ids
 
+    def encode_completion(
+        self, prompt: str, prompt_ids: Sequence[int], completion: str, chat: bool = False
+    ) -> list[int] | None:
+        """The ids of a text as the model writes it behind a prompt, without an end.
+
+        Tokenised together with the prompt, where that leaves the prompt's ids as they are; else behind some
+        other text. None: nothing found decodes to the completion behind that prompt.
+        """
+        for front, continues in ((prompt, chat), ("", True), ("\n", False)):
+            before, together = (self.encode(text, chat=continues) for text in (front, front + completion))
+            ids = together[len(before) :]
+            if together[: len(before)] == before and self.decode(ids, prompt_ids) == completion:
+                return ids
+        return None
+
     def room_of(self, config: Config) -> int:
         """The longest prompt of a run, tokens; with ``prefix_tokens`` the longest text, read as it is."""
         return self.room(0 if config.prefix_tokens else config.max_new_tokens, config.max_prompt_tokens)

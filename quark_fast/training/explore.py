@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,28 +19,9 @@ from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.progress import Progress
 from quark_fast.training.run_prompts import RunPrompts
+from quark_fast.training.scored import Scored
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.state import State
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One completion of a training prompt; reward NaN: not scored."""
-
-    prompt: int
-    ids: list[int]
-    text: str
-    reward: float
-
-    @staticmethod
-    def to_json(batch: list[Scored]) -> list[Any]:
-        return [
-            [one.prompt, one.ids, one.text, None if math.isnan(one.reward) else one.reward] for one in batch
-        ]
-
-    @staticmethod
-    def from_json(batch: list[Any]) -> list[Scored]:
-        return [Scored(i, ids, text, math.nan if s is None else s) for i, ids, text, s in batch]
 
 
 @dataclass(frozen=True)
@@ -64,10 +45,8 @@ class Explorer:
         begun = time.monotonic()
         before, pool = len(state.pool), state.pool
         samples = self.config.explore_samples if state.round else self.config.initial_samples
-        with self.rollout.synchronised(from_base=state.step == 0) as draw:
-            shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
         found: list[Scored] = []
-        for _, batch in in_batch_order(shares):
+        for batch in self._found(state, sampling, samples):
             prompts, scores = [one.prompt for one in batch], np.array([one.reward for one in batch])
             pool.add(
                 [self.prompts.train_ids[i] for i in prompts],
@@ -86,10 +65,31 @@ class Explorer:
                 "completion": one.text,
                 "reward": None if math.isnan(one.reward) else float(one.reward),
                 "quantile": None if math.isnan(one.reward) else next(quantiles),
+                "ended": bool(one.ids) and one.ids[-1] in self.policy.stop_ids,
             }
             for one in found
         ]
         return rows, self._metrics(state, rows, begun)
+
+    def _found(self, state: State, sampling: Sampling, samples: int) -> Iterator[list[Scored]]:
+        """The round's batches, the same on every process: what was brought along, then what is sampled."""
+        if state.round == 0 and self.prompts.scored:
+            yield self.work.processes.on_rank_0(self._brought_along)
+        if samples:
+            with self.rollout.synchronised(from_base=state.step == 0) as draw:
+                shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
+            for _, batch in in_batch_order(shares):
+                yield batch
+
+    def _brought_along(self) -> list[Scored]:
+        """The completions that were there before, with rewards where they came without."""
+        brought = self.prompts.scored
+        if not all(math.isnan(one.reward) for one in brought):
+            return brought
+        rewards = self.reward(
+            [self.prompts.train[one.prompt] for one in brought], [one.text for one in brought]
+        )
+        return [replace(one, reward=float(r)) for one, r in zip(brought, rewards, strict=True)]
 
     def _scored(
         self, draw: Draw, state: State, sampling: Sampling, samples: int

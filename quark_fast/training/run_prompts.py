@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.run_folder import PROMPTS, RunFolder
 from quark_fast.tasks.task import Task
+from quark_fast.training.scored import Scored, encode_scored
 
 
 @dataclass
@@ -27,6 +29,7 @@ class RunPrompts:
         chats: every row that was rendered from messages, also those that are left out: a template may write
             the date, so that a resumed run would render them differently.
         about: what was left out, and why, in words.
+        scored: completions of training prompts that were scored before; reward NaN: not yet.
     """
 
     train: list[Row]
@@ -35,6 +38,12 @@ class RunPrompts:
     held_out: HeldOut
     chats: list[Row]
     about: list[str]
+    scored: list[Scored]
+
+    def longest(self, new_tokens: int) -> int:
+        """The most tokens of a prompt with a completion, of ``new_tokens`` if it is sampled."""
+        sampled = max(map(len, [*self.train_ids, *self.held_out.ids])) + new_tokens
+        return max([sampled, *(len(self.train_ids[one.prompt]) + len(one.ids) for one in self.scored)])
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,12 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
     about = list(chosen.about)
     if not tasks_own and given.train is None and config.prompts is None:
         about.append(f"no --prompts, so those of the task {task.name}")
-    return Chosen(as_rendered(chosen.train, before), as_rendered(chosen.held_out, before), about)
+    return dataclasses.replace(
+        chosen,
+        train=as_rendered(chosen.train, before),
+        held_out=as_rendered(chosen.held_out, before),
+        about=about,
+    )
 
 
 def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
@@ -73,6 +87,9 @@ def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts
     held_out = HeldOut.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
     policy.check_fits([*train.ids, *held_out.ids], config.max_new_tokens)
     return RunPrompts(
+        scored=encode_scored(
+            policy, chosen.scored, train.rows, train.ids, config.max_new_tokens, chosen.about
+        ),
         train=list(train.rows),
         train_ids=[list(ids) for ids in train.ids],
         held_out_rows=chosen.held_out if config.prefix_tokens else list(held_out.rows),

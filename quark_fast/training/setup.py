@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -184,7 +185,7 @@ def _check_model(
         folder.existing_parent if processes.main else None,
         generation_settings(evaluation_sampling(config)),
         untie=config.export_head == "own",
-        longest=max(map(len, [*prompts.train_ids, *prompts.held_out.ids])) + config.max_new_tokens,
+        longest=prompts.longest(config.max_new_tokens),
         objective=objective,
         notes=assets.cache_dir() if config.model is None else None,
     )
@@ -206,6 +207,34 @@ def _check_reward(setup: Setup) -> None:
         cached(scorer, mode, setup.folder / REWARDS) for scorer in (setup.reward, *setup.judges)
     )
     setup.judges = tuple(judges)
+    if not config.resume and processes.main:
+        _check_scored(setup)
+
+
+def _check_scored(setup: Setup) -> None:
+    """Refuse to rank one pool by two scales: what was brought along must have the run's own rewards."""
+    config, prompts = setup.config, setup.prompts
+    brought = [one for one in prompts.scored if not math.isnan(one.reward)]
+    some = brought[:: max(1, len(brought) // 16)][:16]
+    if not some:
+        return
+    own = setup.reward([prompts.train[one.prompt] for one in some], [one.text for one in some])
+    others = [
+        (one, float(value))
+        for one, value in zip(some, own, strict=True)
+        if not math.isclose(one.reward, value, rel_tol=1e-2, abs_tol=1e-3)
+    ]
+    if len(others) <= len(some) // 4:
+        return
+    (one, value), name = others[0], setup.reward.name
+    found = f"{config.scored} has rewards that are not those of {name}: {one.reward:g} for {one.text!r:.60}"
+    if config.initial_samples == 0 and config.rounds == 1:
+        prompts.about.append(f"{found}, which gives {value:g}; only the evaluation uses {name}")
+        return
+    raise UsageError(
+        f"{found}, which gives {value:g}, and one pool cannot rank both; name their reward by --reward, leave"
+        " the column out to have them scored, or sample nothing: --initial-samples 0 --rounds 1"
+    )
 
 
 def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:

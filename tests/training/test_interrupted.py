@@ -22,8 +22,8 @@ from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import _parts, sample
 from quark_fast.runtime.journal import Journal
-from quark_fast.training.explore import Scored
 from quark_fast.training.progress import Progress
+from quark_fast.training.scored import Scored
 from quark_fast.training.trainer import Trainer
 
 SHORT = {

@@ -1,0 +1,132 @@
+"""Completions that were written and scored before: a file or data set of them, or of preferences."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quark_fast.data.chat import Chat, ChatTemplateError
+from quark_fast.data.prompts import find_prompt, with_prompt
+from quark_fast.data.readers import listed, read_rows
+from quark_fast.data.row import Row, from_file, messages
+from quark_fast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A completion of a prompt.
+
+    Attributes:
+        row: the prompt and the other columns, as ``load_prompts`` gives them.
+        reward: None: none is in the file, so the run's reward is asked.
+        ended: whether the text ended by itself; None: the file does not say.
+    """
+
+    row: Row
+    completion: str
+    reward: float | None
+    ended: bool | None = None
+
+
+# Columns that are no prompt's: the reward of a later sample is not to get an earlier one's.
+_OF_THE_COMPLETION = {"completion", "reward", "chosen", "rejected", "ended", "messages"}
+_OF_THE_COMPLETION |= {"round", "step", "quantile", "rendered"}  # in a run's completions.jsonl
+
+
+def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[ScoredText], str]:
+    """The completions of a source, in its order, and a count of what was left out.
+
+    A record has a prompt as of ``load_prompts``, and one of
+
+    - ``completion`` (a text, or a message of the assistant) with ``reward``, a number, higher is better;
+      without that column in any record the run's reward scores them (a run's completions.jsonl has it),
+    - ``chosen`` and ``rejected``, the columns of DPO, which get the rewards 1 and 0; as conversations without
+      a prompt column they begin with the prompt's messages.
+
+    ``ended``, true or false, tells whether the text ended by itself.
+
+    Raises:
+        UsageError: the source is missing, malformed, lacks these columns, or has a reward that is no number.
+    """
+    found: list[ScoredText] = []
+    left_out: Counter[str] = Counter()
+    read, rewarded, names = 0, 0, dict[str, None]()
+    for record in read_rows(source):
+        read += 1
+        if not isinstance(record, Mapping):
+            raise UsageError(f"{source} holds texts alone; give records with prompt, completion and reward")
+        names |= dict.fromkeys(map(str, record))
+        where = f"{source}, record {read}"
+        for value, completion, reward in _completions(from_file(dict(record)), column, where):
+            rewarded += reward is not None
+            text = _text(completion)
+            try:
+                row, reason = with_prompt(_prompts_own(record), value, chat)
+            except ChatTemplateError:
+                row, reason = {}, "refused by the chat template"
+            if reason or not text:
+                left_out[f"with a prompt that is {reason}" if reason else "without a completion"] += 1
+                continue
+            ended = record.get("ended")
+            found.append(ScoredText(row, text, reward, ended if isinstance(ended, bool) else None))
+    if not found:
+        wanted = "prompt and completion (with reward), or chosen and rejected"
+        raise UsageError(
+            f"{source} holds no completion to use; it has {listed(names)}, and {wanted} is wanted"
+        )
+    if rewarded:  # else all are to be scored
+        left_out["without a reward"] = sum(one.reward is None for one in found)
+        found = [one for one in found if one.reward is not None]
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common() if count)
+    return found, f"{read:,} read" + (f", left out: {reasons}" if reasons else "")
+
+
+def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[Any, Any, float | None]]:
+    """(prompt, completion, reward) of each completion that a record holds."""
+    if "chosen" in record and "rejected" in record:
+        for name, reward in (("chosen", 1.0), ("rejected", 0.0)):
+            held, prompt = find_prompt(record, column)
+            answer = record[name]
+            if not held and messages(answer):
+                prompt, answer = answer[:-1], answer[-1:]
+            yield prompt, answer, reward
+    elif "completion" in record:
+        yield find_prompt(record, column)[1], record["completion"], _reward(record.get("reward"), where)
+    elif talk := messages(record.get("messages")).get("messages"):
+        yield talk[:-1], talk[-1:], _reward(record.get("reward"), where)
+
+
+def _prompts_own(record: Mapping[str, Any]) -> Row:
+    return {str(name): value for name, value in record.items() if name not in _OF_THE_COMPLETION}
+
+
+def _reward(value: Any, where: str) -> float | None:
+    if value is None or value == "":  # CSV has no other way to leave it out
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isnan(number):
+        return None
+    if math.isinf(number):
+        raise UsageError(f"{where}: reward {value!r:.80} is no finite number; give numbers, higher is better")
+    return number
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion, which may be a message, or a conversation that ends in one; "": neither."""
+    if isinstance(completion, list) and completion:
+        completion = completion[-1]
+    if isinstance(completion, Mapping):
+        completion = completion.get("content") if completion.get("role") == "assistant" else None
+    if not isinstance(completion, str):
+        return ""
+    try:
+        completion.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        return ""
+    return completion

@@ -1,0 +1,78 @@
+"""Scored completions of the training prompts, sampled by the run or brought along."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quark_fast.data.row import Row, given, is_chat
+from quark_fast.data.scored import ScoredText
+from quark_fast.errors import UsageError
+from quark_fast.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion of a training prompt; reward NaN: not scored."""
+
+    prompt: int
+    ids: list[int]
+    text: str
+    reward: float
+
+    @staticmethod
+    def to_json(batch: list[Scored]) -> list[Any]:
+        return [
+            [one.prompt, one.ids, one.text, None if math.isnan(one.reward) else one.reward] for one in batch
+        ]
+
+    @staticmethod
+    def from_json(batch: list[Any]) -> list[Scored]:
+        return [Scored(i, ids, text, math.nan if s is None else s) for i, ids, text, s in batch]
+
+
+def encode_scored(
+    policy: Policy,
+    texts: Sequence[ScoredText],
+    prompts: Sequence[Row],
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    about: list[str],
+) -> list[Scored]:
+    """Completions as the model would have written them behind these prompts, their end included.
+
+    A text that does not say whether it ended has done so if it is shorter than ``max_new_tokens``. Those of
+    other prompts are left out, and so are those longer than the model has positions for; ``about`` gets the
+    count.
+
+    Raises:
+        UsageError: none is left.
+    """
+    index = {given(row): i for i, row in enumerate(prompts)}
+    left_out: Counter[str] = Counter()
+    found = []
+    for one in texts:
+        i = index.get(given(one.row))
+        if i is None:
+            left_out["of prompts that are not trained on"] += 1
+            continue
+        ids = policy.encode_completion(
+            prompts[i]["prompt"], prompt_ids[i], one.completion, is_chat(prompts[i])
+        )
+        if ids is None:
+            left_out["that the tokenizer cannot spell behind their prompt"] += 1
+            continue
+        ended = len(ids) < max_new_tokens if one.ended is None else one.ended
+        if ended:
+            ids = [*ids, *policy.stop_ids[:1]]
+        if policy.positions is not None and len(ids) > policy.room(0) - len(prompt_ids[i]):
+            left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
+            continue
+        found.append(Scored(i, ids, one.completion, math.nan if one.reward is None else one.reward))
+    about += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
+    if texts and not found:
+        raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")
+    return found

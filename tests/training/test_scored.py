@@ -1,0 +1,240 @@
+"""Completions that were scored before, as a pool's first samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES
+from tiny_runs import SHORT, even_words, rows, small, timeless
+
+from quark_fast.config import Config
+from quark_fast.data.chat import chat_template
+from quark_fast.data.row import Row
+from quark_fast.data.scored import ScoredText, load_scored
+from quark_fast.errors import UsageError
+from quark_fast.model.policy import Policy
+from quark_fast.training.explore import Explorer
+from quark_fast.training.scored import encode_scored
+from quark_fast.training.trainer import Trainer
+
+Make = Callable[..., Path]
+NO_CHAT = chat_template("no model", lambda: pytest.fail("no chat here"))
+
+
+def written(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def texts(path: Path, records: list[dict[str, Any]], chat: Any = NO_CHAT) -> list[tuple[Any, ...]]:
+    found, _ = load_scored(written(path, records), None, chat)
+    return [(one.row["prompt"], one.completion, one.reward, one.ended) for one in found]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    own = {"prompt": "p", "completion": " a", "reward": 0.25, "ended": False, "quantile": 1, "round": 0}
+    assert texts(path, [own, own | {"reward": True, "ended": "no"}]) == [
+        ("p", " a", 0.25, False),
+        ("p", " a", 1.0, None),
+    ]
+    assert texts(path, [{"prompt": "p", "chosen": " good", "rejected": " bad"}]) == [
+        ("p", " good", 1.0, None),
+        ("p", " bad", 0.0, None),
+    ]
+
+    def chat(talk: list[dict[str, str]]) -> str:
+        return "|".join(f"{one['role']}:{one['content']}" for one in talk) + "|"
+
+    asked, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}
+    no = {"role": "assistant", "content": "no"}
+    expected = [("user:q|", "yes", 1.0, None), ("user:q|", "no", 0.0, None)]
+    assert texts(path, [{"chosen": [asked, answer], "rejected": [asked, no]}], chat) == expected
+    assert texts(path, [{"prompt": [asked], "chosen": [answer], "rejected": [no]}], chat) == expected
+    scored = {"messages": [asked, answer], "reward": 3}
+    assert texts(path, [scored], chat) == [("user:q|", "yes", 3.0, None)]
+    # The prompt's other columns stay, those of a completion do not.
+    (one,), _ = load_scored(written(path, [own | {"topic": "t"}]), None, NO_CHAT)
+    assert one.row == {"prompt": "p", "topic": "t"}
+
+
+def test_what_cannot_be_used_is_counted_and_a_file_without_rewards_is_to_be_scored(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = {"prompt": "p", "completion": "c", "reward": 1}
+    records = [good, good | {"reward": None}, good | {"completion": ""}, good | {"prompt": " "}]
+    found, counts = load_scored(written(path, records), None, NO_CHAT)
+    assert [one.reward for one in found] == [1.0]
+    assert counts.startswith("4 read, left out: ")
+    for reason in ("1 without a reward", "1 without a completion", "1 with a prompt that is empty"):
+        assert reason in counts
+    found, counts = load_scored(written(path, [{"prompt": "p", "completion": "c"}] * 2), None, NO_CHAT)
+    assert ([one.reward for one in found], counts) == ([None, None], "2 read")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"prompt": "p", "completion": "c", "reward": "good"}, "record 1: reward 'good' is no finite number"),
+        ({"prompt": "p", "completion": "c", "reward": float("inf")}, "reward inf is no finite number"),
+        ({"prompt": "p", "text": "c"}, "holds no completion to use; it has 'prompt', 'text'"),
+    ],
+)
+def test_file_without_what_is_needed_is_refused(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_scored(written(tmp_path / "a.jsonl", [record]), None, NO_CHAT)
+
+
+def test_texts_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(UsageError, match="holds texts alone"):
+        load_scored(str(tmp_path / "a.txt"), None, NO_CHAT)
+
+
+# --- as ids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completion_is_spelled_as_the_model_writes_it(tmp_path: Path, family: str) -> None:
+    policy = Policy.create(FAMILIES[family].save(tmp_path), quantiles=3)
+    prompt = "The man said that"
+    ids = policy.encode(prompt)
+    for text in (" it was good", ", and", "\n1 2", "é", " <|reward_1|>"):
+        own = policy.encode_completion(prompt, ids, text)
+        if policy.decode(policy.encode(prompt + text), []) != prompt + text:
+            assert own is None, "a tokenizer that has not all characters"
+            continue
+        assert own is not None and policy.decode(own, ids) == text
+        assert max(own) < policy.vocabulary, "no reward token, whatever is spelled"
+        # What no longer stands behind the whole of its prompt, whose beginning was cut off.
+        cut = policy.encode_completion(prompt, ids[1:], text)
+        assert cut is not None and policy.decode(cut, ids[1:]) == text
+    chat = policy.encode("[user] q\n[assistant] ", chat=True)
+    answer = policy.encode_completion("[user] q\n[assistant] ", chat, "yes, it was", chat=True)
+    assert answer is not None and policy.decode(answer, chat) == "yes, it was"
+    words = policy.encode_completion(prompt, ids, " it was good")
+    assert words == policy.encode(f"{prompt} it was good")[len(ids) :]
+
+
+def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
+    policy = Policy.create(FAMILIES["gpt2"].save(tmp_path), quantiles=3)
+    prompts: list[Row] = [{"prompt": "a man"}, {"prompt": "a woman"}]
+    prompt_ids = [policy.encode(row["prompt"]) for row in prompts]
+    about: list[str] = []
+
+    def ids(completion: str, ended: bool | None, most: int, prompt: str = "a man") -> list[list[int]]:
+        text = ScoredText({"prompt": prompt}, completion, 0.5, ended)
+        encoded = encode_scored(policy, [text], prompts, prompt_ids, most, about)
+        assert all(one.prompt == 0 and one.reward == 0.5 for one in encoded)
+        return [one.ids for one in encoded]
+
+    end, own = policy.stop_ids[0], policy.encode_completion("a man", prompt_ids[0], " said it")
+    assert own is not None
+    assert ids(" said it", None, len(own) + 1) == [[*own, end]]
+    assert ids(" said it", False, len(own) + 1) == [own]
+    assert ids(" said it", None, len(own)) == [own], "as long as a completion may be: cut off"
+    assert ids(" said it", True, len(own)) == [[*own, end]]
+    with pytest.raises(UsageError, match="of prompts that are not trained on"):
+        ids(" said", None, 9, "a dog")
+    with pytest.raises(UsageError, match="positions leave"):
+        ids(" said" * 5000, None, 9)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+PROMPTS = [f"The {one} said {two}" for one in ("man", "woman", "dog", "child") for two in ("a", "that", "no")]
+
+
+def variety(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [len(set(text)) / 10 for text in completions]
+
+
+def run(folder: Path, **settings: Any) -> Path:
+    model = FAMILIES["gpt2"].save(folder.parent / "model")
+    config = small(folder, model, **{**SHORT, "held_out": str(folder.parent / "held.jsonl"), **settings})
+    return Trainer(config, reward=variety).train()
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    """A run's folder; its prompts are in a file beside it."""
+    written(tmp_path / "prompts.jsonl", [{"prompt": one} for one in PROMPTS])
+    written(tmp_path / "held.jsonl", [{"prompt": one} for one in ("Once upon a time", "a", "1 2")])
+    return run(tmp_path / "first", prompts=str(tmp_path / "prompts.jsonl"))
+
+
+def test_runs_own_completions_teach_another_run_what_they_taught_it_without_sampling(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_sampling(*_: Any) -> Any:
+        pytest.fail("nothing is sampled")
+
+    monkeypatch.setattr(Explorer, "_scored", no_sampling)
+    own = str(first / "completions.jsonl")
+    second = run(tmp_path / "second", scored=own, initial_samples=0)
+    sampled, brought = (rows(folder / "completions.jsonl") for folder in (first, second))
+    # Batches sampled prompts in another order; what counts is who has which reward, quantile and end.
+    kinds = [{json.dumps(row, sort_keys=True) for row in each} for each in (sampled, brought)]
+    assert kinds[0] == kinds[1] and len(brought) == len(sampled) == 2 * len(PROMPTS)
+    steps = [row["nll"] for row in rows(second / "metrics.jsonl", kind="step")]
+    assert len(steps) == SHORT["steps"] and steps[-1] < steps[0]
+    assert (second / "evaluation.json").exists()
+    again = run(tmp_path / "third", scored=own, initial_samples=0)
+    assert timeless(again / "metrics.jsonl") == timeless(second / "metrics.jsonl")
+
+
+def test_scored_completions_stand_before_those_that_are_sampled(first: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": row["prompt"], "completion": row["completion"]}  # to be scored
+        for row in rows(first / "completions.jsonl")[:12]
+    ]
+    scored = written(tmp_path / "some.jsonl", records)
+    second = run(tmp_path / "second", scored=scored, initial_samples=1, rounds=2, explore_samples=1)
+    made = rows(second / "completions.jsonl")
+    prompts = {row["prompt"] for row in records}
+    assert len(made) == len(records) + 2 * len(prompts)
+    assert [row["completion"] for row in made[: len(records)]] == [row["completion"] for row in records]
+    assert [row["reward"] for row in made] == variety([], [row["completion"] for row in made])
+    (one, two) = rows(second / "metrics.jsonl", kind="round")
+    assert (one["samples"], two["samples"]) == (len(records) + len(prompts), len(prompts))
+
+
+def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no no"}
+        for row in rows(first / "completions.jsonl")
+    ]
+    scored = written(tmp_path / "pairs.jsonl", records)
+    with pytest.raises(UsageError, match=r"rewards that are not those of .*variety: 1 for .*one pool"):
+        run(tmp_path / "second", scored=scored)
+    assert not (tmp_path / "second" / "config.yaml").exists(), "before any work"
+    alone = run(tmp_path / "alone", scored=scored, initial_samples=0)
+    about = json.loads((alone / "versions.json").read_text())["prompts"]
+    assert any("only the evaluation uses" in line for line in about)
+    assert {row["reward"] for row in rows(alone / "completions.jsonl")} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"initial_samples": 0}, "give at least 1, or --scored"),
+        ({"scored": "a.jsonl", "prompts": "b.jsonl"}, "leave out --prompts"),
+        ({"scored": "a.jsonl", "prefix_tokens": 3, "task": "repetition"}, "give --prefix-tokens 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Config(**settings).check()
+
+
+def test_prompts_of_the_program_beside_scored_ones_are_refused(tmp_path: Path, tiny_model: Make) -> None:
+    scored = written(tmp_path / "a.jsonl", [{"prompt": "w1", "completion": " w2", "reward": 1}])
+    with pytest.raises(UsageError, match="brings its own prompts"):
+        Trainer(small(tmp_path / "run", tiny_model(), scored=scored), reward=even_words, prompts=PROMPTS)
