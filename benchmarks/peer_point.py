@@ -337,7 +337,7 @@ OFFLINE = (
 )
 METHODS = {
     "base": Method(untouched),
-    "ours": Method(quark, [{}, {"contrast_margin": 7.5}, {"contrast_margin": 10.0}], ours=True),
+    "ours": Method(quark, ours=True),
     "Quark as published": Method(
         functools.partial(quark, **PAPER),
         [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],

@@ -8,8 +8,9 @@ and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too,
 base model; Quark as published is our trainer with the paper's loss and draws. Ours and
 Quark train LoRA adapters, TRL's methods all weights, by which they are no slower here.
 Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
-perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. What ours starts
-from, its defaults, was chosen before on development prompts, from more tries (docs/recipe.md).
+perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
+tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).
+``--also`` measures a setting that the rule did not choose.
 
 Every point is a folder of its own below --output; the same command goes on where it was stopped.
 """
@@ -43,6 +44,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=12.0, help="CPU time to train for (default: 12)")
     made.add_argument("--seeds", default="0,1,2")
     made.add_argument("--methods", help="with commas between; default: all")
+    made.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        type=_also,
+        metavar="METHOD=JSON",
+        help="measure these settings of a method on test prompts, too",
+    )
     made.add_argument("--output", type=Path, default=Path("runs/peers"))
     made.add_argument("--jobs", type=int, help="points at once, of one thread each; default: one a core")
     made.add_argument("--table", type=Path, metavar="FILE", help="also write the numbers here, as JSON")
@@ -50,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="list the points")
     made.add_argument("--point", help=argparse.SUPPRESS)
     return made
+
+
+def _also(text: str) -> tuple[str, dict[str, Any]]:
+    method, _, settings = text.partition("=")
+    return method, json.loads(settings)
 
 
 def folder_of(output: Path, point: Mapping[str, Any]) -> Path:
@@ -135,7 +149,12 @@ def metrics_of(task: str) -> dict[str, str]:
 def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Value and change against the base model of each metric."""
     values, changes = evaluate_samples(row), compare(base, row)
-    return {name: {"value": values[name].value, **asdict(changes[name])} for name in metrics_of(task)}
+    # Points of an earlier version may lack one.
+    return {
+        name: {"value": values[name].value, **asdict(changes[name])}
+        for name in metrics_of(task)
+        if name in changes
+    }
 
 
 def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -148,7 +167,7 @@ def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any
     for point in points(asked, "development", [0], {method: tries}):
         rows = read_point(folder_of(asked.output, point))[1]
         made = numbers(asked.task, before, rows.get(method, rows.get("best token", [])))
-        headline, judge, perplexity, _ = made.values()
+        headline, judge, perplexity = (made[name] for name in list(metrics_of(asked.task))[:3])
         sign = -1 if asked.task == "sentiment" else 1
         dear = perplexity["relative"] > DEAREST
         found.append((dear, perplexity["relative"] if dear else sign * headline["value"], point["settings"]))
@@ -160,14 +179,19 @@ def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any
 
 
 def results(
-    asked: argparse.Namespace, chosen: Mapping[str, dict[str, Any]], seeds: Sequence[int]
+    asked: argparse.Namespace, chosen: Mapping[str, Sequence[dict[str, Any]]], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Every row of every seed on the test prompts, and their means with a bootstrap interval over prompts."""
+    """Every row of every seed on the test prompts, and their means with a bootstrap interval over prompts.
+
+    Args:
+        chosen: settings of each method, the chosen ones first.
+    """
     table: dict[str, Any] = {"task": asked.task, "minutes": asked.minutes, "seeds": list(seeds), "rows": []}
     bases = {}
     for point in points(asked, "test", seeds, {BASE: [{}]}):
         bases[point["seed"]] = read_point(folder_of(asked.output, point))[1][BASE]
-    for method, settings in chosen.items():
+    every_setting = [(method, one) for method, settings in chosen.items() for one in settings]
+    for method, settings in every_setting:
         records, rows = [], {}
         for point in points(asked, "test", seeds, {method: [settings]}):
             record, found = read_point(folder_of(asked.output, point))
@@ -184,6 +208,7 @@ def results(
                     "method": method,
                     "row": name,
                     "settings": settings,
+                    "by rule": settings == chosen[method][0],
                     "minutes": statistics.fmean(record["minutes"] for record in records),
                     "scored": statistics.fmean(record["scored"] for record in records),
                     "all seeds": numbers(asked.task, before, every),
@@ -195,7 +220,12 @@ def results(
 
 
 def label(row: Mapping[str, Any]) -> str:
-    return row["method"] if row["row"] == row["method"] else f"{row['method']}, {row['row']}"
+    parts = [row["method"]]
+    if row["row"] != row["method"]:
+        parts.append(row["row"])
+    if not row["by rule"]:
+        parts += [f"{name.replace('_', ' ')} {value:g}" for name, value in row["settings"].items()][:1]
+    return ", ".join(parts)
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -205,7 +235,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     for row in table["rows"]:
         cells = [label(row), f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"]
         for name in names:
-            one = row["all seeds"][name]
+            if (one := row["all seeds"].get(name)) is None:
+                cells.append("")
+                continue
             cell = f"{one['value']:.{1 if name == 'perplexity' else 3}f}"
             cells.append(cell if row["method"] == BASE else f"{cell}, {task_tables.change(one)}")
         lines.append(cells)
@@ -213,7 +245,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:
-    """The frontier: the property over perplexity, by the scorer and by the judge; small dots are seeds."""
+    """The frontier: what the judge sees, over perplexity and over the fit to prompt; small dots are seeds."""
     import matplotlib
 
     from quark_fast.ablation.plot import STYLE
@@ -223,22 +255,27 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
 
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         names = metrics_of(table["task"])
-        headline, judge, *_ = names
-        by = {headline: f"{names[headline]}, by the scorer", judge: "by a judge that never trained"}
-        for axes, metric in zip(figure.subplots(1, 2), by, strict=True):
-            for number, row in enumerate(table["rows"]):
+        judge = list(names)[1]
+        costs = {
+            "perplexity": "perplexity under the base model (left is better)",
+            "prompt_fit": "fit to prompt, nats a token (right is better)",
+        }
+        for axes, cost in zip(figure.subplots(1, 2, sharey=True), costs, strict=True):
+            for number, row in enumerate(row for row in table["rows"] if cost in row["all seeds"]):
                 ours = row["method"] == "ours"
                 colour = "#777a82" if row["method"] == BASE else "#008562" if ours else f"C{number}"
-                dots = [(one["perplexity"]["value"], one[metric]["value"]) for one in row["seeds"]]
+                dots = [(one[cost]["value"], one[judge]["value"]) for one in row["seeds"]]
                 axes.scatter(*zip(*dots, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
-                x, y = (row["all seeds"][name]["value"] for name in ("perplexity", metric))
+                x, y = (row["all seeds"][name]["value"] for name in (cost, judge))
                 axes.scatter([x], [y], s=42, color=colour, marker="s" if ours else "o")
                 where: Any = {"xytext": (5, 4), "textcoords": "offset points"}
                 axes.annotate(label(row), (x, y), fontsize=7.5, color=colour, **where)
-            axes.set_xlabel("perplexity under the base model")
-            axes.set_ylabel(by[metric])
+            axes.set_xlabel(costs[cost])
             axes.margins(x=0.25, y=0.12)
-        figure.suptitle("down and left is better; dots: seeds", fontsize=9)
+            if cost == "perplexity":
+                axes.set_xscale("log")
+                axes.set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
+        figure.suptitle("lower is better; dots: seeds", fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -255,6 +292,8 @@ def main() -> None:
     methods = asked.methods.split(",") if asked.methods else list(peer_point.METHODS)
     if unknown := [one for one in methods if one not in peer_point.METHODS]:
         raise SystemExit(f"{unknown[0]} is no method; choose from {', '.join(peer_point.METHODS)}")
+    if strange := [name for name, _ in asked.also if name not in methods]:
+        raise SystemExit(f"--also {strange[0]}: not among the methods, {', '.join(methods)}")
     methods = [BASE, *(one for one in methods if one != BASE)]
     tries = {name: list(peer_point.METHODS[name].tries) for name in methods}
     tuned = {name: found for name, found in tries.items() if name == BASE or len(found) > 1}
@@ -266,8 +305,11 @@ def main() -> None:
         print(f"then, of each method's best try, seeds {asked.seeds} on test prompts")
         return
     run_all(asked, development)
-    chosen = {name: choose(asked, name, found) for name, found in tries.items()}
-    run_all(asked, list(points(asked, "test", seeds, {name: [one] for name, one in chosen.items()})))
+    chosen = {name: [choose(asked, name, found)] for name, found in tries.items()}
+    for name, settings in asked.also:
+        if settings not in chosen[name]:
+            chosen[name].append(settings)
+    run_all(asked, list(points(asked, "test", seeds, chosen)))
     table = results(asked, chosen, seeds)
     print(markdown(table))
     if asked.table:

@@ -22,9 +22,9 @@ def peers(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
     return from_benchmarks("peers")
 
 
-def samples(score: float, nll: float, judge: float) -> list[Sample]:
+def samples(score: float, nll: float, judge: float, **fit: float) -> list[Sample]:
     return [
-        Sample(i, "p", f"a b c {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100})
+        Sample(i, "p", f"a b c {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100} | fit)
         for i in range(6)
     ]
 
@@ -62,13 +62,20 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
 ) -> None:
     for seed, score in ((0, 0.2), (1, 0.3)):
         for method, rows in (
-            ("base", {"base": samples(0.5, 8.0, 0.5)}),
+            ("base", {"base": samples(0.5, 8.0, 0.5, prompt_fit=2.0)}),
             ("ours", {"best token": samples(score, 8.2, 0.25), "worst token": samples(0.9, 8.0, 0.6)}),
+            ("GRPO", {"GRPO": samples(0.4, 8.0, 0.4, prompt_fit=1.5)}),
         ):
             (point,) = peers.points(asked, "test", [seed], {method: [{}]})
             save_point(peers, asked.output, point, rows)
-    table = peers.results(asked, {"base": {}, "ours": {}}, [0, 1])
-    base, ours = table["rows"]
+    (careful,) = peers.points(asked, "test", [0], {"GRPO": [{"learning_rate": 1e-5}]})
+    for seed in (0, 1):
+        row = {"GRPO": samples(0.45, 8.0, 0.45, prompt_fit=1.9)}
+        save_point(peers, asked.output, careful | {"seed": seed}, row)
+    chosen = {"base": [{}], "ours": [{}], "GRPO": [{}, {"learning_rate": 1e-5}]}
+    table = peers.results(asked, chosen, [0, 1])
+    base, ours, grpo, also = table["rows"]
+    assert [peers.label(row) for row in (grpo, also)] == ["GRPO", "GRPO, learning rate 1e-05"]
     assert (base["method"], ours["row"]) == ("base", "best token")
     assert ours["all seeds"]["mean"]["value"] == pytest.approx(0.25)
     assert ours["all seeds"]["mean"]["relative"] == pytest.approx(-0.5)
@@ -77,6 +84,10 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
     assert "| ours, best token | 12.0 | 100 | 0.250, -50% [-50, -50] | 0.275, -48% " in shown
     peers.plot(table, tmp_path / "plot.svg")
     assert "ours, best token" in (tmp_path / "plot.svg").read_text()
+    assert grpo["all seeds"]["prompt_fit"]["relative"] == pytest.approx(-0.25)
+    assert "prompt_fit" not in ours["all seeds"], "of an earlier version"
+    line = next(line for line in shown.splitlines() if "ours" in line)
+    assert line.count("|") == shown.splitlines()[0].count("|")
 
 
 def test_points_that_are_there_do_not_run_again(peers: ModuleType, asked: argparse.Namespace) -> None:
