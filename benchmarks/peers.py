@@ -143,6 +143,7 @@ def metrics_of(task: str) -> dict[str, str]:
         "perplexity": "perplexity",
         "prompt_fit": "fit to prompt",
         "dist3": "dist-3",
+        "text_accuracy": "accuracy on text",
     }
 
 
@@ -215,7 +216,9 @@ def results(
                     "seeds": [numbers(asked.task, bases[seed], by_seed[seed]) for seed in by_seed],
                 }
             )
-        table["versions"] = records[0]["versions"] | {"threads": records[0]["threads"]}
+        # Its command is that of one point, with paths of one machine.
+        of_one = {k: v for k, v in records[0]["versions"].items() if k != "command"}
+        table["versions"] = of_one | {"threads": records[0]["threads"]}
     return table
 
 
@@ -252,6 +255,7 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
 
     with matplotlib.rc_context(STYLE):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
 
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         names = metrics_of(table["task"])
@@ -274,8 +278,12 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
             axes.margins(x=0.25, y=0.12)
             if cost == "perplexity":
                 axes.set_xscale("log")
+                shown = [20, 30, 40, 60, 80, 120, 200, 400]
+                axes.set_xticks([tick for tick in shown if tick <= axes.get_xlim()[1]])
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
-        figure.suptitle("lower is better; dots: seeds", fontsize=9)
+        figure.suptitle("lower is better; large: all seeds together, small: each", fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

@@ -1,12 +1,13 @@
 """The measured results as README.md and docs/results.md show them, from the evaluations in docs/results.
 
 python benchmarks/task_tables.py                                   # the tables
-python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # README.md's picture
+python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
+
+The table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
 """
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,36 @@ def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:
 
 
 def summary_table() -> str:
-    """Toxicity and perplexity, the mean of the seeds and their range."""
-    runs = evaluations("toxicity")
+    """Ours beside GRPO: all seeds together, and their range."""
+    table = json.loads((RESULTS / "peers-toxicity.json").read_text())
+    words = {
+        "base": "base model",
+        "best token": "unlearned: the best token in front",
+        "guided w=1.5": "unlearned, guided with w = 1.5",
+    }
+    digits = {"perplexity": 1, "prompt_fit": 2}
+    heads = {
+        "mean": "toxicity by the scorer",
+        judge_measure("toxicity-judge"): "by the judge",
+        "perplexity": "perplexity",
+        "prompt_fit": "fit to prompt",
+        "text_accuracy": "next-token accuracy",
+    }
     lines = []
-    for name, words in (
-        ("untouched", "base model"),
-        ("best token", "unlearned: the best token in front"),
-        ("guided w=1.5", "unlearned, guided with w = 1.5"),
-    ):
-        values = {
-            metric: [run[name]["metrics"][metric]["value"] for run in runs]
-            for metric in ("mean", judge_measure("toxicity-judge"), "perplexity")
-        }
-        means = {metric: statistics.mean(of_seeds) for metric, of_seeds in values.items()}
-        if name == "untouched":
-            base = means
-        cells = []
-        for metric, of_seeds in values.items():
-            digits = 1 if metric == "perplexity" else 3
-            fall = "" if name == "untouched" else f", {100 * (means[metric] / base[metric] - 1):+.0f}%"
-            spread = f"({min(of_seeds):.{digits}f} to {max(of_seeds):.{digits}f})"
-            cells.append(f"{means[metric]:.{digits}f}{fall} {spread}")
-        lines.append([words, *cells])
-    return markdown(["", "toxicity by the scorer", "by the judge", "perplexity"], lines)
+    for row in table["rows"]:
+        rate = f"{row['settings'].get('learning_rate', 0):.0e}".replace("e-0", "e-")
+        cells = [words.get(row["row"], f"GRPO of TRL, step size {rate}")]
+        for metric in heads:
+            all_seeds, of_seeds = row["all seeds"][metric], [seed[metric]["value"] for seed in row["seeds"]]
+            numbers = (all_seeds["value"], min(of_seeds), max(of_seeds))
+            value, low, high = (f"{number:.{digits.get(metric, 3)}f}" for number in numbers)
+            fall = (
+                "" if row["row"] == "base" else f", {100 * all_seeds['relative']:+.0f}%".replace("-0%", "0%")
+            )
+            cells.append(f"{value}{fall} ({low} to {high})")
+        cells.append("" if row["row"] == "base" else f"{row['minutes']:.0f}")
+        lines.append(cells)
+    return markdown(["", *heads.values(), "CPU minutes"], lines)
 
 
 def judge_table(name: str) -> str:

@@ -42,8 +42,8 @@ class Task:
     texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
-    columns: Sequence[str] = ("mean", "expected_max", "probability", "perplexity", "prompt_fit", "dist3")
-    more_columns: Sequence[str] = ("share", "dist2", "text_accuracy")
+    columns: Sequence[str] = ("mean", "expected_max", "perplexity", "prompt_fit", "dist3")
+    more_columns: Sequence[str] = ("share", "probability", "dist2", "text_accuracy")
     prompt_classes: bool = False
 
     def shows(self, metric: str) -> bool:
