@@ -23,6 +23,7 @@ from quark_fast.evaluation.probe import PROBE_TOKENS
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import BASE, shown_name
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
+from quark_fast.tasks.by_name import find_task
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ class RunWork:
             streams = 2 if name.startswith("guided") else 1
             work = self._sampling(prompts, each, tokens, streams, name not in (BASE, "no token"))
             work.products.append(self._scoring(prompts, each, tokens))
+            if find_task(self.config.task, self.config.target).shows("prompt_fit"):  # behind another prompt
+                work.products.append(self._scoring(prompts, 1, round(tokens / each)))
             found[f"evaluating: {shown_name(name)}"] = work
         return found
 

@@ -66,9 +66,13 @@ def _also(text: str) -> tuple[str, dict[str, Any]]:
     return method, json.loads(settings)
 
 
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def folder_of(output: Path, point: Mapping[str, Any]) -> Path:
     """Where a point lives: its task, minutes, split, method, settings and seed in words."""
-    settings = "-".join(f"{name}={value:g}" for name, value in point["settings"].items()) or "defaults"
+    settings = "-".join(f"{name}={_shown(value)}" for name, value in point["settings"].items()) or "defaults"
     first = f"{point['task']}-{point['minutes']:g}-minutes"
     return output / first / point["split"] / point["method"] / settings / f"seed-{point['seed']}"
 
@@ -227,7 +231,7 @@ def label(row: Mapping[str, Any]) -> str:
     if row["row"] != row["method"]:
         parts.append(row["row"])
     if not row["by rule"]:
-        parts += [f"{name.replace('_', ' ')} {value:g}" for name, value in row["settings"].items()][:1]
+        parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in row["settings"].items()][:1]
     return ", ".join(parts)
 
 

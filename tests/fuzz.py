@@ -798,7 +798,7 @@ def model(r: Random) -> str:
     folder = SCRATCH / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(_exported(), folder)
-    for path in r.sample(sorted(folder.iterdir()), r.choice([1, 1, 2])):
+    for path in r.sample(sorted(filter(Path.is_file, folder.iterdir())), r.choice([1, 1, 2])):
         if path.suffix == ".json" and r.random() < 0.6:
             made = json.loads(path.read_text())
             _spoil_value(r, made, lambda: r.choice(SMALL))

@@ -11,8 +11,9 @@ from typing import Any
 from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import find_prompt, with_prompt
 from quark_fast.data.readers import listed, read_rows
-from quark_fast.data.row import Row, from_file, messages
+from quark_fast.data.row import Rendered, Row, from_file, messages
 from quark_fast.errors import UsageError
+from quark_fast.files.safe_read import DEEPEST, too_deep
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[Score
             raise UsageError(f"{source} holds texts alone; give records with prompt, completion and reward")
         names |= dict.fromkeys(map(str, record))
         where = f"{source}, record {read}"
-        for value, completion, reward in _completions(from_file(dict(record)), column, where):
+        if too_deep(record):  # it will be written as JSON, where that ends in a crash
+            raise UsageError(
+                f"{where}: more than {DEEPEST} lists or objects stand in one another; flatten it"
+            )
+        record = from_file(dict(record))
+        ended = _ended(record.get("ended"), where)
+        for value, completion, reward in _completions(record, column, where):
             rewarded += reward is not None
             text = _text(completion)
             try:
@@ -68,14 +75,16 @@ def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[Score
             except ChatTemplateError:
                 row, reason = {}, "refused by the chat template"
             if reason or not text:
-                left_out[f"with a prompt that is {reason}" if reason else "without a completion"] += 1
+                left_out[_left_out(reason)] += 1
                 continue
-            ended = record.get("ended")
-            found.append(ScoredText(row, text, reward, ended if isinstance(ended, bool) else None))
+            found.append(ScoredText(row, text, reward, ended))
     if not found:
         wanted = "prompt and completion (with reward), or chosen and rejected"
+        has = f"it has {listed(names)}" if names else "it is empty"
+        why = "".join(f"; {count:,} {reason}" for reason, count in left_out.items())
         raise UsageError(
-            f"{source} holds no completion to use; it has {listed(names)}, and {wanted} is wanted"
+            f"{source} holds no completion to use{why}; {has}, and {wanted} is wanted (--prompt-column names"
+            " another column of prompts)"
         )
     if rewarded:  # else all are to be scored
         left_out["without a reward"] = sum(one.reward is None for one in found)
@@ -90,8 +99,8 @@ def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[
         for name, reward in (("chosen", 1.0), ("rejected", 0.0)):
             held, prompt = find_prompt(record, column)
             answer = record[name]
-            if not held and messages(answer):
-                prompt, answer = answer[:-1], answer[-1:]
+            if messages(answer) and not (held and messages(prompt)) and len(answer) > 1:
+                prompt, answer = answer[:-1], answer[-1:]  # a text beside it is its first turn
             yield prompt, answer, reward
     elif "completion" in record:
         yield find_prompt(record, column)[1], record["completion"], _reward(record.get("reward"), where)
@@ -99,8 +108,25 @@ def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[
         yield talk[:-1], talk[-1:], _reward(record.get("reward"), where)
 
 
-def _prompts_own(record: Mapping[str, Any]) -> Row:
-    return {str(name): value for name, value in record.items() if name not in _OF_THE_COMPLETION}
+def _left_out(reason: str) -> str:
+    if not reason:
+        return "without a completion"
+    return reason if reason.startswith(("without", "refused")) else f"with a prompt that is {reason}"
+
+
+def _prompts_own(record: Row) -> Row:
+    own = {str(name): value for name, value in record.items() if name not in _OF_THE_COMPLETION}
+    chat = isinstance(record.get("prompt"), Rendered)  # of a run's file: its messages are the prompt's
+    return own | {"messages": record["messages"]} if chat else own
+
+
+def _ended(value: Any, where: str) -> bool | None:
+    if value is None or value == "":
+        return None
+    known = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if known is None:
+        raise UsageError(f"{where}: ended {value!r:.80} is neither true nor false")
+    return known
 
 
 def _reward(value: Any, where: str) -> float | None:
@@ -108,7 +134,7 @@ def _reward(value: Any, where: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
     if math.isnan(number):
         return None

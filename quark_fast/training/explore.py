@@ -74,7 +74,7 @@ class Explorer:
     def _found(self, state: State, sampling: Sampling, samples: int) -> Iterator[list[Scored]]:
         """The round's batches, the same on every process: what was brought along, then what is sampled."""
         if state.round == 0 and self.prompts.scored:
-            yield self.work.processes.on_rank_0(self._brought_along)
+            yield self.work.processes.on_rank_0(self.work.stoppable(self._brought_along))
         if samples:
             with self.rollout.synchronised(from_base=state.step == 0) as draw:
                 shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
@@ -86,10 +86,13 @@ class Explorer:
         brought = self.prompts.scored
         if not all(math.isnan(one.reward) for one in brought):
             return brought
-        rewards = self.reward(
-            [self.prompts.train[one.prompt] for one in brought], [one.text for one in brought]
-        )
-        return [replace(one, reward=float(r)) for one, r in zip(brought, rewards, strict=True)]
+        made: list[Scored] = []
+        for start in range(0, len(brought), self.config.sample_batch):
+            self.listen(Progress("scoring what was brought along", start, len(brought)))
+            part = brought[start : start + self.config.sample_batch]
+            rows, texts = [self.prompts.train[one.prompt] for one in part], [one.text for one in part]
+            made += [replace(a, reward=float(r)) for a, r in zip(part, self.reward(rows, texts), strict=True)]
+        return made
 
     def _scored(
         self, draw: Draw, state: State, sampling: Sampling, samples: int

@@ -70,7 +70,7 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
     # A resumed run goes on with what its chats were rendered as.
     before = list(map(from_file, folder.rows_of(PROMPTS))) if config.resume else []
     about = list(chosen.about)
-    if not tasks_own and given.train is None and config.prompts is None:
+    if not tasks_own and given.train is None and config.prompts is None and config.scored is None:
         about.append(f"no --prompts, so those of the task {task.name}")
     return dataclasses.replace(
         chosen,

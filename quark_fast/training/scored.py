@@ -67,8 +67,9 @@ def encode_scored(
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         if ended:
-            ids = [*ids, *policy.stop_ids[:1]]
-        if policy.positions is not None and len(ids) > policy.room(0) - len(prompt_ids[i]):
+            ids = [*ids, *_end(policy, is_chat(prompts[i]))]
+        needed = len(policy.prefix) + 1 + len(prompt_ids[i]) + len(ids)
+        if policy.positions is not None and needed > policy.positions:
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
             continue
         found.append(Scored(i, ids, one.completion, math.nan if one.reward is None else one.reward))
@@ -76,3 +77,9 @@ def encode_scored(
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")
     return found
+
+
+def _end(policy: Policy, chat: bool) -> list[int]:
+    """What a text ends with, or an answer: of several ends a text's has the lowest id in all known models."""
+    eos = policy.tokenizer.eos_token_id
+    return [eos] if chat and eos in policy.stop_ids else policy.stop_ids[:1]

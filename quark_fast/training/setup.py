@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -201,39 +202,45 @@ def _check_reward(setup: Setup) -> None:
         named = setup.judges if config.judge != "auto" else ()
         for scorer in (setup.reward, *named):
             scorer.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
+        _check_scored(setup)
     # SQLite is for one machine: files over a network lose its locks.
     mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache
     setup.reward, *judges = (
         cached(scorer, mode, setup.folder / REWARDS) for scorer in (setup.reward, *setup.judges)
     )
     setup.judges = tuple(judges)
-    if not config.resume and processes.main:
-        _check_scored(setup)
 
 
 def _check_scored(setup: Setup) -> None:
     """Refuse to rank one pool by two scales: what was brought along must have the run's own rewards."""
     config, prompts = setup.config, setup.prompts
     brought = [one for one in prompts.scored if not math.isnan(one.reward)]
-    some = brought[:: max(1, len(brought) // 16)][:16]
-    if not some:
+    # At random: preferences come by turns.
+    chosen = np.random.default_rng(config.seed).permutation(len(brought))[:32]
+    some = [brought[i] for i in chosen]
+    if not some or config.accept_changed_reward:
         return
     own = setup.reward([prompts.train[one.prompt] for one in some], [one.text for one in some])
+    pairs = [(one, float(value)) for one, value in zip(some, own, strict=True) if not math.isnan(value)]
     others = [
-        (one, float(value))
-        for one, value in zip(some, own, strict=True)
+        (one, value)
+        for one, value in pairs
         if not math.isclose(one.reward, value, rel_tol=1e-2, abs_tol=1e-3)
     ]
-    if len(others) <= len(some) // 4:
+    if len(others) <= len(pairs) // 4:
         return
     (one, value), name = others[0], setup.reward.name
-    found = f"{config.scored} has rewards that are not those of {name}: {one.reward:g} for {one.text!r:.60}"
+    found = (
+        f"{config.scored} has rewards that are not those of {name} ({len(others)} of {len(pairs)} looked at):"
+        f" {one.reward:g} for {one.text!r:.60}, which {name} gives {value:g}"
+    )
     if config.initial_samples == 0 and config.rounds == 1:
-        prompts.about.append(f"{found}, which gives {value:g}; only the evaluation uses {name}")
+        prompts.about.append(f"{found}; only the evaluation uses {name}")
         return
     raise UsageError(
-        f"{found}, which gives {value:g}, and one pool cannot rank both; name their reward by --reward, leave"
-        " the column out to have them scored, or sample nothing: --initial-samples 0 --rounds 1"
+        f"{found}, and one pool cannot rank both; name their reward by --reward, leave the column out to have"
+        " them scored, sample nothing by --initial-samples 0 --rounds 1, or mix them on purpose by"
+        " --accept-changed-reward"
     )
 
 
@@ -311,7 +318,7 @@ def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> No
     There PyTorch's flash kernel takes 1.4 times as long for a whole step. Otherwise it stays transformers'
     own choice: sdpa, where the model can.
     """
-    longest = max(map(len, prompts.train_ids)) + config.max_new_tokens
+    longest = prompts.longest(config.max_new_tokens)
     if policy.model.device.type == "cpu" and longest <= 512:
         policy.model.set_attn_implementation("eager")
 

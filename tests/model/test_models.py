@@ -232,6 +232,12 @@ def test_guided_text_of_plain_transformers_is_ours(
     assert text == TEXTS[0] + policy.decode(ours[0], case.prompts[0])
     with pytest.raises(ValueError, match="beams are not supported"):
         own.generate(**batch, guidance=weight, num_beams=2, **settings)
+    if tokenizer.pad_token_id not in policy.stop_ids:  # then transformers finds the padding by itself
+        blind = own.generate(batch["input_ids"], guidance=weight, **settings)
+        assert blind[:, start:].tolist() == ours
+    with pytest.raises(ValueError, match="assisted decoding is not supported"):
+        own.generate(**batch, guidance=weight, prompt_lookup_num_tokens=3, **settings)
+    assert own.generate(**batch, guidance=None, **settings)[:, start:].tolist() == plain
     with pytest.raises(ValueError, match="must stand before every text"):
         own.generate(torch.tensor([case.prompts[0]]), guidance=weight, **settings)
 

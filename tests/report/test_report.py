@@ -396,8 +396,7 @@ def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finis
     assert main_row(evaluation)["name"] == "guided w=3"  # w = 6 has less toxicity
     best = next(row for row in evaluation["rows"] if row["name"] == "best token")["metrics"]["mean"]["value"]
     alone = f"the exported model by itself, which is the best token, is at {best:.3f} (".replace("0.", ".")
-    takes = "That takes quark_fast.generate (--guidance 3), or the export's own with guidance=3;"
-    assert takes in headline(evaluation)
+    assert "That takes quark_fast.generate (--guidance 3);" in headline(evaluation)
     assert alone in headline(evaluation), "both, with what each needs"
     evaluation["sampling"] = {}
     assert main_row(evaluation)["name"] == "guided w=2"  # the first one
@@ -897,7 +896,9 @@ def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
     assert find_base(str(folder)) == Base(
         "mine", None, None, "it has no card that could be read (FileNotFoundError)"
     )
-    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/first\n---\n# Mine\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nbase_model: org/first\ntags: [quark_fast]\n---\n# Mine\n"
+    )
     monkeypatch.chdir(folder)
     assert find_base(".") == Base("mine", "org/first", "mit", "its card names none"), "as the card has it"
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n")

@@ -13,7 +13,7 @@ from tiny_runs import SHORT, even_words, rows, small, timeless
 
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
-from quark_fast.data.row import Row
+from quark_fast.data.row import Rendered, Row, given
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
 from quark_fast.model.policy import Policy
@@ -41,7 +41,7 @@ def texts(path: Path, records: list[dict[str, Any]], chat: Any = NO_CHAT) -> lis
 def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     own = {"prompt": "p", "completion": " a", "reward": 0.25, "ended": False, "quantile": 1, "round": 0}
-    assert texts(path, [own, own | {"reward": True, "ended": "no"}]) == [
+    assert texts(path, [own, own | {"reward": True, "ended": None}]) == [
         ("p", " a", 0.25, False),
         ("p", " a", 1.0, None),
     ]
@@ -60,6 +60,14 @@ def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
     assert texts(path, [{"prompt": [asked], "chosen": [answer], "rejected": [no]}], chat) == expected
     scored = {"messages": [asked, answer], "reward": 3}
     assert texts(path, [scored], chat) == [("user:q|", "yes", 3.0, None)]
+    # A prompt column that is the first turn, as some data sets have it.
+    beside = {"prompt": "q", "chosen": [asked, answer], "rejected": [asked, no]}
+    assert texts(path, [beside], chat) == expected
+    rendered = {"prompt": "user:q|", "messages": [asked], "rendered": True, "completion": "yes", "reward": 1}
+    (one,), _ = load_scored(written(path, [rendered]), None, chat)
+    assert given(one.row) == given({"prompt": Rendered("x"), "messages": [asked]}), "of a run's own file"
+    for told, ended in (("False", False), ("true", True), (0, False), ("", None)):
+        assert texts(path, [own | {"ended": told}])[0][3] is ended
     # The prompt's other columns stay, those of a completion do not.
     (one,), _ = load_scored(written(path, [own | {"topic": "t"}]), None, NO_CHAT)
     assert one.row == {"prompt": "p", "topic": "t"}
@@ -83,6 +91,9 @@ def test_what_cannot_be_used_is_counted_and_a_file_without_rewards_is_to_be_scor
     [
         ({"prompt": "p", "completion": "c", "reward": "good"}, "record 1: reward 'good' is no finite number"),
         ({"prompt": "p", "completion": "c", "reward": float("inf")}, "reward inf is no finite number"),
+        ({"prompt": "p", "completion": "c", "reward": 10**400}, "is no finite number"),
+        ({"prompt": "p", "completion": "c", "reward": 1, "ended": "no"}, "'no' is neither true nor false"),
+        ({"chosen": "a", "rejected": "b"}, "no completion to use; 2 without a prompt; it has 'chosen'"),
         ({"prompt": "p", "text": "c"}, "holds no completion to use; it has 'prompt', 'text'"),
     ],
 )
@@ -140,6 +151,13 @@ def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
     assert ids(" said it", False, len(own) + 1) == [own]
     assert ids(" said it", None, len(own)) == [own], "as long as a completion may be: cut off"
     assert ids(" said it", True, len(own)) == [[*own, end]]
+    # A chat's answer ends as the model's chats do, a text as its texts.
+    policy.stop_ids = [0, policy.tokenizer.eos_token_id]
+    chat: Row = {"prompt": Rendered("[user] q"), "messages": [{"role": "user", "content": "q"}]}
+    prompts.append(chat)
+    prompt_ids.append(policy.encode("[user] q", chat=True))
+    answer = encode_scored(policy, [ScoredText(chat, " said", 0.5, True)], prompts, prompt_ids, 9, about)
+    assert answer[0].ids[-1] == policy.tokenizer.eos_token_id != 0 == ids(" said", True, 9)[0][-1]
     with pytest.raises(UsageError, match="of prompts that are not trained on"):
         ids(" said", None, 9, "a dog")
     with pytest.raises(UsageError, match="positions leave"):
@@ -212,13 +230,38 @@ def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: P
         for row in rows(first / "completions.jsonl")
     ]
     scored = written(tmp_path / "pairs.jsonl", records)
-    with pytest.raises(UsageError, match=r"rewards that are not those of .*variety: 1 for .*one pool"):
+    with pytest.raises(UsageError, match=r"rewards that are not those of .*variety .*one pool"):
         run(tmp_path / "second", scored=scored)
     assert not (tmp_path / "second" / "config.yaml").exists(), "before any work"
     alone = run(tmp_path / "alone", scored=scored, initial_samples=0)
     about = json.loads((alone / "versions.json").read_text())["prompts"]
     assert any("only the evaluation uses" in line for line in about)
     assert {row["reward"] for row in rows(alone / "completions.jsonl")} == {0.0, 1.0}
+
+
+def one_at_a_time(prompt: str, completion: str, **columns: Any) -> float | None:
+    return None if "a" in completion else 0.9999
+
+
+def test_rewards_are_compared_at_random_and_with_a_reward_that_is_cached(first: Path, tmp_path: Path) -> None:
+    # Every second one agrees: preferences come by turns.
+    records = [
+        {"prompt": row["prompt"], "chosen": " b", "rejected": " c"}
+        for row in rows(first / "completions.jsonl")
+    ][:20]
+    scored = written(tmp_path / "pairs.jsonl", records)
+    model, given = tmp_path / "model", {"held_out": str(tmp_path / "held.jsonl"), "scored": scored}
+    with pytest.raises(UsageError, match=r"of 32 looked at\): 0 for ' c'"):
+        Trainer(small(tmp_path / "second", model, **SHORT | given), reward=one_at_a_time)
+    own = [one | {"completion": " b", "reward": 0.9999} for one in records] + [
+        one | {"completion": " a", "reward": 0.5}
+        for one in records  # which the reward leaves out
+    ]
+    written(
+        tmp_path / "pairs.jsonl",
+        [{k: v for k, v in one.items() if k not in ("chosen", "rejected")} for one in own],
+    )
+    Trainer(small(tmp_path / "third", model, **SHORT | given), reward=one_at_a_time)
 
 
 @pytest.mark.parametrize(
