@@ -27,7 +27,7 @@ CARD = "README.md"
 EMBEDDED_MODEL, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 # Settings of a machine, not of the model.
 _OF_THE_MACHINE = {
-    *(field.name for field in dataclasses.fields(MachineSettings)),
+    *(field.name for field in dataclasses.fields(MachineSettings) if field.name != "seed"),
     *(field.name for field in dataclasses.fields(FolderSettings)),
     *(field.name for field in dataclasses.fields(RewardSettings) if field.name.startswith("reward_")),
     *("rollout", "vllm_server", "vllm_timeout", "vllm_memory", "sample_batch", "checkpoint_every"),
