@@ -166,6 +166,7 @@ class RunWork:
         """Each row's samples, and their probabilities under the reference."""
         found: dict[str, Work] = {}
         rows = self.folder.rows_of("evaluation.jsonl")
+        fitted = find_task(self.config.task, self.config.target).shows("prompt_fit")
         for name, group in itertools.groupby(rows, key=lambda row: row["row"]):
             part = list(group)
             prompts = list(dict.fromkeys(row["prompt"] for row in part))
@@ -173,7 +174,7 @@ class RunWork:
             streams = 2 if name.startswith("guided") else 1
             work = self._sampling(prompts, each, tokens, streams, name not in (BASE, "no token"))
             work.products.append(self._scoring(prompts, each, tokens))
-            if find_task(self.config.task, self.config.target).shows("prompt_fit"):  # behind another prompt
+            if fitted:  # one of each prompt behind another
                 work.products.append(self._scoring(prompts, 1, round(tokens / each)))
             found[f"evaluating: {shown_name(name)}"] = work
         return found

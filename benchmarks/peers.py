@@ -269,7 +269,9 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
             "prompt_fit": "fit to prompt, nats a token (right is better)",
         }
         for axes, cost in zip(figure.subplots(1, 2, sharey=True), costs, strict=True):
-            for number, row in enumerate(row for row in table["rows"] if cost in row["all seeds"]):
+            for number, row in enumerate(table["rows"]):
+                if cost not in row["all seeds"]:
+                    continue
                 ours = row["method"] == "ours"
                 colour = "#777a82" if row["method"] == BASE else "#008562" if ours else f"C{number}"
                 dots = [(one[cost]["value"], one[judge]["value"]) for one in row["seeds"]]

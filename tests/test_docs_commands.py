@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -146,6 +147,10 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
     import task_tables
 
     assert task_tables.summary_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    import peers
+
+    beside = json.loads((task_tables.RESULTS / "peers-toxicity.json").read_text())
+    assert peers.markdown(beside) in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     judges = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
     for name in ("toxicity", "sentiment"):
         assert task_tables.judge_table(name) in judges and task_tables.terms_table(name) in judges

@@ -66,11 +66,7 @@ def load_prompts(
     found = False
     for record in read_rows(str(source)):
         loaded.read += 1
-        if too_deep(record):  # it will be written as JSON, where that ends in a crash
-            raise UsageError(
-                f"{source}, record {loaded.read}: more than {DEEPEST} lists or objects stand in one another;"
-                " flatten it"
-            )
+        check_depth(record, f"{source}, record {loaded.read}")
         row = {"prompt": record} if isinstance(record, str) else from_file(record)
         names |= dict.fromkeys(map(str, row))
         held, value = (True, record) if isinstance(record, str) else find_prompt(row, column)
@@ -98,6 +94,12 @@ def load_prompts(
 
 
 # --------------------------------------------------------------------- one record
+
+
+def check_depth(record: Any, where: str) -> None:
+    """Refuse a record that is too deep: it will be written as JSON, where that ends in a crash."""
+    if too_deep(record):
+        raise UsageError(f"{where}: more than {DEEPEST} lists or objects stand in one another; flatten it")
 
 
 def find_prompt(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:

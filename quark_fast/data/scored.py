@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quark_fast.data.chat import Chat, ChatTemplateError
-from quark_fast.data.prompts import find_prompt, with_prompt
+from quark_fast.data.prompts import check_depth, find_prompt, with_prompt
 from quark_fast.data.readers import listed, read_rows
 from quark_fast.data.row import Rendered, Row, from_file, messages
 from quark_fast.errors import UsageError
-from quark_fast.files.safe_read import DEEPEST, too_deep
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[Score
             raise UsageError(f"{source} holds texts alone; give records with prompt, completion and reward")
         names |= dict.fromkeys(map(str, record))
         where = f"{source}, record {read}"
-        if too_deep(record):  # it will be written as JSON, where that ends in a crash
-            raise UsageError(
-                f"{where}: more than {DEEPEST} lists or objects stand in one another; flatten it"
-            )
+        check_depth(record, where)
         record = from_file(dict(record))
         ended = _ended(record.get("ended"), where)
         for value, completion, reward in _completions(record, column, where):

@@ -58,12 +58,7 @@ def find_base(model: str | None) -> Base:
         # The text of a folder's own card: of a folder without one the hub would be asked.
         own = folder.is_dir()
         card = ModelCard((folder / CARD).read_text(encoding="utf-8")) if own else ModelCard.load(model)
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        YAMLError,
-    ) as error:  # also the hub's: none there, not reached, refused
+    except (OSError, TypeError, ValueError, YAMLError) as error:  # also the hub's: none, refused
         found, why = {}, f"it has no card that could be read ({type(error).__name__})"
     else:
         found, why = card.data.to_dict(), "its card names none"

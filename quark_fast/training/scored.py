@@ -59,15 +59,14 @@ def encode_scored(
         if i is None:
             left_out["of prompts that are not trained on"] += 1
             continue
-        ids = policy.encode_completion(
-            prompts[i]["prompt"], prompt_ids[i], one.completion, is_chat(prompts[i])
-        )
+        chat = is_chat(prompts[i])
+        ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], one.completion, chat)
         if ids is None:
             left_out["that the tokenizer cannot spell behind their prompt"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         if ended:
-            ids = [*ids, *_end(policy, is_chat(prompts[i]))]
+            ids = [*ids, *_end(policy, chat)]
         needed = len(policy.prefix) + 1 + len(prompt_ids[i]) + len(ids)
         if policy.positions is not None and needed > policy.positions:
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
