@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quark_fast.arguments import load_config
 from quark_fast.data import assets
-from quark_fast.evaluation.probe import PROBE_TOKENS
+from quark_fast.evaluation.probe import PROBE_PROMPTS, PROBE_TOKENS
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import BASE, shown_name
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
@@ -185,7 +185,7 @@ class RunWork:
         They are in no file: their length is that of the base model's samples in the evaluation.
         """
         every = [row["prompt"] for row in self.folder.rows_of(HELD_OUT)]
-        some = every[: max(32, PROBE_TOKENS // self.config.max_new_tokens)]
+        some = every[: max(PROBE_PROMPTS, PROBE_TOKENS // self.config.max_new_tokens)]
         tokens = round(base_tokens / self.config.eval_samples * len(some) / len(every))
         work = self._sampling(some, 1, tokens, 1, False)
         for token in [True, True] * probes + [False]:

@@ -189,7 +189,7 @@ class Config(
         """The folder given, else one by the name of the user's own reward, else by the task's."""
         if self.output:
             return Path(self.output)
-        own = self.reward if self.reward not in (None, *TASK_DEFAULTS) else None
+        own = self.reward if self.reward not in (None, "none", *TASK_DEFAULTS) else None
         return Path("runs", self.task if own is None else _short_name(own))
 
     def quantile_shares(self) -> list[float]:
@@ -284,14 +284,16 @@ class Config(
         self.held_out_count()
 
     def _check_scored(self) -> None:
-        if self.scored is None:
-            if self.initial_samples == 0:
-                raise UsageError(
-                    "initial_samples = 0 leaves nothing to learn from; give at least 1, or --scored"
-                )
-        elif self.prompts is not None:
+        if self.scored is None and self.initial_samples == 0:
+            raise UsageError("initial_samples = 0 leaves nothing to learn from; give at least 1, or --scored")
+        if self.reward == "none" and not (self.scored and self.initial_samples == 0 and self.rounds == 1):
+            raise UsageError(
+                "reward = none leaves nothing to score samples by; it is for --scored FILE with"
+                " --initial-samples 0 --rounds 1, which samples nothing"
+            )
+        if self.scored is not None and self.prompts is not None:
             raise UsageError(f"scored = {self.scored!r} brings its own prompts; leave out --prompts")
-        elif self.prefix_tokens:
+        if self.scored is not None and self.prefix_tokens:
             raise UsageError(
                 f"prefix_tokens = {self.prefix_tokens} cuts prompts out of texts, but those of --scored stand"
                 " before their completions; give --prefix-tokens 0"

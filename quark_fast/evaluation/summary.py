@@ -47,7 +47,7 @@ def describe_evaluation(
     return {
         "task": task.name,
         "target": target,
-        **shown_metrics(task),
+        **shown_metrics(task, scored=not reward.is_none),
         "property": reward.property or "reward",
         "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
         "judges": described(setup.judges),
@@ -70,10 +70,16 @@ def describe_evaluation(
     }
 
 
-def shown_metrics(task: Task) -> dict[str, Any]:
-    """Which metrics the tables of a task show."""
-    columns, more = list(task.columns), list(task.more_columns)
-    return {"headline": task.headline, "columns": columns, "more_columns": more}
+# Metrics that need no reward.
+_OF_TEXT = {"perplexity", "prompt_fit", "dist2", "dist3", "text_perplexity", "text_accuracy"}
+
+
+def shown_metrics(task: Task, scored: bool = True) -> dict[str, Any]:
+    """Which metrics the tables of a task show; those of completions without rewards, if not ``scored``."""
+    columns, more = (
+        [key for key in keys if scored or key in _OF_TEXT] for keys in (task.columns, task.more_columns)
+    )
+    return {"headline": task.headline if scored else "perplexity", "columns": columns, "more_columns": more}
 
 
 def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:

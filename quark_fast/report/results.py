@@ -157,8 +157,26 @@ def headline(evaluation: Record) -> str:
 
 def headline_parts(evaluation: Record) -> list[str]:
     """The same, the result apart from what is said of it."""
-    parts = (_result(evaluation), _what_it_takes(evaluation), _by_judges(evaluation))
+    parts = (
+        _what_is_missing(evaluation),
+        _result(evaluation),
+        _what_it_takes(evaluation),
+        _by_judges(evaluation),
+    )
     return [part for part in parts if part]
+
+
+def without_reward(evaluation: Record) -> bool:
+    """Whether no reward scored its completions."""
+    return scorer_name(evaluation) == "none"
+
+
+def _what_is_missing(evaluation: Record) -> str:
+    """What a table lacks that no reward scored."""
+    if not without_reward(evaluation):
+        return ""
+    judged = "judges alone say" if judges_of(evaluation) else "nothing here says"
+    return f"No reward was given, so {judged} how good the completions are."
 
 
 def _by_judges(evaluation: Record) -> str:

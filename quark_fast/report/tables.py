@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -32,6 +33,7 @@ from quark_fast.report.results import (
     scorer_line,
     shown_name,
     way_of,
+    without_reward,
 )
 from quark_fast.report.texts import mask_profanity, pick_examples
 
@@ -132,6 +134,8 @@ _SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
 def unscored_note(evaluation: Record) -> str:
+    if without_reward(evaluation):  # which the headline says
+        return ""
     shares = [interval_of(row, "unscored").value for row in rows_of(evaluation)]
     largest = max((share for share in shares if share > 0), default=0.0)
     return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
@@ -191,7 +195,7 @@ def before_after(
     """
     examples = pick_examples(evaluation_rows, n, after, lowest)
     if not examples:
-        return Text("No before and after texts: no scored row of the base model.", "dim")
+        return Text("No before and after texts: no row of the base model.", "dim")
     show = mask_profanity if mask else clean
     parts: list[RenderableType] = []
     for example in examples:
@@ -206,11 +210,12 @@ def before_after(
                 Text(one_line(show(completion)) or "(nothing)"),
             )
         parts += [Text(one_line(show(example.prompt)) + " …", style="bold"), grid, Text("")]
-    parts.append(
-        Text(
-            "Prompts where the base model wrote some of its worst; the number is the score. Its next "
-            "completion (again) is the control; no after text is chosen.",
-            style="dim",
-        )
+    scored = any(math.isfinite(score) for example in examples for *_, score in example.texts)
+    chosen = (
+        "Prompts where the base model wrote some of its worst; the number is the score."
+        if scored
+        else "Prompts spread over all, as no completion has a score."
     )
+    control = "The base model's next completion (again) is the control; no after text is chosen."
+    parts.append(Text(f"{chosen} {control}", style="dim"))
     return Group(*parts)

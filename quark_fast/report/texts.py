@@ -52,6 +52,7 @@ def pick_examples(
 ) -> list[Example]:
     """n prompts spread over the quarter where the base model's text scored worst; repeatable.
 
+    Where nothing has a score they are spread over all.
     Before is the worst completion of the prompt in the first row, the base model's; after is the
     completion with the same sample number, whatever it scored, so only the prompts are chosen. Since the
     worst of some is followed by a better one without any training, another completion of the first row
@@ -81,6 +82,8 @@ def pick_examples(
             index = int(np.nanargmin(scores) if lowest else np.nanargmax(scores))
             worst.append((float(scores[index]) * (1 if lowest else -1), prompt_id, index))
     quarter = sorted(worst)[: max(n, -(-len(worst) // 4))]
+    if not worst:  # nothing is scored: any prompts
+        quarter = [(0.0, prompt_id, 0) for prompt_id in sorted(before)]
     chosen = np.linspace(0, len(quarter) - 1, min(n, len(quarter))).round().astype(int)
 
     examples = []

@@ -138,6 +138,8 @@ class Reward:
         Raises:
             UsageError: none of all the completions is scored.
         """
+        if self.is_none:
+            return
         tried: list[str] = []
         for rows, completions in scored:
             tried += completions
@@ -149,9 +151,22 @@ class Reward:
         )
 
     @functools.cached_property
+    def is_none(self) -> bool:
+        """Whether there is no reward: it is ``NO_REWARD``."""
+        return self.function is _nothing
+
+    @functools.cached_property
     def identity(self) -> list[str]:
         """What identifies this reward; it changes with its code, its weights and the terms of a sum."""
         return [self.name, self.version, self.sha256]
+
+
+def _nothing(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+# In place of a reward that a run does without: it samples nothing, and learns from what is scored already.
+NO_REWARD = Reward(_nothing, "none", "", "")
 
 
 def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT_CALLS) -> Reward:

@@ -11,7 +11,7 @@ from quark_fast.config import Config
 from quark_fast.data.assets import AssetError
 from quark_fast.errors import UsageError
 from quark_fast.rewards.by_name import calls, reward_by_name
-from quark_fast.rewards.reward import Function, Reward, describe
+from quark_fast.rewards.reward import NO_REWARD, Function, Reward, describe
 from quark_fast.rewards.weighted_sum import terms
 from quark_fast.tasks import repetition, sentiment, toxicity
 from quark_fast.tasks.task import Task
@@ -25,6 +25,8 @@ def choose_reward(
         return given
     if given is not None:
         return describe(given, calls=calls(config))
+    if config.reward == NO_REWARD.name:
+        return NO_REWARD
     if config.reward:
         return load_reward(config.reward, config, device)
     if config.scorer_label is not None:

@@ -111,7 +111,7 @@ class Results:
         """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported."""
         give_back_freed_memory()
         setup, config = self.setup, self.setup.config
-        if setup.task.prompt_classes:
+        if setup.task.prompt_classes and not setup.reward.is_none:
             self._classify()
         table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_rows)
         model = exported_copy(setup.policy, setup.sampling_dtype)
@@ -182,8 +182,8 @@ class Results:
         total = len(self.held_out.rows) * self.setup.config.eval_samples
         scores = [s.score for s in samples if s.score is not None]
         mean = sum(scores) / len(scores) if scores else float("nan")
-        numbers = {self.setup.reward.property or "reward": mean}
-        if task.headline != "mean":
+        numbers = {} if self.setup.reward.is_none else {self.setup.reward.property or "reward": mean}
+        if task.headline != "mean" and numbers:
             shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
         self.listen(

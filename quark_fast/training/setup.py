@@ -215,6 +215,15 @@ def _check_scored(setup: Setup) -> None:
     """Refuse to rank one pool by two scales: what was brought along must have the run's own rewards."""
     config, prompts = setup.config, setup.prompts
     brought = [one for one in prompts.scored if not math.isnan(one.reward)]
+    if setup.reward.is_none:
+        if not brought:
+            raise UsageError(
+                f"reward = none, but {config.scored} brings no rewards; name what scores it by --reward"
+            )
+        prompts.about.append(
+            "no reward: the evaluation says nothing of it; --judge names what it shows in its place"
+        )
+        return
     # At random: preferences come by turns.
     chosen = np.random.default_rng(config.seed).permutation(len(brought))[:32]
     some = [brought[i] for i in chosen]

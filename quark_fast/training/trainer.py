@@ -221,7 +221,8 @@ class Trainer:
 
     def _probe(self) -> None:
         give_back_freed_memory()
-        if self.policy.quantiles > 1:  # one token tells nothing apart
+        # One token tells nothing apart, and without a reward nothing says which completions are good.
+        if self.policy.quantiles > 1 and not self.setup.reward.is_none:
             self._record(self.results.probe(self.state.step))
         if self.config.rollout != "transformers":  # else the next round samples this copy
             self.setup.copied.drop()

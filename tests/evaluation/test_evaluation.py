@@ -264,11 +264,12 @@ def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy:
     assert len(passes) == 6
 
 
-@pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 32)])
+@pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 20)])
 def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, tokens: int, prompts: int
 ) -> None:
     monkeypatch.setattr("quark_fast.evaluation.probe.PROBE_TOKENS", tokens)
+    monkeypatch.setattr("quark_fast.evaluation.probe.PROBE_PROMPTS", 20)
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
     held_out = HeldOut(rows, [[i] for i in range(40)], 1)
     reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")

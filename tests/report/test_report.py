@@ -589,7 +589,8 @@ def test_terminal_texts_fold_to_the_width_and_say_when_there_are_none():
     assert max(map(len, rendered(before_after(hostile_rows("a" * 300))).splitlines())) <= 80
     assert "No before and after texts" in rendered(before_after([]))
     unscored = [{**row, "score": None} for row in hostile_rows("x")]
-    assert "No before and after texts" in rendered(before_after(unscored))
+    shown = rendered(before_after(unscored))
+    assert "nan" not in shown and "spread over all" in shown
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -16,7 +16,11 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Rendered, Row, given
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
+from quark_fast.evaluation.side_by_side import Evaluator
 from quark_fast.model.policy import Policy
+from quark_fast.report.results import headline
+from quark_fast.report.tables import markdown_page
+from quark_fast.report.texts import pick_examples
 from quark_fast.training.explore import Explorer
 from quark_fast.training.scored import encode_scored
 from quark_fast.training.trainer import Trainer
@@ -269,12 +273,42 @@ def test_rewards_are_compared_at_random_and_with_a_reward_that_is_cached(first: 
     [
         ({"initial_samples": 0}, "give at least 1, or --scored"),
         ({"scored": "a.jsonl", "prompts": "b.jsonl"}, "leave out --prompts"),
+        ({"reward": "none"}, "reward = none leaves nothing to score samples by"),
+        ({"reward": "none", "scored": "a.jsonl", "initial_samples": 0}, "it is for --scored FILE with"),
         ({"scored": "a.jsonl", "prefix_tokens": 3, "task": "repetition"}, "give --prefix-tokens 0"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config(**settings).check()
+
+
+def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Path, tmp_path: Path) -> None:
+    scored = written(
+        tmp_path / "scored.jsonl",
+        [
+            {"prompt": row["prompt"], "completion": row["completion"], "reward": row["reward"]}
+            for row in rows(first / "completions.jsonl")
+        ],
+    )
+    given = {"held_out": str(tmp_path / "held.jsonl"), "reward": "none", "initial_samples": 0}
+    config = small(tmp_path / "run", tmp_path / "model", **SHORT | given | {"scored": scored})
+    folder = Trainer(config).train()
+    assert [row["kind"] for row in rows(folder / "metrics.jsonl")] == ["round"] + ["step"] * SHORT["steps"]
+    table = json.loads((folder / "evaluation.json").read_text())
+    assert table["headline"] == "perplexity" and "mean" not in table["columns"]
+    shown = headline(table)
+    assert shown.startswith("No reward was given, so nothing here says how good the completions are. Perpl")
+    assert "Unscored" not in markdown_page(table)
+    assert len(pick_examples(rows(folder / "evaluation.jsonl"), 3)) == 3
+    # evaluate goes by the run's own choice, and by a reward where one is named.
+    assert Evaluator([folder], samples=1).evaluate().table["scorer"]["name"] == "none"
+    assert Evaluator([folder], samples=1, reward=one_at_a_time).evaluate().table["headline"] == "mean"
+    bare = [{k: v for k, v in row.items() if k != "reward"} for row in rows(Path(scored))]
+    config = small(tmp_path / "other", tmp_path / "model", **SHORT | given)
+    config.scored = written(tmp_path / "bare.jsonl", bare)
+    with pytest.raises(UsageError, match="brings no rewards; name what scores it by --reward"):
+        Trainer(config)
 
 
 def test_prompts_of_the_program_beside_scored_ones_are_refused(tmp_path: Path, tiny_model: Make) -> None:
