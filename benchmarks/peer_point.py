@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from quark_fast.evaluation.saved_tables import read_table
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.loading import load_reference
+from quark_fast.model.policy import Policy
 from quark_fast.model.rounding import stochastic_rounding
 from quark_fast.report.results import BASE
-from quark_fast.rollout.sampling import Conditioning, SampleRequest
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch, Sampler, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.machine import quiet_libraries, set_threads, settled_precision, versions
@@ -312,6 +313,31 @@ def untouched(point: Point, setup: Setup) -> Trained:
     return Trained(0.0, 0, assets.default_model())
 
 
+def best_of(point: Point, setup: Setup, count: int) -> Trained:
+    """The base model, of whose completions the scorer chooses the best of so many: nothing is trained, but
+    each text that is shown costs so many that are sampled and scored."""
+    reward, rows = setup.reward, setup.prompts.held_out.rows
+
+    def sample_best(
+        policy: Policy, model: Any, request: SampleRequest, done: Container[int] = ()
+    ) -> Iterator[DrawnBatch]:
+        samples = request.samples
+        rows_of_one = request.sampling.rows  # as many prompts a batch as otherwise, and as many side by side
+        sampling = dataclasses.replace(request.sampling, rows=rows_of_one * count, at_once=rows_of_one)
+        more = dataclasses.replace(request, samples=samples * count, sampling=sampling)
+        for indices, drawn in sample(policy, model, more, done):
+            found = []
+            for i, group in zip(indices, drawn, strict=True):
+                texts = [policy.decode(ids, request.prompts[i]) for ids in group]
+                values = np.nan_to_num(reward([rows[i]] * len(texts), texts), nan=-np.inf)
+                found.append([group[s + int(values[s::samples].argmax()) * samples] for s in range(samples)])
+            yield indices, found
+
+    row = TableRow(f"best of {count}", base=True)
+    measured = evaluate(held_out_setup(setup, sample_best), None, [row], setup.task.measures)
+    return Trained(0.0, 0, rows={row.name: [one for _, part in measured for one in part]})
+
+
 @dataclass(frozen=True)
 class Method:
     """A method, and the settings that are tried for it on development prompts.
@@ -337,6 +363,7 @@ OFFLINE = (
 )
 METHODS = {
     "base": Method(untouched),
+    "best of 4": Method(functools.partial(best_of, count=4)),
     "ours": Method(quark, ours=True),
     "Quark as published": Method(
         functools.partial(quark, **PAPER),
@@ -359,6 +386,22 @@ METHODS = {
 }
 
 
+def held_out_setup(setup: Setup, sampler: Sampler = sample) -> EvaluationSetup:
+    """What our run's evaluation measures with; ``sampler`` samples the base model."""
+    return EvaluationSetup(
+        setup.policy,
+        setup.reference,
+        setup.reward,
+        setup.prompts.held_out,
+        setup.held_out_sampling(),
+        setup.config.seed,
+        sampler,
+        judges=setup.judges,
+        controls=setup.controls,
+        prompt_fit=setup.task.shows("prompt_fit"),
+    )
+
+
 def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
     """The completions of a model as it is, with what our run's evaluation has before every prompt."""
     model = load_reference(folder, torch.float32, setup.device)
@@ -367,18 +410,7 @@ def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
         rounded = stochastic_rounding(setup.sampling_dtype)
         for weights in model.parameters():
             weights.data = rounded(weights.data)
-    measured = EvaluationSetup(
-        setup.policy,
-        setup.reference,
-        setup.reward,
-        setup.prompts.held_out,
-        setup.held_out_sampling(),
-        setup.config.seed,
-        judges=setup.judges,
-        controls=setup.controls,
-        prompt_fit=setup.task.shows("prompt_fit"),
-    )
-    batches = evaluate(measured, model, [TableRow(name)], setup.task.measures)
+    batches = evaluate(held_out_setup(setup), model, [TableRow(name)], setup.task.measures)
     return [one for _, part in batches for one in part]
 
 
@@ -398,8 +430,8 @@ def run(point: Point) -> None:
             config, RunFolder(point.folder / "run"), Processes.join(), config.sample_batch, None, Given()
         )
         trained = method.train(point, setup)
-        assert trained.model is not None
-        trained.rows[point.method] = measure(setup, point.method, trained.model)
+        if trained.model is not None:
+            trained.rows[point.method] = measure(setup, point.method, trained.model)
     with (point.folder / "samples.jsonl").open("w") as file:
         for row, samples in trained.rows.items():
             file.writelines(json.dumps({"row": row, **vars(one)}) + "\n" for one in samples)

@@ -5,8 +5,9 @@
 
 GRPO and RLOO are TRL's (which has dropped PPO), on completions that the model writes as it learns; DPO, KTO
 and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too, on 6 samples a prompt of the
-base model; Quark as published is our trainer with the paper's loss and draws. Ours and
-Quark train LoRA adapters, TRL's methods all weights, by which they are no slower here.
+base model; "best of 4" trains nothing, the scorer chooses one of four completions of the base model; Quark
+as published is our trainer with the paper's loss and draws. Ours and Quark train LoRA adapters, TRL's methods
+all weights, by which they are no slower here.
 Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).

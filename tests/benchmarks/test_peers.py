@@ -98,15 +98,10 @@ def test_points_that_are_there_do_not_run_again(peers: ModuleType, asked: argpar
     assert not (peers.folder_of(asked.output, wanted[0]) / "log").exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own
-@pytest.mark.parametrize("method", ["GRPO", "RLOO", "DPO", "KTO", "RAFT"])
-def test_method_of_trl_trains_a_model_that_differs_from_the_base(
-    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    pytest.importorskip("trl")
+@pytest.fixture
+def tiny(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model in place of the embedded one, and points of it that are small."""
     import peer_point
-    import torch
-    from transformers import AutoModelForCausalLM
 
     tiny = save_tiny_model(tmp_path / "tiny", "llama")
     spaced = word_tokenizer()  # so that prompt and completion stay apart in the text of both
@@ -114,6 +109,43 @@ def test_method_of_trl_trains_a_model_that_differs_from_the_base(
     spaced.save_pretrained(tiny)
     monkeypatch.setattr("quark_fast.data.assets.default_model", lambda: tiny)
     monkeypatch.setattr(peer_point, "POOL", 2)
+    limits = {"judge": "none", "max_new_tokens": 4, "prompt_limit": 8, "held_out": "2", "precision": "fp32"}
+    config = peer_point.Point.config
+    monkeypatch.setattr(peer_point.Point, "config", lambda self, **given: config(self, **limits, **given))
+    return tiny
+
+
+def test_best_of_4_has_the_best_by_the_reward(
+    peers: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peer_point
+
+    def letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [len(set(text)) / 99 for text in completions]
+
+    reward = Reward(letters, "letters", "1", "ab" * 32)
+    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: reward)
+    means = {}
+    for method in ("base", "best of 4"):
+        folder = tmp_path / method
+        folder.mkdir()
+        peer_point.run(peer_point.Point("toxicity", method, 12.0, {}, 0, "development", folder, 1))
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert {row["row"] for row in rows} == {method} and len(rows) == 10
+        means[method] = sum(row["score"] for row in rows) / len(rows)
+    assert means["best of 4"] > means["base"]
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "DPO", "KTO", "RAFT"])
+def test_method_of_trl_trains_a_model_that_differs_from_the_base(
+    peers: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    pytest.importorskip("trl")
+    import peer_point
+    import torch
+    from transformers import AutoModelForCausalLM
+
     settings = {"learning_rate": 1e-2} if method == "RAFT" else {"learning_rate": 1e-2, "beta": 0.1}
     point = peer_point.Point("toxicity", method, 60.0, settings, 0, "development", tmp_path / "point", 1)
     point.folder.mkdir()
@@ -123,9 +155,6 @@ def test_method_of_trl_trains_a_model_that_differs_from_the_base(
     numbers = iter(range(10**9))
     reward = Reward(lambda prompts, **_: [next(numbers) / 7 % 1 for _ in prompts], "tiny", "1", "ab" * 32)
     monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: reward)
-    limits = {"judge": "none", "max_new_tokens": 4, "prompt_limit": 8, "held_out": "2", "precision": "fp32"}
-    config = point.config
-    monkeypatch.setattr(peer_point.Point, "config", lambda self, **given: config(**limits, **given))
     peer_point.run(point)
     record = json.loads((point.folder / "result.json").read_text())
     assert 0 <= record["minutes"] < 60 and record["scored"] > 0
