@@ -47,6 +47,25 @@ def grouped_attention(
     return context.reshape(batch, 1, heads, value.shape[-1]), None
 
 
+def mask_without_a_look(
+    *, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
+) -> Tensor | None:
+    """sdpa's mask, on a GPU whether or not it hides anything.
+
+    transformers leaves out a mask that hides nothing. To see that, it looks at the mask's values, and a GPU
+    would be waited for at every token and every step.
+    """
+    look = attention_mask is None or is_free_to_read(attention_mask)
+    return sdpa_mask(
+        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip and look, **kwargs
+    )
+
+
+def is_free_to_read(values: Tensor) -> bool:
+    """Whether a look at the values waits for nothing."""
+    return values.device.type == "cpu"
+
+
 AttentionInterface.register(FAST_ATTENTION, grouped_attention)
 # An attention without a mask function of its own is handed no padding mask at all.
-AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(FAST_ATTENTION, mask_without_a_look)

@@ -28,7 +28,7 @@ from quark_fast.runtime.memory import OutOfMemory, within_memory
 # (prompts, completions, quantiles, tokens, samples) -> the loss of a training step, and its terms.
 Loss = Callable[
     [Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int], float, float],
-    tuple[Tensor, dict[str, float]],
+    tuple[Tensor, dict[str, Any]],
 ]
 
 

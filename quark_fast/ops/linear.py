@@ -14,7 +14,7 @@ bias: the small gradients of the NLL all have one sign.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ def linear_quark_loss(
     impl: Implementation = "auto",
     normalizer: float | None = None,
     vocab_size: int | None = None,
+    lengths: Sequence[int] | None = None,
     chunk: int | None = None,
 ) -> QuarkLoss:
     """`quark_loss` of logits that are never whole: neither the policy's nor the reference's.
@@ -66,7 +67,7 @@ def linear_quark_loss(
     (Gemma 2, Granite, Cohere) need `quark_loss`.
 
     Rows of mask 0 are dropped before any product: they cost nothing, and a NaN there does not matter.
-    On a GPU, counting the rest waits for the device once; no mask, no wait.
+    On a GPU, finding the rest waits for the device, unless ``lengths`` says which they are.
 
     Args:
         hidden: (..., D) last hidden states of the policy, as its head takes them; float32, bfloat16,
@@ -79,6 +80,8 @@ def linear_quark_loss(
         bias, ref_bias: (>= V,) of the heads that have one.
         kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
         vocab_size: V; by default the rows of ref_weight.
+        lengths: where labels are (N, T), how many tokens at the start of each row count, if the mask is 0
+            behind them; it saves a GPU the wait.
         chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
             logits, but at least 160 for each CPU thread up to 640, and 2048 elsewhere: below that, time is
             lost.
@@ -119,6 +122,7 @@ def linear_quark_loss(
         long_labels.reshape(rows, 1),
         weights.reshape(rows, 1),
         mask is not None,
+        _counted(lengths, labels, weights),
         *terms,
         None,
         [],
@@ -149,6 +153,7 @@ def linear_contrast_loss(
     entropy_coef: float = 0.06,
     kl: Kl = "policy_ref",
     impl: Implementation = "auto",
+    lengths: Sequence[int] | None = None,
     chunk: int | None = None,
 ) -> tuple[QuarkLoss, Contrast, Tensor]:
     """`linear_quark_loss` of the own rows + the contrast, from one pass over both.
@@ -165,6 +170,7 @@ def linear_contrast_loss(
         weights: of the comparisons, whose sums are divided by ``samples``.
         samples: number of samples in the whole batch, of which N may be a part; or what else to divide by.
         normalizer: number of tokens in the whole batch.
+        lengths: as for ``linear_quark_loss``.
         chunk: rows at a time, of both streams together; a sample is never cut.
     Returns:
         (the loss, contrast included, with nll, kl, entropy of the own rows; the comparisons, -log sigma(...)
@@ -188,6 +194,7 @@ def linear_contrast_loss(
         labels,
         token_weights,
         True,
+        _counted(lengths, labels, token_weights),
         *terms,
         better if weights.base else None,
         [float(weights.mirror) / samples, float(weights.base) / samples, weights.margin],
@@ -214,6 +221,19 @@ def _product_dtype(hidden: Tensor | None) -> torch.dtype:
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
+
+
+def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> Tensor | None:
+    """Indices of the tokens that count, on the CPU; None: not known."""
+    if lengths is None:
+        return None
+    if labels.dim() != 2 or len(lengths) != len(labels) or max(lengths, default=0) > labels.shape[1]:
+        raise ValueError(f"{len(lengths)} lengths do not fit labels of shape {tuple(labels.shape)}")
+    columns = torch.arange(labels.shape[1])
+    inside = columns < torch.tensor(list(lengths)).view(-1, 1)
+    if weights.device.type == "cpu" and bool((weights[~inside] != 0).any()):
+        raise ValueError("the mask is not 0 behind the lengths; leave out lengths, or give the mask's own")
+    return inside.view(-1).nonzero().squeeze(1)
 
 
 # hidden, weight and bias of the policy's head, then of the reference's
@@ -313,6 +333,7 @@ def _linear_loss(
     labels: Tensor,
     weights: Tensor,
     masked: bool,
+    counted: Tensor | None,
     vocab_size: int,
     kl_coef: float,
     entropy_coef: float,
@@ -332,6 +353,7 @@ def _linear_loss(
     Args:
         hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast.
         ref_hidden: (N, T, D_ref). labels, weights: (N, T). masked: whether a weight may be 0.
+        counted: on the CPU, indices of the N T tokens whose weight may not be 0; None: not known.
         contrast: ``ContrastWeights``, over the number of samples; empty without mirror rows.
     Returns:
         loss (), nll, KL, H (N, T), comparisons (2, N), KL of the mirror rows (N, T), or (2, 0) and (0, T),
@@ -357,7 +379,7 @@ def _linear_loss(
         grad_bias = weights.new_zeros(bias.shape if bias is not None and want_bias else 0)
         first = True
         all_hidden, all_grad = hidden.reshape(-1, width), grad_hidden.view(-1, width)
-        for part, rows in _plan(weights, masked, streams, chunk):
+        for part, rows in _plan(weights, masked, counted, streams, chunk):
             both = torch.cat([rows + stream * samples * length for stream in range(streams)])
             h = all_hidden[both].to(dtype)
             z = head.logits(h)
@@ -425,7 +447,9 @@ class _Head:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
 
-def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+def _plan(
+    weights: Tensor, masked: bool, counted: Tensor | None, streams: int, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Chunks as (the samples it holds, its rows as indices into the N T tokens); no row of weight 0."""
     samples = len(weights)
     if weights.device.type == "cpu":
@@ -433,7 +457,9 @@ def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[t
     else:
         least = LEAST_ROWS_ELSEWHERE
     rows = torch.arange(weights.numel(), device=weights.device)
-    if masked:
+    if counted is not None:
+        rows = counted.to(weights.device, non_blocking=True)
+    elif masked:
         rows = rows[(weights != 0).view(-1)]
     chunks = min(MOST_CHUNKS, max(1, streams * len(rows) // least))
     # Even: a small last chunk would be a slow one.
@@ -441,7 +467,10 @@ def _plan(weights: Tensor, masked: bool, streams: int, chunk: int) -> Iterator[t
     if streams == 1:
         yield from ((slice(0, 0), some) for some in torch.split(rows, max(1, at_once)) if len(some))
         return
-    counts = (weights != 0).sum(1).tolist()
+    if counted is None:
+        counts = (weights != 0).sum(1).tolist()
+    else:
+        counts = (counted // weights.shape[1]).bincount(minlength=samples).tolist()
     first, begin, end = 0, 0, 0
     for sample, count in enumerate(counts):
         if end + count - begin > at_once and end > begin:

@@ -1,12 +1,14 @@
 """One token a row: from the logits of all streams to the ids.
 
-``draw_by_equation`` is the equation in PyTorch, and what runs on a GPU. For logits on the CPU
-``draw_tokens`` calls a kernel that reads them once (csrc/sampling_rows.cpp). From the same generator it draws
-the same tokens, but where a uniform number falls within rounding of the border between two.
+``draw_by_equation`` is the equation in PyTorch. ``draw_tokens`` calls kernels that read the logits once. On
+the CPU, csrc/sampling_rows.cpp: from the same generator it draws the same tokens, but where a uniform number
+falls within rounding of the border between two. On a GPU, ops/token_kernel.py: it draws from the same
+distribution by other uniform numbers, and the GPU is not waited for.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -57,12 +59,15 @@ def draw_tokens(logits: Tensor, wanted: NextToken, generator: torch.Generator) -
             They may be written to.
         generator: on the device of the logits.
     Returns:
-        (N,) token ids.
+        (N,) token ids. On a GPU, which is not waited for, -1 marks a row that raises NotFinite elsewhere.
     Raises:
         NotFinite: a row has a NaN or +inf, or no token of a probability above 0.
     """
-    if logits.device.type == "cpu" and logits.dtype in KERNEL_DTYPES:
-        return _draw_by_kernel(logits, wanted, generator)
+    if logits.dtype in KERNEL_DTYPES:
+        if logits.device.type == "cpu":
+            return _draw_by_kernel(logits, wanted, generator)
+        if logits.device.type == "cuda" and importlib.util.find_spec("triton"):
+            return draw_on_gpu(logits, wanted, generator)
     return draw_by_equation(logits, wanted, generator)
 
 
@@ -126,6 +131,24 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
         open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
+
+
+def draw_on_gpu(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+    """The same with the Triton kernel, -1 for a row that is not finite."""
+    from quark_fast.ops import token_kernel
+
+    greedy = wanted.temperature == 0
+    weights = wanted.weights if greedy else wanted.weights / wanted.temperature
+    rows = len(logits) // len(weights)
+    draws = (rows, token_kernel.DRAWS)
+    return token_kernel.sample_tokens(
+        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        weights,
+        wanted.suppressed,
+        wanted.top_p,
+        None if greedy else torch.rand(draws, generator=generator, device=logits.device),
+        wanted.vocabulary,
+    )
 
 
 def _draw_by_kernel(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:

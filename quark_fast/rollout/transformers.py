@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quark_fast.model.attention import is_free_to_read
 from quark_fast.model.copies import SharedCopy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import next_logits, runs_of_one_length
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
-from quark_fast.rollout.tokens import NextToken, draw_tokens
+from quark_fast.rollout.tokens import NextToken, check_finite, draw_tokens
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
@@ -101,15 +102,19 @@ def _sample_batch(
     reader = next_logits(model, contexts, samples, policy.reading)
     logits = next(reader)
     drawn: list[Tensor] = []
-    ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
-    for length in range(sampling.max_new_tokens):
-        wanted = no_stop if length < sampling.min_new_tokens else of_any
+    ended, broken = (torch.zeros(rows, dtype=torch.bool, device=model.device) for _ in range(2))
+    look_every = 1 if is_free_to_read(ended) else 8
+    for length in range(1, sampling.max_new_tokens + 1):
+        wanted = no_stop if length <= sampling.min_new_tokens else of_any
         tokens = draw_tokens(logits, wanted, generator)
+        broken |= tokens < 0
+        tokens = tokens.clamp(min=0)
         drawn.append(tokens)
         ended |= torch.isin(tokens, stop)
-        if length + 1 == sampling.max_new_tokens or bool(ended.all()):
+        if length == sampling.max_new_tokens or (length % look_every == 0 and bool(ended.all())):
             break
         logits = reader.send(tokens.repeat(len(streams)))
+    check_finite(not bool(broken.any()))
 
     completions = [_until_stop(row, policy.stop_ids) for row in torch.stack(drawn, 1).tolist()]
     return [completions[i : i + samples] for i in range(0, rows, samples)]

@@ -16,7 +16,7 @@ from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutBatch
 from quark_fast.runtime.distributed import LossModule, Processes, whole
 from quark_fast.runtime.memory import within_memory
-from quark_fast.training.objective import Objective
+from quark_fast.training.objective import Objective, Terms, read_terms
 from quark_fast.training.state import State
 
 
@@ -74,7 +74,7 @@ class Learner:
         # processes, which is what DDP and FSDP2 make of gradients, is then the loss of the whole batch.
         count = self.processes.count
         own = self.processes.part(np.arange(len(batch.completions)))
-        sums: dict[str, float] = {}
+        every: list[Terms] = []
         for start in range(0, len(own), micro_batch):
             part = own[start : start + micro_batch]
             compute = functools.partial(
@@ -88,9 +88,8 @@ class Learner:
             with self.processes.accumulating(self.accelerator, self.wrapped):
                 loss, terms = self.wrapped(compute)
                 self.accelerator.backward(loss)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
-        return sums
+            every.append(terms)
+        return read_terms(every)
 
     def _update(
         self, state: State, sums: dict[str, float], decay: float, samples: int

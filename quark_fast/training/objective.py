@@ -28,6 +28,7 @@ class MicroBatch:
         batch: every sample under its own token and, in a second stream, under its mirror token.
         plain: every sample without a token, for the reference; None where nothing asks it.
         better: which of the two tokens is the better one, as of ``compare``; None: not asked.
+        lengths: of the completions, tokens.
         tokens, samples: of the whole batch.
     """
 
@@ -35,6 +36,7 @@ class MicroBatch:
     plain: Batch | None
     better: Tensor | None
     streams: int
+    lengths: Sequence[int]
     tokens: float
     samples: float
 
@@ -48,6 +50,18 @@ class MicroBatch:
 # Weights (streams N, T) of the tokens -> their weighted NLL, without KL and entropy, over the batch's tokens.
 WeightedNll = Callable[[Tensor], QuarkLoss]
 NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
+# (sum, count) of each term of the loss: its share of the batch's mean is their quotient.
+Terms = dict[str, tuple[Tensor, float]]
+
+
+def read_terms(parts: Sequence[Terms]) -> dict[str, float]:
+    """The terms of a step from those of its micro-batches, by one read: a GPU is waited for at each."""
+    totals = torch.stack([total.float() for terms in parts for total, _ in terms.values()]).tolist()
+    found: dict[str, float] = {}
+    counted = ((name, count) for terms in parts for name, (_, count) in terms.items())
+    for total, (name, count) in zip(totals, counted, strict=True):
+        found[name] = found.get(name, 0.0) + total / count
+    return found
 
 
 class Objective:
@@ -86,7 +100,7 @@ class Objective:
         quantiles: Sequence[int],
         tokens: float,
         samples: float,
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, Terms]:
         """The micro-batch's share of the loss of a batch of so many tokens and samples.
 
         The reference sees no reward token. The contrast compares the sample's own token k with its mirror
@@ -95,7 +109,8 @@ class Objective:
         any contrast, under the sample's own.
 
         Returns:
-            (scalar to call backward on; the terms as the micro-batch's share of the batch's means).
+            (scalar to call backward on; the terms as the micro-batch's share of the batch's means, which
+            ``read_terms`` reads).
         """
         streams = [list(quantiles)]
         if self.config.contrast_coef:
@@ -115,23 +130,23 @@ class Objective:
             plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
         compute = self._from_logits if self.heads is None else self._from_hidden
         out, contrast, mirror_kl, weighted_nll = compute(
-            MicroBatch(batch, plain, better, len(streams), tokens, samples)
+            MicroBatch(batch, plain, better, len(streams), [*map(len, completions)], tokens, samples)
         )
         loss = out.loss
-        terms = {name: float(getattr(out, name).sum()) / tokens for name in ("nll", "kl", "entropy")}
+        terms = {name: (getattr(out, name).sum(), tokens) for name in ("nll", "kl", "entropy")}
         if contrast is not None:
-            terms["contrast"] = float(contrast.mirror.sum()) / samples
+            terms["contrast"] = contrast.mirror.sum(), samples
         if contrast is not None and mirror_kl is not None and better is not None:
-            terms["base_contrast"] = float(contrast.base.sum()) / samples
-            terms["mirror_kl"] = float(mirror_kl.sum()) / tokens
+            terms["base_contrast"] = contrast.base.sum(), samples
+            terms["mirror_kl"] = mirror_kl.sum(), tokens
         if self.config.unlikelihood_coef:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
             value, surrogate = unlikelihood_loss(weighted_nll, repeated)
             mean = value.sum() / tokens
             # The sum has the value of the mean and the gradient of the surrogate.
             loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
-            terms["unlikelihood"] = float(mean)
-        terms["loss"] = float(loss.detach())
+            terms["unlikelihood"] = mean.detach(), 1.0
+        terms["loss"] = loss.detach(), 1.0
         return loss, terms
 
     def _options(self) -> dict[str, Any]:
@@ -169,7 +184,13 @@ class Objective:
 
         with self.autocast():
             hidden = completion_hidden(self.policy.model, part.batch)
-            options = {**self._options(), "bias": head.bias, "ref_bias": ref_bias, "normalizer": part.tokens}
+            options = {
+                **self._options(),
+                "bias": head.bias,
+                "ref_bias": ref_bias,
+                "normalizer": part.tokens,
+                "lengths": part.lengths,
+            }
             if part.streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
                 return out, None, None, weighted_nll

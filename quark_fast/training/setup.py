@@ -26,7 +26,7 @@ from quark_fast.evaluation.held_out import (
 )
 from quark_fast.model.check_model import Checked, check_model
 from quark_fast.model.copies import SharedCopy, shared_reference
-from quark_fast.model.loading import load_reference
+from quark_fast.model.loading import decode_fast, load_reference
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import recompute_layers
@@ -325,11 +325,14 @@ def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> No
     """Switch the policy to eager attention for sequences of up to 512 tokens on a CPU.
 
     There PyTorch's flash kernel takes 1.4 times as long for a whole step. Otherwise it stays transformers'
-    own choice: sdpa, where the model can.
+    own choice: sdpa, where the model can, on a GPU with a mask that nobody waits for.
     """
-    longest = prompts.longest(config.max_new_tokens)
-    if policy.model.device.type == "cpu" and longest <= 512:
-        policy.model.set_attn_implementation("eager")
+    model, longest = policy.model, prompts.longest(config.max_new_tokens)
+    if model.device.type == "cpu":
+        if longest <= 512:
+            model.set_attn_implementation("eager")
+    elif model.config._attn_implementation == "sdpa":
+        decode_fast(model)
 
 
 def _load_reference(config: Config, policy: Policy, dtype: torch.dtype, device: torch.device) -> Any:

@@ -44,7 +44,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
-from quark_fast.training.objective import Objective
+from quark_fast.training.objective import Objective, read_terms
 
 CPU = torch.device("cpu")
 
@@ -163,7 +163,8 @@ def test_padding_changes_no_loss_and_every_reward_row_that_is_read_learns(case: 
         model.zero_grad()
         return found
 
-    loss, terms = of(case.prompts, completions, quantiles, **count)
+    loss, shares = of(case.prompts, completions, quantiles, **count)
+    terms = read_terms([shares])
     loss.backward()
     together = gradients()
     alone = 0.0

@@ -1,4 +1,4 @@
-"""Compile the loss's kernels for GPUs that are not there, through the launchers, and read the machine code.
+"""Compile the kernels of loss and sampling for GPUs that are not there, by their launchers; read the code.
 
     python tests/ops/aot_kernels.py
 
@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from quark_fast.ops import triton_kernels
+from quark_fast.ops import token_kernel, triton_kernels
 from quark_fast.ops.triton_kernels import Blocking
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -157,10 +157,31 @@ def cases() -> dict[str, tuple[int, dict[str, Any]]]:
     return found
 
 
+def sample(dtype: torch.dtype, vocab: int, streams: int, greedy: bool, suppressed: int = 1) -> None:
+    """One call of the launcher that goes from logits to tokens, on 3 rows."""
+    logits, ids = torch.empty(3 * streams, vocab, dtype=dtype), torch.zeros(suppressed, dtype=torch.long)
+    uniform = None if greedy else torch.rand(3, token_kernel.DRAWS)
+    token_kernel.sample_tokens(logits, torch.ones(streams), ids, 0.9, uniform, vocab)
+
+
+def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
+    """The same for the arguments of sample."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    for arch in (80, 90):
+        for streams, greedy in ((1, False), (2, False), (1, True)):
+            options = {"streams": streams, "greedy": greedy}
+            name = f"tokens-sm{arch}-{streams}-{'greedy' if greedy else 'nucleus'}"
+            found[name] = arch, {"dtype": torch.bfloat16, "vocab": 49152, **options}
+        wide = {"dtype": torch.float32, "vocab": 50257, "streams": 2, "greedy": False}
+        found[f"tokens-sm{arch}-2-float32"] = arch, wide
+    return found
+
+
 def main() -> None:
     results = {}
-    for case, (arch, arguments) in cases().items():
-        kernels = compiled_by(arch, lambda arguments=arguments: launch(**arguments))
+    every = [(launch, one) for one in cases().items()] + [(sample, one) for one in token_cases().items()]
+    for call, (case, (arch, arguments)) in every:
+        kernels = compiled_by(arch, lambda call=call, arguments=arguments: call(**arguments))
         results[case] = {name: measurements(kernel) for name, kernel in kernels.items()}
     if "--json" in sys.argv:
         print(json.dumps(results))

@@ -229,6 +229,22 @@ def test_masked_rows_reach_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows) == 2 * inputs.mask.sum()  # policy and reference
 
 
+def test_lengths_say_which_rows_count() -> None:
+    inputs = make()
+    lengths = [61, 0, 7, 1, 30]
+    inputs = inputs._replace(mask=torch.arange(61) < torch.tensor(lengths).unsqueeze(1))
+    plain, told = run(chunked, inputs, chunk=20), run(chunked, inputs, chunk=20, lengths=lengths)
+    for name, value in plain.items():
+        assert torch.equal(told[name], value), name
+    for wrong, message in [
+        ([61, 0, 7, 1, 29], "the mask is not 0 behind the lengths"),
+        ([61, 0, 7, 1], "4 lengths do not fit labels"),
+        ([62, 0, 7, 1, 30], "5 lengths do not fit labels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chunked(inputs, lengths=wrong)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (3, 0), (4, 2)], ids=str)
@@ -474,7 +490,8 @@ def test_opcheck(dtype: torch.dtype, streams: int) -> None:
     inputs = make((3, 4), dtype=dtype)
     hidden = torch.stack([inputs.hidden] * streams).requires_grad_()
     policy, ref = (hidden, inputs.weight.requires_grad_(), None), (*inputs[2:4], inputs.ref_bias)
-    weighted = (inputs.labels, inputs.mask / 5, True, VOCABULARY, 0.05, 0.06, "policy_ref")
+    counted = inputs.mask.view(-1).nonzero().squeeze(1) if streams == 2 else None
+    weighted = (inputs.labels, inputs.mask / 5, True, counted, VOCABULARY, 0.05, 0.06, "policy_ref")
     contrast = (torch.tensor([1, -1, 0]), [0.1, 0.2, 3.0]) if streams == 2 else (None, [])
     how = (*contrast, "cpp", dtype, dtype, 5, True, True, False)
     torch.library.opcheck(module._linear_loss, (*policy, *ref, *weighted, *how))
@@ -576,9 +593,12 @@ def test_contrast_is_that_of_whole_logits(
 def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     inputs = make((6, 30))
     mask = torch.arange(30) < torch.tensor([30, 3, 1, 17, 0, 30]).unsqueeze(1)
-    parts = list(module._plan(mask.float(), True, 2, 50))
+    parts = list(module._plan(mask.float(), True, None, 2, 50))
+    counted = mask.view(-1).nonzero().squeeze(1)
+    told = module._plan(mask.float(), True, counted, 2, 50)
+    assert all(a == b and torch.equal(c, d) for (a, c), (b, d) in zip(parts, told, strict=True))
     assert [(p.start, p.stop) for p, _ in parts] == [(0, 1), (1, 5), (5, 6)]
-    assert torch.equal(torch.cat([rows for _, rows in parts]), mask.view(-1).nonzero().squeeze(1))
+    assert torch.equal(torch.cat([rows for _, rows in parts]), counted)
     options = {"samples": 6, "vocab_size": VOCABULARY, "normalizer": 81.0}
     hidden = torch.stack([inputs.hidden, inputs.hidden])
     with torch.no_grad():

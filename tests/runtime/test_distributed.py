@@ -112,7 +112,7 @@ def trouble(*, memory: bool, loss: bool) -> Iterator[None]:
         value, terms = objective(self, prompts, *given)
         if loss and at[0] == SPOILED:
             value = value * math.inf
-            terms["kl"] = terms["loss"] = math.inf
+            terms["kl"] = terms["loss"] = torch.tensor(math.inf), 1.0
         return value, terms
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ from torch import Tensor
 from quark_fast.config import Config
 from quark_fast.model.loading import load_pretrained
 from quark_fast.model.policy import Policy
-from quark_fast.training.objective import Objective
+from quark_fast.training.objective import Objective, read_terms
 from quark_fast.training.trainer import Trainer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]]
@@ -42,6 +42,7 @@ def objective(source: Path, **settings: Any) -> Objective:
 def gradients(of: Objective) -> tuple[dict[str, float], dict[str, Tensor]]:
     of.policy.model.zero_grad()
     loss, terms = of(PROMPTS, COMPLETIONS, QUANTILES, tokens=20, samples=6)
+    terms = read_terms([terms])
     assert terms["loss"] == loss.item()
     loss.backward()
     return terms, {n: p.grad.clone() for n, p in of.policy.model.named_parameters() if p.grad is not None}

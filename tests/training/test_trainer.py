@@ -33,6 +33,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.distributed import Processes
+from quark_fast.training.objective import read_terms
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
@@ -353,7 +354,7 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
                 total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
     total = total / tokens
     (3.0 * total).backward()
-    assert terms["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
+    assert read_terms([terms])["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
     for name, parameter in policy.model.named_parameters():
         added = found[1][name] - found[0][name]
         assert parameter.grad is not None
