@@ -21,7 +21,7 @@ from quark_fast.terminal import command
 PROGRAM = "python -m quark_fast.ablate"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(
         prog=PROGRAM,
         description="Ablations: each axis varies one thing around a base, which is the settings given.",

@@ -72,6 +72,8 @@ class Parser(argparse.ArgumentParser):
     A flag is written out: the beginning of one is a typing error.
     """
 
+    full_help = "--help"
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         own: dict[str, Any] = {"allow_abbrev": False, "epilog": EXIT_STATUS}
         super().__init__(*arguments, **(own | options))
@@ -102,7 +104,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _, unknown, given = message.partition("unrecognized arguments: ")
         hints = self._hints(given.split()) if unknown else ""
-        raise UsageError(f"{message}{hints}; --help shows every option")
+        raise UsageError(f"{message}{hints}; {self.full_help} shows every option")
 
 
 class _Help(argparse.HelpFormatter):
@@ -145,6 +147,8 @@ def _without_help(arguments: Sequence[str]) -> list[str]:
 
 class _ConfigParser(Parser, HfArgumentParser):
     """One flag for each field of ``Config``, whose type is that of its value in a YAML file, too."""
+
+    full_help = "--help all"
 
     def __init__(self, program: str) -> None:
         super().__init__(

@@ -27,7 +27,7 @@ def parser() -> Parser:
 def all_commands() -> argparse.ArgumentParser:
     """One parser of every command, whose values are choices or files."""
     settings = settings_parser("quark-fast train")
-    parents = {
+    parents: dict[str, list[Parser]] = {
         "train": [settings],
         "generate": [generate.parser()],
         "evaluate": [evaluate.parser()],

@@ -18,7 +18,7 @@ from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import command
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.evaluate", description=__doc__)
     made.add_argument(
         "subjects",

@@ -16,7 +16,7 @@ from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import command
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.generate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Group
 from rich.live import Live
@@ -45,16 +45,11 @@ class Display:
         self.live = Live(Group(self.bar, self.numbers, self.texts), console=console, refresh_per_second=4)
         self.stage, self.begun, self.logged, self.changed = "", 0.0, 0.0, -TEXTS_EVERY_S
 
-    @contextmanager
+    @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Live while the work goes on; what ends it early has a line of its own."""
-        try:
-            with self.live:
-                yield
-        except BaseException:
-            if not self.console.is_terminal:  # rich ends its last line on a terminal alone
-                self.console.line()
-            raise
+        """Live while the work goes on; a log has no bar."""
+        with self.live if self.usual_on(self.console) else contextlib.nullcontext():
+            yield
 
     def __call__(self, event: Event) -> None:
         if event.note:
@@ -83,8 +78,7 @@ class Display:
         parts = [("", f"{texts.prompt} …"), ("base model  ", texts.before), ("now         ", texts.after)]
         return "\n".join(f"  {name}{one_line(self.show(text))}" for name, text in parts if text)
 
-
-def usual_display(mask: bool) -> Display | None:
-    """A display on standard error where somebody looks at it: on a terminal, or in a notebook."""
-    console = Terminal(stderr=True)
-    return Display(console, mask) if console.is_terminal or console.is_jupyter else None
+    @staticmethod
+    def usual_on(console: Terminal) -> bool:
+        """Whether somebody looks at it: a terminal, or a notebook."""
+        return console.is_terminal or console.is_jupyter

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from quark_fast.training.display import usual_display
+from quark_fast.runtime.console import Terminal
+from quark_fast.training.display import Display
 from quark_fast.training.progress import Progress
 from quark_fast.training.run_log import RunLog
 
@@ -24,7 +25,9 @@ class Listeners:
     """
 
     def __init__(self, listen: Listen, log: RunLog | None, mask: bool) -> None:
-        self.log, self.display = log, usual_display(mask) if listen == "auto" and log else None
+        self.log, self.display, console = log, None, Terminal(stderr=True)
+        if listen == "auto" and log is not None and Display.usual_on(console):
+            self.display = Display(console, mask)
         self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
         if callable(listen):
             self.each.append(listen)

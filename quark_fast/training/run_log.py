@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ class RunLog(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
-        self.path, self.stage, self.begun = path, "", 0.0
+        self.path = path
 
     @contextlib.contextmanager
     def kept(self, about: Iterable[str]) -> Iterator[None]:
@@ -54,7 +53,5 @@ class RunLog(logging.Handler):
     def __call__(self, event: Progress) -> None:
         if event.note:
             self.write(event.note)
-        if event.stage != self.stage:
-            self.stage, self.begun = event.stage, time.monotonic()
         if event.done >= event.total:
-            self.write(f"{event.stage}: {event.shown_numbers}  ({time.monotonic() - self.begun:.0f} s)")
+            self.write(f"{event.stage}: {event.shown_numbers or 'done'}")

@@ -129,8 +129,8 @@ class Trainer:
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]
         with (
-            self.listen.hearing(about),
             self.folder.disk_errors(),
+            self.listen.hearing(about),
             stop_signals(self._how_to_go_on) as self.work.stop,
         ):
             while state.round < self.config.rounds:

@@ -177,7 +177,7 @@ def variety(prompts: list[str], completions: list[str], **columns: Any) -> list[
 def run(folder: Path, **settings: Any) -> Path:
     model = FAMILIES["gpt2"].save(folder.parent / "model")
     config = small(folder, model, **{**SHORT, "held_out": str(folder.parent / "held.jsonl"), **settings})
-    return Trainer(config, reward=variety).train()
+    return Trainer(config, reward=variety).train().folder
 
 
 @pytest.fixture
