@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quark_fast.report.files import read_run
 from quark_fast.report.results import headline
-from quark_fast.report.tables import markdown_page
+from quark_fast.report.tables import results_table
+from quark_fast.runtime.console import Terminal
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,4 +51,9 @@ class TrainedRun(os.PathLike[str]):
         return AutoTokenizer.from_pretrained(self.folder / "model", trust_remote_code=self.trust_remote_code)
 
     def __repr__(self) -> str:
-        return "\n".join([f"run folder {self.folder}", headline(self.table), "", markdown_page(self.table)])
+        console = Terminal(file=io.StringIO(), width=80)
+        with console.capture() as shown:
+            console.print(f"run folder {self.folder}")
+            console.print(Text(headline(self.table)))
+            console.print(results_table(self.table))
+        return shown.get().rstrip()

@@ -64,7 +64,12 @@ def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
     ids = run.tokenizer("w1 w2", return_tensors="pt")
     assert run.model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids.input_ids.shape[1]
     shown = repr(run)
-    assert shown.startswith(f"run folder {run.folder}\n") and "| best token |" in shown and str(run) == shown
+    assert (
+        shown.startswith(f"run folder {run.folder}\n")
+        and "best token" in shown
+        and max(map(len, shown.splitlines()[1:])) <= 80
+        and str(run) == shown
+    )
 
 
 @pytest.mark.parametrize(("listen", "shows"), [("auto", True), (None, False), (lambda _: None, False)])
