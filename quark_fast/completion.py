@@ -26,6 +26,8 @@ def parser() -> Parser:
 
 def all_commands() -> argparse.ArgumentParser:
     """One parser of every command, whose values are choices or files."""
+    import shtab
+
     settings = settings_parser("quark-fast train")
     parents: dict[str, list[Parser]] = {
         "train": [settings],
@@ -49,7 +51,7 @@ def all_commands() -> argparse.ArgumentParser:
             if action.dest == "task":
                 action.choices = list(TASK_DEFAULTS)
             elif action.nargs != 0 and action.choices is None:
-                action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
     return every
 
 
