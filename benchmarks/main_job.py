@@ -75,12 +75,12 @@ class Clock:
 
 
 class ClockedTrainer(Trainer):
-    listen: Clock
+    clock: Clock
 
     def _save(self) -> None:
-        self.listen.count(self.listen.stage)
+        self.clock.count(self.clock.stage)
         super()._save()
-        self.listen.count(CHECKPOINTS)
+        self.clock.count(CHECKPOINTS)
 
 
 def peak_mb() -> float:
@@ -101,8 +101,9 @@ def clocked(config: Config, begun: float) -> tuple[Path, dict[str, Spent]]:
     """Train: (run folder, what its stages took)."""
     clock = Clock(begun)
     trainer = ClockedTrainer(config, listen=clock)
+    trainer.clock = clock
     clock.count(START)
-    return trainer.train(), clock.stages
+    return trainer.train().folder, clock.stages
 
 
 # ---------------------------------------------------------------- a finished run

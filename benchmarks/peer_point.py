@@ -115,7 +115,7 @@ def quark(point: Point, **settings: Any) -> Trained:
 
     trainer = Trainer(config, listen=listen)
     clock = Clock()
-    folder = trainer.train()
+    folder = trainer.train().folder
     scored = len((folder / COMPLETIONS).read_text().splitlines())
     rows = read_table(folder / "evaluation.json").samples[""]
     return Trained(spent[0], scored, rows={name: rows[name] for name in rows if name != BASE})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from quark_fast import __version__
+from quark_fast.errors import EXIT_STATUS
 
 COMMANDS = {
     "train": "unlearn a property: settings in, a run folder with report and model out",
@@ -15,6 +16,7 @@ COMMANDS = {
     "evaluate": "runs, models and earlier tables side by side",
     "ablate": "a small grid of runs, one table and one plot",
     "report": "a run's report.html again, from its files",
+    "completion": "a script by which a shell completes all this",
 }
 
 
@@ -27,6 +29,8 @@ def usage() -> str:
             *lines,
             "",
             "  --version",
+            "",
+            EXIT_STATUS,
         ]
     )
 
@@ -49,6 +53,10 @@ def _module(name: str) -> ModuleType:
         from quark_fast import ablate
 
         return ablate
+    if name == "completion":
+        from quark_fast import completion
+
+        return completion
     from quark_fast.report import __main__ as report
 
     return report

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,12 +15,13 @@ from rich.table import Table
 from quark_fast.arguments import Parser, parse
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Display, Terminal, command
+from quark_fast.runtime.console import Terminal
+from quark_fast.terminal import command
 
 PROGRAM = "python -m quark_fast.ablate"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(
         prog=PROGRAM,
         description="Ablations: each axis varies one thing around a base, which is the settings given.",
@@ -55,7 +57,7 @@ def _as_flags(settings: Mapping[str, Any]) -> str:
 
 
 @command
-def main(arguments: Sequence[str], console: Terminal) -> None:
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Run or list the grid, then show its table."""
     from quark_fast.ablation.axes import DEFAULTS, usual_axes
 
@@ -70,13 +72,14 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     if own.help:
         console.print(parser().format_help())
         console.print(
-            "Every other option is a setting of the base (python -m quark_fast.train --help); its defaults"
-            f" here: {_as_flags(DEFAULTS)}\n"
+            "Every other option is a setting of the base (python -m quark_fast.train --help all); its"
+            f" defaults here: {_as_flags(DEFAULTS)}\n"
         )
     if own.help or own.dry_run:
         console.print(listing(base, axes, seeds), soft_wrap=True)
     else:
-        _run(base, axes, seeds, console)
+        folder = _run(base, axes, seeds, notices)
+        _show(folder, console, notices)
 
 
 def _seeds(text: str) -> list[int]:
@@ -86,25 +89,32 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], console: Terminal) -> None:
+def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], notices: Terminal) -> Path:
+    """Run what is not finished of the grid; its folder."""
     from quark_fast.ablation.grid import run_grid
-    from quark_fast.ablation.table import table
-    from quark_fast.report.results import scorer_line
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
+    from quark_fast.training.display import Display
 
     quiet_libraries()
     keep_freed_memory()
-    display = Display(console)
+    display = Display(notices, mask=not base.show_offensive)
     with display.shown():
-        folder = run_grid(base, axes, seeds, about=console.print, listen=display)
+        return run_grid(base, axes, seeds, about=notices.print, listen=display)
+
+
+def _show(folder: Path, console: Terminal, notices: Terminal) -> None:
+    """The grid's table, and where its files are."""
+    from quark_fast.ablation.table import table
+    from quark_fast.report.results import scorer_line
+
     results = json.loads((folder / "ablations.json").read_text())
     head, *lines = table(results)
     shown = Table(*head, box=SIMPLE_HEAD, caption=scorer_line(results), caption_justify="left")
     for line in lines:
         shown.add_row(*line)
     console.print(shown)
-    console.print(f"{folder / 'ablations.md'}, {folder / 'ablations.svg'}, {folder / 'ablations.json'}")
+    notices.print(f"{folder / 'ablations.md'}, {folder / 'ablations.svg'}, {folder / 'ablations.json'}")
 
 
 if __name__ == "__main__":

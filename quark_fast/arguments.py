@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from quark_fast import __version__
 from quark_fast.config import ONE_CONTRAST, Config, defaults_of
-from quark_fast.errors import UsageError
+from quark_fast.errors import EXIT_STATUS, UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
 
+HELP = ("-h", "--help")
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 
 
@@ -51,14 +53,40 @@ NEIGHBOURS = {
 }
 
 
+# What --help shows; --help all shows every setting.
+FIRST = {
+    *("help", "version", "quiet", "config", "task", "preset", "model", "prompts", "reward"),
+    *("output", "resume", "rounds", "steps", "kl_coef", "max_new_tokens", "seed", "report_to"),
+}
+
+
+class _Quiet(argparse.Action):
+    """``--quiet`` belongs to no setting: ``terminal.command`` has read it before."""
+
+    def __call__(self, *_: Any) -> None: ...
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as everything else here does, not by a page of usage.
 
     A flag is written out: the beginning of one is a typing error.
     """
 
+    full_help = "--help"
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **({"allow_abbrev": False} | options))
+        own: dict[str, Any] = {"allow_abbrev": False, "epilog": EXIT_STATUS}
+        super().__init__(*arguments, **(own | options))
+        about = "show the version and end"
+        self.add_argument("--version", action="version", version=f"quark_fast {__version__}", help=about)
+        self.add_argument(
+            "--quiet",
+            action=_Quiet,
+            nargs=0,
+            dest="quiet",
+            default=argparse.SUPPRESS,
+            help="no progress and no notices, which go to standard error; results, on standard output, stay",
+        )
 
     def _hints(self, unknown: Sequence[str]) -> str:
         """What a flag that is not known may have meant: another trainer's name of one of ours, or a slip."""
@@ -76,7 +104,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _, unknown, given = message.partition("unrecognized arguments: ")
         hints = self._hints(given.split()) if unknown else ""
-        raise UsageError(f"{message}{hints}; --help shows every option")
+        raise UsageError(f"{message}{hints}; {self.full_help} shows every option")
 
 
 class _Help(argparse.HelpFormatter):
@@ -85,10 +113,10 @@ class _Help(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # HfArgumentParser makes each flag twice, and an optional value of every switch.
         flags = ", ".join(flag for flag in action.option_strings if "_" not in flag)
-        if action.nargs in (0, "?"):
+        if action.nargs == 0 or action.type is string_to_bool:
             return flags
         letters: dict[Any, str] = {int: "N", float: "X"}
-        value = letters.get(action.type, action.dest.upper())
+        value = letters.get(action.type, str(action.metavar or action.dest.upper()))
         return f"{flags} {self._format_args(action, value)}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -96,8 +124,31 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if known else action.help
 
 
+class _HelpWithSettings(argparse.Action):
+    """``--help`` shows the settings that people use first, ``--help all`` every one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values != "all":
+            for action in parser._actions:
+                action.help = action.help if action.dest in FIRST else argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+def _without_help(arguments: Sequence[str]) -> list[str]:
+    """The arguments but ``--help`` and ``--help all``."""
+    asks = [argument in HELP or argument.startswith("--help=") for argument in arguments]
+    kept = []
+    for after_it, asks_itself, argument in zip([False, *asks], asks, arguments, strict=False):
+        if not asks_itself and not (after_it and argument == "all"):
+            kept.append(argument)
+    return kept
+
+
 class _ConfigParser(Parser, HfArgumentParser):
     """One flag for each field of ``Config``, whose type is that of its value in a YAML file, too."""
+
+    full_help = "--help all"
 
     def __init__(self, program: str) -> None:
         super().__init__(
@@ -106,6 +157,16 @@ class _ConfigParser(Parser, HfArgumentParser):
             usage="%(prog)s [--task TASK] [--preset PRESET] [--SETTING VALUE ...]",
             description="Unlearn a property (Quark).",
             formatter_class=_Help,
+            add_help=False,
+        )
+        self.add_argument(
+            *HELP,
+            action=_HelpWithSettings,
+            nargs="?",
+            choices=["all"],
+            default=argparse.SUPPRESS,
+            metavar="all",
+            help="show the settings that people use first, with all every one",
         )
         self._optionals.title = "help, settings from a file"
         self.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win")
@@ -142,6 +203,11 @@ class _ConfigParser(Parser, HfArgumentParser):
         return typed
 
 
+def settings_parser(program: str) -> Parser:
+    """A parser of every setting, as ``parse`` has it."""
+    return _ConfigParser(program)
+
+
 class _Classifier(argparse.Action):
     """``--scorer NAME`` is ``--reward hf:NAME``."""
 
@@ -169,7 +235,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     """
     parser = _ConfigParser(program)
     # Help waits for the last pass, which knows the task and the preset and so their defaults.
-    flags = [flag for flag in arguments if flag not in ("-h", "--help")]
+    flags = _without_help(arguments)
     first, _ = parser.parse_known_args(flags)
     file = _settings_below(parser, **vars(first))
     parser.set_defaults(**file)
@@ -232,7 +298,8 @@ def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[
         for name, value in settings.items():
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
-                meant = RENAMED.get(name) or next(iter(near), None)
+                theirs = NEIGHBOURS.get(str(name).replace("-", "_"))
+                meant = RENAMED.get(name) or (theirs if theirs in known else next(iter(near), None))
                 hint = f"; did you mean {meant!r}?" if meant else ""
                 raise ValueError(f"unknown setting {name!r}{hint}")
             settings[name] = parser.typed(name, value)

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from quark_fast.files.safe_text import clean
 
+EXIT_STATUS = (
+    "exit status: 0 done; 1 a bug, with its traceback; 2 what was asked for cannot be done; 3 the run\n"
+    "diverged and stopped itself; 4 out of memory or disk; 130 stopped by Ctrl-C or SIGTERM"
+)
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done. The message is one line: the value and the fix."""
+
+    exit_status = 2
 
     def __str__(self) -> str:
         # What it quotes (a value, the error of a reward) may have many lines, no end, and steer the terminal.
         text = clean(" ".join(super().__str__().split("\n")))
         return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-900:]}"
+
+
+class Diverged(UsageError):
+    """The run stopped itself; its checkpoint holds the weights of before."""
+
+    exit_status = 3
+
+
+class OutOfResources(UsageError):
+    """Memory or disk did not suffice; what was done is kept, and ``--resume`` goes on where there is more."""
+
+    exit_status = 4
 
 
 class OtherProcessFailed(Exception):

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, command
+from quark_fast.runtime.console import Terminal
+from quark_fast.terminal import command
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.evaluate", description=__doc__)
     made.add_argument(
         "subjects",
@@ -90,7 +91,7 @@ OUTPUTS = ("json", "markdown", "html")
 
 
 @command
-def main(arguments: Sequence[str], console: Terminal) -> None:
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Evaluate every subject, print the tables and write them."""
     asked = parser().parse_args(arguments)
     settings = vars(asked).copy()
@@ -112,19 +113,19 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     quiet_libraries()
     set_threads(threads)
     name = TextColumn("{task.description}", markup=False)  # which names a folder
-    bar = Progress(name, BarColumn(), TaskProgressColumn(), console=console, disable=not console.is_terminal)
+    bar = Progress(name, BarColumn(), TaskProgressColumn(), console=notices, disable=not notices.is_terminal)
     shown: dict[str, TaskID] = {}
 
     def listen(stage: str, done: int, total: int) -> None:
-        if not console.is_terminal and done == total:  # a log has no bars
-            console.print(f"{stage}: {done} of {total}")
+        if not notices.is_terminal and done == total:  # a log has no bars
+            notices.print(f"{stage}: {done} of {total}")
         if stage not in shown:
             shown[stage] = bar.add_task(stage, total=total)
         bar.update(shown[stage], completed=done)
 
     evaluator = Evaluator(subjects, **settings, listen=listen)
     for remark in evaluator.remarks:
-        console.print(remark)
+        notices.print(remark)
     with bar:
         made = evaluator.evaluate()
     console.print(headline(made.table))
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
         with replacing(path) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-        console.print(f"written: {path}")
+        notices.print(f"written: {path}")
 
 
 def _texts(
@@ -159,7 +160,7 @@ def _texts(
 # What a run folder may hold: none of it is written over.
 RUN_FILES = {
     *("config.yaml", "versions.json", "finished.json", "report.html", "evaluation.json", "evaluation.jsonl"),
-    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "prompts.jsonl"),
+    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "prompts.jsonl", "run.log"),
 }
 
 

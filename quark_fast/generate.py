@@ -12,10 +12,11 @@ from rich.table import Table
 
 from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, command
+from quark_fast.runtime.console import Terminal
+from quark_fast.terminal import command
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.generate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
     made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @command
-def main(arguments: Sequence[str], console: Terminal) -> None:
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Sample both models on every prompt and print them side by side."""
     asked = parser().parse_args(arguments)
     if asked.samples is None:

@@ -66,12 +66,13 @@ class TaskSettings:
     _argument_group_name = "what to unlearn, in what"
     task: str = setting(
         "toxicity",
-        "what to unlearn: toxicity, sentiment or repetition; --task NAME --help shows that task's defaults",
+        "what to unlearn: toxicity, sentiment or repetition; --task NAME --help all shows that task's"
+        " defaults",
     )
     preset: Literal["default", "long", "paper", "look"] = setting(
         "default",
         "named defaults over the task's: long (all weights, 64 steps a round, every row), paper (its method"
-        " and sizes), look (every part, in minutes); --preset NAME --help shows them",
+        " and sizes), look (every part, in minutes); --preset NAME --help all shows them",
     )
     target: Literal["positive", "negative"] = setting(
         "positive", "sentiment that the task of that name steers to"
@@ -393,7 +394,8 @@ class MachineSettings:
     checkpoint_every: int = setting(32, "steps between checkpoints", at_least=1, free="grid")
     report_to: str = setting(
         "",
-        "trackers beside metrics.jsonl: tensorboard, trackio, several with commas between; default: none",
+        "trackers beside metrics.jsonl: tensorboard, trackio, wandb or another one that accelerate knows,"
+        " several with commas between; all: every one that is installed; none; default: none",
         free="resume",
     )
     export_head: Literal["own", "tied"] = setting(

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from quark_fast.arguments import parse
 from quark_fast.config import Config
-from quark_fast.terminal import Display, Terminal, command
+from quark_fast.runtime.console import Terminal
+from quark_fast.terminal import command
 
 
 @command
-def main(arguments: Sequence[str], console: Terminal) -> None:
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Train, then show the table and three before/after texts; of several processes the first shows."""
     logging.basicConfig(level=logging.WARNING)
 
@@ -28,30 +29,25 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     processes = Processes.join()
     if config is None:
         config = processes.together(parsed)
-    console.quiet = not processes.main
+    if not processes.main:
+        console.quiet = notices.quiet = True
     from quark_fast.report.columns import scores_are_rewards
     from quark_fast.report.files import read_run
     from quark_fast.report.results import after_names, headline
     from quark_fast.report.tables import before_after, results_table
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
+    from quark_fast.training.display import Display
     from quark_fast.training.trainer import Trainer
 
     quiet_libraries()
     keep_freed_memory()
-    display = Display(console)
+    display = Display(notices, mask=not config.show_offensive)
     trainer = Trainer(config, listen=display)
-    setup, prompts = trainer.setup, trainer.setup.prompts
-    console.print("; ".join(setup.checked.lines))
-    if prompts.about:
-        console.print("; ".join(prompts.about))
-    console.print(
-        f"{len(prompts.train)} training and {len(prompts.held_out.rows)} held-out prompts, none longer than"
-        f" {setup.policy.room_of(trainer.config):,} tokens, reward {setup.reward.name},"
-        f" {trainer.config.precision} on {setup.device}, run folder {trainer.folder.path}"
-    )
+    for line in trainer.about:
+        notices.print(line)
     with display.shown():
-        folder = trainer.train()
+        folder = trainer.train().folder
     if not processes.main:
         return
     finished = read_run(folder)
@@ -65,9 +61,9 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
     )
     console.print(texts)
     cost = finished.versions
-    console.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
-    console.print(f"report:   {folder / 'report.html'}")
-    console.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
+    notices.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
+    notices.print(f"report:   {folder / 'report.html'}")
+    notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.reward import describe
+from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.machine import quiet_libraries
 from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
-from quark_fast.terminal import Terminal
 
 Random = random.Random
 

@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,16 +32,20 @@ from quark_fast import evaluate, generate, train
 from quark_fast.arguments import NEIGHBOURS, load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.errors import UsageError
+from quark_fast.errors import Diverged, UsageError
 from quark_fast.model.policy import Policy
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
+from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
-from quark_fast.terminal import Display, Terminal
+from quark_fast.runtime.console import Terminal
+from quark_fast.runtime.memory import OutOfMemory
+from quark_fast.training.display import Display
 from quark_fast.training.explore import Explorer
 from quark_fast.training.learn import Learner
-from quark_fast.training.progress import Progress
+from quark_fast.training.progress import Progress, Texts
+from quark_fast.training.trained import TrainedRun
 from quark_fast.training.trainer import Trainer
 
 Command = Callable[[Sequence[str]], int]
@@ -481,14 +486,22 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     arguments = ["finished", "--prompts", "held.jsonl", "--samples", "2", "--guidance", "3", "--threads", "1"]
     assert evaluate.main([*arguments, "--json", "table.json"]) == 0
     heard = capsys.readouterr()
-    assert heard.err == ""
     table = json.loads((folder / "table.json").read_text())
     names = [row["name"] for row in table["rows"]]
     assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
-    assert all(name in heard.out for name in names)
-    progress = [line for line in heard.out.splitlines() if line.endswith(": 4 of 4")]
-    assert progress == [f"{name}: 4 of 4" for name in names], "in a log each row says that it is done"
+    assert all(shown_name(name) in heard.out for name in names)
+    progress = [f"{name}: 4 of 4" for name in names]
+    written = ["written: table.json", "written: table.jsonl"]
+    assert heard.err.splitlines() == ["held.jsonl: 2 read", *progress, *written], (
+        "in a log each row says that it is done"
+    )
+    assert not set(progress) & set(heard.out.splitlines()), (
+        "whoever keeps standard output has the table alone"
+    )
+    assert evaluate.main([*arguments, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == "" and quiet.out == heard.out
 
 
 def test_evaluate_brings_the_rows_and_the_guidance_asked_for(folder: Path) -> None:
@@ -519,7 +532,6 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     files = ["--json", "side.json", "--markdown", "side.md", "--html", "side.html"]
     assert evaluate.main(["gpt2", "finished", "--ppl-model", "model", *own, *spec, *files]) == 0
     heard = capsys.readouterr()
-    assert heard.err == ""
     table = json.loads((folder / "side.json").read_text())
     assert [row["name"] for row in table["rows"]][:3] == [
         "gpt2",
@@ -559,7 +571,7 @@ def test_sum_of_rewards_on_a_table_of_prompts_from_training_to_evaluation(
     spec = "tiny_rewards:evens + 0.5*tiny_rewards:numbered"
     own = {"prompts": "table.csv.gz", "prompt_column": "question", "held_out": "3", "prompt_limit": "9"}
     assert train.main(flags(output="summed", reward=spec, reward_cache="on", **own)) == 0
-    words = " ".join(capsys.readouterr().out.split())
+    words = " ".join(capsys.readouterr().err.split())
     assert (
         "table.csv.gz: 22 read, left out: 1 empty, 1 duplicate; 9 of 17 to train on by prompt_limit" in words
     )
@@ -629,7 +641,7 @@ def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def log_of_a_stage(every_s: float) -> str:
-        monkeypatch.setattr("quark_fast.terminal.LOG_EVERY_S", every_s)
+        monkeypatch.setattr("quark_fast.training.display.LOG_EVERY_S", every_s)
         file = io.StringIO()
         console = Terminal(file=file, width=20)
         console.print("run folder /a/folder/whose/path/is/longer/than/the/line")
@@ -659,7 +671,7 @@ def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], objec
         for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
             patch.setenv(name, value)
         patch.delenv("NO_COLOR", raising=False)
-        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
         reader.start()
         work()
     reader.join()
@@ -674,7 +686,7 @@ def test_live_display_shows_stage_and_numbers_on_a_terminal_and_leaves_its_lines
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stage() -> None:
-        display = Display(Terminal())
+        display = Display(Terminal(stderr=True))
         with display.shown():
             for done in (1, 2, 3):
                 display(Progress("round 1/2: sampling", done, 3, {"reward": done / 4}))
@@ -695,6 +707,8 @@ def test_live_display_shows_stage_and_numbers_on_a_terminal_and_leaves_its_lines
     ("ending", "status", "said"),
     [
         (UsageError("the scorer is down"), 2, "error: the scorer is down\n"),
+        (Diverged("the KL is 5"), 3, "error: the KL is 5\n"),
+        (OutOfMemory("not one fits"), 4, "error: not one fits\n"),
         (KeyboardInterrupt("stopped at step 3"), 130, "stopped at step 3\n"),
         (RuntimeError("out of memory"), None, ""),
     ],
@@ -709,7 +723,7 @@ def test_training_that_ends_early_gives_the_cursor_back(
 ) -> None:
     found: list[int | None] = []
 
-    def fails(self: Trainer) -> Path:
+    def fails(self: Trainer) -> TrainedRun:
         self.listen(Progress("round 1/2: learning", 3, 8, {"loss": 2.5}))
         raise ending
 
@@ -721,10 +735,35 @@ def test_training_that_ends_early_gives_the_cursor_back(
 
     monkeypatch.setattr(Trainer, "train", fails)
     sent = seen_on_a_terminal(monkeypatch, command)
-    assert found == [status] and capsys.readouterr().err == said
+    # Standard error is the terminal, where the error stands below what was shown.
+    assert found == [status] and sent.removesuffix(SHOWN).replace("\r", "").endswith(said)
     assert "round 1/2: learning" in sent and "loss 2.5" in sent
     assert sent.rindex(SHOWN) > sent.rindex(HIDDEN)
     assert sent.removesuffix(SHOWN).endswith("\n"), "what comes next has a line of its own"
+
+
+def test_terminal_shows_texts_before_and_after_masked_while_it_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shown(mask: bool) -> str:
+        def stage() -> None:
+            display = Display(Terminal(stderr=True), mask)
+            with display.shown():
+                for done in (1, 2):
+                    texts = Texts(f"prompt {done}", f"{RUDE}\nbefore {done}", f"after {done} " + "long " * 50)
+                    display(Progress("round 2/2: sampling", done, 3, texts=texts))
+                    display.live.refresh()
+
+        return re.sub(r"\x1b\[[0-9;]*[mA-Z]", "", seen_on_a_terminal(monkeypatch, stage))
+
+    sent = shown(mask=True)
+    assert "  prompt 1 …\r\n" in sent and re.search(r"  base model  f\*+ before 1\r\n", sent)
+    assert re.search(r"  now         after 1 (long )+l?o?n?g?…", sent), "cut at the edge"
+    assert "prompt 2" not in sent, "a pair stays long enough to be read"
+    assert RUDE not in sent and RUDE in shown(mask=False)
+    log = io.StringIO()
+    Display(Terminal(file=log))(Progress("sampling", 1, 3, texts=Texts("p", "b", "a")))
+    assert log.getvalue() == ""
 
 
 RUDE = codecs.decode("shpxvat", "rot13")
@@ -748,7 +787,7 @@ def test_worst_words_are_masked_unless_asked_for(
     ]
     (rude / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda self: rude)
+        patch.setattr(Trainer, "train", lambda self: TrainedRun(rude))
         assert train.main([*flags(output=f"masked{len(extra)}"), *extra]) == 0
     texts = capsys.readouterr().out.partition("a ")[2]
     assert f"{word} day" in texts and f"my {word} dog" in texts
@@ -778,6 +817,58 @@ def test_the_package_itself_says_which_commands_there_are_and_runs_them(
     assert Path(sys.argv[0]).parent.name == "report" and sys.argv[1:] == ["finished"]
 
 
+def test_every_command_shows_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in quark_fast.__main__.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            quark_fast.__main__.main([name, "--version"])
+        assert stop.value.code == 0
+        assert capsys.readouterr().out == f"quark_fast {quark_fast.__version__}\n"
+
+
+def test_bash_completes_commands_flags_choices_and_files(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("shtab")
+    assert quark_fast.__main__.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> list[str]:
+        given = " ".join(map(shlex.quote, words))
+        asks = f"COMP_WORDS=(quark-fast {given})\nCOMP_CWORD={len(words)}\n_shtab_quark_fast 2>/dev/null"
+        lines = f"{script}\n{asks}\necho ${{COMPREPLY[*]}}"
+        return subprocess.run(["bash", "-c", lines], capture_output=True, text=True).stdout.split()
+
+    assert set(completed("")) == set(quark_fast.__main__.COMMANDS)
+    assert set(completed("train", "--ro")) == {"--rounds", "--rollout"}
+    assert completed("train", "--task", "to") == ["toxicity"]
+    assert completed("train", "--prompts", "prom") == ["prompts.txt"]
+    assert completed("evaluate", "finished", "--out") == ["--out-of-domain", "--out-of-domain-column"]
+    assert "--seeds" in completed("ablate", "--see") and completed("report", "fini") == ["finished"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert quark_fast.__main__.main(["completion", "bash"]) == 2
+    assert "pip install shtab" in capsys.readouterr().err
+
+
+def test_run_says_by_its_status_that_it_diverged_and_keeps_a_log_of_every_start(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags(output="far", kl_stop="1e-9")) == 3
+    assert "above kl_stop" in capsys.readouterr().err
+    log = (folder / "far" / "run.log").read_text().splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in log)
+    words = [line[20:] for line in log]
+    assert words[0].startswith("begins: python -m quark_fast.")
+    assert any("18 training and 2 held-out prompts" in line for line in words)
+    assert re.match(r"round 1/2: sampling: reward 0\.\d+  ?tokens/s \d+", words[-2])
+    assert words[-1].startswith("ended: step 1: the KL to the base model")
+    assert train.main([*flags(output="far", kl_stop="0", resume="true"), "--quiet"]) == 0
+    heard = capsys.readouterr()
+    assert heard.err == "" and "best token" in heard.out and "report.html" not in heard.out
+    again = (folder / "far" / "run.log").read_text().splitlines()
+    assert again[: len(log)] == log and again[len(log)][20:].startswith("goes on at step 0: python")
+    assert again[-1].endswith(" finished")
+
+
 def test_installed_command_is_that_of_the_package() -> None:
     program = Path(sys.executable).with_name("quark-fast")
     done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
@@ -787,6 +878,10 @@ def test_installed_command_is_that_of_the_package() -> None:
 def test_unknown_flag_hints_at_the_slip_and_at_what_neighbours_call_ours(
     refused: Callable[[Command, Sequence[str]], str],
 ) -> None:
+    for theirs in NEIGHBOURS:
+        ours = "--" + NEIGHBOURS[theirs].replace("_", "-")
+        for flag in (f"--{theirs}", "--" + theirs.replace("_", "-")):
+            assert f"did you mean {ours} for {flag}?" in refused(train.main, [flag, "3"])
     slip = refused(train.main, ["--kl-coeff", "3"])
     assert "--kl-coeff 3; did you mean --kl-coef for --kl-coeff?" in slip
     theirs = refused(train.main, ["--output_dir=x", "--max_steps", "3", "--zzzz"])

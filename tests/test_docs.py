@@ -19,6 +19,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
+from quark_fast.errors import EXIT_STATUS, Diverged, OutOfResources, UsageError
 from quark_fast.model.policy import Policy
 from quark_fast.training.learn import Learner
 from quark_fast.training.state import State
@@ -141,6 +142,28 @@ def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(text, "library.md", "exec"), given)
     torch.testing.assert_close(given["out"].kl, torch.zeros(3, 8), rtol=0, atol=1e-5)
     assert (tmp_path / "pool.safetensors").exists()
+
+
+def test_python_of_the_page_on_watching_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "gpt2", "gpt2")
+    given: dict[str, Any] = {
+        "score": lambda prompts, completions, **columns: [-len(text) for text in completions],
+        "openings": [f"In the year {year}" for year in range(1900, 1940)],
+    }
+    short = "rounds=1, steps=2, batch_size=4, initial_samples=1, eval_samples=1, threads=1"
+    (text,) = python_blocks(DOCS / "watching.md")
+    exec(compile(text.replace('"runs/watched")', f'"runs/watched", {short})'), "watching.md", "exec"), given)
+    assert len(given["losses"]) == 2 and given["run"].table["prompts"] > 0
+
+
+def test_exit_statuses_of_the_docs_are_those_of_the_errors() -> None:
+    table = dict(re.findall(r"^\| (\d+) \| ([^|]*) \|", (DOCS / "watching.md").read_text(), re.MULTILINE))
+    named = re.findall(r"(\d+) ", EXIT_STATUS)
+    assert list(table) == named
+    said = {UsageError: "cannot be done", Diverged: "diverged", OutOfResources: "memory or disk"}
+    for error, words in said.items():
+        assert words in table[str(error.exit_status)]
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:

@@ -18,7 +18,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from quark_fast import ablate, evaluate, generate
-from quark_fast.arguments import _ConfigParser, parse
+from quark_fast.arguments import _ConfigParser, _without_help, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +70,7 @@ def test_command_is_one_that_the_program_takes(
     only_parses: Callable[[Callable[[], object]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "--help")]
+    words = [word for word in _without_help(shlex.split(command, comments=True)) if word != "..."]
     if words[0] == "accelerate":
         words = ["0" if word == "RANK" else word for word in words]
         words += [] if "-m" in words else ["-m", "quark_fast.train"]  # for "..."

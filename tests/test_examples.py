@@ -174,7 +174,7 @@ def test_run_with_a_server_resumes_without_asking_again(
         assert process.poll() is None, process.errors
 
     assert train.main([*flags, "--output", str(tmp_path / "whole")]) == 0
-    assert "prompts.csv: 20 read" in " ".join(capsys.readouterr().out.split())
+    assert "prompts.csv: 20 read" in " ".join(capsys.readouterr().err.split())
     asked_whole, server.asked = list(server.asked), []
 
     server.delay = 0.1

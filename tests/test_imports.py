@@ -19,7 +19,7 @@ PACKAGE = Path(quark_fast.__file__).parent
 
 # Imports go down only: a package imports its own modules and those of the packages below it.
 LAYERS = [
-    {"__main__", "train", "evaluate", "generate", "ablate", "terminal"},
+    {"__main__", "train", "evaluate", "generate", "ablate", "completion", "terminal"},
     {"ablation"},
     {"training"},
     {"evaluation"},
@@ -188,7 +188,7 @@ def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> N
     assert not {"torch", "transformers", "numpy", "matplotlib"} & {name.split(".")[0] for name in loaded}
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "completion"])
 def test_help_and_bad_flags_do_not_wait_for_torch(command: str) -> None:
     source = f"""
 import contextlib, sys

@@ -8,15 +8,20 @@ from pathlib import Path
 
 from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
-from quark_fast.terminal import Terminal, command
+from quark_fast.runtime.console import Terminal
+from quark_fast.terminal import command
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m quark_fast.report", description=__doc__)
+    made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train, finished or not")
+    return made
 
 
 @command
-def main(arguments: Sequence[str], console: Terminal) -> None:
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Write the page, and print what the folder lacks for it."""
-    parser = Parser(prog="python -m quark_fast.report", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run folder of quark_fast.train, finished or not")
-    folder = Path(parser.parse_args(arguments).run)
+    folder = Path(parser().parse_args(arguments).run)
     from quark_fast.report.files import read_run
     from quark_fast.report.page import write_report
 
@@ -24,7 +29,7 @@ def main(arguments: Sequence[str], console: Terminal) -> None:
         raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
     files = read_run(folder)
     for line in files.missing:
-        console.print(line)
+        notices.print(line)
     console.print(f"report: {write_report(folder, files)}")
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quark_fast.config import Config
-from quark_fast.errors import OtherProcessFailed, UsageError
+from quark_fast.errors import OtherProcessFailed, OutOfResources, UsageError
 from quark_fast.runtime import zero
 from quark_fast.runtime.machine import Precision
 
@@ -280,7 +280,7 @@ class Processes:
             UsageError: this one did, in the middle of a pass for which the engine needs all.
         """
         if (self.sharded or self.zero) and here is not None:
-            raise UsageError(
+            raise OutOfResources(
                 f"process {self.index} ran out of memory ({here}); with FSDP2 or DeepSpeed the others cannot"
                 " repeat the step with it: go on from the last checkpoint with --resume and a smaller"
                 " --micro-batch"

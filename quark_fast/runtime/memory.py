@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from quark_fast.errors import UsageError
+from quark_fast.errors import OutOfResources
 
 
 def keep_freed_memory() -> None:
@@ -47,7 +47,7 @@ def most_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-class OutOfMemory(UsageError):
+class OutOfMemory(OutOfResources):
     """Not even one sample at a time fits."""
 
 

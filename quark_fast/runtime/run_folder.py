@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quark_fast.errors import UsageError
+from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.files.atomic import (
     DISK_ERRORS,
     flush,
@@ -31,6 +32,7 @@ from quark_fast.files.locks import try_lock, unlock
 from quark_fast.files.safe_text import clean
 
 METRICS = "metrics.jsonl"
+LOG = "run.log"  # what the run showed, with times
 COMPLETIONS = "completions.jsonl"
 REWARDS = "rewards.sqlite"
 ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
@@ -48,9 +50,9 @@ class RunFolder:
     """Paths and atomic writes of one run.
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
-    report.html, model/, finished.json, rewards.sqlite for rewards that are cached and, while the run is not
-    finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage under
-    way, rollout/ with weights for vLLM, and .lock.
+    report.html, model/, run.log, finished.json, rewards.sqlite for rewards that are cached and, while the run
+    is not finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage
+    under way, rollout/ with weights for vLLM, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -130,7 +132,7 @@ class RunFolder:
             number = error.errno if isinstance(error, OSError) else _errno(error)
             if number not in DISK_ERRORS:
                 raise
-            raise UsageError(
+            raise OutOfResources(
                 f"cannot write to the run folder {self.path}: {os.strerror(number)}; its checkpoints are"
                 f" kept: fix that, then go on with --resume --output {self.path}"
             ) from error
@@ -156,6 +158,12 @@ class RunFolder:
         # Earlier versions kept the last start alone.
         starts = known.pop("starts", [dict(known)] if known else [])
         self.write_json("versions.json", {**(known or record), "starts": [*starts, record]})
+
+    @property
+    def mark(self) -> str:
+        """12 letters and digits, the same at every start of the run: a hash of the first one's record."""
+        first = self._record()["starts"][0]
+        return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
     def _record(self) -> dict[str, Any]:
         path = self / "versions.json"

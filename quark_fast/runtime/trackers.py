@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from quark_fast.errors import UsageError
 
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio"}  # tracker -> what it needs
 OWN_AXES = {"kind", "step"}
 
 
 def trackers(report_to: str) -> list[str]:
-    """The names in a text such as "tensorboard,trackio"; each is known and has its package.
+    """The names in a text such as "tensorboard,wandb", or of all that are installed; each has its package.
+
+    A tracker's name is that of its package.
 
     Raises:
-        UsageError: one is not, or has not.
+        UsageError: one is not known, or not installed; "all", and none is.
     """
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(one) for one in get_available_trackers()]
     names = list(dict.fromkeys(name.strip() for name in report_to.split(",") if name.strip()))
-    for name in names:
-        if name not in PACKAGES:
+    if names == ["none"]:
+        return []
+    if names == ["all"]:
+        if not installed:
             raise UsageError(
-                f"report_to = {report_to!r}: no tracker {name!r}; choose from {', '.join(PACKAGES)}, several"
-                " with commas between"
+                "report_to = all, but no tracker is installed: pip install tensorboard, or another"
             )
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UsageError(f"report_to = {name} needs its package: pip install {PACKAGES[name]}")
+        return installed
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"report_to = {report_to!r}: no tracker {name!r}; give none, all, or with commas between"
+                f" some of {', '.join(known)}"
+            )
+        if name not in installed:
+            raise UsageError(f"report_to = {name} needs its package: pip install {name}")
     return names
 
 
-def start(accelerator: Accelerator, run: str, config: Mapping[str, Any], step: int) -> None:
+def start(accelerator: Accelerator, folder: Path, config: Mapping[str, Any], step: int, mark: str) -> None:
     """Begin to track on the main process, or go on after ``step``: what was tracked beyond it is void.
 
     trackio has no means for that: it keeps the steps since the checkpoint beside those that repeat them.
+    wandb keeps the first of two, which are the same numbers.
+
+    Args:
+        folder: the run's, whose path is the run's name.
+        mark: the same for every start of the run, and no other run's.
     """
     if accelerator.log_with:
         resuming = {"purge_step": step + 1} if step else {}
-        own = {"tensorboard": resuming, "trackio": {"name": run, "resume": "allow"}}
+        name = {"name": str(folder), "resume": "allow"}
+        own = {"tensorboard": resuming, "trackio": name, "wandb": name | {"id": mark, "dir": str(folder)}}
         project = {name: str(value) if value is None else value for name, value in config.items()}
         accelerator.init_trackers("quark_fast", project, own)
 

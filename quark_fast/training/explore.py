@@ -17,7 +17,7 @@ from quark_fast.rewards.reward import Reward
 from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.seeds import seed_for
-from quark_fast.training.progress import Progress
+from quark_fast.training.progress import Progress, Texts
 from quark_fast.training.run_prompts import RunPrompts
 from quark_fast.training.scored import Scored
 from quark_fast.training.shared_work import SharedWork
@@ -100,7 +100,7 @@ class Explorer:
         """This process's batches of the round's completions, with their rewards: (conditioning, batch)."""
         begun, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
         total = samples * len(self.prompts.train_ids)
-        processes = self.work.processes.count
+        processes, before = self.work.processes.count, self._first_samples(state)
         for number, batch in self._batches(draw, state, sampling, samples):
             yield number, batch
             scores = np.array([one.reward for one in batch])
@@ -115,8 +115,30 @@ class Explorer:
                         "reward": rewards / scored if scored else float("nan"),
                         "tokens/s": tokens * processes / (time.monotonic() - begun),
                     },
+                    texts=self._texts(state, batch, before),
                 )
             )
+
+    def _first_samples(self, state: State) -> dict[int, int]:
+        """Of each prompt, the index in the pool of the base model's first completion, where that is known."""
+        if self.prompts.scored:  # not the base model's
+            return {}
+        base = (state.pool.rounds == 0).nonzero()[0].tolist()
+        return {state.prompt_of[i]: i for i in reversed(base)}
+
+    def _texts(self, state: State, batch: list[Scored], before: dict[int, int]) -> Texts | None:
+        """Texts to look at: of the batch's prompts, the one whose base model's text has the lowest reward."""
+        prompts = self.prompts
+        if state.step == 0:
+            return Texts(str(prompts.train[batch[0].prompt]["prompt"]), batch[0].text)
+        known = [one for one in batch if one.prompt in before]
+        if not known:
+            return None
+        rewards = state.pool.rewards
+        one = min(known, key=lambda one: rewards[before[one.prompt]])
+        (completion,) = state.pool[[before[one.prompt]]].completions
+        text = self.policy.decode(completion.tolist(), prompts.train_ids[one.prompt])
+        return Texts(str(prompts.train[one.prompt]["prompt"]), text, one.text)
 
     def _batches(
         self, draw: Draw, state: State, sampling: Sampling, samples: int

@@ -9,15 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quark_fast.config import Config
-from quark_fast.errors import UsageError
+from quark_fast.errors import Diverged
 
 # In this order: the parts of the loss before their sum, and the gradient last, which all of them spoil.
 TERMS = ("nll", "kl", "entropy", "contrast", "base_contrast", "mirror_kl", "unlikelihood", "loss", "gradient")
 REMEMBERED = 8  # gradient norms that a diagnosis shows
-
-
-class Diverged(UsageError):
-    """The run stopped itself; its checkpoint holds the weights of before."""
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,19 +24,22 @@ from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.machine import versions
 from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
-from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, PENDING, PROMPTS, RunFolder
+from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.explore import Explorer, stage_of
 from quark_fast.training.learn import Learner
+from quark_fast.training.listeners import Listen, Listeners
 from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
 from quark_fast.training.results import Results
+from quark_fast.training.run_log import RunLog
 from quark_fast.training.run_prompts import Given
 from quark_fast.training.setup import check_folder, choose_rollout, make_optimizer, set_up
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
 from quark_fast.training.state import State
+from quark_fast.training.trained import TrainedRun
 
 
 class Trainer:
@@ -51,7 +53,10 @@ class Trainer:
             chat template), in place of those ``config`` names.
         held_out: likewise for the evaluation.
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
-        listen: called with a ``Progress`` now and then; ``print`` will do.
+        listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
+            display on a terminal and in a notebook, elsewhere nothing; None: nothing.
+        callbacks: each called with every row of metrics.jsonl, a dict, as it is written, on rank 0; "kind"
+            says what it is of (step, round, probe). A resumed run calls again with the rows that it repeats.
 
     Raises:
         UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.
@@ -65,13 +70,16 @@ class Trainer:
         prompts: Sequence[str | Row] | None = None,
         held_out: Sequence[str | Row] | None = None,
         sampler: Sampler = sample,
-        listen: Callable[[Progress], None] = lambda _: None,
+        listen: Listen = "auto",
+        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         config = self.config = dataclasses.replace(config)
         config.check()
-        self.listen = listen
         self.folder = folder = RunFolder(config.output_folder)
         self.processes = processes = Processes.join()
+        log = RunLog(folder / LOG) if processes.main else None
+        self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
+        self.callbacks = callbacks
         # What rank 0 finds there, or chooses, holds for all.
         config.precision, rows = processes.on_rank_0(lambda: check_folder(config, folder))
         given = Given(prompts, held_out)
@@ -86,28 +94,45 @@ class Trainer:
             folder / PENDING, processes.index, here=processes.main or processes.machines == 1
         )
         self.work = SharedWork(processes, self.journal)
-        self.rollout = choose_rollout(self.setup, self.work, sampler, listen)
+        self.rollout = choose_rollout(self.setup, self.work, sampler, heard)
         self.explorer = Explorer(
-            config, self.policy, self.setup.prompts, self.setup.reward, self.rollout, self.work, listen
+            config, self.policy, self.setup.prompts, self.setup.reward, self.rollout, self.work, heard
         )
         self.learner = Learner(
             config, processes, self.accelerator, wrapped, self.setup.objective, self.optimizer
         )
-        self.results = Results(self.setup, self.work, sampler, listen)
+        self.results = Results(self.setup, self.work, sampler, heard)
         self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
         if config.resume:
             self.checkpoint.restore(self.state)
         processes.on_rank_0(self._write_start)
 
-    def train(self) -> Path:
-        """Run to the end and return the run folder.
+    @property
+    def about(self) -> list[str]:
+        """What the run is made of, a line each: the model, the prompts, and how many of them."""
+        setup, prompts = self.setup, self.setup.prompts
+        counts = (
+            f"{len(prompts.train)} training and {len(prompts.held_out.rows)} held-out prompts, none longer"
+            f" than {setup.policy.room_of(self.config):,} tokens, reward {setup.reward.name},"
+            f" {self.config.precision} on {setup.device}, run folder {self.folder.path}"
+        )
+        return [line for line in ("; ".join(setup.checked.lines), "; ".join(prompts.about), counts) if line]
+
+    def train(self) -> TrainedRun:
+        """Run to the end; the run's folder, table and model.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         state = self.state
         self.started = time.monotonic() - state.seconds
-        with self.folder.disk_errors(), stop_signals(self._how_to_go_on) as self.work.stop:
+        where = f"goes on at step {state.step}" if self.config.resume else "begins"
+        about = [f"{where}: {self._versions()['command']}", *self.about]
+        with (
+            self.folder.disk_errors(),
+            self.listen.hearing(about),
+            stop_signals(self._how_to_go_on) as self.work.stop,
+        ):
             while state.round < self.config.rounds:
                 if not state.sampled:
                     self._explore()
@@ -125,7 +150,7 @@ class Trainer:
             self.results.evaluate(state.step)
             self.processes.all_gather(self._stop_if_asked)
             self.results.export(time.monotonic() - self.started)
-        return self.folder.path
+        return TrainedRun(self.folder.path, self.config.trust_remote_code)
 
     # ---------------------------------------------------------------- the phases
 
@@ -242,8 +267,8 @@ class Trainer:
             if setup.prompts.chats:
                 self.folder.write_rows(PROMPTS, map(to_file, setup.prompts.chats))
             self.folder.add_start(self._versions() | {"step": self.state.step})
-            settings, name = dataclasses.asdict(config), str(config.output_folder)
-            trackers.start(self.accelerator, name, settings, self.state.step)
+            settings, mark = dataclasses.asdict(config), self.folder.mark
+            trackers.start(self.accelerator, self.folder.path, settings, self.state.step, mark)
 
     def _versions(self) -> dict[str, Any]:
         setup = self.setup
@@ -266,6 +291,8 @@ class Trainer:
         def write() -> None:
             self.folder.append(METRICS, [row])
             trackers.track(self.accelerator, row)
+            for callback in self.callbacks:
+                callback(row)
 
         self.processes.on_rank_0(write)
 

@@ -282,17 +282,20 @@ def test_command_runs_a_grid_prints_its_table_and_finds_it_finished(
     command = ["--grid", "tokens", *(part for pair in given.items() for part in pair)]
     monkeypatch.setenv("COLUMNS", "200")
     assert ablate.main(command) == 0
-    first = capsys.readouterr().out
+    heard = capsys.readouterr()
+    first = heard.out
     results = json.loads((tmp_path / "grid" / "ablations.json").read_text())
     assert [point["value"] for point in results["points"]] == ["best, w 1.5", "best, w 1", "random, w 1.5"]
     for point in results["points"]:
         assert point["value"] in first and f"{point['mean']['headline']:.3f}" in first
-    assert "run 1/3: seed 0, base" in first and results["scorer"]["name"] in first.partition("Scorer: ")[2]
+    assert (
+        "run 1/3: seed 0, base" in heard.err and results["scorer"]["name"] in first.partition("Scorer: ")[2]
+    )
     for kind in ("md", "svg", "json"):
-        assert f"grid/ablations.{kind}" in first and (tmp_path / "grid" / f"ablations.{kind}").exists()
+        assert f"grid/ablations.{kind}" in heard.err and (tmp_path / "grid" / f"ablations.{kind}").exists()
     assert ablate.main(command) == 0
-    again = capsys.readouterr().out
-    assert again.count(": finished") == 3 and again.partition("finished")[2].count("axis") == 1
+    again = capsys.readouterr()
+    assert again.err.count(": finished") == 3 and again.out.count("axis") == 1
     assert json.loads((tmp_path / "grid" / "ablations.json").read_text()) == results
 
 

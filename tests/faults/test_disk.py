@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_runs import PROMPTS, SHORT, even_words, small, timeless
 
 from quark_fast.config import Config
-from quark_fast.errors import UsageError
+from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
@@ -164,7 +164,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(he
             os.rename(folder / "metrics.jsonl", folder / "metrics")
             (folder / "metrics.jsonl").symlink_to("/dev/full")
 
-    with pytest.raises(UsageError, match=r"cannot write .*No space left.*--resume --output"):
+    with pytest.raises(OutOfResources, match=r"cannot write .*No space left.*--resume --output"):
         Trainer(config(folder), listen=fill, **GIVEN).train()
     os.replace(folder / "metrics", folder / "metrics.jsonl")
     go_on(folder)
@@ -179,7 +179,7 @@ def test_file_that_cannot_be_written_whole_leaves_the_last_checkpoint(here: Path
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # less than the weights take
 
     try:
-        with pytest.raises(UsageError, match=r"cannot write .*File too large.*--resume --output"):
+        with pytest.raises(OutOfResources, match=r"cannot write .*File too large.*--resume --output"):
             Trainer(config(folder), listen=fill, **GIVEN).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -204,7 +204,7 @@ def read_only(stopped: Path) -> Iterator[Path]:
 
 
 def test_read_only_folder_is_refused_before_any_work(read_only: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot write to the run folder .*: (Read-only|Permission)"):
+    with pytest.raises(OutOfResources, match=r"cannot write to the run folder .*: (Read-only|Permission)"):
         Trainer(config(read_only, resume=True), **GIVEN)
     with pytest.raises(UsageError, match=r"cannot make the run folder .*(Read-only|Permission)"):
         RunFolder(read_only / "new").create()

@@ -33,9 +33,12 @@ from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_table, results_table
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.cache import RewardCache
+from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
-from quark_fast.terminal import Display, Terminal, exit_status
+from quark_fast.terminal import exit_status
+from quark_fast.training.display import Display
 from quark_fast.training.progress import Progress as Event
+from quark_fast.training.progress import Texts
 from quark_fast.training.trainer import Trainer
 
 HOSTILE = "a\x1b[31mred\x1b[0m\x1b]0;title\x07b\x1b[2J\x9b1mc\x1bcd\r\u202e\ud800[link=http://x]e[/link][/x]"
@@ -89,7 +92,7 @@ def test_progress_lines_obey_no_markup_and_no_escape_code() -> None:
     console, file = terminal()
     display = Display(console)
     with display.live:
-        display(Event(HOSTILE, 1, 2, {HOSTILE: 0.5}))
+        display(Event(HOSTILE, 1, 2, {HOSTILE: 0.5}, texts=Texts(HOSTILE, HOSTILE, HOSTILE)))
         display(Event(HOSTILE, 2, 2, {HOSTILE: 0.5}))
     with Progress(console=console) as bar:
         bar.add_task("b", total=1)

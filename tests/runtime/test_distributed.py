@@ -265,7 +265,7 @@ def test_diverged_run_ends_on_all_processes_with_one_message(root: Path) -> None
 
 
 def test_full_disk_of_the_one_that_writes_ends_all_with_one_message(root: Path) -> None:
-    assert heard(root, 0)["full"].startswith("UsageError: cannot write to the run folder")
+    assert heard(root, 0)["full"].startswith("OutOfResources: cannot write to the run folder")
     assert heard(root, 1)["full"].startswith("OtherProcessFailed: process 0 failed")
 
 
@@ -365,7 +365,7 @@ def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     lines = [line for line in done.errors.splitlines() if "error: " in line]
     assert len(lines) == 1, done.errors
     assert lines[0].startswith("error: ") and "the scorer is down" in lines[0]
-    assert done.output.count("prompts.txt: 15") == 1, "one process speaks"
+    assert done.errors.count("prompts.txt: 15") == 1, "one process speaks"
 
 
 def heard(root: Path, index: int) -> dict[str, str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import PROMPTS, even_words, rows, small
 
@@ -75,16 +76,71 @@ def test_trackio_holds_the_numbers_under_the_name_of_the_run(
 
 def test_trackers_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trackers("") == []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert trackers("none") == []
     assert trackers(" trackio, tensorboard,trackio") == ["trackio", "tensorboard"]
-    with pytest.raises(UsageError, match="no tracker 'wandb'; choose from tensorboard, trackio"):
-        trackers("tensorboard,wandb")
+    assert {"trackio", "tensorboard"} <= set(trackers("all"))
+    for unknown in ("tensorboard,wandbi", "none,tensorboard", "tensorboard,all"):
+        with pytest.raises(UsageError, match=r"no tracker '\w+'; give none, all, or .* wandb"):
+            trackers(unknown)
+    monkeypatch.setattr("quark_fast.runtime.trackers.get_available_trackers", lambda: [])
+    with pytest.raises(UsageError, match="report_to = all, but no tracker is installed"):
+        trackers("all")
+
+
+class Wandb(ModuleType):
+    """What accelerate calls of wandb, noting what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.starts: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.settings: dict[str, Any] = {}
+        self.finished = 0
+        self.config = SimpleNamespace(update=lambda values, allow_val_change: self.settings.update(values))
+
+    def init(self, **options: Any) -> Any:
+        self.starts.append(options)
+
+        def finish() -> None:
+            self.finished += 1
+
+        return SimpleNamespace(
+            log=lambda values, step: self.logged.append((step, values)), finish=finish, **options
+        )
+
+
+def test_wandb_goes_on_with_the_same_run_when_the_run_is_resumed(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    model, given = tiny_model(), {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    settings = {"rounds": 1, "steps": 4, "batch_size": 4, "checkpoint_every": 2, "eval_samples": 1}
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "round 1/1: learning" and progress.done == 3:
+            raise SystemError
+
+    for output in ("run", "other"):
+        with pytest.raises(SystemError):
+            config = small(tmp_path / output, model, report_to="wandb", **settings)
+            Trainer(config, listen=stop, **given).train()
+    wandb.logged.clear()
+    run = Trainer(small(tmp_path / "run", model, report_to="all", resume=True, **settings), **given).train()
+    first, other, again = wandb.starts
+    assert first == again and first["resume"] == "allow" and first["id"] != other["id"]
+    assert (first["project"], first["name"], first["dir"]) == ("quark_fast", str(run.folder), str(run.folder))
+    assert wandb.finished == 1 and wandb.settings["steps"] == 4
+    losses = [(step, values["step/loss"]) for step, values in wandb.logged if "step/loss" in values]
+    written = [(row["step"], row["loss"]) for row in rows(run.folder / "metrics.jsonl", kind="step")]
+    assert losses == written[2:], "from the checkpoint on"
 
 
 def test_missing_tracker_is_told_with_the_line_to_run_before_any_work(
     tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("quark_fast.runtime.trackers.get_available_trackers", lambda: [])
     config = small(tmp_path / "run", tiny_model(), report_to="trackio")
     with pytest.raises(UsageError, match="report_to = trackio needs its package: pip install trackio"):
         Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])

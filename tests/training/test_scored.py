@@ -181,7 +181,7 @@ def variety(prompts: list[str], completions: list[str], **columns: Any) -> list[
 def run(folder: Path, **settings: Any) -> Path:
     model = FAMILIES["gpt2"].save(folder.parent / "model")
     config = small(folder, model, **{**SHORT, "held_out": str(folder.parent / "held.jsonl"), **settings})
-    return Trainer(config, reward=variety).train()
+    return Trainer(config, reward=variety).train().folder
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     )
     given = {"held_out": str(tmp_path / "held.jsonl"), "reward": "none", "initial_samples": 0}
     config = small(tmp_path / "run", tmp_path / "model", **SHORT | given | {"scored": scored})
-    folder = Trainer(config).train()
+    folder = Trainer(config).train().folder
     assert [row["kind"] for row in rows(folder / "metrics.jsonl")] == ["round"] + ["step"] * SHORT["steps"]
     table = json.loads((folder / "evaluation.json").read_text())
     assert table["headline"] == "perplexity" and "mean" not in table["columns"]

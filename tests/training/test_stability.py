@@ -17,11 +17,11 @@ from conftest import save_tiny_model
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 
 from quark_fast.config import Config
-from quark_fast.errors import UsageError
+from quark_fast.errors import Diverged, UsageError
 from quark_fast.runtime.memory import OutOfMemory
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
-from quark_fast.training.stability import BadSteps, Diverged, KLController
+from quark_fast.training.stability import BadSteps, KLController
 from quark_fast.training.trainer import Trainer
 
 Spoil = Callable[[int, torch.Tensor, dict[str, float]], torch.Tensor]

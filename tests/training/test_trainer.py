@@ -70,7 +70,7 @@ def test_judge_takes_no_part_in_training_and_stands_in_table_headline_and_report
     for judge in ("none", spec):
         config = small(tmp_path / f"judge-{judge[:4]}", tiny_model(), judge=judge, **SHORT)
         config.evaluate_on = "development"
-        folders.append(Trainer(config, **given, held_out=PROMPTS[:10]).train())
+        folders.append(Trainer(config, **given, held_out=PROMPTS[:10]).train().folder)
     plain, judged = map(_evaluation, folders)
     assert timeless(folders[0] / "metrics.jsonl") == timeless(folders[1] / "metrics.jsonl")
     for before, after in zip(plain["rows"], judged["rows"], strict=True):
@@ -307,7 +307,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
             unlikelihood_coef=1.0,
             unlikelihood_ngram=1,
         )
-        folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2]).train()
+        folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:2]).train().folder
         steps = rows(folder / "metrics.jsonl", kind="step")
         losses.append([row[name] for row in steps for name in ("loss", "grad_norm", "unlikelihood")])
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # float32 sums in another order, three Adam steps
@@ -372,7 +372,7 @@ def test_other_architectures_and_precisions_train(
     model = tiny_model(architecture, padded_vocabulary=10)
     few = SHORT | {"rounds": 2, "steps": 4, "precision": precision, "contrast_coef": 0.0}
     config = small(tmp_path / "run", model, **few)
-    folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train()
+    folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train().folder
     assert (folder / "report.html").exists()
     card = ModelCard.load(folder / "model" / "README.md")
     assert "to write what its reward function scores high" in card.text and card.data.license is None

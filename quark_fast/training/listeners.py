@@ -1,0 +1,49 @@
+"""Who hears of a run while it works."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+from quark_fast.runtime.console import Terminal
+from quark_fast.training.display import Display
+from quark_fast.training.progress import Progress
+from quark_fast.training.run_log import RunLog
+
+Listener = Callable[[Progress], None]
+Listen = Listener | Sequence[Listener] | Literal["auto"] | None
+
+
+class Listeners:
+    """Several listeners as one: the run's log, and those that the program gave.
+
+    Args:
+        listen: "auto": a display, where somebody looks at it; None: nobody; one listener, or several.
+        log: of rank 0, None on the others, which show nothing by themselves either.
+        mask: hide the worst words in the display.
+    """
+
+    def __init__(self, listen: Listen, log: RunLog | None, mask: bool) -> None:
+        self.log, self.display, console = log, None, Terminal(stderr=True)
+        if listen == "auto" and log is not None and Display.usual_on(console):
+            self.display = Display(console, mask)
+        self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
+        if callable(listen):
+            self.each.append(listen)
+        elif listen is not None and not isinstance(listen, str):
+            self.each += listen
+
+    @contextlib.contextmanager
+    def hearing(self, about: Iterable[str]) -> Iterator[None]:
+        """Around the run; ``about`` is what it is made of."""
+        with contextlib.ExitStack() as stack:
+            if self.log is not None:
+                stack.enter_context(self.log.kept(about))
+            if self.display is not None:
+                stack.enter_context(self.display.shown())
+            yield
+
+    def __call__(self, event: Progress) -> None:
+        for one in self.each:
+            one(event)

@@ -1,0 +1,124 @@
+"""Who hears of a run, and what ``train`` returns."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
+from transformers import PreTrainedModel
+
+from quark_fast.rollout.transformers import sample
+from quark_fast.runtime.console import Terminal
+from quark_fast.training.display import Display
+from quark_fast.training.progress import Progress
+from quark_fast.training.run_log import RunLog
+from quark_fast.training.trainer import Trainer
+
+GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+TWO_ROUNDS = SHORT | {"rounds": 2, "steps": 3, "explore_samples": 2}
+
+
+def test_every_listener_hears_the_progress_and_every_callback_the_rows_of_the_metrics(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    heard: list[Progress] = []
+    also: list[Progress] = []
+    told: list[dict[str, Any]] = []
+    config = small(tmp_path / "run", tiny_model(), **TWO_ROUNDS)
+    listen = [heard.append, also.append]
+    run = Trainer(config, listen=listen, callbacks=[told.append], **GIVEN).train()
+    assert heard == also and {"probing", "round 2/2: sampling"} <= {event.stage for event in heard}
+    assert told == rows(run.folder / "metrics.jsonl")
+    assert {row["kind"] for row in told} == {"step", "round", "probe"}
+
+
+def test_texts_of_a_round_stand_beside_what_the_base_model_wrote_for_the_same_prompt(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    heard: list[Progress] = []
+    config = small(tmp_path / "run", tiny_model(), sample_batch=16, **TWO_ROUNDS)
+    run = Trainer(config, listen=heard.append, **GIVEN).train()
+    made = rows(run.folder / "completions.jsonl")
+    wrote = {(row["round"], row["prompt"], row["completion"]) for row in made}
+    first = [event.texts for event in heard if event.stage == "round 1/2: sampling" and event.texts]
+    then = [event.texts for event in heard if event.stage == "round 2/2: sampling" and event.texts]
+    assert len(first) > 1 and all((0, one.prompt, one.before) in wrote and not one.after for one in first)
+    assert len(then) > 1 and len({one.prompt for one in then}) > 1
+    for one in then:
+        assert (0, one.prompt, one.before) in wrote and (1, one.prompt, one.after) in wrote
+
+
+def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    run = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), **GIVEN).train()
+    assert os.fspath(run) == str(run.folder) == str(tmp_path / "run")
+    assert (Path(run) / "report.html").parent == run.folder
+    assert [row["name"] for row in run.table["rows"]][:2] == ["untouched", "best token"]
+    assert isinstance(run.model, PreTrainedModel) and run.model is run.model
+    ids = run.tokenizer("w1 w2", return_tensors="pt")
+    assert run.model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids.input_ids.shape[1]
+    shown = repr(run)
+    assert (
+        shown.startswith(f"run folder {run.folder}\n")
+        and "best token" in shown
+        and max(map(len, shown.splitlines()[1:])) <= 80
+        and str(run) == shown
+    )
+
+
+@pytest.mark.parametrize(("listen", "shows"), [("auto", True), (None, False), (lambda _: None, False)])
+def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_else(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    listen: Any,
+    shows: bool,
+) -> None:
+    model = tiny_model()
+    Trainer(small(tmp_path / "unseen", model, **SHORT), **GIVEN).train()
+    out, err = capfd.readouterr()
+    assert out == "" and "learning" not in err, "a program whose output goes to a file"
+    monkeypatch.setattr(Terminal, "is_terminal", property(lambda _: True))
+    Trainer(small(tmp_path / "seen", model, **SHORT), listen=listen, **GIVEN).train()
+    out, err = capfd.readouterr()
+    assert out == "" and ("round 1/1: learning" in err) == shows
+    assert timeless(tmp_path / "seen" / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
+
+
+def test_notebook_shows_the_display() -> None:
+    console = Terminal(stderr=True, force_jupyter=True)
+    assert Display.usual_on(console) and not Display.usual_on(Terminal(stderr=True))
+
+
+def test_warnings_are_in_the_log_and_still_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    log, own = RunLog(tmp_path / "run.log"), logging.getLogger("quark_fast.runtime.memory")
+    with log.kept(["begins"]):
+        own.warning("out of memory:\nfrom here on %d side by side", 4)
+        own.info("unimportant")
+    own.warning("later")
+    lines = [line[20:] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert lines == ["begins", "warning: out of memory: from here on 4 side by side", "finished"]
+    shown = capsys.readouterr().err
+    assert shown == "out of memory:\nfrom here on 4 side by side\nlater\n", "Python's own way for warnings"
+
+
+def test_full_disk_under_the_log_ends_the_run_in_one_line_as_elsewhere(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunLog, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), sampler=sample, **GIVEN)
+    monkeypatch.setattr(RunLog, "write", full)
+    with pytest.raises(ValueError, match=r"cannot write to the run folder .*No space left"):
+        trainer.train()
