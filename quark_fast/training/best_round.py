@@ -57,6 +57,7 @@ class BestRound:
             return None
         begun, setup = time.monotonic(), self.setup
         number = state.round + 1 if state.measured else 0
+        self._show(number, 0)
         base, best, *_ = table_rows(setup.policy.quantiles, (), "best")
         row, model = (best, setup.copied.get()) if number else (base, setup.reference)
         names = measure_names(setup.task, setup.reward, setup.judges)
