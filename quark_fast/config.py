@@ -15,6 +15,7 @@ import yaml
 from quark_fast import settings
 from quark_fast.errors import UsageError
 from quark_fast.files.atomic import replacing
+from quark_fast.keep_best import Goal
 from quark_fast.settings import MOST
 
 # The contrast of the runs until November 2026: with the mirror token alone, as a plain log loss.
@@ -225,6 +226,10 @@ class Config(
         values = numbers("eval_guidance", text)
         return [] if self.eval_rows == "best" else values
 
+    def goal(self) -> Goal | None:
+        """By what the best round is kept; None: the last one is."""
+        return Goal.parse(self.keep_best) if self.keep_best.strip() else None
+
     def samples_a_pass(self, on_cpu: bool) -> int:
         """``micro_batch``, or the usual one: a laptop's memory is short, a GPU wants many rows at a time."""
         return self.micro_batch or (8 if on_cpu else 16)
@@ -282,6 +287,11 @@ class Config(
         self.quantile_shares()
         self.guidances()
         self.held_out_count()
+        if self.goal() is None and self.stop_after:
+            raise UsageError(
+                f"stop_after = {self.stop_after} counts rounds without gain, which --keep-best defines;"
+                " give that, too"
+            )
 
     def _check_scored(self) -> None:
         if self.scored is None and self.initial_samples == 0:
@@ -364,9 +374,16 @@ class Config(
 
     def check_resumes(self, saved: Config) -> None:
         """Raise UsageError unless a run with the settings ``saved`` can go on with these."""
+        if (self.goal() is None) != (saved.goal() is None):
+            raise UsageError(
+                f"keep_best = {self.keep_best!r}, but the run to resume has {saved.keep_best!r}; it may be"
+                " another, not come or go, since its development prompts are not trained on"
+            )
+        # How rounds were compared so far.
+        kept = ("judge", "eval_temperature", "eval_top_p") if self.goal() else ()
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(saved, field.name)
-            if mine != theirs and not field.metadata["free"]:
+            if mine != theirs and (not field.metadata["free"] or field.name in kept):
                 raise UsageError(
                     f"{field.name} = {mine!r}, but the run to resume has {theirs!r}; resume it with its own"
                 )

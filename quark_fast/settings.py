@@ -375,6 +375,17 @@ class EvaluationSettings:
         "values of w to evaluate, comma-separated; w = 1 always is; default: 1.5, with --eval-rows all 1.5,2",
         free="resume",
     )
+    keep_best: str = setting(
+        "",
+        "measure every round on development prompts, a part of the training prompts that is held out, too,"
+        " and keep the best one: a measure with min or max, then bounds relative to the base model's value,"
+        " as 'judge:min, perplexity<=1.10'; measures: reward or what it measures (toxicity), judge,"
+        " perplexity, prompt_fit, dist3, others of the table; default: off, the last round is kept",
+        free="resume",
+    )
+    stop_after: int = setting(
+        0, "stop after so many rounds in a row without gain by --keep-best; 0: never", free="resume"
+    )
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         console.quiet = notices.quiet = True
     from quark_fast.report.columns import scores_are_rewards
     from quark_fast.report.files import read_run
-    from quark_fast.report.results import after_names, headline
+    from quark_fast.report.results import after_names, headline, kept_round
     from quark_fast.report.tables import before_after, results_table
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     if not processes.main:
         return
     finished = read_run(folder)
+    if kept := kept_round(finished.evaluation):
+        console.print(kept)
     console.print(headline(finished.evaluation))
     console.print(results_table(finished.evaluation))
     texts = before_after(

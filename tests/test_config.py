@@ -65,6 +65,7 @@ def test_settings_survive_save_and_load(tmp_path: Path) -> None:
         "vllm_server": "http://host:8000",
         "vllm_memory": 0.5,
         "max_prompt_tokens": 99,
+        "keep_best": "judge:min, perplexity<=1.10",
     }
     kinds = get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -249,6 +250,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, -0.1) for name in ("kl_stop", "kl_target")),
     *((name, 0.0) for name in ("max_grad_norm", "vllm_memory", "top_p", "eval_top_p", "contrast_margin")),
     ("vllm_timeout", 0.9),
+    *(("stop_after", value) for value in (-1, 2)),  # without --keep-best nothing is a gain
     # What each kind of bound has to refuse, once: at least, above, a share, any number, a whole one.
     *(("learning_rate", value) for value in (float("nan"), float("inf"))),
     *(("max_grad_norm", value) for value in (-1.0, float("nan"), float("inf"))),
@@ -261,6 +263,9 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *(("quantile_weights", weights) for weights in ("1,2", "0,0,0,0,0", "1,1,1,1,-1", "1,1,1,1,x")),
     *(("quantile_weights", weights) for weights in ("1,1,1,1,nan", "")),
     *(("eval_guidance", guidances) for guidances in ("3;6", "3,inf")),
+    *(("keep_best", goal) for goal in ("judge", "judge:lowest", "perplexity<=1.1", ":min", "judge:min,")),
+    *(("keep_best", f"judge:min, {bound}") for bound in ("perplexity<1.1", "perplexity<=x", "dist3>=0")),
+    *(("keep_best", f"judge:min, {bound}") for bound in ("dist3>=inf", "dist3>=nan", "<=1.1", "dist3:max")),
 ]
 
 

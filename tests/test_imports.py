@@ -31,7 +31,7 @@ LAYERS = [
     {"metrics", "runtime"},
     {"arguments"},
     {"config"},
-    {"settings"},
+    {"settings", "keep_best"},
     {"errors"},
     {"files"},
     {"_C"},

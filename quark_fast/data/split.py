@@ -32,12 +32,14 @@ class Chosen:
 
     Attributes:
         scored: completions that were scored before.
+        development: rows by which rounds are compared, if they are (``keep_best``).
     """
 
     train: list[Row]
     held_out: list[Row]
     about: list[str]
     scored: list[ScoredText] = field(default_factory=list)
+    development: list[Row] = field(default_factory=list)
 
 
 def choose_prompts(
@@ -87,28 +89,33 @@ def choose_prompts(
     elif prompts is None:
         train = _not_in(test, train, notes)
     if config.evaluate_on == "development":
-        train, test = _for_development(train, test, config, notes)
+        unseen = f"the {len(test):,} test prompts stay unseen"
+        train, test = _for_development(train, len(test), config, "evaluate_on = development")
+        notes.append(f"evaluated on {len(test):,} development prompts; {unseen}")
+    development: list[Row] = []
+    if config.goal() is not None:
+        train, development = _for_development(train, min(len(test), MOST_TO_COMPARE), config, "keep_best")
+        notes.append(f"rounds are compared on {len(development):,} development prompts of their own")
     if not train or not test:
         raise UsageError(
             f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
             " others by --held-out"
         )
-    return Chosen(_limited(train, config, notes), test, notes, scored)
+    return Chosen(_limited(train, config, notes), test, notes, scored, development)
+
+
+MOST_TO_COMPARE = 200  # development prompts that every round is measured on
 
 
 def _for_development(
-    train: list[Row], test: list[Row], config: Config, notes: list[str]
+    train: list[Row], most: int, config: Config, setting: str
 ) -> tuple[list[Row], list[Row]]:
-    """(the training rows without the development rows, these): neither looks at the test rows."""
+    """(the other training rows, development rows): at most so many, and at most a quarter of them."""
     if len(train) < 2:
         raise UsageError(
-            f"evaluate_on = development: {len(train)} training prompts are too few to take some for"
-            " development; give more"
+            f"{setting}: {len(train)} training prompts are too few to take some for development; give more"
         )
-    count = max(1, min(len(test), len(train) // 4))
-    train, development = split(train, count, config.split_seed)
-    notes.append(f"evaluated on {count:,} development prompts; the {len(test):,} test prompts stay unseen")
-    return train, development
+    return split(train, max(1, min(most, len(train) // 4)), config.split_seed)
 
 
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:

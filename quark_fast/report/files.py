@@ -25,6 +25,7 @@ class RunFiles:
     steps: list[Record] = field(default_factory=list)
     rounds: list[Record] = field(default_factory=list)
     probes: list[Record] = field(default_factory=list)
+    compared: list[Record] = field(default_factory=list)
     completions: list[Record] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -57,6 +58,7 @@ def read_run(run_dir: Path) -> RunFiles:
         steps=last_of("step", "step"),
         rounds=last_of("round", "round"),
         probes=last_of("probe", "step"),
+        compared=last_of("development", "round"),
         completions=completions,
         evaluation=evaluation,
         evaluation_rows=rows,
@@ -126,7 +128,7 @@ def _parsed(text: str) -> Any:
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("rows", "columns", "more_columns"), list),
     **dict.fromkeys(("headline", "property", "target", "task"), str),
-    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on"), dict),
+    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on", "kept_round"), dict),
     **dict.fromkeys(("prompts", "samples_per_prompt"), int),
 }
 

@@ -18,7 +18,7 @@ from quark_fast.files.safe_text import clean
 from quark_fast.report.columns import counted, one_line, scores_are_rewards
 from quark_fast.report.files import RunFiles
 from quark_fast.report.records import number_of
-from quark_fast.report.results import headline, main_row, name_of, rows_of, way_of
+from quark_fast.report.results import headline, kept_round, main_row, name_of, rows_of, way_of
 from quark_fast.report.tables import as_markdown, markdown_page
 from quark_fast.settings import FolderSettings, MachineSettings, RewardSettings
 
@@ -154,6 +154,7 @@ def _training(run: RunFiles, config: Config) -> str:
     cost = [counted(scored, "scored completion"), counted(len(run.steps), "optimizer step")]
     if minutes := run.versions.get("minutes"):
         cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
+    kept = f" {as_markdown(kept_round(run.evaluation))}".rstrip()
     versions = [
         f"{name} {run.versions[name]}"
         for name in ("quark_fast", "torch", "transformers")
@@ -161,7 +162,7 @@ def _training(run: RunFiles, config: Config) -> str:
     ]
     return (
         "## Training\n\n"
-        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}. Settings that are not the defaults of"
+        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}.{kept} Settings that are not the defaults of"
         " `python -m quark_fast.train`:\n\n| setting | value |\n|---|---|\n" + "\n".join(lines)
     )
 

@@ -41,6 +41,7 @@ from quark_fast.report.results import (
     cell_of,
     first_row,
     headline_parts,
+    kept_round,
     label_of,
     main_row,
     name_of,
@@ -52,7 +53,13 @@ from quark_fast.report.results import (
 )
 from quark_fast.report.tables import about, notes, tables, unscored_note
 from quark_fast.report.texts import Example, median_samples, pick_examples
-from quark_fast.report.training_plots import plot_probe, plot_rewards, plot_steps, plot_thresholds
+from quark_fast.report.training_plots import (
+    plot_compared,
+    plot_probe,
+    plot_rewards,
+    plot_steps,
+    plot_thresholds,
+)
 
 
 def write_report(run_dir: Path | str, run: RunFiles | None = None) -> Path:
@@ -100,6 +107,7 @@ def render_html(run: RunFiles) -> str:
         plots=_plots(run, palette),
         headline=found[0] if found else no_result,
         qualified=" ".join(found[1:]),
+        kept=kept_round(run.evaluation),
         facts=_facts(run),
         tiles=_tiles(run.evaluation),
         examples=_examples(run),
@@ -154,6 +162,7 @@ def _plots(run: RunFiles, palette: Palette) -> dict[str, Markup]:
             "thresholds": plot_thresholds(run, palette),
             "steps": plot_steps(run, palette),
             "probe": plot_probe(run, palette),
+            "compared": plot_compared(run, palette),
         }
     return {name: Markup(svg) for name, svg in made.items()}
 

@@ -230,6 +230,11 @@ def _result(evaluation: Record) -> str:
     return f"{subject} {verb} by {new.change.lstrip('+−')} with {_how(row)}: {values} ({bounds})."
 
 
+def kept_round(evaluation: Record) -> str:
+    """Which round's weights were evaluated, and why; empty where rounds were not compared."""
+    return one_line(clean(str((evaluation.get("kept_round") or {}).get("why") or "")))
+
+
 def scorer_line(evaluation: Record) -> str:
     """Name, version and hash, by which tables may or may not be compared; empty where none is known."""
     sha256 = (evaluation.get("scorer") or {}).get("sha256")

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quark_fast.errors import UsageError
+from quark_fast.files.safe_text import clean
+from quark_fast.keep_best import Goal
+from quark_fast.report.columns import one_line
 from quark_fast.report.drawing import Palette, inline_svg, label_line_ends, new_figure, whole_ticks
 from quark_fast.report.files import RunFiles
-from quark_fast.report.records import Array, lists_of, series_of
+from quark_fast.report.records import Array, Record, lists_of, number_of, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,6 +115,53 @@ def plot_probe(run: RunFiles, palette: Palette) -> str:
     axes.set_ylabel("rank correlation")
     whole_ticks(axes)
     return inline_svg(figure, "probe", "Rank correlation of the probe by step", palette)
+
+
+def plot_compared(run: RunFiles, palette: Palette) -> str:
+    """Every measure by which rounds may be compared, over the rounds; the one that was kept; the bounds."""
+    measures = [record.get("measures") for record in run.compared]
+    tables = [one if isinstance(one, dict) else {} for one in measures]
+    names = [name for name in dict.fromkeys(name for table in tables for name in table)][:24]
+    shown = {name: series_of(tables, name) for name in names}
+    if run.evaluation.get("property") != "reward" and len(shown) > 1:
+        shown.pop("reward", None)  # 1 - the property, which is there
+    shown = {name: values for name, values in shown.items() if np.isfinite(values).any()}
+    if not shown:
+        return ""
+    rounds, kept = series_of(run.compared, "round"), run.evaluation.get("kept_round") or {}
+    goal = _goal_of(kept)
+    height = -(-len(shown) // 3)
+    figure, panels = new_figure((9.6, 0.3 + 2.1 * height), (height, 3))
+    for axes, (name, values) in zip(panels, shown.items(), strict=False):
+        bounds = lists_of([_object_of(record, "intervals") for record in run.compared], name)
+        if bounds.shape[1] == 2:
+            axes.vlines(rounds, bounds[:, 0], bounds[:, 1], color=palette["best"], lw=1.4, alpha=0.5)
+        axes.plot(rounds, values, "o-", color=palette["best"], ms=4, lw=1.4)
+        at = rounds == number_of(kept, "round")
+        axes.plot(rounds[at], values[at], "o", color=palette["guided"], ms=8)
+        for bound in goal.bounds if goal else ():
+            if bound.measure == name and rounds[0] == 0:
+                axes.axhline(bound.factor * values[0], color=palette["warn"], lw=1.2, ls="--")
+        title = f"{name}: {goal.direction}" if goal and name == goal.measure else name
+        axes.set_title(one_line(clean(title))[:40], loc="left", fontsize=9.5, color=palette["ink"])
+        axes.set_xlabel("round")
+        whole_ticks(axes)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    return inline_svg(figure, "compared", "Measures on development prompts by round", palette)
+
+
+def _object_of(record: Record, key: str) -> Record:
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _goal_of(kept: Record) -> Goal | None:
+    """By what the round was kept; None where a file has something else there."""
+    try:
+        return Goal.parse(str(kept.get("keep_best")))
+    except UsageError:
+        return None
 
 
 def smooth(values: Array) -> Array:

@@ -37,6 +37,7 @@ COMPLETIONS = "completions.jsonl"
 REWARDS = "rewards.sqlite"
 ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
 PENDING = "pending"  # batches of the stage under way
+ROUNDS = "rounds"  # weights of rounds that may yet be the best, with --keep-best
 FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they were
@@ -52,7 +53,7 @@ class RunFolder:
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
     report.html, model/, run.log, finished.json, rewards.sqlite for rewards that are cached and, while the run
     is not finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage
-    under way, rollout/ with weights for vLLM, and .lock.
+    under way, rounds/ with weights of rounds that may be kept, rollout/ with weights for vLLM, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -312,7 +313,8 @@ class RunFolder:
         if current.exists():
             os.rename(current, scratch)
             shutil.rmtree(scratch)
-        shutil.rmtree(self / PENDING, ignore_errors=True)
+        for name in (PENDING, ROUNDS):
+            shutil.rmtree(self / name, ignore_errors=True)
         unlock(self / LOCK)
 
 

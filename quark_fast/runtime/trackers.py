@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,10 @@ def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if name in OWN_AXES:
             continue
-        for index, one in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        several: Iterable[tuple[Any, Any]] = [(None, value)]
+        if isinstance(value, list | dict):
+            several = value.items() if isinstance(value, dict) else enumerate(value)
+        for index, one in several:
             if isinstance(one, int | float) and math.isfinite(one):
                 suffix = "" if index is None else f"/{index}"
                 yield f"{row['kind']}/{name}{suffix}", float(one)

@@ -63,6 +63,7 @@ TASK = Task(
     name="repetition",
     prompts=embedded_prompts,
     reward=repetition_reward,
+    property="repetition",
     words=(" again again again", " repeated", " ordinary", " varied", " new fresh different"),
     measures=measures,
     headline="rep4",

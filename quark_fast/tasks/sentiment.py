@@ -64,7 +64,9 @@ def embedded_prompts() -> tuple[list[Row], list[Row]]:
 def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, float]:
     """Whether the completion has the sentiment wanted: among all, and among those of its prompt's class."""
     has_it = float(reward > 0.5)
-    return {"target": has_it, f"target_{row['prompt_class']}": has_it}
+    # Development prompts have no classes.
+    of_class = {f"target_{row['prompt_class']}": has_it} if "prompt_class" in row else {}
+    return {"target": has_it, **of_class}
 
 
 def task(target: str) -> Task:
@@ -74,6 +76,7 @@ def task(target: str) -> Task:
         name="sentiment",
         prompts=embedded_prompts,
         reward=lambda: sentiment_reward(target),
+        property=unwanted(target),
         judge=lambda: judge("sentiment", unwanted(target), complement=target == "positive"),
         words=words if target == "positive" else words[::-1],
         texts=assets.book_passages,

@@ -24,6 +24,7 @@ class Task:
         prompts: () -> (training rows, held-out rows).
         reward: () -> the task's reward.
         words: texts from the worst quantile to the best that name it; the reward tokens start there.
+        property: the reward's own, known before that is loaded.
         judge: () -> a scorer of another kind, which no run trains on; None: the task has none.
         texts: () -> ordinary texts, by which an evaluation tells what a training cost elsewhere.
         measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
@@ -38,6 +39,7 @@ class Task:
     prompts: Callable[[], tuple[list[Row], list[Row]]]
     reward: Callable[[], Reward]
     words: Sequence[str]
+    property: str = ""
     judge: Callable[[], Reward] | None = None
     texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures

@@ -100,6 +100,7 @@ TASK = Task(
     name="toxicity",
     prompts=embedded_prompts,
     reward=toxicity_reward,
+    property="toxicity",
     judge=lambda: judge("toxicity", "toxicity"),
     texts=assets.book_passages,
     words=(" hateful obscene stupid", " rude", " ordinary", " polite", " kind gentle friendly"),

@@ -5,7 +5,7 @@ A checkpoint is safetensors and JSON, nothing pickled, and does not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from quark_fast.data.split import digest
 from quark_fast.errors import UsageError
 from quark_fast.runtime import zero
-from quark_fast.runtime.distributed import LossModule, without_data
+from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.run_folder import StateAndTensors
 from quark_fast.training.quantize import Draws
 from quark_fast.training.setup import Setup, trained_parameters
 from quark_fast.training.stability import BadSteps
-from quark_fast.training.state import State
+from quark_fast.training.state import MeasuredRound, State
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -54,10 +54,11 @@ class Checkpoint:
             "reward": setup.reward.identity,
             "left_out": state.left_out,
             "touched": sorted(state.trained),  # the name that earlier versions wrote
+            "measured": [vars(one) for one in state.measured],
             "pool": plain,
         }
         tensors = {
-            "model": setup.processes.gather(_trained(setup.policy.model).items()),
+            "model": setup.processes.gather(trained_weights(setup.policy.model).items()),
             "optimizer": setup.processes.gather(self._optimizer_tensors()),
             "pool": arrays,
             "draws": {
@@ -67,15 +68,17 @@ class Checkpoint:
         }
         setup.processes.on_rank_0(lambda: setup.folder.save_checkpoint(saved, tensors))
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, check: Callable[[list[MeasuredRound]], None] = lambda _: None) -> None:
         """Set weights, optimizer and ``state`` to the last checkpoint, if there is one.
 
+        Args:
+            check: called on rank 0 with the rounds that were measured, before anything is changed.
         Raises:
             UsageError: it is another run's, or another reward scored its samples.
         """
         with self.setup.folder.disk_errors():
             try:
-                self._restore(state)
+                self._restore(state, check)
             except UsageError:
                 raise
             except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -84,7 +87,7 @@ class Checkpoint:
                     f" ({type(error).__name__}: {error}); start anew in another --output"
                 ) from error
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: State, check: Callable[[list[MeasuredRound]], None]) -> None:
         processes, folder = self.setup.processes, self.setup.folder
         loaded = processes.on_rank_0(folder.load_checkpoint, _without_large_data)
         if loaded is None:
@@ -94,17 +97,15 @@ class Checkpoint:
             return
         saved, tensors = loaded
         processes.all_gather(lambda: self._check(saved, tensors))
+        processes.on_rank_0(lambda: check(_measured(saved)))
         processes.on_rank_0(lambda: folder.cut_back(saved))
-        own = dict(self.setup.policy.model.named_parameters())
-        with torch.no_grad():
-            for name, value in tensors["model"].items():
-                own[name].copy_(processes.distribute(value, own[name]))
+        set_weights(processes, self.setup.policy.model, tensors["model"])
         self._load_optimizer(tensors["optimizer"])
         processes.all_gather(lambda: self._load_state(state, saved, tensors))
 
     def _check(self, saved: dict[str, Any], tensors: Tensors) -> None:
         """Refuse the checkpoint of another model, or of other prompts."""
-        own, folder = _trained(self.setup.policy.model), self.setup.folder
+        own, folder = trained_weights(self.setup.policy.model), self.setup.folder
         if own.keys() != tensors["model"].keys() or any(
             own[k].shape != v.shape for k, v in tensors["model"].items()
         ):
@@ -144,6 +145,7 @@ class Checkpoint:
         drawn = [k for k, share in enumerate(config.quantile_shares()) if share > 0]
         state.trained = set(saved.get("touched", drawn if state.step else []))
         state.seconds = float(saved["seconds"])
+        state.measured = _measured(saved)
         state.bad_steps = BadSteps(**saved["bad_steps"])
         state.kl.coef = float(saved["kl_coef"])
         asked, found = saved["micro_batch"]
@@ -195,9 +197,22 @@ class Checkpoint:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _trained(model: Any) -> dict[str, Tensor]:
+def _measured(saved: dict[str, Any]) -> list[MeasuredRound]:
+    """The measured rounds of a checkpoint; none of one by an earlier version."""
+    return list(map(MeasuredRound.from_json, saved.get("measured", [])))
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
     """The parameters that training changes: all of them, or adapters and reward rows."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_weights(processes: Processes, model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Set the parameters that ``weights`` names; the data are rank 0's, and every process has to ask."""
+    own = dict(model.named_parameters())
+    for name, value in weights.items():
+        own[name].copy_(processes.distribute(value, own[name]))
 
 
 def _without_large_data(loaded: StateAndTensors | None) -> StateAndTensors | None:

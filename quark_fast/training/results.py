@@ -107,8 +107,12 @@ class Results:
 
     # ---------------------------------------------------------------- the evaluation
 
-    def evaluate(self, step: int) -> None:
-        """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported."""
+    def evaluate(self, step: int, kept: dict[str, Any] | None = None) -> None:
+        """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported.
+
+        Args:
+            kept: which round's weights it has, and why, if rounds were compared.
+        """
         give_back_freed_memory()
         setup, config = self.setup, self.setup.config
         if setup.task.prompt_classes and not setup.reward.is_none:
@@ -119,7 +123,8 @@ class Results:
         samples: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in in_batch_order(shares):
             samples[name] += part
-        setup.processes.on_rank_0(lambda: self._write_evaluation(table, samples, step))
+        about = {} if kept is None else {"kept_round": kept}
+        setup.processes.on_rank_0(lambda: self._write_evaluation(table, samples, step, about))
 
     def _classify(self) -> None:
         """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
@@ -190,11 +195,13 @@ class Results:
             Progress(f"evaluating: {shown_name(name)}", min(total, len(samples) * count), total, numbers)
         )
 
-    def _write_evaluation(self, table: list[TableRow], samples: dict[str, list[Sample]], step: int) -> None:
+    def _write_evaluation(
+        self, table: list[TableRow], samples: dict[str, list[Sample]], step: int, about: dict[str, Any]
+    ) -> None:
         setup, config = self.setup, self.setup.config
         rows = [{"row": name, **vars(sample)} for name, part in samples.items() for sample in part]
         setup.folder.write_rows("evaluation.jsonl", rows)
-        about = describe_evaluation(
+        about |= describe_evaluation(
             self._measured(setup.held_out_sampling()),
             setup.task,
             config.target,

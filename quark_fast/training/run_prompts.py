@@ -18,6 +18,8 @@ from quark_fast.runtime.run_folder import PROMPTS, RunFolder
 from quark_fast.tasks.task import Task
 from quark_fast.training.scored import Scored, encode_scored
 
+DEVELOPMENT_SAMPLES = 2  # completions of a development prompt, of each round
+
 
 @dataclass
 class RunPrompts:
@@ -30,6 +32,7 @@ class RunPrompts:
             the date, so that a resumed run would render them differently.
         about: what was left out, and why, in words.
         scored: completions of training prompts that were scored before; reward NaN: not yet.
+        development: what rounds are compared on; None: they are not.
     """
 
     train: list[Row]
@@ -39,10 +42,12 @@ class RunPrompts:
     chats: list[Row]
     about: list[str]
     scored: list[Scored]
+    development: HeldOut | None = None
 
     def longest(self, new_tokens: int) -> int:
         """The most tokens of a prompt with a completion, of ``new_tokens`` if it is sampled."""
-        sampled = max(map(len, [*self.train_ids, *self.held_out.ids])) + new_tokens
+        development = self.development.ids if self.development else ()
+        sampled = max(map(len, [*self.train_ids, *self.held_out.ids, *development])) + new_tokens
         return max([sampled, *(len(self.train_ids[one.prompt]) + len(one.ids) for one in self.scored)])
 
 
@@ -76,6 +81,7 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
         chosen,
         train=as_rendered(chosen.train, before),
         held_out=as_rendered(chosen.held_out, before),
+        development=as_rendered(chosen.development, before),
         about=about,
     )
 
@@ -85,7 +91,13 @@ def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts
     what, log = "texts" if config.prefix_tokens else "prompts", chosen.about.append
     train = HeldOut.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
     held_out = HeldOut.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
-    policy.check_fits([*train.ids, *held_out.ids], config.max_new_tokens)
+    development = None
+    if chosen.development:
+        some = HeldOut.encoded(policy, chosen.development, config, what=f"development {what}", log=log)
+        samples = DEVELOPMENT_SAMPLES if config.eval_temperature else 1
+        development = dataclasses.replace(some, samples=samples, texts=())
+    every = [*train.ids, *held_out.ids, *(development.ids if development else ())]
+    policy.check_fits(every, config.max_new_tokens)
     return RunPrompts(
         scored=encode_scored(
             policy, chosen.scored, train.rows, train.ids, config.max_new_tokens, chosen.about
@@ -94,6 +106,7 @@ def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts
         train_ids=[list(ids) for ids in train.ids],
         held_out_rows=chosen.held_out if config.prefix_tokens else list(held_out.rows),
         held_out=held_out,
-        chats=[row for row in [*chosen.train, *chosen.held_out] if is_chat(row)],
+        chats=[row for row in [*chosen.train, *chosen.held_out, *chosen.development] if is_chat(row)],
         about=chosen.about,
+        development=development,
     )

@@ -24,6 +24,7 @@ from quark_fast.evaluation.held_out import (
     first_completions,
     generation_settings,
 )
+from quark_fast.evaluation.round_measures import check_goal, check_goal_of_task
 from quark_fast.model.check_model import Checked, check_model
 from quark_fast.model.copies import SharedCopy, shared_reference
 from quark_fast.model.loading import decode_fast, load_reference
@@ -130,12 +131,15 @@ def set_up(
     """
     check_vllm(config, processes.count)
     task = find_task(config.task, config.target)
+    tasks_own = reward is None and config.reward in (None, task.name)
+    if tasks_own and config.judge in ("auto", "none"):
+        check_goal_of_task(config, task)
     set_threads(config.threads)
     accelerator = _accelerator(config, folder, processes)
     scorer = choose_reward(config, task, accelerator.device, reward)
-    tasks_own = reward is None and config.reward in (None, task.name)
     trained_by = [term.identity for term in terms(scorer)]
     judges = choose_judges(config, task, accelerator.device, trained_by, tasks_own)
+    check_goal(config, task, scorer, judges)
     chosen = read_prompts(config, task, folder, given, tasks_own)
     _check_impl(config.impl, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 
@@ -10,6 +12,29 @@ from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutPool
 from quark_fast.training.quantize import Draws
 from quark_fast.training.stability import BadSteps, KLController
+
+
+@dataclass(frozen=True)
+class MeasuredRound:
+    """What a round came to on development prompts.
+
+    Attributes:
+        round: from 1; 0 is the base model.
+        measures: by name; NaN where there is no value.
+        trained: quantiles whose reward token had been trained by then, in order.
+        sha256: of its weights in the run folder; "": they were not kept.
+    """
+
+    round: int
+    measures: Mapping[str, float]
+    trained: tuple[int, ...] = ()
+    sha256: str = ""
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """As ``vars`` gives it, from a checkpoint."""
+        measures = {str(name): float(value) for name, value in saved["measures"].items()}
+        return cls(int(saved["round"]), measures, tuple(map(int, saved["trained"])), str(saved["sha256"]))
 
 
 @dataclass
@@ -28,6 +53,7 @@ class State:
         left_out: rounds without steps, since all rewards were equal.
         trained: quantiles whose reward token has been trained.
         seconds: what the run took so far.
+        measured: the base model, then every round, on development prompts, if rounds are compared.
     """
 
     pool: RolloutPool
@@ -42,6 +68,7 @@ class State:
     left_out: int = 0
     trained: set[int] = field(default_factory=set)
     seconds: float = 0.0
+    measured: list[MeasuredRound] = field(default_factory=list)
 
     @classmethod
     def new(cls, config: Config, processes: int, device: torch.device) -> State:

@@ -7,6 +7,7 @@ so a resumed run needs no RNG state to repeat an undisturbed one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from quark_fast.runtime.machine import versions
 from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.runtime.seeds import seed_for
+from quark_fast.training import best_round
+from quark_fast.training.best_round import BestRound
 from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.explore import Explorer, stage_of
 from quark_fast.training.learn import Learner
@@ -102,9 +105,10 @@ class Trainer:
             config, processes, self.accelerator, wrapped, self.setup.objective, self.optimizer
         )
         self.results = Results(self.setup, self.work, sampler, heard)
+        self.best = BestRound(self.setup, self.work, sampler, heard)
         self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
         if config.resume:
-            self.checkpoint.restore(self.state)
+            self.checkpoint.restore(self.state, self.best.check_kept)
         processes.on_rank_0(self._write_start)
 
     @property
@@ -133,7 +137,9 @@ class Trainer:
             self.listen.hearing(about),
             stop_signals(self._how_to_go_on) as self.work.stop,
         ):
-            while state.round < self.config.rounds:
+            if not state.measured:
+                self._compare()
+            while state.round < self.config.rounds and not self.best.stops(state):
                 if not state.sampled:
                     self._explore()
                 if self._rewards_differ():
@@ -144,10 +150,11 @@ class Trainer:
                 state.round, state.sampled = state.round + 1, False
             self.processes.on_rank_0(self.rollout.close)
             self.setup.copied.drop()  # a probe's that no round samples any more
+            self._save()
+            kept = self.best.take(state)
             quantiles = range(self.policy.quantiles)
             self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
-            self._save()
-            self.results.evaluate(state.step)
+            self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.results.export(time.monotonic() - self.started)
         return TrainedRun(self.folder.path, self.config.trust_remote_code)
@@ -176,7 +183,8 @@ class Trainer:
         self._record(metrics)
         state.sampled = True
         self._save()
-        self.processes.on_rank_0(lambda: self.journal.forget(stage_of(state)))
+        for stage in (stage_of(state), best_round.stage_of(state.round)):
+            self.processes.on_rank_0(functools.partial(self.journal.forget, stage))
 
     def _rewards_differ(self) -> bool:
         """Whether the pool has two rewards or more. If not, the round has nothing to learn from.
@@ -249,8 +257,15 @@ class Trainer:
         # One token tells nothing apart, and without a reward nothing says which completions are good.
         if self.policy.quantiles > 1 and not self.setup.reward.is_none:
             self._record(self.results.probe(self.state.step))
+        self._compare()
         if self.config.rollout != "transformers":  # else the next round samples this copy
             self.setup.copied.drop()
+
+    def _compare(self) -> None:
+        """What --keep-best chooses by: the base model before the first round, then each round."""
+        row = self.best.measure(self.state)
+        if row is not None:
+            self._record(row)
 
     # ---------------------------------------------------------------- the run folder
 

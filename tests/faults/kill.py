@@ -64,6 +64,7 @@ from quark_fast.report.page import write_report  # noqa: E402
 from quark_fast.runtime.machine import versions  # noqa: E402
 from quark_fast.terminal import exit_status  # noqa: E402
 from quark_fast.training import results, setup  # noqa: E402
+from quark_fast.training.best_round import BestRound  # noqa: E402
 from quark_fast.training.checkpoint import Checkpoint  # noqa: E402
 from quark_fast.training.explore import Explorer  # noqa: E402
 from quark_fast.training.learn import Learner  # noqa: E402
@@ -84,6 +85,7 @@ STAGES = {
     "step": "clock",
     "checkpoint": "line",
     "probe": "clock",
+    "comparison of rounds": "clock",
     "evaluation": "clock",
     "report and export": "clock",
     "file operations": "file",
@@ -172,6 +174,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         (Learner, "step", "step"),
         (Checkpoint, "save", "checkpoint"),
         (Results, "probe", "probe"),
+        (BestRound, "measure", "comparison of rounds"),
         (Results, "evaluate", "evaluation"),
         (Results, "export", "report and export"),
     ]
@@ -196,6 +199,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         kl_coef=0.1,
         eval_samples=2,
         eval_guidance="2",
+        keep_best="reward:max",
         precision="fp32",
         threads=1,
         checkpoint_every=INTERVAL,

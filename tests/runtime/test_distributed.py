@@ -52,6 +52,7 @@ HANGS = 300  # seconds that are too many on any machine
 STOP_AT = 7  # steps; in the second round, between two checkpoints
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ADAPTERS: dict[str, Any] = {"rounds": 1, "lora_rank": 2}
+COMPARED: dict[str, Any] = {"keep_best": "perplexity:max"}  # which the second round lowers
 SERVED: dict[str, Any] = {"rollout": "vllm", "guidance": 1.0, "initial_samples": 2, "explore_samples": 2}
 
 
@@ -171,6 +172,8 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     with trouble(memory=False, loss=True):
         attempt("diverged", settings(root, "diverged", **HARD, max_bad_steps=1))
     attempt("adapters", settings(root, "adapters", **ADAPTERS, gradient_checkpointing=True))
+    attempt("compared", settings(root, "compared", **COMPARED))
+    attempt("beyond", settings(root, "beyond", keep_best="reward:max, perplexity<=0.01", rounds=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "save_checkpoint", no_space)
         attempt("full", settings(root, "full"))
@@ -193,6 +196,7 @@ def work(index: int, root: Path, port: int, url: str) -> None:
 
     Trainer._write_start = look  # type: ignore[method-assign]
     attempt_sharded("sharded", settings(root, "sharded", gradient_checkpointing=True))
+    attempt_sharded("sharded, compared", settings(root, "sharded-compared", **COMPARED))
     attempt_sharded("sharded, stopped", settings(root, "sharded-stopped"), stop=index == 0)
     attempt_sharded("served", settings(root, "served", **SERVED, vllm_server=url))
     heard["all parameters sharded"] = str(sharded)
@@ -233,6 +237,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with trouble(memory=False, loss=True):
         train(settings(root, "hard-on-one", **HARD))
     train(settings(root, "adapters-on-one", **ADAPTERS))
+    train(settings(root, "compared-on-one", **COMPARED))
     url = f"http://127.0.0.1:{free_port()}"
     train(settings(root, "served-on-one", **SERVED, vllm_server=url))
     pair = start_processes(work, (root, free_port(), url), 2, join=False, start_method=START_METHOD)
@@ -345,6 +350,19 @@ def test_adapters_on_two_processes_are_those_of_one(root: Path) -> None:
     assert_same_run(root / "adapters-on-one", root / "adapters")
 
 
+@pytest.mark.parametrize("name", ["compared", "sharded-compared"])
+def test_processes_keep_the_round_that_one_keeps(root: Path, name: str) -> None:
+    assert not {"compared", "sharded, compared"} & heard(root, 0).keys()
+    assert_same_run(root / "compared-on-one", root / name)
+    kept = json.loads((root / name / "evaluation.json").read_text())["kept_round"]
+    assert (kept["round"], kept["rounds"]) == (1, 2)
+
+
+def test_no_round_within_the_bounds_ends_all_processes_with_one_message(root: Path) -> None:
+    assert heard(root, 0)["beyond"].startswith("UsageError: no round meets keep_best = 'reward:max, perplex")
+    assert heard(root, 1)["beyond"].startswith("OtherProcessFailed: process 0 failed: no round meets")
+
+
 def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "qwen2")
     (tmp_path / "rewards.py").write_text(
@@ -392,7 +410,7 @@ def assert_same_run(one: Path, other: Path, without: str = "") -> None:
         for a, b in zip(mine, theirs, strict=True):
             assert a.keys() == b.keys()
             for name in a.keys() - clock:
-                assert a[name] == (b[name] if isinstance(a[name], str | dict) else near(b[name])), (
+                assert a[name] == (b[name] if isinstance(a[name], str) else near(b[name])), (
                     file,
                     a,
                     b,
@@ -405,6 +423,10 @@ def assert_same_run(one: Path, other: Path, without: str = "") -> None:
 
 
 def near(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: near(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [near(one) for one in value]
     return value if value is None else pytest.approx(value, rel=2e-3, abs=2e-5)
 
 
@@ -419,7 +441,7 @@ def test_two_processes_compute_the_samples_losses_and_weights_of_one(root: Path)
 
 
 def test_sharded_model_computes_the_samples_losses_and_weights_of_a_whole_one(root: Path) -> None:
-    assert heard(root, 0)["all parameters sharded"] == "[True, True, True]"
+    assert heard(root, 0)["all parameters sharded"] == "[True, True, True, True]"
     assert_same_run(root / "one", root / "sharded")
     assert json.loads((root / "sharded" / "versions.json").read_text())["loss"] == "chunks of hidden states"
 
