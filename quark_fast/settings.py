@@ -380,7 +380,8 @@ class EvaluationSettings:
         "measure every round on development prompts, a part of the training prompts that is held out, too,"
         " and keep the best one: a measure with min or max, then bounds relative to the base model's value,"
         " as 'judge:min, perplexity<=1.10'; measures: reward or what it measures (toxicity), judge,"
-        " perplexity, prompt_fit, dist3, others of the table; default: off, the last round is kept",
+        " perplexity, prompt_fit, dist3, others of the table; it costs two completions of each such prompt a"
+        " round, with what scores them; default: off, the last round is kept",
         free="resume",
     )
     stop_after: int = setting(

@@ -119,8 +119,7 @@ def plot_probe(run: RunFiles, palette: Palette) -> str:
 
 def plot_compared(run: RunFiles, palette: Palette) -> str:
     """Every measure by which rounds may be compared, over the rounds; the one that was kept; the bounds."""
-    measures = [record.get("measures") for record in run.compared]
-    tables = [one if isinstance(one, dict) else {} for one in measures]
+    tables = [_object_of(record, "measures") for record in run.compared]
     names = [name for name in dict.fromkeys(name for table in tables for name in table)][:24]
     shown = {name: series_of(tables, name) for name in names}
     if run.evaluation.get("property") != "reward" and len(shown) > 1:

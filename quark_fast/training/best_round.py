@@ -109,7 +109,8 @@ class BestRound:
             for name, part in evaluate(how, model, [row], setup.task.measures, kept=lambda _: kept):
                 yield name, part
                 done += len(part) * setup.processes.count
-                self._show(number, min(done, self.total - 1))  # its end has the numbers
+                if done < self.total:  # the end has the numbers
+                    self._show(number, done)
 
         shares = self.work.all_gather(lambda: list(parts()))
         return [one for _, part in in_batch_order(shares) for one in part]
@@ -150,7 +151,8 @@ class BestRound:
         """What ``--keep-best`` looks at; bounds as they are kept, relative to the base model."""
         assert self.goal is not None
         base, own = state.measured[0].measures, measured.measures
-        ratios = {f"{bound.measure} / base": bound.ratio(own, base) for bound in self.goal.bounds}
+        bounds = self.goal.bounds if measured.round else ()
+        ratios = {f"{bound.measure} / base": bound.ratio(own, base) for bound in bounds}
         return {self.goal.measure: own[self.goal.measure], **ratios}
 
     def _judged(self, state: State) -> str:
@@ -185,7 +187,10 @@ class BestRound:
 
     def check_kept(self, measured: list[MeasuredRound]) -> None:
         """Raise UsageError if the best of a resumed run's rounds, by its goal now, is not there any more."""
-        best = self._best(measured) if self.goal and measured else None
+        if self.goal is None or not measured:
+            return
+        self.goal.check_base(measured[0].measures)
+        best = self._best(measured)
         if best is not None:
             self._kept(best)
 

@@ -241,6 +241,10 @@ def test_no_round_within_the_bounds_ends_in_one_line_and_a_looser_bound_goes_on(
     assert_exported(folder, after_rounds[chosen])
 
 
+def refuse(*_: Any) -> None:
+    raise UsageError("the base model's values are looked at before a bound is")
+
+
 def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_refused_at_once(
     tmp_path: Path, tiny_model: Callable[..., Path], spoiled: Callable[[int], None]
 ) -> None:
@@ -258,6 +262,10 @@ def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_re
     with pytest.raises(UsageError, match=r"chooses round [23], whose weights \(.*\) are gone"):
         run(folder, model, resume=True, keep_best="reward:min")
     assert (folder / "metrics.jsonl").read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Goal, "check_base", refuse)
+        with pytest.raises(UsageError, match="looked at before a bound is"):
+            run(folder, model, resume=True, keep_best="reward:max, dist3<=2")
     for changed in ({"keep_best": ""}, {"eval_top_p": 0.5}, {"judge": "none"}):
         with pytest.raises(UsageError, match=r"but the run to resume has"):
             run(folder, model, resume=True, **changed)
