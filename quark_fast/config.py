@@ -186,9 +186,11 @@ class Config(
 
     @property
     def output_folder(self) -> Path:
-        """The folder given, else one by the name of the user's own reward, else by the task's."""
+        """The folder given, else one by the run to go on from, the user's own reward, or the task."""
         if self.output:
             return Path(self.output)
+        if self.from_run:
+            return _next_folder(Path(self.from_run))
         own = self.reward if self.reward not in (None, "none", *TASK_DEFAULTS) else None
         return Path("runs", self.task if own is None else _short_name(own))
 
@@ -286,7 +288,8 @@ class Config(
     def _check_scored(self) -> None:
         if self.scored is None and self.initial_samples == 0:
             raise UsageError("initial_samples = 0 leaves nothing to learn from; give at least 1, or --scored")
-        if self.reward == "none" and not (self.scored and self.initial_samples == 0 and self.rounds == 1):
+        sampled = self.initial_samples or self.rounds > 1 or self.from_run
+        if self.reward == "none" and (sampled or not self.scored):
             raise UsageError(
                 "reward = none leaves nothing to score samples by; it is for --scored FILE with"
                 " --initial-samples 0 --rounds 1, which samples nothing"
@@ -375,6 +378,14 @@ class Config(
         """Write the settings as YAML, which ``--config`` reads back."""
         with replacing(path) as scratch:
             scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def _next_folder(run: Path) -> Path:
+    """Where a run that goes on from another stands: runs/x-2 beside runs/x, then runs/x-3."""
+    run = run.resolve() if run.name in ("", "..") else run
+    name, _, number = run.name.rpartition("-")
+    counted = name and number.isdecimal() and 2 <= int(number) < 1000
+    return run.with_name(f"{name}-{int(number) + 1}" if counted else f"{run.name}-2")
 
 
 def _short_name(reward: str) -> str:

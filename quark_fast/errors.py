@@ -14,6 +14,10 @@ class UsageError(ValueError):
         return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-900:]}"
 
 
+class NotUploaded(UsageError):
+    """The run is finished, but its model could not be uploaded to the hub."""
+
+
 class OtherProcessFailed(Exception):
     """Another process failed and has reported it; this one only stops."""
 

@@ -46,12 +46,14 @@ class Run:
     def trained_on(self, rows: Sequence[Row]) -> int:
         """How many of the prompts the run was trained on: its first round sampled each of its own."""
         seen: set[str] = set()
+        first = None  # not 0 where the run goes on from another
         path = self.folder / COMPLETIONS
         try:
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     row = json.loads(line)
-                    if row["round"] != 0:
+                    first = row["round"] if first is None else first
+                    if row["round"] != first:
                         break
                     seen.add(row["prompt"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -92,6 +92,8 @@ def render_html(run: RunFiles) -> str:
     last_round, training_samples = median_samples(run.completions)
     found = headline_parts(run.evaluation)
     no_result = f"This run has no result yet: {counted(len(run.steps), 'step')} recorded."
+    if run.left_out:
+        no_result = "This run was not evaluated: python -m quark_fast.evaluate RUN does so."
     template = _environment().get_template("page.html.jinja")
     return template.render(
         run=run,
@@ -165,11 +167,18 @@ def _facts(run: RunFiles) -> dict[str, Any]:
         # With a reward of the user's own, the task gives prompts and sampling only: not named.
         "task": None if scores_are_rewards(evaluation) else evaluation.get("task"),
         "evaluated on": about(evaluation).partition(" on ")[2],
-        "trained": counted(len(run.steps), "step") if run.steps else None,
+        "trained": _trained(run),
         "samples scored": _scored(run),
         "scorer": scorer_name(evaluation),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _trained(run: RunFiles) -> str | None:
+    if not run.steps:
+        return None
+    before = f", after {number_of(run.begun, 'step'):.0f} of an earlier run" if run.begun else ""
+    return counted(len(run.steps), "step") + before
 
 
 def _scored(run: RunFiles) -> str | None:
