@@ -339,6 +339,10 @@ class Config(
             raise UsageError(
                 f"lora_targets = {self.lora_targets!r}; give all-linear, or layers' names with commas between"
             )
+        if self.export_adapter and not self.lora_rank:
+            raise UsageError(
+                "export_adapter needs adapters, but lora_rank = 0 trains all weights; give a rank"
+            )
         if self.quantiles == 1 and self.contrast_coef:
             raise UsageError(
                 f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"

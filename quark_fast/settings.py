@@ -427,4 +427,10 @@ class MachineSettings:
         " transformers then need suppress_tokens of its generation config",
         free="resume",
     )
+    export_adapter: bool = setting(
+        False,
+        "write the LoRA adapters and the reward tokens' rows by themselves, too: model/adapter, as peft loads"
+        " them onto the base model",
+        free="resume",
+    )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal", free="grid")

@@ -21,10 +21,11 @@ from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summ
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
+from quark_fast.model.adapter import write_adapter
 from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.files import NOT_EVALUATED, read_run
-from quark_fast.report.model_card import write_card
+from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
 from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Sampler, Sampling
@@ -226,6 +227,9 @@ class Results:
             with replacing_folder(setup.folder / "model") as scratch:
                 how = generation_settings(evaluation_sampling(setup.config))
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
+                if setup.config.export_adapter:
+                    base = find_base(setup.config.model)
+                    write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
             setup.folder.add_end(self._end(seconds))
             run = read_run(setup.folder.path)
             write_report(setup.folder.path, run)
