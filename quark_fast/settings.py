@@ -201,13 +201,13 @@ class FolderSettings:
     from_run: str | None = setting(
         None,
         "(--from) finished run to train further: its weights and its pool, --rounds more; its settings are"
-        " the defaults; --output is then RUN-2 by default",
+        " the defaults, and --output is RUN-2 unless it is given; default: none",
         alias="--from",
     )
     push_to_hub: str | None = setting(
         None,
         "repository of the Hugging Face hub, USER/NAME, that the finished model is uploaded to; made at the"
-        " start if it is not there, public unless the organisation's default is private",
+        " start if it is not there, public unless the organisation's default is private; default: none",
         free="grid",
     )
     hub_private_repo: bool = setting(
