@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "text of a finished run, before and after",
     "evaluate": "runs, models and earlier tables side by side",
     "ablate": "a small grid of runs, one table and one plot",
-    "report": "a run's report.html again, from its files",
+    "report": "a run's report.html again, from its files; several runs on one page",
     "completion": "a script by which a shell completes all this",
 }
 

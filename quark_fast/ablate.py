@@ -65,6 +65,12 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     seeds = _seeds(own.seeds)
     base = parse(settings, PROGRAM, DEFAULTS)
     axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else usual_axes(base)
+    unusual = {"--no-eval": not base.eval, "--from": base.from_run, "--push-to-hub": base.push_to_hub}
+    if any(unusual.values()):
+        flag = next(flag for flag, given in unusual.items() if given)
+        raise UsageError(
+            f"a grid trains runs from the base model and compares their evaluations; leave out {flag}"
+        )
     if base.resume:
         raise UsageError("a grid goes on by itself; leave out --resume")
     if base.seed:

@@ -178,7 +178,8 @@ class _ConfigParser(Parser, HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
         flag = copy.copy(field)  # argparse is given all metadata
-        flag.metadata = {"help": field.metadata["help"]}  # type: ignore[assignment]
+        aliases = [field.metadata["alias"]] if field.metadata["alias"] else []
+        flag.metadata = {"help": field.metadata["help"], "aliases": aliases}  # type: ignore[assignment]
         HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def typed(self, name: str, value: Any) -> Any:
@@ -252,15 +253,18 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
 
 
 def _settings_below(parser: _ConfigParser, config: str | None, **flags: Any) -> dict[str, Any]:
-    """The settings that the flags win over: those of --config, else of the run to resume."""
-    if config:
-        return _read_yaml(parser, Path(config))
-    saved = Config(**flags).output_folder / "config.yaml"
-    if not flags["resume"] or not saved.exists():
-        return {}
+    """The settings that the flags win over: those of --config, else of the run to resume or to go on from."""
     # A run goes on with its own settings. Not its folder, which may have moved, nor the consent to run code.
-    asked_again = ("output", "resume", "trust_remote_code")
-    return {name: value for name, value in _read_run(parser, saved).items() if name not in asked_again}
+    asked_again = {"output", "resume", "trust_remote_code"}
+    own: dict[str, Any] = {}
+    if flags["resume"]:
+        if not config and (saved := Config(**flags).output_folder / "config.yaml").exists():
+            own = _read_run(parser, saved)
+    elif flags["from_run"] and (saved := Path(flags["from_run"]) / "config.yaml").exists():
+        own = _read_run(parser, saved)
+        asked_again |= {"from_run", "push_to_hub", "hub_private_repo"}
+    own = {name: value for name, value in own.items() if name not in asked_again}
+    return own | (_read_yaml(parser, Path(config)) if config else {})
 
 
 def load_config(path: Path) -> Config:

@@ -187,9 +187,11 @@ class Config(
 
     @property
     def output_folder(self) -> Path:
-        """The folder given, else one by the name of the user's own reward, else by the task's."""
+        """The folder given, else one by the run to go on from, the user's own reward, or the task."""
         if self.output:
             return Path(self.output)
+        if self.from_run:
+            return _next_folder(Path(self.from_run))
         own = self.reward if self.reward not in (None, "none", *TASK_DEFAULTS) else None
         return Path("runs", self.task if own is None else _short_name(own))
 
@@ -296,7 +298,8 @@ class Config(
     def _check_scored(self) -> None:
         if self.scored is None and self.initial_samples == 0:
             raise UsageError("initial_samples = 0 leaves nothing to learn from; give at least 1, or --scored")
-        if self.reward == "none" and not (self.scored and self.initial_samples == 0 and self.rounds == 1):
+        sampled = self.initial_samples or self.rounds > 1 or self.from_run
+        if self.reward == "none" and (sampled or not self.scored):
             raise UsageError(
                 "reward = none leaves nothing to score samples by; it is for --scored FILE with"
                 " --initial-samples 0 --rounds 1, which samples nothing"
@@ -346,6 +349,10 @@ class Config(
             raise UsageError(
                 f"lora_targets = {self.lora_targets!r}; give all-linear, or layers' names with commas between"
             )
+        if self.export_adapter and not self.lora_rank:
+            raise UsageError(
+                "export_adapter needs adapters, but lora_rank = 0 trains all weights; give a rank"
+            )
         if self.quantiles == 1 and self.contrast_coef:
             raise UsageError(
                 f"contrast_coef = {self.contrast_coef} needs at least 2 quantiles to tell apart; give 0"
@@ -392,6 +399,14 @@ class Config(
         """Write the settings as YAML, which ``--config`` reads back."""
         with replacing(path) as scratch:
             scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def _next_folder(run: Path) -> Path:
+    """Where a run that goes on from another stands: runs/x-2 beside runs/x, then runs/x-3."""
+    run = run.resolve() if run.name in ("", "..") else run
+    name, _, number = run.name.rpartition("-")
+    counted = name and number.isdecimal() and 2 <= int(number) < 1000
+    return run.with_name(f"{name}-{int(number) + 1}" if counted else f"{run.name}-2")
 
 
 def _short_name(reward: str) -> str:

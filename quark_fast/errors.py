@@ -6,7 +6,8 @@ from quark_fast.files.safe_text import clean
 
 EXIT_STATUS = (
     "exit status: 0 done; 1 a bug, with its traceback; 2 what was asked for cannot be done; 3 the run\n"
-    "diverged and stopped itself; 4 out of memory or disk; 130 stopped by Ctrl-C or SIGTERM"
+    "diverged and stopped itself; 4 out of memory or disk; 5 finished, but the model is not on the hub;\n"
+    "130 stopped by Ctrl-C or SIGTERM"
 )
 
 
@@ -31,6 +32,12 @@ class OutOfResources(UsageError):
     """Memory or disk did not suffice; what was done is kept, and ``--resume`` goes on where there is more."""
 
     exit_status = 4
+
+
+class NotUploaded(UsageError):
+    """The run is finished, but its model could not be uploaded to the hub."""
+
+    exit_status = 5
 
 
 class OtherProcessFailed(Exception):

@@ -19,6 +19,7 @@ def setting(
     above: float | None = None,
     at_most: int | None = None,
     free: Literal["", "resume", "grid"] = "",
+    alias: str = "",
 ) -> Any:
     """A field of the settings.
 
@@ -28,11 +29,13 @@ def setting(
         at_most: the highest number; default: ``MOST`` for a whole one, any finite one else.
         free: "resume": may be another when a run is resumed, as it leaves the run's samples and weights as
             they would be; "grid": also when a grid of ablations goes on, as no number depends on it.
+        alias: another flag, for a name that is no field's in Python.
     """
     if at_least is None and above is None and type(default) in (int, float):
         at_least = type(default)(0)
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "free": free})
+    metadata = {"help": help, "bounds": bounds, "free": free, "alias": alias}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def fix(value: Any, at_least: float | None, above: float | None, at_most: int | None) -> str:
@@ -196,6 +199,21 @@ class FolderSettings:
         free="grid",
     )
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint", free="grid")
+    from_run: str | None = setting(
+        None,
+        "(--from) finished run to train further: its weights and its pool, --rounds more; its settings are"
+        " the defaults, and --output is RUN-2 unless it is given; default: none",
+        alias="--from",
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "repository of the Hugging Face hub, USER/NAME, that the finished model is uploaded to; made at the"
+        " start if it is not there, public unless the organisation's default is private; default: none",
+        free="grid",
+    )
+    hub_private_repo: bool = setting(
+        False, "make that repository a private one; one that is there stays as it is", free="grid"
+    )
 
 
 @dataclass(kw_only=True)
@@ -359,6 +377,12 @@ class LossSettings:
 @dataclass(kw_only=True)
 class EvaluationSettings:
     _argument_group_name = "evaluation"
+    eval: bool = setting(
+        True,
+        "evaluate the trained model at the end; without it (--no-eval) python -m quark_fast.evaluate RUN does"
+        " so later",
+        free="resume",
+    )
     eval_samples: int = setting(
         5, "completions a held-out prompt and sampling mode", at_least=1, free="resume"
     )
@@ -415,6 +439,12 @@ class MachineSettings:
         "head of the exported model where the base model ties it to the embeddings: own, a second table in"
         " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
         " transformers then need suppress_tokens of its generation config",
+        free="resume",
+    )
+    export_adapter: bool = setting(
+        False,
+        "write the LoRA adapters and the reward tokens' rows by themselves, too: model/adapter, as peft loads"
+        " them onto the base model",
         free="resume",
     )
     show_offensive: bool = setting(False, "do not mask the worst words in the terminal", free="grid")

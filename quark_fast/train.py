@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from quark_fast.arguments import parse
 from quark_fast.config import Config
+from quark_fast.errors import NotUploaded
 from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import command
 
@@ -46,26 +47,35 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     trainer = Trainer(config, listen=display)
     for line in trainer.about:
         notices.print(line)
+    folder, not_uploaded = trainer.folder.path, None
     with display.shown():
-        folder = trainer.train().folder
+        try:
+            trainer.train()
+        except NotUploaded as error:  # the run is finished: first its results
+            not_uploaded = error
     if not processes.main:
         return
     finished = read_run(folder)
     if kept := kept_round(finished.evaluation):
         console.print(kept)
-    console.print(headline(finished.evaluation))
-    console.print(results_table(finished.evaluation))
-    texts = before_after(
-        finished.evaluation_rows,
-        mask=not config.show_offensive,
-        after=after_names(finished.evaluation),
-        lowest=scores_are_rewards(finished.evaluation),
-    )
-    console.print(texts)
+    if finished.evaluation:
+        console.print(headline(finished.evaluation))
+        console.print(results_table(finished.evaluation))
+        texts = before_after(
+            finished.evaluation_rows,
+            mask=not config.show_offensive,
+            after=after_names(finished.evaluation),
+            lowest=scores_are_rewards(finished.evaluation),
+        )
+        console.print(texts)
+    else:
+        notices.print(f"not evaluated (--no-eval): python -m quark_fast.evaluate {folder} does so")
     cost = finished.versions
     notices.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
     notices.print(f"report:   {folder / 'report.html'}")
     notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
+    if not_uploaded is not None:
+        raise not_uploaded
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
-from quark_fast.errors import EXIT_STATUS, Diverged, OutOfResources, UsageError
+from quark_fast.errors import EXIT_STATUS, Diverged, NotUploaded, OutOfResources, UsageError
 from quark_fast.model.policy import Policy
 from quark_fast.training.learn import Learner
 from quark_fast.training.state import State
@@ -162,6 +162,7 @@ def test_exit_statuses_of_the_docs_are_those_of_the_errors() -> None:
     named = re.findall(r"(\d+) ", EXIT_STATUS)
     assert list(table) == named
     said = {UsageError: "cannot be done", Diverged: "diverged", OutOfResources: "memory or disk"}
+    said[NotUploaded] = "could not upload"
     for error, words in said.items():
         assert words in table[str(error.exit_status)]
 

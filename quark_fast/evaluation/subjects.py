@@ -46,12 +46,14 @@ class Run:
     def trained_on(self, rows: Sequence[Row]) -> int:
         """How many of the prompts the run was trained on: its first round sampled each of its own."""
         seen: set[str] = set()
+        first = None  # not 0 where the run goes on from another
         path = self.folder / COMPLETIONS
         try:
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     row = json.loads(line)
-                    if row["round"] != 0:
+                    first = row["round"] if first is None else first
+                    if row["round"] != first:
                         break
                     seen.add(row["prompt"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -127,16 +129,24 @@ def labels(subjects: Sequence[Subject]) -> list[str]:
     Raises:
         UsageError: one is there twice.
     """
-    given = [subject.given for subject in subjects]
+    return short_names([subject.given for subject in subjects], [_parts(subject) for subject in subjects])
+
+
+def short_names(given: Sequence[str], parts: Sequence[Sequence[str]] | None = None) -> list[str]:
+    """The same of paths; ``parts``: what their names may be made of, else all parts of each.
+
+    Raises:
+        UsageError: one is there twice.
+    """
     for one in given:
         if given.count(one) > 1:
             raise UsageError(f"{one} is named twice; name each once")
-    parts = [_parts(subject) for subject in subjects]
+    parts = [Path(one).resolve().parts for one in given] if parts is None else parts
     for length in range(1, max(map(len, parts)) + 1):
         short = ["/".join(one[-length:]) for one in parts]
         if len(set(short)) == len(short):
             return short
-    return given
+    return list(given)
 
 
 def _parts(subject: Subject) -> list[str]:

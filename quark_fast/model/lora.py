@@ -67,7 +67,7 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         except ValueError as error:  # peft's word for names that no layer has
             raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
     _leave_bare_weights_alone(model, lora)
-    for name, _ in _adapted(model):
+    for name, _ in adapted_layers(model):
         if name in where:
             raise UsageError(
                 f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
@@ -83,7 +83,7 @@ def _leave_bare_weights_alone(model: Any, lora: Lora) -> None:
     """
     from peft.tuners.lora.layer import ParamWrapper
 
-    wrapped = [name for name, layer in _adapted(model) if isinstance(layer, ParamWrapper)]
+    wrapped = [name for name, layer in adapted_layers(model) if isinstance(layer, ParamWrapper)]
     if wrapped and lora.targets != ALL_LINEAR:
         raise UsageError(
             f"lora_targets = {lora.targets!r} reaches {wrapped[0]}, whose weights are no linear layers; give"
@@ -109,7 +109,7 @@ def merge_adapters(model: Any, converted: Callable[[Tensor], Tensor]) -> list[Te
         converted: from the float32 sum to what is kept of it.
     """
     merged = []
-    for name, layer in list(_adapted(model)):
+    for name, layer in list(adapted_layers(model)):
         base = layer.get_base_layer()
         base.weight.data = base.weight.data.to(torch.float32, copy=True)
         layer.merge()
@@ -122,7 +122,7 @@ def merge_adapters(model: Any, converted: Callable[[Tensor], Tensor]) -> list[Te
 
 def drop_adapters(model: Any) -> None:
     """The model without its adapters, as if there had been none."""
-    for name, layer in list(_adapted(model)):
+    for name, layer in list(adapted_layers(model)):
         model.set_submodule(name, layer.get_base_layer())
     _forget_adapters(model)
 
@@ -131,7 +131,8 @@ def _forget_adapters(model: Any) -> None:
     del model.peft_config  # injecting leaves it, and saving would take the model for an adapter
 
 
-def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+def adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, peft's layer) of each that has an adapter beside it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return ((name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))

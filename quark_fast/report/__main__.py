@@ -1,12 +1,13 @@
-"""``python -m quark_fast.report RUN``: write a run's report.html anew, from its files."""
+"""``python -m quark_fast.report RUN``: write a run's report.html anew; compare several runs on a page."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quark_fast.arguments import Parser
+from quark_fast.arguments import Parser, load_config
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import command
@@ -14,23 +15,83 @@ from quark_fast.terminal import command
 
 def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.report", description=__doc__)
-    made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train, finished or not")
+    made.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folder of quark_fast.train, finished or not"
+    )
+    made.add_argument(
+        "--output",
+        metavar="FILE.html",
+        type=Path,
+        help="page of several runs: their curves over one another, the settings that differ, their tables and"
+        " texts side by side where scorer, prompts and sampling are the same",
+    )
     return made
 
 
 @command
 def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Write the page, and print what the folder lacks for it."""
-    folder = Path(parser().parse_args(arguments).run)
+    given = parser().parse_args(arguments)
+    folders = [Path(run) for run in given.runs]
+    for folder in folders:
+        if not (folder / "config.yaml").exists():
+            raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
+    if len(folders) == 1:
+        if given.output:
+            raise UsageError(f"--output {given.output} is for several runs; one has its report in its folder")
+        _write_anew(folders[0], console, notices)
+    else:
+        _compare(folders, given.output, console, notices)
+
+
+def _write_anew(folder: Path, console: Terminal, notices: Terminal) -> None:
     from quark_fast.report.files import read_run
     from quark_fast.report.page import write_report
 
-    if not (folder / "config.yaml").exists():
-        raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
     files = read_run(folder)
     for line in files.missing:
         notices.print(line)
     console.print(f"report: {write_report(folder, files)}")
+
+
+def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, notices: Terminal) -> None:
+    _check_output(output)
+    assert output is not None
+    from quark_fast.evaluation.side_by_side import Evaluator
+    from quark_fast.evaluation.subjects import short_names
+    from quark_fast.files.atomic import replacing
+    from quark_fast.report.comparison import Compared, differing
+    from quark_fast.report.files import read_run
+    from quark_fast.report.page import runs_page
+
+    names = short_names([str(folder) for folder in folders])
+    configs = [load_config(folder / "config.yaml") for folder in folders]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    why, table, samples = "", {}, []
+    try:
+        made = Evaluator([str(folder / "evaluation.json") for folder in folders]).evaluate()
+        table, samples = made.table, [one for one in made.samples if not one.get("out_of_domain")]
+    except UsageError as error:  # not evaluated, or by other scorers, prompts, sampling: shown apart
+        why = str(error)
+        notices.print(f"no common table: {why}")
+    page = runs_page(Compared(runs, differing(configs), why), table, samples)
+    with replacing(output) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+    console.print(f"report: {output}")
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse, before anything is read, a file that cannot be written or must not be lost."""
+    if output is None:
+        raise UsageError("several runs are compared on a page of its own; name it by --output FILE.html")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: no such folder")
+    if output.suffix != ".html":
+        raise UsageError(f"--output {output}: give a name in .html")
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UsageError(f"--output {output}: this is a folder, or cannot be written; name another file")
+    if (output.parent / "config.yaml").exists() and output.name == "report.html":
+        raise UsageError(f"--output {output}: this is a run's own report; name another file")
 
 
 if __name__ == "__main__":

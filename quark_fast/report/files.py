@@ -12,6 +12,9 @@ from quark_fast.files.safe_read import too_deep
 from quark_fast.report.columns import COLUMNS, counted
 from quark_fast.report.records import Record, number_of
 
+# In a run's record, of one that was told not to evaluate.
+NOT_EVALUATED = "left out (--no-eval)"
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -29,6 +32,17 @@ class RunFiles:
     completions: list[Record] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def left_out(self) -> bool:
+        """Whether it was not to be evaluated, which is no lack."""
+        return not self.evaluation and self.versions.get("evaluation") == NOT_EVALUATED
+
+    @property
+    def begun(self) -> Record | None:
+        """The first round's row of a run that goes on from another one's rounds and steps."""
+        first = next(iter(self.rounds), None)
+        return first if first is not None and number_of(first, "round") > 0 else None
+
 
 def read_run(run_dir: Path) -> RunFiles:
     """Reads config.yaml, versions.json, metrics.jsonl, completions.jsonl, evaluation.json(l).
@@ -43,8 +57,11 @@ def read_run(run_dir: Path) -> RunFiles:
     versions = _read_object(run_dir / "versions.json", "the versions", missing)
     metrics = _read_lines(run_dir / "metrics.jsonl", "the curves", missing)
     completions = _read_lines(run_dir / "completions.jsonl", "the sampled texts", missing)
-    evaluation = _well_formed(_read_object(run_dir / "evaluation.json", "the results", missing), missing)
-    rows = _read_lines(run_dir / "evaluation.jsonl", "the before and after texts", missing)
+    # A run that was not to be evaluated lacks nothing.
+    no_lack: list[str] = []
+    lacks = no_lack if versions.get("evaluation") == NOT_EVALUATED else missing
+    evaluation = _well_formed(_read_object(run_dir / "evaluation.json", "the results", lacks), missing)
+    rows = _read_lines(run_dir / "evaluation.jsonl", "the before and after texts", lacks)
     rows = [row for row in rows if isinstance(row.get("prompt_id", 0), int)]
 
     def last_of(kind: str, key: str) -> list[Record]:

@@ -94,15 +94,17 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
         f" 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)){contrast}. Its tokenizer"
         " puts the best of its reward tokens in front of every text; nothing needs to be asked for.",
         as_markdown(headline(run.evaluation)),
-        _use(run),
+        _use(run, config),
         f"## Results\n\n{markdown_page(run.evaluation)}" if rows_of(run.evaluation) else "",
         _training(run, config),
-        _limits(base),
+        _limits(run, base),
     ]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _aim(run: RunFiles) -> str:
+    if not run.evaluation:
+        return "write what its reward scores high"
     if scores_are_rewards(run.evaluation):
         return "write what its reward function scores high"
     if run.evaluation.get("task") == "sentiment":
@@ -110,7 +112,7 @@ def _aim(run: RunFiles) -> str:
     return f"write less {as_markdown(str(run.evaluation.get('property') or 'of a property'))}"
 
 
-def _use(run: RunFiles) -> str:
+def _use(run: RunFiles, config: Config) -> str:
     """How to generate, with and without guidance."""
     plain = (
         "## Use\n\n"
@@ -121,9 +123,12 @@ def _use(run: RunFiles) -> str:
         "```"
     )
     row = main_row(run.evaluation)
-    if row is None or way_of(name_of(row)) != "guided":
+    if row is None:  # not evaluated
+        weights = config.guidances() if config.quantiles > 1 else []
+    else:
+        weights = [number_of(row, "guidance")] if way_of(name_of(row)) == "guided" else []
+    if not weights:
         return plain
-    weight = number_of(row, "guidance")
     return (
         f"{plain}\n\n"
         "That is the best token alone. Guidance goes further, at a second forward pass a token:"
@@ -134,7 +139,7 @@ def _use(run: RunFiles) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("MODEL")\n'
         'model = AutoModelForCausalLM.from_pretrained("MODEL", trust_remote_code=True)\n'
         'texts = tokenizer(["The man said"], return_tensors="pt")\n'
-        f"ids = model.generate(**texts, max_new_tokens=20, guidance={weight:g})\n"
+        f"ids = model.generate(**texts, max_new_tokens=20, guidance={weights[0]:g})\n"
         "print(tokenizer.batch_decode(ids, skip_special_tokens=True))\n"
         "```"
     )
@@ -152,6 +157,9 @@ def _training(run: RunFiles, config: Config) -> str:
     lines = [f"| `{name}` | {as_markdown(_without_folders(value))} |" for name, value in different.items()]
     scored = round(float(np.nansum([number_of(row, "samples") for row in run.rounds])))
     cost = [counted(scored, "scored completion"), counted(len(run.steps), "optimizer step")]
+    if run.begun:
+        rounds, steps = (number_of(run.begun, key) for key in ("round", "step"))
+        cost.append(f"after {rounds:.0f} rounds and {steps:.0f} steps of an earlier run")
     if minutes := run.versions.get("minutes"):
         cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
     kept = f" {as_markdown(kept_round(run.evaluation))}".rstrip()
@@ -174,12 +182,18 @@ def _without_folders(value: Any) -> str:
     return re.sub(r"(?<![\w/.])~?/(?:[^\s/:+*]+/)*", "", text)
 
 
-def _limits(base: Base) -> str:
+def _limits(run: RunFiles, base: Base) -> str:
     licence = (
         f"Its licence, {as_markdown(base.licence)}, is that of the base model."
         if base.licence
         else f"The base model's licence is not known here: {as_markdown(base.why)}."
     )
+    if not rows_of(run.evaluation):
+        return (
+            "## Limits\n\n"
+            "- It was not evaluated: what the training changed, and what it cost, is not known here.\n"
+            f"- {licence}"
+        )
     return (
         "## Limits\n\n"
         "- It writes less of what it was trained away from, not nothing of it. The table says how much is"

@@ -30,6 +30,7 @@ from quark_fast.report.columns import (
     main_columns,
     scores_are_rewards,
 )
+from quark_fast.report.comparison import Compared, comparison_plots
 from quark_fast.report.drawing import Palette, plot_style
 from quark_fast.report.files import RunFiles, read_run
 from quark_fast.report.records import Record, lists_of, number_of, series_of
@@ -78,6 +79,20 @@ def write_report(run_dir: Path | str, run: RunFiles | None = None) -> Path:
     return path
 
 
+def runs_page(compared: Compared, evaluation: Record, samples: Iterable[Record]) -> str:
+    """The page of several runs, as one HTML document.
+
+    Args:
+        evaluation: their joint table, empty where ``compared.why_apart`` says that there is none.
+        samples: behind that table.
+    """
+    rows = [
+        {k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows_of(evaluation)
+    ]
+    joint: Record = {**evaluation, "rows": rows} if rows else {}
+    return render_html(RunFiles(" beside ".join(compared.runs), {}, joint, list(samples)), compared)
+
+
 def comparison_page(evaluation: Record, samples: Iterable[Record], versions: Record) -> str:
     """The page of an evaluation that no run folder holds, as one HTML document.
 
@@ -92,19 +107,24 @@ def comparison_page(evaluation: Record, samples: Iterable[Record], versions: Rec
     return render_html(RunFiles("evaluation", versions, {**evaluation, "rows": rows}, shown))
 
 
-def render_html(run: RunFiles) -> str:
-    """The report as one HTML document."""
+def render_html(run: RunFiles, compared: Compared | None = None) -> str:
+    """The report as one HTML document, of several runs with ``compared``."""
     rewards, thresholds = (lists_of(run.rounds, name) for name in ("reward_by_quantile", "thresholds"))
     palette = Palette(max(rewards.shape[1], thresholds.shape[1] + 1))
     last_round, training_samples = median_samples(run.completions)
     found = headline_parts(run.evaluation)
     no_result = f"This run has no result yet: {counted(len(run.steps), 'step')} recorded."
+    if compared is not None:
+        no_result = f"{len(compared.runs)} runs side by side"
+    if run.left_out:
+        no_result = "This run was not evaluated: python -m quark_fast.evaluate RUN does so."
     template = _environment().get_template("page.html.jinja")
     return template.render(
         run=run,
         evaluation=run.evaluation,
         palette=palette,
-        plots=_plots(run, palette),
+        plots=_plots(run, palette) | _as_markup(comparison_plots(compared, palette) if compared else {}),
+        compared=compared,
         headline=found[0] if found else no_result,
         qualified=" ".join(found[1:]),
         kept=kept_round(run.evaluation),
@@ -133,6 +153,7 @@ def _environment() -> Environment:
     texts = (base_name, clean, fill, format_value, label_of, name_of, notes, shown_name, unscored_note)
     parts = (base_row, cell_of, columns_of, main_columns, rows_of, tables, way_of, bar_width, quantile_colour)
     made.globals.update({function.__name__: function for function in [*texts, *parts]})
+    made.globals["command_of"] = _command
     return made
 
 
@@ -164,7 +185,11 @@ def _plots(run: RunFiles, palette: Palette) -> dict[str, Markup]:
             "probe": plot_probe(run, palette),
             "compared": plot_compared(run, palette),
         }
-    return {name: Markup(svg) for name, svg in made.items()}
+    return _as_markup(made)
+
+
+def _as_markup(plots: Mapping[str, str]) -> dict[str, Markup]:
+    return {name: Markup(svg) for name, svg in plots.items()}
 
 
 def _facts(run: RunFiles) -> dict[str, Any]:
@@ -174,11 +199,18 @@ def _facts(run: RunFiles) -> dict[str, Any]:
         # With a reward of the user's own, the task gives prompts and sampling only: not named.
         "task": None if scores_are_rewards(evaluation) else evaluation.get("task"),
         "evaluated on": about(evaluation).partition(" on ")[2],
-        "trained": counted(len(run.steps), "step") if run.steps else None,
+        "trained": _trained(run),
         "samples scored": _scored(run),
         "scorer": scorer_name(evaluation),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _trained(run: RunFiles) -> str | None:
+    if not run.steps:
+        return None
+    before = f", after {number_of(run.begun, 'step'):.0f} of an earlier run" if run.begun else ""
+    return counted(len(run.steps), "step") + before
 
 
 def _scored(run: RunFiles) -> str | None:

@@ -67,7 +67,7 @@ def _over_rounds(
     return float(values[-1]), name, colour
 
 
-_STEP_PANELS = (
+STEP_PANELS = (
     ("loss", "loss, nats per token"),
     ("nll", "nll, nats per token"),
     ("kl", "KL to the reference, nats per token"),
@@ -81,7 +81,7 @@ _STEP_PANELS = (
 
 def plot_steps(run: RunFiles, palette: Palette) -> str:
     """What is minimised and its parts, every step and smoothed."""
-    every = [(title, series_of(run.steps, key)) for key, title in _STEP_PANELS]
+    every = [(title, series_of(run.steps, key)) for key, title in STEP_PANELS]
     shown = [(title, values) for title, values in every if np.isfinite(values).any()]
     if not shown:
         return ""

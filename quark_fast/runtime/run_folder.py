@@ -26,6 +26,7 @@ from quark_fast.files.atomic import (
     flush_all,
     give_usual_permissions,
     replacing,
+    replacing_folder,
     sha256,
 )
 from quark_fast.files.locks import try_lock, unlock
@@ -38,6 +39,7 @@ REWARDS = "rewards.sqlite"
 ROLLOUT = "rollout"  # weights for vLLM, while there are rounds to sample
 PENDING = "pending"  # batches of the stage under way
 ROUNDS = "rounds"  # weights of rounds that may yet be the best, with --keep-best
+STATE = "state"  # of a finished run: what another goes on from
 FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they were
@@ -51,9 +53,10 @@ class RunFolder:
     """Paths and atomic writes of one run.
 
     config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
-    report.html, model/, run.log, finished.json, rewards.sqlite for rewards that are cached and, while the run
-    is not finished, checkpoint/, the one before it in checkpoint.old/, pending/ with the batches of the stage
-    under way, rounds/ with weights of rounds that may be kept, rollout/ with weights for vLLM, and .lock.
+    report.html, model/, state/ for a run that goes on from this one, run.log, finished.json, rewards.sqlite
+    for rewards that are cached and, while the run is not finished, checkpoint/, the one before it in
+    checkpoint.old/, pending/ with the batches of the stage under way, rounds/ with weights of rounds that may
+    be kept, rollout/ with weights for vLLM, and .lock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -170,9 +173,9 @@ class RunFolder:
         path = self / "versions.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def add_cost(self, minutes: float, memory_gb: float) -> None:
-        """How long the run took and the most memory of its last start, into ``versions.json``."""
-        self.write_json("versions.json", self._record() | {"minutes": minutes, "memory_gb": memory_gb})
+    def add_end(self, record: Mapping[str, Any]) -> None:
+        """Into ``versions.json``: how long the run took, the most memory of its last start, and so on."""
+        self.write_json("versions.json", self._record() | dict(record))
 
     def finish(self) -> None:
         """Everything is written: from here on this is a finished run."""
@@ -224,21 +227,29 @@ class RunFolder:
         for name, size in sizes.items():
             if size:
                 flush(self / name)
-        for name, group in tensors.items():
-            save_file(dict(group), scratch / f"{name}.safetensors")
-        (scratch / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
-        for file in list(scratch.iterdir()):
-            give_usual_permissions(file)
-        flush_all(scratch)
-        sums = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
-        (scratch / CHECKSUMS).write_text(json.dumps(sums))
-        flush(scratch / CHECKSUMS)
-        flush(scratch)
+        _write_state(scratch, {**state, "sizes": sizes}, tensors)
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             os.rename(current, old)
         os.rename(scratch, current)
         flush(self.path)
+
+    def keep_state(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write what another run can go on from when this one is finished: ``state/``, as a checkpoint is."""
+        with replacing_folder(self / STATE) as scratch:
+            _write_state(scratch, state, tensors)
+
+    def kept_state(self) -> StateAndTensors:
+        """(state, tensors) of ``keep_state``.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        try:
+            return _read_state(self / STATE)
+        except Exception as error:  # as in ``load_checkpoint``
+            reason = clean(" ".join(str(error).split()))[:200]
+            raise UsageError(f"{self / STATE} is damaged ({reason}): nothing to go on from") from error
 
     def load_checkpoint(self) -> StateAndTensors | None:
         """(state, tensors) of the last whole checkpoint; None: none was made yet. See ``cut_back``.
@@ -284,15 +295,7 @@ class RunFolder:
 
     def _read(self, path: Path) -> StateAndTensors:
         """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
-        sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
-        files = {file.name for file in path.iterdir()} - {CHECKSUMS}
-        if files != sums.keys():
-            raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
-        for name, expected in sums.items():
-            if sha256(path / name) != expected:
-                raise ValueError(f"{name} has another checksum than when it was written")
-        state = json.loads((path / "state.json").read_text())
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        state, tensors = _read_state(path)
         sizes = state["sizes"]
         # They name what is cut: nothing else in the world may be.
         if sizes.keys() != {METRICS, COMPLETIONS} or not all(
@@ -316,6 +319,34 @@ class RunFolder:
         for name in (PENDING, ROUNDS):
             shutil.rmtree(self / name, ignore_errors=True)
         unlock(self / LOCK)
+
+
+def _write_state(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Files of a state in a folder of theirs, flushed to disk and read back for their checksums."""
+    for name, group in tensors.items():
+        save_file(dict(group), folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    for file in list(folder.iterdir()):
+        give_usual_permissions(file)
+    flush_all(folder)
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(sums))
+    flush(folder / CHECKSUMS)
+    flush(folder)
+
+
+def _read_state(path: Path) -> StateAndTensors:
+    """(state, tensors) of ``_write_state``; an error of any kind if they are not as they were written."""
+    sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
+    files = {file.name for file in path.iterdir()} - {CHECKSUMS}
+    if files != sums.keys():
+        raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
+    for name, expected in sums.items():
+        if sha256(path / name) != expected:
+            raise ValueError(f"{name} has another checksum than when it was written")
+    state = json.loads((path / "state.json").read_text())
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return state, tensors
 
 
 def _line(row: Mapping[str, Any]) -> str:

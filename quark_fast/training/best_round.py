@@ -41,6 +41,7 @@ class BestRound:
         self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
         self.goal = setup.config.goal()
         prompts = setup.prompts.development
+        self.rounds = setup.config.rounds  # those that there are in the end
         self.total = len(prompts.rows) * prompts.samples if prompts else 0  # completions of a round
 
     # ---------------------------------------------------------------- after a round
@@ -56,6 +57,7 @@ class BestRound:
         if self.goal is None:
             return None
         begun, setup = time.monotonic(), self.setup
+        self.rounds = state.all_rounds(setup.config)
         number = state.round + 1 if state.measured else 0
         self._show(number, 0)
         base, best, *_ = table_rows(setup.policy.quantiles, (), "best")
@@ -143,7 +145,7 @@ class BestRound:
         return self.setup.folder / ROUNDS / f"round-{number}.safetensors"
 
     def _show(self, number: int, done: int, numbers: dict[str, float] | None = None, note: str = "") -> None:
-        what = f"round {number}/{self.setup.config.rounds}" if number else "base model"
+        what = f"round {number}/{self.rounds}" if number else "base model"
         stage = f"{what}: measuring on development prompts"
         self.listen(Progress(stage, done, self.total, numbers or {}, note))
 
@@ -245,7 +247,7 @@ class BestRound:
 
     def _why(self, state: State, best: MeasuredRound) -> str:
         assert self.goal is not None and self.setup.prompts.development is not None
-        goal, last, config = self.goal, state.measured[-1], self.setup.config
+        goal, last = self.goal, state.measured[-1]
         base, prompts = state.measured[0].measures, len(self.setup.prompts.development.rows)
         extreme = "lowest" if goal.direction == "min" else "highest"
         among = f", of the rounds with {' and '.join(bound.in_words for bound in goal.bounds)}"
@@ -256,9 +258,10 @@ class BestRound:
         )
         if last is not best:
             why += f" The last round has {goal.shown(last.measures, base)}."
-        if last.round < config.rounds:
+        most = state.all_rounds(self.setup.config)
+        if last.round < most:
             idle = counted(goal.without_gain(base, [one.measures for one in state.measured[1:]]), "round")
-            why += f" The run stopped after round {last.round} of {config.rounds}, {idle} without gain."
+            why += f" The run stopped after round {last.round} of {most}, {idle} without gain."
         return why
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from quark_fast.data.split import digest
 from quark_fast.errors import UsageError
+from quark_fast.model.lora import has_adapters
 from quark_fast.runtime import zero
 from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
-from quark_fast.runtime.run_folder import StateAndTensors
+from quark_fast.runtime.run_folder import RunFolder, StateAndTensors
+from quark_fast.training.going_on import state_to_begin_with
 from quark_fast.training.quantize import Draws
 from quark_fast.training.setup import Setup, trained_parameters
 from quark_fast.training.stability import BadSteps
@@ -39,9 +41,31 @@ class Checkpoint:
     def save(self, state: State) -> None:
         """Add a checkpoint to the run folder."""
         setup = self.setup
+        saved, tensors = self._contents(state)
+        tensors["model"] = setup.processes.gather(trained_weights(setup.policy.model).items())
+        tensors["optimizer"] = setup.processes.gather(self._optimizer_tensors())
+        setup.processes.on_rank_0(lambda: setup.folder.save_checkpoint(saved, tensors))
+
+    def keep(self, state: State) -> None:
+        """Write ``state/``, which stays: the pool and the reward tokens, and adapters where they are trained.
+
+        Weights that were trained whole are in the export.
+        """
+        setup = self.setup
+        saved, tensors = self._contents(state)
+        model = setup.policy.model
+        rows, adapted = model.get_input_embeddings().rows, has_adapters(model)
+        kept = {name: p for name, p in trained_weights(model).items() if adapted or p is rows}
+        tensors["model"] = setup.processes.gather(kept.items())
+        setup.processes.on_rank_0(lambda: setup.folder.keep_state(saved, tensors))
+
+    def _contents(self, state: State) -> tuple[dict[str, Any], Tensors]:
+        """All of a checkpoint but weights and the optimizer's state."""
+        setup = self.setup
         arrays, plain = _to_tensors(state.pool.state_dict())
         scaler = setup.accelerator.scaler
         saved = {
+            "begun": list(state.begun),
             "round": state.round,
             "sampled": state.sampled,
             "step": state.step,
@@ -57,19 +81,18 @@ class Checkpoint:
             "measured": [vars(one) for one in state.measured],
             "pool": plain,
         }
-        tensors = {
-            "model": setup.processes.gather(trained_weights(setup.policy.model).items()),
-            "optimizer": setup.processes.gather(self._optimizer_tensors()),
+        return saved, {
             "pool": arrays,
             "draws": {
                 "counts": torch.from_numpy(state.draws.counts),
                 "prompt_of": torch.tensor(state.prompt_of),
             },
         }
-        setup.processes.on_rank_0(lambda: setup.folder.save_checkpoint(saved, tensors))
 
     def restore(self, state: State, check: Callable[[list[MeasuredRound]], None] = lambda _: None) -> None:
         """Set weights, optimizer and ``state`` to the last checkpoint, if there is one.
+
+        Before the first one, a run that goes on from another has what that one kept.
 
         Args:
             check: called on rank 0 with the rounds that were measured, before anything is changed.
@@ -88,24 +111,31 @@ class Checkpoint:
                 ) from error
 
     def _restore(self, state: State, check: Callable[[list[MeasuredRound]], None]) -> None:
-        processes, folder = self.setup.processes, self.setup.folder
+        processes, folder, config = self.setup.processes, self.setup.folder, self.setup.config
         loaded = processes.on_rank_0(folder.load_checkpoint, _without_large_data)
+        source, cut = folder, None if loaded is None else loaded[0]
         if loaded is None:
             about = processes.on_rank_0(lambda: self.journal.about)
-            processes.all_gather(lambda: self._check_reward((about or {}).get("reward")))
-            processes.on_rank_0(lambda: folder.cut_back(None))
+            processes.all_gather(lambda: self._check_reward((about or {}).get("reward"), folder))
+            if config.from_run:
+                source = earlier = RunFolder(config.from_run)
+                loaded = processes.on_rank_0(
+                    lambda: state_to_begin_with(config, self.setup.policy, earlier), _without_large_data
+                )
+        if loaded is not None:
+            processes.all_gather(lambda: self._check(*loaded, source))
+            processes.on_rank_0(lambda: check(_measured(loaded[0])))
+        processes.on_rank_0(lambda: folder.cut_back(cut))
+        if loaded is None:
             return
         saved, tensors = loaded
-        processes.all_gather(lambda: self._check(saved, tensors))
-        processes.on_rank_0(lambda: check(_measured(saved)))
-        processes.on_rank_0(lambda: folder.cut_back(saved))
         set_weights(processes, self.setup.policy.model, tensors["model"])
         self._load_optimizer(tensors["optimizer"])
         processes.all_gather(lambda: self._load_state(state, saved, tensors))
 
-    def _check(self, saved: dict[str, Any], tensors: Tensors) -> None:
+    def _check(self, saved: dict[str, Any], tensors: Tensors, folder: RunFolder) -> None:
         """Refuse the checkpoint of another model, or of other prompts."""
-        own, folder = trained_weights(self.setup.policy.model), self.setup.folder
+        own = trained_weights(self.setup.policy.model)
         if own.keys() != tensors["model"].keys() or any(
             own[k].shape != v.shape for k, v in tensors["model"].items()
         ):
@@ -118,16 +148,16 @@ class Checkpoint:
                 f"the training prompts are not those that the run in {folder.path} began with;"
                 " give it the same"
             )
-        self._check_reward(saved.get("reward"))
+        self._check_reward(saved.get("reward"), folder)
 
-    def _check_reward(self, before: Sequence[str] | None) -> None:
+    def _check_reward(self, before: Sequence[str] | None, folder: RunFolder) -> None:
         """Refuse to rank one pool by two rewards, unless that is wanted."""
         identity = self.setup.reward.identity
         if before in (None, identity) or self.setup.config.accept_changed_reward:
             return
         then, now = (" ".join(one)[:200] for one in (before or (), identity))
         raise UsageError(
-            f"the reward is not the one that scored the samples in {self.setup.folder.path}: its code,"
+            f"the reward is not the one that scored the samples in {folder.path}: its code,"
             f" weights or settings were {then}, and are {now}; put it back, begin anew in another"
             " --output, or go on with both on purpose by --accept-changed-reward"
         )
@@ -135,12 +165,14 @@ class Checkpoint:
     def _load_state(self, state: State, saved: dict[str, Any], tensors: Tensors) -> None:
         """What every process has of a checkpoint: all but weights and the optimizer's state."""
         config = self.setup.config
-        if self.setup.accelerator.scaler is not None:
+        if self.setup.accelerator.scaler is not None and saved["scaler"] is not None:
             self.setup.accelerator.scaler.load_state_dict(saved["scaler"])
         state.pool.load_state_dict(_from_tensors(tensors["pool"], saved["pool"]))
         state.draws = Draws(tensors["draws"]["counts"].numpy())
         state.prompt_of = tensors["draws"]["prompt_of"].tolist()
         state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
+        begun_round, begun_step = saved.get("begun", (0, 0))
+        state.begun = int(begun_round), int(begun_step)
         state.left_out = int(saved.get("left_out", 0))
         drawn = [k for k, share in enumerate(config.quantile_shares()) if share > 0]
         state.trained = set(saved.get("touched", drawn if state.step else []))
@@ -154,7 +186,7 @@ class Checkpoint:
         done = state.step - state.first_step(config)
         prompts = range(len(self.setup.prompts.train_ids))
         if not (
-            0 <= state.left_out <= state.round <= config.rounds
+            0 <= state.left_out <= state.round - state.begun[0] <= config.rounds
             and 0 <= done <= config.steps
             and len(state.prompt_of) == len(state.pool) >= len(state.draws.counts)
             and all(i in prompts for i in state.prompt_of)

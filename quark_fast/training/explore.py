@@ -108,7 +108,7 @@ class Explorer:
             scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
             self.listen(
                 Progress(
-                    f"round {state.round + 1}/{self.config.rounds}: sampling",
+                    f"round {state.round + 1}/{state.all_rounds(self.config)}: sampling",
                     min(total, done * processes),
                     total,
                     {

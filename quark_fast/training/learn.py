@@ -50,7 +50,7 @@ class Learner:
             self.processes.lacked_memory,
         )
         sums = self.processes.mean(sums)
-        decay = self.config.decay(state.step, self.config.rounds - state.left_out)
+        decay = self.config.decay(state.step - state.begun[1], self.config.rounds - state.left_out)
         norm, bad = self._update(state, sums, decay, len(batch.completions))
         seconds = time.monotonic() - begun
         numbers: dict[str, Any] = {

@@ -21,14 +21,15 @@ from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summ
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
+from quark_fast.model.adapter import write_adapter
 from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
-from quark_fast.report.files import read_run
-from quark_fast.report.model_card import write_card
+from quark_fast.report.files import NOT_EVALUATED, read_run
+from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
 from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Sampler, Sampling
-from quark_fast.runtime import trackers
+from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.memory import give_back_freed_memory, most_memory
@@ -110,11 +111,15 @@ class Results:
     def evaluate(self, step: int, kept: dict[str, Any] | None = None) -> None:
         """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported.
 
+        Nothing with ``--no-eval``.
+
         Args:
             kept: which round's weights it has, and why, if rounds were compared.
         """
-        give_back_freed_memory()
         setup, config = self.setup, self.setup.config
+        if not config.eval:
+            return
+        give_back_freed_memory()
         if setup.task.prompt_classes and not setup.reward.is_none:
             self._classify()
         table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_rows)
@@ -228,7 +233,10 @@ class Results:
             with replacing_folder(setup.folder / "model") as scratch:
                 how = generation_settings(evaluation_sampling(setup.config))
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
-            setup.folder.add_cost(round(seconds / 60, 1), round(most_memory(setup.device) / 1e9, 2))
+                if setup.config.export_adapter:
+                    base = find_base(setup.config.model)
+                    write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
+            setup.folder.add_end(self._end(seconds))
             run = read_run(setup.folder.path)
             write_report(setup.folder.path, run)
             write_card(setup.folder / "model", run, setup.config)
@@ -237,3 +245,25 @@ class Results:
 
         setup.processes.on_rank_0(write)
         self.listen(Progress("writing the model and the report", 1, 1))
+
+    def _end(self, seconds: float) -> dict[str, Any]:
+        """What the record of a finished run says of its end."""
+        memory = round(most_memory(self.setup.device) / 1e9, 2)
+        left_out = {} if self.setup.config.eval else {"evaluation": NOT_EVALUATED}
+        return {"minutes": round(seconds / 60, 1), "memory_gb": memory, **left_out}
+
+    def upload(self) -> None:
+        """The finished model to the hub, if asked to.
+
+        Raises:
+            NotUploaded: it failed; the run is finished all the same.
+        """
+        setup, config = self.setup, self.setup.config
+        if not config.push_to_hub:
+            return
+        repo, stage = config.push_to_hub, f"uploading the model to {config.push_to_hub}"
+        self.listen(Progress(stage, 0, 1))
+        address = setup.processes.on_rank_0(
+            lambda: hub.upload(setup.folder / "model", repo, config.hub_private_repo)
+        )
+        self.listen(Progress(stage, 1, 1, note=f"model: {address}"))

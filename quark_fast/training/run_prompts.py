@@ -72,8 +72,9 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
         config.model or "the embedded model", lambda: load_tokenizer(source, config.trust_remote_code)
     )
     chosen = choose_prompts(config, task.prompts, chat, given.train, given.held_out)
-    # A resumed run goes on with what its chats were rendered as.
-    before = list(map(from_file, folder.rows_of(PROMPTS))) if config.resume else []
+    # A resumed run goes on with what its chats were rendered as, and so does one from another.
+    runs = [folder] * config.resume + [RunFolder(run) for run in [config.from_run] if run]
+    before = [from_file(row) for run in runs for row in run.rows_of(PROMPTS)]
     about = list(chosen.about)
     if not tasks_own and given.train is None and config.prompts is None and config.scored is None:
         about.append(f"no --prompts, so those of the task {task.name}")

@@ -38,12 +38,13 @@ from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
-from quark_fast.runtime import trackers
+from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import REPLICATION, Processes
 from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
 from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
 from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
+from quark_fast.training.going_on import check_goes_on
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
 from quark_fast.training.run_prompts import Given, RunPrompts, encode_prompts, read_prompts
@@ -104,6 +105,8 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
     """Refuse a folder that the run cannot have; its precision and the completions of its batches."""
     if not config.resume:
         folder.check_free()
+        if config.from_run:
+            check_goes_on(config, RunFolder(config.from_run))
         return settled_precision(config.precision), config.sample_batch
     folder.check_resumable()
     saved = load_config(folder / "config.yaml")
@@ -171,6 +174,8 @@ def set_up(
         objective=objective(),
     )
     _check_reward(setup)
+    if config.push_to_hub and processes.main:  # last, since it may make a repository
+        hub.check_repository(config.push_to_hub, config.hub_private_repo)
     return setup
 
 
@@ -247,7 +252,7 @@ def _check_scored(setup: Setup) -> None:
         f"{config.scored} has rewards that are not those of {name} ({len(others)} of {len(pairs)} looked at):"
         f" {one.reward:g} for {one.text!r:.60}, which {name} gives {value:g}"
     )
-    if config.initial_samples == 0 and config.rounds == 1:
+    if config.initial_samples == 0 and config.rounds == 1 and not config.from_run:
         prompts.about.append(f"{found}; only the evaluation uses {name}")
         return
     raise UsageError(

@@ -35,7 +35,7 @@ class TrainedRun(os.PathLike[str]):
 
     @functools.cached_property
     def table(self) -> dict[str, Any]:
-        """``evaluation.json``: the rows of the table with metrics and intervals, and how they were had."""
+        """``evaluation.json``: the rows of the table with metrics and intervals; {} if not evaluated."""
         return dict(read_run(self.folder).evaluation)
 
     @functools.cached_property
@@ -54,6 +54,7 @@ class TrainedRun(os.PathLike[str]):
         console = Terminal(file=io.StringIO(), width=80)
         with console.capture() as shown:
             console.print(f"run folder {self.folder}")
-            console.print(Text(headline(self.table)))
-            console.print(results_table(self.table))
+            if self.table:
+                console.print(Text(headline(self.table)))
+                console.print(results_table(self.table))
         return shown.get().rstrip()

@@ -107,7 +107,7 @@ class Trainer:
         self.results = Results(self.setup, self.work, sampler, heard)
         self.best = BestRound(self.setup, self.work, sampler, heard)
         self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
-        if config.resume:
+        if config.resume or config.from_run:
             self.checkpoint.restore(self.state, self.best.check_kept)
         processes.on_rank_0(self._write_start)
 
@@ -127,6 +127,7 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+            NotUploaded: the run is finished, but its model is not on the hub.
         """
         state = self.state
         self.started = time.monotonic() - state.seconds
@@ -139,7 +140,7 @@ class Trainer:
         ):
             if not state.measured:
                 self._compare()
-            while state.round < self.config.rounds and not self.best.stops(state):
+            while state.round < state.all_rounds(self.config) and not self.best.stops(state):
                 if not state.sampled:
                     self._explore()
                 if self._rewards_differ():
@@ -156,7 +157,9 @@ class Trainer:
             self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
+            self.checkpoint.keep(state)
             self.results.export(time.monotonic() - self.started)
+        self.results.upload()
         return TrainedRun(self.folder.path, self.config.trust_remote_code)
 
     # ---------------------------------------------------------------- the phases
@@ -168,7 +171,9 @@ class Trainer:
         size = self.setup.batch_rows
         if config.sample_batch > size:
             note = f"sample_batch = {config.sample_batch}: the run's batches stay those of {size}"
-            self.listen(Progress(f"round {state.round + 1}/{config.rounds}: sampling", 0, 1, note=note))
+            self.listen(
+                Progress(f"round {state.round + 1}/{state.all_rounds(config)}: sampling", 0, 1, note=note)
+            )
         rows, metrics = self.explorer.explore(state, self.setup.round_sampling(state.round))
 
         def write() -> None:
@@ -196,7 +201,7 @@ class Trainer:
         if self.policy.quantiles == 1 or rewards.min() < rewards.max():
             return True
         found = f"all {len(rewards):,} rewards are {rewards[0]:g}"
-        if state.round + 1 == config.rounds:
+        if state.round + 1 == state.all_rounds(config):
             with self.processes.same_error():
                 raise UsageError(
                     f"{found}, so there is nothing to tell apart and nothing was learned; the samples are"
@@ -312,7 +317,7 @@ class Trainer:
         self.processes.on_rank_0(write)
 
     def _show_learning(self, done: int, numbers: dict[str, float] | None = None, note: str = "") -> None:
-        stage = f"round {self.state.round + 1}/{self.config.rounds}: learning"
+        stage = f"round {self.state.round + 1}/{self.state.all_rounds(self.config)}: learning"
         self.listen(Progress(stage, done, self.config.steps, numbers or {}, note))
 
     def _smaller_micro_batch(self, size: int) -> None:
@@ -330,7 +335,8 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self._stop_asked:
-            where = f" in round {self.state.round + 1}" if self.state.round < self.config.rounds else ""
+            learning = self.state.round < self.state.all_rounds(self.config)
+            where = f" in round {self.state.round + 1}" if learning else ""
             raise Interrupted(
                 f"stopped{where} at step {self.state.step}; go on with --resume --output {self.folder.path}"
             )

@@ -320,3 +320,9 @@ def test_command_lists_the_points_and_refuses_in_one_line(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("flags", [["--no-eval"], ["--from", "runs/x"], ["--push-to-hub", "me/x"]])
+def test_grid_refuses_what_is_for_one_run(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablate.main([*flags, "--dry-run"]) == 2
+    assert f"leave out {flags[0]}" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The adapters as peft reads them, beside the merged export."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_runs import PROMPTS, SHORT, even_words, small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quark_fast.errors import UsageError
+from quark_fast.training.trainer import Trainer
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str
+) -> None:
+    source = tiny_model(architecture)
+    config = small(tmp_path / "run", source, **SHORT, lora_rank=4, eval=False, export_adapter=True)
+    folder = (
+        Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train().folder / "model"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    vocabulary = base.config.vocab_size
+    base.resize_token_embeddings(merged.config.vocab_size)
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPTS[:4], return_tensors="pt").input_ids
+    assert (ids >= vocabulary).any(), "the best token stands in front"
+    plain = base(ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft only warns of keys that it does not know, or does not find
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    with torch.no_grad():
+        found, expected = (model(ids).logits[..., :vocabulary] for model in (adapted, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (plain[..., :vocabulary] - expected).abs().max() > 0.1, "the training moved it"
+
+
+def test_without_adapters_there_is_none_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"export_adapter needs adapters, but lora_rank = 0"):
+        small(tmp_path, tmp_path, lora_rank=0, export_adapter=True).check()

@@ -1,0 +1,202 @@
+"""``--from``: a run that goes on from a finished one; and a run without evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quark_fast.arguments import parse
+from quark_fast.config import Config
+from quark_fast.errors import Interrupted, UsageError
+from quark_fast.evaluation.side_by_side import Evaluator
+from quark_fast.report.files import read_run
+from quark_fast.runtime.run_folder import RunFolder
+from quark_fast.training.progress import Progress
+from quark_fast.training.trainer import Trainer
+
+Make = Callable[..., Path]
+LORA = {"lora_rank": 4, "explore_samples": 2}
+
+
+def trainer(config: Config, **given: Any) -> Trainer:
+    return Trainer(config, **({"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]} | given))
+
+
+def further(config: Config, folder: Path, **settings: Any) -> Config:
+    """The settings of a run that goes on from another."""
+    return dataclasses.replace(config, from_run=config.output, output=str(folder), **settings)
+
+
+def trained(one: Trainer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in one.policy.model.named_parameters() if p.requires_grad}
+
+
+# --- what is taken along -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_run_goes_on_with_the_weights_the_reward_tokens_and_the_pool(
+    tmp_path: Path, tiny_model: Make, lora_rank: int
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT, eval=False, lora_rank=lora_rank)
+    first = trainer(config)
+    first.train()
+    second = trainer(further(config, tmp_path / "more", rounds=2))
+    before, after = trained(first), trained(second)
+    assert before.keys() == after.keys()
+    for name, value in before.items():  # the tiny models are stored in float32, so no export rounds them
+        size = first.policy.vocabulary if name.endswith("base.weight") else len(value)
+        torch.testing.assert_close(after[name][:size], value[:size], rtol=0, atol=0)
+    pools = first.state.pool, second.state.pool
+    assert pools[0].rewards.tolist() == pools[1].rewards.tolist() and len(pools[0]) == 48
+    drawn = [pool[pool.ids[:48]] for pool in pools]
+    for one, other in zip(drawn[0].completions, drawn[1].completions, strict=True):
+        assert one.tolist() == other.tolist()
+    base = second.setup.reference
+    for name, own in AutoModelForCausalLM.from_pretrained(config.model).named_parameters():
+        torch.testing.assert_close(base.get_parameter(name), own, rtol=0, atol=0)
+
+    folder = second.train().folder
+    rounds, steps = (rows(folder / "metrics.jsonl", kind=kind) for kind in ("round", "step"))
+    assert [row["round"] for row in rounds] == [1, 2]
+    assert [row["step"] for row in steps] == list(range(7, 19))
+    assert [row["pool"] for row in rounds] == [48 + 8 * 24, 48 + 16 * 24]
+    assert steps[0]["lr"] == pytest.approx(config.step_size / config.warmup_steps)
+    assert steps[-1]["lr"] < steps[-2]["lr"]
+    read = read_run(folder)
+    assert read.begun is not None and "after 1 rounds and 6 steps of an earlier run" in card(folder)
+    assert RunFolder(folder).finished and (folder / "state").is_dir()
+    third = trainer(further(second.config, tmp_path / "third"))
+    assert third.state.begun == (3, 18)
+
+
+def card(folder: Path) -> str:
+    return (folder / "model" / "README.md").read_text()
+
+
+def test_killed_run_that_goes_on_from_another_resumes_to_the_same_result(
+    tmp_path: Path, tiny_model: Make
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT | LORA, eval=False)
+    trainer(config).train()
+    whole = trainer(further(config, tmp_path / "whole", rounds=2)).train().folder
+
+    class Killed(Exception):
+        pass
+
+    for moment in (("sampling", 1), ("learning", 3)):
+        own = further(config, tmp_path / moment[0], rounds=2)
+        seen: list[str] = []
+
+        def kill(event: Progress, moment: tuple[str, int] = moment, seen: list[str] = seen) -> None:
+            seen += [event.stage] if moment[0] in event.stage else []
+            if len(seen) > moment[1]:
+                raise Killed
+
+        with pytest.raises(Killed):
+            trainer(own, listen=kill).train()
+        folder = trainer(dataclasses.replace(own, resume=True)).train().folder
+        assert timeless(folder / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
+        weights = [path / "model" / "model.safetensors" for path in (folder, whole)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_what_is_kept_is_small_beside_the_model(tmp_path: Path, tiny_model: Make) -> None:
+    for lora_rank in (4, 0):
+        config = small(tmp_path / f"run{lora_rank}", tiny_model(), **SHORT, eval=False, lora_rank=lora_rank)
+        folder = trainer(config).train().folder
+        assert not (folder / "checkpoint").exists()
+        assert not (folder / "state" / "optimizer.safetensors").exists()
+        sizes = [
+            (folder / name).stat().st_size for name in ("state/model.safetensors", "model/model.safetensors")
+        ]
+        assert sizes[0] < sizes[1] / 2
+
+
+# --- what does not fit -------------------------------------------------------------------------------
+
+
+def test_what_a_run_cannot_go_on_from_is_refused_in_one_line(tmp_path: Path, tiny_model: Make) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT | LORA, eval=False)
+    trainer(config).train()
+
+    def refused(pattern: str, given: dict[str, Any] | None = None, **settings: Any) -> None:
+        with pytest.raises(UsageError, match=pattern) as error:
+            trainer(dataclasses.replace(further(config, tmp_path / "more"), **settings), **(given or {}))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "more").exists()
+
+    refused(r"quantiles = 2, but the run in .*run has 3", quantiles=2)
+    refused(r"lora_rank = 8, but the run in .*run has 4", lora_rank=8)
+    refused(r"model = '.*', but the run in", model=str(tiny_model("gpt2")))
+    refused(r"the training prompts are not those that the run in .*run began with", {"prompts": PROMPTS[:20]})
+    refused(r"--from .*nothing: no run folder", from_run=str(tmp_path / "nothing"))
+
+    def other(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    refused(r"the reward is not the one that scored the samples in .*run", {"reward": other})
+    state = tmp_path / "run" / "state"
+    (state / "pool.safetensors").write_bytes(b"damaged")
+    refused(r"state is damaged \(pool.safetensors has another checksum")
+    shutil.rmtree(state)
+    refused(r"it has no state/ to go on from.*--scored .*completions\.jsonl")
+
+    def stop(event: Progress) -> None:
+        if "learning" in event.stage:
+            raise Interrupted
+
+    unfinished = dataclasses.replace(config, output=str(tmp_path / "unfinished"))
+    with pytest.raises(Interrupted):
+        trainer(unfinished, listen=stop).train()
+    refused(r"not finished; go on with it by --resume --output", from_run=unfinished.output)
+
+
+def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    run.mkdir()
+    saved = Config(output=str(run), rounds=3, kl_coef=0.5, push_to_hub="me/x", task="sentiment")
+    saved.save(run / "config.yaml")
+    found = parse(["--from", str(run), "--rounds", "1"], "train")
+    assert (found.rounds, found.kl_coef, found.task, found.push_to_hub) == (1, 0.5, "sentiment", None)
+    assert (found.output_folder, found.from_run) == (tmp_path / "x-2", str(run))
+    file = tmp_path / "more.yaml"
+    file.write_text("kl_coef: 0.25\n")
+    found = parse(["--from", str(run), "--config", str(file)], "train")
+    assert (found.rounds, found.kl_coef) == (3, 0.25)
+    for name, expected in (("x-2", "x-3"), ("x-9", "x-10"), ("seed-0", "seed-0-2"), ("7", "7-2")):
+        assert Config(from_run=f"runs/{name}").output_folder == Path("runs", expected)
+
+
+# --- no evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("reports")
+def test_run_that_is_not_evaluated_has_all_but_the_table_and_is_evaluated_later(
+    tmp_path: Path, tiny_model: Make
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT, eval=False)
+    stages: list[str] = []
+    folder = trainer(config, listen=lambda event: stages.append(event.stage)).train().folder
+    assert not [stage for stage in stages if "evaluating" in stage]
+    assert not list(folder.glob("evaluation.json*"))
+    read = read_run(folder)
+    assert read.left_out and not read.missing
+    page = (folder / "report.html").read_text()
+    assert "This run was not evaluated" in page and "How it learned" in page
+    assert "not complete" not in page
+    assert "It was not evaluated" in card(folder) and "guidance=1.5" in card(folder)
+    found = Evaluator([str(folder)], reward=even_words).evaluate()
+    table = [row["name"] for row in found.table["rows"]]
+    assert any("best token" in name for name in table)
+    whole = trainer(dataclasses.replace(config, output=str(tmp_path / "whole"), eval=True)).train().folder
+    assert timeless(whole / "metrics.jsonl") == timeless(folder / "metrics.jsonl")
