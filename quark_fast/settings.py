@@ -182,6 +182,18 @@ class RewardSettings:
         "wait before the second attempt, seconds; doubled before each further one, 60 at most",
         free="grid",
     )
+    reward_per_minute: int = setting(
+        0,
+        "calls of each asynchronous reward in any 60 seconds, by all processes together, repeated ones"
+        " counted again; 0: no limit",
+        free="grid",
+    )
+    reward_tokens_per_minute: int = setting(
+        0,
+        "tokens of each asynchronous reward in any 60 seconds, likewise; the function then returns (values,"
+        " tokens); 0: no limit",
+        free="grid",
+    )
     accept_changed_reward: bool = setting(
         False,
         "go on with --resume although the reward's code, weights or settings are others than before: what was"

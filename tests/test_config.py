@@ -244,6 +244,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, -1) for name in ("prefix_tokens", "max_prompt_characters", "prompt_limit", "lora_rank")),
     ("micro_batch", -1),
     *((name, -1) for name in ("max_bad_steps", "max_prompt_tokens", "reward_retries", "vllm_retries")),
+    *((name, -1) for name in ("reward_per_minute", "reward_tokens_per_minute")),
     *((name, -0.1) for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef")),
     *((name, -0.1) for name in ("entropy_coef", "unlikelihood_coef", "temperature", "explore_temperature")),
     *((name, -0.1) for name in ("eval_temperature", "reward_timeout", "reward_backoff", "lora_alpha")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,20 +11,24 @@ import numpy as np
 
 from quark_fast.config import Config
 from quark_fast.data.row import Row
-from quark_fast.evaluation.judging import judge_measures
+from quark_fast.evaluation.judging import begin_judging
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.encode import encode_rows
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
+from quark_fast.rewards.weighted_sum import batches_ahead
 from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.overlap import Begun, in_order, together
 from quark_fast.runtime.seeds import Purpose, seed_for
 from quark_fast.tasks.task import no_measures
 
 T = TypeVar("T")
+L = TypeVar("L")
+Unscored = tuple[int, list[int], str]
 Completion = tuple[int, list[int], str, float]
 """(index of its prompt, token ids, text, reward; NaN where the scorer gave none)."""
 
@@ -89,10 +93,10 @@ class EvaluationSetup:
         purpose: Purpose,
         model: Any,
         conditioning: Conditioning,
-        make: Callable[[list[int], list[list[list[int]]]], T],
+        make: Callable[[list[int], list[list[list[int]]]], Begun[T]],
         kept: Kept[T] | None = None,
-    ) -> Iterator[T]:
-        """What ``make`` makes of each batch: (indices of prompts, each one's completions as ids).
+    ) -> Iterator[Begun[T]]:
+        """What ``make`` begins of each batch: (indices of prompts, each one's completions as ids).
 
         Args:
             purpose: each has a seed of its own.
@@ -112,15 +116,31 @@ class EvaluationSetup:
             make,
         )
 
-    def scored(self, indices: Sequence[int], drawn: Sequence[Sequence[list[int]]]) -> list[Completion]:
-        """Every completion of a batch with its text and its reward."""
-        prompts = self.held_out.ids
+    def in_order(
+        self, batches: Iterable[tuple[L, Begun[T]]], waiting: Callable[[L], None] = lambda _: None
+    ) -> Iterator[tuple[L, T]]:
+        """(label, what became of it) of each batch that ``draw`` began; slow scorers answer meanwhile."""
+        scorers = (self.reward, *self.judges)
+        return in_order(batches, batches_ahead(scorers, self.sampling.rows), waiting)
+
+    def with_texts(self, indices: Sequence[int], drawn: Sequence[Sequence[list[int]]]) -> list[Unscored]:
+        """Every completion of a batch with its text."""
         flat = [(i, ids) for i, group in zip(indices, drawn, strict=True) for ids in group]
-        texts = [self.policy.decode(ids, prompts[i]) for i, ids in flat]
-        rewards = self.reward([self.held_out.for_reward(i) for i, _ in flat], texts)
-        return [
-            (i, ids, text, float(value)) for (i, ids), text, value in zip(flat, texts, rewards, strict=True)
-        ]
+        return [(i, ids, self.policy.decode(ids, self.held_out.ids[i])) for i, ids in flat]
+
+    def scored(self, completions: Sequence[Unscored]) -> Begun[list[Completion]]:
+        """The completions with their rewards."""
+        rows, texts = self._for_reward(completions)
+        return self.reward.begin(rows, texts).then(
+            lambda rewards: [(*one, float(value)) for one, value in zip(completions, rewards, strict=True)]
+        )
+
+    def judged(self, completions: Sequence[Unscored]) -> Begun[list[dict[str, float]]]:
+        """What the judges make of each."""
+        return begin_judging(self.judges, *self._for_reward(completions))
+
+    def _for_reward(self, completions: Sequence[Unscored]) -> tuple[list[Row], list[str]]:
+        return [self.held_out.for_reward(i) for i, _, _ in completions], [text for _, _, text in completions]
 
 
 CONTROLS = 64  # texts, and tokens of each
@@ -159,6 +179,7 @@ def evaluate(
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures,
     nll: Nll | None = None,
     kept: Callable[[TableRow], Kept[list[Sample]]] = lambda _: Kept(),
+    waiting: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[str, list[Sample]]]:
     """Sample, score and measure every row of the table, a batch of prompts at a time.
 
@@ -169,16 +190,28 @@ def evaluate(
         measures: the task's own, as ``Task.measures``.
         nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
         kept: the batches of a row that were made before, and where more are kept.
+        waiting: called now and then with the name of the row whose rewards are waited for.
     Yields:
         (name of the row, its samples on the next few prompts).
     """
     held_out = setup.held_out
     nll = nll or id_nll(setup.policy, setup.reference, held_out.ids)
 
-    def measured(
+    def begin(
         row: TableRow, source: Any, indices: list[int], drawn: list[list[list[int]]]
+    ) -> Begun[list[Sample]]:
+        texts = setup.with_texts(indices, drawn)
+        scorers: tuple[Callable[..., Begun[Any]], ...] = (setup.scored, setup.judged)
+        found = together(begin(texts) for begin in scorers)
+        return found.then(lambda found: measured(row, source, indices, *found))
+
+    def measured(
+        row: TableRow,
+        source: Any,
+        indices: list[int],
+        completions: list[Completion],
+        judged: list[dict[str, float]],
     ) -> list[Sample]:
-        completions = setup.scored(indices, drawn)
         prompts, ids, texts, _ = zip(*completions, strict=True)
         nlls = nll(prompts, ids, texts)
         prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
@@ -188,7 +221,6 @@ def evaluate(
             found = text_fit(setup.policy, source, [texts_of[i] for i in own], row.conditioning)
             fits |= zip(own, found, strict=True)
         samples = []
-        judged = judge_measures(setup.judges, [held_out.for_reward(i) for i in prompts], texts)
         for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):
             i, completion, text, value = one
             if place in prompt_fits:
@@ -201,11 +233,14 @@ def evaluate(
             samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit))
         return samples
 
-    for row in table:
-        source = setup.reference if row.base else model
-        make = functools.partial(measured, row, source)
-        for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
-            yield row.name, part
+    def begun() -> Iterator[tuple[str, Begun[list[Sample]]]]:
+        for row in table:
+            source = setup.reference if row.base else model
+            make = functools.partial(begin, row, source)
+            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
+                yield row.name, part
+
+    yield from setup.in_order(begun(), waiting)
 
 
 def fit_to_prompts(

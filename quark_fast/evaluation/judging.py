@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from quark_fast.data.row import Row
 from quark_fast.metrics import Sample, judge_measure
 from quark_fast.rewards.reward import Reward
+from quark_fast.runtime.overlap import Begun, together
 
 
 def judge_measures(
@@ -20,12 +22,24 @@ def judge_measures(
 
     Of a judge of a property, as of a reward: 1 - its value. Where a judge is silent it is left out.
     """
-    found: list[dict[str, float]] = [{} for _ in completions]
-    for judge in judges:
-        for numbers, value in zip(found, judge(rows, completions), strict=True):
-            if not np.isnan(value):
-                numbers[judge_measure(judge.name)] = float(value if judge.property is None else 1.0 - value)
-    return found
+    return begin_judging(judges, rows, completions).result()
+
+
+def begin_judging(
+    judges: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]
+) -> Begun[list[dict[str, float]]]:
+    """The same, without waiting for judges that are asynchronous."""
+
+    def measures(every: list[npt.NDArray[np.float64]]) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = [{} for _ in completions]
+        for judge, values in zip(judges, every, strict=True):
+            for numbers, value in zip(found, values, strict=True):
+                if not np.isnan(value):
+                    shown = value if judge.property is None else 1.0 - value
+                    numbers[judge_measure(judge.name)] = float(shown)
+        return found
+
+    return together(judge.begin(rows, completions) for judge in judges).then(measures)
 
 
 def judged(judges: Sequence[Reward], samples: Sequence[Sample]) -> list[Sample]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
+from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
 from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl
 from quark_fast.metrics import RankCorrelation, rank_correlation
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.overlap import Begun
 
 # (prompt, completion, reward) of each completion of a batch.
 Drawn = list[tuple[Sequence[int], Sequence[int], float]]
@@ -48,12 +49,14 @@ class Probe:
         held_out = HeldOut(setup.held_out.rows[some], setup.held_out.ids[some], samples=1)
         setup = dataclasses.replace(setup, held_out=held_out)
 
-        def scored(indices: list[int], drawn: list[list[list[int]]]) -> Drawn:
-            found = setup.scored(indices, drawn)
+        def with_reward(found: list[Completion]) -> Drawn:
             return [(list(held_out.ids[i]), ids, value) for i, ids, _, value in found if not np.isnan(value)]
 
+        def scored(indices: list[int], drawn: list[list[list[int]]]) -> Begun[Drawn]:
+            return setup.scored(setup.with_texts(indices, drawn)).then(with_reward)
+
         batches = setup.draw("probe", setup.reference, Conditioning(), scored, kept)
-        return [("probe", batch) for batch in batches]
+        return list(setup.in_order(("probe", batch) for batch in batches))
 
     @classmethod
     def of(cls, drawn: Iterable[Drawn]) -> Probe:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
+from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.overlap import Begun
 
 CLASS_SAMPLES = 25
 
@@ -47,16 +48,23 @@ def classify_prompts(
         sampling=dataclasses.replace(setup.sampling, temperature=setup.sampling.temperature or 1.0),
     )
 
-    def share(index: int, completions: list[list[int]]) -> float:
+    def share(rewards: list[float]) -> float:
         """Of a prompt's scored completions, how many have the target's sentiment."""
-        rewards = np.array([reward for *_, reward in setup.scored([index], [completions])])
-        having = np.where(rewards == 0.5, 0.5, rewards > 0.5)[~np.isnan(rewards)]
+        values = np.array(rewards)
+        having = np.where(values == 0.5, 0.5, values > 0.5)[~np.isnan(values)]
         return float(having.mean()) if len(having) else 0.5
 
-    def classes(indices: list[int], drawn: list[list[list[int]]]) -> list[tuple[int, str]]:
-        shares = [share(index, group) for index, group in zip(indices, drawn, strict=True)]
-        positive = [one if target == "positive" else 1 - one for one in shares]
-        return [(others[i], prompt_class(one)) for i, one in zip(indices, positive, strict=True)]
+    def classes_of(completions: list[Completion]) -> list[tuple[int, str]]:
+        rewards: dict[int, list[float]] = {}
+        for i, _, _, reward in completions:
+            rewards.setdefault(i, []).append(reward)
+        shares = {i: share(own) for i, own in rewards.items()}
+        positive = {i: one if target == "positive" else 1 - one for i, one in shares.items()}
+        return [(others[i], prompt_class(one)) for i, one in positive.items()]
 
-    for batch in setup.draw("prompt classes", setup.reference, Conditioning(), classes, kept):
+    def classes(indices: list[int], drawn: list[list[list[int]]]) -> Begun[list[tuple[int, str]]]:
+        return setup.scored(setup.with_texts(indices, drawn)).then(classes_of)
+
+    batches = setup.draw("prompt classes", setup.reference, Conditioning(), classes, kept)
+    for _, batch in setup.in_order(("", batch) for batch in batches):
         yield from batch

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import functools
 import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import tenacity
 
 from quark_fast.errors import UsageError
+from quark_fast.rewards.turns import Turns, retry_after
+from quark_fast.runtime.distributed import process_count
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
 # Errors in the reward's code, which trying again does not fix; the last two would end the event loop.
@@ -35,7 +37,9 @@ class Calls:
         timeout: seconds for one attempt; 0: no limit.
         retries: further attempts after a failed one.
         backoff: seconds before the second attempt, doubled before each further one (60 at most), times a
-            random factor in [0.5, 1], so that calls which failed together do not come back together.
+            random factor in [0.5, 1], so that calls which failed together do not come back together. Where
+            the server says when to come back (``retry_after``), no call of the function is made before.
+        per_minute, tokens_per_minute: attempts, and tokens, of all processes in any 60 s; 0: no limit.
     """
 
     batch: int = 16
@@ -43,62 +47,84 @@ class Calls:
     timeout: float = 60.0
     retries: int = 4
     backoff: float = 1.0
+    per_minute: int = 0
+    tokens_per_minute: int = 0
 
 
 DEFAULT_CALLS = Calls()
 
 
-def call_side_by_side(
+@functools.cache
+def turns(name: str, calls: Calls) -> Turns:
+    """Of the reward ``name``: one for the life of the process, as the limits are kept over all batches."""
+    return Turns(calls.concurrency, calls.per_minute, calls.tokens_per_minute, process_count())
+
+
+def begin_calls(
     name: str,
     function: Callable[..., Any],
     calls: Calls,
-    jobs: Iterable[tuple[list[int], dict[str, Any]]],
-    keep: Callable[[list[int], Any], None],
-) -> None:
+    jobs: Sequence[tuple[list[int], dict[str, Any]]],
+    keep: Callable[[list[int], Any], Any],
+) -> Future[None]:
     """Call the function of the reward ``name`` for all jobs, and keep each answer as it returns.
+
+    The calls of several batches share their limits, and those of the first batch go out first.
 
     Args:
         jobs: (indices of the call's completions, its arguments).
-    Raises:
-        UsageError: the function failed at its last attempt.
+        keep: called in the event loop's thread.
+    Returns:
+        Ends with the last call. Raises UsageError where the function failed at its last attempt.
     """
-    free = asyncio.Semaphore(calls.concurrency)
+    own = turns(name, calls)
+    left = sum(len(part) for part, _ in jobs)
 
     async def one(part: list[int], arguments: dict[str, Any]) -> None:
-        async with free:
-            keep(part, await _answer(name, function, calls, arguments))
+        nonlocal left
+        async with own.free:
+            keep(part, await _answer(name, function, calls, own, arguments))
+        own.unanswered, left = own.unanswered - len(part), left - len(part)
 
     async def every() -> None:
+        own.unanswered += left
         try:
             async with asyncio.TaskGroup() as group:
                 for part, arguments in jobs:
                     group.create_task(one(part, arguments))
         except ExceptionGroup as failed:  # the first failure has ended the other calls
             raise failed.exceptions[0] from failed.exceptions[0].__cause__
+        finally:
+            own.unanswered -= left
 
-    waiting = asyncio.run_coroutine_threadsafe(every(), _event_loop())
-    try:
-        # Woken now and then: a signal that another thread received is handled by this one.
-        while not concurrent.futures.wait([waiting], timeout=0.5).done:
-            pass
-        waiting.result()
-    except BaseException:  # Ctrl-C, too: the calls are not waited for any more
-        waiting.cancel()
-        raise
+    return asyncio.run_coroutine_threadsafe(every(), _event_loop())
 
 
-async def _answer(name: str, function: Callable[..., Any], calls: Calls, arguments: dict[str, Any]) -> Any:
+async def _answer(
+    name: str, function: Callable[..., Any], calls: Calls, turns: Turns, arguments: dict[str, Any]
+) -> Any:
     """What the function returns, called again after an error or a time-out."""
 
     async def attempt() -> Any:
+        request = await turns.next()
         deadline = asyncio.timeout(calls.timeout or None)
         try:
             async with deadline:
-                return await function(**arguments)
+                answer, tokens = _tokens_apart(await function(**arguments), "completion" in arguments)
         except TimeoutError as error:
             if deadline.expired():
                 raise TimeoutError(f"no answer in {calls.timeout:g} s") from error
             raise
+        except Exception as error:
+            turns.pause(retry_after(error))
+            raise
+        if tokens is None and calls.tokens_per_minute:
+            raise UsageError(
+                f"reward_tokens_per_minute = {calls.tokens_per_minute}, but reward {name} does not say how"
+                " many it used; have it return (values, tokens), or leave the setting out"
+            )
+        turns.answered(request, tokens or 0)
+        return answer
 
     backoff = tenacity.wait_exponential(calls.backoff, max=LONGEST_WAIT)
     attempts = tenacity.AsyncRetrying(
@@ -112,14 +138,33 @@ async def _answer(name: str, function: Callable[..., Any], calls: Calls, argumen
         return await attempts(attempt)
     except MISTAKES as error:
         raise UsageError(f"reward {name} raised {type(error).__name__}: {error}") from error
+    except UsageError:
+        raise
     except (Exception, asyncio.CancelledError) as error:
         if not _may_pass(error):
             raise
         first = arguments["completion"] if "completion" in arguments else arguments["completions"][0]
+        hint = "; --reward-per-minute keeps within a server's limit" if retry_after(error) else ""
         raise UsageError(
             f"reward {name} failed at {1 + calls.retries} attempts, at last with {type(error).__name__}:"
-            f" {error}; the first completion of the call: {first!r:.80}"
+            f" {error}; the first completion of the call: {first!r:.80}{hint}"
         ) from error
+
+
+def _tokens_apart(answer: Any, one: bool) -> tuple[Any, float | None]:
+    """(values, tokens) of an answer that says how many tokens it used, (values, None) of any other.
+
+    Args:
+        one: the answer is for one completion; else its values are a list, which tells (values, tokens) from
+            the values of two completions.
+    """
+    if isinstance(answer, tuple) and len(answer) == 2:
+        values, tokens = answer
+        apart = one or (hasattr(values, "__len__") and getattr(values, "ndim", 1) != 0)
+        number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+        if apart and number and 0 <= tokens < float("inf"):
+            return values, tokens
+    return answer, None
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -127,7 +172,7 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is None or not task.cancelling()  # by the function, not by us
-    return isinstance(error, Exception) and not isinstance(error, MISTAKES)
+    return isinstance(error, Exception) and not isinstance(error, (*MISTAKES, UsageError))
 
 
 @functools.cache

@@ -32,6 +32,8 @@ def calls(config: Config) -> Calls:
         config.reward_timeout,
         config.reward_retries,
         config.reward_backoff,
+        config.reward_per_minute,
+        config.reward_tokens_per_minute,
     )
 
 

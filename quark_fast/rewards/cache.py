@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sqlite3
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ class RewardCache:
     """sha256 of (scorer, text) -> reward, float64; NaN: the scorer left the sample out.
 
     Every ``add`` is a transaction: a killed process leaves all those that had returned, and no half one. The
-    file is made with the first use. Several threads may use it, one at a time, and several processes.
+    file is made with the first use. Several threads and processes may use it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._one_at_a_time = threading.RLock()
 
     @functools.cached_property
     def _database(self) -> sqlite3.Connection:
@@ -44,7 +46,8 @@ class RewardCache:
                 part = keys[start : start + KEYS]
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, value FROM rewards WHERE key IN ({marks})"
-                found |= {k: math.nan if v is None else v for k, v in self._database.execute(query, part)}
+                with self._one_at_a_time:
+                    found |= {k: math.nan if v is None else v for k, v in self._database.execute(query, part)}
         except (sqlite3.Error, OverflowError) as error:
             raise self._broken(error) from error
         for value in found.values():  # a column of SQLite holds anything
@@ -56,7 +59,7 @@ class RewardCache:
         """Keep these; a key that is known keeps the value it has."""
         rows = [(key, None if math.isnan(value) else value) for key, value in rewards.items()]
         try:
-            with self._database:
+            with self._one_at_a_time, self._database:
                 self._database.executemany("INSERT OR IGNORE INTO rewards VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise self._broken(error) from error

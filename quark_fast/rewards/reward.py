@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy.typing as npt
 
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
-from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, call_side_by_side
+from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.identity import source_sha256
+from quark_fast.runtime.overlap import Begun
 
 Function = Callable[..., Any]
 
@@ -54,29 +56,56 @@ class Reward:
             UsageError: the function raised (an asynchronous one: at its last attempt), or returned anything
                 but one number or None each.
         """
+        return self.begin(rows, completions).result()
+
+    def begin(self, rows: Sequence[Row], completions: Sequence[str]) -> Begun[npt.NDArray[np.float64]]:
+        """The same, without waiting for the answers of an asynchronous function.
+
+        A plain function is called here and now: it would hold up the sampling, if only by Python's lock, and
+        need not be made for being called beside it.
+        """
         keys = [self._key(row, text) for row, text in zip(rows, completions, strict=True)]
-        known = {} if self.cache is None else self.cache.find([key for key in keys if key is not None])
+        # First what is asked by now, then what is known: an answer that comes in between is in the cache.
+        asked = {key: future for key, future in self._asked.items() if not future.done()}
+        known = self._known(keys)
         rewards = np.array([math.nan if key is None else known.get(key, math.nan) for key in keys])
 
-        def keep(part: list[int], answer: Any) -> None:
+        def keep(part: list[int], answer: Any) -> npt.NDArray[np.float64]:
             values = _numbers(self.name, [answer] if self.one_at_a_time else answer, len(part))
             rewards[part] = values
             if self.cache is not None:
                 pairs = zip((keys[i] for i in part), values, strict=True)
                 self.cache.add({key: value for key, value in pairs if key is not None})
+            return rewards
 
-        parts = self._parts([i for i, key in enumerate(keys) if key not in known])
+        awaited = [i for i, key in enumerate(keys) if key in asked and key not in known]
+        parts = self._parts([i for i, key in enumerate(keys) if key not in known and key not in asked])
         names = sorted({name for row in rows for name in row if name not in RESERVED})
         jobs = (
             (part, self._arguments([rows[i] for i in part], [completions[i] for i in part], names))
             for part in parts
         )
         if self.asynchronous:
-            call_side_by_side(self.name, self.function, self.calls, jobs, keep)
-        else:
-            for part, arguments in jobs:
-                keep(part, self._call(arguments))
-        return rewards
+            futures = {asked[key] for i in awaited if (key := keys[i]) is not None}
+            if parts:
+                called = begin_calls(self.name, self.function, self.calls, list(jobs), keep)
+                asked |= {key: called for part in parts for i in part if (key := keys[i]) is not None}
+                futures.add(called)
+            self._asked.clear()
+            self._asked.update(asked)
+
+            def finish() -> npt.NDArray[np.float64]:
+                answered = self._known([keys[i] for i in awaited])
+                rewards[awaited] = [answered[key] for i in awaited if (key := keys[i]) is not None]
+                return rewards
+
+            return Begun(finish, list(futures))
+        for part, arguments in jobs:
+            answer = self._call(arguments)
+            if isinstance(answer, Begun):  # a sum's, whose completions are all of one part
+                return answer.then(functools.partial(keep, part))
+            keep(part, answer)
+        return Begun(lambda: rewards)
 
     @functools.cached_property
     def asynchronous(self) -> bool:
@@ -93,9 +122,14 @@ class Reward:
             return False
         return "completion" in names and "completions" not in names
 
+    @functools.cached_property
+    def call_size(self) -> int:
+        """Completions in one call of an asynchronous function."""
+        return 1 if self.one_at_a_time else self.calls.batch
+
     def _parts(self, indices: list[int]) -> list[list[int]]:
         """The completions of each call."""
-        size = 1 if self.one_at_a_time else self.calls.batch if self.asynchronous else max(1, len(indices))
+        size = self.call_size if self.asynchronous or self.one_at_a_time else max(1, len(indices))
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
     def _arguments(self, rows: Sequence[Row], texts: list[str], names: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +139,15 @@ class Reward:
             return {"prompt": row["prompt"], "completion": text, **{name: row.get(name) for name in names}}
         columns = {name: [row.get(name) for row in rows] for name in names}
         return {"prompts": [row["prompt"] for row in rows], "completions": texts, **columns}
+
+    @functools.cached_property
+    def _asked(self) -> dict[bytes, Future[None]]:
+        """The keys whose values are asked for by now, with what ends when they are in the cache."""
+        return {}
+
+    def _known(self, keys: Sequence[bytes | None]) -> dict[bytes, float]:
+        """Those of the keys that the cache has."""
+        return {} if self.cache is None else self.cache.find([key for key in keys if key is not None])
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """What a plain function returns."""

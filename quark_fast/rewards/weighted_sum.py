@@ -1,10 +1,10 @@
-"""A weighted sum of rewards, and which rewards are cached."""
+"""A weighted sum of rewards, which rewards are cached, and which are waited for."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from quark_fast.errors import UsageError
+from quark_fast.rewards.asynchronous import turns
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.identity import NO_SOURCE
 from quark_fast.rewards.reward import Reward
+from quark_fast.runtime.overlap import Begun, together
 
 # --------------------------------------------------------------------- sums
 
@@ -29,15 +31,22 @@ class WeightedSum:
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> npt.NDArray[np.float64]:
+    ) -> Begun[npt.NDArray[np.float64]]:
         rows = [
             {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
             for i, prompt in enumerate(prompts)
         ]
-        total = np.full(len(rows), self.offset)
-        for weight, part in self.parts:
-            total += weight * part(rows, completions)
-        return total
+        # Servers answer while this thread calls the plain functions.
+        order = sorted(range(len(self.parts)), key=lambda i: not asynchronous_terms([self.parts[i][1]]))
+
+        def total(found: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+            values = dict(zip(order, found, strict=True))
+            total = np.full(len(rows), self.offset)
+            for i, (weight, _) in enumerate(self.parts):
+                total += weight * values[i]
+            return total
+
+        return together(self.parts[i][1].begin(rows, completions) for i in order).then(total)
 
 
 def weighted_sum(parts: Sequence[tuple[float, Reward]], offset: float) -> Reward:
@@ -55,6 +64,30 @@ def terms(reward: Reward) -> list[Reward]:
     if not isinstance(reward.function, WeightedSum):
         return [reward]
     return [term for _, part in reward.function.parts for term in terms(part)]
+
+
+def asynchronous_terms(rewards: Iterable[Reward]) -> list[Reward]:
+    """Those of the rewards and of their sums' terms that are awaited."""
+    return [term for reward in rewards for term in terms(reward) if term.asynchronous]
+
+
+def batches_ahead(rewards: Iterable[Reward], rows: int) -> int:
+    """How many batches of ``rows`` completions may be scored while a further one is sampled.
+
+    So many that all calls which may be under way at once have something to do; 0 without asynchronous
+    rewards.
+    """
+    every = asynchronous_terms(rewards)
+    return max((1 + one.calls.concurrency * one.call_size // rows for one in every), default=0)
+
+
+def waiting_for(rewards: Iterable[Reward]) -> dict[str, float]:
+    """For the progress: how many completions have no reward yet, and for how long a limit holds them up."""
+    found: dict[str, float] = {}
+    for one in asynchronous_terms(rewards):
+        for name, value in turns(one.name, one.calls).waiting().items():
+            found[name] = max(value, found.get(name, 0.0))
+    return found
 
 
 def _measured(part: Reward) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.overlap import Begun
 
 T = TypeVar("T")
 # Indices of prompts, and of each its completions as token ids, the stop id included.
@@ -107,16 +109,22 @@ class Rollout(Protocol):
 
 
 def kept_or_drawn(
-    draw: Draw, request: SampleRequest, kept: Kept[T], make: Callable[[list[int], list[list[list[int]]]], T]
-) -> Iterator[T]:
-    """What ``make`` makes of each batch: as it was kept, or of what is drawn now, which is kept then."""
+    draw: Draw,
+    request: SampleRequest,
+    kept: Kept[T],
+    make: Callable[[list[int], list[list[list[int]]]], Begun[T]],
+) -> Iterator[Begun[T]]:
+    """Each batch, as it was kept or as it is drawn now; what ``make`` begins of it is kept when it ends."""
     drawn = draw(request, kept)
+
+    def keep(number: int, made: T) -> T:
+        kept.keep(number, made)
+        return made
+
     for number, _ in request.batches():
         if number in kept:
-            yield kept[number]
+            yield Begun(functools.partial(kept.__getitem__, number))
         else:
-            made = make(*next(drawn))
-            kept.keep(number, made)
-            yield made
+            yield make(*next(drawn)).then(functools.partial(keep, number))
     if request.batches(done=kept):
         next(drawn, None)  # ``SharedSamples`` writes its file behind the last batch

@@ -356,6 +356,11 @@ def without_data(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
+def process_count() -> int:
+    """How many processes the run has, for code that is not handed its ``Processes``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def in_batch_order(shards: Sequence[Sequence[tuple[K, T]]]) -> Iterator[tuple[K, T]]:
     """What the processes made of their shards of one list after another, in the order of the lists.
 

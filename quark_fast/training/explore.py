@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 from quark_fast.config import Config
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
+from quark_fast.rewards.weighted_sum import batches_ahead, waiting_for
 from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, SampleRequest, Sampling, kept_or_drawn
 from quark_fast.runtime.distributed import in_batch_order
+from quark_fast.runtime.overlap import Begun, in_order
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.progress import Progress, Texts
 from quark_fast.training.run_prompts import RunPrompts
@@ -86,12 +88,22 @@ class Explorer:
         brought = self.prompts.scored
         if not all(math.isnan(one.reward) for one in brought):
             return brought
-        made: list[Scored] = []
-        for start in range(0, len(brought), self.config.sample_batch):
-            self.listen(Progress("scoring what was brought along", start, len(brought)))
-            part = brought[start : start + self.config.sample_batch]
+        size = self.config.sample_batch
+
+        def begin(start: int) -> tuple[int, Begun[list[Scored]]]:
+            part = brought[start : start + size]
             rows, texts = [self.prompts.train[one.prompt] for one in part], [one.text for one in part]
-            made += [replace(a, reward=float(r)) for a, r in zip(part, self.reward(rows, texts), strict=True)]
+            return start, self.reward.begin(rows, texts).then(functools.partial(_with_rewards, part))
+
+        def show(start: int) -> None:
+            waiting = waiting_for([self.reward])
+            self.listen(Progress("scoring what was brought along", start, len(brought), waiting))
+
+        made: list[Scored] = []
+        begun = map(begin, range(0, len(brought), size))
+        for start, part in in_order(begun, batches_ahead([self.reward], size), show):
+            show(start)
+            made += part
         return made
 
     def _scored(
@@ -101,23 +113,33 @@ class Explorer:
         begun, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
         total = samples * len(self.prompts.train_ids)
         processes, before = self.work.processes.count, self._first_samples(state)
-        for number, batch in self._batches(draw, state, sampling, samples):
-            yield number, batch
-            scores = np.array([one.reward for one in batch])
-            done, tokens = done + len(batch), tokens + sum(len(one.ids) for one in batch)
-            scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
+
+        def show(texts: Texts | None = None) -> None:
+            numbers = {
+                "reward": rewards / scored if scored else float("nan"),
+                "tokens/s": tokens * processes / (time.monotonic() - begun),
+            }
             self.listen(
                 Progress(
                     f"round {state.round + 1}/{state.all_rounds(self.config)}: sampling",
                     min(total, done * processes),
                     total,
-                    {
-                        "reward": rewards / scored if scored else float("nan"),
-                        "tokens/s": tokens * processes / (time.monotonic() - begun),
-                    },
-                    texts=self._texts(state, batch, before),
+                    numbers | waiting_for([self.reward]),
+                    texts=texts,
                 )
             )
+
+        def wait(_: int) -> None:
+            if done * processes < total:
+                show()
+
+        ahead = batches_ahead([self.reward], sampling.rows)
+        for number, batch in in_order(self._batches(draw, state, sampling, samples), ahead, wait):
+            yield number, batch
+            scores = np.array([one.reward for one in batch])
+            done, tokens = done + len(batch), tokens + sum(len(one.ids) for one in batch)
+            scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
+            show(self._texts(state, batch, before))
 
     def _first_samples(self, state: State) -> dict[int, int]:
         """Of each prompt, the index in the pool of the base model's first completion, where that is known."""
@@ -142,8 +164,8 @@ class Explorer:
 
     def _batches(
         self, draw: Draw, state: State, sampling: Sampling, samples: int
-    ) -> Iterator[tuple[int, list[Scored]]]:
-        """(number of the conditioning, batch): as it was kept, or as it is sampled and scored now."""
+    ) -> Iterator[tuple[int, Begun[list[Scored]]]]:
+        """(number of the conditioning, batch): as it was kept, or as it is sampled now, being scored."""
         for number, (conditioning, indices) in enumerate(self._conditionings(state)):
             for batch in kept_or_drawn(
                 draw,
@@ -175,15 +197,15 @@ class Explorer:
             for k in range(quantiles)
         ]
 
-    def _score(self, prompts: list[int], indices: list[int], drawn: list[list[list[int]]]) -> list[Scored]:
+    def _score(
+        self, prompts: list[int], indices: list[int], drawn: list[list[list[int]]]
+    ) -> Begun[list[Scored]]:
         """Completions of the prompts at these indices, with their rewards."""
         flat = [(prompts[i], one) for i, group in zip(indices, drawn, strict=True) for one in group]
         texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
-        scores = self.reward([self.prompts.train[i] for i, _ in flat], texts)
-        return [
-            Scored(i, completion, text, float(score))
-            for (i, completion), text, score in zip(flat, texts, scores, strict=True)
-        ]
+        unscored = [Scored(i, ids, text, math.nan) for (i, ids), text in zip(flat, texts, strict=True)]
+        begun = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)
+        return begun.then(functools.partial(_with_rewards, unscored))
 
     def _metrics(self, state: State, rows: list[dict[str, Any]], begun: float) -> dict[str, Any]:
         pool = state.pool
@@ -203,6 +225,10 @@ class Explorer:
             "guidance": self.config.guidance if state.step else 1.0,
             "seconds": time.monotonic() - begun,
         }
+
+
+def _with_rewards(completions: list[Scored], rewards: Iterable[float]) -> list[Scored]:
+    return [replace(one, reward=float(r)) for one, r in zip(completions, rewards, strict=True)]
 
 
 def stage_of(state: State) -> str:

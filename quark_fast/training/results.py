@@ -28,6 +28,7 @@ from quark_fast.report.files import NOT_EVALUATED, read_run
 from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
 from quark_fast.report.results import shown_name
+from quark_fast.rewards.weighted_sum import waiting_for
 from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import in_batch_order
@@ -179,8 +180,14 @@ class Results:
             )
 
         found: dict[str, list[Sample]] = {row.name: [] for row in table}
+        total = len(self.held_out.rows) * self.held_out.samples
+
+        def waiting(name: str) -> None:
+            if len(found[name]) * setup.processes.count < total:
+                self._show(name, found[name])
+
         for name, part in evaluate(
-            self._measured(sampling), model, table, measures=setup.task.measures, kept=kept
+            self._measured(sampling), model, table, setup.task.measures, kept=kept, waiting=waiting
         ):
             found[name] += part
             self._show(name, found[name])
@@ -196,6 +203,7 @@ class Results:
         if task.headline != "mean" and numbers:
             shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
+        numbers |= waiting_for((self.setup.reward, *self.setup.judges))
         self.listen(
             Progress(f"evaluating: {shown_name(name)}", min(total, len(samples) * count), total, numbers)
         )

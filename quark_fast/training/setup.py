@@ -34,7 +34,7 @@ from quark_fast.model.structure import recompute_layers
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
-from quark_fast.rewards.weighted_sum import cached, terms
+from quark_fast.rewards.weighted_sum import asynchronous_terms, cached, terms
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
@@ -204,6 +204,12 @@ def _check_model(
 def _check_reward(setup: Setup) -> None:
     """Try the reward on a few completions, unless the run has begun; then cache it, if asked to."""
     config, processes, prompts = setup.config, setup.processes, setup.prompts
+    limit = config.reward_per_minute or config.reward_tokens_per_minute
+    if limit and not asynchronous_terms((setup.reward, *setup.judges)):
+        raise UsageError(
+            f"reward {setup.reward.name} is a plain function, whose requests nothing here can limit; write it"
+            " as async def, or leave out --reward-per-minute and --reward-tokens-per-minute"
+        )
     if not config.resume and processes.main:
         asked = HeldOut(prompts.train, prompts.train_ids, 1)
         sampling = setup.round_sampling(0)

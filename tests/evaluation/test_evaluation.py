@@ -31,6 +31,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
 from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.runtime.overlap import Begun
 
 Make = Callable[..., Path]
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7, 8], [2, 7, 1, 8, 2], [9, 9, 9]]
@@ -135,7 +136,8 @@ def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_
         policy, policy.model, reward, held_out, Sampling(3, 3, rows=4), 0, prompt_fit=True
     )
     drawn: dict[int, list[list[int]]] = {}
-    for indices, groups in setup.draw("evaluation", policy.model, Conditioning(), lambda *made: made):
+    made = setup.draw("evaluation", policy.model, Conditioning(), lambda *batch: Begun(lambda: batch))
+    for indices, groups in (batch.finish() for batch in made):
         drawn |= zip(indices, groups, strict=True)
     samples = [
         one for _, part in evaluate(setup, policy.model, [TableRow("base", base=True)]) for one in part
@@ -341,7 +343,7 @@ def test_class_of_a_prompt_reaches_the_reward_only_as_a_column_of_the_users(
     rows = [{"prompt": f"w{i}", "prompt_class": "neutral", "n": i} for i in range(5)]
     held_out = HeldOut(rows, [[i] for i in range(5)], 1, classified=classified)
     asked = EvaluationSetup(policy, policy.model, describe(reward), held_out, Sampling(2, 0), 0)
-    asked.scored([0, 4], [[[1]], [[2]]])
+    asked.scored(asked.with_texts([0, 4], [[[1]], [[2]]]))
     tried = first_completions(policy, policy.model, held_out, Sampling(2, 0), 0)
     given = [row for part, _ in tried for row in part]
     expected = {"n"} if classified else {"n", "prompt_class"}

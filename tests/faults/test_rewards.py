@@ -17,6 +17,9 @@ from accelerate.state import AcceleratorState
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast.errors import Interrupted, UsageError
+from quark_fast.rewards.reward import describe
+from quark_fast.rewards.weighted_sum import weighted_sum
+from quark_fast.rollout import transformers
 from quark_fast.training.trainer import Trainer
 
 SHORT = {
@@ -125,3 +128,73 @@ def test_nan_from_a_reward_is_as_none_counted_and_left_out(
     (about,) = rows(tmp_path / "nan" / "metrics.jsonl", kind="round")
     missing = [row for row in rows(tmp_path / "nan" / "completions.jsonl") if row["reward"] is None]
     assert about["unscored"] == len(missing) > 0
+
+
+@pytest.mark.parametrize("term", ["alone", "beside a plain one"])
+def test_batch_is_scored_while_the_next_is_sampled_with_the_same_results(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, term: str
+) -> None:
+    sampled: list[int] = []
+    asked: list[tuple[str, str]] = []
+    usual = transformers._sample_by_parts
+
+    def sample(*arguments: Any) -> Any:
+        sampled.append(1)
+        return usual(*arguments)
+
+    async def slow(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        batch = len(asked)
+        asked.extend(zip(prompts, completions, strict=True))
+        # The check is the first call, of one batch. The first two of the round wait for the next to be
+        # sampled: without the overlap that would never begin.
+        while 4 <= batch < 4 + 2 * 16 and len(sampled) < 2 + 1 + (batch - 4) // 16:
+            await asyncio.sleep(0.01)
+        return even_words(prompts, completions)
+
+    def mixed(function: Any) -> Any:
+        if term == "alone":
+            return function
+        return weighted_sum([(1.0, describe(even_words, "plain")), (0.5, describe(function, "slow"))], 0.0)
+
+    model = tiny_model()
+    settings = {"rounds": 1, "sample_batch": 16}
+    whole = mixed(even_words)
+    run(tmp_path / "whole", model, whole, **settings)
+    monkeypatch.setattr("quark_fast.rollout.transformers._sample_by_parts", sample)
+    run(tmp_path / "run", model, mixed(slow), **settings)
+    for name in FILES:
+        assert timeless(tmp_path / "run" / name) == timeless(tmp_path / "whole" / name), name
+
+
+def test_failure_of_a_batch_keeps_what_was_answered_and_asks_nothing_twice(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    asked: list[tuple[str, str]] = []
+    broken = True
+
+    async def reward(prompt: str, completion: str) -> float | None:
+        asked.append((prompt, completion))
+        if broken and len(asked) == 30:
+            await asyncio.sleep(0.2)  # the others have answered by then
+            down()
+        return even_words([prompt], [completion])[0]
+
+    model = tiny_model()
+    settings = {"rounds": 1, "sample_batch": 16, "reward_retries": 0, "reward_concurrency": 64}
+    with pytest.raises(UsageError, match="scorer is down"):
+        run(tmp_path / "run", model, reward, **settings)
+    answered = set(asked) - {asked[29]}
+    broken, before = False, len(asked)
+    run(tmp_path / "run", model, reward, resume=True, **settings)
+    assert not answered & set(asked[before:])
+    run(tmp_path / "whole", model, reward, **settings)
+    for name in FILES:
+        assert timeless(tmp_path / "run" / name) == timeless(tmp_path / "whole" / name), name
+
+
+def test_limit_a_minute_of_a_plain_function_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(UsageError, match=r"plain function.*async def.*--reward-per-minute"):
+        run(tmp_path / "run", tiny_model(), even_words, reward_per_minute=60)
+    assert not (tmp_path / "run").exists()

@@ -216,9 +216,11 @@ def test_settings_of_a_run_reach_its_asynchronous_rewards(module: Callable[[str]
         reward_timeout=4.0,
         reward_retries=5,
         reward_backoff=6.0,
+        reward_per_minute=7,
+        reward_tokens_per_minute=8,
     )
     ((_, part),) = choose_reward(config, task, "cpu").function.parts
-    assert dataclasses.astuple(part.calls) == (2, 3, 4.0, 5, 6.0)
+    assert dataclasses.astuple(part.calls) == (2, 3, 4.0, 5, 6.0, 7, 8)
     given = choose_reward(config, task, "cpu", part.function)
     assert given.calls == part.calls
 
