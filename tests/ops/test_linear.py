@@ -475,7 +475,7 @@ def test_logits_are_never_whole(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows", [1, 200, 640, 1280, 5000])
 def test_default_chunks_are_even_and_no_larger_than_they_must_be(rows: int) -> None:
-    chunks = [len(some) for _, some in module._plan(torch.ones(rows, 1), True, 1, 0)]
+    chunks = [len(some) for _, some in module._plan(torch.ones(rows, 1), True, None, 1, 0)]
     assert sum(chunks) == rows
     assert max(chunks) - min(chunks) < len(chunks)
     assert max(chunks) < 2 * 160 * torch.get_num_threads() or max(chunks) <= -(-rows // 8)

@@ -28,7 +28,7 @@ def test_a_command_decides_before_torch_is_loaded() -> None:
     code = """
 import os, sys
 from quark_fast.terminal import command
-def run(arguments, console):
+def run(arguments, console, notices):
     print("torch" in sys.modules, os.environ["GOMP_SPINCOUNT"])
 command(run)([])
 """

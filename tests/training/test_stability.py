@@ -19,7 +19,7 @@ from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from quark_fast.config import Config
 from quark_fast.errors import Diverged, UsageError
 from quark_fast.runtime.memory import OutOfMemory
-from quark_fast.training.objective import Objective
+from quark_fast.training.objective import Objective, Terms
 from quark_fast.training.progress import Progress
 from quark_fast.training.stability import BadSteps, KLController
 from quark_fast.training.trainer import Trainer
@@ -60,13 +60,12 @@ def runs(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 # --- steps that are not finite -------------------------------------------------------------------
 
 
-def infinite_loss(loss: torch.Tensor, terms: dict[str, float]) -> torch.Tensor:
-    terms["kl"] = math.inf
-    terms["loss"] = math.inf
+def infinite_loss(loss: torch.Tensor, terms: Terms) -> torch.Tensor:
+    terms["kl"] = terms["loss"] = torch.tensor(math.inf), 1.0
     return loss * math.inf
 
 
-def infinite_gradient(loss: torch.Tensor, terms: dict[str, float]) -> torch.Tensor:
+def infinite_gradient(loss: torch.Tensor, terms: Terms) -> torch.Tensor:
     loss.register_hook(lambda gradient: gradient * math.inf)
     return loss
 
