@@ -70,14 +70,14 @@ def test_every_command_of_the_tutorial_runs_in_order(
     exec(model, {})
     monkeypatch.setenv("MODEL", capsys.readouterr().out.splitlines()[-1])
     blocks = BLOCK.findall(page)
-    assert {language for language, _, _ in blocks} == {"sh", "python"} and len(blocks) == 7
+    assert {language for language, _, _ in blocks} == {"sh", "python"} and len(blocks) == 9
     try:
         for language, file, text in blocks:
             if file:
                 Path(file).write_text(text)
             elif language == "python":
                 exec(compile(text, "tutorial.md", "exec"), {})
-            elif "quark_fast.train" in text:
+            elif "quark_fast.train" in text and "--scored" not in text:
                 interrupt_after_a_step(text, monkeypatch)
                 run_line(resume)
             else:
@@ -91,6 +91,7 @@ def test_every_command_of_the_tutorial_runs_in_order(
     evaluation = json.loads(Path("runs/brevity/evaluation.json").read_text())
     assert evaluation["prompts"] == 32 and evaluation["scorer"]["name"] == "brevity:score"
     assert Path("runs/brevity/report.html").stat().st_size > 10_000
+    assert Path("runs/again/finished.json").exists()
 
 
 def python_blocks(page: Path) -> list[str]:
