@@ -5,7 +5,8 @@ SCORER_URL=http://localhost:8000/score \
 
 With a parameter named `completion` the function is called for one at a time, and `async def` lets many calls
 wait side by side. An error or a time-out is tried again (--reward-retries, --reward-backoff, ...-timeout);
-what was answered stays in the run folder, so a resumed run does not ask again.
+what was answered stays in the run folder, so a resumed run does not ask again. A server with a limit wants
+--reward-per-minute; its 429 raises HTTPError here, whose Retry-After is waited for.
 """
 
 from __future__ import annotations

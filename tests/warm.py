@@ -86,7 +86,8 @@ def _run(module: str, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # pytest makes errors of them
     AcceleratorState._reset_state(reset_partial_state=True)
-    asynchronous._event_loop.cache_clear()  # whose thread did not outlive the fork
+    for of_loop in (asynchronous._event_loop, asynchronous.turns):  # whose thread did not outlive the fork
+        of_loop.cache_clear()
     sys.path.insert(0, os.getcwd())
     sys.argv = [module, *arguments]
     try:
