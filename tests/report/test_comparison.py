@@ -59,6 +59,7 @@ def test_runs_stand_in_one_table_with_curves_settings_and_texts(
     assert articles
     for article in articles:
         assert "weak: best token" in article and "strong: best token" in article
+    assert "<h1>2 runs side by side</h1>" in text, "no row of one of them is the headline"
     assert "No common table" not in text and "not complete" not in text
 
 
