@@ -34,8 +34,9 @@ class Run:
         return str(self.folder / "model")
 
     def scorer(self) -> str:
-        """The scorer of the run's own evaluation."""
+        """The scorer of the run's own evaluation, or of its record where it was not to have one."""
         path = self.folder / "evaluation.json"
+        path = path if path.exists() else self.folder / "versions.json"
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["scorer"]["name"])
         except (OSError, ValueError, KeyError, TypeError) as error:

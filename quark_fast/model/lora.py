@@ -40,7 +40,9 @@ class Lora:
 
 
 def add_adapters(model: Any, lora: Lora, seed: int) -> None:
-    """Freeze the model and put a float32 adapter beside each target layer, which at first changes nothing.
+    """Freeze the model and put an adapter beside each target layer, which at first changes nothing.
+
+    It has the dtype of the layer's weights: beside bfloat16, it is trained in bfloat16.
 
     Raises:
         UsageError: the targets are not layers of the model's body.

@@ -69,9 +69,11 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
     why, table, samples = "", {}, []
     try:
+        if without := [name for name, run in runs.items() if not run.evaluation]:
+            raise UsageError(f"{' and '.join(without)}: not evaluated")
         made = Evaluator([str(folder / "evaluation.json") for folder in folders]).evaluate()
         table, samples = made.table, [one for one in made.samples if not one.get("out_of_domain")]
-    except UsageError as error:  # not evaluated, or by other scorers, prompts, sampling: shown apart
+    except UsageError as error:  # or evaluated by other scorers, prompts, sampling: shown apart
         why = str(error)
         notices.print(f"no common table: {why}")
     page = runs_page(Compared(runs, differing(configs), why), table, samples)

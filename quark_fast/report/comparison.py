@@ -60,9 +60,11 @@ def differing(configs: Sequence[Config]) -> dict[str, list[str]]:
 
 
 def comparison_plots(compared: Compared, palette: Palette) -> dict[str, str]:
-    """name -> SVG; empty where no run has the values."""
+    """name -> SVG, in place of a run's own; empty: no run has the values, or one picture cannot show them."""
     with plot_style(palette):
         return {
+            "histogram": "",  # of the first run's rows alone
+            "exceedance": "",
             "rewards": _over(
                 compared,
                 palette,

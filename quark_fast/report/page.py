@@ -112,7 +112,8 @@ def render_html(run: RunFiles, compared: Compared | None = None) -> str:
     rewards, thresholds = (lists_of(run.rounds, name) for name in ("reward_by_quantile", "thresholds"))
     palette = Palette(max(rewards.shape[1], thresholds.shape[1] + 1))
     last_round, training_samples = median_samples(run.completions)
-    found = headline_parts(run.evaluation)
+    # One row's change is what a run is about, not what several are.
+    found = [] if compared else headline_parts(run.evaluation)
     no_result = f"This run has no result yet: {counted(len(run.steps), 'step')} recorded."
     if compared is not None:
         no_result = f"{len(compared.runs)} runs side by side"
@@ -129,7 +130,7 @@ def render_html(run: RunFiles, compared: Compared | None = None) -> str:
         qualified=" ".join(found[1:]),
         kept=kept_round(run.evaluation),
         facts=_facts(run),
-        tiles=_tiles(run.evaluation),
+        tiles=[] if compared else _tiles(run.evaluation),
         examples=_examples(run),
         last_round=last_round,
         training_samples=training_samples,

@@ -257,7 +257,9 @@ class Results:
     def _end(self, seconds: float) -> dict[str, Any]:
         """What the record of a finished run says of its end."""
         memory = round(most_memory(self.setup.device) / 1e9, 2)
-        left_out = {} if self.setup.config.eval else {"evaluation": NOT_EVALUATED}
+        # An evaluation says what the scorer was; without one ``quark_fast.evaluate`` asks the record.
+        scorer = {"name": self.setup.reward.name}
+        left_out = {} if self.setup.config.eval else {"evaluation": NOT_EVALUATED, "scorer": scorer}
         return {"minutes": round(seconds / 60, 1), "memory_gb": memory, **left_out}
 
     def upload(self) -> None:

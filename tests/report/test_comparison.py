@@ -59,6 +59,7 @@ def test_runs_stand_in_one_table_with_curves_settings_and_texts(
     assert articles
     for article in articles:
         assert "weak: best token" in article and "strong: best token" in article
+    assert "<h1>2 runs side by side</h1>" in text, "no row of one of them is the headline"
     assert "No common table" not in text and "not complete" not in text
 
 
@@ -68,7 +69,7 @@ def test_runs_without_a_common_table_are_shown_apart_and_why(
     weak, _, unseen = map(str, runs)
     page = tmp_path / "apart.html"
     assert main([weak, unseen, "--output", str(page)]) == 0
-    assert "evaluation.json cannot be read" in capsys.readouterr().err.replace("\n", " ")
+    assert "no common table: unseen: not evaluated" in capsys.readouterr().err
     text = shown(page)
     assert "No common table: " in text and "2 runs side by side" in text
     assert re.search(r"<tr><th>eval</th><td>True</td><td>False</td></tr>", text)

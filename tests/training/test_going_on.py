@@ -198,5 +198,7 @@ def test_run_that_is_not_evaluated_has_all_but_the_table_and_is_evaluated_later(
     found = Evaluator([str(folder)], reward=even_words).evaluate()
     table = [row["name"] for row in found.table["rows"]]
     assert any("best token" in name for name in table)
+    with pytest.raises(UsageError, match=r"the run's reward was tiny_runs:even_words, .* hand it over"):
+        Evaluator([str(folder)])
     whole = trainer(dataclasses.replace(config, output=str(tmp_path / "whole"), eval=True)).train().folder
     assert timeless(whole / "metrics.jsonl") == timeless(folder / "metrics.jsonl")
