@@ -68,7 +68,7 @@ class Turns:
         """What is waited for, as numbers of the progress; called by any thread."""
         limit = self._wakes - time.monotonic()
         numbers: dict[str, float] = {"waiting for the reward": self.unanswered} if self.unanswered else {}
-        return numbers | ({"its limit ends in s": round(limit)} if numbers and limit > 0.5 else {})
+        return numbers | ({"rate limit, s": round(limit)} if numbers and limit > 0.5 else {})
 
     def _expected(self) -> float:
         return self._answered_tokens / self._answers if self._answers else 0.0

@@ -78,7 +78,8 @@ def batches_ahead(rewards: Iterable[Reward], rows: int) -> int:
     rewards.
     """
     every = asynchronous_terms(rewards)
-    return max((1 + one.calls.concurrency * one.call_size // rows for one in every), default=0)
+    sizes = (one.calls.concurrency * min(one.call_size, rows) for one in every)
+    return max((1 + size // rows for size in sizes), default=0)
 
 
 def waiting_for(rewards: Iterable[Reward]) -> dict[str, float]:

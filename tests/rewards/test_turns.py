@@ -134,7 +134,7 @@ def test_refused_call_is_repeated_no_earlier_than_the_server_asks_and_says_what_
     (first, text), *later = asked
     repeated = next(at for at, completion in later if completion == text)
     assert repeated - first >= 1 and len(asked) == 7
-    assert any("its limit ends in s" in one and one["waiting for the reward"] > 0 for one in shown)
+    assert any("rate limit, s" in one and one["waiting for the reward"] > 0 for one in shown)
     assert waiting_for([own]) == {}
 
 

@@ -230,8 +230,9 @@ def test_signal_does_not_wait_for_a_reward_that_hangs(
 
     async def hangs(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         calls.append(len(prompts))
-        if len(calls) > 1:  # the first is the check before the run
+        if len(calls) == 2:  # the first is the check before the run
             threading.Timer(0.05, os.kill, (os.getpid(), name)).start()
+        if len(calls) > 1:
             await asyncio.sleep(600)
         return [0.0] * len(prompts)
 
@@ -239,7 +240,7 @@ def test_signal_does_not_wait_for_a_reward_that_hangs(
     trainer = Trainer(config, reward=hangs, prompts=PROMPTS, held_out=PROMPTS[:4])
     with pytest.raises(Interrupted, match=f"--resume --output {tmp_path / 'run'}"):
         trainer.train()
-    assert len(calls) == 2
+    assert len(calls) in (2, 3), "of the round's two batches the second may have been sampled by then"
 
 
 def test_folder_of_a_run_is_never_overwritten(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
