@@ -50,7 +50,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     folder, not_uploaded = trainer.folder.path, None
     with display.shown():
         try:
-            trainer.train()
+            folder = trainer.train().folder
         except NotUploaded as error:  # the run is finished: first its results
             not_uploaded = error
     if not processes.main:
