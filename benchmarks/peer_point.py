@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.evaluation.held_out import EvaluationSetup, evaluate
+from quark_fast.evaluation.held_out import evaluate
 from quark_fast.evaluation.saved_tables import read_table
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
@@ -29,7 +29,7 @@ from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.model.rounding import stochastic_rounding
 from quark_fast.report.results import BASE
-from quark_fast.rollout.sampling import Conditioning, DrawnBatch, Sampler, SampleRequest
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.machine import quiet_libraries, set_threads, settled_precision, versions
@@ -341,7 +341,12 @@ def best_of(point: Point, setup: Setup, count: int) -> Trained:
             yield indices, found
 
     row = TableRow(f"best of {count}", base=True)
-    measured = evaluate(held_out_setup(setup, sample_best), None, [row], setup.task.measures)
+    measured = evaluate(
+        setup.measured_on(setup.prompts.held_out, setup.held_out_sampling(), sample_best),
+        None,
+        [row],
+        setup.task.measures,
+    )
     return Trained(0.0, 0, rows={row.name: [one for _, part in measured for one in part]})
 
 
@@ -393,22 +398,6 @@ METHODS = {
 }
 
 
-def held_out_setup(setup: Setup, sampler: Sampler = sample) -> EvaluationSetup:
-    """What our run's evaluation measures with; ``sampler`` samples the base model."""
-    return EvaluationSetup(
-        setup.policy,
-        setup.reference,
-        setup.reward,
-        setup.prompts.held_out,
-        setup.held_out_sampling(),
-        setup.config.seed,
-        sampler,
-        judges=setup.judges,
-        controls=setup.controls,
-        prompt_fit=setup.task.shows("prompt_fit"),
-    )
-
-
 def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
     """The completions of a model as it is, with what our run's evaluation has before every prompt."""
     model = load_reference(folder, torch.float32, setup.device)
@@ -417,7 +406,12 @@ def measure(setup: Setup, name: str, folder: Path) -> list[Sample]:
         rounded = stochastic_rounding(setup.sampling_dtype)
         for weights in model.parameters():
             weights.data = rounded(weights.data)
-    batches = evaluate(held_out_setup(setup), model, [TableRow(name)], setup.task.measures)
+    batches = evaluate(
+        setup.measured_on(setup.prompts.held_out, setup.held_out_sampling()),
+        model,
+        [TableRow(name)],
+        setup.task.measures,
+    )
     return [one for _, part in batches for one in part]
 
 

@@ -18,6 +18,8 @@ from quark_fast.errors import UsageError
 from quark_fast.ops import cpp
 from quark_fast.ops.rows import KERNEL_DTYPES
 
+TRITON = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class NextToken:
@@ -66,7 +68,7 @@ def draw_tokens(logits: Tensor, wanted: NextToken, generator: torch.Generator) -
     if logits.dtype in KERNEL_DTYPES:
         if logits.device.type == "cpu":
             return _draw_by_kernel(logits, wanted, generator)
-        if logits.device.type == "cuda" and importlib.util.find_spec("triton"):
+        if logits.device.type == "cuda" and TRITON:
             return draw_on_gpu(logits, wanted, generator)
     return draw_by_equation(logits, wanted, generator)
 

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import EvaluationSetup, evaluate
+from quark_fast.evaluation.held_out import evaluate
 from quark_fast.evaluation.round_measures import measure_names, round_measures
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import flush, replacing, sha256
@@ -86,18 +86,8 @@ class BestRound:
         """Completions of the development prompts, the same on every process."""
         setup, prompts, sampling = self.setup, self.setup.prompts.development, self.setup.held_out_sampling()
         assert prompts is not None  # there is a goal
-        how = EvaluationSetup(
-            setup.policy,
-            setup.reference,
-            setup.reward,
-            prompts,
-            sampling,
-            setup.config.seed,
-            self.sampler,
-            self.work.shard,
-            setup.judges,
-            prompt_fit=True,
-        )
+        usual = setup.measured_on(prompts, sampling, self.sampler, self.work.shard)
+        how = dataclasses.replace(usual, controls=(), prompt_fit=True)
         drawn = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
         kept = self.work.journal.stage(
             stage_of(number),

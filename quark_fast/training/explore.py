@@ -141,14 +141,14 @@ class Explorer:
             scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
             show(self._texts(state, batch, before))
 
-    def _first_samples(self, state: State) -> dict[int, int]:
-        """Of each prompt, the index in the pool of the base model's first completion, where that is known."""
-        if self.prompts.scored:  # not the base model's
+    def _first_samples(self, state: State) -> dict[int, tuple[float, int]]:
+        """(reward, index in the pool) of the base model's first completion of each prompt, where known."""
+        if self.prompts.scored or state.step == 0:  # not the base model's, or not there yet
             return {}
-        base = (state.pool.rounds == 0).nonzero()[0].tolist()
-        return {state.prompt_of[i]: i for i in reversed(base)}
+        rewards, base = state.pool.rewards, (state.pool.rounds == 0).nonzero()[0].tolist()
+        return {state.prompt_of[i]: (float(rewards[i]), i) for i in reversed(base)}
 
-    def _texts(self, state: State, batch: list[Scored], before: dict[int, int]) -> Texts | None:
+    def _texts(self, state: State, batch: list[Scored], before: dict[int, tuple[float, int]]) -> Texts | None:
         """Texts to look at: of the batch's prompts, the one whose base model's text has the lowest reward."""
         prompts = self.prompts
         if state.step == 0:
@@ -156,9 +156,8 @@ class Explorer:
         known = [one for one in batch if one.prompt in before]
         if not known:
             return None
-        rewards = state.pool.rewards
-        one = min(known, key=lambda one: rewards[before[one.prompt]])
-        (completion,) = state.pool[[before[one.prompt]]].completions
+        one = min(known, key=lambda one: before[one.prompt][0])
+        (completion,) = state.pool[[before[one.prompt][1]]].completions
         text = self.policy.decode(completion.tolist(), prompts.train_ids[one.prompt])
         return Texts(str(prompts.train[one.prompt]["prompt"]), text, one.text)
 

@@ -84,20 +84,7 @@ class Results:
         return probe, probe.reference_logits(setup.policy, setup.reference)
 
     def _measured(self, sampling: Sampling) -> EvaluationSetup:
-        setup = self.setup
-        return EvaluationSetup(
-            setup.policy,
-            setup.reference,
-            setup.reward,
-            self.held_out,
-            sampling,
-            setup.config.seed,
-            self.sampler,
-            self.work.shard,
-            setup.judges,
-            setup.controls,
-            setup.task.shows("prompt_fit"),
-        )
+        return self.setup.measured_on(self.held_out, sampling, self.sampler, self.work.shard)
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
         """As JSON, what decides the samples of the held-out prompts and may change at a resume."""

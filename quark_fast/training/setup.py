@@ -18,6 +18,7 @@ from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
+    EvaluationSetup,
     HeldOut,
     control_texts,
     evaluation_sampling,
@@ -36,7 +37,7 @@ from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Function, Reward
 from quark_fast.rewards.weighted_sum import asynchronous_terms, cached, terms
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
-from quark_fast.rollout.transformers import TransformersRollout
+from quark_fast.rollout.transformers import TransformersRollout, sample
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
 from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import REPLICATION, Processes
@@ -94,6 +95,28 @@ class Setup:
     def held_out_sampling(self) -> Sampling:
         """How the completions of the evaluation are drawn."""
         return in_batches(evaluation_sampling(self.config), self.batch_rows, self.config.sample_batch)
+
+    def measured_on(
+        self,
+        prompts: HeldOut,
+        sampling: Sampling,
+        sampler: Sampler = sample,
+        shard: tuple[int, int] = (0, 1),
+    ) -> EvaluationSetup:
+        """What an evaluation on these prompts samples and is scored by."""
+        return EvaluationSetup(
+            self.policy,
+            self.reference,
+            self.reward,
+            prompts,
+            sampling,
+            self.config.seed,
+            sampler,
+            shard,
+            self.judges,
+            self.controls,
+            self.task.shows("prompt_fit"),
+        )
 
 
 def in_batches(sampling: Sampling, rows: int, at_once: int) -> Sampling:
