@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +15,13 @@ from quark_fast.report.drawing import (
     inline_svg,
     label_line_ends,
     new_figure,
+    panel_grid,
     plot_style,
     whole_ticks,
 )
 from quark_fast.report.files import RunFiles
-from quark_fast.report.records import Array, Record, series_of
+from quark_fast.report.records import Record, series_of
 from quark_fast.report.training_plots import STEP_PANELS, smooth
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Colours of the runs in their order; then again.
 _COLOURS = ("best", "worst", "guided", "none", "warn", "untouched")
@@ -123,22 +121,11 @@ def _steps(compared: Compared, palette: Palette) -> str:
     shown = [(t, runs) for t, runs in series.items() if any(np.isfinite(v).any() for v in runs.values())]
     if not shown:
         return ""
-    height = -(-len(shown) // 3)
-    figure, panels = new_figure((9.6, 0.6 + 2.1 * height), (height, 3))
-    for axes, (title, runs) in zip(panels, shown, strict=False):
+    figure, panels = panel_grid([title for title, _ in shown], "step", palette, above=0.6)
+    for axes, (_, runs) in zip(panels, shown, strict=True):
         for name, values in runs.items():
-            _smoothed(
-                axes, series_of(compared.runs[name].steps, "step"), values, palette[compared.colour(name)]
-            )
-        axes.set_title(title, loc="left", fontsize=9.5, color=palette["ink"])
-        axes.set_xlabel("step")
-        whole_ticks(axes)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
+            steps, colour = series_of(compared.runs[name].steps, "step"), palette[compared.colour(name)]
+            axes.plot(steps, smooth(values), color=colour, lw=1.6)
     lines: list[Any] = panels[0].get_lines()
     figure.legend(lines, list(compared.runs), loc="outside upper left", ncols=4, frameon=False)
     return inline_svg(figure, "steps", "Loss and its parts by step, of each run", palette)
-
-
-def _smoothed(axes: Axes, steps: Array, values: Array, colour: str) -> None:
-    axes.plot(steps, smooth(values), color=colour, lw=1.6)

@@ -121,6 +121,25 @@ def new_figure(
     return figure, figure.subplots(*panels, sharey=share_y, squeeze=False).ravel().tolist()
 
 
+def panel_grid(
+    titles: Sequence[str], x: str, palette: Palette, above: float = 0.3
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title, three in a row, over whole numbers of ``x``; these panels.
+
+    Args:
+        above: room over the panels, inches.
+    """
+    height = -(-len(titles) // 3)
+    figure, panels = new_figure((9.6, above + 2.1 * height), (height, 3))
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title, loc="left", fontsize=9.5, color=palette["ink"])
+        axes.set_xlabel(x)
+        whole_ticks(axes)
+    for axes in panels[len(titles) :]:
+        axes.set_visible(False)
+    return figure, panels[: len(titles)]
+
+
 def inline_svg(figure: Figure, name: str, label: str, palette: Palette) -> str:
     """The figure for an HTML page.
 

@@ -11,7 +11,14 @@ from quark_fast.errors import UsageError
 from quark_fast.files.safe_text import clean
 from quark_fast.keep_best import Goal
 from quark_fast.report.columns import one_line
-from quark_fast.report.drawing import Palette, inline_svg, label_line_ends, new_figure, whole_ticks
+from quark_fast.report.drawing import (
+    Palette,
+    inline_svg,
+    label_line_ends,
+    new_figure,
+    panel_grid,
+    whole_ticks,
+)
 from quark_fast.report.files import RunFiles
 from quark_fast.report.records import Array, Record, lists_of, number_of, series_of
 
@@ -86,18 +93,12 @@ def plot_steps(run: RunFiles, palette: Palette) -> str:
     if not shown:
         return ""
     steps, explored = series_of(run.steps, "step"), series_of(run.rounds, "step")
-    height = -(-len(shown) // 3)
-    figure, panels = new_figure((9.6, 0.3 + 2.1 * height), (height, 3))
-    for axes, (title, values) in zip(panels, shown, strict=False):
+    figure, panels = panel_grid([title for title, _ in shown], "step", palette)
+    for axes, (_, values) in zip(panels, shown, strict=True):
         for step in explored[(explored > steps[0]) & (explored < steps[-1])]:
             axes.axvline(step, color=palette["line"], lw=1)
         axes.plot(steps, values, color=palette["best"], lw=0.8, alpha=0.4)
         axes.plot(steps, smooth(values), color=palette["best"])
-        axes.set_title(title, loc="left", fontsize=9.5, color=palette["ink"])
-        axes.set_xlabel("step")
-        whole_ticks(axes)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     return inline_svg(figure, "steps", "Loss and its parts by step", palette)
 
 
@@ -129,9 +130,9 @@ def plot_compared(run: RunFiles, palette: Palette) -> str:
         return ""
     rounds, kept = series_of(run.compared, "round"), run.evaluation.get("kept_round") or {}
     goal = _goal_of(kept)
-    height = -(-len(shown) // 3)
-    figure, panels = new_figure((9.6, 0.3 + 2.1 * height), (height, 3))
-    for axes, (name, values) in zip(panels, shown.items(), strict=False):
+    titles = [f"{name}: {goal.direction}" if goal and name == goal.measure else name for name in shown]
+    figure, panels = panel_grid([one_line(clean(title))[:40] for title in titles], "round", palette)
+    for axes, (name, values) in zip(panels, shown.items(), strict=True):
         bounds = lists_of([_object_of(record, "intervals") for record in run.compared], name)
         if bounds.shape[1] == 2:
             axes.vlines(rounds, bounds[:, 0], bounds[:, 1], color=palette["best"], lw=1.4, alpha=0.5)
@@ -141,12 +142,6 @@ def plot_compared(run: RunFiles, palette: Palette) -> str:
         for bound in goal.bounds if goal else ():
             if bound.measure == name and rounds[0] == 0:
                 axes.axhline(bound.factor * values[0], color=palette["warn"], lw=1.2, ls="--")
-        title = f"{name}: {goal.direction}" if goal and name == goal.measure else name
-        axes.set_title(one_line(clean(title))[:40], loc="left", fontsize=9.5, color=palette["ink"])
-        axes.set_xlabel("round")
-        whole_ticks(axes)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     return inline_svg(figure, "compared", "Measures on development prompts by round", palette)
 
 
