@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from quark_fast.arguments import parse
 from quark_fast.config import Config
@@ -32,10 +33,6 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         config = processes.together(parsed)
     if not processes.main:
         console.quiet = notices.quiet = True
-    from quark_fast.report.columns import scores_are_rewards
-    from quark_fast.report.files import read_run
-    from quark_fast.report.results import after_names, headline, kept_round
-    from quark_fast.report.tables import before_after, results_table
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
     from quark_fast.training.display import Display
@@ -55,6 +52,18 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
             not_uploaded = error
     if not processes.main:
         return
+    _show(folder, config, console, notices)
+    if not_uploaded is not None:
+        raise not_uploaded
+
+
+def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) -> None:
+    """What came of a finished run, and where it is."""
+    from quark_fast.report.columns import scores_are_rewards
+    from quark_fast.report.files import read_run
+    from quark_fast.report.results import after_names, headline, kept_round
+    from quark_fast.report.tables import before_after, results_table
+
     finished = read_run(folder)
     if kept := kept_round(finished.evaluation):
         console.print(kept)
@@ -74,8 +83,6 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     notices.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
     notices.print(f"report:   {folder / 'report.html'}")
     notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
-    if not_uploaded is not None:
-        raise not_uploaded
 
 
 if __name__ == "__main__":
