@@ -11,7 +11,7 @@ all weights, by which they are no slower here.
 Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).
-``--also`` measures a setting that the rule did not choose.
+``--also`` measures a setting that the rule did not choose, ``--chosen`` one that earlier tries chose.
 
 Every point is a folder of its own below --output; the same command goes on where it was stopped.
 """
@@ -31,6 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import peer_point
 import task_tables
 
 from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
@@ -53,9 +54,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD=JSON",
         help="measure these settings of a method on test prompts, too",
     )
+    made.add_argument(
+        "--chosen",
+        action="append",
+        default=[],
+        type=_also,
+        metavar="METHOD=JSON",
+        help="the rule's choice of earlier tries, which are not run again",
+    )
     made.add_argument("--output", type=Path, default=Path("runs/peers"))
     made.add_argument("--jobs", type=int, help="points at once, of one thread each; default: one a core")
-    made.add_argument("--table", type=Path, metavar="FILE", help="also write the numbers here, as JSON")
+    made.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="also write the numbers here, as JSON; methods of the file that are not asked for stay in it",
+    )
     made.add_argument("--plot", type=Path, metavar="FILE", help="also draw the frontier here, as SVG")
     made.add_argument("--dry-run", action="store_true", help="list the points")
     made.add_argument("--point", help=argparse.SUPPRESS)
@@ -227,6 +241,32 @@ def results(
     return table
 
 
+def with_earlier(table: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the rows that only an earlier one has, of methods that this call did not measure.
+
+    Raises:
+        SystemExit: the two are not of the same measurement: other seeds, minutes, or another base model.
+    """
+    for name in ("task", "minutes", "seeds"):
+        if table[name] != earlier[name]:
+            raise SystemExit(
+                f"the table has {name} {earlier[name]}, this call {table[name]}; give another file"
+            )
+    now, before = (one["rows"][0]["seeds"] for one in (table, earlier))
+    for name in before[0].keys() & now[0].keys():
+        values = [[seed[name]["value"] for seed in seeds] for seeds in (now, before)]
+        if values[0] != values[1]:
+            raise SystemExit(
+                f"the base model's {name} is {values[0]}, in the table {values[1]}: other software or"
+                " hardware; give another file"
+            )
+    measured = {row["method"] for row in table["rows"]}
+    order = list(peer_point.METHODS)
+    kept = [row for row in earlier["rows"] if row["method"] not in measured]
+    rows = sorted([*table["rows"], *kept], key=lambda row: order.index(row["method"]))
+    return table | {"rows": rows}
+
+
 def label(row: Mapping[str, Any]) -> str:
     parts = [row["method"]]
     if row["row"] != row["method"]:
@@ -297,21 +337,20 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     asked = parser().parse_args()
     if asked.point:
-        import peer_point
-
         point = json.loads(asked.point)
         peer_point.run(peer_point.Point(**point, folder=folder_of(asked.output, point)))
         return
-    import peer_point
-
     methods = asked.methods.split(",") if asked.methods else list(peer_point.METHODS)
     if unknown := [one for one in methods if one not in peer_point.METHODS]:
         raise SystemExit(f"{unknown[0]} is no method; choose from {', '.join(peer_point.METHODS)}")
-    if strange := [name for name, _ in asked.also if name not in methods]:
-        raise SystemExit(f"--also {strange[0]}: not among the methods, {', '.join(methods)}")
+    for flag, given in (("also", asked.also), ("chosen", asked.chosen)):
+        if strange := [name for name, _ in given if name not in methods]:
+            raise SystemExit(f"--{flag} {strange[0]}: not among the methods, {', '.join(methods)}")
     methods = [BASE, *(one for one in methods if one != BASE)]
     tries = {name: list(peer_point.METHODS[name].tries) for name in methods}
-    tuned = {name: found for name, found in tries.items() if name == BASE or len(found) > 1}
+    tries |= {name: [settings] for name, settings in asked.chosen}
+    tuned = {name: found for name, found in tries.items() if len(found) > 1}
+    tuned = {BASE: tries[BASE]} | tuned if tuned else {}
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     development = list(points(asked, "development", [0], tuned))
     if asked.dry_run:
@@ -326,6 +365,8 @@ def main() -> None:
             chosen[name].append(settings)
     run_all(asked, list(points(asked, "test", seeds, chosen)))
     table = results(asked, chosen, seeds)
+    if asked.table and asked.table.exists():
+        table = with_earlier(table, json.loads(asked.table.read_text()))
     print(markdown(table))
     if asked.table:
         asked.table.write_text(json.dumps(table, indent=1) + "\n")

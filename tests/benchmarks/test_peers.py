@@ -90,6 +90,45 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
     assert line.count("|") == shown.splitlines()[0].count("|")
 
 
+def test_a_table_keeps_the_methods_that_a_later_call_leaves_out(
+    peers: ModuleType, asked: argparse.Namespace
+) -> None:
+    rows = {
+        "base": {"base": samples(0.5, 8.0, 0.5)},
+        "RAFT": {"RAFT": samples(0.3, 8.0, 0.4)},
+        "GRPO": {"GRPO": samples(0.4, 8.0, 0.4)},
+        "ours": {"best token": samples(0.2, 8.2, 0.25)},
+    }
+    for method, found in rows.items():
+        (point,) = peers.points(asked, "test", [0], {method: [{}]})
+        save_point(peers, asked.output, point, found)
+    earlier = peers.results(asked, {"base": [{}], "ours": [{}], "GRPO": [{}]}, [0])
+    later = peers.results(asked, {"base": [{}], "GRPO": [{}], "RAFT": [{}]}, [0])
+    later["rows"][1]["minutes"] = 11.0
+    joined = peers.with_earlier(later, json.loads(json.dumps(earlier)))["rows"]
+    assert [row["method"] for row in joined] == ["base", "ours", "GRPO", "RAFT"]
+    assert joined[2]["minutes"] == 11.0, "what was measured again is new"
+
+    earlier["rows"][0]["seeds"][0]["perplexity"]["value"] += 1e-9
+    with pytest.raises(SystemExit, match="the base model's perplexity is"):
+        peers.with_earlier(later, earlier)
+    with pytest.raises(SystemExit, match=r"the table has seeds \[0, 1\], this call \[0\]"):
+        peers.with_earlier(later, earlier | {"seeds": [0, 1]})
+
+
+def test_chosen_settings_have_no_tries(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = 'RAFT={"learning_rate": 4e-5}'
+    command = f"peers.py --dry-run --output {tmp_path} --methods RAFT --chosen".split()
+    monkeypatch.setattr("sys.argv", [*command, chosen])
+    peers.main()
+    assert "development" not in capsys.readouterr().out.partition("then")[0]
+    monkeypatch.setattr("sys.argv", [*command[:-1]])
+    peers.main()
+    assert capsys.readouterr().out.count("/development/") == 4, "three tries and the base model"
+
+
 def test_points_that_are_there_do_not_run_again(peers: ModuleType, asked: argparse.Namespace) -> None:
     wanted = list(peers.points(asked, "test", [0], {"base": [{}]}))
     save_point(peers, asked.output, wanted[0], {"base": samples(0.5, 8.0, 0.5)})
