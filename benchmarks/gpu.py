@@ -28,6 +28,9 @@ gradient.
 The second kind of table starts from hidden states and the heads' weights: there the roof is the four matrix
 products that nobody can spare, three for a row without KL, and `extra` includes the gradients of hidden
 states and weight.
+
+The third is a whole training step beside the authors' eager loop (benchmarks/training_step.py), where the
+extension is built.
 """
 
 from __future__ import annotations
@@ -427,10 +430,11 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "us" not in row:
             print(f"{row['row']:24}{row.get('failed') or 'left out: ' + row['left_out']}")
             continue
-        speed, wrong = row.get("gb_per_s", math.nan), "" if row["right"] else "  WRONG"
+        speed, to_roof = (row.get(name, math.nan) for name in ("gb_per_s", "to_roof"))
+        wrong = "" if row["right"] else "  WRONG"
         lacks = f"  no {', no '.join(row['lacks'])}" if row["lacks"] else ""
         print(
-            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{speed:8.0f}{row['to_roof']:8.2f}"
+            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{speed:8.0f}{to_roof:8.2f}"
             f"{row['extra_mb']:10.1f}{row['error']:10.1e}{wrong}{lacks}"
         )
 
@@ -561,6 +565,21 @@ def measure_head(case: HeadCase, clock: Clock) -> list[dict[str, Any]]:
             "roof_us": roof_seconds * 1e6,
         }
     return [*found.values(), *(about | {"row": name, "left_out": why} for name, why in left_out.items())]
+
+
+# --- A whole training step ---------------------------------------------------------------------
+
+
+def measure_steps(about: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """A table for every case."""
+    try:
+        from training_step import CASES, TINY, measure_step
+    except ImportError as error:  # a machine that is lent for minutes may have torch and Triton alone
+        yield [{"case": "training step", "row": "ours-step", "left_out": str(error), "right": True}]
+        return
+    for case in [TINY] if arguments.interpret else CASES[:1] if arguments.quick else CASES:
+        rounds = min(arguments.rounds, 9)
+        yield measure_step(case, DEVICE, rounds, extra_memory, about.get("bf16_tflop_per_s"))
 
 
 # --- Which blocking? ---------------------------------------------------------------------------
@@ -695,28 +714,48 @@ def clocks_at_work() -> dict[str, str] | str:
 # --- All together ------------------------------------------------------------------------------
 
 
+def cases(about: Mapping[str, Any], clock: Clock) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
+    """Name -> its tables, the most telling first."""
+
+    def of_logits(case: Case) -> Callable[[], Iterator[Any]]:
+        return lambda: iter([measure(case, clock)])
+
+    def of_head(case: HeadCase) -> Callable[[], Iterator[Any]]:
+        return lambda: iter([measure_head(case, clock)])
+
+    yield from ((str(case), of_logits(case)) for case in CASES[:1])
+    yield from ((str(case), of_head(case)) for case in HEAD_CASES)
+    yield "training step", lambda: measure_steps(about)
+    yield from ((str(case), of_logits(case)) for case in CASES[1:])
+
+
+def measured(name: str, call: Callable[[], Iterator[Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The tables of a case; where its inputs do not fit, or not beside each other, one row that says so."""
+    try:
+        yield from call()
+    except torch.OutOfMemoryError as error:
+        yield [{"case": name, "row": "all", **failure(error)}]
+
+
 def tables(about: dict[str, Any], clock: Clock) -> tuple[list[str], list[dict[str, Any]]]:
     """What is wrong, and the rows of every case, saved after each."""
     wrong: list[str] = []
     rows: list[dict[str, Any]] = []
-    for case in [*CASES[:1], *HEAD_CASES, *CASES[1:]]:
+    for name, call in cases(about, clock):
         if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
-            print(f"{case}: left out, {arguments.minutes} minutes are over")
+            print(f"{name}: left out, {arguments.minutes} minutes are over")
             continue
-        try:
-            found = measure(case, clock) if isinstance(case, Case) else measure_head(case, clock)
-        except torch.OutOfMemoryError as error:  # of the inputs, or beside each other; smaller cases fit
-            found = [{"case": str(case), "row": "all", "lacks": [], **failure(error)}]
-        show(found)
-        rows += found
-        wrong += [
-            f"{row['case']}, {row['row']}"
-            for row in found
-            if row["row"].startswith("ours") and not row["right"]
-        ]
-        if not arguments.interpret:
-            torch.cuda.empty_cache()
-        save(about | {"wrong": wrong, "rows": rows})
+        for found in measured(name, call):
+            show(found)
+            rows += found
+            wrong += [
+                f"{row['case']}, {row['row']}"
+                for row in found
+                if row["row"].startswith("ours") and not row["right"]
+            ]
+            if not arguments.interpret:
+                torch.cuda.empty_cache()
+            save(about | {"wrong": wrong, "rows": rows})
     return wrong, rows
 
 

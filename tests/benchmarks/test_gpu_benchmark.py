@@ -41,7 +41,7 @@ def test_the_gpu_benchmark_runs_to_its_end(tmp_path: Path, mode: str, library_lo
     assert not [row for row in rows if "failed" in row]
     timed = {row["row"] for row in rows if "us" in row}
     ours = {"eager-authors", "eager-lean", "compile", "ours-fresh", "ours-inplace", "ours-one-pass"}
-    ours |= {"ours-whole", "ours-linear"}
+    ours |= {"ours-whole", "ours-linear", "ours-step", "authors"}
     assert timed >= ours | {"torch-linear"}
     # Every other library is there, or the table says why not.
     left_out = {row["row"]: row["left_out"] for row in rows if "left_out" in row}
@@ -49,6 +49,9 @@ def test_the_gpu_benchmark_runs_to_its_end(tmp_path: Path, mode: str, library_lo
     assert left_out["quack"] == left_out["quack-linear"] == "it runs on a GPU alone"
     assert {row["row"]: row["lacks"] for row in rows if "us" in row}["torch-linear"] == ["KL", "H"]
     assert "no KL, no H" in done.output
+    # The authors' loop and ours compute the same: from the same weights, the same loss and gradient.
+    (step,) = [row for row in rows if row["row"] == "ours-step"]
+    assert step["right"] and 0 < step["error"] < 1e-4
 
 
 WITHOUT_EXTENSION = """
