@@ -614,6 +614,8 @@ def tune(clock: Clock) -> list[dict[str, Any]]:
         ("row", Case(320, 50257)),
         ("sums", Case(2560, 50257)),
         ("gradient", Case(2560, 50257)),
+        # Between one row for each multiprocessor and two.
+        *[(kernel, Case(rows, 50257)) for rows in (132, 200, 264) for kernel in ("row", "split")],
         ("split", Case(320, 50257)),
         ("split", Case(64, 50257)),
         ("split", Case(8, 151936)),
