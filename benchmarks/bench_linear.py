@@ -9,16 +9,24 @@ checked against float64. The clock covers the heads of policy and reference, the
 hidden states and weight. `autocast` is float32 weights under bfloat16 autocast, as the trainer has them.
 Before every round the clock also runs over the roof: the four matrix products that nobody can spare.
 `extra_mb` is the most memory that a step holds beyond hidden states and weights, the two gradients included.
+
+Then the same by libraries (benchmarks/library_losses.py), as far as they run on a CPU; one that is not
+installed is skipped and says what to install. A row without KL, NLL or entropy does less work: `lacks` says
+which, and its roof without a reference is three products. Under autocast each of them computes in something
+else, so they are compared in float32 and bfloat16.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from conftest import peak_memory
+from library_losses import FROM_HIDDEN, TERMS, check, distance, exact
+from losses import ENTROPY_COEF, KL_COEF
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
@@ -33,7 +41,6 @@ CASES = [((rows, 576, 49152), dtype) for rows in (320, 640) for dtype in DTYPES]
 CASES += [((1280, 576, 49152), "autocast"), ((640, 768, 50257), "autocast")]
 if not FULL:
     CASES = [((64, 32, 4099), dtype) for dtype in DTYPES]
-KL_COEF, ENTROPY_COEF = 0.05, 0.06
 
 # (hidden, weight, ref_hidden, ref_weight, labels) -> loss
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -97,46 +104,73 @@ def inputs(request: pytest.FixtureRequest) -> tuple[str, tuple[Tensor, ...]]:
     return name, (hidden.to(half), weight.to(half), ref_hidden.to(ref), weight.to(ref).clone(), labels)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def bench_hidden_to_loss(
-    benchmark: BenchmarkFixture, inputs: tuple[str, tuple[Tensor, ...]], name: str
-) -> None:
-    size, tensors = inputs
-    benchmark.group = size
-    benchmark.extra_info["row"] = name
+def loss_and_terms(name: str, size: str) -> tuple[Loss, Sequence[str]]:
+    """The loss of a row, and its terms. Skips a library that is not here."""
+    if name in LOSSES:
+        return LOSSES[name], TERMS
+    if size.endswith("autocast"):
+        pytest.skip("libraries are compared in float32 and bfloat16")
+    with warnings.catch_warnings(action="ignore"):  # at their import
+        missing = check(name, "cpu", "policy_ref")
+    if missing is not None:
+        pytest.skip(f"{name}: {missing}")
+    library = FROM_HIDDEN[name]
+    of_library = library.load()
+    return lambda *tensors: of_library(*tensors, "policy_ref"), library.terms
 
-    def run(of: tuple[Tensor, ...] = tensors) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=size.endswith("autocast")):
-            return step(LOSSES[name], of)
 
-    torch.compiler.reset()  # past its limit of recompilations, torch.compile falls back to eager
-    few = 64  # in float64, all rows would take longer than the benchmark
-    some = (tensors[0][:few], tensors[1], tensors[2][:few], tensors[3], tensors[4][:few])
-    exact = step(eager, tuple(t.double() if t.is_floating_point() else t for t in some))
-    ours = run(some)
-    # Half precision rounds logits of size 10 by 2^-6, and the gradients once more.
-    tolerance = 1e-4 if size.endswith("float32") else 2**-5
-    for mine, other in zip(ours, exact, strict=True):
-        assert (mine - other).abs().max() <= tolerance * other.abs().max()
-    del ours, exact
-
+def products(tensors: tuple[Tensor, ...], reference: bool) -> Callable[[], None]:
+    """The matrix products that nobody can spare; without a reference three."""
     hidden, weight, ref_hidden, ref_weight, _ = (
         t.to(tensors[3].dtype) if t.is_floating_point() else t for t in tensors
     )
     grad = hidden.new_empty(len(hidden), len(weight)).normal_()
+
+    def run() -> None:
+        hidden @ weight.t()
+        if reference:
+            ref_hidden @ ref_weight.t()
+        grad @ weight
+        grad.t() @ hidden
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *FROM_HIDDEN])
+def bench_hidden_to_loss(
+    benchmark: BenchmarkFixture, inputs: tuple[str, tuple[Tensor, ...]], name: str
+) -> None:
+    size, tensors = inputs
+    loss, terms = loss_and_terms(name, size)
+    benchmark.group = size
+    benchmark.extra_info |= {"row": name, "lacks": [term for term in TERMS if term not in terms]}
+
+    def run(of: tuple[Tensor, ...] = tensors) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=size.endswith("autocast")):
+            return step(loss, of)
+
+    torch.compiler.reset()  # past its limit of recompilations, torch.compile falls back to eager
+    few = 64  # in float64, all rows would take longer than the benchmark
+    some = (tensors[0][:few], tensors[1], tensors[2][:few], tensors[3], tensors[4][:few])
+    expected, gradients = exact(some[:2], some[2:], terms, "policy_ref")
+    # Half precision rounds logits of size 10 by 2^-6, and the gradients once more.
+    tolerance = 1e-4 if size.endswith("float32") else 2**-5
+    for mine, other in zip(run(some), (expected, *gradients), strict=True):
+        assert (mine - other).abs().max() <= tolerance * other.abs().max()
+        assert distance(mine, other) <= tolerance
+    del expected, gradients, mine, other
+
     roof: list[float] = []
+    multiply = products(tensors, reference="KL" in terms)
 
     def setup() -> None:
         begun = time.perf_counter()
-        for states, matrix in ((hidden, weight), (ref_hidden, ref_weight)):
-            states @ matrix.t()
-        grad @ weight
-        grad.t() @ hidden
+        multiply()
         roof.append(time.perf_counter() - begun)
 
     torch.compiler.reset()
     benchmark.extra_info["extra_mb"] = round(peak_memory(run) / 1e6, 1)
-    benchmark.pedantic(run, setup=setup, rounds=5, warmup_rounds=2 if FULL else 1)
+    benchmark.pedantic(run, setup=setup, rounds=5 if FULL else 3, warmup_rounds=2 if FULL else 1)
     if benchmark.stats is not None:  # None under --benchmark-disable
         median = statistics.median(roof)
         benchmark.extra_info["roof_ms"] = round(median * 1e3, 4)

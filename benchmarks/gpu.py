@@ -1,34 +1,41 @@
 """Everything about the loss on a GPU in one call: is it right, how fast is it, how much memory does it take.
 
-    PYTHONPATH=. python benchmarks/gpu.py --output benchmarks/results/h100.json    # 8 minutes on an H100
-    PYTHONPATH=. python benchmarks/gpu.py --quick            # correctness and one size, about a minute
+    PYTHONPATH=. python benchmarks/gpu.py --edges            # correctness where random inputs do not show it
+    PYTHONPATH=. python benchmarks/gpu.py --output benchmarks/results/h100.json
+    PYTHONPATH=. python benchmarks/gpu.py --quick            # one size
     PYTHONPATH=. python benchmarks/gpu.py --tune             # blockings of every kernel, best first
     PYTHONPATH=. python benchmarks/gpu.py --interpret        # on a CPU, tiny: does this file still run?
 
-It needs torch, Triton and this source tree; the C++ extension need not be built. Liger is a row if it is
-installed.
+It needs torch, Triton and this source tree; the C++ extension need not be built. Every row's gradient is
+compared with float64 before it is timed.
 
 A time is the GPU's own, between two events, the median of rounds in which every row takes its turn, with the
-L2 cache flushed before each: logits that a large matrix product wrote are not in it. `wall` is a step of a
-loop of them, Python and autograd included. The roof is a device-to-device copy in the same rounds. The
-least traffic of the loss is one read of policy and reference and one write of the gradient, so with b and c
-bytes an element of policy and reference
+L2 cache full of something else before each: logits that a large matrix product wrote are not in it. `wall` is
+a step of a loop of them, Python and autograd included. The roof is a device-to-device copy in the same
+rounds. The least traffic of the loss is one read of policy and reference and one write of the gradient, so
+with b and c bytes an element of policy and reference
 
     GB/s = N V (2 b + c) / time     for every row, whatever it moves in truth
     x roof = time / (N V (2 b + c) / the copy's bytes a second)
+
+and 2 b alone for a row without KL. Rows of libraries (benchmarks/library_losses.py) are there where they are
+installed; behind a row stand the terms that it lacks, and in place of one that is left out, why.
 
 Two passes (float16, and bfloat16 in place, whose gradient waits for the loss's scale) read both once more:
 5/3 of the roof at best. `extra` is the most memory that a step holds beyond logits and reference, with the
 gradient.
 
 The second kind of table starts from hidden states and the heads' weights: there the roof is the four matrix
-products that nobody can spare, and `extra` includes the gradients of hidden states and weight.
+products that nobody can spare, three for a row without KL, and `extra` includes the gradients of hidden
+states and weight.
+
+The third is a whole training step beside the authors' eager loop (benchmarks/training_step.py), where the
+extension is built.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -38,7 +45,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -46,16 +54,19 @@ from typing import Any, NamedTuple, get_args
 parser = argparse.ArgumentParser(description="Correctness, time and memory of quark_loss on a GPU.")
 parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
 parser.add_argument("--quick", action="store_true", help="one size")
+parser.add_argument("--edges", action="store_true", help="masks, strides and infinities; no times")
 parser.add_argument("--tune", action="store_true", help="time blockings instead of implementations")
 parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
 parser.add_argument("--minutes", type=float, default=7.5, help="start nothing new after this long")
 parser.add_argument("--rounds", type=int, default=15, help="turns of every row")
+parser.add_argument("--without", default="", metavar="NAME,...", help="rows of libraries to leave out")
 arguments = parser.parse_args()
 if arguments.interpret:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from library_losses import FROM_HIDDEN, FROM_LOGITS, TERMS, Library, check, of_terms  # noqa: E402
 from losses import ENTROPY_COEF, KL_COEF, authors, lean  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -81,9 +92,8 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"N{self.rows}-V{self.vocab}-{str(self.dtype).removeprefix('torch.')}-{self.kl}"
 
-    @property
-    def least_bytes(self) -> int:
-        return 3 * self.rows * self.vocab * self.dtype.itemsize
+    def least_bytes(self, terms: Sequence[str] = TERMS) -> int:
+        return (3 if "KL" in terms else 2) * self.rows * self.vocab * self.dtype.itemsize
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         g = torch.Generator(DEVICE).manual_seed(0)
@@ -125,20 +135,6 @@ def ours(inplace: bool) -> Loss:
     return loss
 
 
-def liger(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
-    """Liger's cross entropy and divergence; it has no entropy. For a mask of ones alone."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-    from liger_kernel.ops.jsd import LigerJSDFunction
-
-    logp, logq = torch.log_softmax(z, -1, dtype=FP32), torch.log_softmax(r, -1, dtype=FP32)
-    # Generalised Jensen-Shannon: 1 is KL(input || target), 0 is KL(target || input); the mean over rows.
-    divergence = LigerJSDFunction.apply(logp, logq, None, 1.0 if kl == "policy_ref" else 0.0)
-    entropy = -(logp.exp() * logp).sum(-1).mean()
-    # Last: it writes its gradient over the logits.
-    nll = LigerCrossEntropyFunction.apply(z.view_as(z), labels, None)[0]
-    return nll + KL_COEF * divergence - ENTROPY_COEF * entropy
-
-
 def forward_backward(loss: Loss, z: Tensor, *rest: Tensor, kl: Kl) -> tuple[Tensor, Tensor]:
     leaf = z.detach().requires_grad_()
     value = loss(leaf, *rest, kl)
@@ -154,15 +150,21 @@ def one_pass(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> tupl
     return triton_kernels.forward(*problem, grad=grad)[0], grad
 
 
-Step = Callable[..., tuple[Tensor, Tensor]]
+class Row(NamedTuple):
+    """What is timed, and the terms of the loss that it has."""
+
+    run: Callable[..., Any]
+    terms: Sequence[str] = TERMS
+
+
 Work = tuple[Callable[[], Any], Callable[[], Any]]  # what is done before, and what is timed
 
 
-def steps(case: Case) -> dict[str, Step]:
-    """What is timed: name -> (z, r, labels, mask) -> loss and gradient."""
+def rows_of(case: Case) -> dict[str, Row]:
+    """Name -> (z, r, labels, mask) -> loss and gradient."""
 
-    def with_autograd(loss: Loss) -> Step:
-        return lambda *tensors: forward_backward(loss, *tensors, kl=case.kl)
+    def with_autograd(loss: Loss) -> Row:
+        return Row(lambda *tensors: forward_backward(loss, *tensors, kl=case.kl))
 
     found = {"eager-authors": with_autograd(authors), "eager-lean": with_autograd(lean)}
     if str(case) in COMPILED:
@@ -174,25 +176,55 @@ def steps(case: Case) -> dict[str, Step]:
             found["compile-max-autotune"] = with_autograd(
                 torch.compile(lean, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs")
             )
-    if importlib.util.find_spec("liger_kernel") and case.kl != "sampled" and not arguments.interpret:
-        found["liger"] = with_autograd(liger)
     found["ours-fresh"] = with_autograd(ours(inplace=False))
     found["ours-inplace"] = with_autograd(ours(inplace=True))
-    found["ours-one-pass"] = lambda *tensors: one_pass(*tensors, case.kl)
+    found["ours-one-pass"] = Row(lambda *tensors: one_pass(*tensors, case.kl))
     return found
+
+
+def of_libraries(
+    libraries: Mapping[str, Library], kl: Kl
+) -> tuple[dict[str, tuple[Library, Callable[..., Tensor]]], dict[str, str]]:
+    """Those that run here and compute what they claim, with their losses; why the others are left out."""
+    here, left_out = {}, {}
+    for name, library in libraries.items():
+        if kl == "sampled" or (kl != "policy_ref" and "KL" not in library.terms):
+            continue  # no library has it; or the row is that of policy_ref
+        if name in arguments.without.split(","):
+            left_out[name] = "--without"
+            continue
+        with warnings.catch_warnings(action="ignore"):  # at their import
+            why = check(name, DEVICE, kl, interpreted=arguments.interpret)
+        if why is None:
+            here[name] = library, library.load()
+        else:
+            left_out[name] = why
+    return here, left_out
+
+
+def row_of_library(library: Library, loss: Callable[..., Tensor], kl: Kl) -> Row:
+    def of_ones(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
+        return loss(z, r, labels, kl)
+
+    return Row(lambda *tensors: forward_backward(of_ones, *tensors, kl=kl), library.terms)
 
 
 # --- Is it right? ------------------------------------------------------------------------------
 
 
-def exact(case: Case, tensors: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole loss's gradient at some rows, and nll, KL, H there (3, rows), in float64."""
+def exact(
+    case: Case, tensors: tuple[Tensor, ...], rows: Tensor, which: Sequence[str] = TERMS
+) -> tuple[Tensor, Tensor]:
+    """The whole loss's gradient at some rows, and nll, KL, H there (3, rows), in float64.
+
+    The loss has the terms of `which` alone.
+    """
     z, r, labels, mask = (tensor[rows].double() for tensor in tensors)
     leaf = z.requires_grad_()
     weights = mask / tensors[3].double().sum()
     problem = (leaf, r, labels.long(), weights, case.vocab, KL_COEF, ENTROPY_COEF, case.kl)
-    value, *terms = eager.quark_loss(*problem)
-    value.backward()
+    _, *terms = eager.quark_loss(*problem)
+    (weights * of_terms(*terms, which)).sum().backward()
     assert leaf.grad is not None
     return leaf.grad, torch.stack(terms).detach()
 
@@ -202,8 +234,9 @@ def gradient_error(case: Case, grad: Tensor, expected: Tensor, rows: Tensor) -> 
     difference = (grad[rows].double() - expected).abs()
     largest = float(expected.abs().max())
     # Authors' rows compute in half precision, too: what is compared with is not on trial.
-    eps = torch.finfo(case.dtype).eps
-    allowed = eps * expected.abs() + 2e-6 * largest + torch.finfo(case.dtype).smallest_normal
+    limits = torch.finfo(case.dtype)
+    # Below the normal numbers, which is where a mean over many rows lies in float16, rounding is absolute.
+    allowed = limits.eps * expected.abs() + 2e-6 * largest + limits.smallest_normal * limits.eps
     return float(difference.max()) / largest, bool((difference <= allowed).all())
 
 
@@ -267,7 +300,7 @@ class Clock:
     """Times on the GPU with a cold L2; on the CPU, to try this file out, whatever it takes."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(1 if arguments.interpret else 256 << 20, dtype=torch.int8, device=DEVICE)
+        self.other = torch.zeros(1 if arguments.interpret else 64 << 20, device=DEVICE)  # 256 MB
 
     def seconds(self, works: dict[str, Work], rounds: int) -> dict[str, float]:
         """name -> (before, work) -> name -> the median of work's times, all taking turns."""
@@ -276,7 +309,8 @@ class Clock:
         for turn in range(warm + rounds):
             for name, (before, work) in works.items():
                 before()
-                self.flush.zero_()
+                # Read, not written: what is written would still have to leave the cache while work is timed.
+                self.other.sum()
                 pair = self._timed(work)
                 if turn >= warm:
                     times[name].append(pair)
@@ -293,8 +327,8 @@ class Clock:
             begun = time.perf_counter()
             work()
             return time.perf_counter() - begun
-        # Some 0.5 ms of nothing, in which Python gets ahead: the kernels must not wait for their launches.
-        torch.cuda._sleep(1_000_000)
+        # Some 2 ms of nothing, in which Python gets ahead: the kernels must not wait for their launches.
+        torch.cuda._sleep(4_000_000)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
@@ -334,42 +368,56 @@ def measure(case: Case, clock: Clock) -> list[dict[str, Any]]:
     tensors = case.inputs()
     z, *rest = tensors
     rows = torch.randperm(case.rows, generator=torch.Generator().manual_seed(0))[:32].to(DEVICE)
-    expected, _ = exact(case, tensors, rows)
     work, target = z.clone(), torch.empty_like(z)
+    here, left_out = of_libraries(FROM_LOGITS, case.kl)
+    every = rows_of(case) | {name: row_of_library(*one, case.kl) for name, one in here.items()}
+    about = {"case": str(case), **case._asdict(), "dtype": str(case.dtype)}
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Work] = {}
-    for name, step in steps(case).items():
+    for name, row in every.items():
 
-        def run(step: Step = step) -> tuple[Tensor, Tensor]:
-            return step(work, *rest)
+        def run(row: Row = row) -> tuple[Tensor, Tensor]:
+            return row.run(work, *rest)
 
-        found[name] = {"case": str(case), **case._asdict(), "dtype": str(case.dtype), "row": name}
-        try:
+        def right(run: Callable[[], tuple[Tensor, Tensor]] = run, row: Row = row) -> dict[str, Any]:
             work.copy_(z)
-            _, grad = run()
-            error, right = gradient_error(case, grad, expected, rows)
-            found[name] |= {"error": error, "right": right or not name.startswith("ours")}
-            del grad
-            found[name]["extra_mb"] = extra_memory(run) / 1e6
-        except Exception as error:  # time on a GPU is scarce: the other rows go on, and this one says why
-            found[name] |= {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
-            continue
-        runs[name] = ((lambda: work.copy_(z)), run)
+            error, right = gradient_error(case, run()[1], exact(case, tensors, rows, row.terms)[0], rows)
+            return {"error": error, "right": right}
+
+        found[name] = about | tried(name, row, right, run)
+        if "failed" not in found[name]:
+            runs[name] = ((lambda: work.copy_(z)), run)
     runs["roof"] = ((lambda: None), (lambda: target.copy_(z)))
     seconds = clock.seconds(runs, arguments.rounds)
-    roof = 2 * z.nbytes / seconds["roof"]
+    roof = 2 * z.nbytes / seconds.pop("roof")
     for name, taken in seconds.items():
-        if name == "roof":
-            continue
         work.copy_(z)
+        least = case.least_bytes(every[name].terms)
         found[name] |= {
             "us": taken * 1e6,
             "wall_us": clock.wall(runs[name][1], 1 if arguments.interpret else 10) * 1e6,
-            "gb_per_s": case.least_bytes / taken / 1e9,
-            "to_roof": taken / (case.least_bytes / roof),
+            "gb_per_s": least / taken / 1e9,
+            "to_roof": taken / (least / roof),
             "roof_gb_per_s": roof / 1e9,
         }
-    return list(found.values())
+    return [*found.values(), *(about | {"row": name, "left_out": why} for name, why in left_out.items())]
+
+
+def tried(name: str, row: Row, right: Callable[[], dict[str, Any]], run: Callable[[], Any]) -> dict[str, Any]:
+    """A row's error and memory; or why it failed. Of the errors only ours are on trial here."""
+    lacks = [term for term in TERMS if term not in row.terms]
+    found: dict[str, Any] = {"row": name, "lacks": lacks}
+    try:
+        found |= right()
+        found["extra_mb"] = extra_memory(run) / 1e6
+    except Exception as error:  # time on a GPU is scarce: the other rows go on, and this one says why
+        return found | failure(error)
+    found["right"] = found["right"] or not name.startswith("ours")
+    return found
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    return {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -379,13 +427,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"\n{rows[0]['case']}    {products if 'roof_us' in timed else copy}")
     print(f"{'':24}{'us':>10}{'wall us':>10}{'GB/s':>8}{'x roof':>8}{'extra MB':>10}{'error':>10}")
     for row in rows:
-        if "failed" in row:
-            print(f"{row['row']:24}{row['failed']}")
+        if "us" not in row:
+            print(f"{row['row']:24}{row.get('failed') or 'left out: ' + row['left_out']}")
             continue
-        speed, wrong = row.get("gb_per_s", math.nan), "" if row["right"] else "  WRONG"
+        speed, to_roof = (row.get(name, math.nan) for name in ("gb_per_s", "to_roof"))
+        wrong = "" if row["right"] else "  WRONG"
+        lacks = f"  no {', no '.join(row['lacks'])}" if row["lacks"] else ""
         print(
-            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{speed:8.0f}{row['to_roof']:8.2f}"
-            f"{row['extra_mb']:10.1f}{row['error']:10.1e}{wrong}"
+            f"{row['row']:24}{row['us']:10.1f}{row['wall_us']:10.1f}{speed:8.0f}{to_roof:8.2f}"
+            f"{row['extra_mb']:10.1f}{row['error']:10.1e}{wrong}{lacks}"
         )
 
 
@@ -423,7 +473,7 @@ if arguments.interpret:
     HEAD_CASES = [HeadCase(3, 5, 37)]
 
 
-def head_steps(case: HeadCase) -> dict[str, Callable[..., Tensor]]:
+def head_rows() -> dict[str, Row]:
     """name -> (hidden, weight, ref_hidden, ref_weight, labels) -> loss."""
     options = {"kl_coef": KL_COEF, "entropy_coef": ENTROPY_COEF, "impl": "triton"}
 
@@ -439,63 +489,97 @@ def head_steps(case: HeadCase) -> dict[str, Callable[..., Tensor]]:
     torch.compiler.reset()
     backend = "eager" if arguments.interpret else "inductor"
     return {
-        "eager-lean": from_logits(lean),
-        "compile": torch.compile(from_logits(lean), dynamic=False, fullgraph=True, backend=backend),
-        "ours-whole": from_logits(ours(inplace=False)),
-        "ours-linear": lambda *tensors: linear_quark_loss(*tensors, **options).loss,
+        "eager-lean": Row(from_logits(lean)),
+        "compile": Row(torch.compile(from_logits(lean), dynamic=False, fullgraph=True, backend=backend)),
+        "ours-whole": Row(from_logits(ours(inplace=False))),
+        "ours-linear": Row(lambda *tensors: linear_quark_loss(*tensors, **options).loss),
     }
 
 
-def measure_head(case: HeadCase, clock: Clock) -> list[dict[str, Any]]:
-    hidden, weight, *rest = case.inputs()
-    ref_hidden, ref_weight, labels = rest
-    leaves = [hidden.requires_grad_(), weight.detach().clone().requires_grad_()]
-    some = torch.randperm(case.rows, generator=torch.Generator().manual_seed(0))[:32].to(DEVICE)
-    logits = [(h[some].double() @ w.double().t()).detach() for h, w in ((hidden, weight), rest[:2])]
+def head_row_of_library(library: Library, loss: Callable[..., Tensor]) -> Row:
+    return Row(lambda *tensors: loss(*tensors, "policy_ref"), library.terms)
+
+
+def exact_head(case: HeadCase, tensors: Sequence[Tensor], some: Tensor, terms: Sequence[str]) -> Tensor:
+    """The gradient of some hidden states, in float64."""
+    hidden, weight, ref_hidden, ref_weight, labels = (tensor.detach() for tensor in tensors)
+    logits = [h[some].double() @ w.double().t() for h, w in ((hidden, weight), (ref_hidden, ref_weight))]
     grad_logits, _ = exact(
         Case(case.rows, case.vocab, FP32),
         (*logits, labels[some], torch.ones(len(some), device=DEVICE)),
         torch.arange(len(some), device=DEVICE),
+        terms,
     )
     # Of the mean over all rows, not over some.
-    expected = (grad_logits * (len(some) / case.rows)) @ weight.detach().double()
-    del logits, grad_logits
+    return (grad_logits * (len(some) / case.rows)) @ weight.double()
+
+
+def products(tensors: Sequence[Tensor], vocab: int, reference: bool) -> Callable[[], None]:
+    """The matrix products that nobody can spare; without a reference three."""
+    hidden, weight, ref_hidden, ref_weight, _ = (tensor.detach() for tensor in tensors)
+    z = hidden.new_empty(len(hidden), vocab).normal_()
+
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=z)
+        if reference:
+            torch.mm(ref_hidden, ref_weight.t(), out=z)
+        torch.mm(z, weight)
+        torch.mm(z.t(), hidden)
+
+    return run
+
+
+def measure_head(case: HeadCase, clock: Clock) -> list[dict[str, Any]]:
+    hidden, weight, *rest = case.inputs()
+    leaves = [hidden.requires_grad_(), weight.detach().clone().requires_grad_()]
+    some = torch.randperm(case.rows, generator=torch.Generator().manual_seed(0))[:32].to(DEVICE)
+    here, left_out = of_libraries(FROM_HIDDEN, "policy_ref")
+    every = head_rows() | {name: head_row_of_library(*one) for name, one in here.items()}
+    about = {"case": str(case), **case._asdict(), "dtype": str(case.dtype)}
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Work] = {}
-    for name, step in head_steps(case).items():
+    for name, row in every.items():
 
-        def run(step: Callable[..., Tensor] = step) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(step(*leaves, *rest), leaves)
+        def run(row: Row = row) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(row.run(*leaves, *rest), leaves)
 
-        found[name] = {"case": str(case), **case._asdict(), "dtype": str(case.dtype), "row": name}
-        try:
-            grad = run()[0][some].double()
-            error = float((grad - expected).abs().max() / expected.abs().max())
+        def right(run: Callable[[], tuple[Tensor, ...]] = run, row: Row = row) -> dict[str, Any]:
+            expected = exact_head(case, [*leaves, *rest], some, row.terms)
+            error = float((run()[0][some].double() - expected).abs().max() / expected.abs().max())
             # Logits and their gradient are rounded to the dtype, in sums of many.
-            found[name] |= {"error": error, "right": error < 8 * torch.finfo(case.dtype).eps}
-            found[name]["extra_mb"] = extra_memory(run) / 1e6
-        except Exception as error:  # as in measure
-            found[name] |= {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
-            continue
-        runs[name] = ((lambda: None), run)
-    z = torch.empty(case.rows, case.vocab, dtype=case.dtype, device=DEVICE).normal_()
+            return {"error": error, "right": error < 8 * torch.finfo(case.dtype).eps}
 
-    def products() -> None:
-        torch.mm(hidden.detach(), weight.detach().t(), out=z)
-        torch.mm(ref_hidden, ref_weight.detach().t(), out=z)
-        torch.mm(z, weight.detach())
-        torch.mm(z.t(), hidden.detach())
-
-    runs["roof"] = ((lambda: None), products)
+        found[name] = about | tried(name, row, right, run)
+        if "failed" not in found[name]:
+            runs[name] = ((lambda: None), run)
+    for roof, reference in (("roof", True), ("roof without reference", False)):
+        runs[roof] = ((lambda: None), products([*leaves, *rest], case.vocab, reference))
     seconds = clock.seconds(runs, min(arguments.rounds, 9))
-    for name in found.keys() & seconds.keys():
+    roofs = {True: seconds.pop("roof"), False: seconds.pop("roof without reference")}
+    for name, taken in seconds.items():
+        roof_seconds = roofs["KL" in every[name].terms]
         found[name] |= {
-            "us": seconds[name] * 1e6,
+            "us": taken * 1e6,
             "wall_us": clock.wall(runs[name][1], 1 if arguments.interpret else 5) * 1e6,
-            "to_roof": seconds[name] / seconds["roof"],
-            "roof_us": seconds["roof"] * 1e6,
+            "to_roof": taken / roof_seconds,
+            "roof_us": roof_seconds * 1e6,
         }
-    return list(found.values())
+    return [*found.values(), *(about | {"row": name, "left_out": why} for name, why in left_out.items())]
+
+
+# --- A whole training step ---------------------------------------------------------------------
+
+
+def measure_steps(about: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """A table for every case."""
+    try:
+        from training_step import CASES, TINY, measure_step
+    except ImportError as error:  # a machine that is lent for minutes may have torch and Triton alone
+        yield [{"case": "training step", "row": "ours-step", "left_out": str(error), "right": True}]
+        return
+    for case in [TINY] if arguments.interpret else CASES[:1] if arguments.quick else CASES:
+        rounds = min(arguments.rounds, 9)
+        yield measure_step(case, DEVICE, rounds, extra_memory, about.get("bf16_tflop_per_s"))
 
 
 # --- Which blocking? ---------------------------------------------------------------------------
@@ -530,6 +614,8 @@ def tune(clock: Clock) -> list[dict[str, Any]]:
         ("row", Case(320, 50257)),
         ("sums", Case(2560, 50257)),
         ("gradient", Case(2560, 50257)),
+        # Between one row for each multiprocessor and two.
+        *[(kernel, Case(rows, 50257)) for rows in (132, 200, 264) for kernel in ("row", "split")],
         ("split", Case(320, 50257)),
         ("split", Case(64, 50257)),
         ("split", Case(8, 151936)),
@@ -547,7 +633,7 @@ def tune(clock: Clock) -> list[dict[str, Any]]:
             try:
                 call(cut)
                 synchronize()
-            except triton.runtime.errors.OutOfResources as error:
+            except triton.runtime.errors.OutOfResources as error:  # registers or shared memory
                 print(f"{kernel} {case} {cut}: {error}")
                 continue
             cuts[str(cut)] = cut
@@ -559,7 +645,7 @@ def tune(clock: Clock) -> list[dict[str, Any]]:
         print(f"\n{kernel}, {case}; copy: {roof / 1e9:.0f} GB/s")
         for name, taken in sorted(seconds.items(), key=lambda item: item[1]):
             row = {"kernel": kernel, "case": str(case), **cuts[name]._asdict(), "us": taken * 1e6}
-            row |= {"gb_per_s": case.least_bytes / taken / 1e9, "roof_gb_per_s": roof / 1e9}
+            row |= {"gb_per_s": case.least_bytes() / taken / 1e9, "roof_gb_per_s": roof / 1e9}
             results.append(row)
             if len([r for r in results if r["kernel"] == kernel and r["case"] == str(case)]) <= 8:
                 print(f"{row['us']:10.1f} us {row['gb_per_s']:8.0f} GB/s  {cuts[name]}")
@@ -587,7 +673,32 @@ def machine() -> dict[str, Any]:
         "l2_mb": round(properties.L2_cache_size / 1e6, 1),
         "cuda": torch.version.cuda,
     }
-    wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    return about | ceilings() | {"nvidia-smi": clocks_at_work()}
+
+
+def ceilings() -> dict[str, float]:
+    """What everything else is held against: a large copy, and a large product in bfloat16."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    side = 8192
+    matrices = [torch.randn(side, side, dtype=BF16, device=DEVICE) for _ in range(3)]
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()
+        return Clock.wall(work, 20)
+
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    multiplied = 2 * side**3 / seconds(lambda: torch.mm(matrices[0], matrices[1], out=matrices[2]))
+    return {"copy_gb_per_s": round(copied / 1e9), "bf16_tflop_per_s": round(multiplied / 1e12, 1)}
+
+
+def clocks_at_work() -> dict[str, str] | str:
+    """nvidia-smi's word while products run: an idle GPU has its clocks down."""
+    wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    matrix = torch.randn(8192, 8192, dtype=BF16, device=DEVICE)
+    result = torch.empty_like(matrix)
+    for _ in range(900):  # a second and more; about a thousand launches may wait
+        torch.mm(matrix, matrix, out=result)
     try:
         answer = subprocess.run(
             ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"],
@@ -595,31 +706,48 @@ def machine() -> dict[str, Any]:
             text=True,
             check=True,
         )
-        about["nvidia-smi"] = dict(
-            zip(wanted.split(","), answer.stdout.split("\n")[0].split(", "), strict=False)
-        )
     except (OSError, subprocess.CalledProcessError) as error:
-        about["nvidia-smi"] = str(error)
-    return about
+        return str(error)
+    finally:
+        torch.cuda.synchronize()
+    return dict(zip(wanted.split(","), answer.stdout.split("\n")[0].split(", "), strict=False))
 
 
-def main() -> None:
-    if not arguments.interpret and not torch.cuda.is_available():
-        sys.exit("no CUDA device here; --interpret tries this file out on the CPU")
-    about = machine()
-    print(json.dumps(about, indent=1))
-    clock = Clock()
+# --- All together ------------------------------------------------------------------------------
+
+
+def cases(about: Mapping[str, Any], clock: Clock) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
+    """Name -> its tables, the most telling first."""
+
+    def of_logits(case: Case) -> Callable[[], Iterator[Any]]:
+        return lambda: iter([measure(case, clock)])
+
+    def of_head(case: HeadCase) -> Callable[[], Iterator[Any]]:
+        return lambda: iter([measure_head(case, clock)])
+
+    yield from ((str(case), of_logits(case)) for case in CASES[:1])
+    yield from ((str(case), of_head(case)) for case in HEAD_CASES)
+    yield "training step", lambda: measure_steps(about)
+    yield from ((str(case), of_logits(case)) for case in CASES[1:])
+
+
+def measured(name: str, call: Callable[[], Iterator[Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The tables of a case; where its inputs do not fit, or not beside each other, one row that says so."""
+    try:
+        yield from call()
+    except torch.OutOfMemoryError as error:
+        yield [{"case": name, "row": "all", **failure(error)}]
+
+
+def tables(about: dict[str, Any], clock: Clock) -> tuple[list[str], list[dict[str, Any]]]:
+    """What is wrong, and the rows of every case, saved after each."""
     wrong: list[str] = []
     rows: list[dict[str, Any]] = []
-    if arguments.tune:
-        rows = tune(clock)
-    else:
-        wrong = check_edges()
-        for case in [*CASES[:1], *HEAD_CASES, *CASES[1:]]:
-            if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
-                print(f"{case}: left out, {arguments.minutes} minutes are over")
-                continue
-            found = measure(case, clock) if isinstance(case, Case) else measure_head(case, clock)
+    for name, call in cases(about, clock):
+        if (time.monotonic() - BEGUN) / 60 > arguments.minutes:
+            print(f"{name}: left out, {arguments.minutes} minutes are over")
+            continue
+        for found in measured(name, call):
             show(found)
             rows += found
             wrong += [
@@ -630,6 +758,22 @@ def main() -> None:
             if not arguments.interpret:
                 torch.cuda.empty_cache()
             save(about | {"wrong": wrong, "rows": rows})
+    return wrong, rows
+
+
+def main() -> None:
+    if not arguments.interpret and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --interpret tries this file out on the CPU")
+    about = machine()
+    print(json.dumps(about, indent=1))
+    wrong: list[str] = []
+    rows: list[dict[str, Any]] = []
+    if arguments.edges:
+        wrong = check_edges()
+    elif arguments.tune:
+        rows = tune(Clock())
+    else:
+        wrong, rows = tables(about, Clock())
     save(about | {"wrong": wrong, "rows": rows})
     if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")

@@ -58,7 +58,7 @@ constexpr float kHeadroom = 8;
 // nearly every row of a language model. `any`: they may also be below kLog0, -inf or NaN.
 enum class Range { moderate, any };
 
-// e^x for kLog0 <= x <= kHeadroom; with Range::any also 0 below and any number for NaN. Relative
+// e^x for kLog0 <= x <= kHeadroom; with Range::any also 0 below and NaN for NaN. Relative
 // error about 1.5 ulp + 1e-8 |x|: the second part is harmless where e^x is a share of a sum that
 // holds e^0. e^x = 2^n 2^f with n = round(x / ln 2), |f| <= 1/2, and a polynomial for 2^f.
 template <Range range>
@@ -75,7 +75,10 @@ inline float exp_below_headroom(float x) {
   poly = poly * f + 0x1.62e428p-1f;
   poly = poly * f + 0x1.000002p+0f;
   const uint32_t scaled = bits_of(poly) + (bits_of(shifted) << 23);  // times 2^n
-  return float_of(range == Range::any && x < kLog0 ? 0 : scaled);
+  if (range == Range::moderate) return float_of(scaled);
+  // A NaN's own bits, shifted into the exponent, would make a number of it.
+  const uint32_t in_range = x == x ? scaled : 0x7fc00000u;
+  return float_of(x < kLog0 ? 0 : in_range);
 }
 
 inline float maximum(const float* x, int64_t count) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -41,6 +42,8 @@ void on_threads(int64_t threads, Run& run) {
     for (int64_t i = 1; i < threads; ++i) helpers.emplace_back([&run] { run(); });
   } catch (const std::system_error&) {
     // The system gives no more threads: those that started, and this one, do all the rows.
+  } catch (const std::bad_alloc&) {
+    // Or no memory for one more. Not joined, they would end the process.
   }
   run();
   for (std::thread& helper : helpers) helper.join();

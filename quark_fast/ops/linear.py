@@ -32,9 +32,9 @@ from quark_fast.ops.loss import Implementation, QuarkLoss
 LEAST_ROWS_A_THREAD, LEAST_ROWS_CPU = 160, 640
 LEAST_ROWS_ELSEWHERE = 2048
 MOST_CHUNKS = 8
-# Elements of the weight's gradient that are made in half precision at a time, to be added in float32 while
-# they are still in the cache.
-BLOCK = 2**21
+# Elements of the weight's gradient that are made in half precision at a time, to be added in float32: on a
+# CPU while they are still in the cache; elsewhere in few large products.
+BLOCK_CPU, BLOCK_ELSEWHERE = 2**21, 2**26
 
 
 def linear_quark_loss(
@@ -188,6 +188,7 @@ def linear_contrast_loss(
     options = (vocab_size, kl_coef, entropy_coef, kl)
     problem, chosen = _checked(heads, labels, mask, options, impl, normalizer, chunk)
     _, _, labels, token_weights, *terms = problem
+    labels, token_weights = labels.contiguous(), token_weights.contiguous()  # the operator flattens them
     loss, *values, contrast, mirror_kl = _linear_loss(
         hidden,
         *heads[1:],
@@ -430,7 +431,11 @@ def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
 
 
 class _Head:
-    """A linear layer that writes the logits of every chunk to the same memory."""
+    """A linear layer that writes the logits of every chunk to the same memory.
+
+    A GPU is slow at products of rows that do not start at multiples of 16 bytes, so there each has room for a
+    multiple of 8 columns; on a CPU such products would go through a copy.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.detach().to(dtype)
@@ -440,11 +445,15 @@ class _Head:
     def logits(self, hidden: Tensor) -> Tensor:
         if len(self.room) < len(hidden):
             self.room = self.weight.new_empty(0)  # or else old and new would be there at once
-            self.room = self.weight.new_empty(len(hidden), len(self.weight))
-        out = self.room[: len(hidden)]
+            self.room = self.weight.new_empty(len(hidden), _columns(len(self.weight), self.weight.device))
+        out = self.room[: len(hidden), : len(self.weight)]
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+def _columns(vocabulary: int, device: torch.device) -> int:
+    return vocabulary if device.type == "cpu" else -(-vocabulary // 8) * 8
 
 
 def _plan(
@@ -549,7 +558,7 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> No
     if total.dtype == grad.dtype:
         torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
         return
-    block = max(1, BLOCK // total.shape[1])
+    block = max(1, (BLOCK_CPU if total.device.type == "cpu" else BLOCK_ELSEWHERE) // total.shape[1])
     for some, columns in zip(torch.split(total, block), torch.split(grad, block, 1), strict=True):
         product = columns.t() @ hidden
         some.copy_(product) if first else some.add_(product)

@@ -18,6 +18,8 @@ from quark_fast.ops.rows import KERNEL_DTYPES, rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
 Chosen = Literal["eager", "cpp", "triton"]
+# Looked for here and not at each call, which torch.compile would have to trace.
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 class QuarkLoss(NamedTuple):
@@ -234,7 +236,7 @@ def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Chosen:
         if device == "cpu" and not foreign:
             return "cpp"
         # Triton's wheels are for Linux.
-        if device == "cuda" and not foreign and importlib.util.find_spec("triton"):
+        if device == "cuda" and not foreign and TRITON:
             return "triton"
         return "eager"
     if impl == "eager":
@@ -250,7 +252,7 @@ def _choose(impl: str, logits: Tensor, ref_logits: Tensor | None) -> Chosen:
         if device != "cpu":
             raise ValueError(f"impl='cpp' takes CPU tensors, not {device}; use impl='auto'")
         return "cpp"
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         raise ValueError("impl='triton' needs the package triton, which is not installed; use impl='auto'")
     if device != "cuda" and not (device == "cpu" and _backend("triton").INTERPRETED):
         raise ValueError(

@@ -795,31 +795,51 @@ class Blocking(NamedTuple):
     stages: int = 1  # tiles on their way at once, through shared memory if more than one
 
 
-def blocking(rows: int, vocab_size: int, logits: Tensor, *, fused: bool) -> Blocking:
+def blocking(rows: int, vocab_size: int, logits: Tensor, *, fused: bool, pairs: bool = False) -> Blocking:
     """The blocking for `rows` rows like those of logits; `fused` if one program makes sums and gradient.
 
+    With `pairs`, the gradient reads the reference again, and not the policy's logits alone.
+
     One fused program fills a multiprocessor: 32 KB of loads in flight would not hide its latency between
-    loops, so two more tiles are prefetched through shared memory. Of the other kernels several programs run
+    loops, so more tiles are prefetched through shared memory. Of the other kernels several programs run
     on one multiprocessor.
     """
     if not logits.is_cuda:  # Triton's interpreter goes through the threads one by one
         return Blocking(splits=1, warps=1, per_thread=16)
-    processors, asynchronous = _processors(logits.device)
+    processors, shared = _processors(logits.device)
     per_thread = 32 // logits.element_size()
     if rows >= 2 * processors:
         if fused:
-            return Blocking(splits=1, warps=16, per_thread=per_thread, stages=3 if asynchronous else 1)
+            return Blocking(splits=1, warps=16, per_thread=per_thread, stages=fused_stages(shared, pairs))
         return Blocking(splits=1, warps=8, per_thread=per_thread)
     warps = 4
     most = max(1, vocab_size // (32 * warps * per_thread))
     return Blocking(min(most, -(-4 * processors // max(1, rows))), warps, per_thread)
 
 
+def fused_stages(shared: int, pairs: bool) -> int:
+    """Tiles on their way at once in the fused kernel, of which all but one lie in shared memory.
+
+    Where pairs of rows wait to be read again, so many that a second program does not fit beside the first,
+    whatever its registers: its pair would push the first's out of the cache. Two rows of the policy alone
+    are no more than one pair, and there is room for both programs.
+
+    Args:
+        shared: bytes of a multiprocessor; 0 if it does not copy to them by itself.
+    """
+    if not shared:
+        return 1
+    tile = 2 * 32 * 16 * 32  # z and r: 16 warps of threads that take 32 bytes of each
+    usable = shared - 1024  # a program has that much beside its own
+    return 1 + min(usable // (2 * tile) + 1, usable // tile) if pairs else 3
+
+
 @functools.cache
-def _processors(device: torch.device) -> tuple[int, bool]:
-    """How many there are, and whether they copy to shared memory by themselves."""
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many there are, and the bytes of shared memory of each, 0 if it does not copy there by itself."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 8
+    asynchronous = properties.major >= 8
+    return properties.multi_processor_count, asynchronous and properties.shared_memory_per_multiprocessor
 
 
 class _Tile(NamedTuple):
@@ -928,7 +948,8 @@ def forward(
         grad: like logits, or logits itself: where the gradient of the loss is written.
     """
     p, (logits, _, labels, *_) = _Problem(*problem, grad=grad), problem
-    cut = cut or blocking(p.rows, p.vocab_size, logits, fused=grad is not None)
+    pairs = p.gradient_kl in ("policy_ref", "ref_policy")
+    cut = cut or blocking(p.rows, p.vocab_size, logits, fused=grad is not None, pairs=pairs)
     loss, nll, divergence, entropy = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(4))
     stats = logits.new_empty((p.rows, STATS_PER_ROW), dtype=torch.float32)
     if p.rows == 0:

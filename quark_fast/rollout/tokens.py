@@ -114,7 +114,10 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         (N,) token ids.
     Raises:
         NotFinite: a row has a NaN or +inf.
+        ValueError: no token is in a nucleus of ``top_p`` <= 0.
     """
+    if not top_p > 0:
+        raise ValueError(f"top_p = {top_p}; it must be above 0, 1 for the whole vocabulary")
     probs = logits.softmax(-1)
     # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
     cdf = probs.cumsum(-1)
@@ -123,7 +126,9 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
     open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
     while len(open_rows):
         uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
-        target = uniform * cdf[:, -1:]
+        total = cdf[:, -1:]
+        # Below the total also where the product rounds to it: behind it there may be tokens of mass 0.
+        target = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
         # right=True: the first token whose cumulative mass is above the target, never one of mass 0.
         draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)
         tokens[open_rows] = draw.squeeze(1)

@@ -29,11 +29,15 @@ from quark_fast.ops.triton_kernels import Blocking
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def cut_for(what: str, dtype: torch.dtype) -> Blocking:
+SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes of a multiprocessor of an A100, and of an H100
+
+
+def cut_for(what: str, dtype: torch.dtype, kl: str, arch: int) -> Blocking:
     """What `blocking` chooses for many rows."""
     per_thread = 32 // dtype.itemsize
     if what == "one_pass":
-        return Blocking(splits=1, warps=16, per_thread=per_thread, stages=3)
+        stages = triton_kernels.fused_stages(SHARED[arch], pairs=kl != "sampled")
+        return Blocking(splits=1, warps=16, per_thread=per_thread, stages=stages)
     return Blocking(splits=1, warps=8, per_thread=per_thread)
 
 
@@ -115,12 +119,14 @@ def launch(
     width: int,
     cut: Blocking | None = None,
     ref_dtype: torch.dtype | None = None,
+    *,
+    arch: int,
 ) -> None:
     """One call of a launcher, on 3 rows of `width` columns."""
     logits, ref = torch.empty(3, width, dtype=dtype), torch.empty(3, width, dtype=ref_dtype or dtype)
     labels, weights = torch.zeros(3, dtype=torch.long), torch.ones(3)
     options = (vocab, 0.05, 0.06, kl)
-    cut = cut or cut_for(what, dtype)
+    cut = cut or cut_for(what, dtype, kl, arch)
     if what == "one_pass":
         triton_kernels.forward(logits, ref, labels, weights, *options, grad=logits, cut=cut)
     elif what == "sums":
@@ -179,8 +185,9 @@ def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
 
 def main() -> None:
     results = {}
-    every = [(launch, one) for one in cases().items()] + [(sample, one) for one in token_cases().items()]
-    for call, (case, (arch, arguments)) in every:
+    every = [(launch, case, arch, {**arguments, "arch": arch}) for case, (arch, arguments) in cases().items()]
+    every += [(sample, case, *one) for case, one in token_cases().items()]
+    for call, case, arch, arguments in every:
         kernels = compiled_by(arch, lambda call=call, arguments=arguments: call(**arguments))
         results[case] = {name: measurements(kernel) for name, kernel in kernels.items()}
     if "--json" in sys.argv:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quark_fast.ops import linear as module
 from quark_fast.ops.contrast import ContrastWeights, contrast_loss
@@ -609,6 +610,64 @@ def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     assert not values.base.any() and not mirror_kl.any()
     plain = linear_quark_loss(*inputs[:5], mask)
     torch.testing.assert_close(out.loss, plain.loss + math.log(2))
+
+
+def test_labels_and_mask_of_any_strides_give_the_same_contrast() -> None:
+    inputs = make((6, 30))
+    better, weights = torch.tensor([1.0, -1, 1, 1, -1, 1]), ContrastWeights(1.0, 0.5)
+    options = {"weights": weights, "samples": 6, "vocab_size": VOCABULARY, "normalizer": 81.0}
+    found = []
+    for turned in (False, True):
+        labels, mask = (t.t().contiguous().t() if turned else t for t in (inputs.labels, inputs.mask))
+        assert labels.is_contiguous() != turned
+        hidden = torch.stack([inputs.hidden, 0.9 * inputs.hidden]).requires_grad_()
+        out, *_ = linear_contrast_loss(hidden, *inputs[1:4], labels, mask, better, **options)
+        (grad,) = torch.autograd.grad(out.loss, hidden)
+        found.append((*(value.detach() for value in out), grad))
+    for straight, other in zip(*found, strict=True):
+        assert torch.equal(straight, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rows_with_room_for_more_columns_give_the_same(
+    impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose products want rows that start at multiples of 16 bytes."""
+    assert module._columns(50257, torch.device("cpu")) == 50257
+    assert module._columns(50257, torch.device("cuda")) == 50264
+    assert module._columns(49152, torch.device("cuda")) == 49152
+    inputs = make(dtype=dtype)
+    inputs = inputs._replace(weight=inputs.weight[:-1], bias=inputs.bias[:-1])  # 1009 columns
+    monkeypatch.setattr(module, "_columns", lambda vocabulary, device: -(-vocabulary // 8) * 8)
+    seen = []
+    head = module._Head.logits
+
+    def logits(self: Any, hidden: Tensor) -> Tensor:
+        out = head(self, hidden)
+        seen.append((out.shape[1], out.stride(0)))
+        return out
+
+    monkeypatch.setattr(module._Head, "logits", logits)
+    assert_as_accurate_as_eager(inputs, impl=impl)
+    assert set(seen) == {(1009, 1016), (VOCABULARY, 1008)}
+
+
+def test_off_the_cpu_the_weight_s_gradient_takes_few_products() -> None:
+    """A CPU's cache decides there; of 8B's head the same blocks would be 251 products a chunk."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function._schema.name == "aten::mm"
+            return function(*args, **(kwargs or {}))
+
+    total = torch.empty(128256, 4096, device="meta")
+    grad, hidden = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in total.shape)
+    with Products() as products:
+        module._add_product(total, grad, hidden, first=False)
+    assert products.count == 8
 
 
 def test_contrast_with_the_base_model_needs_it() -> None:

@@ -7,6 +7,7 @@ float32 sums in another order.
 """
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -424,6 +425,36 @@ def test_nan_or_infinity_that_counts_is_not_hidden(
         assert out.nll.isnan().tolist() == [False, side == "logits", False]
         assert out.grad[1, :1003].isnan().all()
         assert out.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("logit", [-1e4, -math.inf])
+@pytest.mark.parametrize("kl", ["policy_ref", "ref_policy"])
+def test_a_nan_of_the_reference_is_not_hidden_where_the_policy_has_no_mass(
+    kl: str, logit: float, bits: int
+) -> None:
+    """It then reaches the KL by the reference's sum alone, whose exponential works on bits."""
+    inputs = make(shape=(3,))._replace(mask=torch.ones(3))
+    inputs.labels[1] = 3
+    inputs.logits[1, 700] = logit
+    inputs.ref_logits[1, 700] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = run(inputs, impl="cpp", kl=kl)
+    assert out.kl.isnan().tolist() == [False, True, False]
+    assert out.grad[1, :1003].isnan().all() and out.grad[[0, 2]].isfinite().all()
+
+
+def test_no_call_looks_for_triton_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile(fullgraph=True) of torch 2.11 fails at a search for a package."""
+
+    def search(name: str) -> None:
+        raise AssertionError(f"{name} was looked for")
+
+    monkeypatch.setattr("importlib.util.find_spec", search)
+    monkeypatch.setattr(loss, "_backend", lambda name: SimpleNamespace(INTERPRETED=True))
+    logits = torch.zeros(1, 3)
+    assert loss._choose("auto", logits, logits) == "cpp"
+    if loss.TRITON:
+        assert loss._choose("triton", logits, logits) == "triton"
 
 
 def test_half_precision_is_read_and_rounded_as_torch_does() -> None:

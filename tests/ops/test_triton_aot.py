@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import triton
 
+from quark_fast.ops import triton_kernels
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 pytestmark = pytest.mark.skipif(
@@ -73,6 +75,23 @@ def test_nothing_spills_and_registers_leave_room_for_the_planned_programs(
         assert found["registers"] <= most, f"{case}, {name}: {found['registers']} registers, planned {most}"
 
 
+def test_of_the_fused_kernel_one_program_fits_on_a_multiprocessor(
+    compiled: dict[str, dict[str, Any]],
+) -> None:
+    """A second one's rows would push the first's out of the cache before they are read again. The sampled KL
+    reads the policy's rows alone again, of which two are no more than one pair."""
+    shared = {"sm80": 164 << 10, "sm90": 228 << 10}
+    found = [(c, kernel) for c, name, kernel in every_kernel(compiled) if name == "row_kernel"]
+    fused = [(case, kernel) for case, kernel in found if "one_pass" in case and "sampled" not in case]
+    assert len(fused) >= 9
+    for case, kernel in fused:
+        by_registers = 65536 // (kernel["registers"] * 32 * kernel["warps"])
+        by_shared = shared[case[:4]] // (kernel["shared"] + 1024)
+        assert min(by_registers, by_shared) == 1, (
+            f"{case}: {by_registers} by registers, {by_shared} by shared"
+        )
+
+
 def test_loops_over_a_row_load_and_store_16_bytes(
     compiled: dict[str, dict[str, Any]],
 ) -> None:
@@ -126,3 +145,13 @@ def test_the_kernel_from_logits_to_tokens_spills_nothing_and_reads_16_bytes_at_a
         streams = int(case.split("-")[2])
         first = next(loop for loop in kernel["loops"] if any(op.startswith("LDG") for op in loop))
         assert first["LDG.E.128"] == 2 * streams and first.get("LDG.E", 0) == 0, f"{case}: {first}"
+
+
+def test_the_fused_kernel_takes_more_than_half_of_any_multiprocessor_s_shared_memory() -> None:
+    """Of an RTX 30 or 40, an A100 and an H100, where pairs of rows are read again; or of rows alone."""
+    tile = 32 << 10
+    for kilobytes in (100, 164, 228):
+        used = (triton_kernels.fused_stages(kilobytes << 10, pairs=True) - 1) * tile
+        assert (kilobytes << 10) // 2 < used + 1024 <= kilobytes << 10, kilobytes
+        assert triton_kernels.fused_stages(kilobytes << 10, pairs=False) == 3
+    assert triton_kernels.fused_stages(0, pairs=True) == 1

@@ -67,6 +67,19 @@ def draw_counts(way: Way, logits: Tensor, top_p: float, draws: int) -> Tensor:
     return tokens.bincount(minlength=logits.shape[-1])
 
 
+@pytest.mark.parametrize("top_p", [0.0, -1.0, float("nan")])
+def test_a_nucleus_of_no_mass_is_refused_and_not_looked_for_for_ever(top_p: float) -> None:
+    with pytest.raises(ValueError, match=r"top_p = .*; it must be above 0"):
+        sample_tokens(torch.zeros(2, 3), top_p, generator())
+
+
+def test_a_target_of_the_whole_mass_is_no_token_of_mass_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that rounds to the total must not go past the last token that has mass."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))
+    logits = torch.tensor([[0.0, 1.0, 0.5, -torch.inf, -torch.inf]])
+    assert sample_tokens(logits, 1.0).tolist() == [2]
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "flat"])
 def test_every_draw_is_in_the_nucleus_that_sorting_finds(way: Way, kind: str, top_p: float) -> None:
