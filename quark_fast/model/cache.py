@@ -24,6 +24,11 @@ def decoding_cache(model: Any) -> DynamicCache:
     return cache
 
 
+def keeps_all(layer: Any) -> bool:
+    """Whether a layer of a ``decoding_cache`` keeps every key and value, and nothing else."""
+    return type(layer) in (DynamicLayer, _RoomyLayer)
+
+
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer that grows in place: transformers' copies all that it holds for each new token."""
 
