@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quark_fast.errors import UsageError
 from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
-from quark_fast.model.fixed_step import FixedSteps
+from quark_fast.model.fixed_step import FixedSteps, not_for
 from quark_fast.model.loading import decoding
 from quark_fast.model.lookups import Lookups
 from quark_fast.model.policy import Policy
@@ -74,15 +74,12 @@ def check_fixed_steps(policy: Policy, model: Any, kind: Literal["static", "graph
         steps = FixedSteps(model, policy.reading, kind)
         fixed = functools.partial(steps.next_logits, new_tokens=NEW)
         gap = _decoding(policy, model, probe, own, policy.reading, fixed)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:  # foreign code fails in any way
-        said = message_of(error)
-    else:
-        if gap <= tolerance_of(model):
-            return
-        said = f"its logits are {gap:.1%} of their spread from those of each text alone"
-    raise UsageError(f"decoding = {kind} is not for {type(model).__name__}: {said}; give --decoding eager")
+        raise not_for(model, message_of(error)) from error
+    if gap > tolerance_of(model):
+        raise not_for(model, f"its logits are {gap:.1%} of their spread from those of each text alone")
 
 
 def check_reading(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from quark_fast.errors import UsageError
 from quark_fast.model.cache import decoding_cache, keeps_all
@@ -41,7 +41,7 @@ class FixedSteps:
 
     def __init__(self, model: Any, reading: Reading, decoding: Literal["static", "graph"]) -> None:
         if not (reading.padding and reading.cache):
-            raise UsageError(f"it is read as {reading}")
+            raise not_for(model, f"it is read as {reading}")
         self.model, self.decoding = model, decoding
         self._made: dict[tuple[int, int], tuple[_FixedStep, Step]] = {}
 
@@ -94,13 +94,14 @@ class _FixedStep:
         self.tokens, self.positions, self.mask = zeros(rows, 1), zeros(rows, 1), zeros(rows, columns)
         self.place = zeros(1)  # of the cache's columns, where the tokens are written
         self.last = zeros(1) - 1
-        self.layers = [_FixedLayer(layer, rows, columns, self.place) for layer in _whole_layers(prompts)]
+        _check_layers(model, prompts)
+        self.layers = [_FixedLayer(layer, rows, columns, self.place) for layer in prompts.layers]
         self.cache = Cache(layers=self.layers)  # type: ignore[arg-type]
 
     def begin(self, prompts: DynamicCache, mask: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Behind these prompts; ``rows``: which of them stands in each row."""
         length = mask.shape[1]
-        for layer, held in zip(self.layers, _whole_layers(prompts), strict=True):
+        for layer, held in zip(self.layers, prompts.layers, strict=True):
             layer.begin(held, rows)
         self.mask.zero_()[:, :length] = mask[rows]
         self.positions.copy_(positions[rows, -1:] + 1)
@@ -125,7 +126,7 @@ class _FixedLayer(StaticLayer):  # type: ignore[no-untyped-call]
     keys: Tensor
     values: Tensor
 
-    def __init__(self, like: DynamicLayer, rows: int, columns: int, place: Tensor) -> None:
+    def __init__(self, like: Any, rows: int, columns: int, place: Tensor) -> None:
         super().__init__(max_cache_len=columns)
         self.place = place
         self.keys, self.values = (
@@ -133,7 +134,7 @@ class _FixedLayer(StaticLayer):  # type: ignore[no-untyped-call]
         )
         self.device, self.is_initialized = self.keys.device, True
 
-    def begin(self, prompts: DynamicLayer, rows: Tensor) -> None:
+    def begin(self, prompts: Any, rows: Tensor) -> None:
         for mine, held in zip(_held(self), _held(prompts), strict=True):
             length = held.shape[2]
             mine[:, :, :length] = held[rows]
@@ -152,17 +153,21 @@ class _FixedLayer(StaticLayer):  # type: ignore[no-untyped-call]
         return self.place[0]
 
 
-def _held(layer: DynamicLayer | StaticLayer) -> tuple[Tensor, Tensor]:
-    assert layer.keys is not None and layer.values is not None, "a layer that has read something"
+def _held(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def _whole_layers(prompts: DynamicCache) -> list[DynamicLayer]:
+def _check_layers(model: Any, prompts: DynamicCache) -> None:
     for number, layer in enumerate(prompts.layers):
-        if not keeps_all(layer):
+        if not (keeps_all(layer) and layer.is_initialized):  # cross-attention's have read nothing
             kind = type(layer).__name__
-            raise UsageError(f"its layer {number} does not keep every token's key and value ({kind})")
-    return prompts.layers  # type: ignore[return-value]
+            raise not_for(model, f"its layer {number} does not keep every token's key and value ({kind})")
+
+
+def not_for(model: Any, why: str) -> UsageError:
+    return UsageError(
+        f"decoding in steps of fixed shapes is not for {type(model).__name__}: {why}; give --decoding eager"
+    )
 
 
 def check_device(decoding: str, device: torch.device) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +92,30 @@ def test_mask_shows_what_a_row_has_and_nothing_of_the_batch_before(
     assert [width for width in seen if width == fixed_step.COLUMNS] == [fixed_step.COLUMNS] * 24
 
 
+def test_batch_that_was_not_finite_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of("llama", tmp_path)
+    steps = fixed_step.FixedSteps(frozen_copy(policy, torch.float32), Reading(), "static")
+    layers: list[Any] = []
+    create = fixed_step._FixedLayer.__init__
+
+    def watched(self: Any, *given: Any) -> None:
+        create(self, *given)
+        layers.append(self)
+
+    monkeypatch.setattr(fixed_step._FixedLayer, "__init__", watched)
+    with torch.inference_mode():
+        for batch in range(2):
+            reader = steps.next_logits([[1, 2, 3]], 2, 4)
+            next(reader)
+            assert reader.send(torch.tensor([4, 5])).isfinite().all(), batch
+            for layer in layers:
+                layer.keys.fill_(torch.nan)
+                layer.values.fill_(torch.nan)
+    assert len(layers) == policy.model.config.num_hidden_layers, "the second batch has those of the first"
+
+
 # --- What a GPU would record -----------------------------------------------------------------------
 
 
@@ -169,26 +196,34 @@ def test_what_a_graph_would_record_is_the_same_in_every_step_of_every_batch(
 def test_replayed_operations_of_one_step_draw_all_tokens_of_all_batches(
     policy: Policy, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, conditioning: Conditioning
 ) -> None:
-    recorded = []
-
-    def record(step: fixed_step.Step, _: torch.device) -> fixed_step.Step:
-        for _ in range(fixed_step.WARM_UPS):
-            step()
-        with Recording() as recording:
-            logits = step()
-        recorded.append(recording)
-
-        def replay() -> Tensor:
-            recording.replay()
-            return logits
-
-        return replay
-
     model = frozen_copy(policy, torch.float32)
     eager = drawn(policy, model, conditioning, "eager")
-    monkeypatch.setattr(fixed_step, "cuda_graph", record)
+    recorded = as_if_cuda(monkeypatch)
     assert drawn(policy, model, conditioning, "graph") == eager
     assert len(recorded) == (2 if conditioning is HOW["plain"] else 1), "one for each shape"
+
+
+def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """What ``cuda_graph`` calls, with a recording in the place of the graph; all that are made."""
+    made: list[Recording] = []
+    signature = inspect.signature(torch.cuda.graph)
+
+    def graph() -> Recording:
+        made.append(Recording())
+        return made[-1]
+
+    def record(graph: Recording, **named: Any) -> Recording:
+        signature.bind(graph, **named)
+        return graph
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(fixed_step, "check_device", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return made
 
 
 def test_longer_prompts_take_another_step_and_the_shorter_one_is_given_back(
@@ -252,7 +287,7 @@ def test_model_whose_layers_keep_every_token_passes_the_check(tmp_path: Path, fa
 def test_model_with_layers_of_a_window_is_refused(tmp_path: Path, family: str) -> None:
     policy = policy_of(family, tmp_path)
     with pytest.raises(
-        UsageError, match=r"decoding = static is not for .*: its layer 0 .*Sliding.*--decoding eager"
+        UsageError, match=r"fixed shapes is not for .*: its layer 0 .*Sliding.*--decoding eager"
     ):
         check_fixed_steps(policy, frozen_copy(policy, torch.float32), "static")
 
@@ -264,7 +299,7 @@ def test_model_that_is_read_in_another_way_is_refused(tmp_path: Path, other: Rea
     model = frozen_copy(policy, torch.float32)
     with pytest.raises(UsageError, match=r"is not for LlamaForCausalLM: it is read as .*--decoding eager"):
         check_fixed_steps(policy, model, "static")
-    with pytest.raises(UsageError, match="it is read as"):
+    with pytest.raises(UsageError, match="is not for LlamaForCausalLM: it is read as"):
         drawn(policy, model, Conditioning(2), "static")
 
 
@@ -307,5 +342,5 @@ def test_run_in_fixed_steps_has_the_samples_of_an_eager_one(tmp_path: Path, tiny
 def test_run_with_a_model_that_fixed_steps_are_not_for_is_refused(tmp_path: Path) -> None:
     source = FAMILIES["mistral"].save(tmp_path / "model")
     config = small(tmp_path / "run", source, **SHORT, decoding="static")
-    with pytest.raises(UsageError, match="decoding = static is not for MistralForCausalLM"):
+    with pytest.raises(UsageError, match="fixed shapes is not for MistralForCausalLM: its layer 0"):
         Trainer(config, reward=even_words, prompts=TEXTS, held_out=TEXTS[:2])
