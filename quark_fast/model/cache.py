@@ -25,8 +25,11 @@ def decoding_cache(model: Any) -> DynamicCache:
 
 
 def keeps_all(layer: Any) -> bool:
-    """Whether a layer of a ``decoding_cache`` keeps every key and value, and nothing else."""
-    return type(layer) in (DynamicLayer, _RoomyLayer)
+    """Whether a layer of a ``decoding_cache`` that has read a prompt keeps every key and value of it.
+
+    One of cross-attention has read nothing.
+    """
+    return type(layer) in (DynamicLayer, _RoomyLayer) and bool(layer.is_initialized)
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
