@@ -287,6 +287,13 @@ class SamplingSettings:
         at_least=1,
         free="resume",
     )
+    decoding: Literal["eager", "static", "graph"] = setting(
+        "eager",
+        "how the model is run for each token; static: in steps of fixed shapes, with a cache of fixed size;"
+        " graph: these, recorded once as a CUDA graph, for a GPU (not yet tried on one); the samples are"
+        " the same but for rounding",
+        free="resume",
+    )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
         "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",

@@ -24,6 +24,14 @@ def decoding_cache(model: Any) -> DynamicCache:
     return cache
 
 
+def keeps_all(layer: Any) -> bool:
+    """Whether a layer of a ``decoding_cache`` that has read a prompt keeps every key and value of it.
+
+    One of cross-attention has read nothing.
+    """
+    return type(layer) in (DynamicLayer, _RoomyLayer) and bool(layer.is_initialized)
+
+
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer that grows in place: transformers' copies all that it holds for each new token."""
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from quark_fast.errors import UsageError
 from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
+from quark_fast.model.fixed_step import FixedSteps, not_for
 from quark_fast.model.loading import decoding
 from quark_fast.model.lookups import Lookups
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import Reading, next_logits, read
+from quark_fast.model.reading import Read, Reading, next_logits, read
 from quark_fast.model.structure import linear_head
 from quark_fast.model.wrong_model import blamed, coarsest_dtype, message_of, wrong
 
@@ -55,6 +58,28 @@ def check_decoding(policy: Policy, model: Any, quantiles: Sequence[int | None]) 
     probe = Trial.of(policy, quantiles)
     own = _own_logits(policy, model, probe)
     _first([policy.reading], lambda reading: _decoding(policy, model, probe, own, reading), model)
+
+
+@torch.no_grad()
+def check_fixed_steps(policy: Policy, model: Any, kind: Literal["static", "graph"]) -> None:
+    """Refuse steps of fixed shapes, or a graph of them, for a model that they are not for.
+
+    Raises:
+        UsageError: it is not read with padding and a cache, has layers that do not keep every token, reads
+            values in a step that is to be recorded, or has other logits so.
+    """
+    probe = Trial.of(policy, [None] * 3)
+    own = _own_logits(policy, model, probe)
+    try:
+        steps = FixedSteps(model, policy.reading, kind)
+        fixed = functools.partial(steps.next_logits, new_tokens=NEW)
+        gap = _decoding(policy, model, probe, own, policy.reading, fixed)
+    except (torch.OutOfMemoryError, UsageError):
+        raise
+    except Exception as error:  # foreign code fails in any way
+        raise not_for(model, message_of(error)) from error
+    if gap > tolerance_of(model):
+        raise not_for(model, f"its logits are {gap:.1%} of their spread from those of each text alone")
 
 
 def check_reading(
@@ -186,17 +211,20 @@ def _reads_many(policy: Policy, model: Any, probe: Trial, own: Tensor) -> bool:
     return False
 
 
-def _decoding(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading) -> float:
-    """How far the logits of decoding are from the model's own."""
+def _decoding(
+    policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading, read: Read | None = None
+) -> float:
+    """How far the logits of decoding, by ``next_logits`` or ``read``, are from the model's own."""
+    read = read or functools.partial(next_logits, model, reading=reading)
     contexts = probe.contexts(policy)
     # Where rows of different lengths must not stand together, one by one.
     parts = [list(range(len(contexts)))] if reading.padding else [[i] for i in range(len(contexts))]
     found, expected = [], []
     for part in parts:
-        reader = next_logits(model, [contexts[i] for i in part], SAMPLES, reading)
+        reader = read([contexts[i] for i in part], SAMPLES)
         logits = next(reader)
         for step in range(NEW):
-            found.append(logits[:, : policy.vocabulary])
+            found.append(logits[:, : policy.vocabulary].clone())  # a fixed step writes over its logits
             expected.append(own[part, :, step].flatten(0, 1))
             if step + 1 < NEW:
                 tokens = [one[step] for i in part for one in probe.continuations[i]]

@@ -106,6 +106,10 @@ def read(
     return output
 
 
+# ``next_logits`` of a model, or what stands in for it, given the contexts and how many samples each has.
+Read = Callable[[Sequence[Sequence[int]], int], Generator[Tensor, Tensor, None]]
+
+
 def next_logits(
     model: Any, contexts: Sequence[Sequence[int]], samples: int, reading: Reading
 ) -> Generator[Tensor, Tensor, None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.journal import Kept
@@ -23,7 +24,8 @@ class Sampling:
 
     ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
     ``top_p`` and the seed then do not matter. ``at_once``: fewer completions of a batch side by side, for
-    less memory, which changes what is drawn in that batch; 0: all of it.
+    less memory, which changes what is drawn in that batch; 0: all of it. ``decoding``: how the model is run
+    for each token, as the setting of that name.
     """
 
     max_new_tokens: int = 20
@@ -32,6 +34,13 @@ class Sampling:
     top_p: float = 1.0
     rows: int = 128
     at_once: int = 0
+    decoding: Literal["eager", "static", "graph"] = "eager"
+
+    def what_is_drawn(self) -> dict[str, Any]:
+        """As JSON, what decides the tokens; the rest may change at a resume, in the middle of a stage."""
+        how = dataclasses.asdict(dataclasses.replace(self, at_once=0))
+        del how["decoding"]
+        return how
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from quark_fast.model.attention import is_free_to_read
 from quark_fast.model.copies import SharedCopy
+from quark_fast.model.fixed_step import FixedSteps
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import next_logits, runs_of_one_length
+from quark_fast.model.reading import Read, next_logits, runs_of_one_length
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
 from quark_fast.rollout.tokens import NextToken, check_finite, draw_tokens
 from quark_fast.runtime.memory import within_memory
@@ -46,22 +47,34 @@ def sample(
     """
     at_once = request.sampling.at_once or max(request.sampling.rows, request.samples)
     at_once = max(1, at_once // len(request.conditioning.streams()))  # each has a cache of its own
+    decoding, read = request.sampling.decoding, functools.partial(next_logits, model, reading=policy.reading)
+    steps = None if decoding == "eager" else FixedSteps(model, policy.reading, decoding)
+    if steps is not None:
+        read = functools.partial(steps.next_logits, new_tokens=request.sampling.max_new_tokens)
+
+    def smaller(size: int) -> None:
+        if steps is not None:
+            steps.forget()
+        _warn_smaller(size)
+
     for number, indices in request.batches(done):
         prompts, seed = [request.prompts[i] for i in indices], seed_for(request.seed, "batch", number)
         batch = dataclasses.replace(request, prompts=prompts, seed=seed)
-        draw = functools.partial(_sample_by_parts, policy, model, batch)
-        completions, at_once = within_memory(draw, at_once, _warn_smaller)
+        draw = functools.partial(_sample_by_parts, policy, model, read, batch)
+        completions, at_once = within_memory(draw, at_once, smaller)
         yield indices, completions
 
 
-def _sample_by_parts(policy: Policy, model: Any, batch: SampleRequest, size: int) -> list[list[list[int]]]:
+def _sample_by_parts(
+    policy: Policy, model: Any, read: Read, batch: SampleRequest, size: int
+) -> list[list[list[int]]]:
     """A batch with at most ``size`` completions side by side."""
     generator = torch.Generator(model.device).manual_seed(batch.seed)
     found: list[list[list[int]]] = [[] for _ in batch.prompts]
     lengths = [len(prompt) for prompt in batch.prompts]
     for part, samples in _parts(lengths, batch.samples, size, policy.reading.padding):
         request = dataclasses.replace(batch, prompts=batch.prompts[part], samples=samples)
-        drawn = _sample_batch(policy, model, request, generator)
+        drawn = _sample_batch(policy, read, request, generator)
         for own, more in zip(found[part], drawn, strict=True):
             own += more
     return found
@@ -88,21 +101,21 @@ def _warn_smaller(size: int) -> None:
 
 @torch.inference_mode()
 def _sample_batch(
-    policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator
+    policy: Policy, read: Read, request: SampleRequest, generator: torch.Generator
 ) -> list[list[list[int]]]:
-    sampling, samples = request.sampling, request.samples
+    sampling, samples, device = request.sampling, request.samples, generator.device
     streams = request.conditioning.streams()
     rows = len(request.prompts) * samples
-    stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=model.device)
-    weights = torch.tensor([weight for _, weight in streams], device=model.device)
+    stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
+    weights = torch.tensor([weight for _, weight in streams], device=device)
     of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p)
     no_stop = dataclasses.replace(of_any, suppressed=stop)
 
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]
-    reader = next_logits(model, contexts, samples, policy.reading)
+    reader = read(contexts, samples)
     logits = next(reader)
     drawn: list[Tensor] = []
-    ended, broken = (torch.zeros(rows, dtype=torch.bool, device=model.device) for _ in range(2))
+    ended, broken = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
     look_every = 1 if is_free_to_read(ended) else 8
     for length in range(1, sampling.max_new_tokens + 1):
         wanted = no_stop if length <= sampling.min_new_tokens else of_any

@@ -88,7 +88,7 @@ class BestRound:
         assert prompts is not None  # there is a goal
         usual = setup.measured_on(prompts, sampling, self.sampler, self.work.shard)
         how = dataclasses.replace(usual, controls=(), prompt_fit=True)
-        drawn = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
+        drawn = sampling.what_is_drawn()
         kept = self.work.journal.stage(
             stage_of(number),
             [drawn, prompts.samples, prompts.rows, prompts.ids, [one.identity for one in setup.judges]],

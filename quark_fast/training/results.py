@@ -88,11 +88,9 @@ class Results:
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
         """As JSON, what decides the samples of the held-out prompts and may change at a resume."""
-        # Not how many are side by side: that may change in the middle of a stage.
-        how = dataclasses.asdict(dataclasses.replace(sampling, at_once=0))
         held_out = self.held_out
         texts = held_out.texts or self.setup.controls
-        return [how, held_out.samples, held_out.rows, held_out.ids, texts]
+        return [sampling.what_is_drawn(), held_out.samples, held_out.rows, held_out.ids, texts]
 
     # ---------------------------------------------------------------- the evaluation
 

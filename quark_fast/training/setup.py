@@ -27,7 +27,9 @@ from quark_fast.evaluation.held_out import (
 )
 from quark_fast.evaluation.round_measures import check_goal, check_goal_of_task
 from quark_fast.model.check_model import Checked, check_model
+from quark_fast.model.check_reading import check_fixed_steps
 from quark_fast.model.copies import SharedCopy, shared_reference
+from quark_fast.model.fixed_step import check_device
 from quark_fast.model.loading import decode_fast, load_reference
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
@@ -88,13 +90,18 @@ class Setup:
         """How the completions of a round are drawn."""
         config = self.config
         drawn = Sampling(
-            config.max_new_tokens, config.min_new_tokens, config.temperature_of(round), config.top_p
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.temperature_of(round),
+            config.top_p,
+            decoding=config.decoding,
         )
         return in_batches(drawn, self.batch_rows, config.sample_batch)
 
     def held_out_sampling(self) -> Sampling:
         """How the completions of the evaluation are drawn."""
-        return in_batches(evaluation_sampling(self.config), self.batch_rows, self.config.sample_batch)
+        drawn = dataclasses.replace(evaluation_sampling(self.config), decoding=self.config.decoding)
+        return in_batches(drawn, self.batch_rows, self.config.sample_batch)
 
     def measured_on(
         self,
@@ -168,6 +175,7 @@ def set_up(
     check_goal(config, task, scorer, judges)
     chosen = read_prompts(config, task, folder, given, tasks_own)
     _check_impl(config.impl, accelerator.device)
+    check_device(config.decoding, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)
     words = task.words_for(config.quantiles) if tasks_own and scorer.property is not None else None
     policy = _load_policy(config, words, dtype, accelerator.device)
@@ -177,6 +185,8 @@ def set_up(
     autocast = processes.autocast(accelerator, config.precision)
     objective = functools.partial(Objective, config, policy, reference, accelerator.device, autocast)
     checked = _check_model(config, folder, processes, policy, reference, prompts, objective)
+    if config.decoding != "eager":
+        check_fixed_steps(policy, reference, config.decoding)
     processes.check_padding(accelerator, policy.reading.padding)
     setup = Setup(
         config=config,

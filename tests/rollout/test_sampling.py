@@ -237,9 +237,9 @@ def test_reading_without_padding_has_rows_of_one_length_alone(
     seen: list[Any] = []
     own = rollout.next_logits
 
-    def watched(model: Any, contexts: Any, *rest: Any) -> Any:
+    def watched(model: Any, contexts: Any, *rest: Any, **named: Any) -> Any:
         seen.append(sorted({len(one) for one in contexts}))
-        return own(model, contexts, *rest)
+        return own(model, contexts, *rest, **named)
 
     monkeypatch.setattr(rollout, "next_logits", watched)
     prompts = [[1] * n for n in (1, 4, 1, 2, 4, 4)]

@@ -102,9 +102,14 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradie
     assert reads.found == {"aten::_local_scalar_dense": 1}, "the norm of the gradient, beside the terms"
 
 
+@pytest.mark.parametrize("decoding", ["eager", "static"])
 @pytest.mark.parametrize("conditioning", [Conditioning(2), Conditioning(2, 0, 2.0)], ids=["plain", "guided"])
 def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
-    trainer: Trainer, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, conditioning: Conditioning
+    trainer: Trainer,
+    as_on_a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    conditioning: Conditioning,
+    decoding: Any,
 ) -> None:
     # In place of the Triton kernel, whose interpreter is no part of PyTorch.
     def drawn_ones(logits: Tensor, wanted: Any, _: Any) -> Tensor:
@@ -114,7 +119,9 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
     policy, counts = trainer.policy, {}
     model = trainer.setup.copied.get()
     for tokens in (4, 12, 20):
-        request = SampleRequest([[1, 2], [3]], conditioning, Sampling(tokens, tokens), 2, 0)
+        request = SampleRequest(
+            [[1, 2], [3]], conditioning, Sampling(tokens, tokens, decoding=decoding), 2, 0
+        )
         with Reads() as reads:
             ((_, drawn),) = transformers.sample(policy, model, request)
         assert all(len(one) == tokens for group in drawn for one in group)
