@@ -1,14 +1,24 @@
 """What a run needs on 1, 8 and 64 GPUs, worked out on paper: the tables of docs/scale.md.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --plan                               # 1B and 8B on GPUs of 24, 80 and 141 GB
+    python benchmarks/scale.py --plan --model FOLDER --memory 48    # any causal LM, by its config alone
 
-Nothing here is measured. Every number follows from the shapes below by the formulas in the functions.
+Nothing here is measured. Every number follows from the shapes below by the formulas in the functions, or in
+``quark_fast/model/sizes.py``, by which a run on a GPU chooses how many rows are side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from dataclasses import dataclass
+from typing import Any
+
+from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.model import sizes
 
 GB = 1e9
 
@@ -50,11 +60,27 @@ class Shape:
     def saved(self) -> int:
         """Bytes a token and layer that the backward pass needs in bf16; attention keeps no scores.
 
-        Both norms keep their input in float32 (4 d each); normed inputs, queries before and after the
-        rotation, attention's output (2 d each, 5 of them); keys before and after, values (2 d_kv each);
-        gate, up, silu and their product (2 f each).
+        All weights, as autocast has it: ``sizes.saved_bytes``, with queries as wide as the model.
         """
-        return (2 * 4 + 5 * 2) * self.width + 3 * 2 * self.key_width + 4 * 2 * self.feed_forward
+        width, key_width = self.width, self.key_width
+        return sizes.saved_bytes(
+            sizes.Shape(self.layers, width, self.feed_forward, self.heads, key_width, width, self.vocabulary),
+            lora_rank=0,
+        )
+
+    def config(self) -> Any:
+        """As transformers has it."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            num_hidden_layers=self.layers,
+            hidden_size=self.width,
+            intermediate_size=self.feed_forward,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=self.tied,
+        )
 
 
 SHAPES = [
@@ -96,7 +122,7 @@ def gathered(shape: Shape, sharded: bool) -> float:
 def activations(shape: Shape, recompute: bool) -> float:
     """What the backward of a micro-batch needs; recomputed, the inputs of all layers and the rest of one."""
     tokens = MICRO_BATCH * STREAMS * TOKENS
-    per_token = 2 * shape.width * shape.layers + shape.saved if recompute else shape.saved * shape.layers
+    per_token = 4 * shape.width * shape.layers + shape.saved if recompute else shape.saved * shape.layers
     return tokens * per_token
 
 
@@ -213,8 +239,110 @@ def time_shares() -> str:
     return table(rows)
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+RANK = 16
+
+
+def step_that_fits(shape: sizes.Shape, memory: float, rank: int, recompute: bool) -> int:
+    """Samples a forward pass of a step: the first of 16, 8, 4, 2 and 1 that fits; 0: not even one does."""
+    most = Config().samples_a_pass(on_cpu=False)
+
+    def fits(samples: int) -> bool:
+        need = sizes.step_bytes(shape, samples, TOKENS, COMPLETION, rank, recompute)
+        state = sizes.state_bytes(shape, rank)
+        return (need - state) <= (memory - state) * sizes.SHARE
+
+    tried = [most >> halved for halved in range(int(math.log2(most)) + 1)]
+    return next((samples for samples in tried if fits(samples)), 0)
+
+
+def plan(shape: sizes.Shape, memories: list[float]) -> list[list[str]]:
+    """The rows of a model's table: what it takes, and what is chosen for each size of memory, bytes."""
+    rows = [["", "GB", *(f"{memory / GB:g} GB" for memory in memories)]]
+    side_by_side = Config().sample_batch
+    for rank, kind in ((RANK, f"LoRA {RANK}"), (0, "all weights")):
+        for recompute in (False, True):
+            how = ", recomputed" if recompute else ""
+            peak = sizes.step_bytes(shape, MICRO_BATCH, TOKENS, COMPLETION, rank, recompute)
+            found = [step_that_fits(shape, memory, rank, recompute) for memory in memories]
+            chosen = [f"{samples} a pass" if samples else "does not fit" for samples in found]
+            rows.append([f"{kind}: step of {MICRO_BATCH} x {TOKENS}{how}", gb(peak), *chosen])
+        held = sizes.held_while_sampling(shape, rank)
+        completion = sizes.sampling_bytes(shape, TOKENS)
+        for streams, name in ((1, "sampled"), (2, "sampled, guided")):
+            most = side_by_side // streams
+            chosen = [_fitting(streams * completion, memory - held, most) for memory in memories]
+            need = held + most * streams * completion
+            rows.append([f"{kind}: {most} completions {name}", gb(need), *chosen])
+        read = sizes.reading_bytes(shape, TOKENS)
+        chosen = [
+            str(sizes.rows_that_fit(read, int(memory - held)))
+            if read <= (memory - held) * sizes.SHARE
+            else "does not fit"
+            for memory in memories
+        ]
+        rows.append([f"{kind}: texts read side by side, beside the model", gb(held + read), *chosen])
+    return rows
+
+
+def _fitting(row: int, free: float, most: int) -> str:
+    size = sizes.halved_to_fit(most, row, int(free))
+    return str(size) if size * row <= free * sizes.SHARE else "does not fit"
+
+
+def show_plan(model: str | None, memories: list[float]) -> None:
+    """Print the tables of ``--plan``."""
+    if model is None:
+        shapes = [(s.name, s.config()) for s in SHAPES if s.name in ("1B", "8B")]
+    else:
+        from transformers import AutoConfig
+
+        try:
+            shapes = [(model, AutoConfig.from_pretrained(model))]
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UsageError(
+                f"--model {model}: {first}; give a folder or a hub name with a config.json"
+            ) from error
+    print(f"Computed, not measured: {TOKENS} tokens a row, {COMPLETION} of them the completion; bf16.\n")
+    for name, config in shapes:
+        try:
+            shape = sizes.shape_on_meta(config)
+        except ValueError as error:
+            raise UsageError(f"--model {name}: {error}; give a decoder") from error
+        cache = sizes.cache_bytes(shape, TOKENS)
+        print(
+            f"{name}: {shape.parameters / GB:.2f} billion parameters, {cache / 1e6:.1f} MB of cache a row\n"
+        )
+        print(table(plan(shape, memories)) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--plan", action="store_true", help="peak bytes, and the sizes that a GPU gets")
+    made.add_argument("--model", metavar="FOLDER|NAME", help="with --plan: only this; its config is read")
+    made.add_argument(
+        "--memory", type=float, nargs="+", default=[24, 80, 141], metavar="GB", help="with --plan, 10^9 bytes"
+    )
+    return made
+
+
+def main() -> int:
+    asked = parser().parse_args()
+    if not asked.plan:
+        everything()
+        return 0
+    try:
+        if any(not 0 < memory < math.inf for memory in asked.memory):
+            raise UsageError(f"--memory {asked.memory}: give numbers above 0, GB")
+        show_plan(asked.model, [memory * GB for memory in asked.memory])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def everything() -> None:
+    """Print the tables of docs/scale.md."""
     for s in SHAPES:
         print(f"{s.name}: {s.parameters / GB:.2f} billion parameters, {s.saved:,} bytes a token and layer")
     print(f"\nMemory of a GPU\n\n{memory()}\n\n{engines()}\n")
@@ -227,4 +355,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -294,6 +294,12 @@ class SamplingSettings:
         " the same but for rounding",
         free="resume",
     )
+    sample_at_once: int = setting(
+        0,
+        "completions side by side of a batch of --sample-batch; 0: all, on a GPU a half, a quarter ... where"
+        " free memory holds no more; fewer change what is drawn",
+        free="resume",
+    )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
         "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",
@@ -438,6 +444,18 @@ class MachineSettings:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto",
         "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",
+    )
+    read_batch: int = setting(
+        0,
+        "texts side by side where they are read, not sampled (perplexity, probe, passages); halved where the"
+        " memory does not suffice; 0: on a GPU what free memory holds, on a CPU 1280 tokens, 4 passages",
+        free="resume",
+    )
+    score_batch: int = setting(
+        0,
+        "texts side by side in a classifier (hf:NAME) that scores; halved where the memory does not suffice;"
+        " 0: on a GPU what free memory holds, on a CPU 32",
+        free="resume",
     )
     threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", free="grid")
     gradient_checkpointing: bool = setting(

@@ -74,6 +74,7 @@ class EvaluationSetup:
         prompt_fit: also measure how completions fit their prompts.
         sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
+        read_rows: texts whose probabilities are read side by side; 0: see ``perplexity.completion_nll``.
     """
 
     policy: Policy
@@ -87,6 +88,7 @@ class EvaluationSetup:
     judges: Sequence[Reward] = ()
     controls: Sequence[Sequence[int]] = ()
     prompt_fit: bool = False
+    read_rows: int = 0
 
     def draw(
         self,
@@ -161,6 +163,7 @@ def evaluation_sampling(config: Config) -> Sampling:
         config.eval_temperature,
         config.eval_top_p,
         config.sample_batch,
+        min(config.sample_at_once, config.sample_batch),
     )
 
 
@@ -195,7 +198,7 @@ def evaluate(
         (name of the row, its samples on the next few prompts).
     """
     held_out = setup.held_out
-    nll = nll or id_nll(setup.policy, setup.reference, held_out.ids)
+    nll = nll or id_nll(setup.policy, setup.reference, held_out.ids, setup.read_rows)
 
     def begin(
         row: TableRow, source: Any, indices: list[int], drawn: list[list[list[int]]]
@@ -218,7 +221,9 @@ def evaluate(
         fits = dict.fromkeys(indices, (0.0, 0, 0))
         texts_of = held_out.texts or setup.controls
         if own := [i for i in indices if i < len(texts_of)]:
-            found = text_fit(setup.policy, source, [texts_of[i] for i in own], row.conditioning)
+            found = text_fit(
+                setup.policy, source, [texts_of[i] for i in own], row.conditioning, setup.read_rows
+            )
             fits |= zip(own, found, strict=True)
         samples = []
         for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from quark_fast.errors import UsageError
 from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
 from quark_fast.model.policy import Policy
+from quark_fast.model.sizes import rows_read
 from quark_fast.model.structure import linear_head
 from quark_fast.ops.loss import QuarkLoss, quark_loss
 from quark_fast.rollout.sampling import Conditioning
@@ -21,19 +22,22 @@ Nll = Callable[[Sequence[int], Sequence[list[int]], Sequence[str]], list[tuple[f
 """(index of each completion's prompt, completions as ids, as texts) -> (-log p in nats, tokens) of each."""
 
 
-def id_nll(policy: Policy, model: Any, prompts: Sequence[Sequence[int]]) -> Nll:
-    """Of the sampled ids under ``model``, which has the policy's vocabulary; prefix and prompt in front."""
+def id_nll(policy: Policy, model: Any, prompts: Sequence[Sequence[int]], rows: int = 0) -> Nll:
+    """Of the sampled ids under ``model``, which has the policy's vocabulary; prefix and prompt in front.
+
+    ``rows`` of them side by side, as in ``completion_nll``.
+    """
 
     def measure(
         indices: Sequence[int], completions: Sequence[list[int]], texts: Sequence[str]
     ) -> list[tuple[float, int]]:
-        nll = completion_nll(policy, model, [prompts[i] for i in indices], completions)
+        nll = completion_nll(policy, model, [prompts[i] for i in indices], completions, rows=rows)
         return [(total, len(ids)) for total, ids in zip(nll, completions, strict=True)]
 
     return measure
 
 
-def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int) -> Nll:
+def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int, rows: int = 0) -> Nll:
     """Of the text under ``model``, by the policy's tokenizer, whoever wrote it.
 
     Prompt and completion are tokenised together, since what a tokenizer makes of a word depends on what
@@ -65,7 +69,8 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     ) -> list[tuple[float, int]]:
         pairs = [split(prompts[i], text) for i, text in zip(indices, texts, strict=True)]
         kept = [pair for pair in pairs if pair[1]]  # a completion may be nothing but its end
-        nll = iter(completion_nll(policy, model, [front for front, _ in kept], [ids for _, ids in kept]))
+        fronts, written = [front for front, _ in kept], [ids for _, ids in kept]
+        nll = iter(completion_nll(policy, model, fronts, written, rows=rows))
         return [(next(nll), len(ids)) if ids else (0.0, 0) for _, ids in pairs]
 
     return measure
@@ -78,12 +83,15 @@ def completion_nll(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     quantile: int | None = None,
+    rows: int = 0,
 ) -> list[float]:
     """-log p of each completion under ``model``, nats, given the quantile's token (None: no token).
 
     A prompt is read once for all its completions that are neighbours, where the model can be read so.
+    ``rows`` completions are read side by side, half as many where the memory does not suffice; 0: so many
+    that they hold 1280 tokens, on a GPU what its free memory holds. They change the rounding alone.
     """
-    parts = _losses(policy, model, None, prompts, completions, quantile)
+    parts = _losses(policy, model, None, prompts, completions, quantile, rows)
     return [total for out, _ in parts for total in out.nll.sum(-1).tolist()]
 
 
@@ -127,16 +135,17 @@ class ReferenceLogits:
 
 @torch.inference_mode()
 def completion_nll_and_kl(
-    policy: Policy, model: Any, reference: ReferenceLogits, quantile: int
+    policy: Policy, model: Any, reference: ReferenceLogits, quantile: int, rows: int = 0
 ) -> tuple[list[float], float]:
-    """Of the reference's completions under ``model``, given the quantile's token.
+    """Of the reference's completions under ``model``, given the quantile's token; ``rows`` side by side.
 
     Returns:
         (-log p of each, nats; KL(model || reference), nats, the mean over all completions' tokens, exact
         over the base vocabulary at every token, NaN without completions).
     """
     nll, total, tokens = [], 0.0, 0
-    for out, count in _losses(policy, model, reference, reference.prompts, reference.completions, quantile):
+    parts = _losses(policy, model, reference, reference.prompts, reference.completions, quantile, rows)
+    for out, count in parts:
         nll += out.nll.sum(-1).tolist()
         total, tokens = total + float(out.kl.sum()), tokens + count
     return nll, total / tokens if tokens else float("nan")
@@ -149,10 +158,14 @@ def _losses(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     quantile: int | None,
+    rows: int,
 ) -> Iterator[tuple[QuarkLoss, int]]:
     """(NLL and KL at every token, how many tokens) of some completions at a time; without reference no KL."""
     models = 1 if reference is None else 2  # as many hold the logits of 1280 tokens together
-    rows = max(1, 1280 // models // max(map(len, completions), default=1))
+    longest = max(map(len, completions), default=1)
+    if not rows:
+        context = max((len(policy.conditioned(prompt, quantile)) for prompt in prompts), default=1)
+        rows = rows_read(model, context + longest, max(1, 1280 // models // longest))
 
     def loss(part: slice) -> tuple[QuarkLoss, int]:
         quantiles = [quantile] * len(prompts[part])
@@ -173,13 +186,16 @@ def _losses(
 
 @torch.inference_mode()
 def text_fit(
-    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 4
+    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 0
 ) -> list[tuple[float, int, int]]:
     """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
 
     Every token but the first, which some models have nothing to predict from, given the conditioning and all
-    tokens before it; guided conditioning mixes its two streams as sampling does.
+    tokens before it; guided conditioning mixes its two streams as sampling does. ``rows`` texts are read side
+    by side; 0: 4, on a GPU what its free memory holds.
     """
+    longest = max((len(policy.conditioned(text, 0)) for text in texts), default=1)
+    rows = rows or rows_read(model, longest, 4)
 
     def fit(rows: slice) -> list[tuple[float, int, int]]:
         part = texts[rows]

@@ -24,6 +24,7 @@ Drawn = list[tuple[Sequence[int], Sequence[int], float]]
 # A look after each round, not a second evaluation: with 100 completions the standard error is 0.1.
 PROBE_TOKENS = 2048
 PROBE_PROMPTS = 64
+PROBE_ROWS = 32  # completions of a batch on a CPU, each batch with a random generator of its own
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Probe:
         return ReferenceLogits(policy, reference, self.prompts, self.completions)
 
     def measure(
-        self, policy: Policy, model: Any, reference: ReferenceLogits
+        self, policy: Policy, model: Any, reference: ReferenceLogits, rows: int = 0
     ) -> tuple[RankCorrelation, float]:
         """The rank correlation under the policy's frozen copy ``model``, and how far that has moved.
 
@@ -77,6 +78,6 @@ class Probe:
         tokens. The contexts are the base model's texts, the same for every policy: two of them compare
         without the luck of what each happens to write.
         """
-        best, kl = completion_nll_and_kl(policy, model, reference, policy.quantiles - 1)
-        worst = completion_nll(policy, model, self.prompts, self.completions, 0)
+        best, kl = completion_nll_and_kl(policy, model, reference, policy.quantiles - 1, rows)
+        worst = completion_nll(policy, model, self.prompts, self.completions, 0, rows)
         return rank_correlation(np.subtract(worst, best), self.rewards), kl

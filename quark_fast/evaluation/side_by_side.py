@@ -226,7 +226,7 @@ class Evaluator:
         self.nll = {
             domain.key: self._text_nll(policy, model, domain)
             if by_text
-            else id_nll(policy, model, domain.held_out[self.lead].ids)
+            else id_nll(policy, model, domain.held_out[self.lead].ids, self.config.read_batch)
             for domain in self.domains
         }
 
@@ -240,7 +240,7 @@ class Evaluator:
         if long := sum(len(ids) > room for ids in every):
             cut = f"{long:,} texts of {domain.source} cut to their last {room:,} tokens"
             self.remarks.append(f"{cut} for the perplexity")
-        return text_nll(policy, model, texts, longest)
+        return text_nll(policy, model, texts, longest, self.config.read_batch)
 
     def _describe(self, domain: PromptSet) -> dict[str, Any]:
         """A table without its rows."""
@@ -302,6 +302,7 @@ class Evaluator:
             # Accuracies of a next token compare between models of one tokenizer.
             controls=control_texts(opened.policy, self.protocol.texts) if self.one_tokenizer else [],
             prompt_fit=self.protocol.task.shows("prompt_fit"),
+            read_rows=self.config.read_batch,
         )
 
     def _classify(self) -> None:

@@ -30,7 +30,15 @@ _OF_THE_MACHINE = {
     *(field.name for field in dataclasses.fields(MachineSettings) if field.name != "seed"),
     *(field.name for field in dataclasses.fields(FolderSettings)),
     *(field.name for field in dataclasses.fields(RewardSettings) if field.name.startswith("reward_")),
-    *("rollout", "vllm_server", "vllm_timeout", "vllm_memory", "sample_batch", "checkpoint_every"),
+    *(
+        "rollout",
+        "vllm_server",
+        "vllm_timeout",
+        "vllm_memory",
+        "sample_batch",
+        "sample_at_once",
+        "checkpoint_every",
+    ),
 }
 
 

@@ -132,6 +132,7 @@ def _classifier(name: str, config: Config, device: torch.device | str, label: st
         label,
         config.scorer_reads,
         device,
+        config.score_batch,
         trust_remote_code=config.trust_remote_code,
     )
     # Part of what identifies the scores: earlier versions cut the end of a long text, not its front.

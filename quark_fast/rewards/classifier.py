@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 from quark_fast.errors import UsageError
 from quark_fast.model.loading import load_pretrained
+from quark_fast.model.sizes import rows_scored
 from quark_fast.rewards.text_logits import Encoded, TextLogits
 from quark_fast.runtime.memory import by_parts
 
+USUAL_ROWS = 32  # texts side by side on a CPU
 Reads = Literal["completion", "prompt+completion"]
 
 
@@ -37,6 +39,7 @@ class SequenceClassifier:
         source: a transformers folder or hub name.
         label: the label by its name, in any case, or by its number; not needed where there is only one.
         reads: what the model is shown. A completion that is blank, or without any token, scores None.
+        batch_size: texts side by side; 0: 32, on a GPU what its free memory holds. Halved where it runs out.
         trust_remote_code: run what Python code the source brings along.
     Raises:
         UsageError: no such model, one without a trained head, no such label, or a model that does not score
@@ -49,7 +52,7 @@ class SequenceClassifier:
         label: str | None = None,
         reads: Reads = "completion",
         device: torch.device | str = "cpu",
-        batch_size: int = 32,
+        batch_size: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         model, tokenizer = load_pretrained(
@@ -85,11 +88,15 @@ class SequenceClassifier:
         order.sort(key=lambda i: self.logits.group(rows[i]))  # as given where all may stand together
         parts = by_parts(
             len(order),
-            self.batch_size,
+            self._together([rows[i] for i in order]),
             lambda part: self._probabilities([rows[i] for i in order[part]]).tolist(),
         )
         values = dict(zip(order, chain.from_iterable(parts), strict=True))
         return [values.get(i) for i in rows]
+
+    def _together(self, rows: Sequence[Encoded]) -> int:
+        longest = max((len(row.ids) for row in rows), default=1)
+        return self.batch_size or rows_scored(self.logits.model, longest, USUAL_ROWS)
 
     @torch.inference_mode()
     def _probabilities(self, rows: Sequence[Encoded]) -> Tensor:

@@ -24,8 +24,8 @@ class Sampling:
 
     ``temperature`` 0 is greedy decoding: the most probable token every time, the lowest id among equals;
     ``top_p`` and the seed then do not matter. ``at_once``: fewer completions of a batch side by side, for
-    less memory, which changes what is drawn in that batch; 0: all of it. ``decoding``: how the model is run
-    for each token, as the setting of that name.
+    less memory, which changes what is drawn in that batch; 0: all of it, on a GPU what of it fits.
+    ``decoding``: how the model is run for each token, as the setting of that name.
     """
 
     max_new_tokens: int = 20

@@ -22,6 +22,7 @@ from quark_fast.model.copies import SharedCopy
 from quark_fast.model.fixed_step import FixedSteps
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Read, next_logits, runs_of_one_length
+from quark_fast.model.sizes import rows_sampled
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
 from quark_fast.rollout.tokens import NextToken, check_finite, draw_tokens
 from quark_fast.runtime.memory import within_memory
@@ -35,7 +36,8 @@ def sample(
 
     Each batch has a generator of its own, derived from the seed and the batch's number, so that it comes out
     the same whatever was sampled before it. Guided completions, of two streams each, are sampled half a batch
-    at a time. Where the memory does not suffice for so many, half of them are, and a warning says so.
+    at a time. Where the memory does not suffice for so many, half of them are, and a warning says so; on a
+    GPU arithmetic finds that out before (``sizes.rows_sampled``), unless ``at_once`` says how many.
 
     Args:
         model: ``frozen_copy(policy, ...)``, or the reference.
@@ -45,8 +47,7 @@ def sample(
     Raises:
         OutOfMemory: the memory does not suffice for one completion.
     """
-    at_once = request.sampling.at_once or max(request.sampling.rows, request.samples)
-    at_once = max(1, at_once // len(request.conditioning.streams()))  # each has a cache of its own
+    at_once = _side_by_side(policy, model, request)
     decoding, read = request.sampling.decoding, functools.partial(next_logits, model, reading=policy.reading)
     steps = None if decoding == "eager" else FixedSteps(model, policy.reading, decoding)
     if steps is not None:
@@ -63,6 +64,21 @@ def sample(
         draw = functools.partial(_sample_by_parts, policy, model, read, batch)
         completions, at_once = within_memory(draw, at_once, smaller)
         yield indices, completions
+
+
+def _side_by_side(policy: Policy, model: Any, request: SampleRequest) -> int:
+    """How many completions to begin with: as asked, else a batch, or what of it a GPU's free memory holds."""
+    sampling, streams = request.sampling, len(request.conditioning.streams())
+    asked = sampling.at_once or max(sampling.rows, request.samples)
+    asked = max(1, asked // streams)  # each has a cache of its own
+    if sampling.at_once or not request.prompts:
+        return asked
+    longest = max(
+        len(policy.conditioned(prompt, k))
+        for k, _ in request.conditioning.streams()
+        for prompt in request.prompts
+    )
+    return rows_sampled(model, asked, longest + sampling.max_new_tokens, streams)
 
 
 def _sample_by_parts(

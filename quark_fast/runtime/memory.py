@@ -47,6 +47,14 @@ def most_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the GPU that tensors can still have, what PyTorch keeps unused included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class OutOfMemory(OutOfResources):
     """Not even one sample at a time fits."""
 

@@ -15,7 +15,7 @@ from quark_fast.evaluation.held_out import (
     generation_settings,
 )
 from quark_fast.evaluation.perplexity import ReferenceLogits
-from quark_fast.evaluation.probe import Probe
+from quark_fast.evaluation.probe import PROBE_ROWS, Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
 from quark_fast.evaluation.table_rows import TableRow, table_rows
@@ -60,7 +60,9 @@ class Results:
         model = setup.copied.get()
         probe, reference = self.drawn = self.drawn or self._draw_probe()
         found, kl = setup.processes.on_rank_0(
-            self.work.stoppable(lambda: probe.measure(setup.policy, model, reference))
+            self.work.stoppable(
+                lambda: probe.measure(setup.policy, model, reference, setup.config.read_batch)
+            )
         )
         self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
         return {
@@ -73,8 +75,9 @@ class Results:
 
     def _draw_probe(self) -> tuple[Probe, ReferenceLogits]:
         setup = self.setup
-        # One sample a prompt is mostly prefill: fewer rows side by side.
-        sampling = in_batches(setup.held_out_sampling(), 32, setup.config.sample_batch)
+        # One sample a prompt is mostly prefill: on a CPU fewer rows side by side.
+        rows = PROBE_ROWS if setup.device.type == "cpu" else setup.batch_rows
+        sampling = in_batches(setup.held_out_sampling(), rows, setup.config)
         shares = self.work.all_gather(
             lambda: Probe.draw(
                 self._measured(sampling), self.work.journal.stage("probe", self._what_is_measured(sampling))

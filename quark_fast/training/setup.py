@@ -96,12 +96,12 @@ class Setup:
             config.top_p,
             decoding=config.decoding,
         )
-        return in_batches(drawn, self.batch_rows, config.sample_batch)
+        return in_batches(drawn, self.batch_rows, config)
 
     def held_out_sampling(self) -> Sampling:
         """How the completions of the evaluation are drawn."""
         drawn = dataclasses.replace(evaluation_sampling(self.config), decoding=self.config.decoding)
-        return in_batches(drawn, self.batch_rows, self.config.sample_batch)
+        return in_batches(drawn, self.batch_rows, self.config)
 
     def measured_on(
         self,
@@ -123,12 +123,15 @@ class Setup:
             self.judges,
             self.controls,
             self.task.shows("prompt_fit"),
+            self.config.read_batch,
         )
 
 
-def in_batches(sampling: Sampling, rows: int, at_once: int) -> Sampling:
-    """In batches of ``rows``, and no more than ``at_once`` completions side by side."""
-    return dataclasses.replace(sampling, rows=rows, at_once=at_once if at_once < rows else 0)
+def in_batches(sampling: Sampling, rows: int, config: Config) -> Sampling:
+    """In batches of ``rows``, and no more completions side by side than the settings say."""
+    asked = config.sample_at_once
+    at_once = min(asked or rows, config.sample_batch, rows)
+    return dataclasses.replace(sampling, rows=rows, at_once=at_once if asked or at_once < rows else 0)
 
 
 def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
