@@ -194,7 +194,8 @@ def text_fit(
     tokens before it; guided conditioning mixes its two streams as sampling does. ``rows`` texts are read side
     by side; 0: 4, on a GPU what its free memory holds.
     """
-    longest = max((len(policy.conditioned(text, 0)) for text in texts), default=1)
+    quantiles = [quantile for quantile, _ in conditioning.streams()]
+    longest = max((len(policy.conditioned(text, k)) for text in texts for k in quantiles), default=1)
     rows = rows or rows_read(model, longest, 4)
 
     def fit(rows: slice) -> list[tuple[float, int, int]]:
