@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TASKS = {
     "toxicity": ("mean", "mean toxicity", False),
     "toxicity-long": ("mean", "mean toxicity", False),
+    "sentiment": ("target", "share of positive completions", True),
     "sentiment-long": ("target", "share of positive completions", True),
 }
 ROWS = ["untouched", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
