@@ -62,10 +62,13 @@ class Shape:
 
         All weights, as autocast has it: ``sizes.saved_bytes``, with queries as wide as the model.
         """
+        return sizes.saved_bytes(self.sizes, lora_rank=0)
+
+    @property
+    def sizes(self) -> sizes.Shape:
         width, key_width = self.width, self.key_width
-        return sizes.saved_bytes(
-            sizes.Shape(self.layers, width, self.feed_forward, self.heads, key_width, width, self.vocabulary),
-            lora_rank=0,
+        return sizes.Shape(
+            self.layers, width, self.feed_forward, self.heads, key_width, width, self.vocabulary
         )
 
     def config(self) -> Any:
@@ -96,7 +99,6 @@ TOKENS = 256  # of prompt and completion together
 COMPLETION = 128
 SAMPLE_BATCH = 128  # completions side by side
 POOL = 1_000_000  # samples
-CHUNK = 2048  # rows whose logits exist at a time: ops/linear.py
 
 
 def state(p: float, sharded_over: int) -> float:
@@ -121,14 +123,12 @@ def gathered(shape: Shape, sharded: bool) -> float:
 
 def activations(shape: Shape, recompute: bool) -> float:
     """What the backward of a micro-batch needs; recomputed, the inputs of all layers and the rest of one."""
-    tokens = MICRO_BATCH * STREAMS * TOKENS
-    per_token = 4 * shape.width * shape.layers + shape.saved if recompute else shape.saved * shape.layers
-    return tokens * per_token
+    return sizes.activation_bytes(shape.sizes, MICRO_BATCH * STREAMS * TOKENS, 0, recompute)
 
 
 def loss(shape: Shape) -> float:
     """bf16 logits of a chunk of both models, and the float32 gradient of the head's weight."""
-    return 2 * CHUNK * shape.vocabulary * 2 + 4 * shape.vocabulary * shape.width
+    return 2 * sizes.CHUNK * shape.vocabulary * 2 + 4 * shape.vocabulary * shape.width
 
 
 def whole_logits(shape: Shape) -> float:

@@ -4,7 +4,6 @@ Read downward: the result, the public function, its checks, then the operators t
 (`torch.library`), each with its fake implementation and its gradient.
 """
 
-import importlib.util
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,12 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from quark_fast.ops import eager
 from quark_fast.ops.eager import Kl
-from quark_fast.ops.rows import KERNEL_DTYPES, rows_of
+from quark_fast.ops.rows import KERNEL_DTYPES, TRITON, rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
 Chosen = Literal["eager", "cpp", "triton"]
-# Looked for here and not at each call, which torch.compile would have to trace.
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 class QuarkLoss(NamedTuple):

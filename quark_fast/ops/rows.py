@@ -1,11 +1,14 @@
 """The rows of a strided tensor where they lie, as the kernels walk them."""
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Looked for once and not at each call, which torch.compile would have to trace.
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,6 @@ distribution by other uniform numbers, and the GPU is not waited for.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from quark_fast.errors import UsageError
 from quark_fast.ops import cpp
-from quark_fast.ops.rows import KERNEL_DTYPES
-
-TRITON = importlib.util.find_spec("triton") is not None
+from quark_fast.ops.rows import KERNEL_DTYPES, TRITON
 
 
 @dataclass(frozen=True)

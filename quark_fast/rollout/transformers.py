@@ -68,17 +68,13 @@ def sample(
 
 def _side_by_side(policy: Policy, model: Any, request: SampleRequest) -> int:
     """How many completions to begin with: as asked, else a batch, or what of it a GPU's free memory holds."""
-    sampling, streams = request.sampling, len(request.conditioning.streams())
+    sampling, streams = request.sampling, request.conditioning.streams()
     asked = sampling.at_once or max(sampling.rows, request.samples)
-    asked = max(1, asked // streams)  # each has a cache of its own
+    asked = max(1, asked // len(streams))  # each has a cache of its own
     if sampling.at_once or not request.prompts:
         return asked
-    longest = max(
-        len(policy.conditioned(prompt, k))
-        for k, _ in request.conditioning.streams()
-        for prompt in request.prompts
-    )
-    return rows_sampled(model, asked, longest + sampling.max_new_tokens, streams)
+    longest = max(len(policy.conditioned(prompt, k)) for k, _ in streams for prompt in request.prompts)
+    return rows_sampled(model, asked, longest + sampling.max_new_tokens, len(streams))
 
 
 def _sample_by_parts(
