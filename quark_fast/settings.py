@@ -330,7 +330,7 @@ class LearningSettings:
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
         0,
-        "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8",
+        "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8, in float32 4",
         free="grid",
     )
     learning_rate: float | None = setting(

@@ -550,3 +550,10 @@ def test_run_of_a_version_with_two_settings_for_the_rows_has_the_one_in_their_pl
     for config in (load_config(tmp_path / "config.yaml"), resumed):
         assert config.eval_rows == rows
         assert config.guidances() == ([] if rows == "best" else [1.5, 3.0])
+
+
+def test_a_pass_on_a_cpu_holds_half_the_samples_in_float32() -> None:
+    by_precision = {name: Config(precision=name).samples_a_pass(on_cpu=True) for name in ("bf16", "fp32")}
+    assert by_precision == {"bf16": 8, "fp32": 4}
+    assert Config(precision="fp32").samples_a_pass(on_cpu=False) == 16
+    assert Config(precision="fp32", micro_batch=3).samples_a_pass(on_cpu=True) == 3
