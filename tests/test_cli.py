@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -654,6 +655,24 @@ def test_log_keeps_a_path_in_one_piece_and_hears_of_a_long_stage_now_and_then(
     last = "sampling: reward 0.75  (0 s)\n"
     assert log_of_a_stage(60) == first + last
     assert log_of_a_stage(0) == first + "sampling: 1 of 3  reward 0.25\nsampling: 2 of 3  reward 0.5\n" + last
+
+
+def test_a_stage_has_taken_the_time_of_what_it_reports_as_done_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("quark_fast.training.display.time", SimpleNamespace(monotonic=lambda: clock.now))
+    log = io.StringIO()
+    display = Display(Terminal(file=log))
+    for after, stage, done in [
+        (90, "sampling", 2),
+        (30, "learning", 0),
+        (50, "learning", 2),
+        (7, "probing", 2),
+    ]:
+        clock.now += after
+        display(Progress(stage, done, 2))
+    assert log.getvalue().splitlines() == ["sampling:   (90 s)", "learning:   (50 s)", "probing:   (7 s)"]
 
 
 def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> str:

@@ -44,6 +44,7 @@ class Display:
         self.numbers, self.texts = Text(""), Text("", no_wrap=True, overflow="ellipsis")
         self.live = Live(Group(self.bar, self.numbers, self.texts), console=console, refresh_per_second=4)
         self.stage, self.begun, self.logged, self.changed = "", 0.0, 0.0, -TEXTS_EVERY_S
+        self.last = time.monotonic()  # when something was last reported
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -59,7 +60,10 @@ class Display:
                 self.bar.remove_task(task)
             self.bar.add_task(event.stage, total=event.total)
             self.stage = event.stage
-            self.begun = self.logged = time.monotonic()
+            self.logged = time.monotonic()
+            # What is done already has taken its time since the stage before.
+            self.begun = self.last if event.done else self.logged
+        self.last = time.monotonic()
         self.bar.update(self.bar.task_ids[0], completed=event.done)
         shown = event.shown_numbers
         self.numbers.plain = "  " + shown
