@@ -18,6 +18,11 @@ from quark_fast.model.rounding import conversion
 from quark_fast.runtime.distributed import whole
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether each process has a part of the model's weights alone."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def whole_copy(policy: Policy, dtype: torch.dtype) -> Any:
     """A copy whose adapters, if any, are added to its weights.
 
@@ -29,7 +34,7 @@ def whole_copy(policy: Policy, dtype: torch.dtype) -> Any:
 def _copy(policy: Policy, converted: Callable[[Tensor], Tensor], dtypes: Sequence[torch.dtype]) -> Any:
     """A copy whose weights are ``converted`` one by one; buffers go through the dtypes to the last."""
     own = dict(policy.model.named_parameters())
-    sharded = any(isinstance(parameter, DTensor) for parameter in own.values())
+    sharded = is_sharded(policy.model)
     _forget_graphs(policy.model)
     model = _same_weights(policy.unsharded if sharded else policy.model)
     done: set[int] = set()
