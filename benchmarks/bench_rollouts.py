@@ -107,7 +107,7 @@ def engines(source: Path, policy: Policy, dtype: torch.dtype, prompts: list[list
         request = SampleRequest(prompts, Conditioning(), sampling, SAMPLES, seed=0)
         found = {
             i: group
-            for indices, drawn in sample(policy, fast, request)
+            for indices, drawn, _ in sample(policy, fast, request)
             for i, group in zip(indices, drawn, strict=True)
         }
         return [one for i in range(len(prompts)) for one in found[i]]

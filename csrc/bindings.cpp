@@ -161,13 +161,16 @@ void bind_quark_loss(py::module_& m) {
 bool sample_tokens(const quark::Rows& logits, int64_t rows, int64_t vocab, Exact<float> weights,
                    Exact<int64_t> suppressed, double top_p, Exact<int64_t> drawn_rows,
                    std::optional<Exact<float>> uniform, Exact<int64_t> tokens, Exact<bool> inside,
-                   int threads) {
+                   std::optional<Exact<float>> log_p, int threads) {
   const quark::Distribution from{logits, weights.data(),    weights.size(),    rows,
                                  vocab,  suppressed.data(), suppressed.size(), top_p};
   const int64_t count = drawn_rows.size();
-  const quark::Draws draws{count, drawn_rows.data(),
+  const quark::Draws draws{count,
+                           drawn_rows.data(),
                            uniform ? values_of("uniform", *uniform, count) : nullptr,
-                           values_of("tokens", tokens, count), values_of("inside", inside, count)};
+                           values_of("tokens", tokens, count),
+                           values_of("inside", inside, count),
+                           log_p ? values_of("log_p", *log_p, count) : nullptr};
   const py::gil_scoped_release released;
   return quark::sample_tokens(from, draws, threads);
 }
@@ -177,8 +180,10 @@ void bind_sampling(py::module_& m) {
       "sample_tokens", &sample_tokens, py::arg("logits"), py::arg("rows"), py::arg("vocab"),
       py::arg("weights").noconvert(), py::arg("suppressed").noconvert(), py::arg("top_p"),
       py::arg("drawn_rows").noconvert(), py::arg("uniform").noconvert(),
-      py::arg("tokens").noconvert(), py::arg("inside").noconvert(), py::arg("threads"),
-      "A token of each of drawn_rows goes to tokens, and whether it is in the nucleus to inside;\n"
+      py::arg("tokens").noconvert(), py::arg("inside").noconvert(), py::arg("log_p").noconvert(),
+      py::arg("threads"),
+      "A token of each of drawn_rows goes to tokens, whether it is in the nucleus to inside, and\n"
+      "unless log_p is None the log of its probability there to that (NaN outside the nucleus);\n"
       "without uniform numbers it is the lowest id of the highest logit. csrc/sampling.hpp has\n"
       "the equation. logits: as many times `rows` as there are weights, stream by stream.\n"
       "Returns whether all had one: those of NaN, +inf or nothing but -inf get -1.\n"

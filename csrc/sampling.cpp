@@ -60,6 +60,8 @@ int64_t check(const Distribution& from, const Draws& draws) {
   if (draws.count == 0) return 0;
   require(draws.tokens && is_aligned(draws.tokens, sizeof(int64_t)) && draws.inside,
           "the outputs have no memory, or not at a multiple of their elements' size");
+  require(is_aligned(draws.log_p, sizeof(float)),
+          "log_p does not lie at a multiple of its elements' size");
   if (!draws.uniform) return elements;
   require(is_aligned(draws.uniform, sizeof(float)),
           "the uniform numbers do not lie at a multiple of their size");

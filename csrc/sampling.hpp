@@ -9,6 +9,11 @@
 // by one uniform number u in [0, 1): the first token up to which, in order of the ids, the mass of
 // p exceeds u. A token is in the nucleus if the tokens strictly more probable hold less than top_p.
 // One that is not has to be drawn again, with a new u: exact, without a sort of the vocabulary.
+// On request the draw comes with
+//
+//   log p(token) = y_token - log(sum of e^y_j over the nucleus),
+//
+// whose nucleus is found by bisection.
 // A temperature divides the weights. Log-probabilities in place of logits would give the same p:
 // they differ by a constant in each row.
 //
@@ -21,6 +26,8 @@
 // checked
 //   against each other and against the end of the logits' memory; what does not fit throws
 //   std::invalid_argument, which names the value.
+// - log p is computed in double from these floats. A nucleus takes further passes over the row in
+//   the thread's memory: at most 31, and no more than there are different y.
 // - Time O(streams * vocab) for each draw; memory of vocab floats for each thread.
 #pragma once
 
@@ -46,6 +53,8 @@ struct Draws {
   const float* uniform;  // (count,) in [0, 1); nullptr: the lowest id of the largest y
   int64_t* tokens;       // (count,)
   bool* inside;          // (count,) whether the token is in the nucleus
+  float* log_p;          // (count,) 0 without uniform numbers, NaN if it is not in the nucleus or
+                         // there is none; nullptr: not asked for
 };
 
 // What a thread computes in.

@@ -95,6 +95,25 @@ float sum_above(const float* e, int64_t count, float limit) {
   return sum;
 }
 
+// e on either side of a limit: the sum of those above it and their lowest, the highest of the rest.
+struct Split {
+  double above;
+  float next, last;
+};
+
+void split_block(const float* e, int64_t count, float limit, Split* split) {
+  float sum = 0, next = split->next, last = split->last;
+#pragma omp simd reduction(+ : sum) reduction(min : next) reduction(max : last)
+  for (int64_t j = 0; j < count; ++j) {
+    const bool above = e[j] > limit;
+    const float candidate = above ? e[j] : INFINITY, rest = above ? 0 : e[j];
+    sum += above ? e[j] : 0;
+    next = candidate < next ? candidate : next;
+    last = rest > last ? rest : last;
+  }
+  *split = {split->above + sum, next, last};
+}
+
 // The exponentials of a row and the sums of its blocks.
 struct Masses {
   const float* e;
@@ -132,6 +151,35 @@ struct Masses {
     }
     return sum;
   }
+
+  // `low` is one of the e, or 0: blocks whose every e is below it are left out.
+  Split split_at(float limit, float low) const {
+    Split split{0, INFINITY, low};
+    for (int64_t block = 0; block * kSummedColumns < vocab; ++block) {
+      if (blocks[block] >= low)
+        split_block(e + block * kSummedColumns, columns_of(block), limit, &split);
+    }
+    return split;
+  }
+
+  // The mass of all tokens above each of which there is less than `least`; e `inside` is one of
+  // theirs. Bisects the bits of e, which rise as positive floats do, for the lowest of these.
+  double of_nucleus(double least, float inside) const {
+    uint32_t low = 0, high = bits_of(inside);
+    double reached = total;  // from low on
+    while (low < high) {
+      const uint32_t middle = low + (high - low) / 2;
+      // Each end moves to an e that is there: no more halvings than there are different ones.
+      const Split split = split_at(float_of(middle), float_of(low));
+      if (split.above >= least) {
+        low = bits_of(split.next);
+        reached = split.above;
+      } else {
+        high = bits_of(split.last);
+      }
+    }
+    return reached;
+  }
 };
 
 Masses masses(const Workspace& work, int64_t vocab, float m) {
@@ -148,18 +196,25 @@ template <class T>
 void sample_row(const Distribution& from, const Draws& draws, const Workspace& work, int64_t i) {
   const float m = mix_row<T>(from, draws.rows[i], work.row);
   draws.inside[i] = true;
+  if (draws.log_p) draws.log_p[i] = NAN;
   if (isnan(m)) {
     draws.tokens[i] = -1;
     return;
   }
   if (!draws.uniform) {
     draws.tokens[i] = first_equal(work.row, from.vocab, m);
+    if (draws.log_p) draws.log_p[i] = 0;
     return;
   }
   const Masses mass = masses(work, from.vocab, m);
   const int64_t token = mass.token_at(draws.uniform[i] * mass.total);
   draws.tokens[i] = token;
-  if (from.top_p < 1) draws.inside[i] = mass.above(mass.e[token]) < from.top_p * mass.total;
+  const double least = from.top_p * mass.total;
+  if (from.top_p < 1) draws.inside[i] = mass.above(mass.e[token]) < least;
+  if (draws.log_p && draws.inside[i]) {
+    const double whole = from.top_p < 1 ? mass.of_nucleus(least, mass.e[token]) : mass.total;
+    draws.log_p[i] = float(log(double(mass.e[token]) / whole));
+  }
 }
 
 }  // namespace

@@ -59,6 +59,7 @@ def sample_tokens(
     uniform: npt.NDArray[np.float32] | None,
     tokens: npt.NDArray[np.int64],
     inside: npt.NDArray[np.bool_],
+    log_p: npt.NDArray[np.float32] | None,
     threads: int,
 ) -> bool: ...
 

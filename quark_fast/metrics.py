@@ -72,6 +72,8 @@ class Sample:
         text_nll: -log p of the prompt's held-out text under the model that wrote the completion, nats.
         text_correct: how many of the text's tokens that model predicted, most probable token first.
         text_tokens: how many tokens both sum over; 0 without a held-out text.
+        own_nll: -log q summed over the same tokens as `nll`, in nats, where q is the distribution that
+            drew each: after temperature, guided mix and nucleus. None: not known.
     """
 
     prompt_id: int
@@ -84,6 +86,7 @@ class Sample:
     text_nll: float = 0.0
     text_correct: int = 0
     text_tokens: int = 0
+    own_nll: float | None = None
 
 
 def judge_measure(name: str) -> str:
@@ -219,7 +222,9 @@ def evaluate_samples(samples: Iterable[Sample], *, resamples: int = RESAMPLES) -
         any score of at least 0.5; unscored: share of all completions without a score;
         perplexity (under the frozen reference), dist2 and dist3; the mean of each of the samples'
         measures; where there are held-out texts, text_perplexity and text_accuracy (next-token)
-        of the model on them.
+        of the model on them. Where every sample has its `own_nll`, what the perplexity is made of,
+        in nats a token: entropy, the mean of -log q, and base_kl, that of log q - log p0; so
+        perplexity = exp(entropy + base_kl).
     Raises:
         ValueError: there is no sample, or one has an infinite score, a nll that is not finite, or
             a negative number of tokens.
@@ -278,6 +283,7 @@ def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str
         return _sums_of(values, np.arange(ids.size), ids.size)
 
     scores = numbers("score")
+    nll, own_nll, tokens = numbers("nll"), numbers("own_nll"), numbers("tokens")
     largest = np.full(ids.size, np.nan)
     np.fmax.at(largest, index, scores)
     sums = {
@@ -286,10 +292,15 @@ def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str
         "expected_max": over_prompts(largest),
         "probability": over_prompts(_at_least(largest, _THRESHOLD)),
         "unscored": over_samples(np.isnan(scores).astype(np.float64)),
-        "perplexity": over_samples(numbers("nll"), numbers("tokens"), perplexity),
+        "perplexity": over_samples(nll, tokens, perplexity),
         "dist2": over_prompts(distinct_n_by_prompt(completions, 2)),
         "dist3": over_prompts(distinct_n_by_prompt(completions, 3)),
     }
+    if not np.isnan(own_nll).any():
+        # E_q[-log p0] = H(q) + KL(q || p0), here of the tokens drawn: sums over the same ones, so that it
+        # holds for these numbers, too.
+        sums["entropy"] = over_samples(own_nll, tokens)
+        sums["base_kl"] = over_samples(nll - own_nll, tokens)
     for name in dict.fromkeys(name for sample in samples for name in sample.measures):
         sums[name] = over_samples(np.array([sample.measures.get(name, math.nan) for sample in samples]))
     if (text_tokens := numbers("text_tokens")).any():

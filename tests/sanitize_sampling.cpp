@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <vector>
 
@@ -53,13 +54,40 @@ Scores equation(const Distribution& from, int64_t n) {
   return scores;
 }
 
+// log p of draw i, between those of the nuclei with whoever may be in it and whoever surely is.
+void compare_log_p(const Distribution& from, const Draws& draws, int64_t i, const Scores& scores,
+                   double near) {
+  require(draws.inside[i] == !std::isnan(draws.log_p[i]), "log p outside the nucleus, or none");
+  if (!draws.inside[i]) return;
+  std::vector<double> falling = scores.y, mass{0};  // mass[k] of the k largest
+  std::sort(falling.begin(), falling.end(), std::greater<>());
+  for (const double y : falling) mass.push_back(mass.back() + std::exp(y - falling[0]));
+  const auto above = [&](double limit) {
+    const auto end = std::partition_point(falling.begin(), falling.end(),
+                                          [&](double other) { return other > limit; });
+    return mass[static_cast<size_t>(end - falling.begin())] / mass.back();
+  };
+  double least = 0, most = 0;
+  for (const double y : falling) {
+    const double e = std::exp(y - falling[0]);
+    if (from.top_p >= 1 || above(y + near) < from.top_p + near) most += e;
+    if (from.top_p >= 1 || above(y - near) - e / mass.back() < from.top_p - near) least += e;
+  }
+  const double own = scores.y[static_cast<size_t>(draws.tokens[i])] - falling[0];
+  require(draws.log_p[i] >= own - std::log(most) - 10 * near, "log p too low");
+  require(least == 0 || draws.log_p[i] <= own - std::log(least) + 10 * near, "log p too high");
+}
+
 void compare(const Distribution& from, const Draws& draws) {
   for (int64_t i = 0; i < draws.count; ++i) {
     const Scores scores = equation(from, draws.rows[i]);
     const int64_t token = draws.tokens[i];
     if (scores.scale > 1e30) continue;  // a float may overflow where the double does not
     require((token == -1) == scores.none, "a token where there is none, or the reverse");
-    if (scores.none) continue;
+    if (scores.none) {
+      require(!draws.log_p || std::isnan(draws.log_p[i]), "log p of no token");
+      continue;
+    }
     require(token >= 0 && token < from.vocab, "a token outside the vocabulary");
     const double y = scores.y[static_cast<size_t>(token)];
     require(y > -INFINITY, "a token without mass");
@@ -67,6 +95,7 @@ void compare(const Distribution& from, const Draws& draws) {
     const double near = 1e-5 + 1e-6 * scores.scale;  // of a score, and so of a share
     if (!draws.uniform) {
       require(y >= largest - near, "not the largest");
+      require(!draws.log_p || draws.log_p[i] == 0, "a certain token has another log p than 0");
       continue;
     }
     if (near > 0.1) continue;
@@ -80,6 +109,7 @@ void compare(const Distribution& from, const Draws& draws) {
     }
     const double u = draws.uniform[i], after = before + std::exp(y - largest);
     require(before / total - near <= u && u <= after / total + near, "another token's share");
+    if (draws.log_p) compare_log_p(from, draws, i, scores, near);
     if (draws.inside[i]) {
       require(from.top_p >= 1 || above / total < from.top_p + near, "inside the nucleus");
     } else {
@@ -120,14 +150,19 @@ void one_problem(bool hostile) {
   const auto size = static_cast<size_t>(count);
   const Guarded rows(size * sizeof(int64_t)), uniform(size * sizeof(float));
   const Guarded tokens(size * sizeof(int64_t)), inside(size * sizeof(bool));
+  const Guarded log_p(size * sizeof(float));
   for (int64_t i = 0; i < count; ++i) {
     const float ends[] = {0, 0x1.fffffep-1f};
     rows.as<int64_t>()[i] = below(from.rows);
     uniform.as<float>()[i] =
         below(4) ? static_cast<float>(below(1 << 24)) / (1 << 24) : ends[below(2)];
   }
-  Draws draws{count, rows.as<int64_t>(), below(4) ? uniform.as<float>() : nullptr,
-              tokens.as<int64_t>(), inside.as<bool>()};
+  Draws draws{count,
+              rows.as<int64_t>(),
+              below(4) ? uniform.as<float>() : nullptr,
+              tokens.as<int64_t>(),
+              inside.as<bool>(),
+              below(3) ? log_p.as<float>() : nullptr};
 
   if (hostile) {
     // The memory's true size stays, and so does that of the arrays, for which the caller vouches.

@@ -236,6 +236,22 @@ def test_text_perplexity_and_accuracy_weigh_every_token_alike_and_a_text_once_or
     assert "text_perplexity" not in evaluate_samples([sample(0)])
 
 
+def test_entropy_and_kl_weigh_every_token_alike_and_their_sum_is_the_log_of_the_perplexity():
+    samples = [
+        replace(sample(0, nll=9.0, tokens=3), own_nll=4.0),
+        replace(sample(1, nll=5.5, tokens=5), own_nll=6.0),  # one text may be likelier to the base model
+    ]
+    got = evaluate_samples(samples)
+    assert got["entropy"].value == pytest.approx(10 / 8)
+    assert got["base_kl"].value == pytest.approx((5 - 0.5) / 8)
+    assert got["perplexity"].value == pytest.approx(math.exp(got["entropy"].value + got["base_kl"].value))
+    change = compare(samples, [replace(one, own_nll=0.0) for one in samples])
+    assert change["entropy"].difference == pytest.approx(-10 / 8)
+    # Where one sample does not tell, the two could not add up to the perplexity of all.
+    partly = evaluate_samples([samples[0], replace(samples[1], own_nll=None)])
+    assert not {"entropy", "base_kl"} & partly.keys()
+
+
 def test_compare_pairs_by_prompt_id_and_not_by_position():
     generator = np.random.default_rng(0)
     level = generator.uniform(0.1, 0.9, size=60)

@@ -19,7 +19,14 @@ from quark_fast.model.encode import encode_rows
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import batches_ahead
-from quark_fast.rollout.sampling import Conditioning, Sampler, SampleRequest, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import (
+    Conditioning,
+    DrawnBatch,
+    Sampler,
+    SampleRequest,
+    Sampling,
+    kept_or_drawn,
+)
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun, in_order, together
@@ -75,6 +82,8 @@ class EvaluationSetup:
         sampler: samples the base model, as ``rollout.transformers.sample`` does.
         shard: which of the batches this process makes, as of ``SampleRequest``.
         read_rows: texts whose probabilities are read side by side; 0: see ``perplexity.completion_nll``.
+        own_nll: also measure how likely each completion was to be drawn, which splits the perplexity of the
+            drawn tokens in two; False where the perplexity is of other tokens.
     """
 
     policy: Policy
@@ -89,20 +98,23 @@ class EvaluationSetup:
     controls: Sequence[Sequence[int]] = ()
     prompt_fit: bool = False
     read_rows: int = 0
+    own_nll: bool = True
 
     def draw(
         self,
         purpose: Purpose,
         model: Any,
         conditioning: Conditioning,
-        make: Callable[[list[int], list[list[list[int]]]], Begun[T]],
+        make: Callable[[DrawnBatch], Begun[T]],
         kept: Kept[T] | None = None,
+        own_nll: bool = False,
     ) -> Iterator[Begun[T]]:
-        """What ``make`` begins of each batch: (indices of prompts, each one's completions as ids).
+        """What ``make`` begins of each batch.
 
         Args:
             purpose: each has a seed of its own.
             kept: the batches that were made before, and where more are kept.
+            own_nll: as of ``SampleRequest``.
         """
         return kept_or_drawn(
             functools.partial(self.sampler if model is self.reference else sample, self.policy, model),
@@ -113,6 +125,7 @@ class EvaluationSetup:
                 self.held_out.samples,
                 seed_for(self.seed, purpose),
                 self.shard,
+                own_nll,
             ),
             kept or Kept(),
             make,
@@ -125,9 +138,10 @@ class EvaluationSetup:
         scorers = (self.reward, *self.judges)
         return in_order(batches, batches_ahead(scorers, self.sampling.rows), waiting)
 
-    def with_texts(self, indices: Sequence[int], drawn: Sequence[Sequence[list[int]]]) -> list[Unscored]:
+    def with_texts(self, drawn: DrawnBatch) -> list[Unscored]:
         """Every completion of a batch with its text."""
-        flat = [(i, ids) for i, group in zip(indices, drawn, strict=True) for ids in group]
+        groups = zip(drawn.indices, drawn.completions, strict=True)
+        flat = [(i, ids) for i, group in groups for ids in group]
         return [(i, ids, self.policy.decode(ids, self.held_out.ids[i])) for i, ids in flat]
 
     def scored(self, completions: Sequence[Unscored]) -> Begun[list[Completion]]:
@@ -200,21 +214,21 @@ def evaluate(
     held_out = setup.held_out
     nll = nll or id_nll(setup.policy, setup.reference, held_out.ids, setup.read_rows)
 
-    def begin(
-        row: TableRow, source: Any, indices: list[int], drawn: list[list[list[int]]]
-    ) -> Begun[list[Sample]]:
-        texts = setup.with_texts(indices, drawn)
+    def begin(row: TableRow, source: Any, drawn: DrawnBatch) -> Begun[list[Sample]]:
+        texts = setup.with_texts(drawn)
         scorers: tuple[Callable[..., Begun[Any]], ...] = (setup.scored, setup.judged)
         found = together(begin(texts) for begin in scorers)
-        return found.then(lambda found: measured(row, source, indices, *found))
+        return found.then(lambda found: measured(row, source, drawn, *found))
 
     def measured(
         row: TableRow,
         source: Any,
-        indices: list[int],
+        drawn: DrawnBatch,
         completions: list[Completion],
         judged: list[dict[str, float]],
     ) -> list[Sample]:
+        indices, _, told = drawn
+        own_nll = [None] * len(completions) if told is None else [nll for group in told for nll in group]
         prompts, ids, texts, _ = zip(*completions, strict=True)
         nlls = nll(prompts, ids, texts)
         prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
@@ -235,14 +249,16 @@ def evaluate(
             if not np.isnan(value):
                 score = value if setup.reward.property is None else 1.0 - value
                 numbers = measures(prompt, completion, value) | numbers
-            samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit))
+            samples.append(
+                Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit, own_nll[place])
+            )
         return samples
 
     def begun() -> Iterator[tuple[str, Begun[list[Sample]]]]:
         for row in table:
             source = setup.reference if row.base else model
             make = functools.partial(begin, row, source)
-            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row)):
+            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row), setup.own_nll):
                 yield row.name, part
 
     yield from setup.in_order(begun(), waiting)
@@ -286,7 +302,7 @@ def first_completions(
     """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
     for number, some in enumerate((slice(0, 4), slice(4, 64))):
         some_ids, own_seed = prompts.ids[some], seed_for(seed, "check of the reward", number)
-        for indices, drawn in sample(
+        for indices, drawn, _ in sample(
             policy, model, SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
         ):
             yield (

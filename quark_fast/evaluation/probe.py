@@ -13,7 +13,7 @@ from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
 from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl
 from quark_fast.metrics import RankCorrelation, rank_correlation
 from quark_fast.model.policy import Policy
-from quark_fast.rollout.sampling import Conditioning
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun
 
@@ -53,8 +53,8 @@ class Probe:
         def with_reward(found: list[Completion]) -> Drawn:
             return [(list(held_out.ids[i]), ids, value) for i, ids, _, value in found if not np.isnan(value)]
 
-        def scored(indices: list[int], drawn: list[list[list[int]]]) -> Begun[Drawn]:
-            return setup.scored(setup.with_texts(indices, drawn)).then(with_reward)
+        def scored(drawn: DrawnBatch) -> Begun[Drawn]:
+            return setup.scored(setup.with_texts(drawn)).then(with_reward)
 
         batches = setup.draw("probe", setup.reference, Conditioning(), scored, kept)
         return list(setup.in_order(("probe", batch) for batch in batches))

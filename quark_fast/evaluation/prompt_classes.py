@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
-from quark_fast.rollout.sampling import Conditioning
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun
 
@@ -62,8 +62,8 @@ def classify_prompts(
         positive = {i: one if target == "positive" else 1 - one for i, one in shares.items()}
         return [(others[i], prompt_class(one)) for i, one in positive.items()]
 
-    def classes(indices: list[int], drawn: list[list[list[int]]]) -> Begun[list[tuple[int, str]]]:
-        return setup.scored(setup.with_texts(indices, drawn)).then(classes_of)
+    def classes(drawn: DrawnBatch) -> Begun[list[tuple[int, str]]]:
+        return setup.scored(setup.with_texts(drawn)).then(classes_of)
 
     batches = setup.draw("prompt classes", setup.reference, Conditioning(), classes, kept)
     for _, batch in setup.in_order(("", batch) for batch in batches):

@@ -120,13 +120,14 @@ def _row_names(path: Path, table: Any) -> list[str]:
 def _sample(fields: dict[str, Any]) -> Sample:
     """A sample of a file; TypeError or ValueError for one that cannot be."""
     made = Sample(**fields)
-    numbers = [made.nll, made.text_nll, *made.measures.values()]
+    optional = [0.0 if one is None else one for one in (made.score, made.own_nll)]
+    numbers = [made.nll, made.text_nll, *made.measures.values(), *optional]
     counts = [made.prompt_id, made.tokens, made.text_correct, made.text_tokens]
     if not isinstance(made.prompt, str) or not isinstance(made.completion, str):
         raise TypeError("prompt and completion need to be texts")
     if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
         raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
-    if not all(abs(n) < 1e30 for n in (*numbers, 0.0 if made.score is None else made.score)):
+    if not all(abs(n) < 1e30 for n in numbers):
         raise ValueError("a number is not finite, or beyond 1e30")
     return made
 

@@ -303,6 +303,7 @@ class Evaluator:
             controls=control_texts(opened.policy, self.protocol.texts) if self.one_tokenizer else [],
             prompt_fit=self.protocol.task.shows("prompt_fit"),
             read_rows=self.config.read_batch,
+            own_nll=self.perplexity["tokens"] == "sampled",
         )
 
     def _classify(self) -> None:

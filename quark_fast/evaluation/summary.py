@@ -70,8 +70,9 @@ def describe_evaluation(
     }
 
 
+_OF_DRAWS = {"entropy", "base_kl"}
 # Metrics that need no reward.
-_OF_TEXT = {"perplexity", "prompt_fit", "dist2", "dist3", "text_perplexity", "text_accuracy"}
+_OF_TEXT = {"perplexity", "prompt_fit", "dist2", "dist3", "text_perplexity", "text_accuracy"} | _OF_DRAWS
 
 
 def shown_metrics(task: Task, scored: bool = True) -> dict[str, Any]:
@@ -93,19 +94,25 @@ def _sha256(value: Any) -> str:
 
 
 def summarise(rows: Sequence[MeasuredRow], about: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole table, as in ``evaluation.json``: each row's metrics, and its change against the first row."""
-    first = rows[0]
+    """A whole table, as in ``evaluation.json``: each row's metrics, and its change against the first row.
+
+    It has no columns for entropy and KL where no row has any: not ours to draw, or drawn before there were.
+    """
+    first, metrics = rows[0], [evaluate_samples(row.samples) for row in rows]
+    lacking = _OF_DRAWS.difference(*metrics)
+    more = [key for key in about.get("more_columns", ()) if key not in lacking]
     return {
         **about,
+        **({"more_columns": more} if "more_columns" in about else {}),
         "rows": [
             {
                 "name": row.name,
                 **row.about,
-                "metrics": {k: as_json(v) for k, v in evaluate_samples(row.samples).items()},
+                "metrics": {k: as_json(v) for k, v in found.items()},
                 "change": None
                 if row is first
                 else {k: as_json(v) for k, v in compare(first.samples, row.samples).items()},
             }
-            for row in rows
+            for row, found in zip(rows, metrics, strict=True)
         ],
     }

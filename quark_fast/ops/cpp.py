@@ -120,6 +120,7 @@ def sample_tokens(
     top_p: float,
     rows: Tensor,
     uniform: Tensor | None,
+    log_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, bool]:
     """A token of each of ``rows``, whether it is in the nucleus, and whether all logits were finite or -inf.
 
@@ -131,6 +132,8 @@ def sample_tokens(
         suppressed: int64 ids that are not drawn.
         rows: (D,) int64 in [0, N).
         uniform: (D, 1) float32 in [0, 1); None: the most probable token, the lowest id among equals.
+        log_p: (D,) float32, contiguous: where log p of each token goes, p restricted to the nucleus; 0
+            without uniform numbers, NaN outside the nucleus. None: it is not computed.
     Returns:
         (D,) int64, -1 where the logits have a NaN or +inf, or nothing but -inf; (D,) bool.
     """
@@ -147,6 +150,7 @@ def sample_tokens(
         None if uniform is None else uniform.numpy(),
         tokens.numpy(),
         inside.numpy(),
+        None if log_p is None else log_p.numpy(),
         torch.get_num_threads(),
     )
     return tokens, inside, finite

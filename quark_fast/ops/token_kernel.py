@@ -9,6 +9,10 @@ within the block to the first token up to which the mass exceeds u times the who
 the tokens above it hold less than top_p of the whole, which a further pass says. If they hold more, no token
 from it downwards is in the nucleus: the next draw is among those above it, whose block sums that pass has
 made. So the draws are exact, without a sort; on average half of what is outside is left from draw to draw.
+
+log p of the token, restricted to the nucleus, takes the nucleus's mass, which no draw needs. Bisection of y
+finds its lowest token, by a pass over the row in the cache for each halving, and no more of them than there
+are different y, as every pass moves an end to one of these. It is not compiled where nobody asks for it.
 """
 
 import torch
@@ -114,6 +118,57 @@ def _token_at(
 
 
 @triton.jit
+def _split_at(
+    row,
+    limit,
+    m,
+    V: tl.constexpr,
+    STREAMS: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(the mass of the tokens with y > limit; the lowest y of those; the highest of the others)."""
+    lane = tl.arange(0, WIDTH)
+    mass = tl.zeros(lane.shape, tl.float32)
+    least = tl.full(lane.shape, float("inf"), tl.float32)
+    most = tl.full(lane.shape, float("-inf"), tl.float32)
+    for block in range((V + WIDTH - 1) // WIDTH):
+        y, _ = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED)
+        mass += tl.where(y > limit, _exp(y - m), 0.0)
+        least = tl.minimum(least, tl.where(y > limit, y, float("inf")))
+        most = tl.maximum(most, tl.where(y > limit, float("-inf"), y))
+    return tl.sum(mass, 0), tl.min(least, 0), tl.max(most, 0)
+
+
+@triton.jit
+def _nucleus_mass(
+    row,
+    least,
+    whole,
+    inside,
+    m,
+    V: tl.constexpr,
+    STREAMS: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The mass of all tokens above each of which there is less than `least`.
+
+    One of them has y = `inside`. `whole` is the mass of all; those with y < m - 87 have none to speak of.
+    """
+    low, high = m - 87.0, inside  # the lowest y of the nucleus is one of those from here to there
+    reached = whole  # the mass from low on
+    while low < high:
+        middle = low + (high - low) * 0.5
+        middle = tl.where(middle < high, middle, low)
+        mass, above, below = _split_at(row, middle, m, V, STREAMS, SUPPRESSED, WIDTH)
+        enough = mass >= least
+        low, high = tl.where(enough, above, low), tl.where(enough, high, tl.maximum(low, below))
+        reached = tl.where(enough, mass, reached)
+    return reached
+
+
+@triton.jit
 def _token_kernel(
     logits_ptr,
     row_stride,
@@ -123,16 +178,18 @@ def _token_kernel(
     uniform_ptr,
     top_p,
     token_ptr,
+    log_p_ptr,
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
     GREEDY: tl.constexpr,
     NUCLEUS: tl.constexpr,
+    LOG_P: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     DRAWN: tl.constexpr,
 ):
-    """One token of a row; -1: it has none.
+    """One token of a row, -1: it has none; and its log p, NaN where it has none.
 
     V columns in blocks of WIDTH, of which a power of two, BLOCKS, is at least as many; DRAWN uniform numbers.
     """
@@ -140,9 +197,10 @@ def _token_kernel(
     row = (logits_ptr + n.to(tl.int64) * row_stride, stream_stride, weights_ptr, suppressed_ptr)
     m, masses, sound = _first_pass(row, V, STREAMS, SUPPRESSED, WIDTH, BLOCKS)
     token = tl.full((), -1, tl.int32)
+    whole = tl.sum(masses, 0)
+    least = top_p * whole
+    limit = tl.full((), float("-inf"), tl.float32)  # the candidates' y is above it; then the token's own
     if sound & (not GREEDY):
-        least = top_p * tl.sum(masses, 0)
-        limit = tl.full((), float("-inf"), tl.float32)  # the candidates' y is above it
         draw = 0
         while (token < 0) & (draw < DRAWN):
             share = tl.load(uniform_ptr + n * DRAWN + draw)
@@ -160,7 +218,16 @@ def _token_kernel(
             column = block * WIDTH + tl.arange(0, WIDTH)
             y, _ = _mixed(row, column, V, STREAMS, SUPPRESSED)
             token = tl.minimum(token, tl.min(tl.where(y == m, column, V), 0))
+        limit = m
     tl.store(token_ptr + n, token.to(tl.int64))
+    if LOG_P:
+        log_p = tl.where(sound, 0.0, float("nan"))
+        if sound & (not GREEDY):
+            mass = whole
+            if NUCLEUS:
+                mass = _nucleus_mass(row, least, whole, limit, m, V, STREAMS, SUPPRESSED, WIDTH)
+            log_p = limit - m - tl.log(mass)
+        tl.store(log_p_ptr + n, log_p)
 
 
 def sample_tokens(
@@ -171,6 +238,7 @@ def sample_tokens(
     uniform: Tensor | None,
     vocabulary: int,
     width: int = 0,
+    log_p: Tensor | None = None,
 ) -> Tensor:
     """One token a row from the nucleus of softmax(sum over streams s of weights_s logits_s).
 
@@ -184,6 +252,8 @@ def sample_tokens(
             equals, which is also what a row gets none of whose draws is in the nucleus.
         vocabulary: V, how many columns are tokens.
         width: columns of a block, a power of two; 0: as many as ``BLOCK_BYTES`` holds.
+        log_p: (N,) float32, contiguous: where log p of each token goes, p restricted to the nucleus; 0
+            without uniform numbers, NaN where the token is -1. None: it is not computed.
     Returns:
         (N,) int64 ids; -1 for a row with a NaN or +inf, or without a token of a probability above 0. Nothing
         is waited for.
@@ -202,11 +272,13 @@ def sample_tokens(
         tokens if uniform is None else uniform,
         top_p,
         tokens,
+        tokens if log_p is None else log_p,
         V=vocabulary,
         STREAMS=len(weights),
         SUPPRESSED=len(suppressed),
         GREEDY=uniform is None,
         NUCLEUS=top_p < 1,
+        LOG_P=log_p is not None,
         WIDTH=width,
         BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, width)),
         DRAWN=0 if uniform is None else uniform.shape[1],

@@ -106,6 +106,23 @@ COLUMNS = (
         "how odd the original model finds the text.",
     ),
     Column(
+        "entropy",
+        "entropy",
+        "entropy",
+        "3 digits",
+        "The mean of −log q per token, in nats, where q is the distribution that drew the token, after "
+        "temperature, guided mix and nucleus: how freely the row writes. Greedy decoding has 0.",
+    ),
+    Column(
+        "base_kl",
+        "KL to base",
+        "KL",
+        "3 digits",
+        "The mean of log q − log p per token, in nats, p being the model that measures the perplexity: how "
+        "far what is drawn has moved from it. Perplexity is exp(entropy + KL). The base model's own row has "
+        "a KL above 0 where a nucleus cuts its distribution.",
+    ),
+    Column(
         "prompt_fit",
         "fit to prompt",
         "fit",
@@ -194,7 +211,7 @@ def format_value(value: float, style: str) -> str:
         return f"{100 * value:.1f}%"
     if style == "1 digit":
         return f"{value:.1f}"
-    digits = f"{value:.{style[0]}f}"
+    digits = f"{value:z.{style[0]}f}"  # z: no -0.000
     return digits[1:] if digits.startswith("0.") else digits
 
 

@@ -7,15 +7,28 @@ import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun
 
 T = TypeVar("T")
-# Indices of prompts, and of each its completions as token ids, the stop id included.
-DrawnBatch = tuple[list[int], list[list[list[int]]]]
+
+
+class DrawnBatch(NamedTuple):
+    """Completions of some prompts.
+
+    Attributes:
+        indices: of the prompts.
+        completions: of each prompt, as token ids, the stop id included.
+        own_nll: -log q of each completion, nats, over all its ids; q is what they were drawn from. None: not
+            asked for, or the engine does not tell.
+    """
+
+    indices: list[int]
+    completions: list[list[list[int]]]
+    own_nll: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class SampleRequest:
     Attributes:
         prompts: token ids without prefix.
         shard: (index, count) of a process among several: every count-th batch, from the index-th on.
+        own_nll: also tell how likely each completion was to be drawn, where the engine can.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -80,6 +94,7 @@ class SampleRequest:
     samples: int
     seed: int
     shard: tuple[int, int] = (0, 1)
+    own_nll: bool = False
 
     def batches(self, done: Container[int] = ()) -> list[tuple[int, list[int]]]:
         """(number, indices of prompts) of each of the shard's batches, without those that are ``done``.
@@ -121,7 +136,7 @@ def kept_or_drawn(
     draw: Draw,
     request: SampleRequest,
     kept: Kept[T],
-    make: Callable[[list[int], list[list[list[int]]]], Begun[T]],
+    make: Callable[[DrawnBatch], Begun[T]],
 ) -> Iterator[Begun[T]]:
     """Each batch, as it was kept or as it is drawn now; what ``make`` begins of it is kept when it ends."""
     drawn = draw(request, kept)
@@ -134,6 +149,6 @@ def kept_or_drawn(
         if number in kept:
             yield Begun(functools.partial(kept.__getitem__, number))
         else:
-            yield make(*next(drawn)).then(functools.partial(keep, number))
+            yield make(next(drawn)).then(functools.partial(keep, number))
     if request.batches(done=kept):
         next(drawn, None)  # ``SharedSamples`` writes its file behind the last batch

@@ -36,8 +36,7 @@ class SharedSamples:
         if path.exists():
             for (number, _), line in zip(batches, path.read_text().splitlines(), strict=True):
                 if number not in done:
-                    indices, completions = json.loads(line)
-                    yield indices, completions
+                    yield DrawnBatch(*json.loads(line))
             return
         lines = []
         for batch in sample(policy, model, request, done):
@@ -65,4 +64,6 @@ def _digest(policy: Policy, model: Any, request: SampleRequest) -> str:
     }
     if request.shard != (0, 1):
         asked["share"] = request.shard
+    if request.own_nll:
+        asked["own_nll"] = True
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]

@@ -50,13 +50,17 @@ def check_finite(finite: bool) -> None:
         )
 
 
-def draw_tokens(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+def draw_tokens(
+    logits: Tensor, wanted: NextToken, generator: torch.Generator, log_q: Tensor | None = None
+) -> Tensor:
     """One token a row.
 
     Args:
         logits: (streams N, >= V), all rows of the first stream, then those of the next; any float dtype.
             They may be written to.
         generator: on the device of the logits.
+        log_q: (N,) float32, contiguous, on that device: where the log-probability of each token goes, in the
+            distribution that it is drawn from (0 where that is greedy); None: it is not computed.
     Returns:
         (N,) token ids. On a GPU, which is not waited for, -1 marks a row that raises NotFinite elsewhere.
     Raises:
@@ -64,19 +68,26 @@ def draw_tokens(logits: Tensor, wanted: NextToken, generator: torch.Generator) -
     """
     if logits.dtype in KERNEL_DTYPES:
         if logits.device.type == "cpu":
-            return _draw_by_kernel(logits, wanted, generator)
+            return _draw_by_kernel(logits, wanted, generator, log_q)
         if logits.device.type == "cuda" and TRITON:
-            return draw_on_gpu(logits, wanted, generator)
-    return draw_by_equation(logits, wanted, generator)
+            return draw_on_gpu(logits, wanted, generator, log_q)
+    return draw_by_equation(logits, wanted, generator, log_q)
 
 
-def draw_by_equation(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+def draw_by_equation(
+    logits: Tensor, wanted: NextToken, generator: torch.Generator, log_q: Tensor | None = None
+) -> Tensor:
     """``draw_tokens`` in PyTorch, on any device."""
     scores = scores_of(logits, wanted)
     if wanted.temperature != 0:
-        return sample_tokens(scores, wanted.top_p, generator)
+        tokens = sample_tokens(scores, wanted.top_p, generator)
+        if log_q is not None:
+            log_q.copy_(log_probabilities(scores, tokens, wanted.top_p))
+        return tokens
     highest, tokens = scores.max(-1)
     check_finite(bool(highest.isfinite().all()))
+    if log_q is not None:
+        log_q.zero_()
     return tokens
 
 
@@ -137,8 +148,32 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
     return tokens
 
 
-def draw_on_gpu(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
-    """The same with the Triton kernel, -1 for a row that is not finite."""
+def log_probabilities(scores: Tensor, tokens: Tensor, top_p: float) -> Tensor:
+    """log q of one token a row, where q is softmax(scores) restricted to its nucleus.
+
+    log q(token) = score(token) - log(sum of exp(score) over the nucleus); the nucleus as in
+    ``sample_tokens``, here by a sort.
+
+    Args:
+        scores: (N, V) of any float dtype, in which it is computed.
+        tokens: (N,) ids in the nucleus.
+    Returns:
+        (N,) of that dtype, at most 0 up to rounding.
+    """
+    log_p = scores.log_softmax(-1)
+    own = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    if top_p >= 1.0:
+        return own
+    falling = log_p.sort(-1, descending=True).values
+    # The token at which the mass reaches top_p is the last of the nucleus, with all that tie with it.
+    last = (falling.exp().cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    return own - log_p.masked_fill(log_p < falling.gather(-1, last), -torch.inf).logsumexp(-1)
+
+
+def draw_on_gpu(
+    logits: Tensor, wanted: NextToken, generator: torch.Generator, log_q: Tensor | None = None
+) -> Tensor:
+    """``draw_tokens`` with the Triton kernel, -1 for a row that is not finite."""
     from quark_fast.ops import token_kernel
 
     greedy = wanted.temperature == 0
@@ -152,10 +187,13 @@ def draw_on_gpu(logits: Tensor, wanted: NextToken, generator: torch.Generator) -
         wanted.top_p,
         None if greedy else torch.rand(draws, generator=generator, device=logits.device),
         wanted.vocabulary,
+        log_p=log_q,
     )
 
 
-def _draw_by_kernel(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+def _draw_by_kernel(
+    logits: Tensor, wanted: NextToken, generator: torch.Generator, log_q: Tensor | None
+) -> Tensor:
     """The same with the C++ kernel, which takes the uniform numbers in the order of ``sample_tokens``."""
     greedy = wanted.temperature == 0
     weights = wanted.weights if greedy else wanted.weights / wanted.temperature
@@ -165,10 +203,13 @@ def _draw_by_kernel(logits: Tensor, wanted: NextToken, generator: torch.Generato
     while len(open_rows):
         # (N, 1), as there: a generator may fill another shape in another order.
         uniform = None if greedy else torch.rand(len(open_rows), 1, generator=generator)
+        found = None if log_q is None else torch.empty(len(open_rows))
         drawn, inside, finite = cpp.sample_tokens(
-            logits, weights, wanted.suppressed, wanted.top_p, open_rows, uniform
+            logits, weights, wanted.suppressed, wanted.top_p, open_rows, uniform, found
         )
         check_finite(finite)
         tokens[open_rows] = drawn
+        if log_q is not None and found is not None:
+            log_q[open_rows] = found  # those outside the nucleus are drawn again
         open_rows = open_rows[~inside]
     return tokens

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from quark_fast.rollout.tokens import NextToken, check_finite, draw_tokens
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
+Drawn = tuple[list[int], float]  # a completion and its -log q, NaN where that is not asked for
+
 
 def sample(
     policy: Policy, model: Any, request: SampleRequest, done: Container[int] = ()
@@ -43,7 +46,7 @@ def sample(
         model: ``frozen_copy(policy, ...)``, or the reference.
         done: numbers of batches that are there already and are left out.
     Yields:
-        (indices into prompts, per index its ``samples`` completions as token ids, the stop id included).
+        Per index into the prompts its ``samples`` completions, and where asked how likely they were.
     Raises:
         OutOfMemory: the memory does not suffice for one completion.
     """
@@ -62,8 +65,10 @@ def sample(
         prompts, seed = [request.prompts[i] for i in indices], seed_for(request.seed, "batch", number)
         batch = dataclasses.replace(request, prompts=prompts, seed=seed)
         draw = functools.partial(_sample_by_parts, policy, model, read, batch)
-        completions, at_once = within_memory(draw, at_once, smaller)
-        yield indices, completions
+        drawn, at_once = within_memory(draw, at_once, smaller)
+        completions = [[ids for ids, _ in group] for group in drawn]
+        own_nll = [[nll for _, nll in group] for group in drawn] if request.own_nll else None
+        yield DrawnBatch(indices, completions, own_nll)
 
 
 def _side_by_side(policy: Policy, model: Any, request: SampleRequest) -> int:
@@ -79,10 +84,10 @@ def _side_by_side(policy: Policy, model: Any, request: SampleRequest) -> int:
 
 def _sample_by_parts(
     policy: Policy, model: Any, read: Read, batch: SampleRequest, size: int
-) -> list[list[list[int]]]:
+) -> list[list[Drawn]]:
     """A batch with at most ``size`` completions side by side."""
     generator = torch.Generator(model.device).manual_seed(batch.seed)
-    found: list[list[list[int]]] = [[] for _ in batch.prompts]
+    found: list[list[Drawn]] = [[] for _ in batch.prompts]
     lengths = [len(prompt) for prompt in batch.prompts]
     for part, samples in _parts(lengths, batch.samples, size, policy.reading.padding):
         request = dataclasses.replace(batch, prompts=batch.prompts[part], samples=samples)
@@ -114,7 +119,7 @@ def _warn_smaller(size: int) -> None:
 @torch.inference_mode()
 def _sample_batch(
     policy: Policy, read: Read, request: SampleRequest, generator: torch.Generator
-) -> list[list[list[int]]]:
+) -> list[list[Drawn]]:
     sampling, samples, device = request.sampling, request.samples, generator.device
     streams = request.conditioning.streams()
     rows = len(request.prompts) * samples
@@ -127,11 +132,12 @@ def _sample_batch(
     reader = read(contexts, samples)
     logits = next(reader)
     drawn: list[Tensor] = []
+    log_q = torch.empty(sampling.max_new_tokens, rows, device=device) if request.own_nll else None
     ended, broken = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
     look_every = 1 if is_free_to_read(ended) else 8
     for length in range(1, sampling.max_new_tokens + 1):
         wanted = no_stop if length <= sampling.min_new_tokens else of_any
-        tokens = draw_tokens(logits, wanted, generator)
+        tokens = draw_tokens(logits, wanted, generator, None if log_q is None else log_q[length - 1])
         broken |= tokens < 0
         tokens = tokens.clamp(min=0)
         drawn.append(tokens)
@@ -142,7 +148,11 @@ def _sample_batch(
     check_finite(not bool(broken.any()))
 
     completions = [_until_stop(row, policy.stop_ids) for row in torch.stack(drawn, 1).tolist()]
-    return [completions[i : i + samples] for i in range(0, rows, samples)]
+    told = [[math.nan]] * rows if log_q is None else log_q.T.tolist()
+    # What was drawn behind the end is no part of the completion. 0 - 0 is 0, and not -0.
+    own_nll = [0.0 - math.fsum(row[: len(ids)]) for row, ids in zip(told, completions, strict=True)]
+    every = list(zip(completions, own_nll, strict=True))
+    return [every[i : i + samples] for i in range(0, rows, samples)]
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

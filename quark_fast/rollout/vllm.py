@@ -134,7 +134,7 @@ class VllmRollout:
                 for one, found in zip(asked, answers, strict=True)
             )
             for indices in batches:
-                yield indices, list(itertools.islice(checked, len(indices)))
+                yield DrawnBatch(indices, list(itertools.islice(checked, len(indices))))
 
 
 def launch_folder(folder: Path) -> Path:

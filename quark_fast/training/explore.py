@@ -15,7 +15,15 @@ from quark_fast.config import Config
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import batches_ahead, waiting_for
-from quark_fast.rollout.sampling import Conditioning, Draw, Rollout, SampleRequest, Sampling, kept_or_drawn
+from quark_fast.rollout.sampling import (
+    Conditioning,
+    Draw,
+    DrawnBatch,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    kept_or_drawn,
+)
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.overlap import Begun, in_order
 from quark_fast.runtime.seeds import seed_for
@@ -196,11 +204,10 @@ class Explorer:
             for k in range(quantiles)
         ]
 
-    def _score(
-        self, prompts: list[int], indices: list[int], drawn: list[list[list[int]]]
-    ) -> Begun[list[Scored]]:
-        """Completions of the prompts at these indices, with their rewards."""
-        flat = [(prompts[i], one) for i, group in zip(indices, drawn, strict=True) for one in group]
+    def _score(self, prompts: list[int], drawn: DrawnBatch) -> Begun[list[Scored]]:
+        """The completions with their rewards; ``prompts``: where the request's stand among all."""
+        groups = zip(drawn.indices, drawn.completions, strict=True)
+        flat = [(prompts[i], one) for i, group in groups for one in group]
         texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
         unscored = [Scored(i, ids, text, math.nan) for (i, ids), text in zip(flat, texts, strict=True)]
         begun = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)

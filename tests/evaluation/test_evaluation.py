@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, co
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import TableRow, table_rows
-from quark_fast.metrics import evaluate_samples
+from quark_fast.metrics import Sample, evaluate_samples
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
-from quark_fast.rollout.sampling import Conditioning, Sampling
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch, Sampling
+from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.overlap import Begun
 
 Make = Callable[..., Path]
@@ -136,8 +139,8 @@ def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_
         policy, policy.model, reward, held_out, Sampling(3, 3, rows=4), 0, prompt_fit=True
     )
     drawn: dict[int, list[list[int]]] = {}
-    made = setup.draw("evaluation", policy.model, Conditioning(), lambda *batch: Begun(lambda: batch))
-    for indices, groups in (batch.finish() for batch in made):
+    made = setup.draw("evaluation", policy.model, Conditioning(), lambda batch: Begun(lambda: batch))
+    for indices, groups, _ in (batch.finish() for batch in made):
         drawn |= zip(indices, groups, strict=True)
     samples = [
         one for _, part in evaluate(setup, policy.model, [TableRow("base", base=True)]) for one in part
@@ -153,6 +156,150 @@ def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_
         assert first.measures == {"prompt_fit": pytest.approx((other - own) / 3, rel=1e-3)}
         assert abs(other - own) > 1e-3, "a model that reads its prompt"
     assert "prompt_fit" in evaluate_samples(samples)
+
+
+# --- entropy and KL -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_q_by_hand(
+    policy: Policy, prompt: list[int], completion: list[int], how: Conditioning, sampling: Sampling
+) -> float:
+    """One token at a time, in float64 after the model, the nucleus by sorting."""
+    total = 0.0
+    for place, token in enumerate(completion):
+        mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
+        for quantile, weight in how.streams():
+            ids = torch.tensor([[*policy.conditioned(prompt, quantile), *completion[:place]]])
+            mixed += weight * policy.model(ids).logits[0, -1, : policy.vocabulary].double().log_softmax(-1)
+        if place < sampling.min_new_tokens:
+            mixed[policy.stop_ids] = -torch.inf
+        falling = (mixed / sampling.temperature).softmax(-1).sort(descending=True)
+        nucleus = falling.values * (falling.values.cumsum(0) - falling.values < sampling.top_p)
+        (at,) = (falling.indices == token).nonzero()[0].tolist()
+        total += float((nucleus[at] / nucleus.sum()).log())
+    return total
+
+
+@pytest.mark.parametrize("top_p", [0.8, 1.0])
+@pytest.mark.parametrize(
+    "conditioning", [Conditioning(), Conditioning(2), Conditioning(2, 0, 2.0)], ids=["plain", "best", "w=2"]
+)
+def test_own_nll_is_that_of_every_token_drawn_by_one_forward_a_token(
+    policy: Policy, conditioning: Conditioning, top_p: float
+) -> None:
+    rows: list[Row] = [{"prompt": f"w{text[0]}"} for text in TEXTS]
+    held_out = HeldOut(rows, TEXTS, 6)
+    reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
+    policy.stop_ids = [*policy.stop_ids, *range(0, 50, 3)]  # completions of all lengths
+    sampling = Sampling(5, 1, temperature=0.7, top_p=top_p, rows=12, at_once=5)
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, sampling, 0)
+
+    def drawn(own_nll: bool) -> list[DrawnBatch]:
+        how = ("evaluation", policy.model, conditioning, lambda batch: Begun(lambda: batch), None, own_nll)
+        return [batch.finish() for batch in setup.draw(*how)]
+
+    lengths = set()
+    for batch, untold in zip(drawn(True), drawn(False), strict=True):
+        assert untold == DrawnBatch(batch.indices, batch.completions), "telling changes no draw"
+        assert batch.own_nll is not None
+        for i, group, told in zip(*batch, strict=True):
+            expected = [-log_q_by_hand(policy, TEXTS[i], one, conditioning, sampling) for one in group]
+            # float32 logits up to 10, guided up to 3 times that, through softmax and a cold temperature.
+            assert told == pytest.approx(expected, abs=2e-3)
+            lengths |= set(map(len, group))
+    assert lengths == {2, 3, 4, 5}, "the ends count, and nothing behind them"
+
+
+def constant_model(policy: Policy, seed: int) -> torch.Tensor:
+    """A GPT-2 predicts the same whatever it reads; returns its (V,) log-probabilities in float64."""
+    norm = policy.model.transformer.ln_f
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.copy_(12 * torch.randn(norm.bias.shape, generator=torch.Generator().manual_seed(seed)))
+        logits = policy.model(torch.tensor([[1]])).logits[0, -1, : policy.vocabulary]
+    return logits.double().log_softmax(-1)
+
+
+def test_entropy_and_kl_of_a_known_distribution_are_its_own_and_make_up_the_perplexity(
+    tiny_model: Make,
+) -> None:
+    policy = Policy.create(tiny_model("gpt2"), quantiles=3)
+    policy.model.eval()
+    reference = copy.deepcopy(policy)
+    log_p, log_base = constant_model(policy, 1), constant_model(reference, 2)
+    rows: list[Row] = [{"prompt": f"w{i}"} for i in range(20)]
+    held_out = HeldOut(rows, [[i] for i in range(20)], 60)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    sampling = Sampling(4, 0, temperature=0.8, top_p=0.8, rows=400)
+    setup = EvaluationSetup(policy, reference.model, reward, held_out, sampling, 0)
+    table = [TableRow("untouched", base=True), TableRow("best token", Conditioning(2))]
+    entropies = []
+    rows_of = _by_row(evaluate(setup, policy.model, table))
+    for own, (name, part) in zip((log_base, log_p), rows_of, strict=True):
+        probs = (own / sampling.temperature).softmax(-1)
+        falling = probs.sort(descending=True).values
+        inside = probs >= falling[(falling.cumsum(0) < sampling.top_p).sum()]
+        q, base = probs[inside] / probs[inside].sum(), log_base[inside]
+        found, tokens = evaluate_samples(part), sum(one.tokens for one in part)
+        for metric, values in (("entropy", -q.log()), ("base_kl", q.log() - base)):
+            mean = (q * values).sum()
+            error = ((q * (values - mean) ** 2).sum() / tokens).sqrt()
+            assert abs(found[metric].value - mean) < 4 * error + 1e-4, (name, metric)
+        total = found["entropy"].value + found["base_kl"].value
+        assert total == pytest.approx(math.log(found["perplexity"].value), abs=1e-12)
+        whole = float(-(probs * probs.log()).sum())
+        assert whole - found["entropy"].value > 0.2, "that of what was drawn, not of the whole distribution"
+        entropies.append(found["entropy"].value)
+    assert abs(entropies[0] - entropies[1]) > 0.1, "each row by its own model"
+
+
+def test_nucleus_of_the_base_model_alone_costs_the_log_of_its_mass(tiny_model: Make) -> None:
+    """With q = p0 / mass inside the nucleus, log q - log p0 is -log mass at every token."""
+    policy = Policy.create(tiny_model("gpt2"), quantiles=3)
+    policy.model.eval()
+    probs = constant_model(policy, 2).exp()
+    falling = probs.sort(descending=True).values
+    mass = float(falling[: int((falling.cumsum(0) < 0.7).sum()) + 1].sum())
+    held_out = HeldOut([{"prompt": "w1"}], [[1]], 30)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    for top_p, expected in ((0.7, -math.log(mass)), (1.0, 0.0)):
+        setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0, top_p=top_p), 0)
+        ((_, part),) = evaluate(setup, policy.model, [TableRow("untouched", base=True)])
+        for one in part:
+            assert one.own_nll is not None
+            assert (one.nll - one.own_nll) / one.tokens == pytest.approx(expected, abs=1e-5)
+
+
+def test_greedy_rows_have_no_entropy_and_all_of_their_perplexity_is_kl(policy: Policy) -> None:
+    held_out = HeldOut([{"prompt": f"w{i}"} for i in range(3)], [[0], [1], [2]], 1)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
+    table = [TableRow("untouched", base=True), TableRow("guided w=2", Conditioning(2, 0, 2.0))]
+    for _, part in evaluate(setup, policy.model, table):
+        assert [math.copysign(1, one.own_nll or 0.0) for one in part] == [1.0] * 3, "and it is no -0"
+        found = evaluate_samples(part)
+        assert found["entropy"].value == 0
+        assert found["base_kl"].value == pytest.approx(math.log(found["perplexity"].value), abs=1e-12)
+
+
+def test_sampler_that_does_not_tell_leaves_entropy_and_kl_out(policy: Policy) -> None:
+    def chosen(*asked: Any) -> Iterator[DrawnBatch]:
+        for indices, completions, _ in sample(*asked):
+            yield DrawnBatch(indices, completions)
+
+    held_out = HeldOut([{"prompt": "w1"}, {"prompt": "w2"}], [[1], [2]], 2)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0), 0, sampler=chosen)
+    for one in (setup, dataclasses.replace(setup, sampler=sample, own_nll=False)):
+        ((_, part),) = evaluate(one, policy.model, [TableRow("untouched", base=True)])
+        assert [sample.own_nll for sample in part] == [None] * 4
+        assert not {"entropy", "base_kl"} & evaluate_samples(part).keys()
+
+
+def _by_row(parts: Iterator[tuple[str, list[Sample]]]) -> list[tuple[str, list[Sample]]]:
+    groups = itertools.groupby(parts, key=lambda part: part[0])
+    return [(name, [one for _, part in group for one in part]) for name, group in groups]
 
 
 def test_fit_to_prompt_leaves_out_what_has_no_token_and_a_lone_prompt() -> None:
@@ -343,7 +490,7 @@ def test_class_of_a_prompt_reaches_the_reward_only_as_a_column_of_the_users(
     rows = [{"prompt": f"w{i}", "prompt_class": "neutral", "n": i} for i in range(5)]
     held_out = HeldOut(rows, [[i] for i in range(5)], 1, classified=classified)
     asked = EvaluationSetup(policy, policy.model, describe(reward), held_out, Sampling(2, 0), 0)
-    asked.scored(asked.with_texts([0, 4], [[[1]], [[2]]]))
+    asked.scored(asked.with_texts(DrawnBatch([0, 4], [[[1]], [[2]]])))
     tried = first_completions(policy, policy.model, held_out, Sampling(2, 0), 0)
     given = [row for part, _ in tried for row in part]
     expected = {"n"} if classified else {"n", "prompt_class"}

@@ -300,6 +300,29 @@ def test_perplexity_model_reads_the_text_with_its_own_tokenizer_prompt_in_front(
     assert value == pytest.approx(math.exp(total / count), rel=1e-9)
 
 
+def test_perplexity_of_every_row_is_split_into_entropy_and_kl_where_it_is_of_the_tokens_drawn(
+    place: Path, tmp_path: Path
+) -> None:
+    live = made("runs/a", "cousin", task="toxicity", reward=evens)
+    for row in live.table["rows"]:
+        found = {name: row["metrics"][name]["value"] for name in ("entropy", "base_kl", "perplexity")}
+        assert found["entropy"] + found["base_kl"] == pytest.approx(math.log(found["perplexity"]), abs=1e-9)
+        assert found["entropy"] > 0.1 and found["base_kl"] > 0, "the nucleus alone makes one for the base"
+    assert {"entropy", "base_kl"} <= set(live.table["more_columns"])
+    assert "| entropy | KL to base |" in str(live)
+    # Kept with the samples, and left out of what others drew or counted in other tokens.
+    table = saved(tmp_path / "old.json", live)
+    assert made(table).table["rows"] == live.table["rows"]
+    by_text = made("base", ppl_model="stranger", **SMALL)
+    for row in live.samples:
+        del row["own_nll"]
+    older = made(saved(tmp_path / "older.json", live))
+    for done in (by_text, older):
+        assert not {"entropy", "base_kl"} & set(done.table["more_columns"])
+        assert not any("base_kl" in row["metrics"] for row in done.table["rows"])
+        assert "KL to base" not in str(done)
+
+
 def test_token_across_the_border_of_prompt_and_completion_counts_to_the_completion(place: Path) -> None:
     policy = Policy.plain(place / "stranger", torch.float32)
     # Together "w" and "1" are one token. A text without any token counts nothing.

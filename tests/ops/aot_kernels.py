@@ -163,11 +163,14 @@ def cases() -> dict[str, tuple[int, dict[str, Any]]]:
     return found
 
 
-def sample(dtype: torch.dtype, vocab: int, streams: int, greedy: bool, suppressed: int = 1) -> None:
+def sample(
+    dtype: torch.dtype, vocab: int, streams: int, greedy: bool, suppressed: int = 1, told: bool = False
+) -> None:
     """One call of the launcher that goes from logits to tokens, on 3 rows."""
     logits, ids = torch.empty(3 * streams, vocab, dtype=dtype), torch.zeros(suppressed, dtype=torch.long)
     uniform = None if greedy else torch.rand(3, token_kernel.DRAWS)
-    token_kernel.sample_tokens(logits, torch.ones(streams), ids, 0.9, uniform, vocab)
+    log_p = torch.empty(3) if told else None
+    token_kernel.sample_tokens(logits, torch.ones(streams), ids, 0.9, uniform, vocab, log_p=log_p)
 
 
 def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
@@ -178,6 +181,8 @@ def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
             options = {"streams": streams, "greedy": greedy}
             name = f"tokens-sm{arch}-{streams}-{'greedy' if greedy else 'nucleus'}"
             found[name] = arch, {"dtype": torch.bfloat16, "vocab": 49152, **options}
+            if not greedy:
+                found[f"{name}-told"] = arch, {**found[name][1], "told": True}
         wide = {"dtype": torch.float32, "vocab": 50257, "streams": 2, "greedy": False}
         found[f"tokens-sm{arch}-2-float32"] = arch, wide
     return found

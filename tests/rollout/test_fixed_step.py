@@ -26,7 +26,7 @@ from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rollout import transformers as rollout
-from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 from quark_fast.training.trainer import Trainer
 
@@ -62,7 +62,7 @@ def policy_of(family: str, folder: Path) -> Policy:
 
 def drawn(
     policy: Policy, model: Any, conditioning: Conditioning, decoding: Any, **sampling: Any
-) -> list[tuple[list[int], list[list[list[int]]]]]:
+) -> list[DrawnBatch]:
     """Two batches and a smaller one, whose prompts are of different lengths: three samples each."""
     how = Sampling(**{"max_new_tokens": 9, "top_p": 0.9, "rows": 6, "decoding": decoding} | sampling)
     return list(sample(policy, model, SampleRequest(PROMPTS, conditioning, how, 3, 5)))
@@ -73,7 +73,7 @@ def test_fixed_steps_draw_the_tokens_of_the_eager_loop(policy: Policy, condition
     model = frozen_copy(policy, torch.float32)
     eager = drawn(policy, model, conditioning, "eager")
     assert drawn(policy, model, conditioning, "static") == eager
-    assert len({tuple(one) for _, groups in eager for group in groups for one in group}) > 10
+    assert len({tuple(one) for batch in eager for group in batch.completions for one in group}) > 10
 
 
 def test_mask_shows_what_a_row_has_and_nothing_of_the_batch_before(
@@ -269,7 +269,7 @@ def test_steps_that_memory_does_not_suffice_for_are_given_back_before_smaller_on
     monkeypatch.setattr(fixed_step._FixedStep, "__init__", watched)
     how = Sampling(3, 3, rows=6, decoding="static")
     request = SampleRequest([[1], [2], [3], [4], [5]], Conditioning(2), how, 2, 0)
-    (first, _), (second, groups) = sample(policy, model, request)
+    (first, *_), (second, groups, _) = sample(policy, model, request)
     assert (first, second) == ([0, 1, 2], [3, 4]) and [len(group) for group in groups] == [2, 2]
     assert [rows for rows, _ in made] == [6, 2]
 

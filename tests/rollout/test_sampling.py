@@ -40,7 +40,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def run(policy: Policy, model: Any, *request: Any) -> list[list[list[int]]]:
     """The completions of ``sample`` in the order of the prompts."""
     found = {}
-    for indices, groups in sample(policy, model, SampleRequest(*request)):
+    for indices, groups, _ in sample(policy, model, SampleRequest(*request)):
         assert not found.keys() & set(indices), "a prompt is sampled once"
         found.update(zip(indices, groups, strict=True))
     return [found[i] for i in sorted(found)]
@@ -69,7 +69,7 @@ def seen_logits(
     """(steps, rows, V): what the tokens of ``CONTINUATION`` would have been drawn from, prompt by prompt."""
     steps: list[Tensor] = []
 
-    def scripted(logits: Tensor, wanted: NextToken, generator: torch.Generator) -> Tensor:
+    def scripted(logits: Tensor, wanted: NextToken, *_: Any) -> Tensor:
         scores = scores_of(logits, wanted)
         steps.append(scores.clone())
         return torch.full((len(scores),), CONTINUATION[len(steps) - 1])
@@ -78,7 +78,7 @@ def seen_logits(
     settings = {"max_new_tokens": len(CONTINUATION), "min_new_tokens": 0} | sampling
     model = frozen_copy(policy, torch.float32)
     request = SampleRequest(PROMPTS, conditioning, Sampling(**settings), samples, 0)
-    ((indices, groups),) = sample(policy, model, request)
+    ((indices, groups, _),) = sample(policy, model, request)
     assert groups == [[CONTINUATION] * samples] * len(PROMPTS)
     by_prompt = torch.stack(steps).view(len(steps), len(PROMPTS), samples, -1)
     order = [indices.index(i) for i in range(len(PROMPTS))]
@@ -419,7 +419,7 @@ def test_batches_hold_prompts_of_similar_length_and_at_most_the_rows_asked(stub:
     policy, model = stub(lambda last, quantile: tokens())
     prompts = [[1] * length for length in (4, 1, 3, 2, 1)]
     request = SampleRequest(prompts, Conditioning(), Sampling(2, rows=7), 3, 0)
-    batches = [indices for indices, _ in sample(policy, model, request)]
+    batches = [batch.indices for batch in sample(policy, model, request)]
     assert batches == [[1, 4], [3, 2], [0]]
 
 
@@ -452,6 +452,6 @@ def test_batch_comes_out_the_same_whatever_came_before_it(stub: Callable[..., An
         settings = (Conditioning(), Sampling(8, 0, rows=8), 4, 3)
         request = SampleRequest([*first, [4, 5, 6], [7, 8, 9]], *settings)
         batches = list(sample(policy, model, request))
-        return batches[-1][1]
+        return batches[-1].completions
 
     assert last_batch([[10], [11]], False) == last_batch([[50], [50]], True)

@@ -97,8 +97,10 @@ def test_the_most_probable_token_is_the_lowest_of_equals_and_what_is_left_when_n
     # A single draw each, of which the greater part is outside of a nucleus of one token.
     logits = torch.randn(50, 40, generator=generator(5))
     uniform = torch.rand(50, 1, generator=generator(6))
-    found = token_kernel.sample_tokens(logits, ONE, NONE, 1e-6, uniform, 40)
+    log_p = torch.empty(50)
+    found = token_kernel.sample_tokens(logits, ONE, NONE, 1e-6, uniform, 40, log_p=log_p)
     assert torch.equal(found, logits.argmax(-1))
+    torch.testing.assert_close(log_p, torch.zeros(50), rtol=0, atol=1e-6)  # alone in its nucleus
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets
@@ -115,8 +117,10 @@ def test_a_row_without_a_distribution_is_marked_and_the_others_are_drawn(
                 logits[2 * stream + 1] = -torch.inf
             else:
                 logits[2 * stream + 1, column] = broken
-            found = token_kernel.sample_tokens(logits, torch.tensor(weights), NONE, 0.9, uniform, 300, 64)
+            log_p, asked = torch.zeros(2), (torch.tensor(weights), NONE, 0.9, uniform, 300, 64)
+            found = token_kernel.sample_tokens(logits, *asked, log_p=log_p)
             assert found[0] >= 0 and found[1] == -1
+            assert log_p[0] <= 0 and log_p[1].isnan()
 
 
 def test_rows_are_read_where_they_lie() -> None:

@@ -9,11 +9,20 @@ import pytest
 import torch
 from conftest import assert_drawn_from
 from levels import LEVELS, run_again_at
+from pairwise import pairwise
 from torch import Tensor
 
 from quark_fast.ops import cpp
 from quark_fast.ops.rows import KERNEL_DTYPES
-from quark_fast.rollout.tokens import NextToken, NotFinite, draw_by_equation, draw_tokens, sample_tokens
+from quark_fast.rollout.tokens import (
+    NextToken,
+    NotFinite,
+    draw_by_equation,
+    draw_on_gpu,
+    draw_tokens,
+    log_probabilities,
+    sample_tokens,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -205,6 +214,116 @@ def test_kernel_draws_what_the_equation_draws_from_the_same_generator(
     assert torch.equal(ours.get_state(), theirs.get_state()), "a resumed run draws the same further tokens"
 
 
+# --- How likely the token was ----------------------------------------------------------------------
+
+# The Triton kernel runs in its interpreter.
+ENGINES = {"torch": draw_by_equation, "cpp": draw_tokens, "triton": draw_on_gpu}
+
+
+def probabilities(logits: Tensor, asked: NextToken) -> Tensor:
+    """(N, V) float64, before the nucleus."""
+    by_stream = logits[:, : asked.vocabulary].double().view(len(asked.weights), -1, asked.vocabulary)
+    scores = (by_stream * asked.weights.double().view(-1, 1, 1)).sum(0)
+    scores[:, asked.suppressed] = -torch.inf
+    return (scores / asked.temperature).softmax(-1)
+
+
+def log_q(probs: Tensor, tokens: Tensor, top_p: float) -> Tensor:
+    """In float64, by sorting; of a token outside the nucleus what it would be if its mass were there."""
+    mass = (probs * nucleus(probs, top_p)).sum(-1)
+    return (probs.gather(1, tokens.unsqueeze(1)).squeeze(1) / mass).log()
+
+
+@pytest.mark.parametrize(
+    ("engine", "vocabulary", "top_p", "temperature", "weights", "dtype"),
+    pairwise(
+        list(ENGINES),
+        [1, 2, 61, 257, 2051],
+        [0.05, 0.5, 0.9, 0.999, 1.0],
+        [0.7, 1.0, 1.7],
+        [(1.0,), (2.5, -1.5)],
+        KERNEL_DTYPES,
+    ),
+)
+def test_log_q_is_that_of_the_truncated_distribution_in_float64(
+    engine: str,
+    vocabulary: int,
+    top_p: float,
+    temperature: float,
+    weights: tuple[float, ...],
+    dtype: torch.dtype,
+) -> None:
+    rows, suppressed = 12, (0, vocabulary // 2) if vocabulary > 2 else ()
+    logits = likely_logits(rows * len(weights), vocabulary + 3, dtype, seed=8)
+    logits[:, vocabulary:] = torch.nan  # reward tokens and padding are not read
+    logits[::rows] = 1.5  # the nucleus of equals is all of them
+    logits[1::rows, -4] = 60 if len(weights) == 1 else 0
+    asked = wanted(vocabulary, weights, suppressed, temperature, top_p)
+    found = torch.full((rows,), torch.nan)
+    told = ENGINES[engine](logits.clone(), asked, generator(9), found)
+    assert torch.equal(told, ENGINES[engine](logits.clone(), asked, generator(9))), "telling changes no draw"
+    probs = probabilities(logits, asked)
+    # Where the mass up to a token is within rounding of top_p, either nucleus is right.
+    near = 1e-5 if top_p < 1 else 0.0
+    low, high = (log_q(probs, told, top_p + side) for side in (near, -near))
+    assert (high - low < 1e-4).sum() >= rows - 2, "so near it is by chance"
+    # float32 scores up to 80, and sums of their exponentials.
+    assert ((low - 5e-5 < found) & (found < high + 5e-5)).all()
+    if engine == "torch":
+        exact = log_probabilities(probs.log(), told, top_p)
+        torch.testing.assert_close(exact, log_q(probs, told, top_p), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weights", STREAMS)
+def test_log_q_of_a_greedy_token_is_0(engine: str, weights: tuple[float, ...]) -> None:
+    logits = likely_logits(5 * len(weights), 300, torch.float32)
+    found = torch.full((5,), torch.nan)
+    ENGINES[engine](logits, wanted(300, weights, (3,), temperature=0.0), generator(), found)
+    assert found.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mean_of_minus_log_q_is_the_entropy_and_beside_another_models_the_kl(engine: str) -> None:
+    """H(q) and KL(q || p0) by their sums over the vocabulary, against the mean over draws."""
+    draws, vocabulary = 200 if engine == "triton" else 4000, 40  # its interpreter takes its time
+    logits, other = (1.5 * torch.randn(1, vocabulary, generator=generator(seed)) for seed in (20, 21))
+    asked = wanted(vocabulary, suppressed=(5,), temperature=0.8, top_p=0.9)
+    found = torch.empty(draws)
+    tokens = ENGINES[engine](logits.repeat(draws, 1), asked, generator(1), found)
+    probs, base = probabilities(logits, asked)[0], other[0].double().log_softmax(-1)
+    q = probs * nucleus(probs[None], 0.9)[0]
+    q = (q / q.sum())[q > 0]
+    base_of_q = base[(probs * nucleus(probs[None], 0.9)[0]) > 0]
+    own, theirs = -found.double(), -base[tokens]
+    for drawn, exact in (
+        (own, -(q * q.log()).sum()),
+        (theirs - own, (q * (q.log() - base_of_q)).sum()),
+        (theirs, -(q * base_of_q).sum()),
+    ):
+        # Four standard errors: one seed in 16,000 is farther off.
+        assert abs(float(drawn.mean() - exact)) < 4 * float(drawn.std()) / draws**0.5
+    untruncated = -(probs.clamp(min=1e-300).log() * probs).sum()
+    assert float(untruncated + (q * q.log()).sum()) > 0.2, "a model that forgot the nucleus would be seen"
+
+
+def test_kernel_tells_nothing_of_a_token_outside_the_nucleus_or_of_a_row_without_one() -> None:
+    logits = torch.zeros(2, 9)
+    logits[0, 3], logits[1, 2] = 3.0, torch.nan
+    found = torch.zeros(3)
+    tokens, inside, finite = cpp.sample_tokens(
+        logits,
+        torch.ones(1),
+        torch.empty(0, dtype=torch.long),
+        0.3,
+        torch.tensor([0, 0, 1]),
+        torch.tensor([[0.0], [0.5], [0.5]]),
+        found,
+    )
+    assert tokens.tolist() == [0, 3, -1] and inside[:2].tolist() == [False, True] and not finite
+    assert found[[0, 2]].isnan().all() and found[1] == 0, "alone in its nucleus"
+
+
 def test_kernel_reads_rows_where_they_lie() -> None:
     steps = likely_logits(30, 300, torch.bfloat16).view(10, 3, 300)
     for view in (steps[:, -1], steps[::2, 1, :200], steps[:1, 0], steps[0, :1].expand(50, -1), steps[3:3, 0]):
@@ -326,6 +445,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
         ({"weights": torch.tensor([1.0, torch.inf])}, "weight of stream 1 is not finite"),
         ({"top_p": 0.0}, "top_p = 0.0+ is not above 0"),
         ({"logits": logits.double()}, "logits of dtype float64"),
+        ({"log_p": torch.zeros(3)}, "log_p has 3 values for 2 rows"),
         ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "incompatible function arguments"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -335,4 +455,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_machine(level: str) -> None:
     """The comparisons again, with the kernels of one level."""
-    run_again_at(level, __file__, "uniform_number or same_generator or no_number or equals or suppressed")
+    run_again_at(
+        level, __file__, "uniform_number or same_generator or no_number or equals or suppressed or cpp"
+    )

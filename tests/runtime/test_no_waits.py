@@ -112,7 +112,7 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
     decoding: Any,
 ) -> None:
     # In place of the Triton kernel, whose interpreter is no part of PyTorch.
-    def drawn_ones(logits: Tensor, wanted: Any, _: Any) -> Tensor:
+    def drawn_ones(logits: Tensor, wanted: Any, *_: Any) -> Tensor:
         return torch.ones(len(logits) // len(wanted.weights), dtype=torch.long)
 
     monkeypatch.setattr(transformers, "draw_tokens", drawn_ones)
@@ -123,7 +123,7 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
             [[1, 2], [3]], conditioning, Sampling(tokens, tokens, decoding=decoding), 2, 0
         )
         with Reads() as reads:
-            ((_, drawn),) = transformers.sample(policy, model, request)
+            ((_, drawn, _),) = transformers.sample(policy, model, request)
         assert all(len(one) == tokens for group in drawn for one in group)
         counts[tokens] = sum(reads.found.values())
     assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks behind token 8 and 16"

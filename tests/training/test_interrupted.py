@@ -410,7 +410,7 @@ def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_sid
     how = Conditioning(1, 0, guidance)
     request = SampleRequest([[i] for i in range(1, 7)], how, Sampling(3, 0, rows=12), 3, 0)
     drawn = list(sample(policy, frozen_copy(policy, torch.float32), request))
-    assert [len(group) for _, groups in drawn for group in groups] == [3] * 6
+    assert [len(group) for batch in drawn for group in batch.completions] == [3] * 6
     assert max(together) == most and sum(together) == 18
 
 
@@ -423,6 +423,6 @@ def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable
         sampling = Sampling(4, 0, rows=12, at_once=at_once)
         request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
         found: Iterator[Any] = sample(policy, model, request)
-        ((indices, completions),) = found
+        ((indices, completions, _),) = found
         assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
         assert len({tuple(one) for group in completions for one in group}) > 6
