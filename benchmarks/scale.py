@@ -3,6 +3,7 @@
     python benchmarks/scale.py
     python benchmarks/scale.py --plan                               # 1B and 8B on GPUs of 24, 80 and 141 GB
     python benchmarks/scale.py --plan --model FOLDER --memory 48    # any causal LM, by its config alone
+    python benchmarks/scale.py --plan --optimizer adamw-8bit        # as a run of that setting
 
 Nothing here is measured. Every number follows from the shapes below by the formulas in the functions, or in
 ``quark_fast/model/sizes.py``, by which a run on a GPU chooses how many rows are side by side.
@@ -14,7 +15,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
@@ -240,33 +241,37 @@ def time_shares() -> str:
 
 
 RANK = 16
+OPTIMIZERS = get_args(get_type_hints(Config)["optimizer"])
 
 
-def step_that_fits(shape: sizes.Shape, memory: float, rank: int, recompute: bool) -> int:
+def step_that_fits(shape: sizes.Shape, memory: float, rank: int, recompute: bool, optimizer: str) -> int:
     """Samples a forward pass of a step: the first of 16, 8, 4, 2 and 1 that fits; 0: not even one does."""
     most = Config().samples_a_pass(on_cpu=False)
 
     def fits(samples: int) -> bool:
-        need = sizes.step_bytes(shape, samples, TOKENS, COMPLETION, rank, recompute)
-        state = sizes.state_bytes(shape, rank)
+        need = sizes.step_bytes(shape, samples, TOKENS, COMPLETION, rank, recompute, optimizer)
+        state = sizes.state_bytes(shape, rank, optimizer)
         return (need - state) <= (memory - state) * sizes.SHARE
 
     tried = [most >> halved for halved in range(int(math.log2(most)) + 1)]
     return next((samples for samples in tried if fits(samples)), 0)
 
 
-def plan(shape: sizes.Shape, memories: list[float]) -> list[list[str]]:
+def plan(shape: sizes.Shape, memories: list[float], optimizer: str) -> list[list[str]]:
     """The rows of a model's table: what it takes, and what is chosen for each size of memory, bytes."""
     rows = [["", "GB", *(f"{memory / GB:g} GB" for memory in memories)]]
     side_by_side = Config().sample_batch
     for rank, kind in ((RANK, f"LoRA {RANK}"), (0, "all weights")):
+        for name in OPTIMIZERS:
+            moments = sizes.optimizer_bytes(shape, rank, name)
+            rows.append([f"{kind}: state of {name}", f"{moments / GB:.3g}", *("" for _ in memories)])
         for recompute in (False, True):
             how = ", recomputed" if recompute else ""
-            peak = sizes.step_bytes(shape, MICRO_BATCH, TOKENS, COMPLETION, rank, recompute)
-            found = [step_that_fits(shape, memory, rank, recompute) for memory in memories]
+            peak = sizes.step_bytes(shape, MICRO_BATCH, TOKENS, COMPLETION, rank, recompute, optimizer)
+            found = [step_that_fits(shape, memory, rank, recompute, optimizer) for memory in memories]
             chosen = [f"{samples} a pass" if samples else "does not fit" for samples in found]
             rows.append([f"{kind}: step of {MICRO_BATCH} x {TOKENS}{how}", gb(peak), *chosen])
-        held = sizes.held_while_sampling(shape, rank)
+        held = sizes.held_while_sampling(shape, rank, optimizer)
         completion = sizes.sampling_bytes(shape, TOKENS)
         for streams, name in ((1, "sampled"), (2, "sampled, guided")):
             most = side_by_side // streams
@@ -289,7 +294,7 @@ def _fitting(row: int, free: float, most: int) -> str:
     return str(size) if size * row <= free * sizes.SHARE else "does not fit"
 
 
-def show_plan(model: str | None, memories: list[float]) -> None:
+def show_plan(model: str | None, memories: list[float], optimizer: str) -> None:
     """Print the tables of ``--plan``."""
     if model is None:
         shapes = [(s.name, s.config()) for s in SHAPES if s.name in ("1B", "8B")]
@@ -303,7 +308,8 @@ def show_plan(model: str | None, memories: list[float]) -> None:
             raise UsageError(
                 f"--model {model}: {first}; give a folder or a hub name with a config.json"
             ) from error
-    print(f"Computed, not measured: {TOKENS} tokens a row, {COMPLETION} of them the completion; bf16.\n")
+    rows = f"{TOKENS} tokens a row, {COMPLETION} of them the completion"
+    print(f"Computed, not measured: {rows}; bf16, {optimizer}.\n")
     for name, config in shapes:
         try:
             shape = sizes.shape_on_meta(config)
@@ -313,7 +319,7 @@ def show_plan(model: str | None, memories: list[float]) -> None:
         print(
             f"{name}: {shape.parameters / GB:.2f} billion parameters, {cache / 1e6:.1f} MB of cache a row\n"
         )
-        print(table(plan(shape, memories)) + "\n")
+        print(table(plan(shape, memories, optimizer)) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -323,6 +329,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--memory", type=float, nargs="+", default=[24, 80, 141], metavar="GB", help="with --plan, 10^9 bytes"
     )
+    made.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="with --plan: the run's")
     return made
 
 
@@ -334,7 +341,7 @@ def main() -> int:
     try:
         if any(not 0 < memory < math.inf for memory in asked.memory):
             raise UsageError(f"--memory {asked.memory}: give numbers above 0, GB")
-        show_plan(asked.model, [memory * GB for memory in asked.memory])
+        show_plan(asked.model, [memory * GB for memory in asked.memory], asked.optimizer)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

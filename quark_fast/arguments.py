@@ -53,6 +53,7 @@ NEIGHBOURS = {
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_targets",
     "use_peft": "lora_rank",
+    "optim": "optimizer",
 }
 
 

@@ -333,6 +333,11 @@ class LearningSettings:
         "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8, in float32 4",
         free="grid",
     )
+    optimizer: Literal["adamw", "adamw-8bit"] = setting(
+        "adamw",
+        "adamw: PyTorch's; adamw-8bit: bitsandbytes' (an extra), whose moments take 2 bytes a weight in place"
+        " of 8, which matters where all weights are trained; other numbers, to their rounding",
+    )
     learning_rate: float | None = setting(
         None, "AdamW step size for the model; default: 1e-3 for adapters, 2e-4 for all weights", at_least=0.0
     )

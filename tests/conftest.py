@@ -215,13 +215,13 @@ def qwen2_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_config(architecture: str, vocab_size: int) -> PretrainedConfig:
+def tiny_config(architecture: str, vocab_size: int, width: int = 32) -> PretrainedConfig:
     shape = {"vocab_size": vocab_size, "eos_token_id": WORDS, "bos_token_id": WORDS}
     if architecture == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **shape)
+        return GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=128, **shape)
     body = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -232,9 +232,9 @@ def tiny_config(architecture: str, vocab_size: int) -> PretrainedConfig:
     return Qwen2Config(tie_word_embeddings=True, **body)
 
 
-def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int = 0) -> Path:
+def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int = 0, width: int = 32) -> Path:
     torch.manual_seed(0)
-    config = tiny_config(architecture, WORDS + 2 + padded_vocabulary)
+    config = tiny_config(architecture, WORDS + 2 + padded_vocabulary, width)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = qwen2_tokenizer() if architecture == "qwen2" else word_tokenizer(pad=architecture != "gpt2")
     tokenizer.save_pretrained(folder)

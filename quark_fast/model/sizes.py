@@ -146,15 +146,32 @@ def activation_bytes(shape: Shape, tokens: int, lora_rank: int, recompute: bool)
     return tokens * (shape.layers * shape.width * (2 if lora_rank else 4) + saved)
 
 
-def state_bytes(shape: Shape, lora_rank: int) -> int:
+def optimizer_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
+    """AdamW's two moments of all that is trained, reward tokens' rows left out.
+
+    adamw, in the dtype of the weights: 8 P; 4 bytes for each of r x adapted x layers of adapters (bfloat16).
+    adamw-8bit: 2 + 8 / 256 bytes each, two codes and their share of two float32 scales; but 8 for each
+    number of the embedding table. Norms and other parameters below 4096 numbers, with 8, are left out.
+    """
+    adapters = lora_rank * shape.adapted * shape.layers
+    if optimizer == "adamw":
+        return 4 * adapters if lora_rank else 8 * shape.parameters
+    table = shape.vocabulary * shape.width
+    coded = adapters if lora_rank else shape.parameters - table
+    return 2 * coded + coded // 32 + (0 if lora_rank else 8 * table)
+
+
+def state_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
     """Weights, gradients, AdamW's two moments, the reference.
 
-    All weights: 20 P: 16 P in float32, autocast's bfloat16 copies (2 P), the bfloat16 reference (2 P).
-    Adapters: 2 P, which the reference shares, + 8 bytes (bfloat16) for each of r x adapted x layers.
+    All weights: 8 P of weights and gradients in float32, autocast's bfloat16 copies (2 P), the bfloat16
+    reference (2 P), ``optimizer_bytes``. Adapters: 2 P, which the reference shares, 4 bytes (bfloat16) for
+    each of r x adapted x layers, ``optimizer_bytes``.
     """
+    moments = optimizer_bytes(shape, lora_rank, optimizer)
     if not lora_rank:
-        return 20 * shape.parameters
-    return 2 * shape.parameters + 8 * lora_rank * shape.adapted * shape.layers
+        return 12 * shape.parameters + moments
+    return 2 * shape.parameters + 4 * lora_rank * shape.adapted * shape.layers + moments
 
 
 def loss_bytes(shape: Shape, completion_tokens: int, lora_rank: int) -> int:
@@ -168,26 +185,33 @@ def loss_bytes(shape: Shape, completion_tokens: int, lora_rank: int) -> int:
 
 
 def step_bytes(
-    shape: Shape, samples: int, tokens: int, completion: int, lora_rank: int, recompute: bool
+    shape: Shape,
+    samples: int,
+    tokens: int,
+    completion: int,
+    lora_rank: int,
+    recompute: bool,
+    optimizer: str = "adamw",
 ) -> int:
     """Peak of a step of ``samples`` x ``tokens`` a forward pass, each under two reward tokens (contrast).
 
     state + activations of 2 x samples x tokens + loss of 2 x samples x completion tokens.
     """
     activations = activation_bytes(shape, 2 * samples * tokens, lora_rank, recompute)
-    return (
-        state_bytes(shape, lora_rank) + activations + loss_bytes(shape, 2 * samples * completion, lora_rank)
-    )
+    loss = loss_bytes(shape, 2 * samples * completion, lora_rank)
+    return state_bytes(shape, lora_rank, optimizer) + activations + loss
 
 
-def held_while_sampling(shape: Shape, lora_rank: int) -> int:
+def held_while_sampling(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
     """Beside the rows: the state without gradients and autocast's copies, and the copy that is sampled (2 P).
 
-    All weights: 12 P + 2 P (reference) + 2 P; adapters: 2 P + 2 P + 6 bytes for each of theirs.
+    All weights: 4 P + 2 P (reference) + 2 P; adapters: 2 P + 2 P + 2 bytes for each of theirs; and
+    ``optimizer_bytes``.
     """
+    moments = optimizer_bytes(shape, lora_rank, optimizer)
     if not lora_rank:
-        return 16 * shape.parameters
-    return 4 * shape.parameters + 6 * lora_rank * shape.adapted * shape.layers
+        return 8 * shape.parameters + moments
+    return 4 * shape.parameters + 2 * lora_rank * shape.adapted * shape.layers + moments
 
 
 # ------------------------------------------------------------- rows that free memory holds

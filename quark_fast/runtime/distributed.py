@@ -201,6 +201,11 @@ class Processes:
                 f"lora_rank = {config.lora_rank} is not supported with FSDP2; launch without --use_fsdp,"
                 " since frozen weights need no shards"
             )
+        if config.optimizer != "adamw":
+            raise UsageError(
+                f"optimizer = {config.optimizer} is not supported with FSDP2, whose shards cut its blocks of"
+                " numbers; give adamw, whose state is shared out, or launch without --use_fsdp"
+            )
         if accelerator.mixed_precision == "fp16":
             raise UsageError("precision = fp16 is not supported with FSDP2; give bf16 or fp32")
 

@@ -35,6 +35,11 @@ def check(accelerator: Accelerator, config: Config) -> None:
             f"lora_rank = {config.lora_rank} is not supported with DeepSpeed; launch without --use_deepspeed,"
             " since frozen weights have no state to share out"
         )
+    if config.optimizer != "adamw":
+        raise UsageError(
+            f"optimizer = {config.optimizer} is not supported with DeepSpeed, whose flat partitions cut its"
+            " blocks of numbers; give adamw, whose state is shared out, or launch without --use_deepspeed"
+        )
     if config.precision == "fp16":
         raise UsageError("precision = fp16 is not supported with DeepSpeed; give bf16 or fp32")
 

@@ -21,8 +21,9 @@ from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.run_folder import RunFolder, StateAndTensors
 from quark_fast.training.going_on import state_to_begin_with
+from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
 from quark_fast.training.quantize import Draws
-from quark_fast.training.setup import Setup, trained_parameters
+from quark_fast.training.setup import Setup
 from quark_fast.training.stability import BadSteps
 from quark_fast.training.state import MeasuredRound, State
 
@@ -196,11 +197,8 @@ class Checkpoint:
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(index of the parameter and name of the moment, tensor)."""
         if self.setup.processes.zero:
-            yield from zero.optimizer_tensors(self.optimizer, trained_parameters(self.setup.policy.model))
-            return
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                yield f"{index}.{name}", value
+            return zero.optimizer_tensors(self.optimizer, trained_parameters(self.setup.policy.model))
+        return state_tensors(self.optimizer)
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         processes, parameters = self.setup.processes, trained_parameters(self.setup.policy.model)
@@ -208,7 +206,7 @@ class Checkpoint:
         def distributed() -> Iterator[tuple[str, Tensor]]:
             for key, value in tensors.items():
                 like: Tensor = parameters[int(key.partition(".")[0])]
-                if value.shape != like.shape:  # a count of steps, which is never sharded
+                if value.shape != like.shape:  # a count of steps, or a block's scales: never sharded
                     like = torch.empty(0, device=like.device)
                 yield key, processes.distribute(value, like)
 
@@ -221,12 +219,7 @@ class Checkpoint:
                 processes.average_gradients(self.setup.accelerator, self.wrapped, finite=True)
                 zero.set_optimizer(self.optimizer, parameters, distributed())
             return
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in distributed():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_state(self.optimizer, distributed())
 
 
 def _measured(saved: dict[str, Any]) -> list[MeasuredRound]:

@@ -49,6 +49,7 @@ from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 from quark_fast.training.going_on import check_goes_on
 from quark_fast.training.objective import Objective
+from quark_fast.training.optimizer import check_optimizer
 from quark_fast.training.progress import Progress
 from quark_fast.training.run_prompts import Given, RunPrompts, encode_prompts, read_prompts
 from quark_fast.training.shared_work import SharedWork
@@ -172,6 +173,7 @@ def set_up(
         check_goal_of_task(config, task)
     set_threads(config.threads)
     accelerator = _accelerator(config, folder, processes)
+    check_optimizer(config.optimizer, accelerator.device)
     scorer = choose_reward(config, task, accelerator.device, reward)
     trained_by = [term.identity for term in terms(scorer)]
     judges = choose_judges(config, task, accelerator.device, trained_by, tasks_own)
@@ -302,22 +304,6 @@ def _check_scored(setup: Setup) -> None:
         " them scored, sample nothing by --initial-samples 0 --rounds 1, or mix them on purpose by"
         " --accept-changed-reward"
     )
-
-
-def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
-    """AdamW, by which the reward tokens' rows learn at a rate of their own."""
-    *body, rows = trained_parameters(policy.model)
-    groups: list[dict[str, Any]] = [
-        {"params": body, "lr": config.step_size},
-        {"params": [rows], "lr": config.reward_token_lr},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-
-
-def trained_parameters(model: Any) -> list[Any]:
-    """What the optimizer has, in its order: the reward tokens' rows last."""
-    rows = model.get_input_embeddings().rows
-    return [*(p for p in model.parameters() if p.requires_grad and p is not rows), rows]
 
 
 def choose_rollout(

@@ -33,12 +33,13 @@ from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.explore import Explorer, stage_of
 from quark_fast.training.learn import Learner
 from quark_fast.training.listeners import Listen, Listeners
+from quark_fast.training.optimizer import make_optimizer
 from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
 from quark_fast.training.results import Results
 from quark_fast.training.run_log import RunLog
 from quark_fast.training.run_prompts import Given
-from quark_fast.training.setup import check_folder, choose_rollout, make_optimizer, set_up
+from quark_fast.training.setup import check_folder, choose_rollout, set_up
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
 from quark_fast.training.state import State

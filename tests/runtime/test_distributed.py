@@ -53,6 +53,7 @@ STOP_AT = 7  # steps; in the second round, between two checkpoints
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ADAPTERS: dict[str, Any] = {"rounds": 1, "lora_rank": 2}
 COMPARED: dict[str, Any] = {"keep_best": "perplexity:max"}  # which the second round lowers
+EIGHT_BIT = {"optimizer": "adamw-8bit"}
 SERVED: dict[str, Any] = {"rollout": "vllm", "guidance": 1.0, "initial_samples": 2, "explore_samples": 2}
 
 
@@ -315,6 +316,12 @@ def zero_plugin(stage: int, **config: Any) -> Any:
         ),
         (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2)), {"lora_rank": 4}, "lora_rank = 4"),
         (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2)), {"precision": "fp16"}, "fp16"),
+        (accelerator(DistributedType.FSDP), EIGHT_BIT, "adamw-8bit .* give adamw.* without --use_fsdp"),
+        (
+            accelerator(DistributedType.DEEPSPEED, state=zero_plugin(1)),
+            EIGHT_BIT,
+            "adamw-8bit .* give adamw.* without --use_deepspeed",
+        ),
     ],
 )
 def test_combination_that_cannot_work_is_refused_with_the_mend(
