@@ -1,16 +1,16 @@
 """The measured results as README.md and docs/results.md show them, from the evaluations in docs/results.
 
-python benchmarks/task_tables.py                                   # the tables
-python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
+    python benchmarks/task_tables.py                                   # the tables
+    python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
 
 The table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -24,6 +24,56 @@ TASKS = {
     "toxicity-long": ("mean", "mean toxicity", False),
     "sentiment": ("target", "share of positive completions", True),
     "sentiment-long": ("target", "share of positive completions", True),
+}
+
+
+class Peer(NamedTuple):
+    """A method beside ours: its name in a table, and what it is in one line."""
+
+    name: str
+    what: str
+
+
+# Rows of the methods that README.md explains at length: what the table calls them.
+OURS = {
+    "base": {"base": "base model"},
+    "ours": {
+        "best token": "unlearned: the best token in front",
+        "guided w=1.5": "unlearned, guided with w = 1.5",
+    },
+}
+PEERS = {
+    "best of 4": Peer(
+        "best of 4",
+        "nothing is trained; the scorer chooses one of four completions of the base model, so each text that"
+        " is shown costs four.",
+    ),
+    "Quark as published": Peer(
+        "Quark as published", "our trainer with the paper's loss: equal quantiles, a small KL, no contrast."
+    ),
+    "GRPO": Peer(
+        "GRPO of TRL",
+        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
+        " reward less the mean of the eight, over their standard deviation.",
+    ),
+    "RLOO": Peer(
+        "RLOO of TRL",
+        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
+        " reward less the mean of the other seven.",
+    ),
+    "DPO": Peer(
+        "DPO of TRL",
+        "of six samples a prompt of the base model it makes the best one likelier beside the worst one.",
+    ),
+    "KTO": Peer(
+        "KTO of TRL",
+        "of six samples a prompt of the base model it makes the best fifth likelier and the worst fifth less"
+        " likely, with no pairs.",
+    ),
+    "RAFT": Peer(
+        "fine-tuning on the best fifth (RAFT)",
+        "language modelling, by TRL, on the best fifth of six samples a prompt of the base model.",
+    ),
 }
 ROWS = ["untouched", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 
@@ -43,14 +93,52 @@ def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:
     return [{row["name"]: row for row in json.loads(file.read_text())["rows"]} for file in files]
 
 
-def summary_table() -> str:
-    """Ours beside GRPO: all seeds together, and their range."""
-    table = json.loads((RESULTS / "peers-toxicity.json").read_text())
-    words = {
-        "base": "base model",
-        "best token": "unlearned: the best token in front",
-        "guided w=1.5": "unlearned, guided with w = 1.5",
-    }
+def beside_peers() -> dict[str, Any]:
+    """What benchmarks/peers.py measured of toxicity: ours beside other methods."""
+    table: dict[str, Any] = json.loads((RESULTS / "peers-toxicity.json").read_text())
+    return table
+
+
+def step_size(rate: float) -> str:
+    """0.00015 as 1.5e-4."""
+    digits, _, power = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table calls each row: its method or way of sampling, and its settings where a method has some.
+
+    Raises:
+        KeyError: a method that ``PEERS`` does not know.
+    """
+    betas: dict[str, set[float]] = {}
+    for row in rows:
+        betas.setdefault(row["method"], set()).add(row["settings"].get("beta", 0.0))
+    names = []
+    for row in rows:
+        method, settings = row["method"], row["settings"]
+        if method in OURS:
+            names.append(OURS[method].get(row["row"], shown_name(row["row"])))
+            continue
+        parts = [PEERS[method].name]
+        if row["row"] != method:
+            parts.append(shown_name(row["row"]))
+        if "learning_rate" in settings:
+            parts.append(f"step size {step_size(settings['learning_rate'])}")
+        if len(betas[method]) > 1:
+            parts.append(f"beta {settings['beta']:g}")
+        names.append(", ".join(parts))
+    return names
+
+
+def explanations(table: Mapping[str, Any]) -> list[str]:
+    """A line on each method of the table that is not ours, in the table's order."""
+    methods = dict.fromkeys(row["method"] for row in table["rows"])
+    return [f"*{PEERS[name].name}*: {PEERS[name].what}" for name in methods if name not in OURS]
+
+
+def summary_table(table: Mapping[str, Any]) -> str:
+    """Ours beside other methods: all seeds together, and their range."""
     digits = {"perplexity": 1, "prompt_fit": 2}
     heads = {
         "mean": "toxicity by the scorer",
@@ -60,9 +148,8 @@ def summary_table() -> str:
         "text_accuracy": "next-token accuracy",
     }
     lines = []
-    for row in table["rows"]:
-        rate = f"{row['settings'].get('learning_rate', 0):.0e}".replace("e-0", "e-")
-        cells = [words.get(row["row"], f"GRPO of TRL, step size {rate}")]
+    for name, row in zip(row_names(table["rows"]), table["rows"], strict=True):
+        cells = [name]
         for metric in heads:
             all_seeds, of_seeds = row["all seeds"][metric], [seed[metric]["value"] for seed in row["seeds"]]
             numbers = (all_seeds["value"], min(of_seeds), max(of_seeds))
@@ -195,16 +282,28 @@ def unlikelihood_table(path: Path) -> str:
     return f"{table}\n\n{scorer_line(grid)}"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
-    if path := parser.parse_args().plot:
-        plot(path)
-        raise SystemExit
-    print(f"README.md\n\n{summary_table()}")
+def print_tables() -> None:
+    beside = beside_peers()
+    print("README.md\n", *(f"- {line}" for line in explanations(beside)), sep="\n")
+    print(f"\n{summary_table(beside)}")
     for task in TASKS:
         print(f"\n{task}\n\n{task_table(task)}")
     for judge in ("toxicity", "sentiment"):
         made = (judge_table(judge), calibration_table(judge), terms_table(judge))
         print("\n\n".join((f"\njudge of {judge}", *made)))
     print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
+    if path := parser.parse_args().plot:
+        plot(path)
+    else:
+        print_tables()
+
+
+if __name__ == "__main__":
+    main()
