@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ import peer_point
 import task_tables
 
 from quark_fast.ablation.plot import STYLE, Mark, label_beside
-from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
+from quark_fast.metrics import Sample, judge_measure
 
 BASE = "base"
 DEAREST = 0.10  # rise in perplexity that a try may cost
@@ -168,14 +167,8 @@ def metrics_of(task: str) -> dict[str, str]:
 
 
 def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Value and change against the base model of each metric."""
-    values, changes = evaluate_samples(row), compare(base, row)
-    # Points of an earlier version may lack one.
-    return {
-        name: {"value": values[name].value, **asdict(changes[name])}
-        for name in metrics_of(task)
-        if name in changes
-    }
+    """Value and change against the base model of each metric; points of an earlier version may lack one."""
+    return task_tables.measured(metrics_of(task), base, row)
 
 
 def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:

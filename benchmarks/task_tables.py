@@ -2,20 +2,28 @@
 
     python benchmarks/task_tables.py                                   # the tables
     python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
+    python benchmarks/task_tables.py --keep RUN --output docs/results/toxicity-seed0.json
+    python benchmarks/task_tables.py --tries "margin 1.5=RUN" "margin 3=RUN" --output FILE
 
-The table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
+``--keep`` writes what docs/results has of a finished run: evaluation, settings, versions, machine, command,
+minutes, memory. ``--tries`` writes what finished runs measured on the same prompts with the best token. The
+table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from matplotlib.figure import Figure
 
-from quark_fast.metrics import judge_measure
-from quark_fast.report.results import scorer_line, shown_name
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.saved_tables import check_comparable, read_table
+from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
+from quark_fast.report.results import BASE, scorer_line, shown_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 # runs, by the beginning of their files' names: (headline metric, its name, whether it is shown in percent)
@@ -163,6 +171,82 @@ def summary_table(table: Mapping[str, Any]) -> str:
     return markdown(["", *heads.values(), "CPU minutes"], lines)
 
 
+# --------------------------------------------------------------------- what runs leave in docs/results
+
+# Of versions.json: not what the run said of itself when it started.
+KEPT_VERSIONS = ("quark_fast", "python", "torch", "transformers", "accelerate", "numpy", "machine")
+KEPT_VERSIONS += ("command", "loss", "minutes", "memory_gb")
+TRIED = "best token"  # the row of a try
+COSTS = ("perplexity", "prompt_fit", "dist3", "text_perplexity", "text_accuracy")  # shown where the task does
+
+
+def measured(
+    metrics: Iterable[str], base: Sequence[Sample], row: Sequence[Sample]
+) -> dict[str, dict[str, float]]:
+    """Value and change against the base model of each metric that the samples have."""
+    values, changes = evaluate_samples(row), compare(base, row)
+    names = [name for name in metrics if name in changes]
+    return {name: {"value": values[name].value, **asdict(changes[name])} for name in names}
+
+
+def versions_of(run: Path) -> dict[str, Any]:
+    """What is kept of the record of a finished run.
+
+    Raises:
+        UsageError: it is not finished, or no run.
+    """
+    try:
+        found: dict[str, Any] = json.loads((run / "versions.json").read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{run} is no folder of a run: it has no versions.json") from error
+    if "minutes" not in found:
+        raise UsageError(f"{run} is not finished; go on with --resume --output {run}")
+    return {name: found[name] for name in KEPT_VERSIONS if name in found}
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """What docs/results has of a finished run."""
+    versions, settings = versions_of(run), yaml.safe_load((run / "config.yaml").read_text())
+    evaluation: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+    return {"versions": versions, "settings": settings, **evaluation}
+
+
+def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """What runs measured on the same prompts with the best token, each against its own base model's row.
+
+    Raises:
+        UsageError: a run is not finished, or its evaluation does not compare with the first one's.
+    """
+    versions = {name: versions_of(run) for name, run in runs.items()}
+    tables = {name: read_table(run / "evaluation.json") for name, run in runs.items()}
+    first, *others = tables.values()
+    for other in others:
+        check_comparable(first.given, first.tables[""], other.given, other.tables[""])
+    about = first.tables[""]
+    shown = {*about["columns"], *about["more_columns"]}
+    judges = [judge_measure(one["name"]) for one in about.get("judges", [])]
+    metrics = [about["headline"], *judges, *(name for name in COSTS if name in shown)]
+    rows = []
+    for name, table in tables.items():
+        row = {"try": name, "row": TRIED}
+        row |= {key: versions[name][key] for key in ("machine", "command", "minutes")}
+        samples = table.samples[""]
+        for metric, found in measured(metrics, samples[BASE], samples[TRIED]).items():
+            row[metric] = {key: round(value, 4) for key, value in found.items()}
+        rows.append(row)
+    task = f"{about['task']}, to the {about['target']}" if about["task"] == "sentiment" else about["task"]
+    values = evaluate_samples(first.samples[""][BASE])
+    prompts = f"{about['prompts']} {about['split']} prompts"
+    return {
+        "what": f"tries on {prompts} of {task}: changes against the base model",
+        "rows": rows,
+        "base": {metric: round(values[metric].value, 4) for metric in metrics if metric in values},
+    }
+
+
+# --------------------------------------------------------------------- tables and a picture
+
+
 def judge_table(name: str) -> str:
     """How judge and scorer agree with published scores: kinds of texts down."""
     record: dict[str, Any] = json.loads((RESULTS / f"judge-{name}.json").read_text())
@@ -294,13 +378,33 @@ def print_tables() -> None:
     print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
 
 
+def named_run(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.rpartition("=")
+    if not equals or not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=RUN, what was tried and the run's folder")
+    return name, Path(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
-    if path := parser.parse_args().plot:
-        plot(path)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
+    what.add_argument("--keep", type=Path, metavar="RUN", help="write what docs/results has of this run")
+    what.add_argument("--tries", type=named_run, nargs="+", metavar="NAME=RUN", help="write these tries")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file of --keep or --tries")
+    asked = parser.parse_args()
+    if bool(asked.keep or asked.tries) != bool(asked.output):
+        parser.error("--output FILE is for --keep and --tries, which need it")
+    if asked.plot:
+        plot(asked.plot)
+    elif asked.output:
+        try:
+            made = kept(asked.keep) if asked.keep else tries(dict(asked.tries))
+        except UsageError as error:
+            parser.error(str(error))
+        asked.output.write_text(json.dumps(made, indent=1) + "\n")
     else:
         print_tables()
 
