@@ -158,7 +158,7 @@ class Trainer:
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.checkpoint.keep(state)
-            self.results.export(time.monotonic() - self.started)
+            self.results.export(time.monotonic() - self.started, kept)
         self.results.upload()
         return TrainedRun(self.folder.path, self.config.trust_remote_code)
 
