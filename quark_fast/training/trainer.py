@@ -282,7 +282,7 @@ class Trainer:
         with self.folder.disk_errors():
             if not config.resume:
                 config.save(self.folder / "config.yaml")
-            self.journal.begin({"reward": setup.reward.identity})
+            self.journal.begin(self.checkpoint.identity)
             self.folder.write_rows(HELD_OUT, map(to_file, setup.prompts.held_out_rows))
             if setup.prompts.chats:
                 self.folder.write_rows(PROMPTS, map(to_file, setup.prompts.chats))

@@ -29,6 +29,10 @@ Make = Callable[..., Path]
 NO_CHAT = chat_template("no model", lambda: pytest.fail("no chat here"))
 
 
+class Killed(BaseException):
+    """The process is gone: nobody handles it."""
+
+
 def written(path: Path, records: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
@@ -226,6 +230,32 @@ def test_scored_completions_stand_before_those_that_are_sampled(first: Path, tmp
     assert [row["reward"] for row in made] == variety([], [row["completion"] for row in made])
     (one, two) = rows(second / "metrics.jsonl", kind="round")
     assert (one["samples"], two["samples"]) == (len(records) + len(prompts), len(prompts))
+
+
+@pytest.mark.parametrize("changed", ["reward", "completion", "prompt"])
+def test_file_that_changed_before_the_pool_was_there_is_refused(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """The first round's batches are kept, and the completions are read again."""
+    made = rows(first / "completions.jsonl")
+    scored = written(tmp_path / "some.jsonl", made)
+
+    def killed(self: Explorer, *given: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Explorer, "_metrics", killed)
+        run(tmp_path / "second", scored=scored, initial_samples=1)
+    assert list((tmp_path / "second" / "pending").glob("round-1.*")), "sampled, and no checkpoint yet"
+    other = {"reward": 0.123, "completion": made[0]["completion"] + "a", "prompt": "another one"}[changed]
+    written(Path(scored), [*made[1:], made[0] | {changed: other}])
+    what = "training prompts" if changed == "prompt" else "scored completions of .*some.jsonl"
+    with pytest.raises(UsageError, match=f"the {what} are not those that the run in .*second began with"):
+        run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
+    written(Path(scored), made)
+    run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
+    run(tmp_path / "whole", scored=scored, initial_samples=1)
+    assert timeless(tmp_path / "second" / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
 
 
 def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: Path, tmp_path: Path) -> None:
