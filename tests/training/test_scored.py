@@ -94,6 +94,37 @@ def test_what_cannot_be_used_is_counted_and_a_file_without_rewards_is_to_be_scor
     assert ([one.reward for one in found], counts) == ([None, None], "2 read")
 
 
+def test_label_of_kto_is_a_reward_of_1_or_0_and_any_other_label_is_the_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    own = {"prompt": "p", "completion": " a"}
+    for label, reward in ((True, 1.0), (False, 0.0), ("True", 1.0), ("false", 0.0)):
+        (one,), _ = load_scored(written(path, [own | {"label": label}]), None, NO_CHAT)
+        assert (one.reward, one.row) == (reward, {"prompt": "p"}), "no column that a later sample would get"
+    for other in (
+        {"label": 1},
+        {"label": "toxic"},
+        {"label": True, "reward": 0.5},
+        {"label": True, "reward": None},
+    ):
+        (one,), _ = load_scored(written(path, [own | other]), None, NO_CHAT)
+        assert (one.reward, one.row["label"]) == (other.get("reward"), other["label"])
+
+
+def test_completions_of_prompts_that_are_too_short_or_long_are_left_out(first: Path, tmp_path: Path) -> None:
+    path, good = tmp_path / "a.jsonl", {"completion": "c", "reward": 1}
+    records = [good | {"prompt": "p" * n} for n in (1, 2, 3, 4)]
+    records.append({"prompt": "p" * 5, "chosen": "a", "rejected": "b"})
+    found, counts = load_scored(written(path, records), None, NO_CHAT, 2, 3)
+    assert [one.row["prompt"] for one in found] == ["pp", "ppp"]
+    assert "3 with a prompt that is longer than 3 characters" in counts
+    assert "1 with a prompt that is shorter than 2 characters" in counts
+    written(tmp_path / "held.jsonl", [{"prompt": "Once upon a long time"}])
+    own = str(first / "completions.jsonl")
+    second = run(tmp_path / "second", scored=own, initial_samples=0, min_prompt_characters=17)
+    made, every = (rows(folder / "completions.jsonl") for folder in (second, first))
+    assert 0 < len(made) == sum(len(row["prompt"]) >= 17 for row in every) < len(every)
+
+
 @pytest.mark.parametrize(
     "record, message",
     [
