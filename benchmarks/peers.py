@@ -27,14 +27,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import peer_point
 import task_tables
 
-from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
+from quark_fast.ablation.plot import STYLE, Mark, label_beside
+from quark_fast.metrics import Sample, judge_measure
 
 BASE = "base"
 DEAREST = 0.10  # rise in perplexity that a try may cost
@@ -167,14 +167,8 @@ def metrics_of(task: str) -> dict[str, str]:
 
 
 def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Value and change against the base model of each metric."""
-    values, changes = evaluate_samples(row), compare(base, row)
-    # Points of an earlier version may lack one.
-    return {
-        name: {"value": values[name].value, **asdict(changes[name])}
-        for name in metrics_of(task)
-        if name in changes
-    }
+    """Value and change against the base model of each metric; points of an earlier version may lack one."""
+    return task_tables.measured(metrics_of(task), base, row)
 
 
 def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -267,71 +261,89 @@ def with_earlier(table: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str,
     return table | {"rows": rows}
 
 
-def label(row: Mapping[str, Any]) -> str:
-    parts = [row["method"]]
-    if row["row"] != row["method"]:
-        parts.append(row["row"])
-    if not row["by rule"]:
-        parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in row["settings"].items()][:1]
-    return ", ".join(parts)
+def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each row by its method and way of sampling, and what it sets otherwise than the rule chose."""
+    by_rule = {row["method"]: row["settings"] for row in rows if row["by rule"]}
+    made = []
+    for row in rows:
+        parts = [row["method"]]
+        if row["row"] != row["method"]:
+            parts.append(row["row"])
+        chosen = by_rule.get(row["method"], {})
+        for name, value in row["settings"].items():
+            if not row["by rule"] and chosen.get(name) != value:
+                parts.append(f"{name.replace('_', ' ')} {_shown(value)}")
+        made.append(", ".join(parts))
+    return made
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The means of all seeds, a change with its interval beside them."""
     names = metrics_of(table["task"])
     lines = []
-    for row in table["rows"]:
-        cells = [label(row), f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"]
-        for name in names:
-            if (one := row["all seeds"].get(name)) is None:
+    for name, row in zip(labels(table["rows"]), table["rows"], strict=True):
+        cells = [name, f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"]
+        for metric in names:
+            if (one := row["all seeds"].get(metric)) is None:
                 cells.append("")
                 continue
-            cell = f"{one['value']:.{1 if name == 'perplexity' else 3}f}"
+            cell = f"{one['value']:.{1 if metric == 'perplexity' else 3}f}"
             cells.append(cell if row["method"] == BASE else f"{cell}, {task_tables.change(one)}")
         lines.append(cells)
     return task_tables.markdown(["method", "CPU minutes", "scored samples", *names.values()], lines)
+
+
+COSTS = {
+    "perplexity": "perplexity under the base model (left is better)",
+    "prompt_fit": "fit to prompt, nats a token (right is better)",
+}
+COLOURS = {BASE: "#777a82", "ours": "#008562"}
+OTHER_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb")
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:
     """The frontier: what the judge sees, over perplexity and over the fit to prompt; small dots are seeds."""
     import matplotlib
 
-    from quark_fast.ablation.plot import STYLE
-
     with matplotlib.rc_context(STYLE):
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter
 
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        names = metrics_of(table["task"])
-        judge = list(names)[1]
-        costs = {
-            "perplexity": "perplexity under the base model (left is better)",
-            "prompt_fit": "fit to prompt, nats a token (right is better)",
-        }
-        for axes, cost in zip(figure.subplots(1, 2, sharey=True), costs, strict=True):
-            for number, row in enumerate(table["rows"]):
-                if cost not in row["all seeds"]:
-                    continue
-                ours = row["method"] == "ours"
-                colour = "#777a82" if row["method"] == BASE else "#008562" if ours else f"C{number}"
-                dots = [(one[cost]["value"], one[judge]["value"]) for one in row["seeds"]]
-                axes.scatter(*zip(*dots, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
-                x, y = (row["all seeds"][name]["value"] for name in (cost, judge))
-                axes.scatter([x], [y], s=42, color=colour, marker="s" if ours else "o")
-                where: Any = {"xytext": (5, 4), "textcoords": "offset points"}
-                axes.annotate(label(row), (x, y), fontsize=7.5, color=colour, **where)
-            axes.set_xlabel(costs[cost])
-            axes.margins(x=0.25, y=0.12)
-            if cost == "perplexity":
-                axes.set_xscale("log")
-                shown = [20, 30, 40, 60, 80, 120, 200, 400]
-                axes.set_xticks([tick for tick in shown if tick <= axes.get_xlim()[1]])
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
-                axes.set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
+        rows, names = table["rows"], metrics_of(table["task"])
+        height = max(3.6, 1.0 + 0.2 * len(rows))  # a label needs a fifth of an inch
+        figure = Figure(figsize=(11, height), layout="constrained")
+        panels = figure.subplots(1, len(COSTS), sharey=True)
+        drawn = [_draw(axes, rows, cost, list(names)[1]) for axes, cost in zip(panels, COSTS, strict=True)]
+        panels[0].set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
+        for axes, marks in zip(panels, drawn, strict=True):  # now that the height that they share is known
+            label_beside(axes, marks, gap=0.19 / (height - 1.0))
         figure.suptitle("lower is better; large: all seeds together, small: each", fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, judge: str) -> list[Mark]:
+    """The rows' dots in a panel; the large ones, to be named."""
+    from matplotlib.ticker import NullFormatter
+
+    marks, others = [], dict.fromkeys(row["method"] for row in rows if row["method"] not in COLOURS)
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False))
+    for name, row in zip(labels(rows), rows, strict=True):
+        if cost not in row["all seeds"]:
+            continue
+        colour = colours[row["method"]]
+        dots = [(one[cost]["value"], one[judge]["value"]) for one in row["seeds"]]
+        axes.scatter(*zip(*dots, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
+        x, y = (row["all seeds"][metric]["value"] for metric in (cost, judge))
+        axes.scatter([x], [y], s=42, color=colour, marker="s" if row["method"] == "ours" else "o")
+        marks.append(Mark(name, x, y, colour))
+    axes.set_xlabel(COSTS[cost])
+    axes.margins(x=0.1, y=0.12)
+    if cost == "perplexity":
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in (10, 15, 20, 30, 40, 60, 80, 120, 200, 400) if low <= tick <= high])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    return marks
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def activations(shape: Shape, recompute: bool) -> float:
 
 def loss(shape: Shape) -> float:
     """bf16 logits of a chunk of both models, and the float32 gradient of the head's weight."""
-    return 2 * sizes.CHUNK * shape.vocabulary * 2 + 4 * shape.vocabulary * shape.width
+    return sizes.loss_bytes(shape.sizes, MICRO_BATCH * STREAMS * COMPLETION, 0)
 
 
 def whole_logits(shape: Shape) -> float:

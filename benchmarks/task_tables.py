@@ -1,21 +1,29 @@
 """The measured results as README.md and docs/results.md show them, from the evaluations in docs/results.
 
-python benchmarks/task_tables.py                                   # the tables
-python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
+    python benchmarks/task_tables.py                                   # the tables
+    python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
+    python benchmarks/task_tables.py --keep RUN --output docs/results/toxicity-seed0.json
+    python benchmarks/task_tables.py --tries "margin 1.5=RUN" "margin 3=RUN" --output FILE
 
-The table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
+``--keep`` writes what docs/results has of a finished run: evaluation, settings, versions, machine, command,
+minutes, memory. ``--tries`` writes what finished runs measured on the same prompts with the best token. The
+table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from matplotlib.figure import Figure
 
-from quark_fast.metrics import judge_measure
-from quark_fast.report.results import scorer_line, shown_name
+from quark_fast.errors import UsageError
+from quark_fast.evaluation.saved_tables import check_comparable, read_table
+from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
+from quark_fast.report.results import BASE, scorer_line, shown_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 # runs, by the beginning of their files' names: (headline metric, its name, whether it is shown in percent)
@@ -24,6 +32,56 @@ TASKS = {
     "toxicity-long": ("mean", "mean toxicity", False),
     "sentiment": ("target", "share of positive completions", True),
     "sentiment-long": ("target", "share of positive completions", True),
+}
+
+
+class Peer(NamedTuple):
+    """A method beside ours: its name in a table, and what it is in one line."""
+
+    name: str
+    what: str
+
+
+# Rows of the methods that README.md explains at length: what the table calls them.
+OURS = {
+    "base": {"base": "base model"},
+    "ours": {
+        "best token": "unlearned: the best token in front",
+        "guided w=1.5": "unlearned, guided with w = 1.5",
+    },
+}
+PEERS = {
+    "best of 4": Peer(
+        "best of 4",
+        "nothing is trained; the scorer chooses one of four completions of the base model, so each text that"
+        " is shown costs four.",
+    ),
+    "Quark as published": Peer(
+        "Quark as published", "our trainer with the paper's loss: equal quantiles, a small KL, no contrast."
+    ),
+    "GRPO": Peer(
+        "GRPO of TRL",
+        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
+        " reward less the mean of the eight, over their standard deviation.",
+    ),
+    "RLOO": Peer(
+        "RLOO of TRL",
+        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
+        " reward less the mean of the other seven.",
+    ),
+    "DPO": Peer(
+        "DPO of TRL",
+        "of six samples a prompt of the base model it makes the best one likelier beside the worst one.",
+    ),
+    "KTO": Peer(
+        "KTO of TRL",
+        "of six samples a prompt of the base model it makes the best fifth likelier and the worst fifth less"
+        " likely, with no pairs.",
+    ),
+    "RAFT": Peer(
+        "fine-tuning on the best fifth (RAFT)",
+        "language modelling, by TRL, on the best fifth of six samples a prompt of the base model.",
+    ),
 }
 ROWS = ["untouched", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 
@@ -43,14 +101,52 @@ def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:
     return [{row["name"]: row for row in json.loads(file.read_text())["rows"]} for file in files]
 
 
-def summary_table() -> str:
-    """Ours beside GRPO: all seeds together, and their range."""
-    table = json.loads((RESULTS / "peers-toxicity.json").read_text())
-    words = {
-        "base": "base model",
-        "best token": "unlearned: the best token in front",
-        "guided w=1.5": "unlearned, guided with w = 1.5",
-    }
+def beside_peers() -> dict[str, Any]:
+    """What benchmarks/peers.py measured of toxicity: ours beside other methods."""
+    table: dict[str, Any] = json.loads((RESULTS / "peers-toxicity.json").read_text())
+    return table
+
+
+def step_size(rate: float) -> str:
+    """0.00015 as 1.5e-4."""
+    digits, _, power = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table calls each row: its method or way of sampling, and its settings where a method has some.
+
+    Raises:
+        KeyError: a method that ``PEERS`` does not know.
+    """
+    betas: dict[str, set[float]] = {}
+    for row in rows:
+        betas.setdefault(row["method"], set()).add(row["settings"].get("beta", 0.0))
+    names = []
+    for row in rows:
+        method, settings = row["method"], row["settings"]
+        if method in OURS:
+            names.append(OURS[method].get(row["row"], shown_name(row["row"])))
+            continue
+        parts = [PEERS[method].name]
+        if row["row"] != method:
+            parts.append(shown_name(row["row"]))
+        if "learning_rate" in settings:
+            parts.append(f"step size {step_size(settings['learning_rate'])}")
+        if len(betas[method]) > 1:
+            parts.append(f"beta {settings['beta']:g}")
+        names.append(", ".join(parts))
+    return names
+
+
+def explanations(table: Mapping[str, Any]) -> list[str]:
+    """A line on each method of the table that is not ours, in the table's order."""
+    methods = dict.fromkeys(row["method"] for row in table["rows"])
+    return [f"*{PEERS[name].name}*: {PEERS[name].what}" for name in methods if name not in OURS]
+
+
+def summary_table(table: Mapping[str, Any]) -> str:
+    """Ours beside other methods: all seeds together, and their range."""
     digits = {"perplexity": 1, "prompt_fit": 2}
     heads = {
         "mean": "toxicity by the scorer",
@@ -60,9 +156,8 @@ def summary_table() -> str:
         "text_accuracy": "next-token accuracy",
     }
     lines = []
-    for row in table["rows"]:
-        rate = f"{row['settings'].get('learning_rate', 0):.0e}".replace("e-0", "e-")
-        cells = [words.get(row["row"], f"GRPO of TRL, step size {rate}")]
+    for name, row in zip(row_names(table["rows"]), table["rows"], strict=True):
+        cells = [name]
         for metric in heads:
             all_seeds, of_seeds = row["all seeds"][metric], [seed[metric]["value"] for seed in row["seeds"]]
             numbers = (all_seeds["value"], min(of_seeds), max(of_seeds))
@@ -74,6 +169,82 @@ def summary_table() -> str:
         cells.append("" if row["row"] == "base" else f"{row['minutes']:.0f}")
         lines.append(cells)
     return markdown(["", *heads.values(), "CPU minutes"], lines)
+
+
+# --------------------------------------------------------------------- what runs leave in docs/results
+
+# Of versions.json: not what the run said of itself when it started.
+KEPT_VERSIONS = ("quark_fast", "python", "torch", "transformers", "accelerate", "numpy", "machine")
+KEPT_VERSIONS += ("command", "loss", "minutes", "memory_gb")
+TRIED = "best token"  # the row of a try
+COSTS = ("perplexity", "prompt_fit", "dist3", "text_perplexity", "text_accuracy")  # shown where the task does
+
+
+def measured(
+    metrics: Iterable[str], base: Sequence[Sample], row: Sequence[Sample]
+) -> dict[str, dict[str, float]]:
+    """Value and change against the base model of each metric that the samples have."""
+    values, changes = evaluate_samples(row), compare(base, row)
+    names = [name for name in metrics if name in changes]
+    return {name: {"value": values[name].value, **asdict(changes[name])} for name in names}
+
+
+def versions_of(run: Path) -> dict[str, Any]:
+    """What is kept of the record of a finished run.
+
+    Raises:
+        UsageError: it is not finished, or no run.
+    """
+    try:
+        found: dict[str, Any] = json.loads((run / "versions.json").read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{run} is no folder of a run: it has no versions.json") from error
+    if "minutes" not in found:
+        raise UsageError(f"{run} is not finished; go on with --resume --output {run}")
+    return {name: found[name] for name in KEPT_VERSIONS if name in found}
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """What docs/results has of a finished run."""
+    versions, settings = versions_of(run), yaml.safe_load((run / "config.yaml").read_text())
+    evaluation: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+    return {"versions": versions, "settings": settings, **evaluation}
+
+
+def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """What runs measured on the same prompts with the best token, each against its own base model's row.
+
+    Raises:
+        UsageError: a run is not finished, or its evaluation does not compare with the first one's.
+    """
+    versions = {name: versions_of(run) for name, run in runs.items()}
+    tables = {name: read_table(run / "evaluation.json") for name, run in runs.items()}
+    first, *others = tables.values()
+    for other in others:
+        check_comparable(first.given, first.tables[""], other.given, other.tables[""])
+    about = first.tables[""]
+    shown = {*about["columns"], *about["more_columns"]}
+    judges = [judge_measure(one["name"]) for one in about.get("judges", [])]
+    metrics = [about["headline"], *judges, *(name for name in COSTS if name in shown)]
+    rows = []
+    for name, table in tables.items():
+        row = {"try": name, "row": TRIED}
+        row |= {key: versions[name][key] for key in ("machine", "command", "minutes")}
+        samples = table.samples[""]
+        for metric, found in measured(metrics, samples[BASE], samples[TRIED]).items():
+            row[metric] = {key: round(value, 4) for key, value in found.items()}
+        rows.append(row)
+    task = f"{about['task']}, to the {about['target']}" if about["task"] == "sentiment" else about["task"]
+    values = evaluate_samples(first.samples[""][BASE])
+    prompts = f"{about['prompts']} {about['split']} prompts"
+    return {
+        "what": f"tries on {prompts} of {task}: changes against the base model",
+        "rows": rows,
+        "base": {metric: round(values[metric].value, 4) for metric in metrics if metric in values},
+    }
+
+
+# --------------------------------------------------------------------- tables and a picture
 
 
 def judge_table(name: str) -> str:
@@ -195,16 +366,48 @@ def unlikelihood_table(path: Path) -> str:
     return f"{table}\n\n{scorer_line(grid)}"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
-    if path := parser.parse_args().plot:
-        plot(path)
-        raise SystemExit
-    print(f"README.md\n\n{summary_table()}")
+def print_tables() -> None:
+    beside = beside_peers()
+    print("README.md\n", *(f"- {line}" for line in explanations(beside)), sep="\n")
+    print(f"\n{summary_table(beside)}")
     for task in TASKS:
         print(f"\n{task}\n\n{task_table(task)}")
     for judge in ("toxicity", "sentiment"):
         made = (judge_table(judge), calibration_table(judge), terms_table(judge))
         print("\n\n".join((f"\njudge of {judge}", *made)))
     print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
+
+
+def named_run(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.rpartition("=")
+    if not equals or not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=RUN, what was tried and the run's folder")
+    return name, Path(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture here, and nothing else")
+    what.add_argument("--keep", type=Path, metavar="RUN", help="write what docs/results has of this run")
+    what.add_argument("--tries", type=named_run, nargs="+", metavar="NAME=RUN", help="write these tries")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file of --keep or --tries")
+    asked = parser.parse_args()
+    if bool(asked.keep or asked.tries) != bool(asked.output):
+        parser.error("--output FILE is for --keep and --tries, which need it")
+    if asked.plot:
+        plot(asked.plot)
+    elif asked.output:
+        try:
+            made = kept(asked.keep) if asked.keep else tries(dict(asked.tries))
+        except UsageError as error:
+            parser.error(str(error))
+        asked.output.write_text(json.dumps(made, indent=1) + "\n")
+    else:
+        print_tables()
+
+
+if __name__ == "__main__":
+    main()

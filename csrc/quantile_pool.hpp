@@ -83,8 +83,9 @@ class QuantilePool {
   QuantilePool(int quantiles, Ties ties, Remainder remainder, std::uint64_t seed);
   ~QuantilePool();
 
-  // Adds n rewards and writes their ids. A float pool numbers 2^32 - 1 samples over its whole life,
-  // then throws std::length_error; nothing is added by a call that throws.
+  // Adds n rewards and writes their ids; reads them more than once, so they must not change
+  // meanwhile (RolloutPool hands over its own copy). A float pool numbers 2^32 - 1 samples over its
+  // whole life, then throws std::length_error; nothing is added by a call that throws.
   void add(const Reward* rewards, std::int64_t n, std::int64_t* ids);
 
   // Puts back what rewards() and run_sizes() gave. Throws std::invalid_argument, and changes

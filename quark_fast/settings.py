@@ -101,8 +101,8 @@ class PromptSettings:
     scored: str | None = setting(
         None,
         "completions that are scored already, in the same formats: prompt, completion and reward (without it"
-        " the run's scores them), or chosen and rejected; they are the pool's first samples, their prompts"
-        " the training prompts; with --initial-samples 0 learning begins at once; default: none",
+        " the run's scores them) or KTO's label, or chosen and rejected; they are the pool's first samples,"
+        " their prompts those to train on; with --initial-samples 0 learning begins at once; default: none",
     )
     prompt_column: str | None = setting(
         None,

@@ -65,7 +65,7 @@ def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) ->
     from quark_fast.report.tables import before_after, results_table
 
     finished = read_run(folder)
-    if kept := kept_round(finished.evaluation):
+    if kept := kept_round(finished.kept):
         console.print(kept)
     if finished.evaluation:
         console.print(headline(finished.evaluation))

@@ -603,6 +603,23 @@ def test_evaluate_repeats_the_run_on_its_own_held_out_prompts(folder: Path) -> N
     assert all(found[row["name"]]["mean"] == row["metrics"]["mean"] for row in before["rows"])
 
 
+def test_run_without_evaluation_says_which_round_was_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with whole_reports():
+        assert train.main([*flags(output="kept", keep_best="reward:max"), "--no-eval"]) == 0
+    said = re.search(
+        r"^Round [12] of 2 was kept: highest reward on \d+ development prompts, .*$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert said
+    record = json.loads((folder / "kept" / "versions.json").read_text())
+    assert record["kept_round"]["why"] == said[0] and not (folder / "kept" / "evaluation.json").exists()
+    for file in ("report.html", "model/README.md"):
+        assert said[0][:20] in (folder / "kept" / file).read_text(), file
+
+
 def test_stopped_before_the_first_checkpoint_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,11 +18,13 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+# From the name's left edge, so that no line crosses a name.
+_LINE: dict[str, Any] = {"arrowstyle": "-", "lw": 0.5, "alpha": 0.5, "relpos": (0.0, 0.5), "shrinkB": 4}
 BEFORE_COLOUR, BASE_COLOUR, POINT_COLOUR = "#777a82", "#1f2024", "#0b6fae"
 
 
 @dataclass(frozen=True)
-class _Mark:
+class Mark:
     """A dot of a panel, with the interval of its height where there is one."""
 
     name: str
@@ -54,16 +56,16 @@ def plot(results: dict[str, Any]) -> str:
         for row in panels:
             row[0].set_ylabel(headline_title(results))
         for panel, marks in drawn:  # now that each panel's limits, which they share, are known
-            _label(panel, marks)
+            label_beside(panel, marks, gap=0.075)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
-def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[_Mark]:
+def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[Mark]:
     """The base model, then the points of an axis that have both numbers."""
     before = results["untouched"]
-    yield _Mark("base model", before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
+    yield Mark("base model", before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
     for point in results["points"]:
         x, y = point["mean"][key], point["mean"]["headline"]
         if point["axis"] != axis or x is None or y is None:
@@ -71,10 +73,10 @@ def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[_Mark]:
         colour = BASE_COLOUR if point["run"] == "base" else POINT_COLOUR
         low, high = point["change"]["low"], point["change"]["high"]
         interval = None if low is None else (before["headline"] + low, before["headline"] + high)
-        yield _Mark(point["value"], x, y, colour, interval)
+        yield Mark(point["value"], x, y, colour, interval)
 
 
-def _draw(panel: Any, marks: Sequence[_Mark]) -> None:
+def _draw(panel: Any, marks: Sequence[Mark]) -> None:
     panel.axhline(marks[0].y, color=BEFORE_COLOUR, lw=1, ls=(0, (2, 3)))
     for mark in marks:
         if mark.interval:
@@ -82,17 +84,22 @@ def _draw(panel: Any, marks: Sequence[_Mark]) -> None:
         panel.plot(mark.x, mark.y, "o", color=mark.colour, ms=5)
 
 
-def _label(panel: Any, marks: Sequence[_Mark]) -> None:
-    """Name the dots beside the panel, where the names hide none, each with a line to its own."""
+def label_beside(panel: Any, marks: Sequence[Mark], gap: float) -> None:
+    """Name the dots beside the panel, where the names hide none, each with a line to its own.
+
+    Args:
+        panel: with the limits that it will have.
+        gap: between two names, of the panel's height.
+    """
     low, high = panel.get_ylim()
-    heights = spread([mark.y for mark in marks], 0.075 * (high - low))
+    heights = spread([(mark.y - low) / (high - low) for mark in marks], gap)
     for mark, height in zip(marks, heights, strict=True):
         panel.annotate(
             mark.name,
             (mark.x, mark.y),
-            (1.04, (height - low) / (high - low)),
+            (1.04, height),
             textcoords="axes fraction",
             va="center",
             color=mark.colour,
-            arrowprops={"arrowstyle": "-", "color": mark.colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
+            arrowprops=_LINE | {"color": mark.colour},
         )

@@ -75,7 +75,7 @@ def load_prompts(
             made, reason = with_prompt(row, value, chat)
         except ChatTemplateError:
             made, reason = row, "refused by the chat template"
-        reason = reason or _length(made["prompt"], min_characters, max_characters)
+        reason = reason or wrong_length(made["prompt"], min_characters, max_characters)
         if not reason and given(made) in seen:
             reason = "duplicate"
         if reason:
@@ -142,7 +142,7 @@ def with_prompt(row: Row, value: Any, chat: Chat | None) -> tuple[Row, str]:
     return {**row, **columns, "prompt": value}, ""
 
 
-def _length(prompt: str, least: int, most: int) -> str:
+def wrong_length(prompt: str, least: int, most: int) -> str:
     """The reason why a prompt of that length is left out, if it is; ``most`` 0: no limit."""
     if len(prompt) < least:
         return f"shorter than {least:,} characters"

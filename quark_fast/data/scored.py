@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quark_fast.data.chat import Chat, ChatTemplateError
-from quark_fast.data.prompts import check_depth, find_prompt, with_prompt
+from quark_fast.data.prompts import check_depth, find_prompt, with_prompt, wrong_length
 from quark_fast.data.readers import listed, read_rows
 from quark_fast.data.row import Rendered, Row, from_file, messages
 from quark_fast.errors import UsageError
@@ -36,18 +36,24 @@ _OF_THE_COMPLETION = {"completion", "reward", "chosen", "rejected", "ended", "me
 _OF_THE_COMPLETION |= {"round", "step", "quantile", "rendered"}  # in a run's completions.jsonl
 
 
-def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[ScoredText], str]:
+def load_scored(
+    source: str, column: str | None, chat: Chat, min_characters: int = 1, max_characters: int = 0
+) -> tuple[list[ScoredText], str]:
     """The completions of a source, in its order, and a count of what was left out.
 
     A record has a prompt as of ``load_prompts``, and one of
 
     - ``completion`` (a text, or a message of the assistant) with ``reward``, a number, higher is better;
       without that column in any record the run's reward scores them (a run's completions.jsonl has it),
+    - ``completion`` with ``label``, true or false, the columns of KTO, which get the rewards 1 and 0; beside
+      a ``reward``, or of any other kind, ``label`` is a column of the prompt,
     - ``chosen`` and ``rejected``, the columns of DPO, which get the rewards 1 and 0; as conversations without
       a prompt column they begin with the prompt's messages.
 
     ``ended``, true or false, tells whether the text ended by itself.
 
+    Args:
+        min_characters, max_characters: those of shorter and longer prompts are left out; maximum 0: no limit.
     Raises:
         UsageError: the source is missing, malformed, lacks these columns, or has a reward that is no number.
     """
@@ -62,14 +68,15 @@ def load_scored(source: str, column: str | None, chat: Chat) -> tuple[list[Score
         where = f"{source}, record {read}"
         check_depth(record, where)
         record = from_file(dict(record))
-        ended = _ended(record.get("ended"), where)
+        ended, own = _ended(record.get("ended"), where), _prompts_own(record)
         for value, completion, reward in _completions(record, column, where):
             rewarded += reward is not None
             text = _text(completion)
             try:
-                row, reason = with_prompt(_prompts_own(record), value, chat)
+                row, reason = with_prompt(own, value, chat)
             except ChatTemplateError:
                 row, reason = {}, "refused by the chat template"
+            reason = reason or wrong_length(row["prompt"], min_characters, max_characters)
             if reason or not text:
                 left_out[_left_out(reason)] += 1
                 continue
@@ -99,7 +106,8 @@ def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[
                 prompt, answer = answer[:-1], answer[-1:]  # a text beside it is its first turn
             yield prompt, answer, reward
     elif "completion" in record:
-        yield find_prompt(record, column)[1], record["completion"], _reward(record.get("reward"), where)
+        scored = _reward(record["reward"], where) if "reward" in record else _kto(record)
+        yield find_prompt(record, column)[1], record["completion"], scored
     elif talk := messages(record.get("messages")).get("messages"):
         yield talk[:-1], talk[-1:], _reward(record.get("reward"), where)
 
@@ -111,9 +119,18 @@ def _left_out(reason: str) -> str:
 
 
 def _prompts_own(record: Row) -> Row:
-    own = {str(name): value for name, value in record.items() if name not in _OF_THE_COMPLETION}
+    others = _OF_THE_COMPLETION | ({"label"} if _kto(record) is not None else set())
+    own = {str(name): value for name, value in record.items() if name not in others}
     chat = isinstance(record.get("prompt"), Rendered)  # of a run's file: its messages are the prompt's
     return own | {"messages": record["messages"]} if chat else own
+
+
+def _kto(record: Row) -> float | None:
+    """The reward that KTO's column says: whether a completion is wanted; None: it is no such column."""
+    if "completion" not in record or "reward" in record:
+        return None
+    # A number may be a class of the prompt's; CSV spells what is true as a text.
+    return {"true": 1.0, "false": 0.0}.get(str(record.get("label")).lower())
 
 
 def _ended(value: Any, where: str) -> bool | None:

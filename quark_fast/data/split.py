@@ -62,7 +62,13 @@ def choose_prompts(
     if config.scored is not None:
         if prompts is not None:
             raise UsageError(f"scored = {config.scored!r} brings its own prompts; give no others")
-        scored, counts = load_scored(config.scored, config.prompt_column, chat)
+        scored, counts = load_scored(
+            config.scored,
+            config.prompt_column,
+            chat,
+            config.min_prompt_characters,
+            config.max_prompt_characters,
+        )
         notes.append(f"{config.scored}: {counts}")
 
     def rows(name: str, given_rows: Sequence[str | Row] | None, source: str | None) -> list[Row] | None:

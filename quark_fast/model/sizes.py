@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from quark_fast.model.cache import ROOM
+from quark_fast.ops.linear import chunk_rows
 from quark_fast.runtime.memory import free_memory
 
 # Of free memory that is planned with: kernels' workspaces and the allocator's fragments need the rest.
 SHARE = 0.9
 MOST_ROWS = 512  # read side by side; more are no faster
-CHUNK = 2048  # least rows whose logits the linear loss makes at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,10 @@ def state_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
 def loss_bytes(shape: Shape, completion_tokens: int, lora_rank: int) -> int:
     """bfloat16 logits of policy and reference, a chunk at a time, and the head's float32 gradient (4 V d).
 
-    A chunk is an eighth of the tokens, at least 2048. The frozen head of adapters has no gradient.
+    A chunk is the linear loss's on a GPU. The frozen head of adapters has no gradient.
     """
-    chunk = min(completion_tokens, max(CHUNK, -(-completion_tokens // 8)))
     head = 0 if lora_rank else 4 * shape.vocabulary * shape.width
-    return 2 * 2 * chunk * shape.vocabulary + head
+    return 2 * 2 * chunk_rows(completion_tokens) * shape.vocabulary + head
 
 
 def step_bytes(

@@ -456,6 +456,14 @@ def _columns(vocabulary: int, device: torch.device) -> int:
     return vocabulary if device.type == "cpu" else -(-vocabulary // 8) * 8
 
 
+def chunk_rows(rows: int, least: int = LEAST_ROWS_ELSEWHERE) -> int:
+    """Rows whose logits are made at a time, of so many: at most 8 chunks of at least ``least`` rows.
+
+    They are even, since a small last chunk would be a slow one; so fewer than 2 x ``least`` rows are one.
+    """
+    return -(-rows // min(MOST_CHUNKS, max(1, rows // least)))
+
+
 def _plan(
     weights: Tensor, masked: bool, counted: Tensor | None, streams: int, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -470,9 +478,7 @@ def _plan(
         rows = counted.to(weights.device, non_blocking=True)
     elif masked:
         rows = rows[(weights != 0).view(-1)]
-    chunks = min(MOST_CHUNKS, max(1, streams * len(rows) // least))
-    # Even: a small last chunk would be a slow one.
-    at_once = chunk // streams if chunk else -(-len(rows) // chunks)
+    at_once = chunk // streams if chunk else -(-chunk_rows(streams * len(rows), least) // streams)
     if streams == 1:
         yield from ((slice(0, 0), some) for some in torch.split(rows, max(1, at_once)) if len(some))
         return

@@ -356,9 +356,13 @@ def _as_ids(ids: Any) -> Ints:
 
 
 def _as_rewards(rewards: Any, dtype: np.dtype[Any]) -> Floats:
-    """(n,) in the pool's dtype; None becomes NaN."""
+    """(n,) in the pool's dtype, a copy; None becomes NaN.
+
+    Rewards are read several times, in the core without the GIL: meanwhile another thread may write to the
+    caller's array.
+    """
     if isinstance(rewards, np.ndarray) and rewards.dtype == dtype and rewards.ndim == 1:
-        return rewards
+        return rewards.copy()
     values = np.asarray(rewards, np.float64)
     if values.ndim != 1:
         raise ValueError(f"rewards must be one number per sample, got shape {values.shape}")

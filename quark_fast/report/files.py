@@ -38,6 +38,15 @@ class RunFiles:
         return not self.evaluation and self.versions.get("evaluation") == NOT_EVALUATED
 
     @property
+    def kept(self) -> Record:
+        """Which round's weights the model has, and why; empty where rounds were not compared.
+
+        Of a run that was not to be evaluated its own record says so.
+        """
+        found = self.evaluation.get("kept_round") or self.versions.get("kept_round")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def begun(self) -> Record | None:
         """The first round's row of a run that goes on from another one's rounds and steps."""
         first = next(iter(self.rounds), None)

@@ -170,7 +170,7 @@ def _training(run: RunFiles, config: Config) -> str:
         cost.append(f"after {rounds:.0f} rounds and {steps:.0f} steps of an earlier run")
     if minutes := run.versions.get("minutes"):
         cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
-    kept = f" {as_markdown(kept_round(run.evaluation))}".rstrip()
+    kept = f" {as_markdown(kept_round(run.kept))}".rstrip()
     versions = [
         f"{name} {run.versions[name]}"
         for name in ("quark_fast", "torch", "transformers")

@@ -230,9 +230,9 @@ def _result(evaluation: Record) -> str:
     return f"{subject} {verb} by {new.change.lstrip('+−')} with {_how(row)}: {values} ({bounds})."
 
 
-def kept_round(evaluation: Record) -> str:
-    """Which round's weights were evaluated, and why; empty where rounds were not compared."""
-    return one_line(clean(str((evaluation.get("kept_round") or {}).get("why") or "")))
+def kept_round(kept: Record) -> str:
+    """Which round's weights were kept, and why; empty where rounds were not compared."""
+    return one_line(clean(str(kept.get("why") or "")))
 
 
 def scorer_line(evaluation: Record) -> str:

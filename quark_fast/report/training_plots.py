@@ -128,7 +128,7 @@ def plot_compared(run: RunFiles, palette: Palette) -> str:
     shown = {name: values for name, values in shown.items() if np.isfinite(values).any()}
     if not shown:
         return ""
-    rounds, kept = series_of(run.compared, "round"), run.evaluation.get("kept_round") or {}
+    rounds, kept = series_of(run.compared, "round"), run.kept
     goal = _goal_of(kept)
     titles = [f"{name}: {goal.direction}" if goal and name == goal.measure else name for name in shown]
     figure, panels = panel_grid([one_line(clean(title))[:40] for title in titles], "round", palette)

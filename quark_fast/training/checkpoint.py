@@ -23,6 +23,7 @@ from quark_fast.runtime.run_folder import RunFolder, StateAndTensors
 from quark_fast.training.going_on import state_to_begin_with
 from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
 from quark_fast.training.quantize import Draws
+from quark_fast.training.scored import scored_digest
 from quark_fast.training.setup import Setup
 from quark_fast.training.stability import BadSteps
 from quark_fast.training.state import MeasuredRound, State
@@ -38,6 +39,16 @@ class Checkpoint:
     wrapped: LossModule
     optimizer: Any
     journal: Journal
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all samples follow from, before the first checkpoint, too: a resumed run needs the same."""
+        prompts = self.setup.prompts
+        return {
+            "reward": self.setup.reward.identity,
+            "prompts": digest(prompts.train),
+            "scored": scored_digest(prompts.scored),
+        }
 
     def save(self, state: State) -> None:
         """Add a checkpoint to the run folder."""
@@ -117,7 +128,7 @@ class Checkpoint:
         source, cut = folder, None if loaded is None else loaded[0]
         if loaded is None:
             about = processes.on_rank_0(lambda: self.journal.about)
-            processes.all_gather(lambda: self._check_reward((about or {}).get("reward"), folder))
+            processes.all_gather(lambda: self._check_begun(about or {}))
             if config.from_run:
                 source = earlier = RunFolder(config.from_run)
                 loaded = processes.on_rank_0(
@@ -134,6 +145,18 @@ class Checkpoint:
         self._load_optimizer(tensors["optimizer"])
         processes.all_gather(lambda: self._load_state(state, saved, tensors))
 
+    def _check_begun(self, begun: Mapping[str, Any]) -> None:
+        """Refuse what is kept of a first round with other prompts, completions or rewards."""
+        self._check_prompts(begun.get("prompts"), self.setup.folder)
+        scored = self.setup.prompts.scored
+        if begun.get("scored", scored_digest(scored)) != scored_digest(scored):
+            raise UsageError(
+                f"the scored completions of {self.setup.config.scored} are not those that the run in"
+                f" {self.setup.folder.path} began with: the file has changed; put it back, or begin anew in"
+                " another --output"
+            )
+        self._check_reward(begun.get("reward"), self.setup.folder)
+
     def _check(self, saved: dict[str, Any], tensors: Tensors, folder: RunFolder) -> None:
         """Refuse the checkpoint of another model, or of other prompts."""
         own = trained_weights(self.setup.policy.model)
@@ -144,12 +167,15 @@ class Checkpoint:
                 f"the checkpoint in {folder.path} holds other weights than"
                 f" {self.setup.config.model or 'the embedded model'} has; resume it with its own model"
             )
-        if saved["prompts"] != digest(self.setup.prompts.train):
+        self._check_prompts(saved["prompts"], folder)
+        self._check_reward(saved.get("reward"), folder)
+
+    def _check_prompts(self, before: str | None, folder: RunFolder) -> None:
+        if before not in (None, digest(self.setup.prompts.train)):
             raise UsageError(
                 f"the training prompts are not those that the run in {folder.path} began with;"
                 " give it the same"
             )
-        self._check_reward(saved.get("reward"), folder)
 
     def _check_reward(self, before: Sequence[str] | None, folder: RunFolder) -> None:
         """Refuse to rank one pool by two rewards, unless that is wanted."""

@@ -219,8 +219,12 @@ class Results:
 
     # ---------------------------------------------------------------- the end
 
-    def export(self, seconds: float) -> None:
-        """Write the model and the report; from here on the run is a finished one."""
+    def export(self, seconds: float, kept: dict[str, Any] | None = None) -> None:
+        """Write the model and the report; from here on the run is a finished one.
+
+        Args:
+            kept: which round's weights it has, and why, if rounds were compared.
+        """
         setup = self.setup
         self.listen(Progress("writing the model and the report", 0, 1))
         exported = whole_copy(setup.policy, setup.policy.stored_dtype)
@@ -232,7 +236,7 @@ class Results:
                 if setup.config.export_adapter:
                     base = find_base(setup.config.model)
                     write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
-            setup.folder.add_end(self._end(seconds))
+            setup.folder.add_end(self._end(seconds, kept))
             run = read_run(setup.folder.path)
             write_report(setup.folder.path, run)
             write_card(setup.folder / "model", run, setup.config)
@@ -242,13 +246,15 @@ class Results:
         setup.processes.on_rank_0(write)
         self.listen(Progress("writing the model and the report", 1, 1))
 
-    def _end(self, seconds: float) -> dict[str, Any]:
+    def _end(self, seconds: float, kept: dict[str, Any] | None) -> dict[str, Any]:
         """What the record of a finished run says of its end."""
         memory = round(most_memory(self.setup.device) / 1e9, 2)
-        # An evaluation says what the scorer was; without one ``quark_fast.evaluate`` asks the record.
-        scorer = {"name": self.setup.reward.name}
-        left_out = {} if self.setup.config.eval else {"evaluation": NOT_EVALUATED, "scorer": scorer}
-        return {"minutes": round(seconds / 60, 1), "memory_gb": memory, **left_out}
+        found = {"minutes": round(seconds / 60, 1), "memory_gb": memory}
+        if self.setup.config.eval:
+            return found
+        # What an evaluation would say; ``quark_fast.evaluate`` asks the record for the scorer.
+        left_out = {"evaluation": NOT_EVALUATED, "scorer": {"name": self.setup.reward.name}}
+        return found | left_out | ({} if kept is None else {"kept_round": kept})
 
     def upload(self) -> None:
         """The finished model to the hub, if asked to.

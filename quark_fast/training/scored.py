@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +34,11 @@ class Scored:
     @staticmethod
     def from_json(batch: list[Any]) -> list[Scored]:
         return [Scored(i, ids, text, math.nan if s is None else s) for i, ids, text, s in batch]
+
+
+def scored_digest(completions: Sequence[Scored]) -> str:
+    """sha256 over completions with their prompts and rewards, in their order."""
+    return hashlib.sha256(json.dumps(Scored.to_json([*completions])).encode()).hexdigest()
 
 
 def encode_scored(

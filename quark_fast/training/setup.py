@@ -91,18 +91,13 @@ class Setup:
         """How the completions of a round are drawn."""
         config = self.config
         drawn = Sampling(
-            config.max_new_tokens,
-            config.min_new_tokens,
-            config.temperature_of(round),
-            config.top_p,
-            decoding=config.decoding,
+            config.max_new_tokens, config.min_new_tokens, config.temperature_of(round), config.top_p
         )
         return in_batches(drawn, self.batch_rows, config)
 
     def held_out_sampling(self) -> Sampling:
         """How the completions of the evaluation are drawn."""
-        drawn = dataclasses.replace(evaluation_sampling(self.config), decoding=self.config.decoding)
-        return in_batches(drawn, self.batch_rows, self.config)
+        return in_batches(evaluation_sampling(self.config), self.batch_rows, self.config)
 
     def measured_on(
         self,
@@ -129,10 +124,11 @@ class Setup:
 
 
 def in_batches(sampling: Sampling, rows: int, config: Config) -> Sampling:
-    """In batches of ``rows``, and no more completions side by side than the settings say."""
+    """In batches of ``rows``, decoded and no more completions side by side as the settings say."""
     asked = config.sample_at_once
     at_once = min(asked or rows, config.sample_batch, rows)
-    return dataclasses.replace(sampling, rows=rows, at_once=at_once if asked or at_once < rows else 0)
+    at_once = at_once if asked or at_once < rows else 0
+    return dataclasses.replace(sampling, rows=rows, at_once=at_once, decoding=config.decoding)
 
 
 def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:

@@ -159,7 +159,7 @@ class Trainer:
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.checkpoint.keep(state)
-            self.results.export(time.monotonic() - self.started)
+            self.results.export(time.monotonic() - self.started, kept)
         self.results.upload()
         return TrainedRun(self.folder.path, self.config.trust_remote_code)
 
@@ -283,7 +283,7 @@ class Trainer:
         with self.folder.disk_errors():
             if not config.resume:
                 config.save(self.folder / "config.yaml")
-            self.journal.begin({"reward": setup.reward.identity})
+            self.journal.begin(self.checkpoint.identity)
             self.folder.write_rows(HELD_OUT, map(to_file, setup.prompts.held_out_rows))
             if setup.prompts.chats:
                 self.folder.write_rows(PROMPTS, map(to_file, setup.prompts.chats))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,11 +18,8 @@ from quark_fast.rollout.transformers import sample
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
 def test_mixture_of_three_models_samples_what_whole_forward_passes_say(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, alpha: float
+    tiny_model: Callable[..., Path], from_benchmarks: Callable[[str], ModuleType], alpha: float
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from dexperts import Mixture
-
     policy = Policy.create(tiny_model(), quantiles=2)
     models = [frozen_copy(policy, torch.float32) for _ in range(3)]
     for place, model in enumerate(models):
@@ -30,7 +27,7 @@ def test_mixture_of_three_models_samples_what_whole_forward_passes_say(
         with torch.no_grad():
             model.lm_head.weight.mul_(1 + place / 3)
     prompts = [[1, 2, 3], [4, 5]]
-    mixed = Mixture(*models, alpha)
+    mixed = from_benchmarks("dexperts").Mixture(*models, alpha)
     greedy = Sampling(max_new_tokens=5, min_new_tokens=5, temperature=0.0, rows=4)
     drawn = {
         i: group
@@ -48,4 +45,3 @@ def test_mixture_of_three_models_samples_what_whole_forward_passes_say(
             scores[policy.stop_ids] = -torch.inf  # blocked for the first five tokens
             ids.append(int(scores.argmax()))
         assert drawn[i] == [ids[-5:]] * 2
-    sys.modules.pop("dexperts", None)

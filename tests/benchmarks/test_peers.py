@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_model, word_tokenizer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tokenizers import decoders
 
 from quark_fast.metrics import Sample, judge_measure
@@ -74,8 +76,8 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
         save_point(peers, asked.output, careful | {"seed": seed}, row)
     chosen = {"base": [{}], "ours": [{}], "GRPO": [{}, {"learning_rate": 1e-5}]}
     table = peers.results(asked, chosen, [0, 1])
-    base, ours, grpo, also = table["rows"]
-    assert [peers.label(row) for row in (grpo, also)] == ["GRPO", "GRPO, learning rate 1e-05"]
+    base, ours, grpo, _ = table["rows"]
+    assert peers.labels(table["rows"])[-2:] == ["GRPO", "GRPO, learning rate 1e-05"]
     assert (base["method"], ours["row"]) == ("base", "best token")
     assert ours["all seeds"]["mean"]["value"] == pytest.approx(0.25)
     assert ours["all seeds"]["mean"]["relative"] == pytest.approx(-0.5)
@@ -88,6 +90,43 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
     assert "prompt_fit" not in ours["all seeds"], "of an earlier version"
     line = next(line for line in shown.splitlines() if "ours" in line)
     assert line.count("|") == shown.splitlines()[0].count("|")
+
+
+def test_a_setting_is_named_only_where_it_differs_from_the_chosen_one(peers: ModuleType) -> None:
+    chosen = {"learning_rate": 4e-5, "beta": 0.1}
+    rows = [
+        {"method": "DPO", "row": "DPO", "settings": settings, "by rule": settings == chosen}
+        for settings in (chosen, chosen | {"beta": 0.3}, {"learning_rate": 1e-5, "beta": 0.3})
+    ]
+    assert peers.labels(rows) == ["DPO", "DPO, beta 0.3", "DPO, learning rate 1e-05, beta 0.3"]
+
+
+def test_no_two_names_of_the_frontier_overlap(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every method, most of them at nearly the same place."""
+    import peer_point
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = []
+    for number, method in enumerate(peer_point.METHODS):
+        for row in ("best token", "guided w=1.5") if peer_point.METHODS[method].ours else (method,):
+            numbers = {
+                name: {"value": 18.0 + number / 100} for name in ("judge toxicity-judge", *peers.COSTS)
+            }
+            about = {"method": method, "row": row, "settings": {}, "by rule": True}
+            rows.append(about | {"all seeds": numbers, "seeds": [numbers]})
+    peers.plot({"task": "toxicity", "rows": rows}, tmp_path / "plot.svg")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for panel in figure.axes:
+        boxes = [Text.get_window_extent(name) for name in panel.texts]  # without their lines
+        assert len(boxes) == len(rows)
+        for i, one in enumerate(boxes):
+            assert one.y0 >= 0 and one.y1 <= figure.bbox.y1 and one.x1 <= figure.bbox.x1, "cut off"
+            assert not any(one.overlaps(other) for other in boxes[:i])
+            assert not any(one.overlaps(other.bbox) for other in figure.axes), "over a panel"
 
 
 def test_a_table_keeps_the_methods_that_a_later_call_leaves_out(

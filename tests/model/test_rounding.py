@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -176,11 +176,9 @@ def test_the_table_of_a_run_is_that_of_the_model_it_exports(
 
 
 def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, from_benchmarks: Callable[[str], ModuleType]
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import rounding as benchmark  # the benchmark, not the package's module
-
+    benchmark = from_benchmarks("rounding")
     settings: dict[str, Any] = {**SHORT, "learning_rate": 1e-5, "reward": "test_trainer:even_words"}
     for dtype in (torch.bfloat16, torch.float32):
         source = stored(tmp_path / f"{dtype}", torch.bfloat16)
@@ -197,4 +195,3 @@ def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
     assert [row["name"] for row in found["rows"]] == ["untouched", *found["weights_moved"]]
     whole, nearest, stochastic = found["weights_moved"].values()
     assert whole > 0.9 > stochastic > 2 * nearest
-    sys.modules.pop("rounding", None)

@@ -21,6 +21,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import cache_argument
 from quark_fast.model.sizes import Shape
 from quark_fast.model.structure import recompute_layers
+from quark_fast.ops import linear
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
@@ -76,6 +77,16 @@ def test_recomputed_layer_keeps_its_input_alone(rank: int) -> None:
     assert two is not None and three is not None
     more = sizes.activation_bytes(three, 80, rank, True) - sizes.activation_bytes(two, 80, rank, True)
     assert more == saved(3, rank, recompute=True) - saved(2, rank, recompute=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 2047, 2048, 4095, 4096, 6143, 10_000, 16_383, 16_384, 100_000])
+def test_chunk_that_is_planned_with_is_the_one_that_the_linear_loss_makes(tokens: int) -> None:
+    elsewhere = torch.ones(tokens, device="meta")  # as a GPU's
+    largest = max(len(rows) for _, rows in linear._plan(elsewhere, False, None, 1, 0))
+    shape = Shape.of(config())
+    assert shape is not None
+    assert sizes.loss_bytes(shape, tokens, 16) == 2 * 2 * largest * 97, "bfloat16, of two models"
+    assert sizes.loss_bytes(shape, tokens, 0) == 2 * 2 * largest * 97 + 4 * 97 * 48
 
 
 def test_cache_has_as_many_bytes_as_the_arithmetic_says() -> None:

@@ -21,7 +21,7 @@ from warm import START_METHOD
 
 from quark_fast import _C
 from quark_fast.files import atomic
-from quark_fast.pool import store
+from quark_fast.pool import pool, store
 from quark_fast.pool.pool import RolloutPool
 
 TIES = ["same", "arrival", "random"]
@@ -66,6 +66,22 @@ def filled(rewards, batches=1, **options):
     for part in np.array_split(np.arange(len(rewards)), batches):
         made.add(*rows(part.tolist()), np.asarray(rewards)[part])
     return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rewards_that_another_thread_changes_meanwhile_are_those_that_were_given(dtype, monkeypatch):
+    rewards, pack = np.arange(8, dtype=dtype), pool.pack
+
+    def changing(*given):
+        packed = pack(*given)
+        rewards[::2] = np.nan  # between what was counted and what the core reads
+        return packed
+
+    monkeypatch.setattr(pool, "pack", changing)
+    made = RolloutPool(dtype=dtype)
+    np.testing.assert_array_equal(made.add(*rows(range(8)), rewards), np.arange(8))
+    np.testing.assert_array_equal(made.rewards, np.arange(8))
+    assert (len(made), made.unscored) == (8, 0)
 
 
 def assert_is_numpys(made, rewards):

@@ -29,6 +29,10 @@ Make = Callable[..., Path]
 NO_CHAT = chat_template("no model", lambda: pytest.fail("no chat here"))
 
 
+class Killed(BaseException):
+    """The process is gone: nobody handles it."""
+
+
 def written(path: Path, records: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
@@ -88,6 +92,37 @@ def test_what_cannot_be_used_is_counted_and_a_file_without_rewards_is_to_be_scor
         assert reason in counts
     found, counts = load_scored(written(path, [{"prompt": "p", "completion": "c"}] * 2), None, NO_CHAT)
     assert ([one.reward for one in found], counts) == ([None, None], "2 read")
+
+
+def test_label_of_kto_is_a_reward_of_1_or_0_and_any_other_label_is_the_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    own = {"prompt": "p", "completion": " a"}
+    for label, reward in ((True, 1.0), (False, 0.0), ("True", 1.0), ("false", 0.0)):
+        (one,), _ = load_scored(written(path, [own | {"label": label}]), None, NO_CHAT)
+        assert (one.reward, one.row) == (reward, {"prompt": "p"}), "no column that a later sample would get"
+    for other in (
+        {"label": 1},
+        {"label": "toxic"},
+        {"label": True, "reward": 0.5},
+        {"label": True, "reward": None},
+    ):
+        (one,), _ = load_scored(written(path, [own | other]), None, NO_CHAT)
+        assert (one.reward, one.row["label"]) == (other.get("reward"), other["label"])
+
+
+def test_completions_of_prompts_that_are_too_short_or_long_are_left_out(first: Path, tmp_path: Path) -> None:
+    path, good = tmp_path / "a.jsonl", {"completion": "c", "reward": 1}
+    records = [good | {"prompt": "p" * n} for n in (1, 2, 3, 4)]
+    records.append({"prompt": "p" * 5, "chosen": "a", "rejected": "b"})
+    found, counts = load_scored(written(path, records), None, NO_CHAT, 2, 3)
+    assert [one.row["prompt"] for one in found] == ["pp", "ppp"]
+    assert "3 with a prompt that is longer than 3 characters" in counts
+    assert "1 with a prompt that is shorter than 2 characters" in counts
+    written(tmp_path / "held.jsonl", [{"prompt": "Once upon a long time"}])
+    own = str(first / "completions.jsonl")
+    second = run(tmp_path / "second", scored=own, initial_samples=0, min_prompt_characters=17)
+    made, every = (rows(folder / "completions.jsonl") for folder in (second, first))
+    assert 0 < len(made) == sum(len(row["prompt"]) >= 17 for row in every) < len(every)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +261,32 @@ def test_scored_completions_stand_before_those_that_are_sampled(first: Path, tmp
     assert [row["reward"] for row in made] == variety([], [row["completion"] for row in made])
     (one, two) = rows(second / "metrics.jsonl", kind="round")
     assert (one["samples"], two["samples"]) == (len(records) + len(prompts), len(prompts))
+
+
+@pytest.mark.parametrize("changed", ["reward", "completion", "prompt"])
+def test_file_that_changed_before_the_pool_was_there_is_refused(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """The first round's batches are kept, and the completions are read again."""
+    made = rows(first / "completions.jsonl")
+    scored = written(tmp_path / "some.jsonl", made)
+
+    def killed(self: Explorer, *given: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Explorer, "_metrics", killed)
+        run(tmp_path / "second", scored=scored, initial_samples=1)
+    assert list((tmp_path / "second" / "pending").glob("round-1.*")), "sampled, and no checkpoint yet"
+    other = {"reward": 0.123, "completion": made[0]["completion"] + "a", "prompt": "another one"}[changed]
+    written(Path(scored), [*made[1:], made[0] | {changed: other}])
+    what = "training prompts" if changed == "prompt" else "scored completions of .*some.jsonl"
+    with pytest.raises(UsageError, match=f"the {what} are not those that the run in .*second began with"):
+        run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
+    written(Path(scored), made)
+    run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
+    run(tmp_path / "whole", scored=scored, initial_samples=1)
+    assert timeless(tmp_path / "second" / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
 
 
 def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: Path, tmp_path: Path) -> None:
