@@ -124,17 +124,27 @@ def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(scope="module")
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter puts its own functions in place of the language's anew at every call of a
-    function, which takes it longer than to run that; here it does so once for each."""
+    function, which takes it longer than to run that; here it does so once for each. And it makes a table of
+    all dtypes to look one up, for every operation."""
+    from triton import language
     from triton.runtime import interpreter
 
-    own = interpreter._patch_lang
+    own, look_up, found = interpreter._patch_lang, interpreter._get_np_dtype, {}
 
     def patch_lang(function: Any) -> Any:
         own(function)
         return SimpleNamespace(restore=lambda: None)
 
+    def np_dtype(dtype: Any) -> Any:
+        scalar = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        kind = "pointer" if isinstance(scalar, language.pointer_type) else scalar.name
+        if kind not in found:
+            found[kind] = look_up(dtype)
+        return found[kind]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", functools.cache(patch_lang))
+        patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         yield
 
 

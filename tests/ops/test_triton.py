@@ -301,7 +301,7 @@ def test_nan_or_infinity_that_counts_is_not_hidden(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
     """Equal but for the last bits: a thread adds up other columns of a row that starts elsewhere."""
-    inputs = make(250, dtype=dtype)
+    inputs = make(250, (2, 2), dtype=dtype)
     moved = inputs._replace(
         logits=strided(layout, inputs.logits),
         ref_logits=strided(layout, inputs.ref_logits),
