@@ -14,28 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import environment  # noqa: F401  # first, as others read what it sets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2Tokenizer,
-)
 
-from quark_fast.model.copies import whole_copy
-from quark_fast.model.export import write_export
-from quark_fast.model.policy import Policy
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    from quark_fast.model.policy import Policy
+
+# transformers and the trainer are imported by what needs them: who only starts the workers does not.
 
 WORDS = 60  # w0 ... w59, then the special tokens
 
@@ -61,11 +52,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Begun first, so that in the end no worker is left alone with one of them; most seconds first.
 LONGEST = [
-    *("test_models.py", "test_trainer.py", "test_triton.py", "test_distributed.py", "test_report.py"),
-    *("test_assets.py", "test_vllm.py", "test_kill.py", "test_tokens.py", "test_interrupted.py"),
-    *("test_classifier.py", "test_triton_aot.py", "test_cli.py", "test_ablate.py", "test_loss.py"),
-    *("test_pool.py", "test_gpu_benchmark.py", "test_imports.py", "test_policy.py", "test_docs.py"),
-    *("test_stability.py"),
+    *("test_models.py", "test_trainer.py", "test_triton.py", "test_distributed.py", "test_best_round.py"),
+    *("test_kill.py", "test_assets.py", "test_vllm.py", "test_triton_aot.py", "test_cli.py"),
+    *("test_report.py", "test_interrupted.py", "test_classifier.py", "test_ablate.py", "test_loss.py"),
+    *("test_tokens.py", "test_pool.py", "test_gpu_benchmark.py", "test_imports.py", "test_policy.py"),
+    *("test_docs.py", "test_stability.py"),
 ]
 
 
@@ -133,17 +124,27 @@ def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(scope="module")
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter puts its own functions in place of the language's anew at every call of a
-    function, which takes it longer than to run that; here it does so once for each."""
+    function, which takes it longer than to run that; here it does so once for each. And it makes a table of
+    all dtypes to look one up, for every operation."""
+    from triton import language
     from triton.runtime import interpreter
 
-    own = interpreter._patch_lang
+    own, look_up, found = interpreter._patch_lang, interpreter._get_np_dtype, {}
 
     def patch_lang(function: Any) -> Any:
         own(function)
         return SimpleNamespace(restore=lambda: None)
 
+    def np_dtype(dtype: Any) -> Any:
+        scalar = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        kind = "pointer" if isinstance(scalar, language.pointer_type) else scalar.name
+        if kind not in found:
+            found[kind] = look_up(dtype)
+        return found[kind]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", functools.cache(patch_lang))
+        patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         yield
 
 
@@ -181,6 +182,8 @@ def reports() -> Iterator[None]:
 def fresh_accelerator() -> Iterator[None]:
     # accelerate keeps its precision for the life of a process; here every run has its own.
     yield
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -197,6 +200,9 @@ def from_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 
 def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over 'w0' ... 'w59'; the end of text is also the document separator."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<|endoftext|>": WORDS, "<unk>": WORDS + 1}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -209,6 +215,8 @@ def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
 
 def qwen2_tokenizer() -> Qwen2Tokenizer:
     """The same words and ids as tokens added to Qwen2's own class, the only one loaded for its models."""
+    from transformers import Qwen2Tokenizer
+
     vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<|endoftext|>": WORDS, "<unk>": WORDS + 1}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_tokens([f"w{i}" for i in range(WORDS)])
@@ -216,6 +224,8 @@ def qwen2_tokenizer() -> Qwen2Tokenizer:
 
 
 def tiny_config(architecture: str, vocab_size: int, width: int = 32) -> PretrainedConfig:
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
     shape = {"vocab_size": vocab_size, "eos_token_id": WORDS, "bos_token_id": WORDS}
     if architecture == "gpt2":
         return GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=128, **shape)
@@ -233,6 +243,8 @@ def tiny_config(architecture: str, vocab_size: int, width: int = 32) -> Pretrain
 
 
 def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int = 0, width: int = 32) -> Path:
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     config = tiny_config(architecture, WORDS + 2 + padded_vocabulary, width)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -243,6 +255,8 @@ def save_tiny_model(folder: Path, architecture: str, *, padded_vocabulary: int =
 
 def save_tiny_classifier(folder: Path) -> Path:
     """A random classifier of texts into "kind", "plain" and "rude"."""
+    from transformers import AutoModelForSequenceClassification, GPT2Config
+
     torch.manual_seed(0)
     labels = {0: "kind", 1: "plain", 2: "rude"}
     named = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
@@ -296,6 +310,9 @@ def export(
     policy: Policy, folder: Path, dtype: torch.dtype, sampling: Mapping[str, Any] | None = None
 ) -> None:
     """Write the policy as a run does in the end."""
+    from quark_fast.model.copies import whole_copy
+    from quark_fast.model.export import write_export
+
     write_export(policy, folder, whole_copy(policy, dtype), sampling)
 
 

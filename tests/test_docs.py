@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import export, save_tiny_model, word_tokenizer
+from conftest import export, save_tiny_model, whole_reports, word_tokenizer
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +52,6 @@ def interrupt_after_a_step(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train.main(shlex.split(os.path.expandvars(line))[3:]) == 130
 
 
-@pytest.mark.usefixtures("reports")
 def test_every_command_of_the_tutorial_runs_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +78,8 @@ def test_every_command_of_the_tutorial_runs_in_order(
                 exec(compile(text, "tutorial.md", "exec"), {})
             elif "quark_fast.train" in text and "--scored" not in text:
                 interrupt_after_a_step(text, monkeypatch)
-                run_line(resume)
+                with whole_reports():
+                    run_line(resume)
             else:
                 for line in text.splitlines():
                     run_line(line)

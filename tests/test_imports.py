@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -39,11 +40,17 @@ LAYERS = [
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
 
+@functools.cache
 def modules() -> list[str]:
     """Dotted names of every module of the package but its root."""
     files = (path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py")))
     names = [".".join(file.parts).removesuffix("__init__").rstrip(".") for file in files]
     return [name for name in names if name]
+
+
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(source_of(name))
 
 
 def part(dotted: str) -> str:
@@ -54,7 +61,7 @@ def part(dotted: str) -> str:
 def own_imports(name: str) -> Iterator[str]:
     """Modules of the package that a module imports anywhere in its source, also inside functions."""
     known = {*modules(), "_C"}
-    for node in ast.walk(ast.parse(source_of(name))):
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -68,7 +75,7 @@ def own_imports(name: str) -> Iterator[str]:
 
 def others_imports(name: str) -> Iterator[tuple[str, bool]]:
     """Other people's packages that a module imports, and whether it does so when it is imported itself."""
-    tree = ast.parse(source_of(name))
+    tree = tree_of(name)
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     later = {inner for node in ast.walk(tree) if isinstance(node, functions) for inner in ast.walk(node)}
     for node in ast.walk(tree):
@@ -157,9 +164,8 @@ def test_nothing_is_too_long_to_hold_in_mind(name: str) -> None:
     """
     if part(name) == "ops":
         return
-    source = source_of(name)
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    lines = source_of(name).splitlines()
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.ClassDef):
             assert node.end_lineno - node.lineno < 300, node.name
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "__init__":
@@ -171,7 +177,7 @@ def test_nothing_is_too_long_to_hold_in_mind(name: str) -> None:
 def test_only_the_commands_print() -> None:
     # assets speaks on standard error while it downloads: somebody is waiting.
     for name in modules():
-        calls = [n for n in ast.walk(ast.parse(source_of(name))) if isinstance(n, ast.Call)]
+        calls = [n for n in ast.walk(tree_of(name)) if isinstance(n, ast.Call)]
         printing = any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
         assert not printing or part(name) in LAYERS[0] or name == "data.assets", f"{name} prints"
 
@@ -188,18 +194,20 @@ def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> N
     assert not {"torch", "transformers", "numpy", "matplotlib"} & {name.split(".")[0] for name in loaded}
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "completion"])
-def test_help_and_bad_flags_do_not_wait_for_torch(command: str) -> None:
-    source = f"""
-import contextlib, sys
-from quark_fast.{command} import main
-for flag in ("--help", "--no-such-flag"):
-    with contextlib.suppress(SystemExit):
-        main([flag])
-    print(flag, "torch" in sys.modules)
+def test_help_and_bad_flags_do_not_wait_for_torch() -> None:
+    source = """
+import contextlib, importlib, sys
+for command in ("train", "generate", "evaluate", "completion"):
+    main = importlib.import_module(f"quark_fast.{command}").main
+    for flag in ("--help", "--no-such-flag"):
+        with contextlib.suppress(SystemExit):
+            main([flag])
+        print(command, flag, "torch" in sys.modules)
 """
     shown = in_a_new_process(source)
-    assert "--help False\n" in shown and shown.endswith("--no-such-flag False\n")
+    for command in ("train", "generate", "evaluate", "completion"):
+        for flag in ("--help", "--no-such-flag"):
+            assert f"{command} {flag} False\n" in shown
 
 
 def test_the_loss_and_the_pool_load_no_transformers() -> None:

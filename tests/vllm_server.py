@@ -104,7 +104,7 @@ class Vllm:
     def logits(self, prompt: list[int], salt: str, drawn: list[int]) -> torch.Tensor:
         key = (salt, tuple(prompt))
         if drawn or key not in self.prefix_cache:
-            found = self.model(torch.tensor([prompt + drawn])).logits[0, -1].float()
+            found = self.model(torch.tensor([prompt + drawn]), use_cache=False).logits[0, -1].float()
             if drawn:
                 return found
             self.prefix_cache[key] = found

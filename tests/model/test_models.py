@@ -202,32 +202,36 @@ def test_exported_folder_gives_plain_transformers_the_same_greedy_texts(case: Ca
         assert tokenizer.decode(whole, skip_special_tokens=True).strip() == policy.decode(row, prompt).strip()
 
 
-@pytest.mark.parametrize("weight", [2.0, 0.0, -0.5])
 def test_guided_text_of_plain_transformers_is_ours(
-    case: Case, weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     policy, settings = case.policy, {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    ours = greedy(policy, frozen_copy(policy, torch.float32), case.prompts, Conditioning(2, 0, weight))
+    copied = frozen_copy(policy, torch.float32)
     model, tokenizer = (c.from_pretrained(case.export) for c in (AutoModelForCausalLM, AutoTokenizer))
-    guided = {"custom_generate": str(case.export), "trust_remote_code": True, "guidance": weight}
+    # Loaded with its code, the model takes the argument by itself.
+    own = AutoModelForCausalLM.from_pretrained(case.export, trust_remote_code=True)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert not batch["attention_mask"].all(), "padded"
     start = batch["input_ids"].shape[1]
-    theirs = model.generate(**batch, **guided, **settings)[:, start:].tolist()
-    assert theirs == ours
     plain = model.generate(**batch, **settings)[:, start:].tolist()
-    unguided = model.generate(**batch, **guided | {"guidance": 1.0}, **settings)
+    code = {"custom_generate": str(case.export), "trust_remote_code": True}
+    for weight in (2.0, 0.0, -0.5):
+        ours = greedy(policy, copied, case.prompts, Conditioning(2, 0, weight))
+        theirs = model.generate(**batch, **code, guidance=weight, **settings)[:, start:].tolist()
+        assert theirs == ours
+        assert own.generate(**batch, guidance=weight, **settings)[:, start:].tolist() == ours
+        assert weight > 1 or theirs != plain, (
+            "the tiny model's best token alone may be as sure as a guided one"
+        )
+    unguided = model.generate(**batch, **code, guidance=1.0, **settings)
     assert unguided[:, start:].tolist() == plain
-    assert weight > 1 or theirs != plain, "the tiny model's best token alone may be as sure as a guided one"
+    assert own.generate(**batch, guidance=None, **settings)[:, start:].tolist() == plain
     # One text alone, without a mask; drawn at a low temperature twice over.
     alone = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     drawn = {"temperature": 1e-4, "num_return_sequences": 2, "do_sample": True}
-    twice = model.generate(alone, **guided, **settings | drawn)[:, alone.shape[1] :].tolist()
+    twice = model.generate(alone, **code, guidance=weight, **settings | drawn)[:, alone.shape[1] :].tolist()
     assert twice == [ours[0]] * 2
-    # Loaded with its code, the model takes the argument by itself.
-    own = AutoModelForCausalLM.from_pretrained(case.export, trust_remote_code=True)
-    assert own.generate(**batch, guidance=weight, **settings)[:, start:].tolist() == ours
     pipe = pipeline("text-generation", model=own, tokenizer=tokenizer)
     text = pipe(TEXTS[0], guidance=weight, **settings)[0]["generated_text"]
     assert text == TEXTS[0] + policy.decode(ours[0], case.prompts[0])
@@ -238,7 +242,6 @@ def test_guided_text_of_plain_transformers_is_ours(
         assert blind[:, start:].tolist() == ours
     with pytest.raises(ValueError, match="assisted decoding is not supported"):
         own.generate(**batch, guidance=weight, prompt_lookup_num_tokens=3, **settings)
-    assert own.generate(**batch, guidance=None, **settings)[:, start:].tolist() == plain
     with pytest.raises(ValueError, match="must stand before every text"):
         own.generate(torch.tensor([case.prompts[0]]), guidance=weight, **settings)
 
@@ -281,13 +284,12 @@ def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_p
 
 @torch.no_grad()
 def _check_greedy(policy: Policy, prompt: list[int], drawn: list[int]) -> None:
-    ids = policy.conditioned(prompt, 2)
-    for token in drawn:
-        logits = policy.model(torch.tensor([ids])).logits[0, -1, : policy.vocabulary]
+    ids = [*policy.conditioned(prompt, 2), *drawn[:-1]]
+    every = policy.model(torch.tensor([ids])).logits[0, -len(drawn) :, : policy.vocabulary]
+    for logits, token in zip(every, drawn, strict=True):
         spread = logits.max() - logits.min()
         logits[policy.stop_ids] = -torch.inf
         assert logits[token] >= logits.max() - 0.01 * spread, "the most probable token, but for rounding"
-        ids.append(token)
     before, whole = (
         policy.tokenizer.decode(x, skip_special_tokens=True) for x in (prompt, [*prompt, *drawn])
     )

@@ -484,15 +484,16 @@ def test_half_precision_is_read_and_rounded_as_torch_does() -> None:
 
 
 def strided(name: str, tensor: Tensor) -> Tensor:
-    """The same values in another layout."""
+    """The same values, of three dimensions, in another layout."""
+    first, second, width = tensor.shape
     if name == "shifted":  # logits[:, :-1], the usual shift of a language model
-        room = torch.full((3, 5, tensor.shape[-1]), math.nan, dtype=tensor.dtype)
+        room = torch.full((first, second + 1, width), math.nan, dtype=tensor.dtype)
         room[:, :-1] = tensor
         return room[:, :-1]
     if name == "cut":  # one column slice of something wider
-        room = torch.full((3, 4, tensor.shape[-1] + 13), math.nan, dtype=tensor.dtype)
-        room[..., 2 : 2 + tensor.shape[-1]] = tensor
-        return room[..., 2 : 2 + tensor.shape[-1]]
+        room = torch.full((first, second, width + 13), math.nan, dtype=tensor.dtype)
+        room[..., 2 : 2 + width] = tensor
+        return room[..., 2 : 2 + width]
     if name == "swapped":  # time before batch in memory
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     return tensor.transpose(0, 2).contiguous().transpose(0, 2)  # columns are not adjacent

@@ -14,6 +14,7 @@ from typing import get_args
 import pytest
 import test_linear
 import torch
+from pairwise import pairwise
 from test_loss import DTYPES, SLACK, Inputs, Result, make, run, strided, truth
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return splits
 
 
-def small(vocab: int = 1003, rows: int = 4, **options: object) -> Inputs:
+def small(vocab: int = 1003, rows: int = 3, **options: object) -> Inputs:
     """Some rows, the last but one masked. Policy and reference start at the same columns of 16 bytes."""
     inputs = make(vocab, (rows,), **{"extra": 0, **options})
     return inputs._replace(mask=torch.arange(rows) != rows - 2)
@@ -128,9 +129,9 @@ def test_without_reference(cut: Callable[[int], None], splits: int) -> None:
 # --- Masks, labels, columns --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "inplace", "splits"), pairwise([torch.float32, torch.bfloat16], [False, True], [1, 3])
+)
 def test_masked_tokens_and_columns_beyond_the_vocabulary_are_never_read(
     cut: Callable[[int], None], dtype: torch.dtype, inplace: bool, splits: int
 ) -> None:
@@ -274,10 +275,10 @@ def test_growing_logits_rescale_the_sums(cut: Callable[[int], None], kl: str, sp
     assert_as_accurate_as_eager(grown, kl=kl)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("column", [0, 700, 1002])
-@pytest.mark.parametrize("side", ["logits", "ref_logits"])
+@pytest.mark.parametrize(
+    ("side", "column", "value", "splits"),
+    pairwise(["logits", "ref_logits"], [0, 700, 1002], [math.nan, math.inf], [1, 3]),
+)
 def test_nan_or_infinity_that_counts_is_not_hidden(
     cut: Callable[[int], None], side: str, column: int, value: float, splits: int
 ) -> None:
@@ -300,7 +301,7 @@ def test_nan_or_infinity_that_counts_is_not_hidden(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
     """Equal but for the last bits: a thread adds up other columns of a row that starts elsewhere."""
-    inputs = make(250, dtype=dtype)
+    inputs = make(250, (2, 2), dtype=dtype)
     moved = inputs._replace(
         logits=strided(layout, inputs.logits),
         ref_logits=strided(layout, inputs.ref_logits),
@@ -393,9 +394,7 @@ def test_rows_beyond_two_to_the_thirty_one(cut: Callable[[int], None], splits: i
 # --- Autograd, torch.library, torch.compile ----------------------------------------------------
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "inplace", "splits"), pairwise(DTYPES, [False, True], [1, 3]))
 def test_incoming_scale_enters_before_the_rounding(
     cut: Callable[[int], None], dtype: torch.dtype, inplace: bool, splits: int
 ) -> None:

@@ -193,10 +193,21 @@ def finished_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "toxicity-0")
 
 
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("few") / "small", prompts=12, samples=2, steps=20, rounds=2)
+
+
 @pytest.fixture
-def small_run(tmp_path):
+def small_run(few_rows, tmp_path):
     """A copy that a test may damage, with few rows so that it renders fast."""
-    return write_run(tmp_path / "small", prompts=12, samples=2, steps=20, rounds=2)
+    return shutil.copytree(few_rows, tmp_path / "small")
+
+
+@pytest.fixture(scope="session")
+def few_page(few_rows, tmp_path_factory):
+    """The bytes of the report of such a copy."""
+    return write_report(shutil.copytree(few_rows, tmp_path_factory.mktemp("page") / "small")).read_bytes()
 
 
 def evaluation_of(run_dir):
@@ -772,28 +783,27 @@ def test_missing_numbers_are_dashes_and_not_crashes(tmp_path):
     assert "nan" not in markdown_table(evaluation).lower()
 
 
-def test_the_page_is_replaced_whole_or_not_at_all(small_run, monkeypatch):
-    path = write_report(small_run)
-    first = path.read_bytes()
-    assert write_report(small_run).read_bytes() == first  # and the same run gives the same bytes
+def test_the_page_is_replaced_whole_or_not_at_all(small_run, few_page, monkeypatch):
+    path = small_run / "report.html"
+    path.write_bytes(few_page)
 
     def fail(*_):
         raise OSError("disk full")
 
+    monkeypatch.setattr("quark_fast.report.page.render_html", lambda _: "another page")
     monkeypatch.setattr("quark_fast.files.atomic.os.replace", fail)
-    (small_run / "config.yaml").write_text("changed: true")
     with pytest.raises(OSError, match="disk full"):
         write_report(small_run)
-    assert path.read_bytes() == first
+    assert path.read_bytes() == few_page
     assert not list(small_run.glob(".report*"))
 
 
-def test_plotting_leaves_matplotlibs_global_state_alone(small_run, monkeypatch):
+def test_plotting_neither_changes_nor_hangs_on_matplotlibs_global_state(small_run, few_page, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now raises
     # Reading "backend" would choose one, by importing pyplot.
     names = [name for name in matplotlib.rcParams if name != "backend"]
     settings = [matplotlib.rcParams[name] for name in names]
-    write_report(small_run)
+    assert write_report(small_run).read_bytes() == few_page, "the same run gives the same bytes"
     assert [matplotlib.rcParams[name] for name in names] == settings
 
 
@@ -814,9 +824,7 @@ def test_smoothing_steps_over_a_missing_value():
     assert math.isnan(smooth(values)[0])
 
 
-def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(finished_run, tmp_path):
-    folder = tmp_path / "resumed"
-    shutil.copytree(finished_run, folder)
+def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(small_run):
     first = {
         "command": "python -m quark_fast.train --task toxicity",
         "machine": "here",
@@ -829,8 +837,8 @@ def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(finished_ru
         "time": "2026-01-02",
         "step": 7,
     }
-    (folder / "versions.json").write_text(json.dumps(first | {"starts": [first, later]}))
-    page = Page(write_report(folder).read_text())
+    (small_run / "versions.json").write_text(json.dumps(first | {"starts": [first, later]}))
+    page = Page(write_report(small_run).read_text())
     assert "python -m quark_fast.train --task toxicity" in page.text
     assert "from step 7: python -m quark_fast.train --resume (there)" in page.text
 

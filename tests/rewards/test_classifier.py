@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, save_tiny_classifier, sharpen, word_tokenizer
+from pairwise import pairwise
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -319,9 +320,10 @@ def test_score_is_the_same_alone_and_beside_others(
     assert scorer.logits.batching == way, "at most as slow as need be"
 
 
-@pytest.mark.parametrize("reads", ["completion", "prompt+completion"])
-@pytest.mark.parametrize("longest", [None, 10 * PLACES])
-@pytest.mark.parametrize("kind", ANY)
+@pytest.mark.parametrize(
+    ("kind", "longest", "reads"),
+    pairwise(list(ANY), [None, 10 * PLACES], ["completion", "prompt+completion"]),
+)
 def test_long_text_is_cut_to_all_that_the_model_takes(
     save_any: Callable[..., str], kind: str, longest: int | None, reads: Any
 ) -> None:
@@ -335,10 +337,15 @@ def test_long_text_is_cut_to_all_that_the_model_takes(
         assert [value] == pytest.approx(by_hand(folder, [LONG], limit, front), abs=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
-@pytest.mark.parametrize("pad", [None, "<|endoftext|>", "<unk>", "w30"])  # "<|endoftext|>" is the end, too
-@pytest.mark.parametrize("own", [None, WORDS, WORDS + 1, 3])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("kind", "pad", "own", "side"),
+    pairwise(
+        ["gpt2", "gemma3"],
+        [None, "<|endoftext|>", "<unk>", "w30"],  # "<|endoftext|>" is the end, too
+        [None, WORDS, WORDS + 1, 3],
+        ["right", "left"],
+    ),
+)
 def test_last_token_is_found_whatever_the_padding_of_tokenizer_and_model(
     save_any: Callable[..., str], kind: str, pad: str | None, own: int | None, side: str
 ) -> None:

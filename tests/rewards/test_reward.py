@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -448,14 +447,12 @@ def test_interrupt_ends_the_waiting_at_once_and_cancels_the_calls() -> None:
     # A shell's background job inherits a SIGINT that is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
-    begun = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             describe(reward)(ROWS, TEXTS)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert cancelled.wait(10)
-    assert time.monotonic() - begun < 60
+    assert cancelled.wait(10), "and not waited for"
 
 
 # --- With a cache --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -158,6 +159,7 @@ def test_large_vocabulary_keeps_its_tail_despite_float32_sums(
 # --- The kernel against the equation ---------------------------------------------------------------
 
 STREAMS = [(1.0,), (2.5, -1.5)]
+KERNELS = list(product(KERNEL_DTYPES, STREAMS))  # one is compiled for each
 
 
 def likely_logits(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -166,13 +168,14 @@ def likely_logits(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> T
     return (sharpness * torch.randn(rows, width, generator=generator(seed)) - 5).to(dtype)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 255, 257, 1003, 2049, 49152])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("weights", STREAMS)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    ("kernel", "temperature", "vocabulary"),
+    pairwise(KERNELS, [0.3, 1.0, 1.7], [1, 2, 255, 257, 1003, 2049, 49152]),
+)
 def test_kernel_finds_the_token_at_the_uniform_number(
-    dtype: torch.dtype, weights: tuple[float, ...], temperature: float, vocabulary: int
+    kernel: tuple[torch.dtype, tuple[float, ...]], temperature: float, vocabulary: int
 ) -> None:
+    dtype, weights = kernel
     draws, suppressed = 24, (0, vocabulary // 2) if vocabulary > 2 else ()
     logits = likely_logits(draws * len(weights), vocabulary, dtype)
     asked = wanted(vocabulary, weights, suppressed, temperature, top_p=0.9)
@@ -195,14 +198,14 @@ def test_kernel_finds_the_token_at_the_uniform_number(
     assert (reached[~inside] - own[~inside, 0] >= 0.9 - near).all(), "outside"
 
 
-@pytest.mark.parametrize("vocabulary", [61, 1003])
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("weights", STREAMS)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    ("kernel", "temperature", "top_p", "vocabulary"),
+    pairwise(KERNELS, [0.0, 0.7, 1.0], [0.1, 0.5, 0.9, 1.0], [61, 1003]),
+)
 def test_kernel_draws_what_the_equation_draws_from_the_same_generator(
-    dtype: torch.dtype, weights: tuple[float, ...], temperature: float, top_p: float, vocabulary: int
+    kernel: tuple[torch.dtype, tuple[float, ...]], temperature: float, top_p: float, vocabulary: int
 ) -> None:
+    dtype, weights = kernel
     logits = likely_logits(40 * len(weights), vocabulary + 5, dtype)
     logits[:, vocabulary:] = torch.nan  # reward tokens and padding are not read
     logits[: 3 * len(weights), 7:20] = -torch.inf if len(weights) == 1 else 0
@@ -455,6 +458,5 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_machine(level: str) -> None:
     """The comparisons again, with the kernels of one level."""
-    run_again_at(
-        level, __file__, "uniform_number or same_generator or no_number or equals or suppressed or cpp"
-    )
+    chosen = "uniform_number or same_generator or no_number or equals or suppressed or cpp"
+    run_again_at(level, __file__, chosen, "--noconftest")

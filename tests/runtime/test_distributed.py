@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,9 @@ from warm import START_METHOD, Process
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OtherProcessFailed, UsageError
 from quark_fast.files.locks import unlock
-from quark_fast.model.check_model import check_model
+from quark_fast.model.check_model import Checked, check_model
+from quark_fast.model.lora import has_adapters
+from quark_fast.model.policy import Policy
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
@@ -146,12 +148,26 @@ def free_port() -> int:
     return port
 
 
+def check_once() -> Callable[..., Checked]:
+    """The check of a model, on two processes in any case, but of each kind of copy only in its first run."""
+    found: dict[tuple[bool, ...], Checked] = {}
+
+    def check(policy: Policy, *given: Any, **how: Any) -> Checked:
+        engines = (f"ACCELERATE_USE_{engine}" in os.environ for engine in ("FSDP", "DEEPSPEED"))
+        kind = (*engines, has_adapters(policy.model))
+        if kind not in found:
+            found[kind] = check_model(policy, *given, **how)
+        return found[kind]
+
+    return check
+
+
 def work(index: int, root: Path, port: int, url: str) -> None:
     """All that is done on two processes, in one pair of them: starting one takes longest."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # pytest makes errors of those of torch's wrappers
     AcceleratorState._reset_state(reset_partial_state=True)
-    setup.check_model = check_model  # on two processes it is made in any case
+    setup.check_model = check_once()
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in alike.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,17 +50,18 @@ def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_computes_in_it_and_gains_by_it
 def test_bf16_is_faster_only_if_its_layer_takes_less_time(
     monkeypatch: pytest.MonkeyPatch, slow: torch.dtype
 ) -> None:
-    """By the clock: layers of one dtype take as long as 30, every other one of the other is disturbed."""
-    linear, calls = torch.nn.functional.linear, Counter()
+    """By a clock of its own: a layer of one dtype takes 30, every other one of the other is disturbed."""
+    linear, calls, now = torch.nn.functional.linear, Counter(), 0.0
 
     def layer(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal now
         calls[weight.dtype] += 1
-        if weight.dtype != slow and calls[weight.dtype] % 2:
-            time.sleep(0.1)
-        for _ in range(30 if weight.dtype == slow else 1):
-            made = linear(rows, weight)
-        return made
+        disturbed = calls[weight.dtype] % 2 == 1
+        now += 30 if weight.dtype == slow else 100 if disturbed else 1
+        return linear(rows, weight)
 
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr("quark_fast.runtime.machine.time", clock)
     monkeypatch.setattr(torch.nn.functional, "linear", layer)
     assert _bf16_is_faster.__wrapped__() == (slow == torch.float32)
 

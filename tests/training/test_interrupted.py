@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import save_tiny_model
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast.errors import UsageError
@@ -60,6 +61,27 @@ def run(folder: Path, model: Path, reward: Any = even_words, **settings: Any) ->
     return trainer
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """An undisturbed run of the tiny model, and how many completions were scored in it."""
+    here, calls = tmp_path_factory.mktemp("whole"), []
+    run(here / "run", save_tiny_model(here / "model", "llama"), counting(calls))
+    return here / "run", sum(calls)
+
+
+@pytest.fixture(scope="module")
+def one_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("one-round")
+    run(here / "run", save_tiny_model(here / "model", "llama"), rounds=1)
+    return here / "run"
+
+
+@pytest.fixture
+def finished(one_round: Path, tmp_path: Path) -> Path:
+    """A copy of the run of one round, in "run"."""
+    return Path(shutil.copytree(one_round, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+
+
 def assert_same(one: Path, other: Path) -> None:
     for name in FILES:
         assert timeless(one / name) == timeless(other / name), name
@@ -75,10 +97,9 @@ def assert_same(one: Path, other: Path) -> None:
     ],
 )
 def test_kill_inside_a_stage_keeps_its_batches_and_no_reward_is_asked_twice(
-    tmp_path: Path, tiny_model: Callable[..., Path], stage: str, done: int
+    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int], stage: str, done: int
 ) -> None:
-    model, calls, whole = tiny_model(), [], []
-    run(tmp_path / "whole", model, counting(whole))
+    model, calls = tiny_model(), []
 
     def listen(progress: Progress) -> None:
         if progress.stage == stage and progress.done >= done:
@@ -88,13 +109,13 @@ def test_kill_inside_a_stage_keeps_its_batches_and_no_reward_is_asked_twice(
         run(tmp_path / "run", model, counting(calls), listen=listen)
     assert list((tmp_path / "run" / "pending").glob("*.jsonl")), "the batches that were made are on disk"
     run(tmp_path / "run", model, counting(calls), resume=True)
-    assert_same(tmp_path / "run", tmp_path / "whole")
-    assert sum(calls) == sum(whole), "every completion was scored once"
+    assert_same(tmp_path / "run", whole[0])
+    assert sum(calls) == whole[1], "every completion was scored once"
     assert not (tmp_path / "run" / "pending").exists()
 
 
 def test_kill_in_the_middle_of_scoring_costs_one_batch(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int]
 ) -> None:
     model, scored = tiny_model(), []
     calls = iter(range(10**9))
@@ -110,8 +131,7 @@ def test_kill_in_the_middle_of_scoring_costs_one_batch(
     before = sum(scored)
     assert before > 16
     run(tmp_path / "run", model, counting(scored), resume=True, accept_changed_reward=True)
-    run(tmp_path / "whole", model)
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_same(tmp_path / "run", whole[0])
     evaluated = len(rows(tmp_path / "run" / "evaluation.jsonl"))
     sampled = len(rows(tmp_path / "run" / "completions.jsonl"))
     assert sum(scored) == sampled + evaluated + 4 + 12, "with the check's and the probe's completions"
@@ -190,33 +210,27 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_finished_run_without_its_report_is_still_finished(
-    tmp_path: Path, tiny_model: Callable[..., Path]
-) -> None:
-    model = tiny_model()
-    run(tmp_path / "run", model, rounds=1)
-    (tmp_path / "run" / "report.html").unlink()
-    before = files(tmp_path / "run")
+def test_finished_run_without_its_report_is_still_finished(finished: Path, one_round: Path) -> None:
+    (finished / "report.html").unlink()
+    before = files(finished)
     with pytest.raises(UsageError, match="finished"):
-        run(tmp_path / "run", model, rounds=1, resume=True)
-    assert files(tmp_path / "run") == before
+        run(finished, one_round.parent / "model", rounds=1, resume=True)
+    assert files(finished) == before
 
 
 @pytest.mark.parametrize(
     "gone", [["report.html", "finished.json"], ["finished.json", "report.html", "model"]]
 )
 def test_results_without_a_checkpoint_are_refused_and_left_alone(
-    tmp_path: Path, tiny_model: Callable[..., Path], gone: list[str]
+    finished: Path, one_round: Path, gone: list[str]
 ) -> None:
-    model = tiny_model()
-    run(tmp_path / "run", model, rounds=1)
     for name in gone:
-        path = tmp_path / "run" / name
+        path = finished / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = files(tmp_path / "run")
+    before = files(finished)
     with pytest.raises(UsageError, match=r"has results \(.*\) but no checkpoint"):
-        run(tmp_path / "run", model, rounds=1, resume=True)
-    after = files(tmp_path / "run")
+        run(finished, one_round.parent / "model", rounds=1, resume=True)
+    after = files(finished)
     after.pop(".lock", None)
     assert after == before
 
@@ -341,7 +355,7 @@ def test_memory_for_not_even_one_completion_ends_in_one_line(
 
 
 def test_texts_that_run_out_of_memory_are_read_by_halves(
-    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Callable[..., Path], one_round: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, sizes = perplexity.make_batch, []
 
@@ -351,14 +365,12 @@ def test_texts_that_run_out_of_memory_are_read_by_halves(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return own(policy, prompts, *rest)
 
-    model = tiny_model()
-    run(tmp_path / "whole", model, rounds=1)
     monkeypatch.setattr(perplexity, "make_batch", limited)
-    run(tmp_path / "run", model, rounds=1)
+    run(tmp_path / "run", tiny_model(), rounds=1)
     assert max(sizes) > 3
     for ours, theirs in zip(
         rows(tmp_path / "run" / "evaluation.jsonl"),
-        rows(tmp_path / "whole" / "evaluation.jsonl"),
+        rows(one_round / "evaluation.jsonl"),
         strict=True,
     ):
         assert ours["completion"] == theirs["completion"]
@@ -380,7 +392,7 @@ def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
 
 
 def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int]
 ) -> None:
     model = tiny_model()
     with pytest.raises(Killed):
@@ -388,8 +400,7 @@ def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
     notes: list[str] = []
     run(tmp_path / "run", model, resume=True, sample_batch=64, listen=lambda p: notes.append(p.note))
     assert "sample_batch = 64: the run's batches stay those of 16" in notes
-    run(tmp_path / "whole", model)
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_same(tmp_path / "run", whole[0])
 
 
 @pytest.mark.parametrize(("guidance", "most"), [(1.0, 12), (1.5, 6)])

@@ -110,7 +110,7 @@ def test_probe_and_the_next_rounds_samples_are_of_one_copy_which_is_gone_while_l
         return model
 
     monkeypatch.setattr(copies, "frozen_copy", counted)
-    config = small(tmp_path / "run", tiny_model(), rounds=3, steps=2)
+    config = small(tmp_path / "run", tiny_model(), **SHORT | {"rounds": 3, "steps": 2, "explore_samples": 2})
     trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
     step = trainer.learner.step
 
@@ -142,36 +142,42 @@ def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
     assert precision("fp32", resume=True) == "bf16"
 
 
+KILLS = [
+    ("round 1/2: sampling", 1),
+    ("round 1/2: learning", 1),  # before the first checkpoint
+    ("round 1/2: learning", 5),
+    ("round 2/2: sampling", 1),
+    ("round 2/2: learning", 1),
+    ("round 2/2: learning", 5),
+    ("evaluating: best token", 1),
+]
+
+
 def test_run_killed_at_any_moment_resumes_to_identical_results(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     model = tiny_model()
 
-    def run(name: str, die_at: int | None = None, resume: bool = False) -> None:
-        """Train; with ``die_at`` the process's state is lost at that event, as by SIGKILL."""
-        events = iter(range(10**9))
+    def run(name: str, kill: tuple[str, int] | None = None, resume: bool = False) -> None:
+        """Train; with ``kill`` the process's state is lost in that stage, as by SIGKILL."""
 
         def listen(progress: Progress) -> None:
-            if next(events) == die_at:
+            if kill is not None and progress.stage == kill[0] and progress.done >= kill[1]:
                 raise SystemError("killed")
 
-        longer = {"rounds": 2, "steps": 15, "initial_samples": 8, "eval_samples": 2, "checkpoint_every": 4}
+        longer = {"rounds": 2, "explore_samples": 2, "eval_samples": 2, "sample_batch": 16}
         config = small(tmp_path / name, model, **(SHORT | longer), resume=resume)
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
         trainer.train()
 
     run("undisturbed")
-    # Early in sampling, in learning before and after a checkpoint, in the second round, in the evaluation.
-    for die_at in (0, 3, 9, 14, 20, 34, 38):
-        name = f"killed-{die_at}"
+    for number, kill in enumerate(KILLS):
+        name = f"killed-{number}"
         with pytest.raises(SystemError, match="killed"):
-            run(name, die_at=die_at)
+            run(name, kill)
         run(name, resume=True)
         for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
-            assert timeless(tmp_path / name / file) == timeless(tmp_path / "undisturbed" / file), (
-                die_at,
-                file,
-            )
+            assert timeless(tmp_path / name / file) == timeless(tmp_path / "undisturbed" / file), (kill, file)
 
 
 def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
@@ -187,8 +193,7 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
         tiny_model(),
         reward="evens:reward",
         prompts=str(tmp_path / "prompts.txt"),
-        steps=40,
-        checkpoint_every=5,
+        **SHORT | {"rounds": 3, "steps": 40, "explore_samples": 2, "checkpoint_every": 5},
     ).save(tmp_path / "run.yaml")
 
     def start(*flags: str) -> Process:
@@ -257,9 +262,9 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model: Call
 
     given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
     with pytest.raises(SystemError):
-        Trainer(small(tmp_path / "run", tiny_model("llama")), listen=stop, **given).train()
+        Trainer(small(tmp_path / "run", tiny_model("llama"), **SHORT), listen=stop, **given).train()
     with pytest.raises(UsageError, match="resume it with its own"):
-        Trainer(small(tmp_path / "run", tiny_model("gpt2"), resume=True), **given)
+        Trainer(small(tmp_path / "run", tiny_model("gpt2"), **SHORT, resume=True), **given)
 
 
 def test_resume_with_other_training_prompts_is_refused(
@@ -271,10 +276,10 @@ def test_resume_with_other_training_prompts_is_refused(
 
     model, given = tiny_model(), {"reward": even_words, "held_out": PROMPTS[:4]}
     with pytest.raises(SystemError):
-        Trainer(small(tmp_path / "run", model), listen=stop, prompts=PROMPTS, **given).train()
+        Trainer(small(tmp_path / "run", model, **SHORT), listen=stop, prompts=PROMPTS, **given).train()
     for other in (PROMPTS[:-1], PROMPTS[::-1]):
         with pytest.raises(UsageError, match="training prompts are not those"):
-            Trainer(small(tmp_path / "run", model, resume=True), prompts=other, **given)
+            Trainer(small(tmp_path / "run", model, **SHORT, resume=True), prompts=other, **given)
 
 
 def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
@@ -288,7 +293,7 @@ def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[...,
 
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     given = {"prompts": [{"prompt": m} for m in asked[4:]], "held_out": [{"prompt": m} for m in asked[:4]]}
-    Trainer(small(tmp_path / "run", model, rounds=1, steps=1), reward=reward, **given).train()
+    Trainer(small(tmp_path / "run", model, **SHORT | {"steps": 1}), reward=reward, **given).train()
     prompts = {row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl")}
     assert prompts == {f"{text} w9 " for text in PROMPTS[4:]}
     assert all(prompt == f"{messages[0]['content']} w9 " for prompt, messages in heard)
@@ -301,8 +306,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
         config = small(
             tmp_path / f"micro-{size}",
             model,
-            rounds=1,
-            steps=3,
+            **SHORT | {"steps": 3, "batch_size": 32},
             micro_batch=size,
             entropy_coef=0.1,
             unlikelihood_coef=1.0,
@@ -364,7 +368,6 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
     assert any(p.grad.abs().max() > 1e-3 for p in policy.model.parameters())
 
 
-@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_other_architectures_and_precisions_train(
@@ -374,7 +377,6 @@ def test_other_architectures_and_precisions_train(
     few = SHORT | {"rounds": 2, "steps": 4, "precision": precision, "contrast_coef": 0.0}
     config = small(tmp_path / "run", model, **few)
     folder = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train().folder
-    assert (folder / "report.html").exists()
     card = ModelCard.load(folder / "model" / "README.md")
     assert "to write what its reward function scores high" in card.text and card.data.license is None
     assert len(rows(folder / "metrics.jsonl", kind="step")) == 8
@@ -415,7 +417,7 @@ def test_reward_that_fails_mid_run_loses_nothing_that_was_saved(
 
     model = tiny_model()
     given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
-    settings = {"rounds": 2, "steps": 6, "sample_batch": 96}
+    settings = {"rounds": 2, "steps": 6, "batch_size": 8, "sample_batch": 96, "eval_samples": 1}
     with pytest.raises(UsageError, match="scorer is down"):
         Trainer(small(tmp_path / "run", model, **settings), reward=fails_later, **given).train()
     assert (tmp_path / "run" / "checkpoint" / "state.json").exists()
@@ -521,7 +523,7 @@ def test_yes_or_no_puts_failures_under_the_worst_token_and_successes_under_the_b
     def passes(prompts: list[str], completions: list[str], **columns: Any) -> list[bool]:
         return [text.startswith("w7") for text in completions]
 
-    config = small(tmp_path / "run", tiny_model(), rounds=1, steps=4, quantiles=5)
+    config = small(tmp_path / "run", tiny_model(), rounds=1, steps=4, quantiles=5, eval_samples=1)
     trainer = Trainer(config, reward=passes, prompts=PROMPTS, held_out=PROMPTS[:4])
     trainer.train()
     written = rows(tmp_path / "run" / "completions.jsonl")
@@ -570,7 +572,7 @@ def test_round_without_a_second_reward_is_left_out_and_the_next_learns(
 ) -> None:
     model = tiny_model()
     settings = {"rounds": 3, "steps": 4, "initial_samples": 1, "explore_samples": 1, "checkpoint_every": 2}
-    settings |= {"guidance": 1.5}
+    settings |= {"guidance": 1.5, "batch_size": 8, "eval_samples": 2}
     given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
 
     def train(name: str, die_at: str = "", resume: bool = False, **more: Any) -> Trainer:
@@ -608,7 +610,11 @@ def test_tokens_that_training_touched_stay_as_it_left_them(
     tmp_path: Path, tiny_model: Callable[..., Path], contrast: float
 ) -> None:
     config = small(
-        tmp_path / "run", tiny_model(), rounds=1, steps=3, quantile_weights="best", contrast_coef=contrast
+        tmp_path / "run",
+        tiny_model(),
+        **SHORT | {"steps": 3},
+        quantile_weights="best",
+        contrast_coef=contrast,
     )
     trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
     trained: list[torch.Tensor] = []
