@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
-
 from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
@@ -109,24 +107,16 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     from quark_fast.report.results import headline
     from quark_fast.report.tables import results_table, tables
     from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
+    from quark_fast.training.display import Display
+    from quark_fast.training.progress import Progress
 
     quiet_libraries()
     set_threads(threads)
-    name = TextColumn("{task.description}", markup=False)  # which names a folder
-    bar = Progress(name, BarColumn(), TaskProgressColumn(), console=notices, disable=not notices.is_terminal)
-    shown: dict[str, TaskID] = {}
-
-    def listen(stage: str, done: int, total: int) -> None:
-        if not notices.is_terminal and done == total:  # a log has no bars
-            notices.print(f"{stage}: {done} of {total}")
-        if stage not in shown:
-            shown[stage] = bar.add_task(stage, total=total)
-        bar.update(shown[stage], completed=done)
-
-    evaluator = Evaluator(subjects, **settings, listen=listen)
-    for remark in evaluator.remarks:
-        notices.print(remark)
-    with bar:
+    display = Display(notices)
+    with display.shown():
+        evaluator = Evaluator(subjects, **settings, listen=lambda *given: display(Progress(*given)))
+        for remark in evaluator.remarks:
+            notices.print(remark)
         made = evaluator.evaluate()
     console.print(headline(made.table))
     for title, table in tables(made.table):

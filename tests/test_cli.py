@@ -492,11 +492,10 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
     assert all(shown_name(name) in heard.out for name in names)
-    progress = [f"{name}: 4 of 4" for name in names]
+    progress = [f"{shown_name(name)}: 4 of 4" for name in names]
     written = ["written: table.json", "written: table.jsonl"]
-    assert heard.err.splitlines() == ["held.jsonl: 2 read", *progress, *written], (
-        "in a log each row says that it is done"
-    )
+    lines = [re.sub(r"  \(\d+ s\)$", "", line) for line in heard.err.splitlines()]
+    assert lines == ["held.jsonl: 2 read", *progress, *written], "in a log each row says that it is done"
     assert not set(progress) & set(heard.out.splitlines()), (
         "whoever keeps standard output has the table alone"
     )
@@ -713,6 +712,28 @@ def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], objec
     reader.join()
     os.close(ours)
     return sent.decode()
+
+
+def test_evaluate_shows_a_bar_on_a_terminal_before_the_first_batch_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Display.__call__
+
+    def drawn_at_once(self: Display, event: Progress) -> None:
+        heard(self, event)
+        self.live.refresh()
+
+    monkeypatch.setattr(Display, "__call__", drawn_at_once)
+
+    def work() -> None:
+        arguments = ["finished", "--samples", "2", "--rows", "best", "--judge", "none", "--threads", "1"]
+        assert evaluate.main(arguments) == 0
+
+    bar = re.sub(r"\x1b\[[0-9;]*m", "", seen_on_a_terminal(monkeypatch, work))
+    for name in ("loading the models", "trying out what scores", "base model", "best token"):
+        assert re.search(rf"{name} .* 0/\d+ ", bar), name
+    for name in ("base model", "best token"):
+        assert re.search(rf"{name}: 4 of 4  \(\d+ s\)\r\n", bar), name
 
 
 HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"  # the cursor

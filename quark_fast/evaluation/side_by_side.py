@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,9 +33,13 @@ from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
+from quark_fast.report.results import shown_name
 from quark_fast.report.tables import markdown_page
 from quark_fast.rewards.reward import Function, Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
+
+Listen = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Evaluator:
         seed: int = 0,
         ppl_model: str | None = None,
         trust_remote_code: bool = False,
-        listen: Callable[[str, int, int], None] = lambda *_: None,
+        listen: Listen = lambda *_: None,
     ) -> None:
         self.subjects = find_subjects(subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
@@ -185,7 +191,7 @@ class Evaluator:
         self.lead = next(iter(self.live))
         self.dtypes: set[torch.dtype] = set()
         self.vocabularies: dict[str, dict[str, int]] = {}  # without reward tokens, by label
-        for label in reversed(self.live):
+        for label in _counted("loading the models", list(reversed(self.live)), self.listen):
             opened = self.models.open(label)
             if opened.samples_base or label == self.lead:
                 opened.reference()
@@ -255,11 +261,11 @@ class Evaluator:
 
     def _check_reward(self) -> None:
         """The first model's completions of a few prompts are scored before the long work."""
-        for domain in self.domains:
-            held_out, how = domain.held_out[self.lead], evaluation_sampling(self.config)
-            policy = self.opened.policy
-            for scorer in (self.reward, *self.protocol.judges):
-                scorer.check(first_completions(policy, policy.model, held_out, how, self.seed))
+        how, policy = evaluation_sampling(self.config), self.opened.policy
+        each = list(itertools.product(self.domains, (self.reward, *self.protocol.judges)))
+        for domain, scorer in _counted("trying out what scores", each, self.listen):
+            held_out = domain.held_out[self.lead]
+            scorer.check(first_completions(policy, policy.model, held_out, how, self.seed))
 
     # ---------------------------------------------------------------- the work
 
@@ -314,10 +320,11 @@ class Evaluator:
             if not all("prompt_class" in row for row in rows):
                 # The run's own seed: the classes are the same whatever seed the samples are drawn with.
                 setup = dataclasses.replace(setup, seed=self.config.seed)
-                found = classify_prompts(setup, self.config.target)
+                found, stage = classify_prompts(setup, self.config.target), "classes of the prompts"
+                self.listen(domain.stage(stage), 0, len(rows))
                 for done, (i, name) in enumerate(found, start=1):
                     rows[i]["prompt_class"] = name
-                    self.listen(domain.stage("classes of the prompts"), done, len(rows))
+                    self.listen(domain.stage(stage), done, len(rows))
                 domain.set_classes(rows)
             self.tables[domain.key]["classes_sha256"] = classes_sha256(self.protocol.task, rows)
         check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
@@ -329,9 +336,10 @@ class Evaluator:
         names = {row.name: self._row_name(label, row) for row in opened.rows}
         samples: dict[str, list[Sample]] = {row.name: [] for row in opened.rows}
         measures, nll = self.protocol.task.measures, self.nll[domain.key]
-        for name, part in evaluate(setup, opened.policy.model, opened.rows, measures, nll):
+        stages = {name: domain.stage(shown_name(own)) for name, own in names.items()}
+        parts = evaluate(setup, opened.policy.model, opened.rows, measures, nll)
+        for name, part in _reported(parts, stages, total, self.listen):
             samples[name] += part
-            self.listen(domain.stage(names[name]), len(samples[name]), total)
         prefix = opened.policy.tokenizer.decode(opened.policy.prefix)
         rows = []
         for row in opened.rows:
@@ -347,3 +355,33 @@ class Evaluator:
             if isinstance(self.live[other], Plain):
                 return other
         return row.name if len(same) == len(self.subjects) else f"{label}: {row.name}"
+
+
+def _counted(stage: str, items: Sequence[T], listen: Listen) -> Iterator[T]:
+    """The items; ``listen`` hears how many are done before each of them.
+
+    Not at the end, of which a log would keep a line: where something is refused, it has the reason alone.
+    """
+    for done, item in enumerate(items):
+        listen(stage, done, len(items))
+        yield item
+
+
+def _reported(
+    parts: Iterable[tuple[str, list[Sample]]], stages: Mapping[str, str], total: int, listen: Listen
+) -> Iterator[tuple[str, list[Sample]]]:
+    """The parts of a table's rows; ``listen`` hears of each row when it begins, and of each part.
+
+    Args:
+        stages: what each row is called, in their order. total: samples of a row.
+    """
+    done, ahead = Counter[str](), iter(stages.values())
+    for stage in itertools.islice(ahead, 1):
+        listen(stage, 0, total)
+    for name, part in parts:
+        yield name, part
+        done[name] += len(part)
+        listen(stages[name], done[name], total)
+        if done[name] == total:
+            for stage in itertools.islice(ahead, 1):
+                listen(stage, 0, total)

@@ -72,7 +72,8 @@ class Display:
             self.texts.plain = self._lines(event.texts)
         if event.done >= event.total:
             # What a log file keeps of the stage.
-            self.console.print(f"{event.stage}: {shown}  ({time.monotonic() - self.begun:.0f} s)")
+            what = shown or f"{event.done} of {event.total}"
+            self.console.print(f"{event.stage}: {what}  ({time.monotonic() - self.begun:.0f} s)")
         elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")
