@@ -688,7 +688,11 @@ def test_a_stage_has_taken_the_time_of_what_it_reports_as_done_at_first(
     ]:
         clock.now += after
         display(Progress(stage, done, 2))
-    assert log.getvalue().splitlines() == ["sampling:   (90 s)", "learning:   (50 s)", "probing:   (7 s)"]
+    assert log.getvalue().splitlines() == [
+        "sampling: 2 of 2  (90 s)",
+        "learning: 2 of 2  (50 s)",
+        "probing: 2 of 2  (7 s)",
+    ]
 
 
 def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> str:
