@@ -140,9 +140,7 @@ class EvaluationSetup:
 
     def with_texts(self, drawn: DrawnBatch) -> list[Unscored]:
         """Every completion of a batch with its text."""
-        groups = zip(drawn.indices, drawn.completions, strict=True)
-        flat = [(i, ids) for i, group in groups for ids in group]
-        return [(i, ids, self.policy.decode(ids, self.held_out.ids[i])) for i, ids in flat]
+        return [(i, ids, self.policy.decode(ids, self.held_out.ids[i])) for i, ids in drawn.each()]
 
     def scored(self, completions: Sequence[Unscored]) -> Begun[list[Completion]]:
         """The completions with their rewards."""
@@ -302,10 +300,9 @@ def first_completions(
     """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
     for number, some in enumerate((slice(0, 4), slice(4, 64))):
         some_ids, own_seed = prompts.ids[some], seed_for(seed, "check of the reward", number)
-        for indices, drawn, _ in sample(
-            policy, model, SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
-        ):
+        request = SampleRequest(some_ids, Conditioning(), sampling, 1, own_seed)
+        for drawn in sample(policy, model, request):
             yield (
-                [prompts.for_reward((some.start or 0) + i) for i in indices],
-                [policy.decode(one, some_ids[i]) for i, (one,) in zip(indices, drawn, strict=True)],
+                [prompts.for_reward((some.start or 0) + i) for i in drawn.indices],
+                [policy.decode(ids, some_ids[i]) for i, ids in drawn.each()],
             )

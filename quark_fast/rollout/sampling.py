@@ -30,6 +30,11 @@ class DrawnBatch(NamedTuple):
     completions: list[list[list[int]]]
     own_nll: list[list[float]] | None = None
 
+    def each(self) -> list[tuple[int, list[int]]]:
+        """(index of its prompt, completion), one after the other."""
+        groups = zip(self.indices, self.completions, strict=True)
+        return [(i, ids) for i, group in groups for ids in group]
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -147,15 +147,19 @@ class Checkpoint:
 
     def _check_begun(self, begun: Mapping[str, Any]) -> None:
         """Refuse what is kept of a first round with other prompts, completions or rewards."""
-        self._check_prompts(begun.get("prompts"), self.setup.folder)
-        scored = self.setup.prompts.scored
-        if begun.get("scored", scored_digest(scored)) != scored_digest(scored):
+        own = self.identity
+        before = {
+            **own,
+            **begun,
+        }  # of a run that has not begun, or by an earlier version: it lacks some of them
+        self._check_prompts(before["prompts"], self.setup.folder)
+        if before["scored"] != own["scored"]:
             raise UsageError(
                 f"the scored completions of {self.setup.config.scored} are not those that the run in"
                 f" {self.setup.folder.path} began with: the file has changed; put it back, or begin anew in"
                 " another --output"
             )
-        self._check_reward(begun.get("reward"), self.setup.folder)
+        self._check_reward(before["reward"], self.setup.folder)
 
     def _check(self, saved: dict[str, Any], tensors: Tensors, folder: RunFolder) -> None:
         """Refuse the checkpoint of another model, or of other prompts."""
@@ -170,8 +174,8 @@ class Checkpoint:
         self._check_prompts(saved["prompts"], folder)
         self._check_reward(saved.get("reward"), folder)
 
-    def _check_prompts(self, before: str | None, folder: RunFolder) -> None:
-        if before not in (None, digest(self.setup.prompts.train)):
+    def _check_prompts(self, before: str, folder: RunFolder) -> None:
+        if before != digest(self.setup.prompts.train):
             raise UsageError(
                 f"the training prompts are not those that the run in {folder.path} began with;"
                 " give it the same"

@@ -206,8 +206,7 @@ class Explorer:
 
     def _score(self, prompts: list[int], drawn: DrawnBatch) -> Begun[list[Scored]]:
         """The completions with their rewards; ``prompts``: where the request's stand among all."""
-        groups = zip(drawn.indices, drawn.completions, strict=True)
-        flat = [(prompts[i], one) for i, group in groups for one in group]
+        flat = [(prompts[i], ids) for i, ids in drawn.each()]
         texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
         unscored = [Scored(i, ids, text, math.nan) for (i, ids), text in zip(flat, texts, strict=True)]
         begun = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)
