@@ -124,7 +124,7 @@ def saved_bytes(shape: Shape, lora_rank: int) -> int:
 
     All weights, float32 under autocast:  26 d + 8 q + 4 h + 8 f + 8.  Both norms keep input and output in
     float32 (16 d), each of five linear layers after a norm a bfloat16 copy of its input (10 d).
-    Adapters of rank r, in bfloat16:  12 d + 8 q + 4 h + 8 f + 14 r + 8.  Both norms keep float32 copies of
+    Adapters of rank r, under autocast:  12 d + 8 q + 4 h + 8 f + 14 r + 8.  Both norms keep float32 copies of
     their input (8 d), adapters share bfloat16 inputs (4 d) and keep their r numbers (seven layers).
     Both: rotated queries, keys and values repeated for each head, attention's output (2 q each), its
     normaliser (4 h); gate, up, silu, their product (2 f each); the norms' scales (8). q = heads x head size.
@@ -149,13 +149,13 @@ def activation_bytes(shape: Shape, tokens: int, lora_rank: int, recompute: bool)
 def optimizer_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
     """AdamW's two moments of all that is trained, reward tokens' rows left out.
 
-    adamw, in the dtype of the weights: 8 P; 4 bytes for each of r x adapted x layers of adapters (bfloat16).
+    adamw, float32: 8 P; 8 bytes for each of r x adapted x layers of adapters.
     adamw-8bit: 2 + 8 / 256 bytes each, two codes and their share of two float32 scales; but 8 for each
     number of the embedding table. Norms and other parameters below 4096 numbers, with 8, are left out.
     """
     adapters = lora_rank * shape.adapted * shape.layers
     if optimizer == "adamw":
-        return 4 * adapters if lora_rank else 8 * shape.parameters
+        return 8 * (adapters if lora_rank else shape.parameters)
     table = shape.vocabulary * shape.width
     coded = adapters if lora_rank else shape.parameters - table
     return 2 * coded + coded // 32 + (0 if lora_rank else 8 * table)
@@ -165,13 +165,13 @@ def state_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
     """Weights, gradients, AdamW's two moments, the reference.
 
     All weights: 8 P of weights and gradients in float32, autocast's bfloat16 copies (2 P), the bfloat16
-    reference (2 P), ``optimizer_bytes``. Adapters: 2 P, which the reference shares, 4 bytes (bfloat16) for
-    each of r x adapted x layers, ``optimizer_bytes``.
+    reference (2 P), ``optimizer_bytes``. Adapters: 2 P, which the reference shares, 10 bytes for each of
+    r x adapted x layers (weight, gradient, autocast's copy), ``optimizer_bytes``.
     """
     moments = optimizer_bytes(shape, lora_rank, optimizer)
     if not lora_rank:
         return 12 * shape.parameters + moments
-    return 2 * shape.parameters + 4 * lora_rank * shape.adapted * shape.layers + moments
+    return 2 * shape.parameters + 10 * lora_rank * shape.adapted * shape.layers + moments
 
 
 def loss_bytes(shape: Shape, completion_tokens: int, lora_rank: int) -> int:
@@ -204,13 +204,13 @@ def step_bytes(
 def held_while_sampling(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
     """Beside the rows: the state without gradients and autocast's copies, and the copy that is sampled (2 P).
 
-    All weights: 4 P + 2 P (reference) + 2 P; adapters: 2 P + 2 P + 2 bytes for each of theirs; and
+    All weights: 4 P + 2 P (reference) + 2 P; adapters: 2 P + 2 P + 4 bytes for each of theirs; and
     ``optimizer_bytes``.
     """
     moments = optimizer_bytes(shape, lora_rank, optimizer)
     if not lora_rank:
         return 8 * shape.parameters + moments
-    return 4 * shape.parameters + 2 * lora_rank * shape.adapted * shape.layers + moments
+    return 4 * shape.parameters + 4 * lora_rank * shape.adapted * shape.layers + moments
 
 
 # ------------------------------------------------------------- rows that free memory holds

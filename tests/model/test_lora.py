@@ -54,6 +54,34 @@ def test_a_model_in_bf16_under_float32_adapters_is_judged_as_one_in_bf16(tiny_mo
     assert tolerance_of(Policy.create(source, quantiles=3).model) == TOLERANCE[torch.float32]
 
 
+def test_updates_too_small_for_bf16_add_up_beside_bf16_weights(tiny_model: Make) -> None:
+    source = tiny_model("llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    policy = Policy.create(source, quantiles=3, lora=Lora(4, 8.0), low=torch.bfloat16)
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    first = next(p for name, p in trained.items() if "lora_A" in name)
+    before = first.detach().clone()
+    optimizer = torch.optim.AdamW([first], lr=1e-5, weight_decay=0.0)
+    for _ in range(10):  # a step of bfloat16 at .1 is 5e-4
+        first.grad = torch.ones_like(first)
+        optimizer.step()
+    torch.testing.assert_close(before - first, torch.full_like(first, 1e-4), rtol=1e-2, atol=0)
+
+
+def test_under_autocast_adapters_in_float32_give_what_those_in_bf16_gave(tiny_model: Make) -> None:
+    source = tiny_model("llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    policy = adapted(source, low=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(policy.model, IDS)
+    assert found.dtype == torch.bfloat16
+    for name, parameter in policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    assert torch.equal(logits(policy.model, IDS), found)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_adapters_and_reward_rows_train_and_new_adapters_change_nothing(
     tiny_model: Make, architecture: str
