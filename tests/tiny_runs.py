@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quark_fast.config import Config
+from quark_fast.training.progress import Progress
 
 PROMPTS = [f"w{i} w{j}" for i in range(12) for j in range(12, 14)]
 
@@ -58,6 +61,26 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
 def rows(path: Path, **wanted: Any) -> list[dict[str, Any]]:
     every = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in every if all(row[k] == v for k, v in wanted.items())]
+
+
+def copies_at(
+    moments: Sequence[tuple[str, int]], folder: Path, seen: Callable[[int], None] = lambda _: None
+) -> Callable[[Progress], None]:
+    """Copies a run's folder when so much of a stage is done: what a kill at that moment would leave there.
+
+    One run so gives what many killed ones would, each of which would begin anew. The copy of moment n is
+    "killed-n" beside the folder; ``seen`` hears of n.
+    """
+    left = dict(enumerate(moments))
+
+    def listen(progress: Progress) -> None:
+        for number, (stage, done) in list(left.items()):
+            if progress.stage == stage and progress.done >= done:
+                del left[number]
+                shutil.copytree(folder, folder.with_name(f"killed-{number}"))
+                seen(number)
+
+    return listen
 
 
 # What a clock decides may differ between a resumed and an undisturbed run; nothing else may.

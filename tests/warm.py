@@ -24,10 +24,20 @@ START_METHOD = "spawn" if torch.cuda.is_available() else "fork"  # of torch.mult
 
 
 class Process:
-    """``python -m module arguments``, begun in a folder; what it prints is kept."""
+    """``python -m module arguments``, begun in a folder; what it prints is kept.
+
+    Args:
+        environment: what differs from this one's; a name with None is not set.
+        launched: as launchers start theirs, in a session of its own, printing where this process does.
+    """
 
     def __init__(
-        self, module: str, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        *arguments: str,
+        folder: Path,
+        environment: Mapping[str, str | None] | None = None,
+        launched: bool = False,
     ) -> None:
         self._out, self._err = os.memfd_create("out"), os.memfd_create("err")
         self._status: int | None = None
@@ -35,10 +45,17 @@ class Process:
         if self.pid == 0:
             status = 1
             try:
-                os.dup2(self._out, 1)
-                os.dup2(self._err, 2)
+                if launched:
+                    os.setsid()
+                else:
+                    os.dup2(self._out, 1)
+                    os.dup2(self._err, 2)
                 os.chdir(folder)
-                os.environ |= environment or {}
+                for name, value in (environment or {}).items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
                 status = _run(module, list(arguments))
             finally:
                 os._exit(status)

@@ -147,8 +147,16 @@ def inline_svg(figure: Figure, name: str, label: str, palette: Palette) -> str:
         name: prefix of the ids in the SVG, different for each plot of a page.
         label: what a screen reader reads out.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    canvas = FigureCanvasSVG(figure)
+    figure.dpi = 72  # what an SVG is drawn with, so that the panels are laid out for its sizes of text
+    if layout := figure.get_layout_engine():
+        # Once, without drawing: savefig draws everything twice, first for the sake of the layout.
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    canvas.print_svg(file, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

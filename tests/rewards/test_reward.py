@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import linecache
 import math
+import os
 import random
 import signal
 import subprocess
@@ -231,16 +232,21 @@ print(describe(f).sha256, describe(F()).sha256)
 
 
 def test_what_was_typed_at_a_prompt_is_told_apart_by_what_it_does() -> None:
-    """Three interpreters, each with an order of sets of its own."""
+    """Two interpreters, each with an order of sets of its own; in one of them, two functions of one name."""
 
-    def typed(value: int) -> list[str]:
-        command = [sys.executable, "-i", "-q"]
-        text = TYPED.format(value=value)
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    def typed(seed: int, *values: int) -> list[list[str]]:
+        done = subprocess.run(
+            [sys.executable, "-i", "-q"],
+            input="".join(TYPED.format(value=value) for value in values),
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert "Error" not in done.stderr
-        return done.stdout.split()
+        return [line.split() for line in done.stdout.splitlines()]
 
-    first, again, other = typed(1), typed(1), typed(2)
+    (first, other), (again,) = typed(1, 1, 2), typed(2, 1)
     assert first == again and NO_SOURCE not in first
     assert other[0] != first[0] and other[1] == first[1]
 

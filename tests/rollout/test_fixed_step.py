@@ -183,9 +183,11 @@ def test_what_a_graph_would_record_is_the_same_in_every_step_of_every_batch(
         return run
 
     monkeypatch.setattr(fixed_step, "cuda_graph", watched)
-    drawn(policy, frozen_copy(policy, torch.float32), conditioning, "graph", min_new_tokens=9)
-    plain = conditioning is HOW["plain"]
-    assert [len(seen) for seen in of_shape] == ([16, 8] if plain else [40]), "of each shape one is made"
+    model, new = frozen_copy(policy, torch.float32), 5
+    drawn(policy, model, conditioning, "graph", max_new_tokens=new, min_new_tokens=new)
+    plain, steps = conditioning is HOW["plain"], new - 1
+    found = [len(seen) for seen in of_shape]
+    assert found == ([2 * steps, steps] if plain else [5 * steps]), "of each shape one is made"
     for seen in of_shape:
         assert all(signature == seen[0] for signature in seen)
         reads = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}

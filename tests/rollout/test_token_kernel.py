@@ -12,6 +12,8 @@ from quark_fast.ops import token_kernel
 from quark_fast.ops.rows import KERNEL_DTYPES
 from quark_fast.rollout.tokens import NextToken, draw_on_gpu
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 NONE = torch.tensor([], dtype=torch.long)
 ONE = torch.ones(1)
 

@@ -223,6 +223,14 @@ def test_kernel_draws_what_the_equation_draws_from_the_same_generator(
 ENGINES = {"torch": draw_by_equation, "cpp": draw_tokens, "triton": draw_on_gpu}
 
 
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "triton":  # by name, as the conftest.py that has it is not there when levels are tried
+        request.getfixturevalue("quick_interpreter")
+    return name
+
+
 def probabilities(logits: Tensor, asked: NextToken) -> Tensor:
     """(N, V) float64, before the nucleus."""
     by_stream = logits[:, : asked.vocabulary].double().view(len(asked.weights), -1, asked.vocabulary)
@@ -247,6 +255,7 @@ def log_q(probs: Tensor, tokens: Tensor, top_p: float) -> Tensor:
         [(1.0,), (2.5, -1.5)],
         KERNEL_DTYPES,
     ),
+    indirect=["engine"],
 )
 def test_log_q_is_that_of_the_truncated_distribution_in_float64(
     engine: str,
@@ -277,7 +286,7 @@ def test_log_q_is_that_of_the_truncated_distribution_in_float64(
         torch.testing.assert_close(exact, log_q(probs, told, top_p), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
 @pytest.mark.parametrize("weights", STREAMS)
 def test_log_q_of_a_greedy_token_is_0(engine: str, weights: tuple[float, ...]) -> None:
     logits = likely_logits(5 * len(weights), 300, torch.float32)
@@ -286,7 +295,7 @@ def test_log_q_of_a_greedy_token_is_0(engine: str, weights: tuple[float, ...]) -
     assert found.tolist() == [0.0] * 5
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_mean_of_minus_log_q_is_the_entropy_and_beside_another_models_the_kl(engine: str) -> None:
     """H(q) and KL(q || p0) by their sums over the vocabulary, against the mean over draws."""
     draws, vocabulary = 200 if engine == "triton" else 4000, 40  # its interpreter takes its time

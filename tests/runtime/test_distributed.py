@@ -401,7 +401,8 @@ def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     # As on GPUs; with --cpu in place of --multi_gpu it would take MPI.
     flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
     flags += ["-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml")]
-    done = Process("accelerate.commands.launch", *flags, folder=tmp_path)
+    tests = {"PYTHONPATH": str(Path(__file__).parents[1])}  # where launcher.py is
+    done = Process("launcher", *flags, folder=tmp_path, environment=tests)
     assert done.wait() != 0
     lines = [line for line in done.errors.splitlines() if "error: " in line]
     assert len(lines) == 1, done.errors

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_runs import even_words, rows, small, timeless
+from tiny_runs import copies_at, even_words, rows, small, timeless
 from torch import Tensor
 
 from quark_fast.errors import UsageError
@@ -195,17 +195,10 @@ def test_run_killed_at_any_moment_keeps_the_same_round_with_the_same_weights(
 ) -> None:
     spoiled(3)
     model = tiny_model()
-    run(tmp_path / "whole", model)
+    run(tmp_path / "whole", model, listen=copies_at(KILLS, tmp_path / "whole"))
     assert evaluation(tmp_path / "whole")["kept_round"]["round"] == 2
-    for number, (stage, done) in enumerate(KILLS):
-
-        def listen(progress: Progress, stage: str = stage, done: int = done) -> None:
-            if progress.stage == stage and progress.done >= done:
-                raise Killed
-
+    for number, (stage, _) in enumerate(KILLS):
         folder = tmp_path / f"killed-{number}"
-        with pytest.raises(Killed):
-            run(folder, model, listen=listen)
         run(folder, model, resume=True)
         for name in FILES:
             assert timeless(folder / name) == timeless(tmp_path / "whole" / name), (stage, name)

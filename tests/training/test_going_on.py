@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
+from tiny_runs import PROMPTS, SHORT, copies_at, even_words, rows, small, timeless
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -88,22 +88,12 @@ def test_killed_run_that_goes_on_from_another_resumes_to_the_same_result(
 ) -> None:
     config = small(tmp_path / "run", tiny_model(), **SHORT | LORA, eval=False)
     trainer(config).train()
-    whole = trainer(further(config, tmp_path / "whole", rounds=2)).train().folder
+    moments = [("round 2/3: sampling", 1), ("round 2/3: learning", 3)]
+    copies = copies_at(moments, tmp_path / "whole")
+    whole = trainer(further(config, tmp_path / "whole", rounds=2), listen=copies).train().folder
 
-    class Killed(Exception):
-        pass
-
-    for moment in (("sampling", 1), ("learning", 3)):
-        own = further(config, tmp_path / moment[0], rounds=2)
-        seen: list[str] = []
-
-        def kill(event: Progress, moment: tuple[str, int] = moment, seen: list[str] = seen) -> None:
-            seen += [event.stage] if moment[0] in event.stage else []
-            if len(seen) > moment[1]:
-                raise Killed
-
-        with pytest.raises(Killed):
-            trainer(own, listen=kill).train()
+    for number in range(len(moments)):
+        own = further(config, tmp_path / f"killed-{number}", rounds=2)
         folder = trainer(dataclasses.replace(own, resume=True)).train().folder
         assert timeless(folder / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
         weights = [path / "model" / "model.safetensors" for path in (folder, whole)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import save_tiny_model
-from tiny_runs import PROMPTS, even_words, rows, small, timeless
+from tiny_runs import PROMPTS, copies_at, even_words, rows, small, timeless
 
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
@@ -61,12 +61,21 @@ def run(folder: Path, model: Path, reward: Any = even_words, **settings: Any) ->
     return trainer
 
 
+KILLS = [
+    ("round 1/2: sampling", 40),
+    ("round 2/2: sampling", 40),
+    ("evaluating: base model", 30),
+    ("evaluating: guided w=2", 30),
+]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """An undisturbed run of the tiny model, and how many completions were scored in it."""
-    here, calls = tmp_path_factory.mktemp("whole"), []
-    run(here / "run", save_tiny_model(here / "model", "llama"), counting(calls))
-    return here / "run", sum(calls)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[int, int]]:
+    """An undisturbed run of the tiny model; how many completions were scored in it, and by each of KILLS."""
+    here, calls, by_then = tmp_path_factory.mktemp("whole"), [], {}
+    copies = copies_at(KILLS, here / "run", lambda number: by_then.update({number: sum(calls)}))
+    run(here / "run", save_tiny_model(here / "model", "llama"), counting(calls), listen=copies)
+    return here / "run", sum(calls), by_then
 
 
 @pytest.fixture(scope="module")
@@ -87,35 +96,20 @@ def assert_same(one: Path, other: Path) -> None:
         assert timeless(one / name) == timeless(other / name), name
 
 
-@pytest.mark.parametrize(
-    ("stage", "done"),
-    [
-        ("round 1/2: sampling", 40),
-        ("round 2/2: sampling", 40),
-        ("evaluating: base model", 30),
-        ("evaluating: guided w=2", 30),
-    ],
-)
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=[stage for stage, _ in KILLS])
 def test_kill_inside_a_stage_keeps_its_batches_and_no_reward_is_asked_twice(
-    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int], stage: str, done: int
+    whole: tuple[Path, int, dict[int, int]], number: int
 ) -> None:
-    model, calls = tiny_model(), []
-
-    def listen(progress: Progress) -> None:
-        if progress.stage == stage and progress.done >= done:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(tmp_path / "run", model, counting(calls), listen=listen)
-    assert list((tmp_path / "run" / "pending").glob("*.jsonl")), "the batches that were made are on disk"
-    run(tmp_path / "run", model, counting(calls), resume=True)
-    assert_same(tmp_path / "run", whole[0])
+    folder, calls = whole[0].with_name(f"killed-{number}"), [whole[2][number]]
+    assert list((folder / "pending").glob("*.jsonl")), "the batches that were made are on disk"
+    run(folder, whole[0].with_name("model"), counting(calls), resume=True)
+    assert_same(folder, whole[0])
     assert sum(calls) == whole[1], "every completion was scored once"
-    assert not (tmp_path / "run" / "pending").exists()
+    assert not (folder / "pending").exists()
 
 
 def test_kill_in_the_middle_of_scoring_costs_one_batch(
-    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int]
+    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int, dict[int, int]]
 ) -> None:
     model, scored = tiny_model(), []
     calls = iter(range(10**9))
@@ -392,7 +386,7 @@ def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
 
 
 def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
-    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int]
+    tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int, dict[int, int]]
 ) -> None:
     model = tiny_model()
     with pytest.raises(Killed):
