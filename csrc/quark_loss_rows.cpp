@@ -96,10 +96,13 @@ struct FloatBlock<float> {
 inline float larger(float x, float y) { return x > y ? x : y; }
 inline float smaller(float x, float y) { return x < y ? x : y; }
 
-// What one block adds to the moments, relative to m and u, and the extremes of its exponents.
+// What one block adds to the moments, relative to m and u, the extremes of its exponents, and the
+// largest exponent of a token that has mass in the KL's first distribution and none in its second.
+// Whether that is a mass, and the KL infinite, the maxima of the whole row decide.
 struct Block {
   float s, a, t, b;
   Extremes y, q;
+  float lost;
 };
 
 template <Kl kl, Range range, class T>
@@ -107,7 +110,8 @@ Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
   float s = 0, a = 0, t = 0, b = 0;
   int32_t top_y = 0, top_q = 0;
   uint32_t low_y = 0, low_q = 0;
-#pragma omp simd reduction(+ : s, a, t, b) reduction(max : top_y, low_y, top_q, low_q)
+  float lost = -INFINITY;
+#pragma omp simd reduction(+ : s, a, t, b) reduction(max : top_y, low_y, top_q, low_q, lost)
   for (int64_t i = 0; i < words; ++i) {
     const Word<T> z_word = Word<T>::load(z, i);
     const Word<T> r_word = kl == Kl::none ? z_word : Word<T>::load(r, i);
@@ -126,14 +130,22 @@ Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
       const bool p_ref_is_0 = range == Range::any && q < kLog0;
       t += p_ref;
       // One product of (y - q): separate sums would lose 2 to 3 times the accuracy of the KL.
-      if (kl == Kl::policy_ref) b += p * (p_is_0 ? 0 : y - q);
-      if (kl == Kl::ref_policy) b += p_ref * (p_ref_is_0 ? 0 : q - y);
+      if (kl == Kl::policy_ref) {
+        const bool no_p_ref = range == Range::any && q == -INFINITY;
+        b += p * (p_is_0 || no_p_ref ? 0 : y - q);
+        if (range == Range::any) lost = larger(lost, no_p_ref ? y : -INFINITY);
+      }
+      if (kl == Kl::ref_policy) {
+        const bool no_p = range == Range::any && y == -INFINITY;
+        b += p_ref * (p_ref_is_0 || no_p ? 0 : q - y);
+        if (range == Range::any) lost = larger(lost, no_p ? q : -INFINITY);
+      }
       if (kl == Kl::sampled) b += p_ref * (p_ref_is_0 ? 0 : q);  // to see a NaN, like a
       top_q = int32_t(bits_of(q)) > top_q ? int32_t(bits_of(q)) : top_q;
       low_q = bits_of(q) > low_q ? bits_of(q) : low_q;
     }
   }
-  return {s, a, t, b, {top_y, low_y}, {top_q, low_q}};
+  return {s, a, t, b, {top_y, low_y}, {top_q, low_q}, lost};
 }
 
 template <Kl kl, Range range, class Z, class R>
@@ -157,6 +169,7 @@ struct Moments {
   double s = 0, a = 0, t = 0, b = 0;
   float low_z = INFINITY,
         low_r = INFINITY;  // the smallest logits; -inf if a block was not moderate
+  float lost = -INFINITY;  // the largest logit of which the other one is -inf
 
   void add(const Block& block) {
     s += block.s;
@@ -180,6 +193,12 @@ struct Moments {
     t *= ::exp(k);
     m = new_m;
     u = new_u;
+  }
+
+  // Whether a token that the first distribution holds for possible is impossible in the second.
+  template <Kl kl>
+  bool infinite() const {
+    return lost - (kl == Kl::policy_ref ? m : u) >= kLog0;
   }
 
   // Of all exponents of the row, relative to the maxima as they are now.
@@ -222,9 +241,13 @@ Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
       sum.low_z = sum.low_r = -INFINITY;
       sum.raise<kl>(larger(sum.m, maximum(z_float, count)),
                     has_ref ? larger(sum.u, maximum(r_float, count)) : sum.u);
-      sum.add(sum_words<kl, Range::any>(z_float, r_float, count, finite(sum.m), finite(sum.u)));
+      const float top_z = finite(sum.m), top_r = finite(sum.u);
+      const Block again = sum_words<kl, Range::any>(z_float, r_float, count, top_z, top_r);
+      sum.add(again);
+      sum.lost = larger(sum.lost, (kl == Kl::policy_ref ? top_z : top_r) + again.lost);
     }
   }
+  if (sum.infinite<kl>()) sum.b += INFINITY;  // no NaN is lost
   return sum;
 }
 

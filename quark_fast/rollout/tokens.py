@@ -137,13 +137,15 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         total = cdf[:, -1:]
         # Below the total also where the product rounds to it: behind it there may be tokens of mass 0.
         target = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
-        # right=True: the first token whose cumulative mass is above the target, never one of mass 0.
+        # right=True: the first token whose cumulative mass is above the target.
         draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)
         tokens[open_rows] = draw.squeeze(1)
-        if top_p >= 1.0:
-            break
-        above = (probs * (probs > probs.gather(1, draw))).sum(-1)
-        outside = (above >= top_p).nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
+        mass = probs.gather(1, draw)
+        # A GPU adds up in parts, whose rounding may have the sum rise at a token of mass 0.
+        again = mass.squeeze(1) == 0
+        if top_p < 1.0:
+            again |= (probs * (probs > mass)).sum(-1) >= top_p
+        outside = again.nonzero().squeeze(1)  # indices: as a mask a GPU is waited for at each use
         open_rows, probs, cdf = open_rows[outside], probs[outside], cdf[outside]
     return tokens
 

@@ -354,6 +354,46 @@ def test_minus_infinity_in_one_of_the_two(kl: str, impl: str) -> None:
         assert out.grad[infinite, :1003].isnan().all()
 
 
+def one_impossible(vocab: int, kl: str, lift: float, flip: bool) -> tuple[Inputs, Inputs]:
+    """A row of which one distribution, whose last third is `lift` nats above the rest, has a token of a logit
+    of -40 that is impossible in the other; and the same with that token possible."""
+    inputs = make(vocab, shape=(1,), extra=0, spread=1.0)._replace(mask=torch.ones(1))
+    first, second = inputs.logits.clone(), inputs.ref_logits.clone()
+    first[:, 100] = second[:, 100] = -40
+    first[:, -vocab // 3 :] += lift
+    impossible = second.clone()
+    impossible[:, 100] = -math.inf
+
+    def row(first: Tensor, second: Tensor) -> Inputs:
+        policy, ref = (first, second) if kl == "policy_ref" else (second, first)
+        labels = torch.tensor([vocab // 2])
+        if flip:
+            policy, ref, labels = policy.flip(-1), ref.flip(-1), vocab - 1 - labels
+        return Inputs(policy, ref, labels, inputs.mask)
+
+    return row(first, impossible), row(first, second)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("lift", [20.0, 80.0, 900.0])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kl", DIRECTIONS)
+def test_the_order_of_columns_does_not_decide_whether_a_kl_is_infinite(
+    kl: str, impl: str, lift: float, flip: bool
+) -> None:
+    """Beside the first columns alone the token has a mass of e^-40; beside all, of e^-60, or of none to speak
+    of, and then it counts for nothing."""
+    inputs, possible = one_impossible(6200, kl, lift, flip)
+    out = run(inputs, kl=kl, impl=impl)
+    if lift == 20:
+        assert out.kl == math.inf and out.loss == math.inf
+        return
+    exact = truth(possible, kl=kl)
+    torch.testing.assert_close(out.kl, exact.kl, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.loss, exact.loss, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.grad, exact.grad, atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_infinite_kl_without_coefficient_stays_out_of_loss_and_gradient(impl: str, inplace: bool) -> None:

@@ -90,6 +90,19 @@ def test_a_target_of_the_whole_mass_is_no_token_of_mass_zero(monkeypatch: pytest
     assert sample_tokens(logits, 1.0).tolist() == [2]
 
 
+@pytest.mark.parametrize("top_p", [0.9999, 1.0])
+def test_a_sum_that_rises_where_there_is_no_mass_gives_no_token_there(
+    monkeypatch: pytest.MonkeyPatch, top_p: float
+) -> None:
+    """A GPU's parallel sum rounds otherwise from column to column, and need not even be monotone."""
+    uniform = iter([0.52, 0.53, 0.6])
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, next(uniform)))
+    sums = torch.tensor([[0.25, 0.5, 0.54, 0.535, 0.75, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: sums)
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0]])
+    assert sample_tokens(logits, top_p).tolist() == [4]
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "flat"])
 def test_every_draw_is_in_the_nucleus_that_sorting_finds(way: Way, kind: str, top_p: float) -> None:
