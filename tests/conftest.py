@@ -52,11 +52,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Begun first, so that in the end no worker is left alone with one of them; most seconds first.
 LONGEST = [
-    *("test_models.py", "test_trainer.py", "test_triton.py", "test_distributed.py", "test_best_round.py"),
-    *("test_kill.py", "test_assets.py", "test_vllm.py", "test_triton_aot.py", "test_cli.py"),
-    *("test_report.py", "test_interrupted.py", "test_classifier.py", "test_ablate.py", "test_loss.py"),
-    *("test_tokens.py", "test_pool.py", "test_gpu_benchmark.py", "test_imports.py", "test_policy.py"),
-    *("test_docs.py", "test_stability.py"),
+    *("test_models.py", "test_trainer.py", "test_distributed.py", "test_triton.py", "test_best_round.py"),
+    *("test_cli.py", "test_kill.py", "test_vllm.py", "test_triton_aot.py", "test_linear.py"),
+    *("test_tokens.py", "test_interrupted.py", "test_side_by_side.py", "test_classifier.py"),
+    *("test_assets.py", "test_pool.py", "test_report.py", "test_ablate.py", "test_fixed_step.py"),
+    *("test_loss.py", "test_docs.py", "test_gpu_benchmark.py", "test_imports.py", "test_token_kernel.py"),
+    *("test_policy.py", "test_lora.py", "test_going_on.py"),
 ]
 
 

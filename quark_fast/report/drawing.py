@@ -156,7 +156,7 @@ def inline_svg(figure: Figure, name: str, label: str, palette: Palette) -> str:
         layout.execute(figure)
         figure.set_layout_engine("none")
     file = io.StringIO()
-    canvas.print_svg(file, metadata={"Date": None})
+    canvas.print_svg(file, metadata={"Date": None})  # type: ignore[no-untyped-call]
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

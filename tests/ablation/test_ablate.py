@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,27 @@ def test_axis_that_the_base_cannot_have_is_refused(settings: dict[str, Any], axi
         axes.points_of(Config(**settings), [axis])
 
 
+@pytest.fixture(scope="module")
+def model(tiny_models: Callable[..., tuple[Path, Any]]) -> Path:
+    return tiny_models("llama", 0)[0]
+
+
+@pytest.fixture(scope="module")
+def three_points(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A finished grid of one seed."""
+    folder = tmp_path_factory.mktemp("three") / "grid"
+    grid.run_grid(base(folder, model), ["tokens"], [0], **GIVEN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A finished grid of two points, whose base is not guided."""
+    folder = tmp_path_factory.mktemp("two") / "grid"
+    grid.run_grid(base(folder, model, guidance=1.0), ["tokens"], [0, 1], **GIVEN)
+    return folder
+
+
 def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     config = base(tmp_path / "grid", tiny_model())
     grid.run_grid(config, ["quantiles"], [0], **GIVEN)
@@ -113,12 +135,9 @@ def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: 
 
 
 def test_killed_grid_goes_on_between_points_and_within_one(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, model: Path, three_points: Path
 ) -> None:
-    model = tiny_model()
-    names = ["tokens"]  # three points
-    grid.run_grid(base(tmp_path / "whole", model), names, [0], **GIVEN)
-
+    names = ["tokens"]
     config = base(tmp_path / "killed", model)
     lines: list[str] = []
 
@@ -141,11 +160,12 @@ def test_killed_grid_goes_on_between_points_and_within_one(
     lines.clear()
     grid.run_grid(config, names, [0], about=lines.append, **GIVEN)
     assert [line.endswith(": finished") for line in lines] == [True, False, False]
-    for name in started(tmp_path / "whole"):
+    folders = three_points, tmp_path / "killed"
+    for name in started(three_points):
         for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
-            paths = [tmp_path / folder / "seed-0" / name / file for folder in ("whole", "killed")]
+            paths = [folder / "seed-0" / name / file for folder in folders]
             assert timeless(paths[0]) == timeless(paths[1]), (name, file)
-    results = [json.loads((tmp_path / f / "ablations.json").read_text()) for f in ("whole", "killed")]
+    results = [json.loads((folder / "ablations.json").read_text()) for folder in folders]
     for one in results:
         one.pop("versions")
         for point in one["points"]:
@@ -156,10 +176,9 @@ def test_killed_grid_goes_on_between_points_and_within_one(
 
 
 def test_grid_of_other_settings_is_refused_and_threads_are_free(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, model: Path, two_seeds: Path
 ) -> None:
-    model = tiny_model()
-    grid.run_grid(base(tmp_path / "grid", model, guidance=1.0), ["tokens"], [0], **GIVEN)
+    shutil.copytree(two_seeds, tmp_path / "grid")
     before = (tmp_path / "grid" / "seed-0" / "base" / "evaluation.json").read_text()
     with pytest.raises(UsageError, match=r"kl_coef = 0\.5, but the grid in .* was made with 1\.0"):
         grid.run_grid(base(tmp_path / "grid", model, guidance=1.0, kl_coef=0.5), ["tokens"], [0], **GIVEN)
@@ -171,11 +190,8 @@ def test_grid_of_other_settings_is_refused_and_threads_are_free(
         grid.run_grid(base(tmp_path / "mine", model), ["tokens"], [0], **GIVEN)
 
 
-def test_table_is_what_the_runs_wrote_averaged_over_seeds(
-    tmp_path: Path, tiny_model: Callable[..., Path]
-) -> None:
-    folder = tmp_path / "grid"
-    grid.run_grid(base(folder, tiny_model(), guidance=1.0), ["tokens"], [0, 1], **GIVEN)
+def test_table_is_what_the_runs_wrote_averaged_over_seeds(two_seeds: Path) -> None:
+    folder = two_seeds
     results = json.loads((folder / "ablations.json").read_text())
     point = next(p for p in results["points"] if p["run"] == "explore_token=random")
     means, probes, samples = [], [], {}
@@ -210,11 +226,10 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(
 
 
 def test_runs_of_two_scorers_are_refused_in_one_table(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, model: Path, three_points: Path
 ) -> None:
-    folder = tmp_path / "grid"
-    config = base(folder, tiny_model())
-    grid.run_grid(config, ["tokens"], [0], **GIVEN)
+    folder = Path(shutil.copytree(three_points, tmp_path / "grid"))
+    config = base(folder, model)
     other = folder / "seed-0" / "guidance=1.0" / "evaluation.json"
     evaluation = json.loads(other.read_text())
     assert f"Scorer: {evaluation['scorer']['name']}" in (folder / "ablations.md").read_text()

@@ -89,7 +89,7 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
         code = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+            [TOOLS / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     instructions: list[str] = []

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,11 +122,11 @@ def assert_as_accurate_as_eager(inputs: Inputs, chunk: int | None = None, **opti
 # --- The equation ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-# One row, not a divisor of the rows, two chunks and a row, all at once, the default.
-@pytest.mark.parametrize("chunk", [1, 37, 104, 1000, None])
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Chunks of one row, not a divisor of the rows, two chunks and a row, all at once, the default. That every
+# kernel is right for every dtype and divergence is seen in test_loss.py.
+@pytest.mark.parametrize(
+    ("dtype", "kl", "chunk", "impl"), pairwise(DTYPES, KLS, [1, 37, 104, 1000, None], IMPLEMENTATIONS)
+)
 def test_errs_no_more_than_eager_on_whole_logits(
     dtype: torch.dtype, kl: str, chunk: int | None, impl: str
 ) -> None:
@@ -523,11 +524,9 @@ def test_compiled_step_has_no_graph_break(impl: str, autocast: bool) -> None:
 # --- The contrast term -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("chunk", [1, 50, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "weights", [ContrastWeights(0.7), ContrastWeights(0.7, 0.4, 3.0)], ids=["mirror", "both"]
+    ("dtype", "chunk", "impl", "weights"),
+    pairwise(DTYPES, [1, 50, None], IMPLEMENTATIONS, [ContrastWeights(0.7), ContrastWeights(0.7, 0.4, 3.0)]),
 )
 def test_contrast_is_that_of_whole_logits(
     dtype: torch.dtype, chunk: int | None, impl: str, weights: ContrastWeights

@@ -72,24 +72,27 @@ def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
     )
 
 
-@pytest.mark.parametrize(("listen", "shows"), [("auto", True), (None, False), (lambda _: None, False)])
 def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_else(
     tmp_path: Path,
     tiny_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    listen: Any,
-    shows: bool,
 ) -> None:
+    listeners: dict[str, tuple[Any, bool]] = {
+        "auto": ("auto", True),
+        "none": (None, False),
+        "own": (lambda _: None, False),
+    }
     model = tiny_model()
     Trainer(small(tmp_path / "unseen", model, **SHORT), **GIVEN).train()
     out, err = capfd.readouterr()
     assert out == "" and "learning" not in err, "a program whose output goes to a file"
     monkeypatch.setattr(Terminal, "is_terminal", property(lambda _: True))
-    Trainer(small(tmp_path / "seen", model, **SHORT), listen=listen, **GIVEN).train()
-    out, err = capfd.readouterr()
-    assert out == "" and ("round 1/1: learning" in err) == shows
-    assert timeless(tmp_path / "seen" / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
+    for name, (listen, shows) in listeners.items():
+        Trainer(small(tmp_path / name, model, **SHORT), listen=listen, **GIVEN).train()
+        out, err = capfd.readouterr()
+        assert out == "" and ("round 1/1: learning" in err) == shows, name
+        assert timeless(tmp_path / name / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
 
 
 def test_notebook_shows_the_display() -> None:

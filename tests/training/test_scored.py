@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,19 @@ def run(folder: Path, **settings: Any) -> Path:
     return Trainer(config, reward=variety).train().folder
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    written(folder / "prompts.jsonl", [{"prompt": one} for one in PROMPTS])
+    written(folder / "held.jsonl", [{"prompt": one} for one in ("Once upon a time", "a", "1 2")])
+    return run(folder / "first", prompts=str(folder / "prompts.jsonl"))
+
+
 @pytest.fixture
-def first(tmp_path: Path) -> Path:
-    """A run's folder; its prompts are in a file beside it."""
-    written(tmp_path / "prompts.jsonl", [{"prompt": one} for one in PROMPTS])
-    written(tmp_path / "held.jsonl", [{"prompt": one} for one in ("Once upon a time", "a", "1 2")])
-    return run(tmp_path / "first", prompts=str(tmp_path / "prompts.jsonl"))
+def first(made: Path, tmp_path: Path) -> Path:
+    """The folder of a run, which no test changes; what it read is in this test's own folder, too."""
+    shutil.copytree(made.parent, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("first"))
+    return made
 
 
 def test_runs_own_completions_teach_another_run_what_they_taught_it_without_sampling(
@@ -263,9 +271,8 @@ def test_scored_completions_stand_before_those_that_are_sampled(first: Path, tmp
     assert (one["samples"], two["samples"]) == (len(records) + len(prompts), len(prompts))
 
 
-@pytest.mark.parametrize("changed", ["reward", "completion", "prompt"])
 def test_file_that_changed_before_the_pool_was_there_is_refused(
-    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first round's batches are kept, and the completions are read again."""
     made = rows(first / "completions.jsonl")
@@ -278,11 +285,15 @@ def test_file_that_changed_before_the_pool_was_there_is_refused(
         patch.setattr(Explorer, "_metrics", killed)
         run(tmp_path / "second", scored=scored, initial_samples=1)
     assert list((tmp_path / "second" / "pending").glob("round-1.*")), "sampled, and no checkpoint yet"
-    other = {"reward": 0.123, "completion": made[0]["completion"] + "a", "prompt": "another one"}[changed]
-    written(Path(scored), [*made[1:], made[0] | {changed: other}])
-    what = "training prompts" if changed == "prompt" else "scored completions of .*some.jsonl"
-    with pytest.raises(UsageError, match=f"the {what} are not those that the run in .*second began with"):
-        run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
+    texts = "scored completions of .*some.jsonl"
+    for changed, what in (
+        ({"reward": 0.123}, texts),
+        ({"completion": made[0]["completion"] + "a"}, texts),
+        ({"prompt": "another one"}, "training prompts"),
+    ):
+        written(Path(scored), [*made[1:], made[0] | changed])
+        with pytest.raises(UsageError, match=f"the {what} are not those that the run in .*second began with"):
+            run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
     written(Path(scored), made)
     run(tmp_path / "second", scored=scored, initial_samples=1, resume=True)
     run(tmp_path / "whole", scored=scored, initial_samples=1)
