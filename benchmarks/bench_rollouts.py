@@ -12,6 +12,9 @@ beside ours.
 
 `products` is the roof: the prompts, and 19 tokens of 125 rows, through the weights of all linear layers and
 nothing else.
+
+The second one has completions that end: as long as a geometric distribution says, 24 tokens on average and at
+most 96. Beside ours, which drops rows that have ended, stands the same loop that keeps all rows to the end.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from quark_fast.data import assets
 from quark_fast.model.loading import load_pretrained, load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import pad_left
+from quark_fast.rollout import transformers as rollout
+from quark_fast.rollout.live_rows import LiveRows
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.memory import keep_freed_memory
@@ -49,6 +54,7 @@ FULL = os.environ.get("QUARK_FAST_BENCH") == "full"
 PROMPTS, SAMPLES, TOKENS = 25, 5, 20
 # As many rows as a run's batch of 128 has of 5 samples each.
 DRAWN = Sampling(TOKENS, TOKENS, temperature=1.0, top_p=0.9, rows=PROMPTS * SAMPLES)
+LONG, MEAN, ROWS = 96, 24, 64  # of completions that end
 GREEDY = Sampling(TOKENS, TOKENS, temperature=0.0, rows=PROMPTS * SAMPLES)
 
 Engine = Callable[[Sampling], list[list[int]]]  # the completions, those of a prompt side by side
@@ -184,3 +190,62 @@ def bench_sampling(
     benchmark.extra_info["completions_per_s"] = round(PROMPTS * SAMPLES / median, 1)
     benchmark.extra_info["generate_to_ours"] = round(medians["generate"] / median, 2)
     benchmark.extra_info["to_products"] = round(median / medians["products"], 2)
+
+
+class Ending(LiveRows):
+    """Rows that end at lengths of their own, whatever is drawn for them."""
+
+    ends = torch.rand(LONG, ROWS, generator=torch.Generator().manual_seed(0)) < 1 / MEAN
+
+    def add(self, tokens: torch.Tensor, log_q: torch.Tensor | None) -> None:
+        ends = self.ends[self._length, self._held]
+        super().add(torch.where(ends, self.stop[0], tokens), log_q)
+
+
+def bench_completions_that_end(
+    benchmark: BenchmarkFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    policy: Policy,
+    prompts: list[list[int]],
+) -> None:
+    """The answer checked first: the greedy completions in float32 with all rows."""
+    monkeypatch.setattr(rollout, "LiveRows", Ending)
+    share, cpu = rollout.WORTH_DROPPING, torch.device("cpu")
+    many = (prompts * 3)[:ROWS]
+
+    def run(model: Any, share: float, **how: Any) -> list[list[list[int]]]:
+        monkeypatch.setattr(rollout, "WORTH_DROPPING", share)
+        request = SampleRequest(many, Conditioning(), Sampling(LONG, LONG, rows=ROWS, **how), 1, seed=0)
+        ((_, drawn, _),) = sample(policy, model, request)
+        return drawn
+
+    model = load_reference(source, torch.float32, cpu)
+    greedy = run(model, share, temperature=0.0)
+    assert greedy == run(model, 0.0, temperature=0.0)
+    lengths = [len(one) for group in greedy for one in group]
+    assert len({*lengths}) > 20 and max(lengths) > 2 * MEAN
+
+    keep_freed_memory()
+    model = load_reference(source, torch.bfloat16, cpu)
+    seconds: list[float] = []
+
+    def all_rows() -> None:
+        begun = time.perf_counter()
+        run(model, 0.0, top_p=0.9)
+        seconds.append(time.perf_counter() - begun)
+
+    benchmark.group = f"{ROWS} completions of at most {LONG} tokens, {MEAN} on average, bfloat16"
+    benchmark.pedantic(
+        run,
+        args=(model, share),
+        kwargs={"top_p": 0.9},
+        setup=all_rows,
+        rounds=3 if FULL else 2,
+        warmup_rounds=1,
+    )
+    if benchmark.stats is None:  # under --benchmark-disable
+        return
+    kept = statistics.median(seconds[1:])
+    benchmark.extra_info["all_rows_ms"] = round(1e3 * kept, 1)
+    benchmark.extra_info["all_rows_to_ours"] = round(kept / benchmark.stats.stats.median, 2)

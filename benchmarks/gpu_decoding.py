@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quark_fast.model.fixed_step import FixedSteps
 from quark_fast.model.loading import frozen
-from quark_fast.model.reading import Read, Reading, next_logits
+from quark_fast.model.reading import Read, Reading, Sent, next_logits
 from quark_fast.rollout.tokens import NextToken, draw_tokens
 
 SMOLLM2 = {
@@ -140,7 +140,7 @@ def logits_of(read: Read, contexts: list[list[int]], tokens: int) -> Tensor:
     found = [next(reader).float()]
     for step in range(tokens - 1):
         given = torch.arange(len(contexts), device=found[0].device) + step
-        found.append(reader.send(given % found[0].shape[1]).float().clone())
+        found.append(reader.send(Sent(given % found[0].shape[1])).float().clone())
     return torch.stack(found)
 
 
@@ -154,7 +154,7 @@ def decode(read: Read, contexts: list[list[int]], weights: Tensor, tokens: int) 
     wanted = NextToken(weights, logits.shape[1], none, 1.0, 0.9)
     for _ in range(tokens - 1):
         drawn = draw_tokens(logits, wanted, generator).clamp(min=0)
-        logits = reader.send(drawn.repeat(len(weights)))
+        logits = reader.send(Sent(drawn.repeat(len(weights))))
     draw_tokens(logits, wanted, generator)
 
 

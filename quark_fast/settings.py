@@ -290,8 +290,9 @@ class SamplingSettings:
     decoding: Literal["eager", "static", "graph"] = setting(
         "eager",
         "how the model is run for each token; static: in steps of fixed shapes, with a cache of fixed size;"
-        " graph: these, recorded once as a CUDA graph, for a GPU (not yet tried on one); the samples are"
-        " the same but for rounding",
+        " graph: these, recorded once as a CUDA graph, for a GPU (not yet tried on one); eager alone drops"
+        " completions that have ended from a batch; where it drops none, the samples are the same but for"
+        " rounding",
         free="resume",
     )
     sample_at_once: int = setting(

@@ -70,12 +70,13 @@ def _without_numbers(text: object) -> str:
 HEAD = """# Models that were tried
 
 Every model is checked when it is loaded. Greedy decoding by our loop (cache, padding on the left, several
-samples a prompt) and the padded logits of training must be the model's own for each text alone; reward tokens
-must not be looked up in a table that is not theirs; an export must give plain transformers the same ids and
-logits. What does not hold is repaired by a general means (texts of one length together, no cache, another
-tokenizer class), or the model is refused in one line before anything long. A training step in the run's
-precision is tried out, too. The longest text has the length of the run's longest prompt, but on a CPU 128
-tokens at most, and here 14: what begins behind more, such as a window, is not tried.
+samples a prompt, of which one ends early and is dropped) and the padded logits of training must be the
+model's own for each text alone; reward tokens must not be looked up in a table that is not theirs; an export
+must give plain transformers the same ids and logits. What does not hold is repaired by a general means (texts
+of one length together, no cache, another tokenizer class), or the model is refused in one line before
+anything long. A training step in the run's precision is tried out, too. The longest text has the length of
+the run's longest prompt, but on a CPU 128 tokens at most, and here 14: what begins behind more, such as a
+window, is not tried.
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,

@@ -51,6 +51,12 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.values, self.value_room = _behind(self.values, value_states, self.value_room)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        # Or else the room of all rows, in every layer, would be there until the next token.
+        if self.is_initialized:
+            self.key_room, self.value_room = self.keys, self.values
+
 
 def _behind(held: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """(..., L + l, D) ``new`` behind ``held``, and the memory in which both lie.

@@ -23,7 +23,7 @@ from quark_fast.model.fixed_step import FixedSteps, not_for
 from quark_fast.model.loading import decoding
 from quark_fast.model.lookups import Lookups
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import Read, Reading, next_logits, read
+from quark_fast.model.reading import Read, Reading, Sent, next_logits, read
 from quark_fast.model.structure import linear_head
 from quark_fast.model.wrong_model import blamed, coarsest_dtype, message_of, wrong
 
@@ -35,6 +35,7 @@ SHORT = 14  # tokens that the third has at least
 LONGEST = 128  # tokens that the third has at most on a CPU, where more would take long
 NEW = 5  # tokens of each completion
 SAMPLES = 2
+DROPS_BEHIND = 2  # the number of the token behind which one sample of each prompt goes on alone
 
 
 def check_policy(policy: Policy, reference: Any, longest: int = SHORT) -> list[str]:
@@ -214,7 +215,11 @@ def _reads_many(policy: Policy, model: Any, probe: Trial, own: Tensor) -> bool:
 def _decoding(
     policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Reading, read: Read | None = None
 ) -> float:
-    """How far the logits of decoding, by ``next_logits`` or ``read``, are from the model's own."""
+    """How far the logits of decoding, by ``next_logits`` or ``read``, are from the model's own.
+
+    Of each prompt one sample ends early, and its row is dropped; ``read`` has all rows to the end.
+    """
+    drops = read is None
     read = read or functools.partial(next_logits, model, reading=reading)
     contexts = probe.contexts(policy)
     # Where rows of different lengths must not stand together, one by one.
@@ -223,12 +228,17 @@ def _decoding(
     for part in parts:
         reader = read([contexts[i] for i in part], SAMPLES)
         logits = next(reader)
+        of_part = torch.tensor([probe.continuations[i] for i in part], device=model.device).flatten(0, 1)
+        rows = torch.arange(len(of_part), device=model.device)
         for step in range(NEW):
             found.append(logits[:, : policy.vocabulary].clone())  # a fixed step writes over its logits
-            expected.append(own[part, :, step].flatten(0, 1))
+            expected.append(own[part, :, step].flatten(0, 1)[rows])
+            kept = None
+            if drops and step == DROPS_BEHIND:
+                kept = torch.arange(1, len(rows), SAMPLES, device=model.device)
+                rows = rows[kept]
             if step + 1 < NEW:
-                tokens = [one[step] for i in part for one in probe.continuations[i]]
-                logits = reader.send(torch.tensor(tokens, device=model.device))
+                logits = reader.send(Sent(of_part[rows, step], kept))
     return gap_of(model, torch.cat(found), torch.cat(expected))
 
 

@@ -12,7 +12,7 @@ as nothing is waited for, the program starts them while the graph is still runni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from quark_fast.errors import UsageError
 from quark_fast.model.cache import decoding_cache, keeps_all
-from quark_fast.model.reading import Reading, pad_left, positions_of, read
+from quark_fast.model.reading import Reader, Reading, pad_left, positions_of, read
 
 COLUMNS = 64  # a cache's columns are a multiple of it: prompts of similar length share a step
 WARM_UPS = 2  # the first run of a kernel may allocate or load, which must not be recorded
@@ -45,10 +45,10 @@ class FixedSteps:
         self.model, self.decoding = model, decoding
         self._made: dict[tuple[int, int], tuple[_FixedStep, Step]] = {}
 
-    def next_logits(
-        self, contexts: Sequence[Sequence[int]], samples: int, new_tokens: int
-    ) -> Generator[Tensor, Tensor, None]:
+    def next_logits(self, contexts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Reader:
         """``reading.next_logits`` for at most ``new_tokens``; the next step writes over its logits.
+
+        All rows go on to the end: with fewer of them it would be another step.
 
         Raises:
             UsageError: the model has a layer that does not keep every key and value.
@@ -59,14 +59,15 @@ class FixedSteps:
         prompts = decoding_cache(self.model)
         last = torch.tensor([-1], device=ids.device)
         logits = read(self.model, ids, mask, positions, columns=last, cache=prompts).logits[:, -1]
-        tokens = yield logits[rows]
+        sent = yield logits[rows]
         # Of the last token nothing is written: one column at least is never read.
         fixed, run = self._step(prompts, len(rows), ids.shape[1] + new_tokens)
         fixed.begin(prompts, mask, positions, rows)
         del prompts, logits  # their memory
         while True:
-            fixed.tokens.copy_(tokens.unsqueeze(1))
-            tokens = yield run()
+            assert sent.rows is None, "a step of fixed shapes has all its rows"
+            fixed.tokens.copy_(sent.tokens.unsqueeze(1))
+            sent = yield run()
 
     def forget(self) -> None:
         """The steps made so far, whose memory is needed otherwise."""

@@ -9,10 +9,11 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from quark_fast.model.cache import decoding_cache
 
@@ -106,13 +107,24 @@ def read(
     return output
 
 
+class Sent(NamedTuple):
+    """What a reader is sent for the next logits: the tokens that were drawn, and which rows go on.
+
+    Attributes:
+        tokens: (N,) ids, of the rows that go on.
+        rows: (N,) int64, their numbers among the rows so far; None: all of them go on.
+    """
+
+    tokens: Tensor
+    rows: Tensor | None = None
+
+
+Reader = Generator[Tensor, Sent, None]
 # ``next_logits`` of a model, or what stands in for it, given the contexts and how many samples each has.
-Read = Callable[[Sequence[Sequence[int]], int], Generator[Tensor, Tensor, None]]
+Read = Callable[[Sequence[Sequence[int]], int], Reader]
 
 
-def next_logits(
-    model: Any, contexts: Sequence[Sequence[int]], samples: int, reading: Reading
-) -> Generator[Tensor, Tensor, None]:
+def next_logits(model: Any, contexts: Sequence[Sequence[int]], samples: int, reading: Reading) -> Reader:
     """(N samples, >= V) logits of the token behind each context; sent these tokens, of those behind them.
 
     Each context is read once for all its samples, which are neighbours.
@@ -129,15 +141,30 @@ def next_logits(
     logits = read(model, ids, mask, positions, columns=last, cache=cache).logits
     if samples > 1:  # from here on each sample has its own cache
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
-        ids, logits = ids[rows], logits[rows]
-        mask, positions = (None if t is None else t[rows] for t in (mask, positions))
-        if cache is not None:
-            cache.reorder_cache(rows)  # type: ignore[arg-type]  # it means int64
+        logits = logits[rows]
+        ids, mask, positions = _of_rows(rows, cache, ids, mask, positions)
     while True:
-        tokens = (yield logits[:, -1]).unsqueeze(1)
+        tokens, going_on = yield logits[:, -1]
+        tokens = tokens.unsqueeze(1)
+        if going_on is not None:
+            ids, mask, positions = _of_rows(going_on, cache, ids, mask, positions)
         if mask is not None and positions is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1 if cache is not None else positions_of(mask)
         if cache is None:
             ids = tokens = torch.cat([ids, tokens], dim=1)
         logits = read(model, tokens, mask, positions, columns=last, cache=cache).logits
+
+
+def _of_rows(
+    rows: Tensor, cache: DynamicCache | None, ids: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What has been read, of these rows alone, which may repeat; the cache from now on holds them.
+
+    By ``reorder_cache``, which selects rows in every kind of layer. ``batch_select_indices`` does not: layers
+    of a state lack it, and those of a state and keys select the keys alone. Whether a model goes on rightly
+    with other rows than before, ``check_reading.py`` tries out; if not, it is read without a cache.
+    """
+    if cache is not None:
+        cache.reorder_cache(rows)  # type: ignore[arg-type]  # it means int64
+    return ids[rows], None if mask is None else mask[rows], None if positions is None else positions[rows]

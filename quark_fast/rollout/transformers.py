@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -22,10 +21,11 @@ from quark_fast.model.attention import is_free_to_read
 from quark_fast.model.copies import SharedCopy
 from quark_fast.model.fixed_step import FixedSteps
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import Read, next_logits, runs_of_one_length
+from quark_fast.model.reading import Read, Sent, next_logits, runs_of_one_length
 from quark_fast.model.sizes import rows_sampled
+from quark_fast.rollout.live_rows import WORTH_DROPPING, LiveRows
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
-from quark_fast.rollout.tokens import NextToken, check_finite, draw_tokens
+from quark_fast.rollout.tokens import NextToken, draw_tokens
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
@@ -131,36 +131,36 @@ def _sample_batch(
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]
     reader = read(contexts, samples)
     logits = next(reader)
-    drawn: list[Tensor] = []
-    log_q = torch.empty(sampling.max_new_tokens, rows, device=device) if request.own_nll else None
-    ended, broken = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
-    look_every = 1 if is_free_to_read(ended) else 8
+    live = LiveRows(rows, sampling.max_new_tokens, stop, request.own_nll)
+    # A step of fixed shapes has all its rows to the end.
+    drops = sampling.decoding == "eager"
+    look_every = 1 if is_free_to_read(stop) else 8
     for length in range(1, sampling.max_new_tokens + 1):
         wanted = no_stop if length <= sampling.min_new_tokens else of_any
-        tokens = draw_tokens(logits, wanted, generator, None if log_q is None else log_q[length - 1])
-        broken |= tokens < 0
-        tokens = tokens.clamp(min=0)
-        drawn.append(tokens)
-        ended |= torch.isin(tokens, stop)
-        if length == sampling.max_new_tokens or (length % look_every == 0 and bool(ended.all())):
+        log_q = torch.empty(len(live), device=device) if request.own_nll else None
+        tokens, kept = draw_tokens(logits, wanted, generator, log_q), None
+        live.add(tokens, log_q)
+        if length == sampling.max_new_tokens:
             break
-        logits = reader.send(tokens.repeat(len(streams)))
-    check_finite(not bool(broken.any()))
-
-    completions = [_until_stop(row, policy.stop_ids) for row in torch.stack(drawn, 1).tolist()]
-    told = [[math.nan]] * rows if log_q is None else log_q.T.tolist()
-    # What was drawn behind the end is no part of the completion. 0 - 0 is 0, and not -0.
-    own_nll = [0.0 - math.fsum(row[: len(ids)]) for row, ids in zip(told, completions, strict=True)]
-    every = list(zip(completions, own_nll, strict=True))
+        if length % look_every == 0:
+            alive = live.alive()
+            if alive == 0:
+                break
+            if drops and alive <= WORTH_DROPPING * len(live):
+                kept = live.drop_ended(alive)
+        logits = reader.send(_of_streams(tokens, kept, len(streams)))
+    every = live.completions()
     return [every[i : i + samples] for i in range(0, rows, samples)]
 
 
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The tokens up to the first stop id, that id included: ending there is learned, too."""
-    for index, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[: index + 1]
-    return tokens
+def _of_streams(tokens: Tensor, kept: Tensor | None, streams: int) -> Sent:
+    """What is drawn for a row, each of its streams reads; rows that are not kept read no more in any."""
+    rows = None
+    if kept is not None:
+        rows = torch.cat([kept + stream * len(tokens) for stream in range(streams)])
+        tokens = tokens[kept]
+    # A row whose logits are not finite, which has no token, is reported behind the last one.
+    return Sent(tokens.clamp(min=0).repeat(streams), rows)
 
 
 class TransformersRollout:

@@ -117,6 +117,21 @@ def test_cache_that_fails_when_it_is_repeated_is_not_used(policy: Policy) -> Non
     assert "RuntimeError: no such states" in remarks[0] and "more about it" not in remarks[0]
 
 
+def test_cache_whose_rows_cannot_be_dropped_is_not_used(policy: Policy) -> None:
+    rows = [0]
+
+    def change(forward: Any, ids: Tensor, **inputs: Any) -> Any:
+        fewer, rows[0] = ids.shape[1] == 1 and len(ids) < rows[0], len(ids)
+        out = forward(ids, **inputs)
+        if fewer:  # as where a state stays what it was, outside of the cache
+            out.logits = out.logits.flip(-1)
+        return out
+
+    remarks = check(plant(policy, change))
+    assert policy.reading == Reading(cache=False)
+    assert "from those of each text alone" in remarks[0]
+
+
 def test_model_that_fails_in_every_way_is_refused_with_all_of_them(policy: Policy) -> None:
     def change(forward: Any, ids: Tensor, **inputs: Any) -> Any:
         out = forward(ids, **inputs)

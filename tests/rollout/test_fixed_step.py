@@ -24,7 +24,7 @@ from quark_fast.model import attention, fixed_step, reading
 from quark_fast.model.check_reading import check_fixed_steps
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import Reading
+from quark_fast.model.reading import Reading, Sent
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, DrawnBatch, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
@@ -45,6 +45,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is free on the CPU is left out, as on a GPU."""
     for module in (attention, rollout):
         monkeypatch.setattr(module, "is_free_to_read", lambda values: False)
+
+
+@pytest.fixture
+def all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager loop keeps rows that have ended, too: without them the others take other uniform numbers."""
+    monkeypatch.setattr(rollout, "WORTH_DROPPING", 0.0)
 
 
 @pytest.fixture(scope="module", params=WHOLE)
@@ -69,7 +75,9 @@ def drawn(
 
 
 @pytest.mark.parametrize("conditioning", HOW.values(), ids=HOW)
-def test_fixed_steps_draw_the_tokens_of_the_eager_loop(policy: Policy, conditioning: Conditioning) -> None:
+def test_fixed_steps_draw_the_tokens_of_the_eager_loop(
+    policy: Policy, all_rows: None, conditioning: Conditioning
+) -> None:
     model = frozen_copy(policy, torch.float32)
     eager = drawn(policy, model, conditioning, "eager")
     assert drawn(policy, model, conditioning, "static") == eager
@@ -109,7 +117,7 @@ def test_batch_that_was_not_finite_leaves_nothing_in_the_cache(
         for batch in range(2):
             reader = steps.next_logits([[1, 2, 3]], 2, 4)
             next(reader)
-            assert reader.send(torch.tensor([4, 5])).isfinite().all(), batch
+            assert reader.send(Sent(torch.tensor([4, 5]))).isfinite().all(), batch
             for layer in layers:
                 layer.keys.fill_(torch.nan)
                 layer.values.fill_(torch.nan)
@@ -190,13 +198,17 @@ def test_what_a_graph_would_record_is_the_same_in_every_step_of_every_batch(
     assert found == ([2 * steps, steps] if plain else [5 * steps]), "of each shape one is made"
     for seen in of_shape:
         assert all(signature == seen[0] for signature in seen)
-        reads = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-        assert not reads & {name for name, _ in seen[0]}
+        reads = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}
+        assert not reads & {name.removeprefix("aten::") for name, _ in seen[0]}
 
 
 @pytest.mark.parametrize("conditioning", HOW.values(), ids=HOW)
 def test_replayed_operations_of_one_step_draw_all_tokens_of_all_batches(
-    policy: Policy, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, conditioning: Conditioning
+    policy: Policy,
+    as_on_a_gpu: None,
+    all_rows: None,
+    monkeypatch: pytest.MonkeyPatch,
+    conditioning: Conditioning,
 ) -> None:
     model = frozen_copy(policy, torch.float32)
     eager = drawn(policy, model, conditioning, "eager")
@@ -246,7 +258,7 @@ def test_longer_prompts_take_another_step_and_the_shorter_one_is_given_back(
         with torch.inference_mode():
             reader = steps.next_logits([[1] * length], 1, 4)
             next(reader)
-            reader.send(torch.tensor([2]))
+            reader.send(Sent(torch.tensor([2])))
         reader.close()
         assert [one() is not None for one in made] == alive, length
 
@@ -331,7 +343,9 @@ def test_graph_without_a_gpu_is_refused_before_the_model_is_loaded(tmp_path: Pat
         drawn(policy, frozen_copy(policy, torch.float32), Conditioning(2), "graph")
 
 
-def test_run_in_fixed_steps_has_the_samples_of_an_eager_one(tmp_path: Path, tiny_model: Make) -> None:
+def test_run_in_fixed_steps_has_the_samples_of_an_eager_one(
+    tmp_path: Path, tiny_model: Make, all_rows: None
+) -> None:
     found, own_nll = [], []
     for decoding in ("eager", "static"):
         folder = tmp_path / decoding

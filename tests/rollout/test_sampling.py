@@ -332,15 +332,13 @@ class StubModel:
         self.config = tiny_config("llama", VOCABULARY)
         self.policy = policy
         self.next_probs = next_probs
-        self.quantiles: list[int | None] = []
 
     def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
-        if ids.shape[1] > 1:  # a prompt: remember what it is conditioned on
-            by_id = {i: k for k, i in enumerate(self.policy.reward_ids)}
-            self.quantiles = [next((by_id[i] for i in row if i in by_id), None) for row in ids.tolist()]
-        repeats = len(ids) // len(self.quantiles)
-        quantiles = [k for k in self.quantiles for _ in range(repeats)]
-        probs = [self.next_probs(last, k) for last, k in zip(ids[:, -1].tolist(), quantiles, strict=True)]
+        by_id = {i: k for k, i in enumerate(self.policy.reward_ids)}
+        probs = []
+        for row in ids.tolist():
+            quantile = next((by_id[i] for i in row if i in by_id), None)
+            probs.append(self.next_probs(row[-1], quantile))
         # Finite, as real logits are: guidance subtracts them from each other.
         return SimpleNamespace(logits=torch.stack(probs).clamp(min=1e-30).log().unsqueeze(1))
 
@@ -351,6 +349,7 @@ class StubModel:
 def stub(tiny_model: Make) -> Callable[..., tuple[Policy, StubModel]]:
     """A policy of two quantiles and a stand-in for its model, whose next token has given probabilities."""
     policy = Policy.create(tiny_model(), quantiles=2)
+    policy.reading = Reading(cache=False)  # each row is seen whole, with its reward token
 
     def make(shares: dict[str, Sequence[float]] | Callable[[int, int | None], Tensor]) -> Any:
         if callable(shares):

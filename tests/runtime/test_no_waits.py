@@ -25,6 +25,7 @@ from quark_fast.training.trainer import Trainer
 
 READS = {
     "aten::_local_scalar_dense",
+    "aten::item",  # in inference mode; elsewhere it is seen as what it calls, the one above
     "aten::nonzero",
     "aten::is_nonzero",
     "aten::equal",
@@ -127,6 +128,32 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
         assert all(len(one) == tokens for group in drawn for one in group)
         counts[tokens] = sum(reads.found.values())
     assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks behind token 8 and 16"
+
+
+def test_rows_are_dropped_by_what_the_look_has_read(
+    trainer: Trainer, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    (stop,) = trainer.policy.stop_ids
+
+    def drawn_ends(logits: Tensor, *_: Any) -> Tensor:
+        """The first two end with the sixth token."""
+        rows.append(len(logits) // 2)
+        tokens = torch.ones(rows[-1], dtype=torch.long)
+        if len(rows) == 6:
+            tokens[:2] = stop
+        return tokens
+
+    monkeypatch.setattr(transformers, "draw_tokens", drawn_ends)
+    model, counts = trainer.setup.copied.get(), []
+    for tokens in (8, 12):
+        rows.clear()
+        request = SampleRequest([[1, 2], [3]], Conditioning(2, 0, 2.0), Sampling(tokens, 0), 2, 0)
+        with Reads() as reads:
+            list(transformers.sample(trainer.policy, model, request))
+        counts.append(sum(reads.found.values()))
+    assert rows == [4] * 8 + [2] * 4
+    assert counts[1] - counts[0] == 1, "the look behind token 8"
 
 
 def test_a_row_that_is_not_finite_is_an_error_behind_the_last_token(
