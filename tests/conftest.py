@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import environment  # noqa: F401  # first, as others read what it sets
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -126,7 +127,10 @@ def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter puts its own functions in place of the language's anew at every call of a
     function, which takes it longer than to run that; here it does so once for each. And it makes a table of
-    all dtypes to look one up, for every operation."""
+    all dtypes to look one up, for every operation.
+
+    Its fused multiply-add rounds the product; here it rounds once, as a GPU's does: in float64 the product of
+    two float32 is exact."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -143,7 +147,12 @@ def quick_interpreter() -> Iterator[None]:
             found[kind] = look_up(dtype)
         return found[kind]
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        fused = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(fused.astype(x.data.dtype), x.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
         patch.setattr(interpreter, "_patch_lang", functools.cache(patch_lang))
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         yield

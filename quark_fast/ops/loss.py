@@ -417,14 +417,19 @@ def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> 
     return _fake_terms(labels, rest[-1])
 
 
+def _fake_gradient(logits: Tensor, backend: str) -> Tensor:
+    # Of the C++ it is contiguous, in memory that a fake tensor does not have.
+    return _backend(backend).new_gradient(logits) if backend == "triton" else logits.new_empty(logits.shape)
+
+
 @_two_pass_backward.register_fake
-def _(scale: Tensor, stats: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _(scale: Tensor, stats: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return _fake_gradient(logits, rest[-1])
 
 
 @_one_pass.register_fake
 def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*_fake_terms(labels, rest[-1]), logits.new_empty(logits.shape))
+    return (*_fake_terms(labels, rest[-1]), _fake_gradient(logits, rest[-1]))
 
 
 # --- Gradients ---------------------------------------------------------------------------------

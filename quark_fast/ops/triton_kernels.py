@@ -15,14 +15,15 @@ reference's, a row needs its sums before its gradient: two loops over it.
   thread, after which its tiles are aligned, provided policy, reference and gradient are equally far off.
   Else E is 1. Head and tail are masked; the loop over whole tiles is not, or it would lose its wide loads.
 
-Moments of a row, relative to the maxima m = max z and u = max r, with y = z - m and q = r - u:
+Moments of a row are in bits, relative to the maxima m = max z / ln 2 and u = max r / ln 2: y = z / ln 2 - m
+and q = r / ln 2 - u are one operation each, and so are their powers of 2.
 
-    s = sum e^y    a = sum e^y y    t = sum e^q    b = sum e^y (y - q)  policy_ref
-                                                     = sum e^q (q - y)  ref_policy
+    s = sum 2^y    a = sum 2^y y    t = sum 2^q    b = sum 2^y (y - q)  policy_ref
+                                                     = sum 2^q (q - y)  ref_policy
 
 Rescaled to new maxima, with d = m - m' and k = u - u' (two parts of a row merge by the same rule):
 
-    a = e^d (a + d s)    b = e^d (b + (d - k) s)  or  e^k (b + (k - d) t)    s = e^d s    t = e^k t
+    a = 2^d (a + d s)    b = 2^d (b + (d - k) s)  or  2^k (b + (k - d) t)    s = 2^d s    t = 2^k t
 
 A padded lane holds -inf, a token of probability 0, which every sum has to survive anyway.
 """
@@ -43,21 +44,27 @@ STATS_PER_ROW = 6  # m, s, u, t; KL, or log p[label] - log p_ref[label] if it is
 # Below every logit, but finite: the maximum of a thread that has met only -inf, or nothing.
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _exp(x):
-    """e^x, 0 below 2^-126: two instructions, where tl.exp spends three more on smaller numbers."""
-    return tl.exp2(x * LOG2_E)
+def _bits(x, top):
+    """x / ln 2 - top. Fused by name: a product of its own would be rounded, a large one by much."""
+    return tl.fma(x, LOG2_E, -top)
 
 
 # --- Tiles -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
-    """First element of a row, in int64: rows times columns pass 2^31. Strides come in UNITs."""
+def _row_start(row, first, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
+    """First element of a row, in int64: rows times columns pass 2^31. Strides come in UNITs.
+
+    `first` is that of row 0, where UNIT is 1.
+    """
     start = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    if UNIT == 1:
+        return start + first
     return start * UNIT
 
 
@@ -85,13 +92,35 @@ def _edge(head, body, end, T: tl.constexpr):
 
 
 @triton.jit
-def _load(z_ptr, r_ptr, column, mask, WITH_REF: tl.constexpr, MASKED: tl.constexpr):
-    """z and r at columns, in float32; if MASKED, -inf where the mask is not set."""
-    z = tl.load(z_ptr + column, mask=mask, other=float("-inf")) if MASKED else tl.load(z_ptr + column)
+def _load(ptr, column, mask, MASKED: tl.constexpr, KEEP: tl.constexpr):
+    """Logits at columns, in float32; if MASKED, -inf where the mask is not set.
+
+    Unless it is to KEEP them, the cache may give up their place before that of others.
+    """
+    kept: tl.constexpr = "" if KEEP else "evict_first"
+    if MASKED:
+        x = tl.load(ptr + column, mask=mask, other=float("-inf"), eviction_policy=kept)
+    else:
+        x = tl.load(ptr + column, eviction_policy=kept)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _load_both(
+    z_ptr,
+    r_ptr,
+    column,
+    mask,
+    WITH_REF: tl.constexpr,
+    MASKED: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """z and r at columns; z twice without a reference."""
+    z = _load(z_ptr, column, mask, MASKED, KEEP)
     r = z
     if WITH_REF:
-        r = tl.load(r_ptr + column, mask=mask, other=float("-inf")) if MASKED else tl.load(r_ptr + column)
-    return z.to(tl.float32), r.to(tl.float32)
+        r = _load(r_ptr, column, mask, MASKED, KEEP)
+    return z, r
 
 
 @triton.jit
@@ -108,18 +137,18 @@ def _part(split, splits, tiles):
 @triton.jit
 def _accumulate(m, u, s, t, a, b, z, r, KL: tl.constexpr):
     """Every thread's moments (T,) with its columns (U, T, E) of z and r added."""
-    new_m = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    new_m = tl.maximum(m, tl.max(tl.max(z, 2), 0) * LOG2_E)
     d = m - new_m
-    c = _exp(d)
-    y = z - new_m[None, :, None]
-    p = _exp(y)
+    c = tl.exp2(d)
+    y = _bits(z, new_m[None, :, None])
+    p = tl.exp2(y)
     a = c * (a + d * s) + tl.sum(tl.sum(p * tl.where(p > 0, y, 0.0), 2), 0)
     if KL != "none":
-        new_u = tl.maximum(u, tl.max(tl.max(r, 2), 0))
+        new_u = tl.maximum(u, tl.max(tl.max(r, 2), 0) * LOG2_E)
         k = u - new_u
-        ck = _exp(k)
-        q = r - new_u[None, :, None]
-        p_ref = _exp(q)
+        ck = tl.exp2(k)
+        q = _bits(r, new_u[None, :, None])
+        p_ref = tl.exp2(q)
         # One product of (y - q): separate sums would lose 2 to 3 times the accuracy of the KL. A sum that is
         # infinite, or the rescaling factor 0, must not become NaN.
         if KL == "policy_ref":
@@ -150,8 +179,8 @@ def _merged(m, u, s, t, a, b, KL: tl.constexpr):
     top_m, top_u = tl.reduce((m, u), 0, _larger)
     d = m - top_m
     k = u - top_u
-    c = _exp(d)
-    ck = _exp(k)
+    c = tl.exp2(d)
+    ck = tl.exp2(k)
     a = c * (a + d * s)
     if KL == "ref_policy":
         b = tl.where(ck > 0, ck * (b + (k - d) * t), 0.0)
@@ -196,20 +225,47 @@ def _moments(
         # On their way while the tiles are summed.
         edge, exists = _edge(head, body, V, T)
         exists &= split == splits - 1
-        z_edge, r_edge = _load(z_ptr + z_start, r_ptr + r_start, edge, exists, KL != "none", True)
+        z_edge, r_edge = _load_both(z_ptr + z_start, r_ptr + r_start, edge, exists, KL != "none", True, True)
     column = _lanes(U, T, E)
     for tile in tl.range(begin, end, num_stages=STAGES):
         tile_column = tile * (U * T * E) + column
-        z, r = _load(z_ptr + z_body, r_ptr + r_body, tile_column, None, KL != "none", False)
+        z, r = _load_both(z_ptr + z_body, r_ptr + r_body, tile_column, None, KL != "none", False, True)
         m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z, r, KL)
     if split == splits - 1:
         if tiles * (U * T * E) < body:
             last = tiles * (U * T * E) + column
-            z, r = _load(z_ptr + z_body, r_ptr + r_body, last, last < body, KL != "none", True)
+            z, r = _load_both(z_ptr + z_body, r_ptr + r_body, last, last < body, KL != "none", True, True)
             m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z, r, KL)
         if UNIT != E or V % E != 0:
             m, u, s, t, a, b = _accumulate(m, u, s, t, a, b, z_edge, r_edge, KL)
     return _merged(m, u, s, t, a, b, KL)
+
+
+@triton.jit(noinline=True)
+def _finite_sum(z_ptr, r_ptr, m, u, V: tl.constexpr, KL: tl.constexpr, T: tl.constexpr):
+    """b anew by the final maxima, for a row whose b is infinite.
+
+    A term may have become infinite beside the maxima so far, by a token whose probability is 0 beside the
+    final ones. Without a second look the order of the columns would decide. It is a function of its own, and
+    reads single columns, so that it takes no registers from the loops over every row.
+    """
+    sums = tl.zeros((T,), tl.float32)
+    for start in tl.range(0, V, T, num_stages=1):
+        column = start + tl.arange(0, T)
+        z, r = _load_both(z_ptr, r_ptr, column, column < V, True, True, True)
+        y, q = _bits(z, m), _bits(r, u)
+        if KL == "ref_policy":
+            y, q = q, y
+        p = tl.exp2(y)
+        sums += p * tl.where(p > 0, y - q, 0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _looked_at_again(z_ptr, r_ptr, m, u, b, V: tl.constexpr, KL: tl.constexpr, T: tl.constexpr):
+    if b == float("inf"):
+        b = _finite_sum(z_ptr, r_ptr, m, u, V, KL, T)
+    return b
 
 
 # --- What a row is worth -----------------------------------------------------------------------
@@ -249,18 +305,18 @@ def _store_row(
 ):
     """Store weight_n times the loss of the row, nll, KL, H and statistics; return the last two of those."""
     log_s = tl.log(s)
-    nll = m - z_label + log_s
-    entropy = log_s - a / s
+    nll = log_s - LN_2 * _bits(z_label, m)
+    entropy = log_s - LN_2 * (a / s)
     kl = tl.zeros_like(nll)
     kept = kl
     if KL == "policy_ref":
-        kl = b / s - log_s + tl.log(t)
+        kl = LN_2 * (b / s) - log_s + tl.log(t)
         kept = kl
     if KL == "ref_policy":
-        kl = b / t - tl.log(t) + log_s
+        kl = LN_2 * (b / t) - tl.log(t) + log_s
         kept = kl
     if KL == "sampled":
-        kept = (u - r_label + tl.log(t)) - nll
+        kept = (tl.log(t) - LN_2 * _bits(r_label, u)) - nll
         kl = kept * kept / 2
     loss = nll - entropy_coef * entropy
     loss = tl.where(kl_coef == 0, loss, loss + kl_coef * kl)  # 0 times an infinite KL would be NaN
@@ -293,14 +349,14 @@ def _store_masked_row(row, loss_ptr, nll_ptr, kl_ptr, entropy_ptr, stats_ptr):
 @triton.jit
 def _gradient_at(z, r, m, u, c0, c1, c2, zero, KL: tl.constexpr):
     """d loss / d z, but for the label's own term."""
-    y = z - m
-    p = _exp(y)
+    y = _bits(z, m)
+    p = tl.exp2(y)
     factor = c0 + c1 * y
     if KL == "policy_ref":
-        factor += c2 * (r - u)
+        factor += c2 * _bits(r, u)
     grad = tl.where(p > 0, p * factor, zero)
     if KL == "ref_policy":
-        grad += c2 * _exp(r - u)
+        grad += c2 * tl.exp2(_bits(r, u))
     return grad
 
 
@@ -320,7 +376,9 @@ def _write_tile(
     KL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    z, r = _load(z_ptr, r_ptr, column, mask, KL == "policy_ref" or KL == "ref_policy", MASKED)
+    # For the last time: rows that are still to be read again stay in the cache.
+    with_ref: tl.constexpr = KL == "policy_ref" or KL == "ref_policy"
+    z, r = _load_both(z_ptr, r_ptr, column, mask, with_ref, MASKED, False)
     grad = _gradient_at(z, r, m, u, c0, c1, c2, zero, KL).to(grad_ptr.dtype.element_ty)
     if MASKED:
         tl.store(grad_ptr + column, grad, mask=mask)
@@ -392,7 +450,7 @@ def _store_gradient(
 ):
     """Write weight times the gradient of one of `splits` parts of a row.
 
-    policy_ref: e^y (c0 + c1 y + c2 q)    ref_policy: e^y (c0 + c1 y) + c2 e^q    and at the label, less
+    policy_ref: 2^y (c0 + c1 y + c2 q)    ref_policy: 2^y (c0 + c1 y) + c2 2^q    and at the label, less
     weight * nll_coef. The sampled KL changes with log p[label] alone: by d = log p[label] - log p_ref[label]
     times what the nll does, negated.
     """
@@ -406,7 +464,7 @@ def _store_gradient(
     if KL == "policy_ref":
         k0 += kl_coef * (tl.log(t) - log_s - kept)
         k1 += kl_coef
-        c2 = -kl_coef * weight / s
+        c2 = -kl_coef * weight / s * LN_2
     if KL == "ref_policy":
         k0 += kl_coef * tl.where(tl.abs(kept) < float("inf"), 1.0, float("nan"))
         c2 = -kl_coef * weight / t
@@ -414,7 +472,7 @@ def _store_gradient(
         nll_coef -= kl_coef * kept
         k0 -= kl_coef * kept
     c0 = weight / s * k0
-    c1 = weight / s * k1
+    c1 = weight / s * k1 * LN_2
     # A row that is not finite gets NaN in all columns, also where p is 0.
     zero = tl.where(tl.abs(c0) < float("inf"), 0.0, float("nan"))
     c0 += zero
@@ -464,7 +522,7 @@ def _store_gradient(
 # Of no use as compile-time knowledge, and a new value must not compile the kernel again.
 _NOT_SPECIALIZED = [
     *("z_inner", "z_outer", "z_step", "r_inner", "r_outer", "r_step"),
-    *("grad_inner", "grad_outer", "grad_step", "splits", "rows", "width"),
+    *("grad_inner", "grad_outer", "grad_step", "first", "splits", "rows", "width"),
 ]
 
 
@@ -478,6 +536,7 @@ def _row_kernel(
     r_inner,
     r_outer,
     r_step,
+    first,
     grad_ptr,
     grad_inner,
     grad_outer,
@@ -508,12 +567,14 @@ def _row_kernel(
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
     label = tl.load(labels_ptr + row)  # of a masked row it is not followed
-    grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
+    grad_start = _row_start(row, first, grad_inner, grad_outer, grad_step, UNIT)
     if weight != 0:
-        z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
-        r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
+        z_start = _row_start(row, first, z_inner, z_outer, z_step, UNIT)
+        r_start = _row_start(row, first, r_inner, r_outer, r_step, UNIT)
         z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
         m, u, s, t, a, b = _moments(z_ptr, z_start, r_ptr, r_start, 0, 1, V, KL, UNIT, U, T, E, STAGES)
+        if KL == "policy_ref" or KL == "ref_policy":
+            b = _looked_at_again(z_ptr + z_start, r_ptr + r_start, m, u, b, V, KL, T)
         kept, entropy = _store_row(
             row,
             weight,
@@ -581,6 +642,7 @@ def _partial_kernel(
     r_inner,
     r_outer,
     r_step,
+    first,
     weights_ptr,
     partials_ptr,
     splits,
@@ -596,8 +658,8 @@ def _partial_kernel(
     program = tl.program_id(0)
     row = program // splits
     if tl.load(weights_ptr + row) != 0:
-        z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
-        r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
+        z_start = _row_start(row, first, z_inner, z_outer, z_step, UNIT)
+        r_start = _row_start(row, first, r_inner, r_outer, r_step, UNIT)
         m, u, s, t, a, b = _moments(
             z_ptr, z_start, r_ptr, r_start, program % splits, splits, V, KL, UNIT, U, T, E, STAGES
         )
@@ -619,6 +681,7 @@ def _merge_kernel(
     r_inner,
     r_outer,
     r_step,
+    first,
     labels_ptr,
     weights_ptr,
     partials_ptr,
@@ -640,8 +703,8 @@ def _merge_kernel(
     weight = tl.load(weights_ptr + row)
     label = tl.load(labels_ptr + row)  # of a masked row it is not followed
     if weight != 0:
-        z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
-        r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
+        z_start = _row_start(row, first, z_inner, z_outer, z_step, UNIT)
+        r_start = _row_start(row, first, r_inner, r_outer, r_step, UNIT)
         z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
         split = tl.arange(0, MOST_SPLITS)
         part = partials_ptr + (row * splits + split) * 6
@@ -652,6 +715,8 @@ def _merge_kernel(
         a = tl.load(part + 4, mask=split < splits, other=0.0)
         b = tl.load(part + 5, mask=split < splits, other=0.0)
         m, u, s, t, a, b = _merged(m, u, s, t, a, b, KL)
+        if KL == "policy_ref" or KL == "ref_policy":
+            b = _looked_at_again(z_ptr + z_start, r_ptr + r_start, m, u, b, V, KL, 32)
         _store_row(
             row,
             weight,
@@ -686,6 +751,7 @@ def _gradient_kernel(
     r_inner,
     r_outer,
     r_step,
+    first,
     grad_ptr,
     grad_inner,
     grad_outer,
@@ -719,10 +785,10 @@ def _gradient_kernel(
         split = program % splits
         weight = tl.load(weights_ptr + row)
         label = tl.load(labels_ptr + row)  # of a masked row it is not followed
-        grad_start = _row_start(row, grad_inner, grad_outer, grad_step, UNIT)
+        grad_start = _row_start(row, first, grad_inner, grad_outer, grad_step, UNIT)
         if weight != 0:
-            z_start = _row_start(row, z_inner, z_outer, z_step, UNIT)
-            r_start = _row_start(row, r_inner, r_outer, r_step, UNIT)
+            z_start = _row_start(row, first, z_inner, z_outer, z_step, UNIT)
+            r_start = _row_start(row, first, r_inner, r_outer, r_step, UNIT)
             z_label, r_label = _label_logits(z_ptr, z_start, r_ptr, r_start, label, V, KL)
             _store_gradient(
                 grad_ptr,
@@ -773,7 +839,7 @@ def _scale_kernel(
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1:
         for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-            grad_row = grad_ptr + _row_start(row, grad_inner, grad_outer, grad_step, 1)
+            grad_row = grad_ptr + _row_start(row, 0, grad_inner, grad_outer, grad_step, 1)
             for start in tl.range(0, width, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 grad = tl.load(grad_row + column, mask=column < width).to(tl.float32)
@@ -847,19 +913,28 @@ class _Tile(NamedTuple):
 
     E: int
     UNIT: int
+    first: int = 0  # elements from a multiple of 16 bytes, which is what the kernel gets, to the first row
 
 
 def _tile(tensors: list[Tensor], rows: list[Rows]) -> _Tile:
     """The widest loads of at most 16 bytes that all tensors allow."""
     widest = 16 // max(tensor.element_size() for tensor in tensors)
-    if any(tensor.data_ptr() % 16 for tensor in tensors):
-        return _Tile(1, 1)
+    firsts = [tensor.data_ptr() % 16 // tensor.element_size() for tensor in tensors]
     strides = [(r.outer_stride % widest, r.inner_stride % widest) for r in rows]
-    if all(stride == (0, 0) for stride in strides):
+    if not any(firsts) and all(stride == (0, 0) for stride in strides):
         return _Tile(widest, widest)
     # All rows n start equally far from a multiple of E.
     same = all(r.inner == rows[0].inner or r.outer_stride == rows[0].outer_stride == 0 for r in rows)
-    return _Tile(widest if same and len(set(strides)) == 1 else 1, 1)
+    first = firsts[0]
+    in_memory = all(tensor.storage_offset() >= first for tensor in tensors)
+    if same and in_memory and len(set(strides)) == len(set(firsts)) == 1:
+        return _Tile(widest, 1, first)
+    return _Tile(1, 1)
+
+
+def _before(tensor: Tensor, first: int) -> Tensor:
+    """An element `first` elements before the tensor's own, whose address is what a kernel gets."""
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - first) if first else tensor
 
 
 def _numbers(name: str, rows: Rows, unit: int) -> dict[str, int]:
@@ -899,10 +974,11 @@ class _Problem:
             all_rows.append(grad_rows)
         self.tile = _tile(tensors, all_rows)
         self.read: dict[str, Any] = {
-            "z_ptr": self.logits,
+            "z_ptr": _before(self.logits, self.tile.first),
             **_numbers("z", z_rows, self.tile.UNIT),
-            "r_ptr": self.ref,
+            "r_ptr": _before(self.ref, self.tile.first),
             **_numbers("r", r_rows, self.tile.UNIT),
+            "first": self.tile.first,
             "weights_ptr": weights.contiguous(),
         }
         self.row: dict[str, Any] = {
@@ -912,7 +988,7 @@ class _Problem:
         }
         target = self.logits if grad is None else grad
         self.written: dict[str, Any] = {
-            "grad_ptr": target,
+            "grad_ptr": _before(target, self.tile.first),
             **_numbers("grad", all_rows[-1], self.tile.UNIT),
             "width": logits.shape[-1],
         }
@@ -932,8 +1008,23 @@ class _Problem:
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """An empty contiguous tensor like logits."""
-    return logits.new_empty(logits.shape)
+    """An empty tensor like logits, whose rows start as far from a multiple of 16 bytes as theirs.
+
+    Contiguous as a rule. Rows of logits[:, :-1] of an odd vocabulary, or cut from more columns, lie where the
+    logits' do, so that all of them are read and written 16 bytes at a time. A layout that would take half as
+    much memory again is not followed.
+    """
+    first = logits.storage_offset() % (16 // logits.itemsize)
+    if (logits.is_contiguous() and first == 0) or rows_of(logits) is None:
+        return logits.new_empty(logits.shape)
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:  # rows overlap
+            return logits.new_empty(logits.shape)
+        extent += (size - 1) * stride
+    if logits.numel() == 0 or 2 * extent > 3 * logits.numel():
+        return logits.new_empty(logits.shape)
+    return logits.new_empty(first + extent).as_strided(logits.shape, logits.stride(), first)
 
 
 def forward(

@@ -15,7 +15,7 @@ import pytest
 import test_linear
 import torch
 from pairwise import pairwise
-from test_loss import DTYPES, SLACK, Inputs, Result, make, run, strided, truth
+from test_loss import DTYPES, SLACK, Inputs, Result, make, one_impossible, run, strided, truth
 from torch import Tensor
 
 from quark_fast.ops import loss, triton_kernels
@@ -247,6 +247,25 @@ def test_an_infinite_term_that_a_later_maximum_makes_negligible(kl: str) -> None
     assert not out.grad[:, :TILE].any()
 
 
+@pytest.mark.parametrize(
+    ("kl", "lift", "flip", "splits"),
+    pairwise(["policy_ref", "ref_policy"], [20.0, 80.0], [False, True], [1, 3]),
+)
+def test_the_order_of_columns_does_not_decide_whether_a_kl_is_infinite(
+    cut: Callable[[int], None], kl: str, lift: float, flip: bool, splits: int
+) -> None:
+    cut(splits)
+    inputs, possible = one_impossible(3 * TILE + 7, kl, lift, flip)
+    out = ours(inputs, kl=kl)
+    if lift == 20:
+        assert out.kl == math.inf and out.loss == math.inf and out.grad.isnan().all()
+        return
+    exact = truth(possible, kl=kl)
+    torch.testing.assert_close(out.kl, exact.kl, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.loss, exact.loss, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.grad, exact.grad, atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_huge_logits_keep_their_moments(dtype: torch.dtype, kl: str) -> None:
@@ -294,6 +313,17 @@ def test_nan_or_infinity_that_counts_is_not_hidden(
         assert out.grad[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kl", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("logit", [-1e4, -math.inf])
+def test_a_nan_of_the_reference_is_not_hidden_where_the_policy_has_no_mass(logit: float, kl: str) -> None:
+    inputs = small(rows=2)._replace(mask=torch.ones(2))
+    inputs.labels[1] = 3
+    inputs.logits[1, 700], inputs.ref_logits[1, 700] = logit, math.nan
+    out = ours(inputs, kl=kl)
+    assert out.kl.isnan().tolist() == [False, True]
+    assert out.grad[1].isnan().all() and out.grad[0].isfinite().all()
+
+
 # --- Memory layout -----------------------------------------------------------------------------
 
 
@@ -316,23 +346,73 @@ def test_layout_does_not_matter(dtype: torch.dtype, layout: str) -> None:
         torch.testing.assert_close(a.detach().cpu().double(), b, atol=2e-6, rtol=tolerance)
 
 
+def tile(*tensors: Tensor) -> tuple[int, int, int]:
+    """(E, UNIT, first) of tensors that are read or written together."""
+    rows = [triton_kernels.rows_of(tensor) for tensor in tensors]
+    assert None not in rows
+    return tuple(triton_kernels._tile(list(tensors), rows))
+
+
 def test_loads_are_wide_wherever_the_rows_allow_it() -> None:
-    """(E, UNIT): 16 bytes a load, after a head of single columns if rows start anywhere (UNIT 1)."""
-
-    def tile(*tensors: Tensor) -> tuple[int, int]:
-        rows = [triton_kernels.rows_of(tensor) for tensor in tensors]
-        assert None not in rows
-        return tuple(triton_kernels._tile(list(tensors), rows))
-
+    """16 bytes a load, after a head of single columns if rows start anywhere (UNIT 1)."""
     even, odd = torch.empty(3, 4, 1008), torch.empty(3, 4, 1003)
-    assert tile(even, even) == (4, 4)
-    assert tile(even.half(), even.bfloat16()) == (8, 8)
-    assert tile(even.half(), even) == (4, 4)
-    assert tile(odd.half(), odd.half(), odd.half()) == (8, 1)
-    assert tile(odd[:, :-1].half(), odd[:, :-1].half()) == (8, 1)
-    assert tile(odd[:, :-1], odd[:, :-1], odd[:, :-1].contiguous()) == (1, 1), "rows at other offsets"
-    assert tile(even, odd) == (1, 1)
-    assert tile(even[..., 1:]) == (1, 1), "the first row starts anywhere"
+    assert tile(even, even) == (4, 4, 0)
+    assert tile(even.half(), even.bfloat16()) == (8, 8, 0)
+    assert tile(even.half(), even) == (4, 4, 0)
+    assert tile(odd.half(), odd.half(), odd.half()) == (8, 1, 0)
+    assert tile(odd[:, :-1].half(), odd[:, :-1].half()) == (8, 1, 0)
+    assert tile(odd[:, :-1], odd[:, :-1], odd[:, :-1].contiguous()) == (1, 1, 0), "rows at other offsets"
+    assert tile(even, odd) == (1, 1, 0)
+    assert tile(even[..., 1:]) == (4, 1, 1), "the first row starts between two multiples of 16 bytes"
+    assert tile(odd[:, 1:], odd[:, 1:]) == (4, 1, 3)
+    assert tile(odd[:, 1:], odd[:, :-1]) == (1, 1, 0), "first rows at other offsets"
+    memory = bytearray(4 * 1024)
+    start = torch.frombuffer(memory, dtype=torch.float32).data_ptr() // 4 % 4
+    between = torch.frombuffer(memory, dtype=torch.float32, offset=4 * ((5 - start) % 4), count=1008)
+    assert tile(between.view(1, -1)) == (1, 1, 0), "nothing is read before the tensor's memory"
+
+
+def slices(whole: Tensor) -> dict[str, Tensor]:
+    """Views of (batch, time, columns) whose rows lie apart, or start between two multiples of 16 bytes."""
+    return {
+        "all but the last": whole[:, :-1],
+        "all but the first": whole[:, 1:],
+        "of one": whole[1],
+        "fewer columns": whole[..., :-6],
+        "time first": whole.transpose(0, 1),
+    }
+
+
+@pytest.mark.parametrize("name", slices(torch.empty(2, 3, 9)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_slice_and_of_its_gradient_are_moved_16_bytes_at_a_time(
+    dtype: torch.dtype, name: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 3, 203, generator=g).to(dtype).to(DEVICE)
+    ref = slices((whole + torch.randn(whole.shape, generator=g).to(DEVICE)).to(dtype))[name]
+    z = slices(whole)[name]
+    assert tile(z, ref, triton_kernels.new_gradient(z))[0] == 16 // z.itemsize
+    labels = torch.randint(0, z.shape[-1], z.shape[:-1], generator=g).to(DEVICE)
+    results = []
+    for leaf, reference in ((z.clone(), ref.contiguous()), (whole.clone(), ref)):
+        leaf.requires_grad_()
+        logits = leaf * 1 if leaf.shape == z.shape else slices(leaf)[name]
+        out = quark_loss(logits, reference, labels, impl="triton")
+        (grad,) = torch.autograd.grad(out.loss, leaf)
+        results.append((*out, grad if leaf.shape == z.shape else slices(grad)[name]))
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # a thread adds up other columns
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), atol=2e-6, rtol=tolerance)
+
+
+def test_a_gradient_follows_no_layout_that_wastes_memory_or_overlaps() -> None:
+    room = torch.empty(4, 2, 1000)
+    for logits in (room[:, 0], room[:1].expand(4, -1, -1), room.transpose(0, 2), room[:0]):
+        assert triton_kernels.new_gradient(logits).is_contiguous()
+    rows = torch.empty(6, 1008)[:, :1003]  # as the linear loss gives them room
+    grad = triton_kernels.new_gradient(rows[:3])
+    assert grad.stride() == (1008, 1) and grad.untyped_storage().nbytes() <= 4 * 3 * 1008
 
 
 def test_one_reference_for_a_whole_batch_may_be_expanded() -> None:
@@ -445,9 +525,12 @@ def test_autocast_and_grad_scaler() -> None:
     torch.testing.assert_close(grads[1], grads[0], atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("operator", ["_one_pass", "_two_pass"])
-def test_opcheck(operator: str) -> None:
-    logits, ref_logits, labels, mask = (value.to(DEVICE) for value in small(33, rows=2))
+def test_opcheck(operator: str, first: int) -> None:
+    """Also of logits whose gradient does not start at a multiple of 16 bytes."""
+    logits, ref_logits, labels, mask = (value.to(DEVICE)[first:] for value in small(33, rows=2 + first))
+    logits = logits.detach()
     problem = (ref_logits, labels, mask / mask.sum(), 33, 0.05, 0.06, "policy_ref", "triton")
     torch.library.opcheck(getattr(loss, operator), (logits.requires_grad_(), *problem))
 
