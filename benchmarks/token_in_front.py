@@ -1,0 +1,120 @@
+"""What a reward token in front costs on held-out text: in its first tokens, and behind a prompt of them.
+
+    python benchmarks/token_in_front.py RUN ... --output FILE
+
+The best token stands before the first token of a text, as where the tables of a run measure perplexity and
+accuracy on text. But whoever samples has a prompt between the two. So each is measured twice: over the first
+32 tokens, of which one is given, and over those behind them. Rows are the base model without a token, with
+the token of each built-in task before any training, and the given runs of repetition, whose held-out passages
+are the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quark_fast.config import Config
+from quark_fast.data import assets
+from quark_fast.evaluation.trained_run import open_run
+from quark_fast.model.batch import completion_logits, make_batch
+from quark_fast.model.policy import Policy
+from quark_fast.runtime.machine import quiet_libraries, versions
+from quark_fast.tasks.by_name import find_task
+
+PROMPT = 32
+RESAMPLES = 1000
+
+
+@torch.inference_mode()
+def fit(policy: Policy, texts: list[str], quantile: int | None) -> np.ndarray:
+    """(texts, 2, 3): nats, tokens predicted right, tokens; of the first ``PROMPT`` tokens, and the rest."""
+    found = []
+    for text in texts:
+        ids = policy.text_tokenizer(text, add_special_tokens=False).input_ids
+        batch = make_batch(policy, [ids[:1]], [ids[1:]], [quantile], policy.model.device)
+        logp = completion_logits(policy.model, batch)[0, :, : policy.vocabulary].float().log_softmax(-1)
+        nll = -logp.gather(-1, batch.labels[0].unsqueeze(-1)).squeeze(-1)
+        right = logp.argmax(-1) == batch.labels[0]
+        parts = [slice(PROMPT - 1), slice(PROMPT - 1, None)]
+        found.append([[float(nll[p].sum()), int(right[p].sum()), len(nll[p])] for p in parts])
+    return np.array(found)
+
+
+def rows(runs: list[Path], texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each row's name and fit; the base model first."""
+    for name in ("toxicity", "sentiment", "repetition"):
+        quantiles = Config(task=name).quantiles
+        words = find_task(name).words_for(quantiles)
+        policy = Policy.create(assets.default_model(), quantiles=quantiles, words=words)
+        policy.model.eval()
+        if name == "toxicity":
+            yield "base model", fit(policy, texts, None)
+        yield f"best token of {name}, untrained", fit(policy, texts, quantiles - 1)
+    for run in runs:
+        policy = open_run(run).policy
+        yield run.name, fit(policy, texts, policy.quantiles - 1)
+
+
+def measures(sums: np.ndarray) -> dict[str, float]:
+    nats, right, tokens = sums
+    return {"perplexity": math.exp(nats / tokens), "accuracy": right / tokens}
+
+
+def changes(base: np.ndarray, row: np.ndarray) -> dict[str, Any]:
+    """Each measure, and its relative change with the 95% bootstrap interval over texts."""
+    drawn = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
+    made: dict[str, Any] = {}
+    for part, place in (("first tokens", 0), ("behind a prompt", 1)):
+        before, after = measures(base[:, place].sum(0)), measures(row[:, place].sum(0))
+        for name in before:
+            resampled = [
+                measures(row[some, place].sum(0))[name] / measures(base[some, place].sum(0))[name] - 1
+                for some in drawn
+            ]
+            low, high = np.quantile(resampled, [0.025, 0.975])
+            made[f"{name}, {part}"] = {
+                "value": round(after[name], 4),
+                "relative": round(after[name] / before[name] - 1, 4),
+                "low": round(float(low), 4),
+                "high": round(float(high), 4),
+            }
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of repetition")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    asked = parser.parse_args()
+    quiet_libraries()
+    held_out = {run: (run / "held_out.jsonl").read_text() for run in asked.runs}
+    if len({*held_out.values()}) != 1:
+        parser.error("the runs have other held-out texts; give runs that were evaluated on the same")
+    texts = [json.loads(line)["prompt"] for line in held_out[asked.runs[0]].splitlines()]
+    found, base = [], None
+    for name, row in rows(asked.runs, texts):
+        base = row if base is None else base
+        found.append({"row": name, **changes(base, row)})
+        cells = (
+            f"{key} {one['value']} ({one['relative']:+.1%})" for key, one in found[-1].items() if key != "row"
+        )
+        print(f"{name}: {'; '.join(cells)}", flush=True)
+    command = {"command": shlex.join(["python", *sys.argv]), "texts": len(texts), "prompt_tokens": PROMPT}
+    result = versions(torch.device("cpu")) | command | {"rows": found}
+    asked.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
