@@ -25,9 +25,10 @@ import torch
 
 from quark_fast.config import Config
 from quark_fast.data import assets
+from quark_fast.evaluation.perplexity import text_fit
 from quark_fast.evaluation.trained_run import open_run
-from quark_fast.model.batch import completion_logits, make_batch
 from quark_fast.model.policy import Policy
+from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.machine import quiet_libraries, versions
 from quark_fast.tasks.by_name import find_task
 
@@ -35,19 +36,14 @@ PROMPT = 32
 RESAMPLES = 1000
 
 
-@torch.inference_mode()
-def fit(policy: Policy, texts: list[str], quantile: int | None) -> np.ndarray:
+def fit(policy: Policy, texts: list[str], conditioning: Conditioning) -> np.ndarray:
     """(texts, 2, 3): nats, tokens predicted right, tokens; of the first ``PROMPT`` tokens, and the rest."""
-    found = []
-    for text in texts:
-        ids = policy.text_tokenizer(text, add_special_tokens=False).input_ids
-        batch = make_batch(policy, [ids[:1]], [ids[1:]], [quantile], policy.model.device)
-        logp = completion_logits(policy.model, batch)[0, :, : policy.vocabulary].float().log_softmax(-1)
-        nll = -logp.gather(-1, batch.labels[0].unsqueeze(-1)).squeeze(-1)
-        right = logp.argmax(-1) == batch.labels[0]
-        parts = [slice(PROMPT - 1), slice(PROMPT - 1, None)]
-        found.append([[float(nll[p].sum()), int(right[p].sum()), len(nll[p])] for p in parts])
-    return np.array(found)
+    every = [policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    first, whole = (
+        np.array(text_fit(policy, policy.model, part, conditioning))
+        for part in ([ids[:PROMPT] for ids in every], every)
+    )
+    return np.stack([first, whole - first], 1)
 
 
 def rows(runs: list[Path], texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -58,11 +54,11 @@ def rows(runs: list[Path], texts: list[str]) -> Iterator[tuple[str, np.ndarray]]
         policy = Policy.create(assets.default_model(), quantiles=quantiles, words=words)
         policy.model.eval()
         if name == "toxicity":
-            yield "base model", fit(policy, texts, None)
-        yield f"best token of {name}, untrained", fit(policy, texts, quantiles - 1)
+            yield "base model", fit(policy, texts, Conditioning())
+        yield f"best token of {name}, untrained", fit(policy, texts, Conditioning(quantiles - 1))
     for run in runs:
         policy = open_run(run).policy
-        yield run.name, fit(policy, texts, policy.quantiles - 1)
+        yield run.name, fit(policy, texts, Conditioning(policy.quantiles - 1))
 
 
 def measures(sums: np.ndarray) -> dict[str, float]:
