@@ -2,8 +2,8 @@
 
     python benchmarks/token_in_front.py RUN ... --output FILE
 
-The best token stands before the first token of a text, as where the tables of a run measure perplexity and
-accuracy on text. But whoever samples has a prompt between the two. So each is measured twice: over the first
+The best token stands before the first token of a text. Whoever samples has a prompt between the two, and so
+the tables of a run count what is behind a prompt of 32 tokens. Here each is measured twice: over these first
 32 tokens, of which one is given, and over those behind them. Rows are the base model without a token, with
 the token of each built-in task before any training, and the given runs of repetition, whose held-out passages
 are the texts.
@@ -40,7 +40,7 @@ def fit(policy: Policy, texts: list[str], conditioning: Conditioning) -> np.ndar
     """(texts, 2, 3): nats, tokens predicted right, tokens; of the first ``PROMPT`` tokens, and the rest."""
     every = [policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     first, whole = (
-        np.array(text_fit(policy, policy.model, part, conditioning))
+        np.array(text_fit(policy, policy.model, part, conditioning, prompt=1))
         for part in ([ids[:PROMPT] for ids in every], every)
     )
     return np.stack([first, whole - first], 1)

@@ -12,7 +12,7 @@ import numpy as np
 from quark_fast.config import Config
 from quark_fast.data.row import Row
 from quark_fast.evaluation.judging import begin_judging
-from quark_fast.evaluation.perplexity import Nll, id_nll, text_fit
+from quark_fast.evaluation.perplexity import TEXT_PROMPT, Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.encode import encode_rows
@@ -157,14 +157,15 @@ class EvaluationSetup:
         return [self.held_out.for_reward(i) for i, _, _ in completions], [text for _, _, text in completions]
 
 
-CONTROLS = 64  # texts, and tokens of each
+CONTROLS = 64  # texts, and tokens of each that count
 
 
 def control_texts(policy: Policy, texts: Sequence[str]) -> list[list[int]]:
     """The first tokens of the first texts, as ids; as many as the model has positions for behind a token."""
-    room = CONTROLS if policy.positions is None else policy.positions - len(policy.prefix) - 1
+    most = TEXT_PROMPT + CONTROLS
+    room = most if policy.positions is None else policy.positions - len(policy.prefix) - 1
     every = (policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts[:CONTROLS])
-    return [list(ids[: min(CONTROLS, room)]) for ids in every if len(ids) > 1 and room > 1]
+    return [list(ids[: min(most, room)]) for ids in every if len(ids) > 1 and room > 1]
 
 
 def evaluation_sampling(config: Config) -> Sampling:

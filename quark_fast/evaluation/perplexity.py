@@ -184,15 +184,25 @@ def _losses(
     return by_parts(len(prompts), rows, loss)
 
 
+TEXT_PROMPT = 32  # tokens
+
+
 @torch.inference_mode()
 def text_fit(
-    policy: Policy, model: Any, texts: Sequence[Sequence[int]], conditioning: Conditioning, rows: int = 0
+    policy: Policy,
+    model: Any,
+    texts: Sequence[Sequence[int]],
+    conditioning: Conditioning,
+    rows: int = 0,
+    prompt: int = TEXT_PROMPT,
 ) -> list[tuple[float, int, int]]:
     """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
 
-    Every token but the first, which some models have nothing to predict from, given the conditioning and all
-    tokens before it; guided conditioning mixes its two streams as sampling does. ``rows`` texts are read side
-    by side; 0: 4, on a GPU what its free memory holds.
+    The first ``prompt`` tokens of a text, at most half of it and at least one, are its prompt: the
+    conditioning stands before them, as where completions are sampled, and the tokens behind them count.
+    Right behind a reward token, where no completion ever stands, the token's own words cost up to a sixth of
+    the perplexity before any training (``benchmarks/token_in_front.py``). Guided conditioning mixes its two
+    streams as sampling does. ``rows`` texts are read side by side; 0: 4, on a GPU what its free memory holds.
     """
     quantiles = [quantile for quantile, _ in conditioning.streams()]
     longest = max((len(policy.conditioned(text, k)) for text in texts for k in quantiles), default=1)
@@ -200,7 +210,9 @@ def text_fit(
 
     def fit(rows: slice) -> list[tuple[float, int, int]]:
         part = texts[rows]
-        first, rest = [text[:1] for text in part], [text[1:] for text in part]
+        given = [max(1, min(prompt, len(text) // 2)) for text in part]
+        first = [text[:n] for text, n in zip(part, given, strict=True)]
+        rest = [text[n:] for text, n in zip(part, given, strict=True)]
         logp: torch.Tensor | None = None
         for quantile, weight in conditioning.streams():
             batch = make_batch(policy, first, rest, [quantile] * len(part), model.device)

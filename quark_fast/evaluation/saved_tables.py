@@ -181,6 +181,9 @@ def check_comparable(
     mine, theirs = _terms(table), _terms(against)
     for name in (judges := _judges(table)).keys() & (others := _judges(against)).keys():
         mine[f"judge {name}"], theirs[f"judge {name}"] = judges[name], others[name]
+    if all(_measures_text(each) for each in (table, against)):
+        what = "tokens of a text before those that count"
+        mine[what], theirs[what] = (str(each.get("text_prompt_tokens", 1)) for each in (table, against))
     for what, value in mine.items():
         if theirs[what] != value and (classes or what != "classes of the prompts"):
             raise UsageError(
@@ -209,6 +212,11 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
         ),
     }
+
+
+def _measures_text(table: Mapping[str, Any]) -> bool:
+    shown = {*table.get("columns", ()), *table.get("more_columns", ())}
+    return not shown.isdisjoint(("text_perplexity", "text_accuracy"))
 
 
 def _judges(table: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from quark_fast.data.row import Row
 from quark_fast.evaluation.held_out import EvaluationSetup
 from quark_fast.evaluation.judging import described
+from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
 from quark_fast.tasks.task import Task
 
@@ -57,6 +58,7 @@ def describe_evaluation(
         "prompts_sha256": _sha256([[row["prompt"] for row in held_out.rows], held_out.texts]),
         "classes_sha256": classes_sha256(task, held_out.rows),
         "samples_per_prompt": held_out.samples,
+        "text_prompt_tokens": TEXT_PROMPT,
         "sampling": {
             "top_p": sampling.top_p,
             "temperature": sampling.temperature,

@@ -135,14 +135,16 @@ COLUMNS = (
         "perplexity of text",
         "text ppl",
         "1 digit",
-        "The model's own perplexity on held-out text, with the same token in front.",
+        "The model's own perplexity on held-out text, with the same token in front; the text's first 32 "
+        "tokens are a prompt and do not count.",
     ),
     Column(
         "text_accuracy",
         "accuracy on text",
         "accuracy",
         "percent",
-        "Tokens of held-out text that the model's most probable next token gets right.",
+        "Tokens of held-out text, behind a prompt of its first 32, that the model's most probable next token "
+        "gets right.",
     ),
     Column("dist2", "dist-2", "dist-2", "2 digits", "Distinct word pairs per word of a prompt."),
     Column("dist3", "dist-3", "dist-3", "2 digits", "Distinct word triples per word of a prompt."),

@@ -155,7 +155,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("rows", "columns", "more_columns"), list),
     **dict.fromkeys(("headline", "property", "target", "task"), str),
     **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on", "kept_round"), dict),
-    **dict.fromkeys(("prompts", "samples_per_prompt"), int),
+    **dict.fromkeys(("prompts", "samples_per_prompt", "text_prompt_tokens"), int),
 }
 
 

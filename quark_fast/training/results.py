@@ -14,7 +14,7 @@ from quark_fast.evaluation.held_out import (
     evaluation_sampling,
     generation_settings,
 )
-from quark_fast.evaluation.perplexity import ReferenceLogits
+from quark_fast.evaluation.perplexity import TEXT_PROMPT, ReferenceLogits
 from quark_fast.evaluation.probe import PROBE_ROWS, Probe
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
@@ -93,7 +93,7 @@ class Results:
         """As JSON, what decides the samples of the held-out prompts and may change at a resume."""
         held_out = self.held_out
         texts = held_out.texts or self.setup.controls
-        return [sampling.what_is_drawn(), held_out.samples, held_out.rows, held_out.ids, texts]
+        return [sampling.what_is_drawn(), held_out.samples, held_out.rows, held_out.ids, texts, TEXT_PROMPT]
 
     # ---------------------------------------------------------------- the evaluation
 

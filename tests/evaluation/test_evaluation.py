@@ -24,7 +24,13 @@ from quark_fast.evaluation.held_out import (
     first_completions,
     fit_to_prompts,
 )
-from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl, text_fit
+from quark_fast.evaluation.perplexity import (
+    TEXT_PROMPT,
+    ReferenceLogits,
+    completion_nll,
+    completion_nll_and_kl,
+    text_fit,
+)
 from quark_fast.evaluation.probe import Probe
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import TableRow, table_rows
@@ -38,6 +44,7 @@ from quark_fast.runtime.overlap import Begun
 
 Make = Callable[..., Path]
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7, 8], [2, 7, 1, 8, 2], [9, 9, 9]]
+LONG = [i % 9 for i in range(72)]  # more than two prompts of a text
 GREEDY = Sampling(4, 0, temperature=0.0, rows=3)
 
 
@@ -51,10 +58,10 @@ def policy(tiny_model: Make) -> Policy:
 
 @torch.no_grad()
 def by_hand(
-    policy: Policy, text: list[int], conditioning: Conditioning, first: int = 1
+    policy: Policy, text: list[int], conditioning: Conditioning, prompt: int = TEXT_PROMPT
 ) -> tuple[float, int, int]:
     """One token at a time, nothing batched or padded, in float64 after the model."""
-    nll, correct = 0.0, 0
+    nll, correct, first = 0.0, 0, min(prompt, len(text) // 2)
     for place in range(first, len(text)):
         mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
         for quantile, weight in conditioning.streams():
@@ -71,11 +78,12 @@ def by_hand(
     "conditioning", [Conditioning(), Conditioning(2), Conditioning(2, 0, 2.0)], ids=["plain", "best", "w=2"]
 )
 def test_text_fit_is_that_of_one_forward_a_token(policy: Policy, conditioning: Conditioning) -> None:
-    expected = [by_hand(policy, text, conditioning) for text in TEXTS]
+    expected = [by_hand(policy, text, conditioning) for text in (*TEXTS, LONG)]
     # A token that the model does get right, so that counting none would be seen.
     greedy = [by_hand(policy, [7, token], conditioning)[1] for token in range(policy.vocabulary)]
     right = [7, greedy.index(1)]
-    found = text_fit(policy, policy.model, [*TEXTS, right], conditioning, rows=2)
+    assert [tokens for _, _, tokens in expected] == [4, 1, 3, 2, 72 - 32], "half, or all but 32"
+    found = text_fit(policy, policy.model, [*TEXTS, LONG, right], conditioning, rows=2)
     for (nll, correct, tokens), (a, b, c) in zip(found, expected, strict=False):
         assert nll == pytest.approx(a, rel=1e-4)  # float32 logits up to 10
         assert (correct, tokens) == (b, c)
@@ -322,7 +330,7 @@ def test_ordinary_texts_are_cut_to_the_models_positions(tiny_model: Make) -> Non
     short = Policy.create(tiny_model("gpt2"), quantiles=3)
     assert short.positions is not None
     (ids,) = control_texts(short, [" ".join(["w1"] * 500)])
-    assert len(ids) == min(64, short.positions - len(short.prefix) - 1)
+    assert len(ids) == min(TEXT_PROMPT + 64, short.positions - len(short.prefix) - 1)
 
 
 def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.perplexity import text_nll
-from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
+from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
 from quark_fast.evaluation.subjects import find_subject, labels
 from quark_fast.metrics import Sample, as_json, compare
@@ -445,6 +445,17 @@ def test_tables_that_differ_refuse_to_be_compared_and_name_both(
     with pytest.raises(UsageError, match=named) as refused:
         Evaluator(["base", str(path)], **{**SMALL, **change})
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("shown", [["mean"], ["mean", "text_accuracy"]], ids=["without texts", "with texts"])
+def test_texts_measured_without_a_prompt_do_not_compare_with_texts_behind_one(shown: list[str]) -> None:
+    now = {"task": "toxicity", "columns": shown, "text_prompt_tokens": 32}
+    before = {"task": "toxicity", "columns": shown}  # of a version that counted all but a text's first token
+    check_comparable("now", now, "also now", dict(now))
+    if "text_accuracy" not in shown:
+        return check_comparable("now", now, "before", before)
+    with pytest.raises(UsageError, match=r"now and before do not compare: tokens of a text .* 32 in .*1 in"):
+        check_comparable("now", now, "before", before)
 
 
 def test_same_scorer_of_another_hash_or_version_does_not_compare(place: Path, tmp_path: Path) -> None:
