@@ -157,12 +157,13 @@ class EvaluationSetup:
         return [self.held_out.for_reward(i) for i, _, _ in completions], [text for _, _, text in completions]
 
 
-CONTROLS = 64  # texts, and tokens of each that count
+CONTROLS = 128  # texts; those of the embedded novels have 55 tokens on average
+CONTROL_TOKENS = 64  # of each, that count
 
 
 def control_texts(policy: Policy, texts: Sequence[str]) -> list[list[int]]:
     """The first tokens of the first texts, as ids; as many as the model has positions for behind a token."""
-    most = TEXT_PROMPT + CONTROLS
+    most = TEXT_PROMPT + CONTROL_TOKENS
     room = most if policy.positions is None else policy.positions - len(policy.prefix) - 1
     every = (policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts[:CONTROLS])
     return [list(ids[: min(most, room)]) for ids in every if len(ids) > 1 and room > 1]
