@@ -16,6 +16,7 @@ from quark_fast.report.columns import (
     format_value,
     headline_column,
     judge_columns,
+    main_columns,
     one_line,
 )
 from quark_fast.report.records import Record, judges_of, number_of
@@ -151,7 +152,7 @@ def _how(row: Record) -> str:
 
 
 def headline(evaluation: Record) -> str:
-    """The result with its interval, what it takes, and what judges find; empty if there is no result."""
+    """The result with its interval, its price, what it takes, and what judges find; empty without a result."""
     return " ".join(headline_parts(evaluation))
 
 
@@ -160,6 +161,7 @@ def headline_parts(evaluation: Record) -> list[str]:
     parts = (
         _what_is_missing(evaluation),
         _result(evaluation),
+        _what_it_costs(evaluation),
         _what_it_takes(evaluation),
         _by_judges(evaluation),
     )
@@ -195,13 +197,26 @@ def _by_judges(evaluation: Record) -> str:
     return " ".join(found)
 
 
+def _what_it_costs(evaluation: Record) -> str:
+    """The perplexity of the same row: a fall can be bought with texts that nobody would write."""
+    row, (first, fluency, *_) = main_row(evaluation), main_columns(evaluation)
+    if row is None or row is base_row(evaluation) or first.key == fluency.key:
+        return ""
+    cell = cell_of(evaluation, row, fluency)
+    if cell.value == "–" or not cell.change_bounds:
+        return ""
+    title = fill(fluency.title, evaluation).capitalize()
+    return f"{title} with it is {cell.value} ({cell.change}, 95% interval {cell.change_bounds})."
+
+
 def _what_it_takes(evaluation: Record) -> str:
     """What each result needs: guidance needs our generate, the best token alone any engine."""
     row, best = main_row(evaluation), first_row(evaluation, "best")
     if row is None or best is None or way_of(name_of(row)) != "guided" or ": " in name_of(row):
         return ""
     alone = cell_of(evaluation, best, headline_column(evaluation))
-    change = f" ({alone.change})" if alone.change else ""
+    bounds = f", 95% interval {alone.change_bounds}" if alone.change_bounds else ""
+    change = f" ({alone.change}{bounds})" if alone.change else ""
     return (
         f"That takes quark_fast.generate (--guidance {number_of(row, 'guidance'):g}); the exported model by"
         f" itself, which is the best token, is at {alone.value}{change}."

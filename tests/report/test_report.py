@@ -402,6 +402,19 @@ def test_headline_without_an_interval_claims_no_fall():
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
 
 
+def test_headline_says_what_the_fall_costs():
+    evaluation = small_evaluation(-0.063)
+    before, after = evaluation["rows"]
+    before["metrics"] = before["metrics"] | {"perplexity": {"value": 19.1, "low": 18.0, "high": 20.0}}
+    after["metrics"] = after["metrics"] | {"perplexity": {"value": 33.8, "low": 31.0, "high": 36.0}}
+    dear = {"difference": 14.7, "low": 12.0, "high": 18.0}
+    after["change"]["perplexity"] = dear | {"relative": 0.77, "relative_low": 0.65, "relative_high": 0.9}
+    said = "Perplexity with it is 33.8 (+77%, 95% interval +65 to +90)."
+    assert headline(evaluation).endswith(f"(95% interval −50 to −30%). {said}")
+    del after["change"]["perplexity"]
+    assert "erplexity" not in headline(evaluation), "not known against the base model"
+
+
 def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finished_run):
     evaluation = evaluation_of(finished_run)
     assert main_row(evaluation)["name"] == "guided w=3"  # w = 6 has less toxicity
