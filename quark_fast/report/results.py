@@ -152,7 +152,7 @@ def _how(row: Record) -> str:
 
 
 def headline(evaluation: Record) -> str:
-    """The result with its interval, its price, what it takes, and what judges find; empty without a result."""
+    """The result with its interval and price, what it takes, what judges find; empty without a result."""
     return " ".join(headline_parts(evaluation))
 
 
