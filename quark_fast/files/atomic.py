@@ -5,16 +5,29 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What is wrong with the disk or with the user's rights to it, not with the program.
-DISK_ERRORS = frozenset(
+from safetensors import SafetensorError
+
+TRIAL = ".quark_fast-check-"  # begins the name of a folder that is made to see whether it can be written to
+_DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
+
+
+def disk_error(error: Exception) -> str | None:
+    """What is wrong with the disk or with the user's rights to it, in words; None: nothing is."""
+    number: int | None = None
+    if isinstance(error, OSError):
+        number = error.errno
+    elif isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # safetensors gives it as text
+    return os.strerror(number) if number in _DISK_ERRORS else None
 
 
 def flush(path: Path) -> None:

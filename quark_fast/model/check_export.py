@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quark_fast.data.tokenizer import SENTENCE
+from quark_fast.files.atomic import TRIAL
 from quark_fast.model.check_reading import gap_of, logits_alone, tolerance_of
 from quark_fast.model.copies import whole_copy
 from quark_fast.model.export import write_export
@@ -55,7 +56,7 @@ def _check_export(policy: Policy, near: Path, sampling: Mapping[str, Any], untie
     texts = [policy.conditioned(policy.encode(text), policy.quantiles - 1) for text in TEXTS]
     with (
         torch.no_grad(),
-        tempfile.TemporaryDirectory(prefix=".quark_fast-check-", dir=near) as scratch,
+        tempfile.TemporaryDirectory(prefix=TRIAL, dir=near) as scratch,
         blamed(policy.model, "cannot be exported", scratch),
     ):
         model = whole_copy(policy, policy.stored_dtype)

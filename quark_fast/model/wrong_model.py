@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quark_fast.errors import UsageError
+from quark_fast.files.atomic import disk_error
 from quark_fast.model.loading import first_line
 from quark_fast.runtime.memory import OutOfMemory
 
@@ -28,12 +29,14 @@ def message_of(error: Exception) -> str:
 
 @contextlib.contextmanager
 def blamed(model: Any, what: str, export: str | None = None) -> Iterator[None]:
-    """Whatever fails here, but for a lack of memory, is the model's: foreign code fails in any way."""
+    """Whatever fails here, but for memory or disk, is the model's fault: foreign code fails in any way."""
     try:
         yield
     except (torch.OutOfMemoryError, OutOfMemory):
         raise
     except Exception as error:
+        if disk_error(error):
+            raise
         # Our loader's message names the scratch folder; transformers' own, its cause, does not.
         loader = isinstance(error, UsageError) and isinstance(error.__cause__, Exception)
         said = message_of(error.__cause__ if loader else error)  # type: ignore[arg-type]

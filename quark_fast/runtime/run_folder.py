@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.files.atomic import (
-    DISK_ERRORS,
+    TRIAL,
+    disk_error,
     flush,
     flush_all,
     give_usual_permissions,
@@ -63,9 +65,10 @@ class RunFolder:
         self.path = Path(path)
 
     @property
-    def existing_parent(self) -> Path:
-        """The nearest folder above that exists: the one that the run's folder is or will be made in."""
-        return next(path for path in self.path.absolute().parents if path.is_dir())
+    def nearest(self) -> Path:
+        """The run's folder, where it exists, else the nearest one above that does."""
+        path = self.path.absolute()
+        return next(path for path in (path, *path.parents) if path.is_dir())
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -87,6 +90,16 @@ class RunFolder:
             )
         raise UsageError(f"{path} exists and is no run: choose another --output")
 
+    def check_writable(self) -> None:
+        """Refuse a place that takes no folder, before the long work whose results it is to hold."""
+        try:
+            with tempfile.TemporaryDirectory(prefix=TRIAL, dir=self.nearest):
+                pass
+        except OSError as error:
+            raise OutOfResources(
+                f"cannot write to {self.nearest}: {error.strerror}; choose another --output"
+            ) from error
+
     def check_resumable(self) -> None:
         """Refuse what is not an unfinished run; one is this process's alone from here on."""
         if not (self / "config.yaml").exists():
@@ -99,8 +112,9 @@ class RunFolder:
                 f"the run in {self.path} is finished: nothing to resume; its report is"
                 f" {self / 'report.html'}, and `python -m quark_fast.report {self.path}` writes that again"
             )
-        for path in self.path.glob(".*.tmp"):  # of a process that ended while it wrote
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+        for left in (".*.tmp", f"{TRIAL}*"):  # of a process that ended while it wrote
+            for path in self.path.glob(left):
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def check_results(self) -> None:
         """Refuse to begin anew over what only a run that had a checkpoint has."""
@@ -116,7 +130,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+            raise OutOfResources(f"cannot make the run folder {self.path}: {error.strerror}") from error
         self._lock()
         self.check_free()
 
@@ -133,11 +147,10 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            number = error.errno if isinstance(error, OSError) else _errno(error)
-            if number not in DISK_ERRORS:
+            if (what := disk_error(error)) is None:
                 raise
             raise OutOfResources(
-                f"cannot write to the run folder {self.path}: {os.strerror(number)}; its checkpoints are"
+                f"cannot write to the run folder {self.path}: {what}; its checkpoints are"
                 f" kept: fix that, then go on with --resume --output {self.path}"
             ) from error
 
@@ -366,7 +379,11 @@ def _plain(value: Any) -> Any:
 
 def _lasting(path: Path) -> bool:
     """Whether a file is more than what a process that was killed in its first moments leaves."""
-    return path.name != LOCK and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
+    return (
+        path.name != LOCK
+        and not path.name.startswith(TRIAL)
+        and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
+    )
 
 
 def _size(path: Path) -> int:
@@ -380,9 +397,3 @@ def _ends_a_line(path: Path, size: int) -> bool:
     with path.open("rb") as file:
         file.seek(size - 1)
         return file.read(1) == b"\n"
-
-
-def _errno(error: SafetensorError) -> int:
-    """The number of an error of the disk, which safetensors gives as text; 0: it was none."""
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else 0

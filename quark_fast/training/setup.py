@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.errors import UsageError
+from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
     HeldOut,
@@ -26,6 +27,7 @@ from quark_fast.evaluation.held_out import (
     generation_settings,
 )
 from quark_fast.evaluation.round_measures import check_goal, check_goal_of_task
+from quark_fast.files.atomic import disk_error
 from quark_fast.model.check_model import Checked, check_model
 from quark_fast.model.check_reading import check_fixed_steps
 from quark_fast.model.copies import SharedCopy, shared_reference
@@ -135,6 +137,7 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
     """Refuse a folder that the run cannot have; its precision and the completions of its batches."""
     if not config.resume:
         folder.check_free()
+        folder.check_writable()
         if config.from_run:
             check_goes_on(config, RunFolder(config.from_run))
         return settled_precision(config.precision), config.sample_batch
@@ -223,16 +226,25 @@ def _check_model(
     objective: Callable[[], Objective],
 ) -> Checked:
     """Try out reading, sampling, a training step and, on rank 0, which writes it, the export."""
-    return check_model(
-        policy,
-        reference,
-        folder.existing_parent if processes.main else None,
-        generation_settings(evaluation_sampling(config)),
-        untie=config.export_head == "own",
-        longest=prompts.longest(config.max_new_tokens),
-        objective=objective,
-        notes=assets.cache_dir() if config.model is None else None,
-    )
+    near = folder.nearest
+    try:
+        return check_model(
+            policy,
+            reference,
+            near if processes.main else None,
+            generation_settings(evaluation_sampling(config)),
+            untie=config.export_head == "own",
+            longest=prompts.longest(config.max_new_tokens),
+            objective=objective,
+            notes=assets.cache_dir() if config.model is None else None,
+        )
+    except (OSError, SafetensorError) as error:
+        if (what := disk_error(error)) is None:
+            raise
+        raise OutOfResources(
+            f"cannot write an export to {near}, to try it out: {what}; make room there, or choose another"
+            " --output"
+        ) from error
 
 
 def _check_reward(setup: Setup) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import WORDS, save_tiny_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_runs import PROMPTS, SHORT, even_words, small, timeless
 
 from quark_fast.config import Config
 from quark_fast.errors import OutOfResources, UsageError
+from quark_fast.files.atomic import TRIAL
+from quark_fast.model.check_model import check_model
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
@@ -154,6 +159,45 @@ def test_lost_rows_and_torn_ones_are_mended_by_a_checkpoint(stopped: Path) -> No
 
 
 # --- a disk that takes no more -------------------------------------------------------------------
+
+
+def test_output_that_takes_no_file_is_refused_before_anything_is_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: pytest.fail("loading began"))
+    with pytest.raises(OutOfResources, match=r"cannot write to /proc: .*; choose another --output"):
+        Trainer(small(Path("/proc/of_nobody/run"), here / "model"), **GIVEN).train()
+
+
+def test_folder_that_is_there_and_empty_is_enough_though_nothing_can_be_made_beside_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = here / "mounted", tempfile.mkdtemp
+    folder.mkdir()
+
+    def mkdtemp(suffix: str | None = None, prefix: str | None = None, dir: Path | None = None) -> str:
+        if dir == here:  # as where the folder is mounted into a place of another user
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return made(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    Trainer(config(folder), **GIVEN).train()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (here / "whole").iterdir()
+    )
+
+
+def test_disk_without_room_for_a_trial_export_is_not_blamed_on_the_model(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("quark_fast.training.setup.check_model", check_model)  # not once for all tests
+    monkeypatch.setattr("quark_fast.model.check_export.write_export", full)
+    with pytest.raises(OutOfResources, match=r"cannot write an export to .*: No space left on device; make"):
+        Trainer(config(here / "no-room"), **GIVEN).train()
+    assert not [*here.glob(f"{TRIAL}*")]
 
 
 def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(here: Path) -> None:
