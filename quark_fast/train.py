@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
 
 def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) -> None:
     """What came of a finished run, and where it is."""
-    from quark_fast.report.columns import scores_are_rewards
+    from quark_fast.report.columns import duration, scores_are_rewards
     from quark_fast.report.files import read_run
     from quark_fast.report.results import after_names, headline, kept_round
     from quark_fast.report.tables import before_after, results_table
@@ -80,7 +80,7 @@ def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) ->
     else:
         notices.print(f"not evaluated (--no-eval): python -m quark_fast.evaluate {folder} does so")
     cost = finished.versions
-    notices.print(f"took {cost['minutes']} minutes and {cost['memory_gb']} GB of memory at most")
+    notices.print(f"took {duration(cost['minutes'])} and {cost['memory_gb']} GB of memory at most")
     notices.print(f"report:   {folder / 'report.html'}")
     notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 

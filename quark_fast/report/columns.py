@@ -262,5 +262,9 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
+def duration(minutes: float) -> str:
+    return f"{minutes:.1f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from quark_fast.config import Config
 from quark_fast.files.atomic import replacing
 from quark_fast.files.safe_text import clean
-from quark_fast.report.columns import counted, one_line, scores_are_rewards
+from quark_fast.report.columns import counted, duration, one_line, scores_are_rewards
 from quark_fast.report.files import RunFiles
 from quark_fast.report.records import number_of
 from quark_fast.report.results import headline, kept_round, main_row, name_of, rows_of, way_of
@@ -169,7 +169,7 @@ def _training(run: RunFiles, config: Config) -> str:
         rounds, steps = (number_of(run.begun, key) for key in ("round", "step"))
         cost.append(f"after {rounds:.0f} rounds and {steps:.0f} steps of an earlier run")
     if minutes := run.versions.get("minutes"):
-        cost.append(f"{minutes:g} minutes on {as_markdown(str(run.versions.get('machine')))}")
+        cost.append(f"{duration(minutes)} on {as_markdown(str(run.versions.get('machine')))}")
     kept = f" {as_markdown(kept_round(run.kept))}".rstrip()
     versions = [
         f"{name} {run.versions[name]}"

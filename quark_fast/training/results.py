@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,10 +220,11 @@ class Results:
 
     # ---------------------------------------------------------------- the end
 
-    def export(self, seconds: float, kept: dict[str, Any] | None = None) -> None:
+    def export(self, started: float, kept: dict[str, Any] | None = None) -> None:
         """Write the model and the report; from here on the run is a finished one.
 
         Args:
+            started: when the run would have begun, had it run in one go; ``time.monotonic()``, seconds.
             kept: which round's weights it has, and why, if rounds were compared.
         """
         setup = self.setup
@@ -236,7 +238,7 @@ class Results:
                 if setup.config.export_adapter:
                     base = find_base(setup.config.model)
                     write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
-            setup.folder.add_end(self._end(seconds, kept))
+            setup.folder.add_end(self._end(time.monotonic() - started, kept))
             run = read_run(setup.folder.path)
             write_report(setup.folder.path, run)
             write_card(setup.folder / "model", run, setup.config)
@@ -249,7 +251,7 @@ class Results:
     def _end(self, seconds: float, kept: dict[str, Any] | None) -> dict[str, Any]:
         """What the record of a finished run says of its end."""
         memory = round(most_memory(self.setup.device) / 1e9, 2)
-        found = {"minutes": round(seconds / 60, 1), "memory_gb": memory}
+        found = {"minutes": round(seconds / 60, 1 if seconds > 600 else 2), "memory_gb": memory}
         if self.setup.config.eval:
             return found
         # What an evaluation would say; ``quark_fast.evaluate`` asks the record for the scorer.

@@ -77,6 +77,7 @@ class Trainer:
         listen: Listen = "auto",
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
+        begun = time.monotonic()
         config = self.config = dataclasses.replace(config)
         config.check()
         self.folder = folder = RunFolder(config.output_folder)
@@ -111,6 +112,7 @@ class Trainer:
         if config.resume or config.from_run:
             self.checkpoint.restore(self.state, self.best.check_kept)
         processes.on_rank_0(self._write_start)
+        self.state.seconds += time.monotonic() - begun
 
     @property
     def about(self) -> list[str]:
@@ -154,12 +156,13 @@ class Trainer:
             self.setup.copied.drop()  # a probe's that no round samples any more
             self._save()
             kept = self.best.take(state)
-            quantiles = range(self.policy.quantiles)
-            self.policy.place_untrained_rows([float(k in state.trained) for k in quantiles])
+            self.policy.place_untrained_rows(
+                [float(k in state.trained) for k in range(self.policy.quantiles)]
+            )
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.checkpoint.keep(state)
-            self.results.export(time.monotonic() - self.started, kept)
+            self.results.export(self.started, kept)
         self.results.upload()
         return TrainedRun(self.folder.path, self.config.trust_remote_code)
 
@@ -169,12 +172,10 @@ class Trainer:
         """The round's samples into the pool and completions.jsonl."""
         give_back_freed_memory()
         state, config = self.state, self.config
-        size = self.setup.batch_rows
-        if config.sample_batch > size:
+        if config.sample_batch > (size := self.setup.batch_rows):
             note = f"sample_batch = {config.sample_batch}: the run's batches stay those of {size}"
-            self.listen(
-                Progress(f"round {state.round + 1}/{state.all_rounds(config)}: sampling", 0, 1, note=note)
-            )
+            stage = f"round {state.round + 1}/{state.all_rounds(config)}: sampling"
+            self.listen(Progress(stage, 0, 1, note=note))
         rows, metrics = self.explorer.explore(state, self.setup.round_sampling(state.round))
 
         def write() -> None:

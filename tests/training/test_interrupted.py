@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,14 @@ from tiny_runs import PROMPTS, copies_at, even_words, rows, small, timeless
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.model.copies import frozen_copy
+from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import _parts, sample
 from quark_fast.runtime.journal import Journal
+from quark_fast.training import results
+from quark_fast.training import trainer as trainer_module
+from quark_fast.training.explore import Explorer
 from quark_fast.training.progress import Progress
 from quark_fast.training.scored import Scored
 from quark_fast.training.trainer import Trainer
@@ -286,7 +291,38 @@ def test_versions_keep_every_start(
     assert [start["command"].rpartition(" ")[2] for start in found["starts"]] == ["--first", "--resume"]
     assert [start["step"] for start in found["starts"]] == [0, 1]
     assert all({"torch", "machine", "time"} <= start.keys() for start in found["starts"])
-    assert found["minutes"] >= 0 and found["memory_gb"] > 0.1
+    assert found["memory_gb"] > 0.1
+
+
+def test_minutes_are_those_of_setting_up_training_and_writing_but_not_of_the_time_between(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+
+    def and_it_takes(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*given: Any, **how: Any) -> Any:
+            nonlocal clock
+            clock += seconds
+            return function(*given, **how)
+
+        return slow
+
+    for owner, name, seconds in (
+        (trainer_module, "set_up", 60.0),
+        (Explorer, "explore", 120.0),
+        (results, "write_export", 240.0),
+        (results, "write_report", 9000.0),  # which shows the minutes
+    ):
+        monkeypatch.setattr(owner, name, and_it_takes(seconds, getattr(owner, name)))
+    for module in (trainer_module, results):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock))
+    config = small(tmp_path / "run", tiny_model(), **SHORT)
+    trainer = Trainer(config, reward=even_words, listen=None, **GIVEN)
+    clock += 9000.0
+    trainer.train()
+    found = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert found["minutes"] == 1 + 2 * 2 + 4
+    assert duration(found["minutes"]) == "9.0 minutes" and duration(0.4) == "24 seconds"
 
 
 def test_no_file_of_a_run_holds_what_json_has_not(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
