@@ -113,7 +113,7 @@ def engines(source: Path, policy: Policy, dtype: torch.dtype, prompts: list[list
         request = SampleRequest(prompts, Conditioning(), sampling, SAMPLES, seed=0)
         found = {
             i: group
-            for indices, drawn, _ in sample(policy, fast, request)
+            for indices, drawn, *_ in sample(policy, fast, request)
             for i, group in zip(indices, drawn, strict=True)
         }
         return [one for i in range(len(prompts)) for one in found[i]]
@@ -197,9 +197,9 @@ class Ending(LiveRows):
 
     ends = torch.rand(LONG, ROWS, generator=torch.Generator().manual_seed(0)) < 1 / MEAN
 
-    def add(self, tokens: torch.Tensor, log_q: torch.Tensor | None) -> None:
+    def add(self, tokens: torch.Tensor, *told: torch.Tensor) -> None:
         ends = self.ends[self._length, self._held]
-        super().add(torch.where(ends, self.stop[0], tokens), log_q)
+        super().add(torch.where(ends, self.stop[0], tokens), *told)
 
 
 def bench_completions_that_end(
@@ -217,7 +217,7 @@ def bench_completions_that_end(
     def run(model: Any, share: float, **how: Any) -> list[list[list[int]]]:
         monkeypatch.setattr(rollout, "WORTH_DROPPING", share)
         request = SampleRequest(many, Conditioning(), Sampling(LONG, LONG, rows=ROWS, **how), 1, seed=0)
-        ((_, drawn, _),) = sample(policy, model, request)
+        ((_, drawn, *_),) = sample(policy, model, request)
         return drawn
 
     model = load_reference(source, torch.float32, cpu)

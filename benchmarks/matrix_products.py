@@ -163,7 +163,7 @@ class RunWork:
         return Work(context, tokens, products)
 
     def _evaluation(self) -> dict[str, Work]:
-        """Each row's samples, and their probabilities under the reference."""
+        """Each row's samples, and their probabilities under the reference, which draws its own by them."""
         found: dict[str, Work] = {}
         rows = self.folder.rows_of("evaluation.jsonl")
         fitted = find_task(self.config.task, self.config.target).shows("prompt_fit")
@@ -173,7 +173,8 @@ class RunWork:
             each, tokens = len(part) // len(prompts), sum(row["tokens"] for row in part)
             streams = 2 if name.startswith("guided") else 1
             work = self._sampling(prompts, each, tokens, streams, name not in (BASE, "no token"))
-            work.products.append(self._scoring(prompts, each, tokens))
+            if name != BASE:
+                work.products.append(self._scoring(prompts, each, tokens))
             if fitted:  # one of each prompt behind another
                 work.products.append(self._scoring(prompts, 1, round(tokens / each)))
             found[f"evaluating: {shown_name(name)}"] = work

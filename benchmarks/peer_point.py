@@ -245,7 +245,7 @@ def pool(point: Point, setup: Setup) -> list[list[tuple[str, float]]]:
         prompts.train_ids, Conditioning(), setup.round_sampling(0), POOL, setup.config.seed
     )
     found: list[list[tuple[str, float]]] = [[] for _ in prompts.train]
-    for indices, drawn, _ in sample(setup.policy, setup.reference, request):
+    for indices, drawn, *_ in sample(setup.policy, setup.reference, request):
         for i, group in zip(indices, drawn, strict=True):
             texts = [setup.policy.decode(ids, prompts.train_ids[i]) for ids in group]
             values = setup.reward([prompts.train[i]] * len(texts), texts)
@@ -332,8 +332,9 @@ def best_of(point: Point, setup: Setup, count: int) -> Trained:
         rows_of_one = request.sampling.rows  # as many prompts a batch as otherwise, and as many side by side
         sampling = dataclasses.replace(request.sampling, rows=rows_of_one * count, at_once=rows_of_one)
         # No own_nll: what is chosen from q's draws is not drawn from q.
-        more = dataclasses.replace(request, samples=samples * count, sampling=sampling, own_nll=False)
-        for indices, drawn, _ in sample(policy, model, more, done):
+        not_told = {"own_nll": False, "model_nll": False}
+        more = dataclasses.replace(request, samples=samples * count, sampling=sampling, **not_told)
+        for indices, drawn, *_ in sample(policy, model, more, done):
             found = []
             for i, group in zip(indices, drawn, strict=True):
                 texts = [policy.decode(ids, request.prompts[i]) for ids in group]

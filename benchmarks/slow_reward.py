@@ -104,7 +104,7 @@ def measure(batches: int) -> dict[str, Any]:
     list(sample(policy, model, SampleRequest(ids[:8], Conditioning(), Sampling(rows=8), 1, 0)))  # warm
 
     def sampled() -> Iterator[tuple[list[Any], list[str]]]:
-        for indices, drawn, _ in sample(policy, model, request):
+        for indices, drawn, *_ in sample(policy, model, request):
             texts = [policy.decode(one, ids[i]) for i, own in zip(indices, drawn, strict=True) for one in own]
             yield [rows[i] for i in indices for _ in range(SAMPLES)], texts
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
         texts: list[list[str]] = [[] for _ in prompts]
         request = SampleRequest(prompts, conditioning, sampling, asked.samples, asked.seed)
-        for indices, drawn, _ in sample(policy, model, request):
+        for indices, drawn, *_ in sample(policy, model, request):
             for i, group in zip(indices, drawn, strict=True):
                 texts[i] = [policy.decode(completion, prompts[i]) for completion in group]
         return texts

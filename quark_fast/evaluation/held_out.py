@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -108,13 +109,14 @@ class EvaluationSetup:
         make: Callable[[DrawnBatch], Begun[T]],
         kept: Kept[T] | None = None,
         own_nll: bool = False,
+        model_nll: bool = False,
     ) -> Iterator[Begun[T]]:
         """What ``make`` begins of each batch.
 
         Args:
             purpose: each has a seed of its own.
             kept: the batches that were made before, and where more are kept.
-            own_nll: as of ``SampleRequest``.
+            own_nll, model_nll: as of ``SampleRequest``.
         """
         return kept_or_drawn(
             functools.partial(self.sampler if model is self.reference else sample, self.policy, model),
@@ -126,6 +128,7 @@ class EvaluationSetup:
                 seed_for(self.seed, purpose),
                 self.shard,
                 own_nll,
+                model_nll,
             ),
             kept or Kept(),
             make,
@@ -205,13 +208,15 @@ def evaluate(
     Args:
         model: the policy's frozen copy.
         measures: the task's own, as ``Task.measures``.
-        nll: what the perplexity is computed from; default: ``id_nll`` under the reference.
+        nll: what the perplexity is computed from; default: ``id_nll`` under the reference, of whose own
+            completions the logits that drew them tell it, where the sampler does.
         kept: the batches of a row that were made before, and where more are kept.
         waiting: called now and then with the name of the row whose rewards are waited for.
     Yields:
         (name of the row, its samples on the next few prompts).
     """
     held_out = setup.held_out
+    under_reference = nll is None
     nll = nll or id_nll(setup.policy, setup.reference, held_out.ids, setup.read_rows)
 
     def begin(row: TableRow, source: Any, drawn: DrawnBatch) -> Begun[list[Sample]]:
@@ -227,18 +232,19 @@ def evaluate(
         completions: list[Completion],
         judged: list[dict[str, float]],
     ) -> list[Sample]:
-        indices, _, told = drawn
-        own_nll = [None] * len(completions) if told is None else [nll for group in told for nll in group]
+        indices, _, own, own_model = drawn
+        own_nll = [None] * len(completions) if own is None else list(itertools.chain(*own))
         prompts, ids, texts, _ = zip(*completions, strict=True)
-        nlls = nll(prompts, ids, texts)
+        told = [] if own_model is None else list(zip(itertools.chain(*own_model), map(len, ids), strict=True))
+        nlls = told or nll(prompts, ids, texts)
         prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
         fits = dict.fromkeys(indices, (0.0, 0, 0))
         texts_of = held_out.texts or setup.controls
-        if own := [i for i in indices if i < len(texts_of)]:
+        if with_text := [i for i in indices if i < len(texts_of)]:
             found = text_fit(
-                setup.policy, source, [texts_of[i] for i in own], row.conditioning, setup.read_rows
+                setup.policy, source, [texts_of[i] for i in with_text], row.conditioning, setup.read_rows
             )
-            fits |= zip(own, found, strict=True)
+            fits |= zip(with_text, found, strict=True)
         samples = []
         for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):
             i, completion, text, value = one
@@ -258,7 +264,8 @@ def evaluate(
         for row in table:
             source = setup.reference if row.base else model
             make = functools.partial(begin, row, source)
-            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row), setup.own_nll):
+            tell = setup.own_nll, under_reference and row.base
+            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row), *tell):
                 yield row.name, part
 
     yield from setup.in_order(begun(), waiting)

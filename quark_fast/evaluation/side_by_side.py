@@ -335,7 +335,9 @@ class Evaluator:
         total = len(setup.held_out.rows) * setup.held_out.samples
         names = {row.name: self._row_name(label, row) for row in opened.rows}
         samples: dict[str, list[Sample]] = {row.name: [] for row in opened.rows}
-        measures, nll = self.protocol.task.measures, self.nll[domain.key]
+        # The lead's is what ``evaluate`` takes by default, without a second reading of its own text.
+        default = label == self.lead and self.perplexity["tokens"] == "sampled"
+        measures, nll = self.protocol.task.measures, None if default else self.nll[domain.key]
         stages = {name: domain.stage(shown_name(own)) for name, own in names.items()}
         parts = evaluate(setup, opened.policy.model, opened.rows, measures, nll)
         for name, part in _reported(parts, stages, total, self.listen):

@@ -26,13 +26,13 @@ class LiveRows:
         rows: how many there are.
         most: tokens of each at most.
         stop: ids that end one.
-        tell: whether log q of each token is kept.
+        told: how many log-probabilities of each token are kept.
     """
 
-    def __init__(self, rows: int, most: int, stop: Tensor, tell: bool) -> None:
+    def __init__(self, rows: int, most: int, stop: Tensor, told: int) -> None:
         self.stop = stop
         self._ids = torch.zeros(rows, most, dtype=torch.long, device=stop.device)
-        self._log_q = torch.zeros(rows, most, device=stop.device) if tell else None
+        self._told = torch.zeros(told, rows, most, device=stop.device)
         self._length = 0
         self._held = torch.arange(rows, device=stop.device)  # the rows that are decoded
         self._ended = torch.zeros(rows, dtype=torch.bool, device=stop.device)
@@ -40,11 +40,11 @@ class LiveRows:
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, tokens: Tensor, log_q: Tensor | None) -> None:
-        """The next token of each row that is decoded, -1 where there was none to draw, and its log q."""
+    def add(self, tokens: Tensor, *told: Tensor) -> None:
+        """The next token of each row that is decoded, -1 where there was none to draw; its log p's."""
         self._ids[:, self._length].index_copy_(0, self._held, tokens)
-        if self._log_q is not None and log_q is not None:
-            self._log_q[:, self._length].index_copy_(0, self._held, log_q)
+        for kept, log_p in zip(self._told, told, strict=True):
+            kept[:, self._length].index_copy_(0, self._held, log_p)
         self._ended |= torch.isin(tokens, self.stop)
         self._length += 1
 
@@ -62,8 +62,8 @@ class LiveRows:
         self._held, self._ended = self._held[kept], self._ended[kept]
         return kept
 
-    def completions(self) -> list[tuple[list[int], float]]:
-        """Each row's ids up to its first stop id, that one included, and their -log q; NaN if not kept.
+    def completions(self) -> list[tuple[list[int], list[float]]]:
+        """Each row's ids up to its first stop id, that one included, and minus the sums of its log p's.
 
         Raises:
             NotFinite: somewhere there was no token to draw.
@@ -72,9 +72,12 @@ class LiveRows:
         check_finite(not bool((ids < 0).any()))
         stop_ids = self.stop.tolist()
         every = [_until_stop(row, stop_ids) for row in ids.tolist()]
-        told = [[math.nan]] * len(every) if self._log_q is None else self._log_q.tolist()
+        told = self._told.transpose(0, 1).tolist()
         # 0 - 0 is 0, and not -0.
-        return [(one, 0.0 - math.fsum(row[: len(one)])) for one, row in zip(every, told, strict=True)]
+        return [
+            (one, [0.0 - math.fsum(log_p[: len(one)]) for log_p in row])
+            for one, row in zip(every, told, strict=True)
+        ]
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -24,11 +24,14 @@ class DrawnBatch(NamedTuple):
         completions: of each prompt, as token ids, the stop id included.
         own_nll: -log q of each completion, nats, over all its ids; q is what they were drawn from. None: not
             asked for, or the engine does not tell.
+        model_nll: likewise -log p, p being the model's softmax over the whole base vocabulary: temperature 1,
+            no nucleus, no token suppressed. None: not asked for, or the engine does not tell.
     """
 
     indices: list[int]
     completions: list[list[list[int]]]
     own_nll: list[list[float]] | None = None
+    model_nll: list[list[float]] | None = None
 
     def each(self) -> list[tuple[int, list[int]]]:
         """(index of its prompt, completion), one after the other."""
@@ -91,6 +94,11 @@ class SampleRequest:
         prompts: token ids without prefix.
         shard: (index, count) of a process among several: every count-th batch, from the index-th on.
         own_nll: also tell how likely each completion was to be drawn, where the engine can.
+        model_nll: also tell how likely each completion is to the model, where the engine can. Guided
+            completions, which two streams draw, have none.
+
+    Raises:
+        ValueError: ``model_nll`` of guided completions.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -100,6 +108,12 @@ class SampleRequest:
     seed: int
     shard: tuple[int, int] = (0, 1)
     own_nll: bool = False
+    model_nll: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model_nll and len(self.conditioning.streams()) > 1:
+            guidance = self.conditioning.guidance
+            raise ValueError(f"model_nll with guidance = {guidance:g}: two streams draw; give 1, or False")
 
     def batches(self, done: Container[int] = ()) -> list[tuple[int, list[int]]]:
         """(number, indices of prompts) of each of the shard's batches, without those that are ``done``.

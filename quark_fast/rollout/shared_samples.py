@@ -66,4 +66,6 @@ def _digest(policy: Policy, model: Any, request: SampleRequest) -> str:
         asked["share"] = request.shard
     if request.own_nll:
         asked["own_nll"] = True
+    if request.model_nll:
+        asked["model_nll"] = True
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]

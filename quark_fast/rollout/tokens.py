@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quark_fast.errors import UsageError
 from quark_fast.ops import cpp
+from quark_fast.ops.loss import quark_loss
 from quark_fast.ops.rows import KERNEL_DTYPES, TRITON
 
 
@@ -57,7 +58,7 @@ def draw_tokens(
 
     Args:
         logits: (streams N, >= V), all rows of the first stream, then those of the next; any float dtype.
-            They may be written to.
+            They stay as they are.
         generator: on the device of the logits.
         log_q: (N,) float32, contiguous, on that device: where the log-probability of each token goes, in the
             distribution that it is drawn from (0 where that is greedy); None: it is not computed.
@@ -102,7 +103,7 @@ def scores_of(logits: Tensor, wanted: NextToken) -> Tensor:
         by_stream = scores.log_softmax(-1).view(streams, -1, scores.shape[-1])
         scores = (by_stream * wanted.weights.view(-1, 1, 1)).sum(0)
     if len(wanted.suppressed):
-        scores[:, wanted.suppressed] = -torch.inf
+        scores = scores.index_fill(1, wanted.suppressed, -torch.inf)
     if wanted.temperature not in (0, 1):  # a division by 1 would read and write a vocabulary a row
         scores = scores / wanted.temperature
     return scores
@@ -170,6 +171,29 @@ def log_probabilities(scores: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     # The token at which the mass reaches top_p is the last of the nucleus, with all that tie with it.
     last = (falling.exp().cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     return own - log_p.masked_fill(log_p < falling.gather(-1, last), -torch.inf).logsumexp(-1)
+
+
+def model_log_p(logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """log p of one token a row, p = softmax(logits[:, :vocabulary]), whatever distribution drew it.
+
+    By the loss's kernels, as ``perplexity.completion_nll`` has it: another read of the logits.
+
+    Args:
+        logits: (N, >= V), any float dtype.
+        tokens: (N,) ids below V; on a GPU, which is not waited for, also -1, whose log p means nothing.
+    Returns:
+        (N,) float32.
+    """
+    out = quark_loss(
+        logits,
+        None,
+        tokens.clamp(min=0),
+        kl_coef=0.0,
+        entropy_coef=0.0,
+        normalizer=1.0,
+        vocab_size=vocabulary,
+    )
+    return -out.nll.float()
 
 
 def draw_on_gpu(

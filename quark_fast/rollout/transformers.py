@@ -25,11 +25,11 @@ from quark_fast.model.reading import Read, Sent, next_logits, runs_of_one_length
 from quark_fast.model.sizes import rows_sampled
 from quark_fast.rollout.live_rows import WORTH_DROPPING, LiveRows
 from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
-from quark_fast.rollout.tokens import NextToken, draw_tokens
+from quark_fast.rollout.tokens import NextToken, draw_tokens, model_log_p
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
 
-Drawn = tuple[list[int], float]  # a completion and its -log q, NaN where that is not asked for
+Drawn = tuple[list[int], list[float]]  # a completion, and its NLLs as they are asked for: own, the model's
 
 
 def sample(
@@ -67,8 +67,9 @@ def sample(
         draw = functools.partial(_sample_by_parts, policy, model, read, batch)
         drawn, at_once = within_memory(draw, at_once, smaller)
         completions = [[ids for ids, _ in group] for group in drawn]
-        own_nll = [[nll for _, nll in group] for group in drawn] if request.own_nll else None
-        yield DrawnBatch(indices, completions, own_nll)
+        own_nll = [[nll[0] for _, nll in group] for group in drawn] if request.own_nll else None
+        model_nll = [[nll[-1] for _, nll in group] for group in drawn] if request.model_nll else None
+        yield DrawnBatch(indices, completions, own_nll, model_nll)
 
 
 def _side_by_side(policy: Policy, model: Any, request: SampleRequest) -> int:
@@ -131,7 +132,7 @@ def _sample_batch(
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]
     reader = read(contexts, samples)
     logits = next(reader)
-    live = LiveRows(rows, sampling.max_new_tokens, stop, request.own_nll)
+    live = LiveRows(rows, sampling.max_new_tokens, stop, request.own_nll + request.model_nll)
     # A step of fixed shapes has all its rows to the end.
     drops = sampling.decoding == "eager"
     look_every = 1 if is_free_to_read(stop) else 8
@@ -139,7 +140,10 @@ def _sample_batch(
         wanted = no_stop if length <= sampling.min_new_tokens else of_any
         log_q = torch.empty(len(live), device=device) if request.own_nll else None
         tokens, kept = draw_tokens(logits, wanted, generator, log_q), None
-        live.add(tokens, log_q)
+        told = [] if log_q is None else [log_q]
+        if request.model_nll:
+            told.append(model_log_p(logits, tokens, policy.vocabulary))
+        live.add(tokens, *told)
         if length == sampling.max_new_tokens:
             break
         if length % look_every == 0:

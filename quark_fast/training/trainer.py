@@ -293,11 +293,10 @@ class Trainer:
             trackers.start(self.accelerator, self.folder.path, settings, self.state.step, mark)
 
     def _versions(self) -> dict[str, Any]:
-        setup = self.setup
-        found = versions(setup.device) | {
-            "loss": setup.objective.description,
-            "prompts": setup.prompts.about,
-            "model": setup.checked.lines,
+        found = versions(self.setup.device) | {
+            "loss": self.setup.objective.description,
+            "prompts": self.setup.prompts.about,
+            "model": self.setup.checked.lines,
         }
         if self.processes.count > 1:
             found["processes"] = f"{self.processes.count}, {self.accelerator.distributed_type.value}"

@@ -31,7 +31,7 @@ def test_mixture_of_three_models_samples_what_whole_forward_passes_say(
     greedy = Sampling(max_new_tokens=5, min_new_tokens=5, temperature=0.0, rows=4)
     drawn = {
         i: group
-        for places, groups, _ in sample(policy, mixed, SampleRequest(prompts, Conditioning(), greedy, 2, 0))
+        for places, groups, *_ in sample(policy, mixed, SampleRequest(prompts, Conditioning(), greedy, 2, 0))
         for i, group in zip(places, groups, strict=True)
     }
     for i, prompt in enumerate(prompts):

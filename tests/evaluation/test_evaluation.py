@@ -15,6 +15,7 @@ import torch
 from conftest import sharpen
 
 from quark_fast.data.row import Row
+from quark_fast.evaluation import perplexity
 from quark_fast.evaluation.held_out import (
     Completion,
     EvaluationSetup,
@@ -29,6 +30,7 @@ from quark_fast.evaluation.perplexity import (
     ReferenceLogits,
     completion_nll,
     completion_nll_and_kl,
+    id_nll,
     text_fit,
 )
 from quark_fast.evaluation.probe import Probe
@@ -38,7 +40,8 @@ from quark_fast.metrics import Sample, evaluate_samples
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
-from quark_fast.rollout.sampling import Conditioning, DrawnBatch, Sampling
+from quark_fast.rollout.sampling import Conditioning, DrawnBatch, SampleRequest, Sampling
+from quark_fast.rollout.shared_samples import SharedSamples
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.overlap import Begun
 
@@ -148,7 +151,7 @@ def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_
     )
     drawn: dict[int, list[list[int]]] = {}
     made = setup.draw("evaluation", policy.model, Conditioning(), lambda batch: Begun(lambda: batch))
-    for indices, groups, _ in (batch.finish() for batch in made):
+    for indices, groups, *_ in (batch.finish() for batch in made):
         drawn |= zip(indices, groups, strict=True)
     samples = [
         one for _, part in evaluate(setup, policy.model, [TableRow("base", base=True)]) for one in part
@@ -211,12 +214,81 @@ def test_own_nll_is_that_of_every_token_drawn_by_one_forward_a_token(
     for batch, untold in zip(drawn(True), drawn(False), strict=True):
         assert untold == DrawnBatch(batch.indices, batch.completions), "telling changes no draw"
         assert batch.own_nll is not None
-        for i, group, told in zip(*batch, strict=True):
+        for i, group, told in zip(batch.indices, batch.completions, batch.own_nll, strict=True):
             expected = [-log_q_by_hand(policy, TEXTS[i], one, conditioning, sampling) for one in group]
             # float32 logits up to 10, guided up to 3 times that, through softmax and a cold temperature.
             assert told == pytest.approx(expected, abs=2e-3)
             lengths |= set(map(len, group))
     assert lengths == {2, 3, 4, 5}, "the ends count, and nothing behind them"
+
+
+@pytest.mark.parametrize("own_nll", [False, True])
+@pytest.mark.parametrize("conditioning", [Conditioning(), Conditioning(2)], ids=["plain", "best"])
+def test_model_nll_is_that_of_the_whole_vocabulary_at_temperature_one_however_it_was_drawn(
+    policy: Policy, conditioning: Conditioning, own_nll: bool
+) -> None:
+    held_out = HeldOut([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 6)
+    reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
+    policy.stop_ids = [*policy.stop_ids, *range(0, 50, 3)]  # of which two tokens are drawn without
+    sampling = Sampling(5, 2, temperature=0.7, top_p=0.8, rows=12, at_once=5)
+    setup = EvaluationSetup(policy, policy.model, reward, held_out, sampling, 0)
+
+    def drawn(*tell: bool) -> list[DrawnBatch]:
+        how = ("evaluation", policy.model, conditioning, lambda batch: Begun(lambda: batch), None)
+        return [batch.finish() for batch in setup.draw(*how, *tell)]
+
+    for batch, untold in zip(drawn(own_nll, True), drawn(own_nll), strict=True):
+        assert untold == batch._replace(model_nll=None), "telling changes neither a draw nor the other"
+        assert batch.model_nll is not None
+        for i, group, told in zip(batch.indices, batch.completions, batch.model_nll, strict=True):
+            every = [by_hand(policy, TEXTS[i] + one, conditioning, len(TEXTS[i]))[0] for one in group]
+            assert told == pytest.approx(every, rel=1e-4)  # float32 logits up to 10
+
+
+def test_completions_of_two_streams_have_no_model_whose_nll_could_be_told() -> None:
+    with pytest.raises(ValueError, match="model_nll with guidance = 2"):
+        SampleRequest([[1]], Conditioning(2, 0, 2.0), Sampling(), 1, 0, model_nll=True)
+
+
+def test_what_the_base_model_drew_is_not_read_again_and_has_the_nll_of_a_second_reading(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = HeldOut([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 3)
+    reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
+    reference = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        policy.model.get_input_embeddings().rows.mul_(2.0)  # in place of training: they are heard
+    setup = EvaluationSetup(policy, reference, reward, held_out, Sampling(5, 2, top_p=0.8, rows=6), 0)
+    table = table_rows(policy.quantiles, [2.0])
+    read: list[int] = []
+    nll = perplexity.completion_nll
+
+    def counted(policy: Policy, model: Any, prompts: Any, completions: Any, **how: Any) -> list[float]:
+        read.append(len(completions))
+        return nll(policy, model, prompts, completions, **how)
+
+    monkeypatch.setattr(perplexity, "completion_nll", counted)
+    twice = list(evaluate(setup, policy.model, table, nll=id_nll(policy, reference, TEXTS)))
+    assert sum(read) == 12 * len(table)
+    read.clear()
+    once = list(evaluate(setup, policy.model, table))
+    assert sum(read) == 12 * (len(table) - 1), "what others drew is"
+    for (name, part), (_, same) in zip(once, twice, strict=True):
+        # Another order of float32 sums.
+        assert [one.nll for one in part] == pytest.approx([one.nll for one in same], rel=1e-4), name
+        assert [dataclasses.replace(one, nll=0.0) for one in part] == [
+            dataclasses.replace(one, nll=0.0) for one in same
+        ]
+
+
+def test_shared_samples_tell_the_models_nll_from_their_file(policy: Policy, tmp_path: Path) -> None:
+    shared = SharedSamples(tmp_path / "shared")
+    untold = SampleRequest(TEXTS, Conditioning(), Sampling(4, 1, rows=4), 2, 0)
+    request = dataclasses.replace(untold, own_nll=True, model_nll=True)
+    assert all(batch.model_nll is None for batch in shared(policy, policy.model, untold))
+    drawn, kept = (list(shared(policy, policy.model, request)) for _ in range(2))
+    assert drawn == kept == list(sample(policy, policy.model, request))
+    assert len([*shared.folder.iterdir()]) == 2 and all(batch.model_nll for batch in kept)
 
 
 def constant_model(policy: Policy, seed: int) -> torch.Tensor:
@@ -293,7 +365,7 @@ def test_greedy_rows_have_no_entropy_and_all_of_their_perplexity_is_kl(policy: P
 
 def test_sampler_that_does_not_tell_leaves_entropy_and_kl_out(policy: Policy) -> None:
     def chosen(*asked: Any) -> Iterator[DrawnBatch]:
-        for indices, completions, _ in sample(*asked):
+        for indices, completions, *_ in sample(*asked):
             yield DrawnBatch(indices, completions)
 
     held_out = HeldOut([{"prompt": "w1"}, {"prompt": "w2"}], [[1], [2]], 2)

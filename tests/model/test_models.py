@@ -82,7 +82,7 @@ def greedy(
     drawn: dict[int, list[int]] = {}
     conditioning = how if isinstance(how, Conditioning) else Conditioning(how)
     request = SampleRequest(prompts, conditioning, Sampling(NEW, NEW, temperature=0.0), 1, 0)
-    for indices, groups, _ in sample(policy, model, request):
+    for indices, groups, *_ in sample(policy, model, request):
         drawn.update((i, group[0]) for i, group in zip(indices, groups, strict=True))
     return [drawn[i] for i in range(len(prompts))]
 
@@ -276,7 +276,7 @@ def test_each_architecture_is_read_right_or_refused_in_one_line(name: str, tmp_p
     prompts = [policy.encode(text) for text in ("The man said that", "a", "Once upon a time there was")]
     sampling = Sampling(4, 4, temperature=0.0)
     request = SampleRequest(prompts, Conditioning(2), sampling, 2, 0)
-    for indices, groups, _ in sample(policy, frozen_copy(policy, torch.float32), request):
+    for indices, groups, *_ in sample(policy, frozen_copy(policy, torch.float32), request):
         for i, (one, other) in zip(indices, groups, strict=True):
             assert one == other and len(one) == 4
             _check_greedy(policy, prompts[i], one)
@@ -488,7 +488,7 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
         return [sum(n % 2 == 0 for n in found) / max(1, len(found)) for found in numbers]
 
     request = SampleRequest([policy.encode("w3 w4", 9)], Conditioning(2), sampling, 600, 0)
-    ((_, (drawn,), _),) = sample(policy, frozen_copy(policy, torch.float32), request)
+    ((_, (drawn,), *_),) = sample(policy, frozen_copy(policy, torch.float32), request)
     ours = torch.tensor(even([policy.decode(one) for one in drawn]))
     torch.manual_seed(0)
     pipe = pipeline("text-generation", str(tmp_path / "out"))

@@ -283,7 +283,7 @@ def test_steps_that_memory_does_not_suffice_for_are_given_back_before_smaller_on
     monkeypatch.setattr(fixed_step._FixedStep, "__init__", watched)
     how = Sampling(3, 3, rows=6, decoding="static")
     request = SampleRequest([[1], [2], [3], [4], [5]], Conditioning(2), how, 2, 0)
-    (first, *_), (second, groups, _) = sample(policy, model, request)
+    (first, *_), (second, groups, *_) = sample(policy, model, request)
     assert (first, second) == ([0, 1, 2], [3, 4]) and [len(group) for group in groups] == [2, 2]
     assert [rows for rows, _ in made] == [6, 2]
 
@@ -346,16 +346,19 @@ def test_graph_without_a_gpu_is_refused_before_the_model_is_loaded(tmp_path: Pat
 def test_run_in_fixed_steps_has_the_samples_of_an_eager_one(
     tmp_path: Path, tiny_model: Make, all_rows: None
 ) -> None:
-    found, own_nll = [], []
+    found, told, fits = [], [], []
     for decoding in ("eager", "static"):
         folder = tmp_path / decoding
         config = small(folder, tiny_model(), **SHORT, decoding=decoding)
         Trainer(config, reward=even_words, prompts=TEXTS, held_out=TEXTS[:2]).train()
         evaluated = rows(folder / "evaluation.jsonl")
-        own_nll.append([row.pop("own_nll") for row in evaluated])  # of logits that are rounded otherwise
+        # Of logits that are rounded otherwise.
+        told.append([row.pop(name) for row in evaluated for name in ("nll", "own_nll")])
+        fits.append([row["measures"].pop("prompt_fit") for row in evaluated])
         found.append((rows(folder / "completions.jsonl"), evaluated))
     assert found[0] == found[1]
-    assert own_nll[0] == pytest.approx(own_nll[1], rel=1e-5)
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
+    assert fits[0] == pytest.approx(fits[1], abs=1e-5)  # of differences of these
 
 
 def test_run_with_a_model_that_fixed_steps_are_not_for_is_refused(tmp_path: Path) -> None:

@@ -98,9 +98,9 @@ def completions_of(batches: list[DrawnBatch]) -> list[list[int]]:
 class Ending(LiveRows):
     """Rows that end at lengths of their own, whatever is drawn for them: greedy ones may never end."""
 
-    def add(self, tokens: Tensor, log_q: Tensor | None) -> None:
+    def add(self, tokens: Tensor, *told: Tensor) -> None:
         ends = self._held * 5 % (MOST - 1) == self._length
-        super().add(torch.where(ends, self.stop[0], tokens), log_q)
+        super().add(torch.where(ends, self.stop[0], tokens), *told)
 
 
 @pytest.mark.parametrize("conditioning", HOW.values(), ids=HOW)
@@ -140,7 +140,7 @@ def test_each_token_is_drawn_from_what_the_model_says_behind_its_own_row(
 ) -> None:
     batches, passes = drawn(policy, conditioning)
     assert len({*passes}) > 3, "rows are dropped several times"
-    for indices, groups, own_nll in batches:
+    for indices, groups, own_nll, _ in batches:
         assert own_nll is not None
         for i, group, told in zip(indices, groups, own_nll, strict=True):
             expected = [nll_by_plain_forwards(policy, PROMPTS[i], one, conditioning) for one in group]
@@ -178,7 +178,7 @@ def test_completions_are_drawn_with_the_probabilities_of_a_chain(tiny_model: Mak
     # The stop id's own row is read by rows that have ended and are not dropped yet.
     chain = Chain({0: (0.3, 0.4, 0.3), 1: (0.6, 0.1, 0.3), stop: (0.5, 0.5, 0.0)}, policy.vocabulary, stop)
     how = Sampling(most, 0, rows=4000)
-    ((_, (group,), _),) = sample(policy, chain, SampleRequest([[0]], Conditioning(), how, 4000, 0))
+    ((_, (group,), *_),) = sample(policy, chain, SampleRequest([[0]], Conditioning(), how, 4000, 0))
     counts = Counter(map(tuple, group))
     words = [one for n in range(most) for one in itertools.product([0, 1], repeat=n)]
     every = [(*one, stop) for one in words] + [*itertools.product([0, 1], repeat=most)]
@@ -284,29 +284,31 @@ def test_memory_of_dropped_rows_is_given_back_layer_by_layer(llama: Policy) -> N
 
 
 def test_rows_keep_their_places_through_several_drops() -> None:
-    live = LiveRows(5, 4, torch.tensor([9]), tell=True)
-    live.add(torch.tensor([1, 9, 3, 4, 9]), torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]))
+    live = LiveRows(5, 4, torch.tensor([9]), told=2)
+    first = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])
+    live.add(torch.tensor([1, 9, 3, 4, 9]), first, 2 * first)
     assert (len(live), live.alive()) == (5, 3)
     assert live.drop_ended(3).tolist() == [0, 2, 3]
-    live.add(torch.tensor([9, 5, 6]), torch.tensor([-0.5, -0.25, -0.125]))
-    live.add(torch.tensor([7, 9, 8]), torch.tensor([-8.0, -1.0, -0.5]))  # row 0 has ended and is still there
+    live.add(torch.tensor([9, 5, 6]), torch.tensor([-0.5, -0.25, -0.125]), torch.zeros(3))
+    third = torch.tensor([-8.0, -1.0, -0.5])
+    live.add(torch.tensor([7, 9, 8]), third, third)  # row 0 has ended and is still there
     assert (len(live), live.alive()) == (3, 1)
     assert live.drop_ended(1).tolist() == [2]
-    live.add(torch.tensor([2]), torch.tensor([-0.0]))
+    live.add(torch.tensor([2]), torch.tensor([-0.0]), torch.tensor([-1.0]))
     assert live.completions() == [
-        ([1, 9], 1.5),
-        ([9], 2.0),
-        ([3, 5, 9], 4.25),
-        ([4, 6, 8, 2], 4.625),
-        ([9], 5.0),
+        ([1, 9], [1.5, 2.0]),
+        ([9], [2.0, 4.0]),
+        ([3, 5, 9], [4.25, 7.0]),
+        ([4, 6, 8, 2], [4.625, 9.5]),
+        ([9], [5.0, 10.0]),
     ]
 
 
 def test_row_without_a_token_is_an_error_also_once_it_is_dropped() -> None:
-    live = LiveRows(2, 3, torch.tensor([9]), tell=False)
-    live.add(torch.tensor([-1, 1]), None)
-    live.add(torch.tensor([9, 1]), None)
+    live = LiveRows(2, 3, torch.tensor([9]), told=0)
+    live.add(torch.tensor([-1, 1]))
+    live.add(torch.tensor([9, 1]))
     live.drop_ended(1)
-    live.add(torch.tensor([9]), None)
+    live.add(torch.tensor([9]))
     with pytest.raises(NotFinite):
         live.completions()

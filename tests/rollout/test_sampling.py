@@ -40,7 +40,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def run(policy: Policy, model: Any, *request: Any) -> list[list[list[int]]]:
     """The completions of ``sample`` in the order of the prompts."""
     found = {}
-    for indices, groups, _ in sample(policy, model, SampleRequest(*request)):
+    for indices, groups, *_ in sample(policy, model, SampleRequest(*request)):
         assert not found.keys() & set(indices), "a prompt is sampled once"
         found.update(zip(indices, groups, strict=True))
     return [found[i] for i in sorted(found)]
@@ -78,7 +78,7 @@ def seen_logits(
     settings = {"max_new_tokens": len(CONTINUATION), "min_new_tokens": 0} | sampling
     model = frozen_copy(policy, torch.float32)
     request = SampleRequest(PROMPTS, conditioning, Sampling(**settings), samples, 0)
-    ((indices, groups, _),) = sample(policy, model, request)
+    ((indices, groups, *_),) = sample(policy, model, request)
     assert groups == [[CONTINUATION] * samples] * len(PROMPTS)
     by_prompt = torch.stack(steps).view(len(steps), len(PROMPTS), samples, -1)
     order = [indices.index(i) for i in range(len(PROMPTS))]

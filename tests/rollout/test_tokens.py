@@ -13,7 +13,7 @@ from levels import LEVELS, run_again_at
 from pairwise import pairwise
 from torch import Tensor
 
-from quark_fast.ops import cpp
+from quark_fast.ops import cpp, loss
 from quark_fast.ops.rows import KERNEL_DTYPES
 from quark_fast.rollout.tokens import (
     NextToken,
@@ -22,6 +22,7 @@ from quark_fast.rollout.tokens import (
     draw_on_gpu,
     draw_tokens,
     log_probabilities,
+    model_log_p,
     sample_tokens,
 )
 
@@ -297,6 +298,35 @@ def test_log_q_is_that_of_the_truncated_distribution_in_float64(
     if engine == "torch":
         exact = log_probabilities(probs.log(), told, top_p)
         torch.testing.assert_close(exact, log_q(probs, told, top_p), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["eager", "cpp", "triton"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_model_log_p_is_that_of_the_base_vocabulary_in_float64(
+    impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_choose", lambda *_: impl)
+    logits = (3 * torch.randn(7, 305, generator=generator(1)) - 5).to(dtype)
+    logits[:, 300:] = torch.nan  # reward tokens and padding are not read
+    logits[:, 40:50] = -torch.inf
+    tokens = torch.tensor([0, 17, 39, 50, 200, 298, 299])
+    found = model_log_p(logits, tokens, 300)
+    expected = logits[:, :300].double().log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    assert found.dtype == torch.float32
+    # Sums of 300 exponentials in float32, log p down to -20.
+    assert found.double() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("draw", [draw_by_equation, draw_tokens])
+def test_logits_stay_as_they_are_for_whoever_reads_them_next(
+    draw: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    logits = torch.randn(6, 40, generator=generator(1)).to(dtype)
+    before = logits.clone()
+    for temperature in (0.0, 0.7, 1.0):
+        draw(logits, wanted(37, suppressed=(3, 5), temperature=temperature, top_p=0.9), generator())
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)

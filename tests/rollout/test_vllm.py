@@ -86,7 +86,7 @@ def by_prompt(
     draw: Draw, conditioning: Conditioning, sampling: Sampling, samples: int, seed: int
 ) -> list[list[list[int]]]:
     found = {}
-    for indices, groups, _ in draw(SampleRequest(PROMPTS, conditioning, sampling, samples, seed)):
+    for indices, groups, *_ in draw(SampleRequest(PROMPTS, conditioning, sampling, samples, seed)):
         found.update(zip(indices, groups, strict=True))
     return [found[i] for i in range(len(PROMPTS))]
 
@@ -252,7 +252,7 @@ def test_server_started_anew_has_the_weights_that_it_is_asked_for(
         served.server.faults = [None, None, "restart"]
     with served.rollout.synchronised(from_base=False) as draw:
         found = {}
-        for indices, groups, _ in draw(SampleRequest(PROMPTS, BEST, one_by_one, 1, 0)):
+        for indices, groups, *_ in draw(SampleRequest(PROMPTS, BEST, one_by_one, 1, 0)):
             found.update(zip(indices, groups, strict=True))
             if not noticed:  # while nobody asks
                 served.server.restart()
@@ -282,7 +282,7 @@ def test_processes_share_the_prompts_and_only_one_writes_and_loads_weights(
     found = {}
     with main.synchronised(from_base=False) as here, other.synchronised(from_base=False) as there:
         for draw, shard in ((here, (0, 2)), (there, (1, 2))):
-            for indices, groups, _ in draw(SampleRequest(PROMPTS, BEST, sampling, 3, 0, shard)):
+            for indices, groups, *_ in draw(SampleRequest(PROMPTS, BEST, sampling, 3, 0, shard)):
                 assert not found.keys() & set(indices)
                 found.update(zip(indices, groups, strict=True))
     assert [found[i] for i in range(len(PROMPTS))] == expected

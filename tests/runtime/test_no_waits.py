@@ -118,13 +118,12 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
 
     monkeypatch.setattr(transformers, "draw_tokens", drawn_ones)
     policy, counts = trainer.policy, {}
-    model = trainer.setup.copied.get()
+    model, tell = trainer.setup.copied.get(), len(conditioning.streams()) == 1
     for tokens in (4, 12, 20):
-        request = SampleRequest(
-            [[1, 2], [3]], conditioning, Sampling(tokens, tokens, decoding=decoding), 2, 0
-        )
+        sampling = Sampling(tokens, tokens, decoding=decoding)
+        request = SampleRequest([[1, 2], [3]], conditioning, sampling, 2, 0, model_nll=tell)
         with Reads() as reads:
-            ((_, drawn, _),) = transformers.sample(policy, model, request)
+            ((_, drawn, *_),) = transformers.sample(policy, model, request)
         assert all(len(one) == tokens for group in drawn for one in group)
         counts[tokens] = sum(reads.found.values())
     assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks behind token 8 and 16"

@@ -464,6 +464,6 @@ def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable
         sampling = Sampling(4, 0, rows=12, at_once=at_once)
         request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
         found: Iterator[Any] = sample(policy, model, request)
-        ((indices, completions, _),) = found
+        ((indices, completions, *_),) = found
         assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
         assert len({tuple(one) for group in completions for one in group}) > 6
