@@ -61,10 +61,10 @@ def policy(tiny_model: Make) -> Policy:
 
 @torch.no_grad()
 def by_hand(
-    policy: Policy, text: list[int], conditioning: Conditioning, prompt: int = TEXT_PROMPT
+    policy: Policy, text: list[int], conditioning: Conditioning, first: int | None = None
 ) -> tuple[float, int, int]:
-    """One token at a time, nothing batched or padded, in float64 after the model."""
-    nll, correct, first = 0.0, 0, min(prompt, len(text) // 2)
+    """One token at a time, nothing batched or padded, in float64 after the model; from ``first`` on."""
+    nll, correct, first = 0.0, 0, min(TEXT_PROMPT, len(text) // 2) if first is None else first
     for place in range(first, len(text)):
         mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
         for quantile, weight in conditioning.streams():
