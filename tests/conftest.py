@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # transformers and the trainer are imported by what needs them: who only starts the workers does not.
 
+# Imports and models make objects by the million, few of which are garbage: it is looked for less often.
+gc.set_threshold(50_000, 20, 50)
+
 WORDS = 60  # w0 ... w59, then the special tokens
 
 

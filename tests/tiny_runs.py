@@ -51,6 +51,7 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
         "learning_rate": 3e-3,
         "reward_token_lr": 1e-2,
         "eval_samples": 8,
+        "eval_rows": "best",  # of which tables consist otherwise is for "ends" or "all" to say
         "precision": "fp32",
         "threads": 1,
         "checkpoint_every": 10,

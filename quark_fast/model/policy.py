@@ -61,7 +61,8 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.other_tables: list[str] = []
-        self._buffers: dict[torch.dtype, dict[str, torch.dtype]] = {}
+        own = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        self._buffers: dict[torch.dtype, dict[str, torch.dtype]] = {model.dtype: own}
         auto = prefix == "auto"
         self.prefix_text = opening(tokenizer) if auto else prefix
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []

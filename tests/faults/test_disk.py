@@ -214,7 +214,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(he
     go_on(folder)
 
 
-@pytest.mark.parametrize("stage", ["learning", "evaluating: worst token"], ids=["checkpoint", "export"])
+@pytest.mark.parametrize("stage", ["learning", "evaluating: best token"], ids=["checkpoint", "export"])
 def test_file_that_cannot_be_written_whole_leaves_the_last_checkpoint(here: Path, stage: str) -> None:
     folder, limits = here / f"limit-{stage[0]}", resource.getrlimit(resource.RLIMIT_FSIZE)
 

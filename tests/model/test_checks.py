@@ -242,17 +242,17 @@ def test_state_that_a_module_keeps_of_a_step_is_no_hindrance_to_a_copy(policy: P
 
 
 @pytest.mark.parametrize("name", ["xglm", "minimax", "llama"])
-def test_copy_in_low_precision_has_the_buffers_of_a_model_loaded_in_it(name: str, tmp_path: Path) -> None:
+def test_copy_has_the_buffers_of_a_model_loaded_in_its_precision(name: str, tmp_path: Path) -> None:
     folder = ARCHITECTURES[name].save(tmp_path / "model")
     policy = Policy.create(folder, quantiles=2)
     policy.model.eval()
-    reference = load_reference(folder, torch.bfloat16, CPU)
-    copied = frozen_copy(policy, torch.bfloat16)
-    kinds = {k.replace(".base.", "."): b.dtype for k, b in copied.named_buffers()}
-    assert kinds == {k: b.dtype for k, b in reference.named_buffers()}
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        assert copied(ids).logits.isfinite().all()
+    for dtype in (torch.bfloat16, torch.float32):
+        reference = load_reference(folder, dtype, CPU)
+        copied = frozen_copy(policy, dtype)
+        kinds = {k.replace(".base.", "."): b.dtype for k, b in copied.named_buffers()}
+        assert kinds == {k: b.dtype for k, b in reference.named_buffers()}
+        with torch.no_grad():
+            assert copied(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
 # --- Tables ----------------------------------------------------------------------------------------

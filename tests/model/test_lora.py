@@ -206,7 +206,7 @@ def test_run_with_adapters_learns_resumes_to_identical_results_and_exports_the_m
         listen = (lambda _: None) if resume else copies_at([moment], tmp_path / name)
         config = small(
             tmp_path / name, model, lora_rank=4, rounds=2, steps=20, learning_rate=1e-2, checkpoint_every=4,
-            eval_samples=1, eval_guidance="2", precision="bf16", resume=resume,
+            eval_samples=1, eval_rows="ends", eval_guidance="2", precision="bf16", resume=resume,
         )  # fmt: skip
         trainer = Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4], listen=listen)
         mine = {id(p) for p in trainer.policy.model.parameters()}

@@ -165,8 +165,9 @@ def test_the_table_of_a_run_is_that_of_the_model_it_exports(
 ) -> None:
     """A rate so small that rounding matters: the run's own evaluation and one of its folder agree in all."""
     source = stored(tmp_path / "source", dtype)
-    settings: dict[str, Any] = {**SHORT, "learning_rate": 3e-4, "precision": precision, "eval_guidance": "2"}
-    config = small(tmp_path / "run", source, reward="test_trainer:even_words", **settings)
+    settings: dict[str, Any] = {**SHORT, "learning_rate": 3e-4, "precision": precision}
+    settings |= {"eval_rows": "ends", "eval_guidance": "2"}
+    config = small(tmp_path / "run", source, reward="tiny_runs:even_words", **settings)
     Trainer(config, prompts=PROMPTS, held_out=PROMPTS[:6]).train()
     again = Evaluator([tmp_path / "run"]).evaluate().samples
     own = rows(tmp_path / "run" / "evaluation.jsonl")
@@ -179,7 +180,7 @@ def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
     tmp_path: Path, from_benchmarks: Callable[[str], ModuleType]
 ) -> None:
     benchmark = from_benchmarks("rounding")
-    settings: dict[str, Any] = {**SHORT, "learning_rate": 1e-5, "reward": "test_trainer:even_words"}
+    settings: dict[str, Any] = {**SHORT, "learning_rate": 1e-5, "reward": "tiny_runs:even_words"}
     for dtype in (torch.bfloat16, torch.float32):
         source = stored(tmp_path / f"{dtype}", torch.bfloat16)
         AutoModelForCausalLM.from_pretrained(source).to(dtype).save_pretrained(source)

@@ -36,7 +36,7 @@ from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1], [9, 9]]
-GREEDY = Sampling(max_new_tokens=12, min_new_tokens=3, temperature=0.0)
+GREEDY = Sampling(max_new_tokens=8, min_new_tokens=3, temperature=0.0)
 BEST = Conditioning(2)
 
 Make = Callable[..., Path]
@@ -604,6 +604,7 @@ def test_run_learns_by_a_server_and_a_round_half_sampled_is_repeated(
                 lora_rank=0,
                 learning_rate=1e-2,
                 eval_samples=2,
+                eval_rows="best",
                 precision="fp32",
                 threads=1,
                 rollout="vllm",

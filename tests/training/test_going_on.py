@@ -174,7 +174,7 @@ def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_p
 def test_run_that_is_not_evaluated_has_all_but_the_table_and_is_evaluated_later(
     tmp_path: Path, tiny_model: Make
 ) -> None:
-    config = small(tmp_path / "run", tiny_model(), **SHORT, eval=False)
+    config = small(tmp_path / "run", tiny_model(), **SHORT, eval=False, eval_rows="ends")
     stages: list[str] = []
     folder = trainer(config, listen=lambda event: stages.append(event.stage)).train().folder
     assert not [stage for stage in stages if "evaluating" in stage]

@@ -40,6 +40,7 @@ SHORT = {
     "explore_samples": 3,
     "sample_batch": 16,
     "eval_samples": 4,
+    "eval_rows": "ends",
     "eval_guidance": "2",
 }
 GIVEN: dict[str, Any] = {"prompts": PROMPTS, "held_out": PROMPTS[:12]}
