@@ -5,8 +5,8 @@
 The best token stands before the first token of a text. Whoever samples has a prompt between the two, and so
 the tables of a run count what is behind a prompt of 32 tokens. Here each is measured twice: over these first
 32 tokens, of which one is given, and over those behind them. Rows are the base model without a token, with
-the token of each built-in task before any training, and the given runs of repetition, whose held-out passages
-are the texts.
+the token of each built-in task before any training, and the given runs. The texts are the held-out passages
+of runs of repetition; for others those on which evaluations measure what a training cost elsewhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
+from quark_fast.evaluation.held_out import CONTROLS
 from quark_fast.evaluation.perplexity import text_fit
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.model.policy import Policy
@@ -61,6 +63,13 @@ def rows(runs: list[Path], texts: list[str]) -> Iterator[tuple[str, np.ndarray]]
         yield run.name, fit(policy, texts, Conditioning(policy.quantiles - 1))
 
 
+def texts_of(run: Path) -> list[str]:
+    """The run's held-out texts, where its prompts are the beginnings of texts; else passages of novels."""
+    if not load_config(run / "config.yaml").prefix_tokens:
+        return assets.book_passages()[:CONTROLS]
+    return [json.loads(line)["prompt"] for line in (run / "held_out.jsonl").read_text().splitlines()]
+
+
 def measures(sums: np.ndarray) -> dict[str, float]:
     nats, right, tokens = sums
     return {"perplexity": math.exp(nats / tokens), "accuracy": right / tokens}
@@ -91,14 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of repetition")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     asked = parser.parse_args()
     quiet_libraries()
-    held_out = {run: (run / "held_out.jsonl").read_text() for run in asked.runs}
-    if len({*held_out.values()}) != 1:
+    every = [texts_of(run) for run in asked.runs]
+    if any(texts != every[0] for texts in every):
         parser.error("the runs have other held-out texts; give runs that were evaluated on the same")
-    texts = [json.loads(line)["prompt"] for line in held_out[asked.runs[0]].splitlines()]
+    texts = every[0]
     found, base = [], None
     for name, row in rows(asked.runs, texts):
         base = row if base is None else base

@@ -337,6 +337,11 @@ class Config(
                 raise UsageError(
                     f"{name} = {getattr(self, name):g} needs the KL, but kl_coef = 0 leaves it out; give one"
                 )
+        if self.prompt_kl_coef and self.kl == "sampled":
+            raise UsageError(
+                f"prompt_kl_coef = {self.prompt_kl_coef:g} needs the exact KL, as nothing sampled a prompt;"
+                " give --kl policy_ref or ref_policy"
+            )
         if self.kl_target and self.kl_horizon < self.batch_size:
             raise UsageError(
                 f"kl_horizon = {self.kl_horizon} is below batch_size = {self.batch_size}; give at least that"

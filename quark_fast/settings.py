@@ -373,6 +373,11 @@ class LossSettings:
         "KL(policy || reference), as the authors' code, the reverse, as printed, or its estimate from the"
         " sampled token alone",
     )
+    prompt_kl_coef: float = setting(
+        0.0,
+        "weight of the KL to the base model on the prompts' own tokens, under every reward token that a step"
+        " reads: it holds the model on text that is no completion",
+    )
     kl_stop: float = setting(
         0.0, "stop when the KL of a step is above this, nats per token; 0: never", free="resume"
     )

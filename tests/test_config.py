@@ -247,6 +247,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     *((name, -1) for name in ("reward_per_minute", "reward_tokens_per_minute")),
     *((name, -1) for name in ("sample_at_once", "read_batch", "score_batch")),
     *((name, -0.1) for name in ("learning_rate", "reward_token_lr", "kl_coef", "contrast_coef")),
+    ("prompt_kl_coef", -0.1),
     *((name, -0.1) for name in ("entropy_coef", "unlikelihood_coef", "temperature", "explore_temperature")),
     *((name, -0.1) for name in ("eval_temperature", "reward_timeout", "reward_backoff", "lora_alpha")),
     *((name, -0.1) for name in ("kl_stop", "kl_target")),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Batch:
         labels: (N, C) completion ids, 0 beyond the end.
         mask: (N, C) bool, True on completion tokens.
         reading: how the policy's model is to be read.
+        behind: of each prompt, how many tokens stand behind its first one; empty where nothing asks what
+            predicts them. Else those columns are read in front of the completion's, H = max(behind) of them,
+            the last prompt token's first.
     """
 
     ids: Tensor
@@ -33,6 +36,22 @@ class Batch:
     labels: Tensor
     mask: Tensor
     reading: Reading
+    behind: Sequence[int] = ()
+
+
+class Counts(NamedTuple):
+    """What the sums over a batch are divided by: its completions' tokens, its samples, and the tokens of its
+    prompts that stand behind a prompt's first one."""
+
+    tokens: float
+    samples: float
+    prompt_tokens: float
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sized], completions: Sequence[Sized], share: float = 1.0) -> Self:
+        """Those of so many samples, times ``share``."""
+        behind = sum(max(0, len(prompt) - 1) for prompt in prompts)
+        return cls(sum(map(len, completions)) * share, len(prompts) * share, behind * share)
 
 
 def make_batch(
@@ -41,8 +60,12 @@ def make_batch(
     completions: Sequence[Sequence[int]],
     quantiles: Sequence[int | None],
     device: torch.device,
+    prompts_too: bool = False,
 ) -> Batch:
-    """Condition each prompt on its quantile's token (None: no token) and put the completion behind."""
+    """Condition each prompt on its quantile's token (None: no token) and put the completion behind.
+
+    With ``prompts_too`` the prompts' tokens are to be predicted, too, all but the first.
+    """
     contexts = [policy.conditioned(p, k) for p, k in zip(prompts, quantiles, strict=True)]
     context, context_mask = pad_left(contexts, device)
     # Right-aligned and flipped is left-aligned: one padding function for both sides.
@@ -53,11 +76,13 @@ def make_batch(
         labels=labels,
         mask=mask.bool(),
         reading=policy.reading,
+        behind=[max(0, len(prompt) - 1) for prompt in prompts] if prompts_too else (),
     )
 
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
-    """(N, C, >= V) logits of each completion token, given everything before it."""
+    """(N, H + C, >= V) logits of each completion token, given everything before it; H is 0 but for
+    ``Batch.behind``."""
 
     def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         columns = _before_completion(batch, ids)
@@ -104,7 +129,8 @@ def shared_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def completion_hidden(model: Any, batch: Batch) -> Tensor:
-    """(N, C, D) what the model's head takes to predict each completion token (``structure.linear_head``)."""
+    """(N, H + C, D) what the model's head takes to predict each completion token (``structure.linear_head``);
+    H is 0 but for ``Batch.behind``."""
 
     def hidden(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         found: Tensor = read(model.base_model, ids, mask, positions).last_hidden_state
@@ -131,6 +157,12 @@ def _by_length(batch: Batch, compute: Callable[[Tensor, Tensor | None, Tensor | 
 
 
 def _before_completion(batch: Batch, ids: Tensor) -> Tensor:
-    """The columns of ids that predict the completion; its last token predicts nothing that is trained on."""
+    """The columns of ids that predict the completion; its last token predicts nothing that is trained on.
+
+    In front of them those that predict the prompt, where they are asked for, from the last one back; a prompt
+    that is shorter has any column in place of those that it has not.
+    """
     length, width = batch.labels.shape[1], ids.shape[1]
-    return torch.arange(width - length - 1, width - 1, device=ids.device)
+    completion = torch.arange(width - length - 1, width - 1, device=ids.device)
+    prompt = width - length - 2 - torch.arange(max(batch.behind, default=0), device=ids.device)
+    return torch.cat([prompt.clamp(min=0), completion])

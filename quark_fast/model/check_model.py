@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from quark_fast.model.batch import Counts
 from quark_fast.model.check_export import check_export
-from quark_fast.model.check_reading import LONGEST, NEW, SHORT, Trial, check_decoding, check_policy
+from quark_fast.model.check_reading import LONGEST, SHORT, Trial, check_decoding, check_policy
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.loading import first_line
 from quark_fast.model.lora import has_adapters
@@ -25,9 +26,9 @@ from quark_fast.model.reading import Reading
 from quark_fast.model.wrong_model import blamed, wrong
 from quark_fast.runtime.memory import OutOfMemory, within_memory
 
-# (prompts, completions, quantiles, tokens, samples) -> the loss of a training step, and its terms.
+# (prompts, completions, quantiles, counts of the batch) -> the loss of a training step, and its terms.
 Loss = Callable[
-    [Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int], float, float],
+    [Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int], Counts],
     tuple[Tensor, dict[str, Any]],
 ]
 
@@ -113,8 +114,8 @@ def _check_step(policy: Policy, reference: Any, objective: Callable[[], Loss]) -
 
     def step(size: int) -> Tensor:
         some = slice(0, size)
-        tokens = float(NEW * size)
-        loss, _ = objective()(probe.prompts[some], completions[some], quantiles[some], tokens, float(size))
+        prompts, written = probe.prompts[some], completions[some]
+        loss, _ = objective()(prompts, written, quantiles[some], Counts.of(prompts, written))
         # Through all layers, but with no gradient kept of any weight but the reward tokens'.
         torch.autograd.grad(loss, [policy.model.get_input_embeddings().rows])
         return loss.detach()

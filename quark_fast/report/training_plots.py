@@ -78,6 +78,7 @@ STEP_PANELS = (
     ("loss", "loss, nats per token"),
     ("nll", "nll, nats per token"),
     ("kl", "KL to the reference, nats per token"),
+    ("prompt_kl", "KL on the prompts' tokens, nats per token"),
     ("entropy", "entropy, nats per token"),
     ("unlikelihood", "unlikelihood, nats per token"),
     ("kl_coef", "weight of the KL, adapted"),

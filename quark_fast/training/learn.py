@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from quark_fast.config import Config
+from quark_fast.model.batch import Counts
 from quark_fast.pool.pool import RolloutBatch
 from quark_fast.runtime.distributed import LossModule, Processes, whole
 from quark_fast.runtime.memory import within_memory
@@ -69,10 +70,9 @@ class Learner:
     def _gradient(self, batch: RolloutBatch, micro_batch: int) -> dict[str, float]:
         """Add up the gradient of this process's samples; the terms of the loss."""
         self._forget_gradients()  # of an attempt that ran out of memory
-        total = sum(map(len, batch.completions))
         # Each process takes its samples over the whole batch's counts times its share of them: the mean over
         # processes, which is what DDP and FSDP2 make of gradients, is then the loss of the whole batch.
-        count = self.processes.count
+        counts = Counts.of(batch.prompts, batch.completions, 1 / self.processes.count)
         own = self.processes.part(np.arange(len(batch.completions)))
         every: list[Terms] = []
         for start in range(0, len(own), micro_batch):
@@ -82,8 +82,7 @@ class Learner:
                 [batch.prompts[i].tolist() for i in part],
                 [batch.completions[i].tolist() for i in part],
                 batch.quantiles[part].tolist(),
-                total / count,
-                len(batch.completions) / count,
+                counts,
             )
             with self.processes.accumulating(self.accelerator, self.wrapped):
                 loss, terms = self.wrapped(compute)

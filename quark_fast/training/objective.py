@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quark_fast.config import Config
-from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch
+from quark_fast.model.batch import Batch, Counts, completion_hidden, completion_logits, make_batch
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import linear_head
 from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
@@ -29,7 +29,7 @@ class MicroBatch:
         plain: every sample without a token, for the reference; None where nothing asks it.
         better: which of the two tokens is the better one, as of ``compare``; None: not asked.
         lengths: of the completions, tokens.
-        tokens, samples: of the whole batch.
+        counts: of the whole batch.
     """
 
     batch: Batch
@@ -37,8 +37,7 @@ class MicroBatch:
     better: Tensor | None
     streams: int
     lengths: Sequence[int]
-    tokens: float
-    samples: float
+    counts: Counts
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
@@ -50,6 +49,19 @@ class MicroBatch:
 # Weights (streams N, T) of the tokens -> their weighted NLL, without KL and entropy, over the batch's tokens.
 WeightedNll = Callable[[Tensor], QuarkLoss]
 NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
+
+
+class Found(NamedTuple):
+    """Of a micro-batch: NLL, KL and entropy under each sample's own token, with the loss of all terms but the
+    prompts' KL; the comparisons; the KL under the mirror tokens; that on the prompts; the NLL, weighted."""
+
+    out: QuarkLoss
+    contrast: Contrast | None
+    mirror_kl: Tensor | None
+    prompt_kl: QuarkLoss | None
+    weighted_nll: WeightedNll
+
+
 # (sum, count) of each term of the loss: its share of the batch's mean is their quotient.
 Terms = dict[str, tuple[Tensor, float]]
 
@@ -98,12 +110,13 @@ class Objective:
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
         quantiles: Sequence[int],
-        tokens: float,
-        samples: float,
+        counts: Counts,
     ) -> tuple[Tensor, Terms]:
-        """The micro-batch's share of the loss of a batch of so many tokens and samples.
+        """The micro-batch's share of the loss of a batch with these counts.
 
-        The reference sees no reward token. The contrast compares the sample's own token k with its mirror
+        The reference sees no reward token. With ``prompt_kl_coef`` a KL holds the policy on the prompts' own
+        tokens, too, under every reward token that is read; but for a prompt's first one, since no completion
+        stands right behind a reward token. The contrast compares the sample's own token k with its mirror
         token, K - 1 - k, and the better of these two with the base model; with the latter comparison the KL
         holds both. The unlikelihood lowers tokens that repeat an n-gram, under the better of the two; without
         any contrast, under the sample's own.
@@ -115,30 +128,37 @@ class Objective:
         streams = [list(quantiles)]
         if self.config.contrast_coef:
             streams.append([self.policy.quantiles - 1 - k for k in quantiles])
+        hold = self.config.prompt_kl_coef > 0 and counts.prompt_tokens > 0
         batch = make_batch(
             self.policy,
             list(prompts) * len(streams),
             list(completions) * len(streams),
             [k for stream in streams for k in stream],
             self.device,
+            prompts_too=hold,
         )
         plain = better = None
         if self.contrast.base:
             own, mirror = (torch.tensor(stream, device=self.device) for stream in streams)
             better = torch.sign(own - mirror)
-        if self.kl_coef or self.contrast.base:
-            plain = make_batch(self.policy, prompts, completions, [None] * len(prompts), self.device)
+        if self.kl_coef or self.contrast.base or hold:
+            plain = make_batch(
+                self.policy, prompts, completions, [None] * len(prompts), self.device, prompts_too=hold
+            )
         compute = self._from_logits if self.heads is None else self._from_hidden
-        out, contrast, mirror_kl, weighted_nll = compute(
-            MicroBatch(batch, plain, better, len(streams), [*map(len, completions)], tokens, samples)
+        out, contrast, mirror_kl, prompt_kl, weighted_nll = compute(
+            MicroBatch(batch, plain, better, len(streams), [*map(len, completions)], counts)
         )
-        loss = out.loss
+        loss, (tokens, samples, prompt_tokens) = out.loss, counts
         terms = {name: (getattr(out, name).sum(), tokens) for name in ("nll", "kl", "entropy")}
         if contrast is not None:
             terms["contrast"] = contrast.mirror.sum(), samples
         if contrast is not None and mirror_kl is not None and better is not None:
             terms["base_contrast"] = contrast.base.sum(), samples
             terms["mirror_kl"] = mirror_kl.sum(), tokens
+        if prompt_kl is not None:
+            loss = loss + prompt_kl.loss
+            terms["prompt_kl"] = prompt_kl.kl.sum(), prompt_tokens * len(streams)
         if self.config.unlikelihood_coef:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
             value, surrogate = unlikelihood_loss(weighted_nll, repeated)
@@ -158,14 +178,14 @@ class Objective:
             "vocab_size": self.policy.vocabulary,
         }
 
-    def _from_hidden(self, part: MicroBatch) -> tuple[QuarkLoss, Contrast | None, Tensor | None, WeightedNll]:
+    def _from_hidden(self, part: MicroBatch) -> Found:
         assert self.heads is not None
         head, ref_head = self.heads
         labels, mask = part.own
-        ref_hidden = ref_weight = ref_bias = None
+        prompt_ref = ref_hidden = ref_weight = ref_bias = None
         if part.plain is not None:
             with torch.no_grad():
-                ref_hidden = completion_hidden(self.reference, part.plain)
+                prompt_ref, ref_hidden = _split(part.plain, completion_hidden(self.reference, part.plain))
             ref_weight, ref_bias = ref_head.weight, ref_head.bias
 
         def weighted_nll(weights: Tensor) -> QuarkLoss:
@@ -179,22 +199,32 @@ class Objective:
                     weights,
                     **{**self._options(), **NLL_ALONE},
                     bias=head.bias,
-                    normalizer=part.tokens,
+                    normalizer=part.counts.tokens,
                 )
 
+        def on_prompts(labels: Tensor, mask: Tensor, held: bool, **options: Any) -> QuarkLoss:
+            options |= {"bias": head.bias, "lengths": part.batch.behind}
+            if not held or prompt_ref is None:
+                return linear_quark_loss(prompt_hidden, head.weight, None, None, labels, mask, **options)
+            ref = prompt_ref.repeat(part.streams, 1, 1), ref_weight
+            return linear_quark_loss(
+                prompt_hidden, head.weight, *ref, labels, mask, ref_bias=ref_bias, **options
+            )
+
         with self.autocast():
-            hidden = completion_hidden(self.policy.model, part.batch)
+            prompt_hidden, hidden = _split(part.batch, completion_hidden(self.policy.model, part.batch))
+            prompt_kl = self._kl_on_prompts(part, on_prompts)
             options = {
                 **self._options(),
                 "bias": head.bias,
                 "ref_bias": ref_bias,
-                "normalizer": part.tokens,
+                "normalizer": part.counts.tokens,
                 "lengths": part.lengths,
             }
             if part.streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
-                return out, None, None, weighted_nll
-            return *linear_contrast_loss(
+                return Found(out, None, None, prompt_kl, weighted_nll)
+            found = linear_contrast_loss(
                 torch.unflatten(hidden, 0, (part.streams, -1)),
                 head.weight,
                 ref_hidden,
@@ -203,30 +233,53 @@ class Objective:
                 mask,
                 part.better,
                 weights=self.contrast,
-                samples=part.samples,
+                samples=part.counts.samples,
                 **options,
-            ), weighted_nll
+            )
+            return Found(*found, prompt_kl, weighted_nll)
 
-    def _from_logits(self, part: MicroBatch) -> tuple[QuarkLoss, Contrast | None, Tensor | None, WeightedNll]:
+    def _kl_on_prompts(self, part: MicroBatch, loss_of: Callable[..., QuarkLoss]) -> QuarkLoss | None:
+        """The KL on the prompts' tokens, as a loss whose NLL is taken away again; None: not asked for.
+
+        Args:
+            loss_of: (labels, mask, whether with the reference, options) -> the loss in these columns.
+        """
+        if not part.batch.behind:
+            return None
+        lengths = torch.tensor(part.batch.behind, device=self.device)
+        mask = torch.arange(max(part.batch.behind), device=self.device) < lengths.unsqueeze(1)
+        labels = torch.zeros_like(mask, dtype=torch.long)  # any will do
+        options = {**self._options(), "normalizer": part.counts.prompt_tokens, "entropy_coef": 0.0}
+        held = loss_of(labels, mask, True, **options | {"kl_coef": self.config.prompt_kl_coef})
+        nll = loss_of(labels, mask, False, **options | NLL_ALONE)
+        return held._replace(loss=held.loss - nll.loss)
+
+    def _from_logits(self, part: MicroBatch) -> Found:
         labels, mask = part.own
         with self.autocast():
-            every = completion_logits(self.policy.model, part.batch)
+            prompt_logits, every = _split(part.batch, completion_logits(self.policy.model, part.batch))
         logits = torch.unflatten(every, 0, (part.streams, -1))
 
         def weighted_nll(weights: Tensor) -> QuarkLoss:
-            options = {**self._options(), **NLL_ALONE, "normalizer": part.tokens}
+            options = {**self._options(), **NLL_ALONE, "normalizer": part.counts.tokens}
             return quark_loss(every, None, part.batch.labels, weights, **options)
 
-        ref_logits = None
+        prompt_ref = ref_logits = None
         if part.plain is not None:
             with torch.no_grad():
-                ref_logits = completion_logits(self.reference, part.plain)
-        options = {**self._options(), "normalizer": part.tokens}
-        # The contrast and the unlikelihood read the logits, too.
-        inplace = part.streams == 1 and not self.config.unlikelihood_coef
+                prompt_ref, ref_logits = _split(part.plain, completion_logits(self.reference, part.plain))
+
+        def on_prompts(labels: Tensor, mask: Tensor, held: bool, **options: Any) -> QuarkLoss:
+            ref = prompt_ref.repeat(part.streams, 1, 1) if held and prompt_ref is not None else None
+            return quark_loss(prompt_logits, ref, labels, mask, **options)
+
+        prompt_kl = self._kl_on_prompts(part, on_prompts)
+        options = {**self._options(), "normalizer": part.counts.tokens}
+        # The contrast, the unlikelihood and the KL on prompts read the logits, too.
+        inplace = part.streams == 1 and not self.config.unlikelihood_coef and prompt_kl is None
         out = quark_loss(logits[0], ref_logits, labels, mask, inplace=inplace, **options)
         if part.streams == 1:
-            return out, None, None, weighted_nll
+            return Found(out, None, None, prompt_kl, weighted_nll)
         contrast, surrogate = contrast_loss(
             logits,
             ref_logits,
@@ -235,10 +288,10 @@ class Objective:
             part.better,
             weights=self.contrast,
             vocab_size=self.policy.vocabulary,
-            samples=part.samples,
+            samples=part.counts.samples,
             impl=self.config.impl,
         )
-        value = self.contrast.total(contrast) / part.samples
+        value = self.contrast.total(contrast) / part.counts.samples
         # The sum has the value of the mean and the gradient of the surrogate.
         loss = out.loss + surrogate + (value - surrogate).detach()
         mirror_kl = None
@@ -246,7 +299,13 @@ class Objective:
             held = quark_loss(logits[1], ref_logits, labels, mask, **{**options, "entropy_coef": 0.0})
             nll = quark_loss(logits[1], None, labels, mask, **{**options, **NLL_ALONE})
             loss, mirror_kl = loss + (held.loss - nll.loss), held.kl  # the KL alone
-        return out._replace(loss=loss), contrast, mirror_kl, weighted_nll
+        return Found(out._replace(loss=loss), contrast, mirror_kl, prompt_kl, weighted_nll)
+
+
+def _split(batch: Batch, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, H, ...) of the prompts and (N, C, ...) of the completions."""
+    prompts = max(batch.behind, default=0)
+    return columns[:, :prompts], columns[:, prompts:]
 
 
 def _repeated(

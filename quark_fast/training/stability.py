@@ -12,7 +12,18 @@ from quark_fast.config import Config
 from quark_fast.errors import Diverged
 
 # In this order: the parts of the loss before their sum, and the gradient last, which all of them spoil.
-TERMS = ("nll", "kl", "entropy", "contrast", "base_contrast", "mirror_kl", "unlikelihood", "loss", "gradient")
+TERMS = (
+    "nll",
+    "kl",
+    "entropy",
+    "contrast",
+    "base_contrast",
+    "mirror_kl",
+    "prompt_kl",
+    "unlikelihood",
+    "loss",
+    "gradient",
+)
 REMEMBERED = 8  # gradient norms that a diagnosis shows
 
 

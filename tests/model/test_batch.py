@@ -56,19 +56,28 @@ def test_logits_and_gradients_are_those_of_each_sequence_alone(
     parameters = list(policy.model.parameters())
 
     policy.model.set_attn_implementation(attention)
-    batch = make_batch(policy, PROMPTS, COMPLETIONS, QUANTILES, CPU)
-    logits = completion_logits(policy.model, batch)
+    batch = make_batch(policy, PROMPTS, COMPLETIONS, QUANTILES, CPU, prompts_too=True)
+    assert list(batch.behind) == [5, 0, 2, 0, 0]
+    every = completion_logits(policy.model, batch)
+    prompts, logits = every[:, :5], every[:, 5:]
     assert logits.shape[:2] == batch.labels.shape
-    together = torch.autograd.grad((logits * batch.mask.unsqueeze(-1)).tanh().sum(), parameters)
+    own = [prompts[row, :count].tanh().sum() for row, count in enumerate(batch.behind)]
+    score = (logits * batch.mask.unsqueeze(-1)).tanh().sum() + sum(own)
+    together = torch.autograd.grad(score, parameters)
 
     policy.model.set_attn_implementation("eager")
     total = logits.new_zeros(())
     for row, (prompt, completion, k) in enumerate(zip(PROMPTS, COMPLETIONS, QUANTILES, strict=True)):
         context = policy.conditioned(prompt, k)
-        alone = policy.model(torch.tensor([context + completion])).logits[0, len(context) - 1 : -1]
+        whole = policy.model(torch.tensor([context + completion])).logits[0]
+        alone = whole[len(context) - 1 : -1]
         # float32 logits up to 10 by other kernels; a shifted position or a read padding makes 0.1 and more.
         torch.testing.assert_close(logits[row, : len(completion)], alone, rtol=0, atol=1e-4)
         total = total + alone.tanh().sum()
+        for back in range(max(0, len(prompt) - 1)):  # what predicts the prompt's last token, and so on
+            predicting = whole[len(context) - 2 - back]
+            torch.testing.assert_close(prompts[row, back], predicting, rtol=0, atol=1e-4)
+            total = total + predicting.tanh().sum()
     for ours, expected in zip(together, torch.autograd.grad(total, parameters), strict=True):
         scale = float(expected.abs().max())
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * scale + 1e-6)

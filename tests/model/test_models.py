@@ -34,7 +34,7 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
-from quark_fast.model.batch import completion_logits, make_batch, shared_logits
+from quark_fast.model.batch import Counts, completion_logits, make_batch, shared_logits
 from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.encode import encode_rows
@@ -144,7 +144,8 @@ def test_completions_are_as_likely_where_their_prompt_is_read_once(case: Case) -
 
 
 def objective(case: Case, **settings: Any) -> Objective:
-    config = Config(**({"kl_coef": 0.5, "entropy_coef": 0.1, "unlikelihood_coef": 0.2} | settings))
+    terms = {"kl_coef": 0.5, "prompt_kl_coef": 0.3, "entropy_coef": 0.1, "unlikelihood_coef": 0.2}
+    config = Config(**(terms | settings))
     reference = load_reference(case.source, torch.float32, CPU)
     return Objective(config, case.policy, reference, CPU, contextlib.nullcontext)
 
@@ -153,7 +154,7 @@ def test_padding_changes_no_loss_and_every_reward_row_that_is_read_learns(case: 
     of = objective(case)
     completions = [[5, 6, 7, 5, 6, 7, 5, 6], [9], [11, 12, 13], [8, 8]]
     quantiles = [2, 2, 0, 2]
-    count = {"tokens": 14, "samples": 4}
+    counts = Counts.of(case.prompts, completions)
     model = case.policy.model
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -161,17 +162,17 @@ def test_padding_changes_no_loss_and_every_reward_row_that_is_read_learns(case: 
         model.zero_grad()
         return found
 
-    loss, shares = of(case.prompts, completions, quantiles, **count)
+    loss, shares = of(case.prompts, completions, quantiles, counts)
     terms = read_terms([shares])
     loss.backward()
     together = gradients()
     alone = 0.0
     for prompt, completion, quantile in zip(case.prompts, completions, quantiles, strict=True):
-        part, _ = of([prompt], [completion], [quantile], **count)
+        part, _ = of([prompt], [completion], [quantile], counts)
         part.backward()
         alone += part.item()
     assert all(torch.isfinite(torch.tensor(value)) for value in terms.values())
-    assert terms["kl"] > 1e-3 and terms["unlikelihood"] > 0
+    assert min(terms["kl"], terms["prompt_kl"]) > 1e-3 and terms["unlikelihood"] > 0
     assert loss.item() == pytest.approx(alone, rel=1e-4)  # float32, other shapes of the same sums
     separate = gradients()
     # Some are 0 but for rounding, such as of biases of keys, which move all scores alike.

@@ -15,6 +15,7 @@ from conftest import sharpen, word_tokenizer
 from torch import Tensor
 
 from quark_fast.config import Config
+from quark_fast.model.batch import Counts
 from quark_fast.model.loading import load_pretrained
 from quark_fast.model.policy import Policy
 from quark_fast.training.objective import Objective, read_terms
@@ -41,7 +42,7 @@ def objective(source: Path, **settings: Any) -> Objective:
 
 def gradients(of: Objective) -> tuple[dict[str, float], dict[str, Tensor]]:
     of.policy.model.zero_grad()
-    loss, terms = of(PROMPTS, COMPLETIONS, QUANTILES, tokens=20, samples=6)
+    loss, terms = of(PROMPTS, COMPLETIONS, QUANTILES, Counts(tokens=20, samples=6, prompt_tokens=9))
     terms = read_terms([terms])
     assert terms["loss"] == loss.item()
     loss.backward()
@@ -63,24 +64,71 @@ def test_chunks_of_hidden_states_give_what_whole_logits_give(
     """Own head, tied head, tied head with a padded table."""
     source = tiny_model(architecture, padded_vocabulary=7)
     contrast = {"contrast_coef": contrast_coef, "contrast_with": contrast_with, "contrast_margin": 2.0}
-    of = objective(source, kl_coef=kl_coef, **contrast)
+    of = objective(source, kl_coef=kl_coef, prompt_kl_coef=0.3 * bool(contrast_coef), **contrast)
     assert of.heads is not None
     ours, ours_grads = gradients(of)
     of.heads = None
     whole, whole_grads = gradients(of)
     assert ours == pytest.approx(whole, rel=1e-5, abs=1e-6)
     base = bool(contrast_coef) and contrast_with != "mirror"
-    assert (ours["kl"] > 0.01) == (kl_coef > 0 or base)
+    assert (ours["kl"] > 0.01) == (kl_coef > 0 or contrast_coef > 0), "known wherever the reference is read"
     assert ours.keys() == {"nll", "kl", "entropy", "loss"} | (
-        ({"contrast"} if contrast_coef else set()) | ({"base_contrast", "mirror_kl"} if base else set())
+        ({"contrast", "prompt_kl"} if contrast_coef else set())
+        | ({"base_contrast", "mirror_kl"} if base else set())
     )
     weighted = ours["nll"] + kl_coef * (ours["kl"] + ours.get("mirror_kl", 0)) - 0.1 * ours["entropy"]
     compared = (contrast_with != "base") * ours.get("contrast", 0) + ours.get("base_contrast", 0)
-    assert ours["loss"] == pytest.approx(weighted + 2 * contrast_coef * compared, rel=1e-5)
+    on_prompts = 0.3 * 2 * ours.get("prompt_kl", 0)  # under each of the two tokens
+    assert ours["loss"] == pytest.approx(weighted + 2 * contrast_coef * compared + on_prompts, rel=1e-5)
     assert ours_grads.keys() == whole_grads.keys()
     for name, grad in whole_grads.items():
         scale = grad.abs().max().item()
         torch.testing.assert_close(ours_grads[name], grad, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+
+
+@pytest.mark.parametrize("kl", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("contrast_coef", [0.0, 0.7])
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_prompts_are_held_behind_their_first_token_under_every_token_that_is_read(
+    tiny_model: Callable[..., Path], kl: str, contrast_coef: float, whole_logits: bool
+) -> None:
+    source, settings = tiny_model(), {"kl_coef": 0.0, "contrast_coef": contrast_coef, "kl": kl}
+    of, without = objective(source, prompt_kl_coef=0.3, **settings), objective(source, **settings)
+    if whole_logits:
+        of.heads = without.heads = None
+    policy, reference = of.policy, of.reference
+    terms, grads = gradients(of)
+    policy.model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, quantile in zip(PROMPTS, QUANTILES, strict=True):
+        for k in {quantile, 2 - quantile} if contrast_coef else {quantile}:
+            twice = 1 + (contrast_coef > 0 and k == 2 - k)  # the middle token is its own mirror
+            both = []
+            for model, token in ((policy.model, k), (reference, None)):
+                ids = torch.tensor([policy.conditioned(prompt, token)])
+                logits = model(ids).logits[0, :, : policy.vocabulary].double()
+                both.append(logits[-len(prompt) : -1].log_softmax(-1))
+            p, q = both if kl == "policy_ref" else both[::-1]
+            total = total + twice * (p.exp() * (p - q)).sum()
+    (0.3 * total / 9).backward()
+    streams = 2 if contrast_coef else 1
+    assert terms["prompt_kl"] == pytest.approx(float(total.detach()) / (9 * streams), rel=1e-5)
+    assert terms["prompt_kl"] > 0.1
+    expected = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    _, rest = gradients(without)
+    for name, grad in grads.items():
+        held = grad - rest[name]
+        scale = max(grad.abs().max().item(), rest[name].abs().max().item())
+        torch.testing.assert_close(held, expected[name], rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_prompts_of_one_token_have_nothing_to_hold(tiny_model: Callable[..., Path]) -> None:
+    of = objective(tiny_model(), prompt_kl_coef=0.3)
+    prompts, written = [[1], [2]], COMPLETIONS[:2]
+    with_others, terms = of(prompts, written, QUANTILES[:2], Counts(7, 2, prompt_tokens=5))
+    alone, none = of(prompts, written, QUANTILES[:2], Counts.of(prompts, written))
+    assert with_others.item() == pytest.approx(alone.item()) and "prompt_kl" not in none
+    assert read_terms([terms])["prompt_kl"] == 0
 
 
 def test_model_that_caps_its_logits_trains_on_whole_ones_and_says_so(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from warm import Process
 
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.model import copies
+from quark_fast.model.batch import Counts
 from quark_fast.model.check_model import Checked
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
@@ -337,7 +338,7 @@ def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_sampl
         sharpen(trainer.policy.model)
         if whole_logits:
             trainer.setup.objective.heads = None
-        loss, terms = trainer.setup.objective(prompts, completions, quantiles, tokens, 4)
+        loss, terms = trainer.setup.objective(prompts, completions, quantiles, Counts(tokens, 4, 0))
         loss.backward()
         found.append({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()})
 
@@ -499,7 +500,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_formula_without_dropo
         # Within the layer: hooks of the layer itself stay outside of what is computed again.
         inner = next(layers[0].children())
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        loss, _ = trainer.setup.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], 4, 2)
+        loss, _ = trainer.setup.objective([[1, 2], [3]], [[4, 5, 6], [7]], [0, 2], Counts(4, 2, 0))
         before = len(calls)
         loss.backward()
         assert (len(calls) > before) is checkpointing, "the layer is computed again, or not"
