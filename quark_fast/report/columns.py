@@ -185,7 +185,7 @@ def judge_columns(evaluation: Record) -> list[Column]:
 
 def main_columns(evaluation: Record) -> list[Column]:
     """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
-    keys = {column.key for column in columns_of(evaluation)}
+    keys = {column.key for column in columns_of(evaluation, more=False)}
     fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
     variety = "diversity" if "diversity" in keys else "dist3"
     return [headline_column(evaluation), find_column(fluency), find_column(variety)]

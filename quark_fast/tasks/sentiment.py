@@ -83,6 +83,15 @@ def task(target: str) -> Task:
         measures=measures,
         headline="target",
         columns=("target", "target_negative", "target_neutral", "target_positive", "perplexity"),
-        more_columns=("mean", "entropy", "base_kl", "prompt_fit", "dist2", "dist3", "text_accuracy"),
+        more_columns=(
+            "mean",
+            "entropy",
+            "base_kl",
+            "prompt_fit",
+            "dist2",
+            "dist3",
+            "text_perplexity",
+            "text_accuracy",
+        ),
         prompt_classes=True,
     )

@@ -45,7 +45,15 @@ class Task:
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
     columns: Sequence[str] = ("mean", "expected_max", "perplexity", "prompt_fit", "dist3")
-    more_columns: Sequence[str] = ("entropy", "base_kl", "share", "probability", "dist2", "text_accuracy")
+    more_columns: Sequence[str] = (
+        "entropy",
+        "base_kl",
+        "share",
+        "probability",
+        "dist2",
+        "text_perplexity",
+        "text_accuracy",
+    )
     prompt_classes: bool = False
 
     def shows(self, metric: str) -> bool:
