@@ -177,7 +177,7 @@ def summary_table(table: Mapping[str, Any]) -> str:
 KEPT_VERSIONS = ("quark_fast", "python", "torch", "transformers", "accelerate", "numpy", "machine")
 KEPT_VERSIONS += ("command", "loss", "minutes", "memory_gb")
 TRIED = "best token"  # the row of a try
-COSTS = ("perplexity", "prompt_fit", "dist3", "text_perplexity", "text_accuracy")  # shown where the task does
+COSTS = ("perplexity", "prompt_fit", "dist3", "text_perplexity", "text_accuracy")  # where they were measured
 
 
 def measured(
@@ -223,9 +223,9 @@ def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
     for other in others:
         check_comparable(first.given, first.tables[""], other.given, other.tables[""])
     about = first.tables[""]
-    shown = {*about["columns"], *about["more_columns"]}
+    values = evaluate_samples(first.samples[""][BASE])
     judges = [judge_measure(one["name"]) for one in about.get("judges", [])]
-    metrics = [about["headline"], *judges, *(name for name in COSTS if name in shown)]
+    metrics = [about["headline"], *judges, *(name for name in COSTS if name in values)]
     rows = []
     for name, table in tables.items():
         row = {"try": name, "row": TRIED}
@@ -235,7 +235,6 @@ def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
             row[metric] = {key: round(value, 4) for key, value in found.items()}
         rows.append(row)
     task = f"{about['task']}, to the {about['target']}" if about["task"] == "sentiment" else about["task"]
-    values = evaluate_samples(first.samples[""][BASE])
     prompts = f"{about['prompts']} {about['split']} prompts"
     return {
         "what": f"tries on {prompts} of {task}: changes against the base model",
