@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from quark_fast.files.safe_text import clean
 
 EXIT_STATUS = (
@@ -46,3 +48,8 @@ class OtherProcessFailed(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; ``--resume`` goes on with what is in the run folder."""
+
+
+def nor_folder(source: str | Path) -> str:
+    """What an error adds where the hub was asked for what may be the misspelt name of a folder."""
+    return "" if Path(source).is_dir() else f"; nor is there a folder {str(source)!r} here"

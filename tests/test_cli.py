@@ -205,7 +205,7 @@ def refused(
         ({"reward": "tiny_rewards:short"}, ["1 values for 4 completions"]),
         ({"reward": "tiny_rewards:nothing"}, ["scored none of 18 completions"]),
         ({"reward": "tiny_rewards:infinite"}, ["returned inf"]),
-        ({"model": "no-tokenizer"}, ["no usable tokenizer at 'no-tokenizer'"]),
+        ({"model": "no-tokenizer"}, ["no tokenizer files in 'no-tokenizer'"]),
         ({"model": "./missing/model"}, ["./missing/model"]),
         ({"steps": "0"}, ["steps = 0", "at least 1"]),
         ({"steps": "many"}, ["steps", "'many'"]),

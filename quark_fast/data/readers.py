@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.data.row import Row
-from quark_fast.errors import UsageError
+from quark_fast.errors import UsageError, nor_folder
 from quark_fast.files.safe_read import TooLarge, read_bytes
 
 FORMATS = ".jsonl, .json, .csv, .tsv or .txt (each also .gz), .parquet, or hf:NAME for a data set"
@@ -178,5 +178,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
         else:
             data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the network's, the hub's, and every builder's own
-        raise UsageError(f"prompts {source}: {type(error).__name__}: {str(error)[:300]}") from error
+        raise UsageError(
+            f"prompts {source}: {type(error).__name__}: {str(error)[:300]}{nor_folder(name)}"
+        ) from error
     yield from data

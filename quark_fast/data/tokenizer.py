@@ -147,7 +147,9 @@ SENTENCE = "The man said that it is good."
 
 
 def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
-    """Raise UsageError where ``tokenizer`` gives back another text than the source's tokenizer.json does.
+    """Raise UsageError where ``tokenizer`` reads no text, or another one than the source's tokenizer.json.
+
+    Of a model saved without its tokenizer transformers makes an empty one, of special tokens alone.
 
     For some model types (Qwen2's, say) transformers builds a class of its own from the file's vocabulary,
     whatever kind of tokenizer the file holds. A foreign one then reads other pieces, or none at all, and
@@ -157,6 +159,8 @@ def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
     if not file.is_file():
         cached = None if Path(source).is_dir() else try_to_load_from_cache(str(source), file.name)
         if not isinstance(cached, str):
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            _check_reads(source, tokenizer, f"{SENTENCE} {_some_words(backend)}" if backend else SENTENCE)
             return
         file = Path(cached)
     own = Tokenizer.from_file(str(file))
@@ -169,6 +173,31 @@ def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
             f" transformers makes of it: {meant[:60]!r} is read as {read[:60]!r}; give the model its own"
             " tokenizer"
         )
+    _check_reads(source, tokenizer, probe)
+
+
+def _check_reads(source: str | Path, tokenizer: Any, probe: str) -> None:
+    """Raise UsageError where of all of ``probe`` no token of text is read."""
+    if set(tokenizer(probe, add_special_tokens=False).input_ids) <= set(tokenizer.all_special_ids):
+        raise UsageError(
+            missing_tokenizer(source)
+            or f"the tokenizer at {str(source)!r}, a {type(tokenizer).__name__}, reads nothing in"
+            f" {SENTENCE!r}; give the model its own tokenizer"
+        )
+
+
+def missing_tokenizer(source: str | Path) -> str:
+    """What to say of a model's folder that has no tokenizer beside it; "" for any other source."""
+    folder = Path(source)
+    parts = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")  # of all names in transformers
+    if not (folder / "config.json").is_file() or any(
+        part in path.name.lower() for path in folder.iterdir() for part in parts
+    ):
+        return ""
+    return (
+        f"no tokenizer files in {str(source)!r}; save the model's tokenizer there:"
+        f" tokenizer.save_pretrained({str(source)!r})"
+    )
 
 
 def _some_words(tokenizer: Tokenizer) -> str:

@@ -10,10 +10,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quark_fast.data.tokenizer import (
-    check_tokenizer,
-)
-from quark_fast.errors import UsageError
+from quark_fast.data.tokenizer import check_tokenizer, missing_tokenizer
+from quark_fast.errors import UsageError, nor_folder
 from quark_fast.model.attention import FAST_ATTENTION
 
 
@@ -70,7 +68,7 @@ def refused(source: str | Path, kind: str, error: Exception) -> UsageError:
             f"{str(source)!r} brings along Python code, which is not run unasked; read it, and give"
             " --trust-remote-code if you trust it"
         )
-    return UsageError(f"no {kind} at {str(source)!r}: {first_line(error)}")
+    return UsageError(f"no {kind} at {str(source)!r}: {first_line(error)}{nor_folder(source)}")
 
 
 def load_pretrained(
@@ -191,8 +189,9 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in str(error):
             raise refused(source, "tokenizer", error) from error
         raise UsageError(
-            f"no usable tokenizer at {str(source)!r}: {first_line(error)}; give a folder with"
-            " tokenizer.json, or a hub name"
+            missing_tokenizer(source)
+            or f"no usable tokenizer at {str(source)!r}: {first_line(error)}{nor_folder(source)}; give a"
+            " folder with tokenizer.json, or a hub name"
         ) from error
     return tokenizer
 

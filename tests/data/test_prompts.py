@@ -157,6 +157,7 @@ def test_data_set_is_loaded_by_name_and_split(data_set: Path) -> None:
     assert len(rows(f"hf:{data_set}:default:train[:40%]", **how)) == 2
     assert "nosuch" in refusal(f"hf:{data_set}:nosuch", **how)
     assert "BuilderConfig" in refusal(f"hf:{data_set}:other:train", **how)
+    assert "nor is there a folder 'nosuchfolder' here" in refusal("hf:nosuchfolder", **how)
     for bad in ("hf:", "hf:a:b:c:d", "hf:a:train[:10"):
         assert "hf:NAME:CONFIG:SPLIT" in refusal(bad)
 

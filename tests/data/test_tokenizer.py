@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from quark_fast.data.tokenizer import check_tokenizer, conditioned_template
 from quark_fast.errors import UsageError
-from quark_fast.model.loading import load_tokenizer
+from quark_fast.model.loading import load_tokenizer, stored_dtype
 
 # --- Foreign tokenizers ----------------------------------------------------------------------------
 
@@ -59,6 +59,33 @@ def test_tokenizer_that_only_splits_otherwise_passes(tmp_path: Path) -> None:
 def test_folder_without_a_tokenizer_file_passes(tmp_path: Path) -> None:
     check_tokenizer(tmp_path, word_tokenizer())
     check_tokenizer("no-such-name-in-the-cache", word_tokenizer())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_saved_without_its_tokenizer_says_so_and_how_to_save_it(tmp_path: Path, name: str) -> None:
+    """transformers makes a tokenizer of special tokens alone, which reads a text as nothing or as <unk>."""
+    FAMILIES[name].config().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no tokenizer files in") as caught:
+        load_tokenizer(tmp_path)
+    assert f"tokenizer.save_pretrained({str(tmp_path)!r})" in str(caught.value)
+
+
+def test_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """As a run that was begun without a tokenizer would have saved it."""
+    FAMILIES["gpt2"].config().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="a GPT2Tokenizer, reads nothing in 'The man said"):
+        load_tokenizer(tmp_path)
+
+
+def test_name_that_is_no_hub_models_either_may_be_a_misspelt_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nor is there a folder 'nofolder' here"):
+        load_tokenizer("nofolder")
+    with pytest.raises(UsageError, match="nor is there a folder 'nofolder' here"):
+        stored_dtype("nofolder")
+    with pytest.raises(UsageError, match="no usable tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "nor is there" not in str(caught.value)
 
 
 # --- Conditioned chat templates --------------------------------------------------------------------

@@ -258,7 +258,7 @@ def larger_tokenizer(folder: Path) -> None:
     ("spoil", "message"),
     [
         pytest.param(drop("*"), "tokenizer", id="empty-folder"),
-        pytest.param(drop("tokenizer*"), "no usable tokenizer at", id="no-tokenizer"),
+        pytest.param(drop("tokenizer*"), "no tokenizer files in", id="no-tokenizer"),
         pytest.param(write("tokenizer.json", "{"), "no usable tokenizer at", id="cut-tokenizer"),
         pytest.param(larger_tokenizer, "ids up to 63, but the model embeds 62", id="tokenizer-does-not-fit"),
         pytest.param(drop("config*"), "no causal language model at", id="no-config"),
