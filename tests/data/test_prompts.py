@@ -57,9 +57,12 @@ def refusal(source: str | Path, **how: Any) -> str:
 # --- Formats -------------------------------------------------------------------------------------
 
 
-def test_text_file_gives_a_prompt_a_line_without_blank_ones(tmp_path: Path) -> None:
+def test_text_file_gives_a_prompt_a_line_and_counts_blank_ones(tmp_path: Path) -> None:
     file = write(tmp_path / "p.txt", "first one", "", "  second\t", "   ", "dritter: Äpfel")
     assert rows(file) == [{"prompt": p} for p in ("first one", "second", "dritter: Äpfel")]
+    assert load_prompts(file).counts == "5 read, left out: 2 empty"
+    file.write_text(file.read_text().rstrip("\n"))
+    assert load_prompts(file).counts == "5 read, left out: 2 empty", "a last line may have an end, or none"
 
 
 def test_jsonl_rows_keep_their_order_and_their_other_columns(tmp_path: Path) -> None:
