@@ -44,3 +44,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"quark_fast.{_HOME[name]}"), name)
     raise AttributeError(f"module 'quark_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Completion in a notebook shows what is imported at its first use, too.
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "import_module"})

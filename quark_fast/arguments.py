@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,43 +17,10 @@ from quark_fast import __version__
 from quark_fast.config import ONE_CONTRAST, Config, defaults_of
 from quark_fast.errors import EXIT_STATUS, UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
+from quark_fast.near_names import nearest, unknown_setting
 
 HELP = ("-h", "--help")
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
-
-
-# What TRL's and transformers' trainers call a setting, and what it is here, nearly.
-NEIGHBOURS = {
-    "output_dir": "output",
-    "model_name_or_path": "model",
-    "dataset_name": "prompts",
-    "train_file": "prompts",
-    "validation_file": "held_out",
-    "reward_funcs": "reward",
-    "reward_model_name_or_path": "scorer",
-    "beta": "kl_coef",
-    "init_kl_coef": "kl_coef",
-    "target_kl": "kl_target",
-    "max_steps": "steps",
-    "num_train_epochs": "rounds",
-    "per_device_train_batch_size": "micro_batch",
-    "train_batch_size": "batch_size",
-    "num_generations": "initial_samples",
-    "max_completion_length": "max_new_tokens",
-    "max_prompt_length": "max_prompt_tokens",
-    "generation_batch_size": "sample_batch",
-    "resume_from_checkpoint": "resume",
-    "save_steps": "checkpoint_every",
-    "load_best_model_at_end": "keep_best",
-    "metric_for_best_model": "keep_best",
-    "early_stopping_patience": "stop_after",
-    "mixed_precision": "precision",
-    "use_vllm": "rollout",
-    "lora_r": "lora_rank",
-    "lora_target_modules": "lora_targets",
-    "use_peft": "lora_rank",
-    "optim": "optimizer",
-}
 
 
 # What --help shows; --help all shows every setting.
@@ -94,13 +60,12 @@ class Parser(argparse.ArgumentParser):
 
     def _hints(self, unknown: Sequence[str]) -> str:
         """What a flag that is not known may have meant: another trainer's name of one of ours, or a slip."""
-        known = {flag for flag in self._option_string_actions if flag.startswith("--")}
+        flags = (flag for flag in self._option_string_actions if flag.startswith("--"))
+        known = {flag[2:].replace("-", "_") for flag in flags}
         meant = {}
         for flag in (given.partition("=")[0] for given in unknown if given.startswith("--")):
-            ours = "--" + NEIGHBOURS.get(flag[2:].replace("-", "_"), "").replace("_", "-")
-            near = [ours] if ours in known else difflib.get_close_matches(flag, known, n=1)
-            if near:
-                meant[flag] = near[0]
+            if near := nearest(flag[2:], known):
+                meant[flag] = "--" + near.replace("_", "-")
         if not meant:
             return ""
         return "; did you mean " + ", ".join(f"{ours} for {flag}" for flag, ours in meant.items()) + "?"
@@ -293,10 +258,6 @@ def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
     return settings
 
 
-# Settings of earlier versions, and what took their place.
-RENAMED = {"eval_modes": "eval_rows", "eval_quantiles": "eval_rows"}
-
-
 def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Config)}
     try:
@@ -305,11 +266,7 @@ def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[
             settings = _of_today(settings)
         for name, value in settings.items():
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                theirs = NEIGHBOURS.get(str(name).replace("-", "_"))
-                meant = RENAMED.get(name) or (theirs if theirs in known else next(iter(near), None))
-                hint = f"; did you mean {meant!r}?" if meant else ""
-                raise ValueError(f"unknown setting {name!r}{hint}")
+                raise ValueError(unknown_setting(name, known))
             settings[name] = parser.typed(name, value)
     # A date without its day, a number of thousands of digits, bytes that are no text: ValueErrors all.
     except (OSError, EOFError, zlib.error, ValueError, TooLarge, yaml.YAMLError) as error:

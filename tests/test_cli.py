@@ -30,11 +30,12 @@ from warm import Process
 
 import quark_fast.__main__
 from quark_fast import evaluate, generate, train
-from quark_fast.arguments import NEIGHBOURS, load_config
+from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.errors import Diverged, UsageError
 from quark_fast.model.policy import Policy
+from quark_fast.near_names import NEIGHBOURS
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
 from quark_fast.report.results import shown_name
@@ -953,6 +954,9 @@ def test_unknown_flag_hints_at_the_slip_and_at_what_neighbours_call_ours(
     assert (
         "did you mean --output for --output_dir, --steps for --max_steps?" in theirs and "zzzz:" not in theirs
     )
+    # HfArgumentParser knows each flag with underscores, too, which no help shows.
+    assert "did you mean --eval-samples for --samples?" in refused(train.main, ["--samples", "2"])
+    assert "did you mean --learning-rate for --lr?" in refused(train.main, ["--lr", "1"])
     assert "did you mean --guidance for --guidence?" in refused(generate.main, ["x", "--guidence", "3"])
 
 

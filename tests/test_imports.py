@@ -32,7 +32,7 @@ LAYERS = [
     {"metrics", "runtime"},
     {"arguments"},
     {"config"},
-    {"settings", "keep_best"},
+    {"settings", "keep_best", "near_names"},
     {"errors"},
     {"files"},
     {"_C"},
@@ -186,6 +186,12 @@ def in_a_new_process(source: str) -> str:
     done = subprocess.run([sys.executable, "-W", "error", "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_public_names_are_shown_before_they_are_first_used() -> None:
+    """By completion in a notebook, which asks dir()."""
+    shown = in_a_new_process("import quark_fast; print(*dir(quark_fast))").split()
+    assert {name for name in shown if not name.startswith("_")} == {*quark_fast.__all__}
 
 
 def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> None:
