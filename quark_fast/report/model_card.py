@@ -62,12 +62,15 @@ def find_base(model: str | None) -> Base:
     if model is None:
         return Base(EMBEDDED_MODEL, EMBEDDED_MODEL, EMBEDDED_LICENCE)
     folder = Path(model)
+    found: dict[str, Any] = {}
     try:
         # The text of a folder's own card: of a folder without one the hub would be asked.
         own = folder.is_dir()
         card = ModelCard((folder / CARD).read_text(encoding="utf-8")) if own else ModelCard.load(model)
-    except (OSError, TypeError, ValueError, YAMLError) as error:  # also the hub's: none, refused
-        found, why = {}, f"it has no card that could be read ({type(error).__name__})"
+    except FileNotFoundError:  # of a folder, or the hub's own
+        why = "it has no card here"
+    except (OSError, TypeError, ValueError, YAMLError):  # also the hub's: refused, not reached
+        why = "it has no card that could be read"
     else:
         found, why = card.data.to_dict(), "its card names none"
     licence = found.get("license")
@@ -93,7 +96,8 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
         base_model=base.hub_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["quark", "unlearning", "quark_fast"],
+        # A reward of the user's own may be of anything.
+        tags=["quark", *([] if scores_are_rewards(run.evaluation) else ["unlearning"]), "quark_fast"],
     )
     contrast = " with a contrast of good and bad samples" if config.contrast_coef else ""
     parts = [
@@ -159,8 +163,10 @@ def _training(run: RunFiles, config: Config) -> str:
     different = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name in ("task", "preset")
-        or (getattr(config, field.name) != getattr(usual, field.name) and field.name not in _OF_THE_MACHINE)
+        # The task and the preset that the others' defaults are of have defaults themselves.
+        if getattr(config, field.name)
+        != (field.default if field.name in ("task", "preset") else getattr(usual, field.name))
+        and field.name not in _OF_THE_MACHINE
     }
     lines = [f"| `{name}` | {as_markdown(_without_folders(value))} |" for name, value in different.items()]
     scored = round(float(np.nansum([number_of(row, "samples") for row in run.rounds])))
@@ -178,9 +184,16 @@ def _training(run: RunFiles, config: Config) -> str:
     ]
     return (
         "## Training\n\n"
-        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}.{kept} Settings that are not the defaults of"
-        " `python -m quark_fast.train`:\n\n| setting | value |\n|---|---|\n" + "\n".join(lines)
+        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}.{kept} {_settings_table(lines)}"
     )
+
+
+def _settings_table(lines: list[str]) -> str:
+    command = "`python -m quark_fast.train`"
+    if not lines:
+        return f"Its settings are the defaults of {command}."
+    table = "\n".join(["| setting | value |", "|---|---|", *lines])
+    return f"Settings that are not the defaults of {command}:\n\n{table}"
 
 
 def _without_folders(value: Any) -> str:
