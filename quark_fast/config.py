@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from quark_fast import settings
 from quark_fast.errors import UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.keep_best import Goal
+from quark_fast.near_names import unknown_setting
 from quark_fast.settings import MOST
 
 # The contrast of the runs until November 2026: with the mirror token alone, as a plain log loss.
@@ -168,6 +170,10 @@ class Config(
 
     # The generated __init__ cannot tell a default from a value that equals it: what was given is noted here.
     def __new__(cls, **given: Any) -> Self:
+        known = kinds_of()
+        for name in given:
+            if name not in known:
+                raise UsageError(unknown_setting(name, known))
         self = super().__new__(cls)
         self.__dict__["given"] = given
         return self
@@ -177,6 +183,8 @@ class Config(
         for name, value in defaults_of(self.task, self.preset).items():
             if name not in given:
                 setattr(self, name, value)
+        for name, kind in kinds_of().items():
+            setattr(self, name, settings.plain(getattr(self, name), kind))
 
     @property
     def output_folder(self) -> Path:
@@ -266,9 +274,11 @@ class Config(
 
     def check(self) -> None:
         """Raise UsageError for a setting that cannot be, naming its value and what can."""
-        kinds = get_type_hints(type(self))
+        kinds = kinds_of()
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), get_args(kinds[field.name])
+            if wanted := settings.other_kind(value, kinds[field.name]):
+                raise UsageError(_of_another_kind(field.name, value, wanted))
             if get_origin(kinds[field.name]) is Literal and value not in choices:
                 named = ", ".join(map(repr, choices))
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; choose from {named}")
@@ -400,6 +410,26 @@ class Config(
         """Write the settings as YAML, which ``--config`` reads back."""
         with replacing(path) as scratch:
             scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+@functools.cache
+def kinds_of() -> dict[str, Any]:
+    """The type of each setting."""
+    kinds = get_type_hints(Config)
+    return {field.name: kinds[field.name] for field in dataclasses.fields(Config)}
+
+
+def _of_another_kind(name: str, value: Any, wanted: str) -> str:
+    """The error for a setting that is no such thing, as from Python it may be anything."""
+    if name == "model":
+        fix = "save it, and its tokenizer, by save_pretrained(FOLDER), and give that folder's name"
+    elif name in ("reward", "prompts", "held_out") and value is not None:
+        fix = f"give {wanted}, or Trainer(config, {name}=...)"
+    else:
+        fix = f"give {wanted}"
+    shown = value is None or isinstance(value, str | int | float)
+    what = f"= {repr(value) if isinstance(value, str) else settings.text_of(value)}"
+    return f"{name} {what if shown else f'is of type {type(value).__name__}'}; {fix}"
 
 
 def _next_folder(run: Path) -> Path:

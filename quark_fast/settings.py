@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 MOST = 2**31 - 1  # of anything that is counted
 
@@ -50,6 +51,38 @@ def fix(value: Any, at_least: float | None, above: float | None, at_most: int | 
         if isinstance(value, int) and value > (at_most or MOST):
             return f"at most {at_most or MOST}"
     return ""
+
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def plain(value: Any, kind: Any) -> Any:
+    """A program's value of a setting of this type as a YAML file would have it, where that is the same thing.
+
+    A path is its text, a number may stand for a text ("64" for ``held_out=64``) and 8.0 for 8, and numbers of
+    numpy and torch are Python's.
+    """
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if str in kinds and type(value) in (int, float):
+        return text_of(value)
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def other_kind(value: Any, kind: Any) -> str:
+    """What to give in place of a value that is not of a setting's type; "" for one that is."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:  # which lists its values
+        return ""
+    allowed = tuple({*kinds, int} if float in kinds else kinds)
+    if isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool)):
+        return ""
+    return next(_KINDS[one] for one in kinds if one in _KINDS)
 
 
 def text_of(value: Any) -> str:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 
@@ -115,6 +116,47 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
     for name, ours in theirs.items():
         assert f"did you mean {ours!r}?" in refusal(tmp_path / "run.yaml", f"{name}: 1\n")
     assert "5" in refusal(tmp_path / "run.yaml", "5: 1\n")
+
+
+def test_unknown_setting_from_python_is_refused_with_the_nearest_known_one() -> None:
+    for name, ours in {"kl_coeff": "kl_coef", "lr": "learning_rate", "max_steps": "steps"}.items():
+        with pytest.raises(UsageError, match=f"unknown setting '{name}'; did you mean '{ours}'"):
+            Config(**{name: 1})
+
+
+def test_values_from_python_are_as_a_file_would_have_them(tmp_path: Path) -> None:
+    numbers = {"steps": np.int64(7), "rounds": 3.0, "learning_rate": np.float32(0.5), "kl_coef": 1}
+    config = Config(model=tmp_path, held_out=64, eval_guidance=1.5, **numbers)
+    assert (config.model, config.held_out, config.eval_guidance) == (str(tmp_path), "64", "1.5")
+    assert (type(config.steps), config.steps, config.rounds) == (int, 7, 3)
+    config.check()
+    config.save(tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": object()},
+            "model is of type object; save it, and its tokenizer, by save_pretrained(FO",
+        ),
+        (
+            {"reward": len},
+            "reward is of type builtin_function_or_method; give a text, or Trainer(config, rew",
+        ),
+        ({"prompts": ["a"]}, "prompts is of type list; give a text, or Trainer(config, prompts=...)"),
+        ({"steps": "8"}, "steps = '8'; give a whole number"),
+        ({"steps": 1.5}, "steps = 1.5; give a whole number"),
+        ({"steps": True}, "steps = True; give a whole number"),
+        ({"steps": None}, "steps = None; give a whole number"),
+        ({"kl_coef": "1"}, "kl_coef = '1'; give a number"),
+        ({"resume": "no"}, "resume = 'no'; give True or False"),
+    ],
+)
+def test_value_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Config(**settings).check()
 
 
 @pytest.mark.parametrize("line", ["eval_modes: best", "eval_quantiles: ends"])

@@ -213,8 +213,30 @@ NO_REWARD = Reward(_nothing, "none", "", "")
 
 
 def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT_CALLS) -> Reward:
-    """Wrap a function; the hash of its source stands for its version."""
-    named = name or f"{function.__module__}:{getattr(function, '__qualname__', repr(function))}"
+    """Wrap a function; the hash of its source stands for its version.
+
+    Raises:
+        UsageError: it is none: several of them, a class, or what cannot be called.
+    """
+    if isinstance(function, list | tuple | Mapping):
+        raise UsageError(
+            f"reward is a {type(function).__name__}; several rewards are one weighted sum here: name it, as"
+            ' in reward="0.7*package.module:f + 0.3*package.module:g", or give one function that adds them up'
+        )
+    named = name or (
+        f"{getattr(function, '__module__', type(function).__module__)}:"
+        f"{getattr(function, '__qualname__', repr(function))}"
+    )
+    if isinstance(function, type):
+        raise UsageError(
+            f"reward {named} is a class, which makes no numbers of completions; give an instance of it"
+            f" ({function.__name__}(...)), or a function"
+        )
+    if not callable(function):
+        raise UsageError(
+            f"reward is of type {type(function).__name__}, which cannot be called; give a function"
+            " reward(prompts, completions, **columns), or the name of one"
+        )
     return Reward(function, named, "source", source_sha256(function), calls=calls)
 
 

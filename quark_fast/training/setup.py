@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
+from quark_fast.data.row import Row
 from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -131,6 +133,23 @@ def in_batches(sampling: Sampling, rows: int, config: Config) -> Sampling:
     at_once = min(asked or rows, config.sample_batch, rows)
     at_once = at_once if asked or at_once < rows else 0
     return dataclasses.replace(sampling, rows=rows, at_once=at_once, decoding=config.decoding)
+
+
+def apart(
+    config: Config,
+    reward: str | Function | Reward | None,
+    prompts: str | Path | Sequence[str | Row] | None,
+    held_out: str | Path | Sequence[str | Row] | None,
+) -> tuple[Config, Function | Reward | None, Given]:
+    """A program's settings, reward and prompts; a name among these is a setting, as on the command line."""
+    names: dict[str, Any] = {}
+    if isinstance(reward, str):
+        names["reward"], reward = reward, None
+    if isinstance(prompts, str | Path):
+        names["prompts"], prompts = prompts, None
+    if isinstance(held_out, str | Path):
+        names["held_out"], held_out = held_out, None
+    return dataclasses.replace(config, **names), reward, Given(prompts, held_out)
 
 
 def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,7 @@ from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
 from quark_fast.training.results import Results
 from quark_fast.training.run_log import RunLog
-from quark_fast.training.run_prompts import Given
-from quark_fast.training.setup import check_folder, choose_rollout, set_up
+from quark_fast.training.setup import apart, check_folder, choose_rollout, set_up
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
 from quark_fast.training.state import State
@@ -52,9 +52,9 @@ class Trainer:
     Args:
         config: every setting of the run.
         reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, which may be
-            ``async def``, in place of the one that ``config`` names.
+            ``async def``, or the name of one, in place of what ``config`` names.
         prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
-            chat template), in place of those ``config`` names.
+            chat template) or a file's name, in place of those ``config`` names.
         held_out: likewise for the evaluation.
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
@@ -70,15 +70,16 @@ class Trainer:
         self,
         config: Config,
         *,
-        reward: Function | Reward | None = None,
-        prompts: Sequence[str | Row] | None = None,
-        held_out: Sequence[str | Row] | None = None,
+        reward: str | Function | Reward | None = None,
+        prompts: str | Path | Sequence[str | Row] | None = None,
+        held_out: str | Path | Sequence[str | Row] | None = None,
         sampler: Sampler = sample,
         listen: Listen = "auto",
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         begun = time.monotonic()
-        config = self.config = dataclasses.replace(config)
+        config, own_reward, given = apart(config, reward, prompts, held_out)
+        self.config = config
         config.check()
         self.folder = folder = RunFolder(config.output_folder)
         self.processes = processes = Processes.join()
@@ -87,8 +88,7 @@ class Trainer:
         self.callbacks = callbacks
         # What rank 0 finds there, or chooses, holds for all.
         config.precision, rows = processes.on_rank_0(lambda: check_folder(config, folder))
-        given = Given(prompts, held_out)
-        self.setup = processes.together(lambda: set_up(config, folder, processes, rows, reward, given))
+        self.setup = processes.together(lambda: set_up(config, folder, processes, rows, own_reward, given))
         self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
         self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
         wrapped, self.optimizer = processes.prepare(

@@ -53,6 +53,17 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def test_reward_is_found_by_module_and_function(module: Callable[[str], None]) -> None:
+def test_what_is_no_function_is_refused_with_what_to_give(module: Callable[[str], None]) -> None:
+    for several in ([len, max], (len, max), {"a": len}):
+        with pytest.raises(UsageError, match=r"several rewards are one weighted sum.*0\.7\*package"):
+            choose_reward(Config(), by_name.find_task("toxicity"), "cpu", several)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="reward is of type int, which cannot be called"):
+        describe(3)  # type: ignore[arg-type]
+    module("class R:\n    def __call__(self, prompts, completions, **_):\n        return [1.0]\n")
+    with pytest.raises(UsageError, match=r"reward my_rewards:R is a class, .*give an instance of it \(R\("):
+        load_reward("my_rewards:R")
+
+
     module("def score(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
     reward = load_reward("my_rewards:score")
     assert reward(ROWS, TEXTS).tolist() == [3, 3, 5]

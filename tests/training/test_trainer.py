@@ -62,6 +62,19 @@ def shares_of_odd_words(prompts: list[str], completions: list[str], **columns: A
     return [None if value is None else 1 - value for value in even_words(prompts, completions)]
 
 
+def test_texts_given_to_the_trainer_are_the_settings_of_that_name(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Not a reward that is called, and not prompts of one letter each."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    spec = f"2*{__name__}:shares_of_odd_words"
+    trainer = Trainer(small(tmp_path / "run", tiny_model()), reward=spec, prompts=file, held_out="3")
+    assert trainer.setup.reward.name == spec
+    assert (trainer.config.reward, trainer.config.prompts) == (spec, str(file))
+    assert len(trainer.setup.prompts.held_out.rows) == 3
+
+
 def test_judge_takes_no_part_in_training_and_stands_in_table_headline_and_report(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
