@@ -201,7 +201,10 @@ def refused(
         ),
         ({"reward": "no_such_rewards:x"}, ["importing no_such_rewards failed"]),
         ({"reward": "tiny_rewards:odds"}, ["no function 'odds'"]),
-        ({"reward": "tiny_rewards:raises"}, ["raised ConnectionError: scorer is down at the second line"]),
+        (
+            {"reward": "tiny_rewards:raises"},
+            ["raised ConnectionError at tiny_rewards.py:", "down at the second line"],
+        ),
         ({"reward": "tiny_rewards:text"}, ["returned 'good'"]),
         ({"reward": "tiny_rewards:short"}, ["1 values for 4 completions"]),
         ({"reward": "tiny_rewards:nothing"}, ["scored none of 18 completions"]),

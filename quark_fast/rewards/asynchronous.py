@@ -14,6 +14,7 @@ from typing import Any
 import tenacity
 
 from quark_fast.errors import UsageError
+from quark_fast.rewards.failure import told
 from quark_fast.rewards.turns import Turns, retry_after
 from quark_fast.runtime.distributed import process_count
 
@@ -137,7 +138,7 @@ async def _answer(
     try:
         return await attempts(attempt)
     except MISTAKES as error:
-        raise UsageError(f"reward {name} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"reward {name} raised {told(error, function, arguments)}") from error
     except UsageError:
         raise
     except (Exception, asyncio.CancelledError) as error:
@@ -146,8 +147,8 @@ async def _answer(
         first = arguments["completion"] if "completion" in arguments else arguments["completions"][0]
         hint = "; --reward-per-minute keeps within a server's limit" if retry_after(error) else ""
         raise UsageError(
-            f"reward {name} failed at {1 + calls.retries} attempts, at last with {type(error).__name__}:"
-            f" {error}; the first completion of the call: {first!r:.80}{hint}"
+            f"reward {name} failed at {1 + calls.retries} attempts, at last with"
+            f" {told(error, function, arguments)}; the first completion of the call: {first!r:.80}{hint}"
         ) from error
 
 

@@ -15,6 +15,7 @@ import torch
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import Calls
+from quark_fast.rewards.failure import told
 from quark_fast.rewards.reward import Reward, describe
 from quark_fast.rewards.weighted_sum import weighted_sum
 
@@ -147,9 +148,7 @@ def _function(name: str, config: Config) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
-        raise UsageError(
-            f"reward {name!r}: importing {module_name} failed, {type(error).__name__}: {error}"
-        ) from error
+        raise UsageError(f"reward {name!r}: importing {module_name} failed, {told(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")

@@ -16,12 +16,26 @@ NO_SOURCE = hashlib.sha256(b"").hexdigest()
 
 def source_sha256(function: Callable[..., Any]) -> str:
     """Of the source of a function, of the one inside partials and wrappers, or of an object's class."""
+    return hashlib.sha256(_source(_defined(function))).hexdigest()
+
+
+def source_file(function: Callable[..., Any]) -> str:
+    """The file where the function's code stands, or the name of a notebook's cell; "" for a builtin."""
+    code = _code(_defined(function))
+    return code.co_filename if code else ""
+
+
+def _defined(function: Callable[..., Any]) -> Any:
+    """The function inside partials and wrappers, or an object's class."""
     plain: Any = function
     while isinstance(plain, functools.partial):
         plain = plain.func
     plain = inspect.unwrap(plain)
-    own = plain if inspect.isfunction(plain) or inspect.ismethod(plain) else type(plain)
-    return hashlib.sha256(_source(own)).hexdigest()
+    return plain if inspect.isfunction(plain) or inspect.ismethod(plain) else type(plain)
+
+
+def _code(own: Any) -> CodeType | None:
+    return getattr(own.__call__ if isinstance(own, type) else own, "__code__", None)
 
 
 def _source(own: Any) -> bytes:
@@ -33,7 +47,7 @@ def _source(own: Any) -> bytes:
     if Path(file).is_file():
         return Path(file).read_bytes()
     lines = "".join(linecache.getlines(file)).encode()
-    code = getattr(own.__call__ if isinstance(own, type) else own, "__code__", None)
+    code = _code(own)
     return lines or (_byte_code(code).encode() if code else b"")
 
 

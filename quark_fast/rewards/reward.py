@@ -19,6 +19,7 @@ from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
 from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.failure import told
 from quark_fast.rewards.identity import source_sha256
 from quark_fast.runtime.overlap import Begun
 
@@ -156,7 +157,7 @@ class Reward:
         except UsageError:
             raise
         except Exception as error:
-            raise UsageError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+            raise UsageError(f"reward {self.name} raised {told(error, self.function, arguments)}") from error
 
     def _key(self, row: Row, completion: str) -> bytes | None:
         """What a value in the cache stands for.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from quark_fast.errors import UsageError
 from quark_fast.files.safe_text import clean
 from quark_fast.training.progress import Progress
 
@@ -15,7 +17,8 @@ from quark_fast.training.progress import Progress
 class RunLog(logging.Handler):
     """Notes, finished stages, warnings of this package and how the run ended: a line each, local time first.
 
-    A resumed run appends to it. Each line is in the file when the call returns, so a kill loses none.
+    Where it ended by an error of other code, such as a reward, the traceback of that follows, indented. A
+    resumed run appends to it. Each line is in the file when the call returns, so a kill loses none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,9 +38,18 @@ class RunLog(logging.Handler):
         except BaseException as error:
             with contextlib.suppress(OSError):  # of a full disk, which the run itself has reported
                 self.write(f"ended: {str(error) or type(error).__name__}")
+                self._write_traceback(error)
             raise
         finally:
             package.removeHandler(self)
+
+    def _write_traceback(self, error: BaseException) -> None:
+        """Of an error that is no ``UsageError``, or of the one that a ``UsageError`` tells in one line."""
+        foreign = error.__cause__ if isinstance(error, UsageError) else error
+        if isinstance(foreign, Exception):
+            lines = "".join(traceback.format_exception(foreign)).splitlines()
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"    {clean(line)}\n" for line in lines)
 
     def write(self, text: str) -> None:
         line = f"{datetime.now().isoformat(' ', 'seconds')} {' '.join(clean(text).split())}\n"

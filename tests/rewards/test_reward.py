@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import importlib
 import linecache
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from quark_fast.data.row import Row
+from quark_fast.data.row import Rendered, Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
@@ -125,11 +128,77 @@ def test_anything_but_a_list_of_numbers_is_refused(values: Any) -> None:
     assert "return a list of numbers" in refusal(values)
 
 
+REWARD_OF_A_FILE = """
+import json
+from pathlib import Path
+
+def deeper(text):
+    return json.loads(text)
+
+def score(prompts, completions, **_):
+    return [deeper(text) for text in completions]
+
+async def asked(prompts, completions, **_):
+    return [Path(text).read_text() for text in completions]
+
+def of_chats(prompts, completions, **_):
+    return [len(completion[0]["content"]) for completion in completions]
+
+def getting(prompt, completion, **_):
+    return len(completion[0].get("content"))
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Any]]:
+    def load(folder: Path) -> Any:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rw.py").write_text(REWARD_OF_A_FILE)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "rw", raising=False)
+        return importlib.import_module("rw")
+
+    monkeypatch.chdir(tmp_path)
+    yield load
+    sys.modules.pop("rw", None)
+
+
+def test_error_of_a_reward_names_the_line_of_the_users_file(
+    module: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """Not the innermost frame, which is the standard library's."""
+    here = module(tmp_path)
+    with pytest.raises(UsageError, match=r"raised JSONDecodeError at rw\.py:6: Expecting value"):
+        describe(here.score)(ROWS, TEXTS)
+    with pytest.raises(UsageError, match=r"at last with FileNotFoundError at rw\.py:12: .*No such file"):
+        describe(here.asked, calls=Calls(retries=0))(ROWS, TEXTS)
+    installed = module(tmp_path / "site-packages")
+    with pytest.raises(UsageError, match=r"raised JSONDecodeError at site-packages/rw\.py:6: "):
+        describe(functools.partial(installed.score))(ROWS, TEXTS)
+
+
+def test_reward_that_takes_completions_for_messages_is_told_that_they_are_texts(
+    module: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    mine, hint = module(tmp_path), "; completions are texts here, also those of chats"
+    chats: list[Row] = [{"prompt": Rendered("[user] a"), "messages": [{"role": "user", "content": "a"}]}]
+    for rows in (chats, ROWS[:1]):
+        with pytest.raises(UsageError, match=r"TypeError at rw\.py:15: string indices") as caught:
+            describe(mine.of_chats)(rows, TEXTS[:1])
+        assert hint in str(caught.value)
+    with pytest.raises(UsageError, match=r"AttributeError at rw\.py:18: 'str' object") as caught:
+        describe(mine.getting)(chats, TEXTS[:1])
+    assert hint in str(caught.value)
+    with pytest.raises(UsageError, match="AttributeError") as caught:  # another mistake
+        describe(lambda prompts, completions, **_: "x".none)(ROWS[:1], TEXTS[:1])  # type: ignore[attr-defined]
+    assert hint not in str(caught.value)
+
+
 def test_exception_of_the_reward_is_named_in_one_line() -> None:
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         raise KeyError("no such\nkey")
 
-    with pytest.raises(UsageError, match=r"reward mine raised KeyError: .*no such") as caught:
+    with pytest.raises(UsageError, match=r"reward mine raised KeyError at .*\.py:\d+: .*no such") as caught:
         describe(reward, "mine")([{"prompt": "a"}], ["x"])
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
@@ -341,9 +410,11 @@ def test_reward_that_keeps_failing_is_named_with_attempts_and_completion() -> No
     calls = Calls(batch=5, retries=2, backoff=0.001)
     with pytest.raises(UsageError) as caught:
         describe(reward, "mine", calls)(MANY, WORDS)
-    assert str(caught.value) == (
-        "reward mine failed at 3 attempts, at last with ConnectionError: server is down; the first completion"
-        " of the call: 'text 20'"
+    place = rf"test_reward\.py:{reward.__code__.co_firstlineno + 4}"
+    assert re.fullmatch(
+        rf"reward mine failed at 3 attempts, at last with ConnectionError at \S*{place}: server is down; the"
+        " first completion of the call: 'text 20'",
+        str(caught.value),
     )
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert attempts == 3

@@ -12,6 +12,8 @@ import pytest
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from transformers import PreTrainedModel
 
+from quark_fast.errors import UsageError
+from quark_fast.rewards.reward import describe
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.display import Display
@@ -113,6 +115,27 @@ def test_warnings_are_in_the_log_and_still_where_they_were(
     assert lines == ["begins", "warning: out of memory: from here on 4 side by side", "finished"]
     shown = capsys.readouterr().err
     assert shown == "out of memory:\nfrom here on 4 side by side\nlater\n", "Python's own way for warnings"
+
+
+def test_traceback_of_foreign_code_is_in_the_log_below_the_line_that_ends_it(tmp_path: Path) -> None:
+    def failing(prompts: list[str], completions: list[str]) -> list[float]:
+        raise KeyError("no such key")
+
+    log = RunLog(tmp_path / "run.log")
+    with pytest.raises(UsageError), log.kept([]):
+        describe(failing, "mine")([{"prompt": "a"}], ["b"])
+    first, *others = (tmp_path / "run.log").read_text().splitlines()
+    assert first[20:].startswith("ended: reward mine raised KeyError at ")
+    assert all(line.startswith("    ") for line in others)
+    assert others[-1] == "    KeyError: 'no such key'" and any(
+        'raise KeyError("no' in line for line in others
+    )
+    with pytest.raises(UsageError), log.kept([]):
+        raise UsageError("a line says all")
+    assert (tmp_path / "run.log").read_text().splitlines()[len(others) + 1 :][0].endswith("a line says all")
+    with pytest.raises(ZeroDivisionError), log.kept([]):
+        1 / 0  # noqa: B018, a bug
+    assert (tmp_path / "run.log").read_text().endswith("    ZeroDivisionError: division by zero\n")
 
 
 def test_full_disk_under_the_log_ends_the_run_in_one_line_as_elsewhere(
