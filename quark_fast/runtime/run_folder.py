@@ -96,7 +96,7 @@ class RunFolder:
             with tempfile.TemporaryDirectory(prefix=TRIAL, dir=self.nearest):
                 pass
         except OSError as error:
-            raise OutOfResources(
+            raise _unusable(error)(
                 f"cannot write to {self.nearest}: {error.strerror}; choose another --output"
             ) from error
 
@@ -130,7 +130,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutOfResources(f"cannot make the run folder {self.path}: {error.strerror}") from error
+            what = f"cannot make the run folder {self.path}: {error.strerror}; choose another --output"
+            raise _unusable(error)(what) from error
         self._lock()
         self.check_free()
 
@@ -384,6 +385,11 @@ def _lasting(path: Path) -> bool:
         and not path.name.startswith(TRIAL)
         and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
     )
+
+
+def _unusable(error: OSError) -> type[UsageError]:
+    """Whose fault it is that nothing can be written: the disk's, or the name's, such as one below a file."""
+    return OutOfResources if disk_error(error) else UsageError
 
 
 def _size(path: Path) -> int:

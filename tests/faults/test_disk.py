@@ -165,7 +165,7 @@ def test_output_that_takes_no_file_is_refused_before_anything_is_loaded(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: pytest.fail("loading began"))
-    with pytest.raises(OutOfResources, match=r"cannot write to /proc: .*; choose another --output"):
+    with pytest.raises(UsageError, match=r"cannot write to /proc: .*; choose another --output"):
         Trainer(small(Path("/proc/of_nobody/run"), here / "model"), **GIVEN).train()
 
 
