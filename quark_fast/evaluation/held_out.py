@@ -141,6 +141,17 @@ class EvaluationSetup:
         scorers = (self.reward, *self.judges)
         return in_order(batches, batches_ahead(scorers, self.sampling.rows), waiting)
 
+    def text_fits(
+        self, model: Any, indices: Sequence[int], conditioning: Conditioning
+    ) -> dict[int, tuple[float, int, int]]:
+        """``text_fit`` of the text that stands beside each of these prompts; zeros where none does."""
+        texts = self.held_out.texts or self.controls
+        own = [i for i in indices if i < len(texts)]
+        found = (
+            text_fit(self.policy, model, [texts[i] for i in own], conditioning, self.read_rows) if own else []
+        )
+        return dict.fromkeys(indices, (0.0, 0, 0)) | dict(zip(own, found, strict=True))
+
     def with_texts(self, drawn: DrawnBatch) -> list[Unscored]:
         """Every completion of a batch with its text."""
         return [(i, ids, self.policy.decode(ids, self.held_out.ids[i])) for i, ids in drawn.each()]
@@ -238,13 +249,7 @@ def evaluate(
         told = [] if own_model is None else list(zip(itertools.chain(*own_model), map(len, ids), strict=True))
         nlls = told or nll(prompts, ids, texts)
         prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
-        fits = dict.fromkeys(indices, (0.0, 0, 0))
-        texts_of = held_out.texts or setup.controls
-        if with_text := [i for i in indices if i < len(texts_of)]:
-            found = text_fit(
-                setup.policy, source, [texts_of[i] for i in with_text], row.conditioning, setup.read_rows
-            )
-            fits |= zip(with_text, found, strict=True)
+        fits = setup.text_fits(source, indices, row.conditioning)
         samples = []
         for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):
             i, completion, text, value = one

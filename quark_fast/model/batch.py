@@ -50,8 +50,13 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[Sized], completions: Sequence[Sized], share: float = 1.0) -> Self:
         """Those of so many samples, times ``share``."""
-        behind = sum(max(0, len(prompt) - 1) for prompt in prompts)
+        behind = sum(behind_first(prompts))
         return cls(sum(map(len, completions)) * share, len(prompts) * share, behind * share)
+
+
+def behind_first(prompts: Sequence[Sized]) -> list[int]:
+    """Of each prompt, how many tokens stand behind its first one."""
+    return [max(0, len(prompt) - 1) for prompt in prompts]
 
 
 def make_batch(
@@ -76,7 +81,7 @@ def make_batch(
         labels=labels,
         mask=mask.bool(),
         reading=policy.reading,
-        behind=[max(0, len(prompt) - 1) for prompt in prompts] if prompts_too else (),
+        behind=behind_first(prompts) if prompts_too else (),
     )
 
 

@@ -128,6 +128,37 @@ class Objective:
         streams = [list(quantiles)]
         if self.config.contrast_coef:
             streams.append([self.policy.quantiles - 1 - k for k in quantiles])
+        part = self._micro_batch(prompts, completions, streams, counts)
+        compute = self._from_logits if self.heads is None else self._from_hidden
+        out, contrast, mirror_kl, prompt_kl, weighted_nll = compute(part)
+        loss, (tokens, samples, prompt_tokens) = out.loss, counts
+        terms = {name: (getattr(out, name).sum(), tokens) for name in ("nll", "kl", "entropy")}
+        if contrast is not None:
+            terms["contrast"] = contrast.mirror.sum(), samples
+        if contrast is not None and mirror_kl is not None and part.better is not None:
+            terms["base_contrast"] = contrast.base.sum(), samples
+            terms["mirror_kl"] = mirror_kl.sum(), tokens
+        if prompt_kl is not None:
+            loss = loss + prompt_kl.loss
+            terms["prompt_kl"] = prompt_kl.kl.sum(), prompt_tokens * len(streams)
+        if self.config.unlikelihood_coef:
+            repeated = _repeated(completions, self.config.unlikelihood_ngram, part.batch.mask, streams)
+            value, surrogate = unlikelihood_loss(weighted_nll, repeated)
+            mean = value.sum() / tokens
+            # The sum has the value of the mean and the gradient of the surrogate.
+            loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
+            terms["unlikelihood"] = mean.detach(), 1.0
+        terms["loss"] = loss.detach(), 1.0
+        return loss, terms
+
+    def _micro_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        streams: Sequence[Sequence[int]],
+        counts: Counts,
+    ) -> MicroBatch:
+        """The samples under each stream's tokens and, where the reference is asked, without any."""
         hold = self.config.prompt_kl_coef > 0 and counts.prompt_tokens > 0
         batch = make_batch(
             self.policy,
@@ -145,29 +176,7 @@ class Objective:
             plain = make_batch(
                 self.policy, prompts, completions, [None] * len(prompts), self.device, prompts_too=hold
             )
-        compute = self._from_logits if self.heads is None else self._from_hidden
-        out, contrast, mirror_kl, prompt_kl, weighted_nll = compute(
-            MicroBatch(batch, plain, better, len(streams), [*map(len, completions)], counts)
-        )
-        loss, (tokens, samples, prompt_tokens) = out.loss, counts
-        terms = {name: (getattr(out, name).sum(), tokens) for name in ("nll", "kl", "entropy")}
-        if contrast is not None:
-            terms["contrast"] = contrast.mirror.sum(), samples
-        if contrast is not None and mirror_kl is not None and better is not None:
-            terms["base_contrast"] = contrast.base.sum(), samples
-            terms["mirror_kl"] = mirror_kl.sum(), tokens
-        if prompt_kl is not None:
-            loss = loss + prompt_kl.loss
-            terms["prompt_kl"] = prompt_kl.kl.sum(), prompt_tokens * len(streams)
-        if self.config.unlikelihood_coef:
-            repeated = _repeated(completions, self.config.unlikelihood_ngram, batch.mask, streams)
-            value, surrogate = unlikelihood_loss(weighted_nll, repeated)
-            mean = value.sum() / tokens
-            # The sum has the value of the mean and the gradient of the surrogate.
-            loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
-            terms["unlikelihood"] = mean.detach(), 1.0
-        terms["loss"] = loss.detach(), 1.0
-        return loss, terms
+        return MicroBatch(batch, plain, better, len(streams), [*map(len, completions)], counts)
 
     def _options(self) -> dict[str, Any]:
         return {
