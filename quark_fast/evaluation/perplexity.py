@@ -213,15 +213,17 @@ def text_fit(
         given = [max(1, min(prompt, len(text) // 2)) for text in part]
         first = [text[:n] for text, n in zip(part, given, strict=True)]
         rest = [text[n:] for text, n in zip(part, given, strict=True)]
-        logp: torch.Tensor | None = None
+        mixed: Tensor | None = None
         for quantile, weight in conditioning.streams():
             batch = make_batch(policy, first, rest, [quantile] * len(part), model.device)
-            stream = completion_logits(model, batch)[..., : policy.vocabulary].float().log_softmax(-1)
-            logp = stream * weight if logp is None else logp + stream * weight
-        assert logp is not None  # there is always a stream
-        logp = logp.log_softmax(-1)
-        nll = -logp.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1).masked_fill(~batch.mask, 0).sum(-1)
-        correct = ((logp.argmax(-1) == batch.labels) & batch.mask).sum(-1)
+            logits = completion_logits(model, batch)
+            # Logits are log p up to a constant of each row, and the mix of constants is one.
+            stream = logits if weight == 1 else logits.float() * weight
+            mixed = stream if mixed is None else mixed + stream
+        assert mixed is not None  # there is always a stream
+        alone: dict[str, Any] = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": policy.vocabulary}
+        nll = quark_loss(mixed, None, batch.labels, batch.mask, **alone).nll.sum(-1)
+        correct = ((mixed[..., : policy.vocabulary].argmax(-1) == batch.labels) & batch.mask).sum(-1)
         return list(zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True))
 
     return [one for part in by_parts(len(texts), rows, fit) for one in part]
