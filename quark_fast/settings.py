@@ -373,7 +373,9 @@ class LearningSettings:
         " of 8, which matters where all weights are trained; other numbers, to their rounding",
     )
     learning_rate: float | None = setting(
-        None, "AdamW step size for the model; default: 1e-3 for adapters, 2e-4 for all weights", at_least=0.0
+        None,
+        "AdamW step size for the model; default: 5e-4 for adapters, for sentiment 1e-3; 2e-4 for all weights",
+        at_least=0.0,
     )
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")
     lora_rank: int = setting(
