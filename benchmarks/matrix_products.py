@@ -21,7 +21,7 @@ from quark_fast.arguments import load_config
 from quark_fast.data import assets
 from quark_fast.evaluation.probe import PROBE_PROMPTS, PROBE_TOKENS
 from quark_fast.model.policy import Policy
-from quark_fast.report.results import BASE, shown_name
+from quark_fast.report.results import BASE
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
 from quark_fast.tasks.by_name import find_task
 
@@ -107,7 +107,7 @@ class RunWork:
                 found[f"{name}: learning"] = self._learning(row["round"])
         rows = self._evaluation()
         probes = sum(row["kind"] == "probe" for row in self.metrics)
-        found["probing"] = self._probing(probes, rows[f"evaluating: {shown_name(BASE)}"].completion_tokens)
+        found["probing"] = self._probing(probes, rows[f"evaluating: {BASE}"].completion_tokens)
         return found | rows
 
     # ---------------------------------------------------------------- parts
@@ -177,7 +177,7 @@ class RunWork:
                 work.products.append(self._scoring(prompts, each, tokens))
             if fitted:  # one of each prompt behind another
                 work.products.append(self._scoring(prompts, 1, round(tokens / each)))
-            found[f"evaluating: {shown_name(name)}"] = work
+            found[f"evaluating: {name}"] = work
         return found
 
     def _probing(self, probes: int, base_tokens: int) -> Work:

@@ -313,7 +313,7 @@ def without_ends(rows: Any, end: int) -> Any:
     return rows.map(cut)
 
 
-def untouched(point: Point, setup: Setup) -> Trained:
+def as_it_is(point: Point, setup: Setup) -> Trained:
     """The base model as it is."""
     return Trained(0.0, 0, assets.default_model())
 
@@ -374,7 +374,7 @@ OFFLINE = (
     {"learning_rate": 4e-5, "beta": 0.3},
 )
 METHODS = {
-    "base": Method(untouched),
+    "base": Method(as_it_is),
     "best of 4": Method(functools.partial(best_of, count=4)),
     "ours": Method(quark, ours=True),
     "Quark as published": Method(

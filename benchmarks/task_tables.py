@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.saved_tables import check_comparable, read_table
 from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
-from quark_fast.report.results import BASE, scorer_line, shown_name
+from quark_fast.report.results import BASE, scorer_line
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 # runs, by the beginning of their files' names: (headline metric, its name, whether it is shown in percent)
@@ -83,7 +83,7 @@ PEERS = {
         "language modelling, by TRL, on the best fifth of six samples a prompt of the base model.",
     ),
 }
-ROWS = ["untouched", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
+ROWS = ["base model", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -126,11 +126,11 @@ def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         method, settings = row["method"], row["settings"]
         if method in OURS:
-            names.append(OURS[method].get(row["row"], shown_name(row["row"])))
+            names.append(OURS[method].get(row["row"], row["row"]))
             continue
         parts = [PEERS[method].name]
         if row["row"] != method:
-            parts.append(shown_name(row["row"]))
+            parts.append(row["row"])
         if "learning_rate" in settings:
             parts.append(f"step size {step_size(settings['learning_rate'])}")
         if len(betas[method]) > 1:
@@ -147,13 +147,13 @@ def explanations(table: Mapping[str, Any]) -> list[str]:
 
 def summary_table(table: Mapping[str, Any]) -> str:
     """Ours beside other methods: all seeds together, and their range."""
-    digits = {"perplexity": 1, "prompt_fit": 2}
+    digits = {"perplexity": 1, "prompt_fit": 2, "text_perplexity": 1}
     heads = {
         "mean": "toxicity by the scorer",
         judge_measure("toxicity-judge"): "by the judge",
         "perplexity": "perplexity",
         "prompt_fit": "fit to prompt",
-        "text_accuracy": "next-token accuracy",
+        "text_perplexity": "perplexity of other text",
     }
     lines = []
     for name, row in zip(row_names(table["rows"]), table["rows"], strict=True):
@@ -284,7 +284,7 @@ def plot(path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     shown = {
-        "untouched": ("base model", "#8a8d94"),
+        "base model": ("base model", "#8a8d94"),
         "best token": ("best token", "#2c7fb8"),
         "guided w=1.5": ("w = 1.5", "#41b6c4"),
         "guided w=2": ("w = 2", "#1d9a6c"),
@@ -332,7 +332,7 @@ def task_table(task: str) -> str:
         costs = " / ".join(
             f"{run[name]['metrics']['perplexity']['value']:.1f}" for run in runs if name in run
         )
-        lines.append([shown_name(name), *cells, costs])
+        lines.append([name, *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
     table = markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
     (scorer,) = {scorer_line(evaluation) for evaluation in evaluations}  # one scorer in one table
@@ -346,9 +346,9 @@ def unlikelihood_table(path: Path) -> str:
     lines = [
         [
             "base model",
-            *(f"{100 * one['untouched']['headline']:.1f}%" for one in base),
+            *(f"{100 * one['base model']['headline']:.1f}%" for one in base),
             "",
-            " / ".join(f"{one['untouched']['perplexity']:.1f}" for one in base),
+            " / ".join(f"{one['base model']['perplexity']:.1f}" for one in base),
         ]
     ]
     for point in grid["points"]:

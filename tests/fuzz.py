@@ -625,7 +625,7 @@ def _evaluation(r: Random) -> Any:
     rows: list[Any] = [
         {"name": n, "guidance": w, "metrics": {"mean": dict(number), "perplexity": dict(number)}, "change": c}
         for n, w, c in [
-            ("untouched", None, None),
+            ("base model", None, None),
             ("best token", 1.0, {"mean": change | {"relative_high": -0.1}}),
         ]
     ]
@@ -665,7 +665,7 @@ def _folder(r: Random) -> Path:
         }
         known |= {"reward_by_quantile": [0.1, 0.2], "thresholds": [0.1], "samples": 4, "unscored": 1}
         known |= {"prompt": "p", "completion": text(r), "reward": 0.5, "quantile": 0, "rank_correlation": 0.1}
-        known |= {"row": r.choice(["untouched", "best token"]), "prompt_id": r.randrange(3), "score": 0.5}
+        known |= {"row": r.choice(["base model", "best token"]), "prompt_id": r.randrange(3), "score": 0.5}
         for _ in range(r.randrange(3)):
             known[r.choice(list(known))] = value(r, 2)
         return known if r.random() < 0.9 else value(r)
@@ -818,7 +818,7 @@ def model(r: Random) -> str:
 
 def table(r: Random) -> str:
     """A table of an earlier evaluation and its samples, changed, shown alone or beside a sound one."""
-    names = ["untouched", text(r)]
+    names = ["base model", text(r)]
     rows: list[Any] = [{"name": name, "guidance": None, "metrics": {}, "change": None} for name in names]
     made: dict[str, Any] = {"task": "toxicity", "property": text(r), "rows": rows, "prompts": 2}
     made |= {"samples_per_prompt": 1, "scorer": {"name": "s", "sha256": "0"}, "sampling": {"guidance": 1.5}}

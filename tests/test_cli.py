@@ -38,7 +38,6 @@ from quark_fast.model.policy import Policy
 from quark_fast.near_names import NEIGHBOURS
 from quark_fast.ops import triton_kernels
 from quark_fast.report import __main__ as report_command
-from quark_fast.report.results import shown_name
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.console import Terminal
@@ -420,7 +419,7 @@ def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     names = [row["name"] for row in evaluation["rows"]]
     guided = ["guided w=2", "guided w=4"]
-    assert names == ["untouched", "best token", *guided, "quantile 1", "worst token", "no token"]
+    assert names == ["base model", "best token", *guided, "quantile 1", "worst token", "no token"]
     assert evaluation["scorer"]["name"] == "tiny_rewards:evens"
     assert len(jsonl(run / "evaluation.jsonl")) == 2 * 2 * len(names)
 
@@ -497,10 +496,10 @@ def test_evaluate_prints_the_table_and_writes_it(folder: Path, capsys: pytest.Ca
     heard = capsys.readouterr()
     table = json.loads((folder / "table.json").read_text())
     names = [row["name"] for row in table["rows"]]
-    assert names == ["untouched", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
+    assert names == ["base model", "best token", "guided w=3", "quantile 1", "worst token", "no token"]
     assert table["prompts"] == 2
-    assert all(shown_name(name) in heard.out for name in names)
-    progress = [f"{shown_name(name)}: 4 of 4" for name in names]
+    assert all(name in heard.out for name in names)
+    progress = [f"{name}: 4 of 4" for name in names]
     written = ["written: table.json", "written: table.jsonl"]
     lines = [re.sub(r"  \(\d+ s\)$", "", line) for line in heard.err.splitlines()]
     assert lines == ["held.jsonl: 2 read", *progress, *written], "in a log each row says that it is done"
@@ -518,7 +517,7 @@ def test_evaluate_brings_the_rows_and_the_guidance_asked_for(folder: Path) -> No
         assert evaluate.main(["finished", *own, *asked, "--json", "rows.json"]) == 0
         return [row["name"] for row in json.loads((folder / "rows.json").read_text())["rows"]]
 
-    best = ["untouched", "best token"]
+    best = ["base model", "best token"]
     assert rows_of("--rows", "ends") == [*best, "guided w=2", "guided w=4", "worst token"]
     assert rows_of("--rows", "best") == best
     config = folder / "finished" / "config.yaml"
@@ -543,7 +542,7 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     table = json.loads((folder / "side.json").read_text())
     assert [row["name"] for row in table["rows"]][:3] == [
         "gpt2",
-        "finished: untouched",
+        "finished: base model",
         "finished: best token",
     ]
     assert table["prompts"] == 20 and table["out_of_domain"]["prompts"] == 1
@@ -561,13 +560,13 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     assert evaluate.main(["side.json", "--json", "again.json"]) == 0
     again = json.loads((folder / "again.json").read_text())
     assert again["rows"] == table["rows"] and again["out_of_domain"] == table["out_of_domain"]
-    # A run's own table, and the run itself: its untouched row is there once.
+    # A run's own table, and the run itself: its base model's row is there once.
     capsys.readouterr()
     assert (
         evaluate.main(["finished", "finished/evaluation.json", "--threads", "1", "--json", "both.json"]) == 0
     )
     names = [row["name"] for row in json.loads((folder / "both.json").read_text())["rows"]]
-    assert len(names) == len(set(names)) and sum("untouched" in name for name in names) == 1
+    assert len(names) == len(set(names)) and sum("base model" in name for name in names) == 1
 
 
 def test_sum_of_rewards_on_a_table_of_prompts_from_training_to_evaluation(

@@ -49,7 +49,7 @@ def run_grid(
     points = points_of(base, axes)
     folder = base.output_folder
     base = _begin(folder, base)
-    sampler = SharedSamples(folder / "untouched")
+    sampler = SharedSamples(folder / "base-model")
     wanted = [(seed, settings) for seed in seeds for settings in distinct_settings(points)]
     for number, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)

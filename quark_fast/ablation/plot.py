@@ -64,7 +64,7 @@ def plot(results: dict[str, Any]) -> str:
 
 def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[Mark]:
     """The base model, then the points of an axis that have both numbers."""
-    before = results["untouched"]
+    before = results["base model"]
     yield Mark("base model", before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
     for point in results["points"]:
         x, y = point["mean"][key], point["mean"]["headline"]

@@ -20,7 +20,7 @@ def perplexity_title(results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
-    before = results["untouched"]
+    before = results["base model"]
     named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
     # A mean reward may be 0 or below.
     change = _difference if results["headline"] == "mean" and scores_are_rewards(results) else _percent

@@ -33,7 +33,6 @@ from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
-from quark_fast.report.results import shown_name
 from quark_fast.report.tables import markdown_page
 from quark_fast.rewards.reward import Function, Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
@@ -338,7 +337,7 @@ class Evaluator:
         # The lead's is what ``evaluate`` takes by default, without a second reading of its own text.
         default = label == self.lead and self.perplexity["tokens"] == "sampled"
         measures, nll = self.protocol.task.measures, None if default else self.nll[domain.key]
-        stages = {name: domain.stage(shown_name(own)) for name, own in names.items()}
+        stages = {name: domain.stage(own) for name, own in names.items()}
         parts = evaluate(setup, opened.policy.model, opened.rows, measures, nll)
         for name, part in _reported(parts, stages, total, self.listen):
             samples[name] += part

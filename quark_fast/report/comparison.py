@@ -24,7 +24,7 @@ from quark_fast.report.records import Record, series_of
 from quark_fast.report.training_plots import STEP_PANELS, smooth
 
 # Colours of the runs in their order; then again.
-_COLOURS = ("best", "worst", "guided", "none", "warn", "untouched")
+_COLOURS = ("best", "worst", "guided", "none", "warn", "base")
 # Settings of which every run has its own.
 _OWN = ("output", "resume", "from_run", "push_to_hub", "hub_private_repo")
 

@@ -22,7 +22,7 @@ _COLOURS = {
     "ink": ("#1f2024", "#ebe9e4"),
     "muted": ("#63656b", "#a3a4a9"),
     "line": ("#e4e1da", "#34363b"),
-    "untouched": ("#777a82", "#a3a6ae"),
+    "base": ("#777a82", "#a3a6ae"),
     "none": ("#a8578a", "#d891bc"),
     "worst": ("#cf5a00", "#f08c48"),
     "middle": ("#a9a59c", "#85868b"),

@@ -43,13 +43,11 @@ from quark_fast.report.results import (
     first_row,
     headline_parts,
     kept_round,
-    label_of,
     main_row,
     name_of,
     other_names,
     rows_of,
     scorer_name,
-    shown_name,
     way_of,
 )
 from quark_fast.report.tables import about, notes, tables, unscored_note
@@ -151,7 +149,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    texts = (base_name, clean, fill, format_value, label_of, name_of, notes, shown_name, unscored_note)
+    texts = (base_name, clean, fill, format_value, name_of, notes, unscored_note)
     parts = (base_row, cell_of, columns_of, main_columns, rows_of, tables, way_of, bar_width, quantile_colour)
     made.globals.update({function.__name__: function for function in [*texts, *parts]})
     made.globals["command_of"] = _command

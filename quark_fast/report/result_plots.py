@@ -18,10 +18,8 @@ from quark_fast.report.results import (
     after_names,
     base_row,
     interval_of,
-    label_of,
     name_of,
     rows_of,
-    shown_name,
     way_of,
 )
 
@@ -36,7 +34,7 @@ def plot_samplings(run: RunFiles, palette: Palette) -> str:
     figure, panels = new_figure((9.6, 0.9 + 0.3 * len(rows)), (1, len(shown)), share_y=True)
     for axes, column, title in zip(panels, shown, titles, strict=True):
         base = interval_of(rows[0], column.key).value
-        axes.axvline(base, color=palette["untouched"], lw=1, ls=(0, (2, 3)))
+        axes.axvline(base, color=palette["base"], lw=1, ls=(0, (2, 3)))
         for y, row in enumerate(rows):
             colour = palette[way_of(name_of(row))]
             number = interval_of(row, column.key)
@@ -50,7 +48,7 @@ def plot_samplings(run: RunFiles, palette: Palette) -> str:
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x")
         axes.margins(y=0.15)
-    panels[0].set_yticks(range(len(rows)), [label_of(row) for row in rows])
+    panels[0].set_yticks(range(len(rows)), [name_of(row) for row in rows])
     panels[0].tick_params(axis="y", labelcolor=palette["ink"])
     panels[0].invert_yaxis()
     label = f"{', '.join(titles)} of each way of sampling, with intervals"
@@ -73,7 +71,7 @@ def plot_dial(run: RunFiles, palette: Palette, dial: Literal["guidance", "quanti
     rows.sort(key=lambda row: number_of(row, dial))
     title = fill(find_column(metric).title, run.evaluation)
     figure, (axes,) = new_figure()
-    base, grey = interval_of(before, metric), palette["untouched"]
+    base, grey = interval_of(before, metric), palette["base"]
     axes.axhspan(base.low, base.high, color=grey, alpha=0.15, lw=0)
     axes.axhline(base.value, color=grey, lw=1.2, ls=(0, (2, 3)))
     xs = [number_of(row, dial) for row in rows]
@@ -88,9 +86,7 @@ def plot_dial(run: RunFiles, palette: Palette, dial: Literal["guidance", "quanti
     axes.margins(x=0.08, y=0.12)
     if dial == "quantile":
         whole_ticks(axes)
-    label_line_ends(
-        axes, [(base.value, "base model" if way_of(name_of(before)) == BASE else "first row", grey)]
-    )
+    label_line_ends(axes, [(base.value, BASE if way_of(name_of(before)) == "base" else "first row", grey)])
     return inline_svg(figure, f"{dial}-{metric}", f"{title} over the {dial}", palette)
 
 
@@ -102,7 +98,7 @@ def _scores_by_row(run: RunFiles) -> list[tuple[str, Way, Array]]:
         scores = series_of([row for row in run.evaluation_rows if row.get("row") == name], "score")
         scores = scores[~np.isnan(scores)]
         if scores.size:
-            found.append((clean(shown_name(name)), way_of(name), scores))
+            found.append((clean(name), way_of(name), scores))
     return found
 
 

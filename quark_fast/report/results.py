@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +20,9 @@ from quark_fast.report.columns import (
 )
 from quark_fast.report.records import Record, judges_of, number_of
 
-BASE = "untouched"  # the base model's row, as evaluation.json names it
+BASE = "base model"  # its row, in evaluation.json, too
 AGAIN = ", again"  # behind the name of a row, another completion of it for the same prompt
-Way = Literal["untouched", "none", "worst", "middle", "best", "guided"]
+Way = Literal["base", "none", "worst", "middle", "best", "guided"]
 
 
 def way_of(name: str) -> Way:
@@ -33,7 +32,7 @@ def way_of(name: str) -> Way:
     """
     own_name = name.rpartition(": ")[2]
     starts: dict[str, Way] = {
-        "untouched": "untouched",
+        BASE: "base",
         "guided w=": "guided",
         "best token": "best",
         "quantile ": "middle",
@@ -49,16 +48,6 @@ def rows_of(evaluation: Record) -> list[Record]:
 
 def name_of(row: Record) -> str:
     return one_line(clean(str(row.get("name", "?"))))[:80]
-
-
-def label_of(row: Record) -> str:
-    """The row's name as it is shown."""
-    return shown_name(name_of(row))
-
-
-def shown_name(name: str) -> str:
-    """A row's name in words: "base model" for what files call "untouched", alone or as "run: untouched"."""
-    return re.sub(f"(^|: ){BASE}({AGAIN})?$", r"\1base model\2", name)
 
 
 def interval_of(row: Record, metric: str) -> Interval:
@@ -138,8 +127,8 @@ def base_row(evaluation: Record) -> Record | None:
 def base_name(evaluation: Record) -> str:
     """What that row is called in a sentence."""
     before = base_row(evaluation)
-    label = shown_name(BASE) if before is None else label_of(before)
-    return "the base model" if label == shown_name(BASE) else label
+    label = BASE if before is None else name_of(before)
+    return "the base model" if label == BASE else label
 
 
 def _how(row: Record) -> str:
@@ -148,7 +137,7 @@ def _how(row: Record) -> str:
         dial = f"(w = {number_of(row, 'guidance'):g})".replace(" ", "\N{NO-BREAK SPACE}")
         return f"guided conditioning {dial}"
     alone = way_of(name) == "best" and ": " not in name
-    return "the best reward token in front" if alone else f"“{shown_name(name)}”"
+    return "the best reward token in front" if alone else f"“{name}”"
 
 
 def headline(evaluation: Record) -> str:
@@ -233,7 +222,7 @@ def _result(evaluation: Record) -> str:
     old = cell_of(evaluation, before, column)
     if row is None or row is before:
         interval = f" (95% interval {old.bounds})" if old.bounds else ""
-        return f"{subject} of {label_of(before)} is {old.value}{interval}."
+        return f"{subject} of {name_of(before)} is {old.value}{interval}."
     new = cell_of(evaluation, row, column)
     values = f"from {old.value} to {new.value}"
     if not new.change_bounds:

@@ -27,11 +27,9 @@ from quark_fast.report.results import (
     cell_of,
     interval_of,
     judge_lines,
-    label_of,
     name_of,
     rows_of,
     scorer_line,
-    shown_name,
     way_of,
     without_reward,
 )
@@ -39,7 +37,7 @@ from quark_fast.report.texts import mask_profanity, pick_examples
 
 # Middle tones, readable on a dark and on a light terminal.
 _TERMINAL_COLOURS: dict[Way, str] = {
-    "untouched": "#8a8d94",
+    "base": "#8a8d94",
     "none": "#b46f9b",
     "worst": "#d9712a",
     "middle": "#8f8a7e",
@@ -71,7 +69,7 @@ def results_table(evaluation: Record, title: str = "") -> Table:
         if column.key == main:
             table.add_column("change", justify="right", no_wrap=True)
     for row in rows_of(evaluation):
-        name = label_of(row).replace(": ", ":\n")  # each row has two lines anyway
+        name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
         cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[way_of(name_of(row))])]
         for column in shown:
             cell = cell_of(evaluation, row, column)
@@ -114,7 +112,7 @@ def notes(evaluation: Record) -> list[str]:
     fronts: dict[str, list[str]] = {}
     for row in rows:
         fronts.setdefault(str(row["prefix"]) or "nothing", []).append(
-            name_of(row).rpartition(": ")[0] or label_of(row)
+            name_of(row).rpartition(": ")[0] or name_of(row)
         )
     if fronts:
         each = [f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in fronts.items()]
@@ -156,7 +154,7 @@ def markdown_table(evaluation: Record) -> str:
         numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
         numbers += [(cell.value, cell.bounds) for cell in rest]
         cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
-        lines.append("| " + " | ".join((as_markdown(label_of(row)), *cells)) + " |")
+        lines.append("| " + " | ".join((as_markdown(name_of(row)), *cells)) + " |")
     lines += ["", *(f"{as_markdown(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
@@ -205,7 +203,7 @@ def before_after(
         grid.add_column(overflow="fold")
         for name, completion, score in example.texts:
             grid.add_row(
-                Text(clean(shown_name(name)), style=_TERMINAL_COLOURS[way_of(name)]),
+                Text(clean(name), style=_TERMINAL_COLOURS[way_of(name)]),
                 Text(format_value(score, "2 digits"), style="dim"),
                 Text(one_line(show(completion)) or "(nothing)"),
             )

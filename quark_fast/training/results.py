@@ -28,7 +28,6 @@ from quark_fast.model.export import write_export
 from quark_fast.report.files import NOT_EVALUATED, read_run
 from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
-from quark_fast.report.results import shown_name
 from quark_fast.rewards.weighted_sum import waiting_for
 from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.runtime import hub, trackers
@@ -193,9 +192,7 @@ class Results:
             shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
         numbers |= waiting_for((self.setup.reward, *self.setup.judges))
-        self.listen(
-            Progress(f"evaluating: {shown_name(name)}", min(total, len(samples) * count), total, numbers)
-        )
+        self.listen(Progress(f"evaluating: {name}", min(total, len(samples) * count), total, numbers))
 
     def _write_evaluation(
         self, table: list[TableRow], samples: dict[str, list[Sample]], step: int, about: dict[str, Any]

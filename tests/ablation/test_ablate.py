@@ -125,7 +125,7 @@ def two_seeds(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     config = base(tmp_path / "grid", tiny_model())
     grid.run_grid(config, ["quantiles"], [0], **GIVEN)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "untouched").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "base-model").iterdir()}
     assert len(kept) == 3, "the pool, the probe, the evaluation: each sampled once for all points"
     # Not the first point, which sampled them.
     Trainer(base(tmp_path / "alone", Path(str(config.model)), quantiles=8), **GIVEN).train()
@@ -202,7 +202,7 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(two_seeds: Path) -> No
             found = {
                 r["name"]: r["metrics"] for r in json.loads((run / "evaluation.json").read_text())["rows"]
             }
-            assert list(found) == ["untouched", "best token"]
+            assert list(found) == ["base model", "best token"]
             samples[name] += rows(run / "evaluation.jsonl", row="best token")
             if name == "explore_token=random":
                 means.append(found["best token"]["mean"]["value"])

@@ -22,7 +22,7 @@ def task_tables(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
 
 def row(method: str, name: str | None = None, minutes: float = 12.0, **settings: float) -> dict[str, Any]:
     """A row of peers-toxicity.json, whose numbers are those of nothing."""
-    names = ("mean", judge_measure("toxicity-judge"), "perplexity", "prompt_fit", "text_accuracy")
+    names = ("mean", judge_measure("toxicity-judge"), "perplexity", "prompt_fit", "text_perplexity")
     return {
         "method": method,
         "row": name or method,
@@ -65,8 +65,8 @@ def test_every_method_has_a_name_and_a_line_of_its_own(task_tables: ModuleType) 
         "KTO of TRL, step size 1e-5",
         "fine-tuning on the best fifth (RAFT), step size 4e-5",
     ]
-    assert lines[0].endswith("| 0.200 (0.100 to 0.300) |  |"), "the base model takes no minutes"
-    assert lines[1].endswith("| 0.200, -10% (0.100 to 0.300) | 0 |")
+    assert lines[0].endswith("| 0.2 (0.1 to 0.3) |  |"), "the base model takes no minutes"
+    assert lines[1].endswith("| 0.2, -10% (0.1 to 0.3) | 0 |")
 
     explained = task_tables.explanations(table)
     named = [line.split("*: ")[0].removeprefix("*") for line in explained]
@@ -81,7 +81,7 @@ def finished_run(folder: Path, score: float, **other: Any) -> Path:
     """A folder with what is read of a finished run of four completions a row."""
     folder.mkdir()
     judge = judge_measure("toxicity-judge")
-    rows = {"untouched": 0.5, "best token": score}
+    rows = {"base model": 0.5, "best token": score}
     samples = [
         {"row": row, **vars(Sample(i, "p", f"a b c {i}", value, 8.0 + value, 4, {judge: value / 2}))}
         for row, value in rows.items()

@@ -313,7 +313,7 @@ def test_entropy_and_kl_of_a_known_distribution_are_its_own_and_make_up_the_perp
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     sampling = Sampling(4, 0, temperature=0.8, top_p=0.8, rows=400)
     setup = EvaluationSetup(policy, reference.model, reward, held_out, sampling, 0)
-    table = [TableRow("untouched", base=True), TableRow("best token", Conditioning(2))]
+    table = [TableRow("base model", base=True), TableRow("best token", Conditioning(2))]
     entropies = []
     rows_of = _by_row(evaluate(setup, policy.model, table))
     for own, (name, part) in zip((log_base, log_p), rows_of, strict=True):
@@ -345,7 +345,7 @@ def test_nucleus_of_the_base_model_alone_costs_the_log_of_its_mass(tiny_model: M
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     for top_p, expected in ((0.7, -math.log(mass)), (1.0, 0.0)):
         setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0, top_p=top_p), 0)
-        ((_, part),) = evaluate(setup, policy.model, [TableRow("untouched", base=True)])
+        ((_, part),) = evaluate(setup, policy.model, [TableRow("base model", base=True)])
         for one in part:
             assert one.own_nll is not None
             assert (one.nll - one.own_nll) / one.tokens == pytest.approx(expected, abs=1e-5)
@@ -355,7 +355,7 @@ def test_greedy_rows_have_no_entropy_and_all_of_their_perplexity_is_kl(policy: P
     held_out = HeldOut([{"prompt": f"w{i}"} for i in range(3)], [[0], [1], [2]], 1)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
-    table = [TableRow("untouched", base=True), TableRow("guided w=2", Conditioning(2, 0, 2.0))]
+    table = [TableRow("base model", base=True), TableRow("guided w=2", Conditioning(2, 0, 2.0))]
     for _, part in evaluate(setup, policy.model, table):
         assert [math.copysign(1, one.own_nll or 0.0) for one in part] == [1.0] * 3, "and it is no -0"
         found = evaluate_samples(part)
@@ -372,7 +372,7 @@ def test_sampler_that_does_not_tell_leaves_entropy_and_kl_out(policy: Policy) ->
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0), 0, sampler=chosen)
     for one in (setup, dataclasses.replace(setup, sampler=sample, own_nll=False)):
-        ((_, part),) = evaluate(one, policy.model, [TableRow("untouched", base=True)])
+        ((_, part),) = evaluate(one, policy.model, [TableRow("base model", base=True)])
         assert [sample.own_nll for sample in part] == [None] * 4
         assert not {"entropy", "base_kl"} & evaluate_samples(part).keys()
 
@@ -406,8 +406,8 @@ def test_ordinary_texts_are_cut_to_the_models_positions(tiny_model: Make) -> Non
 
 
 def test_single_quantile_is_evaluated_with_its_token_and_without() -> None:
-    assert [row.name for row in table_rows(1, [1.5], "all")] == ["untouched", "best token", "no token"]
-    assert [row.name for row in table_rows(1, [1.5], "ends")] == ["untouched", "best token"]
+    assert [row.name for row in table_rows(1, [1.5], "all")] == ["base model", "best token", "no token"]
+    assert [row.name for row in table_rows(1, [1.5], "ends")] == ["base model", "best token"]
     assert table_rows(1, [])[1].conditioning == Conditioning(0)
 
 
@@ -419,11 +419,11 @@ def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them(
     assert by_quantile == {"worst token": 0, "quantile 1": 1, "quantile 2": 2, "best token": 3}
     # Fewer rows are the same rows.
     ends = {row.name: row for row in table_rows(4, [1.0, 1.5], "ends")}
-    assert list(ends) == ["untouched", "best token", "guided w=1.5", "worst token"]
+    assert list(ends) == ["base model", "best token", "guided w=1.5", "worst token"]
     assert ends == {name: table[name] for name in ends}
-    assert table_rows(4, [1.5], "best") == [table["untouched"], table["best token"]]
+    assert table_rows(4, [1.5], "best") == [table["base model"], table["best token"]]
     two = [row.name for row in table_rows(2, [], "all")]
-    assert two == ["untouched", "best token", "worst token", "no token"]
+    assert two == ["base model", "best token", "worst token", "no token"]
 
 
 def test_nll_of_many_and_of_long_completions_is_that_of_each_alone(policy: Policy) -> None:

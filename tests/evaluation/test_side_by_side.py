@@ -191,9 +191,9 @@ def saved(path: Path, done: Evaluated) -> str:
 def test_rows_of_several_runs_can_be_told_apart_and_share_their_base_model(place: Path) -> None:
     one = made("runs/a")
     modes = ["best token", "guided w=2", "quantile 1", "worst token", "no token"]
-    assert [row["name"] for row in one.table["rows"]] == ["untouched", *modes]
+    assert [row["name"] for row in one.table["rows"]] == ["base model", *modes]
     both = made("runs/a", "runs/b")
-    expected = ["untouched", *(f"{run}: {mode}" for run in "ab" for mode in modes)]
+    expected = ["base model", *(f"{run}: {mode}" for run in "ab" for mode in modes)]
     assert [row["name"] for row in both.table["rows"]] == expected
     assert len(set(expected)) == len(both.table["rows"]) and both.table["prompts"] == len(PROMPTS)
     # The same seed, prompts and sampling for all, whoever stands beside them.
@@ -229,13 +229,13 @@ def test_plain_model_of_a_run_is_its_base_row_after_the_runs_own_prefix(place: P
     for subjects in (("runs/a", "base"), ("base", "runs/a")):
         beside = made(*subjects)
         names = [row["name"] for row in beside.table["rows"]]
-        assert names[0] == "base" and "untouched" not in " ".join(names) and names[1] == "a: best token"
-        assert samples_of(beside, "base") == samples_of(run, "untouched")
+        assert names[0] == "base" and "base model" not in " ".join(names) and names[1] == "a: best token"
+        assert samples_of(beside, "base") == samples_of(run, "base model")
         assert row_of(beside, "base")["prefix"] == "<|endoftext|>"
     # Alone it gets what its tokenizer puts in front, which here is nothing.
     alone = made("base", **SMALL)
     assert row_of(alone, "base")["prefix"] == ""
-    assert samples_of(alone, "base") != samples_of(run, "untouched")
+    assert samples_of(alone, "base") != samples_of(run, "base model")
 
 
 def test_exported_model_as_a_plain_one_writes_what_the_run_does_with_its_best_token(place: Path) -> None:

@@ -219,7 +219,7 @@ def test_report_of_a_run_with_odd_values_says_what_it_leaves_out(tmp_path: Path,
     names = (
         "headline columns more_columns property target task threshold level prompts samples_per_prompt scorer"
     )
-    rows = [{"name": "untouched", "metrics": {"mean": odd}, "change": odd}, odd]
+    rows = [{"name": "base model", "metrics": {"mean": odd}, "change": odd}, odd]
     rows += [
         {"name": odd, "metrics": odd},
         {"name": "best token", "metrics": {"mean": {**number, "low": odd}}},
@@ -231,7 +231,7 @@ def test_report_of_a_run_with_odd_values_says_what_it_leaves_out(tmp_path: Path,
     ]
     metrics += [{"kind": kind, "step": 1, "loss": odd, "rank_correlation": odd} for kind in ("step", "probe")]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
-    texts = [{"row": "untouched", "prompt_id": odd, "prompt": odd, "completion": odd, "score": 0.5}]
+    texts = [{"row": "base model", "prompt_id": odd, "prompt": odd, "completion": odd, "score": 0.5}]
     (tmp_path / "evaluation.jsonl").write_text(json.dumps(texts[0]))
     (tmp_path / "completions.jsonl").mkdir()
     run = read_run(tmp_path)

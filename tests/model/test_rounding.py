@@ -172,7 +172,7 @@ def test_the_table_of_a_run_is_that_of_the_model_it_exports(
     again = Evaluator([tmp_path / "run"]).evaluate().samples
     own = rows(tmp_path / "run" / "evaluation.jsonl")
     names = {row["row"] for row in own}
-    assert names >= {"untouched", "best token", "guided w=2", "worst token"}
+    assert names >= {"base model", "best token", "guided w=2", "worst token"}
     assert [row for row in again if row["row"] in names] == own
 
 
@@ -193,6 +193,6 @@ def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
     assert found["rows"][1]["metrics"]["mean"]["value"] == pytest.approx(
         sum(row["score"] for row in own) / len(own)
     )
-    assert [row["name"] for row in found["rows"]] == ["untouched", *found["weights_moved"]]
+    assert [row["name"] for row in found["rows"]] == ["base model", *found["weights_moved"]]
     whole, nearest, stochastic = found["weights_moved"].values()
     assert whole > 0.9 > stochastic > 2 * nearest

@@ -22,7 +22,7 @@ from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
 from quark_fast.report.page import comparison_page, write_report
 from quark_fast.report.result_plots import plot_dial
-from quark_fast.report.results import headline, main_row, shown_name
+from quark_fast.report.results import headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.report.training_plots import smooth
@@ -30,7 +30,7 @@ from quark_fast.tasks.by_name import find_task
 
 # How much each way of sampling tones the synthetic scores, and its guidance.
 SAMPLINGS = {
-    "untouched": (1.0, None),
+    "base model": (1.0, None),
     "no token": (0.97, None),
     "worst token": (1.18, 0.0),
     "quantile 1": (1.05, None),
@@ -74,8 +74,8 @@ def write_run(folder, prompts=120, samples=4, steps=128, rounds=5, quantiles=5, 
     rows = []
     for name, (_, guidance) in SAMPLINGS.items():
         change = None
-        if name != "untouched":
-            changes = compare(answers["untouched"], answers[name], resamples=300)
+        if name != "base model":
+            changes = compare(answers["base model"], answers[name], resamples=300)
             change = {key: as_json(one) for key, one in changes.items()}
         metrics = evaluate_samples(answers[name], resamples=300)
         rows.append(
@@ -292,7 +292,7 @@ def small_evaluation(difference, half_width=0.02, relative=-0.4):
     return {
         "property": "toxicity",
         "rows": [
-            {"name": "untouched", "guidance": None, "metrics": {"mean": value}, "change": None},
+            {"name": "base model", "guidance": None, "metrics": {"mean": value}, "change": None},
             {
                 "name": "best token",
                 "guidance": 1.0,
@@ -332,11 +332,11 @@ def test_a_plain_reward_changes_by_a_difference_since_its_mean_may_be_below_zero
 
 
 def task_run(folder, task, score_of):
-    """A run of one of the other tasks, its untouched row and its best token's."""
+    """A run of one of the other tasks, its base model's row and its best token's."""
     write_run(folder, prompts=30, samples=2)
     before, after = ([score_of(prompt, after) for prompt in range(30)] for after in (False, True))
     rows = []
-    for name, samples in (("untouched", before), ("best token", after)):
+    for name, samples in (("base model", before), ("best token", after)):
         metrics = evaluate_samples(samples, resamples=200)
         change = None if samples is before else compare(before, samples, resamples=200)
         rows.append(
@@ -433,7 +433,7 @@ def test_the_table_fits_80_columns_whole(finished_run):
     text = rendered(table, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for name in map(shown_name, SAMPLINGS):
+    for name in SAMPLINGS:
         assert name in text
     mean = evaluation_of(finished_run)["rows"][0]["metrics"]["mean"]
     assert f"{mean['value']:.3f}"[1:] in text
@@ -468,7 +468,7 @@ def several(finished_run, names):
     evaluation = evaluation_of(finished_run)
     ways = {row["name"]: row for row in evaluation["rows"]}
     of = {name: name.rpartition(": ")[2] for name in names}
-    of = {name: way if way in ways else "best token" for name, way in of.items()} | {names[0]: "untouched"}
+    of = {name: way if way in ways else "best token" for name, way in of.items()} | {names[0]: "base model"}
     rows = [{**ways[way], "name": name, "prefix": "<|endoftext|>"} for name, way in of.items()]
     if of[names[-1]] == "best token":  # a plain model is on no dial
         rows[-1] |= {"guidance": None, "quantile": None}
@@ -486,7 +486,7 @@ def several(finished_run, names):
     return table, samples
 
 
-RUNS = ["untouched", "a: no token", "a: worst token", "a: best token", "a: guided w=2", "b: guided w=2"]
+RUNS = ["base model", "a: no token", "a: worst token", "a: best token", "a: guided w=2", "b: guided w=2"]
 
 
 def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_form(finished_run):
@@ -561,7 +561,7 @@ def test_examples_come_from_the_worst_quarter_and_pair_sample_numbers(finished_r
     rows = rows_of(finished_run)
     peaks = {}
     for row in rows:
-        if row["row"] == "untouched" and row["score"] is not None:
+        if row["row"] == "base model" and row["score"] is not None:
             peaks[row["prompt"]] = max(row["score"], peaks.get(row["prompt"], 0.0))
     quarter = sorted(peaks.values(), reverse=True)[:30]
     examples = pick_examples(rows, 4, after=["guided w=6"])
@@ -572,19 +572,19 @@ def test_examples_come_from_the_worst_quarter_and_pair_sample_numbers(finished_r
         of_prompt = [row for row in rows if row["prompt"] == example.prompt]
         texts = {
             name: [row["completion"] for row in of_prompt if row["row"] == name]
-            for name in ("untouched", "guided w=6")
+            for name in ("base model", "guided w=6")
         }
-        number = texts["untouched"].index(before)
+        number = texts["base model"].index(before)
         assert texts["guided w=6"][number] == after
-        assert control == "untouched, again"
-        assert again == texts["untouched"][(number + 1) % len(texts["untouched"])]
+        assert control == "base model, again"
+        assert again == texts["base model"][(number + 1) % len(texts["base model"])]
 
 
 def test_the_worst_texts_of_a_plain_reward_are_those_of_the_lowest(finished_run):
     rows = [row for row in rows_of(finished_run) if row["score"] is not None]
     lowest = {}
     for row in rows:
-        if row["row"] == "untouched":
+        if row["row"] == "base model":
             lowest[row["prompt"]] = min(row["score"], lowest.get(row["prompt"], math.inf))
     examples = pick_examples(rows, 4, lowest=True)
     assert len(examples) == 4
@@ -594,7 +594,7 @@ def test_the_worst_texts_of_a_plain_reward_are_those_of_the_lowest(finished_run)
 
 
 def hostile_rows(completion):
-    rows = [("untouched", 0.9), ("best token", 0.2), ("guided w=3", 0.1)]
+    rows = [("base model", 0.9), ("best token", 0.2), ("guided w=3", 0.1)]
     return [
         {"row": n, "prompt_id": 1, "prompt": "The man", "completion": completion, "score": s} for n, s in rows
     ]

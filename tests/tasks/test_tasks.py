@@ -318,7 +318,7 @@ def test_unlikelihood_runs_without_quark(folder: Path) -> None:
     # One quantile: one token before every sample, no conditioning on reward.
     assert train.main(flags(**(REPETITION | ALONE), output="alone")) == 0
     run = folder / "alone"
-    assert list(values(run / "evaluation.json", "rep4")) == ["untouched", "best token", "no token"]
+    assert list(values(run / "evaluation.json", "rep4")) == ["base model", "best token", "no token"]
     metrics = jsonl(run / "metrics.jsonl")
     assert not [row for row in metrics if row["kind"] == "probe"], "one token tells nothing apart"
     assert "unlikelihood" in metrics[-1] and "contrast" not in metrics[-1]

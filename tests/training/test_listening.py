@@ -61,7 +61,7 @@ def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
     run = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), **GIVEN).train()
     assert os.fspath(run) == str(run.folder) == str(tmp_path / "run")
     assert (Path(run) / "report.html").parent == run.folder
-    assert [row["name"] for row in run.table["rows"]][:2] == ["untouched", "best token"]
+    assert [row["name"] for row in run.table["rows"]][:2] == ["base model", "best token"]
     assert isinstance(run.model, PreTrainedModel) and run.model is run.model
     ids = run.tokenizer("w1 w2", return_tensors="pt")
     assert run.model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids.input_ids.shape[1]

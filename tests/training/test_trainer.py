@@ -110,7 +110,7 @@ def test_reward_rises_and_best_is_above_none_above_worst(
     assert rounds[-1]["reward_mean"] > rounds[0]["reward_mean"] + 0.2
     table = {row["name"]: row["metrics"]["mean"]["value"] for row in _evaluation(folder)["rows"]}
     assert table["best token"] > table["no token"] > table["worst token"]
-    assert table["best token"] > table["untouched"] + 0.2
+    assert table["best token"] > table["base model"] + 0.2
 
 
 def test_probe_and_the_next_rounds_samples_are_of_one_copy_which_is_gone_while_learning(
