@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -359,6 +360,7 @@ def main() -> None:
         point = json.loads(asked.point)
         peer_point.run(peer_point.Point(**point, folder=folder_of(asked.output, point)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the points end with their parent
     methods = asked.methods.split(",") if asked.methods else list(peer_point.METHODS)
     if unknown := [one for one in methods if one not in peer_point.METHODS]:
         raise SystemExit(f"{unknown[0]} is no method; choose from {', '.join(peer_point.METHODS)}")

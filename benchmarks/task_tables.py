@@ -46,8 +46,8 @@ class Peer(NamedTuple):
 OURS = {
     "base": {"base": "base model"},
     "ours": {
-        "best token": "unlearned: the best token in front",
-        "guided w=1.5": "unlearned, guided with w = 1.5",
+        "best token": "ours, best token",
+        "guided w=1.5": "ours, guided w = 1.5",
     },
 }
 PEERS = {

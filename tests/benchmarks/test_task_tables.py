@@ -55,8 +55,8 @@ def test_every_method_has_a_name_and_a_line_of_its_own(task_tables: ModuleType) 
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
         "base model",
         "best of 4",
-        "unlearned: the best token in front",
-        "unlearned, guided with w = 1.5",
+        "ours, best token",
+        "ours, guided w = 1.5",
         "Quark as published, best token, step size 1e-3",
         "GRPO of TRL, step size 1e-4",
         "RLOO of TRL, step size 1.5e-4",
