@@ -20,11 +20,11 @@ from quark_fast.evaluation.subjects import Model, Run, agree
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.by_name import refuse_code_of
-from quark_fast.rewards.reward import Function, Reward
+from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.runtime.machine import sampling_dtype
 from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
-from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
+from quark_fast.tasks.by_name import GivenReward, choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 
 
@@ -51,7 +51,7 @@ class EvaluationProtocol:
 def choose_protocol(
     models: Sequence[Model],
     asked: Mapping[str, Any],
-    reward: str | Function | Reward | None,
+    reward: str | GivenReward | None,
     device: torch.device,
     trust_remote_code: bool,
 ) -> EvaluationProtocol:

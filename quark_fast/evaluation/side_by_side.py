@@ -34,8 +34,7 @@ from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.tables import markdown_page
-from quark_fast.rewards.reward import Function, Reward
-from quark_fast.tasks.by_name import choose_judges, find_task
+from quark_fast.tasks.by_name import GivenReward, choose_judges, find_task
 
 Listen = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -73,7 +72,7 @@ class Evaluator:
         prompt_column: where its prompts stand.
         out_of_domain: a second one, for a second table.
         out_of_domain_column: where its prompts stand; default: ``prompt_column``.
-        reward: in any form of training, or a callable.
+        reward: in any form of training, a callable, or a list of them, which are added up.
         judge: scorers beside it, as ``judge`` of training; default: the first run's own, or the task's. Of
             tables alone, their samples are judged as they are.
         scorer_label: label that a classifier of ``reward`` rewards.
@@ -102,7 +101,7 @@ class Evaluator:
         prompt_column: str | None = None,
         out_of_domain: str | None = None,
         out_of_domain_column: str | None = None,
-        reward: str | Function | Reward | None = None,
+        reward: str | GivenReward | None = None,
         judge: str | None = None,
         scorer_label: str | None = None,
         samples: int | None = None,

@@ -217,13 +217,8 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
     """Wrap a function; the hash of its source stands for its version.
 
     Raises:
-        UsageError: it is none: several of them, a class, or what cannot be called.
+        UsageError: it is none: a class, or what cannot be called.
     """
-    if isinstance(function, list | tuple | Mapping):
-        raise UsageError(
-            f"reward is a {type(function).__name__}; several rewards are one weighted sum here: name it, as"
-            ' in reward="0.7*package.module:f + 0.3*package.module:g", or give one function that adds them up'
-        )
     named = name or (
         f"{getattr(function, '__module__', type(function).__module__)}:"
         f"{getattr(function, '__qualname__', repr(function))}"
@@ -236,7 +231,8 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
     if not callable(function):
         raise UsageError(
             f"reward is of type {type(function).__name__}, which cannot be called; give a function"
-            " reward(prompts, completions, **columns), or the name of one"
+            " reward(prompts, completions, **columns), the name of one, a list of them, which are added up,"
+            ' or a weighted sum by name, as in "0.7*package.module:f + 0.3*package.module:g"'
         )
     return Reward(function, named, "source", source_sha256(function), calls=calls)
 

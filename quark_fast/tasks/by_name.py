@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,19 +13,26 @@ from quark_fast.data.assets import AssetError
 from quark_fast.errors import UsageError
 from quark_fast.rewards.by_name import calls, reward_by_name
 from quark_fast.rewards.reward import NO_REWARD, Function, Reward, describe
-from quark_fast.rewards.weighted_sum import terms
+from quark_fast.rewards.weighted_sum import terms, weighted_sum
 from quark_fast.tasks import repetition, sentiment, toxicity
 from quark_fast.tasks.task import Task
 
+GivenReward = Function | Reward | Sequence[str | Function | Reward]
+"""What a program may hand over as its reward; several of them stand for their sum."""
+
 
 def choose_reward(
-    config: Config, task: Task, device: torch.device | str, given: Function | Reward | None = None
+    config: Config, task: Task, device: torch.device | str, given: GivenReward | None = None
 ) -> Reward:
-    """The reward given, else the one that ``config`` names, else the task's own."""
-    if isinstance(given, Reward):
-        return given
+    """The reward given, else the one that ``config`` names, else the task's own.
+
+    Raises:
+        UsageError: a list without any, or what is no reward.
+    """
+    if isinstance(given, list | tuple):
+        return _sum_of(given, config, device)
     if given is not None:
-        return describe(given, calls=calls(config))
+        return _described(given, config)
     if config.reward == NO_REWARD.name:
         return NO_REWARD
     if config.reward:
@@ -32,6 +40,19 @@ def choose_reward(
     if config.scorer_label is not None:
         raise UsageError(f"scorer_label = {config.scorer_label!r}, but reward names no classifier (hf:NAME)")
     return task.reward()
+
+
+def _sum_of(given: Sequence[str | Function | Reward], config: Config, device: torch.device | str) -> Reward:
+    if not given:
+        raise UsageError("reward is an empty list; give one function or more, which are added up")
+    parts = [
+        load_reward(one, config, device) if isinstance(one, str) else _described(one, config) for one in given
+    ]
+    return parts[0] if len(parts) == 1 else weighted_sum([(1.0, part) for part in parts], 0.0)
+
+
+def _described(given: Any, config: Config) -> Reward:
+    return given if isinstance(given, Reward) else describe(given, calls=calls(config))
 
 
 def choose_judges(

@@ -40,7 +40,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.structure import recompute_layers
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.rewards.by_name import refuse_code_of
-from quark_fast.rewards.reward import Function, Reward
+from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import asynchronous_terms, cached, terms
 from quark_fast.rollout.sampling import Rollout, Sampler, Sampling
 from quark_fast.rollout.transformers import TransformersRollout, sample
@@ -49,7 +49,7 @@ from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import REPLICATION, Processes
 from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
 from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
-from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task
+from quark_fast.tasks.by_name import GivenReward, choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 from quark_fast.training.going_on import check_goes_on
 from quark_fast.training.objective import Objective
@@ -137,10 +137,10 @@ def in_batches(sampling: Sampling, rows: int, config: Config) -> Sampling:
 
 def apart(
     config: Config,
-    reward: str | Function | Reward | None,
+    reward: str | GivenReward | None,
     prompts: str | Path | Sequence[str | Row] | None,
     held_out: str | Path | Sequence[str | Row] | None,
-) -> tuple[Config, Function | Reward | None, Given]:
+) -> tuple[Config, GivenReward | None, Given]:
     """A program's settings, reward and prompts; a name among these is a setting, as on the command line."""
     names: dict[str, Any] = {}
     if isinstance(reward, str):
@@ -176,7 +176,7 @@ def set_up(
     folder: RunFolder,
     processes: Processes,
     batch_rows: int,
-    reward: Function | Reward | None,
+    reward: GivenReward | None,
     given: Given,
 ) -> Setup:
     """Load everything but the run folder, and try it out.

@@ -18,7 +18,6 @@ import numpy as np
 from quark_fast.config import Config
 from quark_fast.data.row import Row, to_file
 from quark_fast.errors import Interrupted, UsageError
-from quark_fast.rewards.reward import Function, Reward
 from quark_fast.rollout.sampling import Sampler
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime import trackers
@@ -28,6 +27,7 @@ from quark_fast.runtime.machine import versions
 from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.runtime.seeds import seed_for
+from quark_fast.tasks.by_name import GivenReward
 from quark_fast.training import best_round
 from quark_fast.training.best_round import BestRound
 from quark_fast.training.checkpoint import Checkpoint
@@ -51,8 +51,8 @@ class Trainer:
 
     Args:
         config: every setting of the run.
-        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, which may be
-            ``async def``, or the name of one, in place of what ``config`` names.
+        reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, maybe ``async
+            def``, the name of one, or a list of them, which are added up, in place of what ``config`` names.
         prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
             chat template) or a file's name, in place of those ``config`` names.
         held_out: likewise for the evaluation.
@@ -70,7 +70,7 @@ class Trainer:
         self,
         config: Config,
         *,
-        reward: str | Function | Reward | None = None,
+        reward: str | GivenReward | None = None,
         prompts: str | Path | Sequence[str | Row] | None = None,
         held_out: str | Path | Sequence[str | Row] | None = None,
         sampler: Sampler = sample,

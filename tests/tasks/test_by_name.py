@@ -54,14 +54,32 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def test_what_is_no_function_is_refused_with_what_to_give(module: Callable[[str], None]) -> None:
-    for several in ([len, max], (len, max), {"a": len}):
-        with pytest.raises(UsageError, match=r"several rewards are one weighted sum.*0\.7\*package"):
-            choose_reward(Config(), by_name.find_task("toxicity"), "cpu", several)  # type: ignore[arg-type]
+    for odd in ({"a": len}, [len, {"a": len}], [[len]]):
+        with pytest.raises(UsageError, match=r"which cannot be called; .* a list of them.*0\.7\*package"):
+            choose_reward(Config(), by_name.find_task("toxicity"), "cpu", odd)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="reward is an empty list; give one function or more"):
+        choose_reward(Config(), by_name.find_task("toxicity"), "cpu", [])
     with pytest.raises(UsageError, match="reward is of type int, which cannot be called"):
         describe(3)  # type: ignore[arg-type]
     module("class R:\n    def __call__(self, prompts, completions, **_):\n        return [1.0]\n")
     with pytest.raises(UsageError, match=r"reward my_rewards:R is a class, .*give an instance of it \(R\("):
         load_reward("my_rewards:R")
+
+
+def test_rewards_in_a_list_are_added_up(module: Callable[[str], None]) -> None:
+    module("def score(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
+
+    def only_short(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return [10.0 if len(text) < 5 else None for text in completions]
+
+    def chosen(given: Any) -> Reward:
+        return choose_reward(Config(), by_name.find_task("toxicity"), "cpu", given)
+
+    both = chosen(["my_rewards:score", only_short])
+    np.testing.assert_array_equal(both(ROWS, TEXTS), [13, 13, np.nan])
+    assert both.name.startswith("my_rewards:score + ") and both.name.endswith("only_short")
+    assert chosen((only_short, both))(ROWS, TEXTS)[0] == 23
+    assert chosen([only_short]).name == chosen(only_short).name
 
 
 def test_reward_is_found_by_module_and_function(module: Callable[[str], None]) -> None:
