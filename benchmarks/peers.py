@@ -179,22 +179,32 @@ def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[st
     return task_tables.measured(metrics_of(task), base, row)
 
 
-def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The try that is best on development prompts."""
+def tried(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of several tries measured on development prompts: settings, scored samples, numbers."""
     if len(tries) == 1:
-        return tries[0]
+        return []
     (base,) = points(asked, "development", [0], {BASE: [{}]})
     before = read_point(folder_of(asked.output, base))[1][BASE]
     found = []
     for point in points(asked, "development", [0], {method: tries}):
-        rows = read_point(folder_of(asked.output, point))[1]
+        record, rows = read_point(folder_of(asked.output, point))
         made = numbers(asked.task, before, rows.get(method, rows.get("best token", [])))
-        headline, judge, perplexity = (made[name] for name in list(metrics_of(asked.task))[:3])
+        found.append({"settings": point["settings"], "scored": record["scored"], "numbers": made})
+    return found
+
+
+def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The try that is best on development prompts."""
+    if len(tries) == 1:
+        return tries[0]
+    found = []
+    for one in tried(asked, method, tries):
+        headline, judge, perplexity = (one["numbers"][name] for name in list(metrics_of(asked.task))[:3])
         sign = -1 if asked.task == "sentiment" else 1
         dear = perplexity["relative"] > DEAREST
-        found.append((dear, perplexity["relative"] if dear else sign * headline["value"], point["settings"]))
+        found.append((dear, perplexity["relative"] if dear else sign * headline["value"], one["settings"]))
         print(
-            f"  {method} {point['settings']}: {headline['relative']:+.0%}, judge {judge['relative']:+.0%},"
+            f"  {method} {one['settings']}: {headline['relative']:+.0%}, judge {judge['relative']:+.0%},"
             f" perplexity {perplexity['relative']:+.0%}"
         )
     return min(found, key=lambda one: one[:2])[2]
@@ -244,7 +254,7 @@ def results(
 
 
 def with_earlier(table: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the rows that only an earlier one has, of methods that this call did not measure.
+    """The table with what only an earlier one has: rows and tries of methods that this call did not measure.
 
     Raises:
         SystemExit: the two are not of the same measurement: other seeds, minutes, or another base model.
@@ -266,7 +276,7 @@ def with_earlier(table: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str,
     order = list(peer_point.METHODS)
     kept = [row for row in earlier["rows"] if row["method"] not in measured]
     rows = sorted([*table["rows"], *kept], key=lambda row: order.index(row["method"]))
-    return table | {"rows": rows}
+    return table | {"rows": rows, "tries": earlier.get("tries", {}) | table.get("tries", {})}
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -295,7 +305,7 @@ def markdown(table: Mapping[str, Any]) -> str:
             if (one := row["all seeds"].get(metric)) is None:
                 cells.append("")
                 continue
-            cell = f"{one['value']:.{1 if metric == 'perplexity' else 3}f}"
+            cell = f"{one['value']:.{1 if 'perplexity' in metric else 3}f}"
             cells.append(cell if row["method"] == BASE else f"{cell}, {task_tables.change(one)}")
         lines.append(cells)
     return task_tables.markdown(["method", "CPU minutes", "scored samples", *names.values()], lines)
@@ -386,6 +396,7 @@ def main() -> None:
             chosen[name].append(settings)
     run_all(asked, list(points(asked, "test", seeds, chosen)))
     table = results(asked, chosen, seeds)
+    table["tries"] = {name: tried(asked, name, found) for name, found in tuned.items() if name != BASE}
     if asked.table and asked.table.exists():
         table = with_earlier(table, json.loads(asked.table.read_text()))
     print(markdown(table))

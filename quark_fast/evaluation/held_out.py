@@ -30,6 +30,7 @@ from quark_fast.rollout.sampling import (
 )
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.journal import Kept
+from quark_fast.runtime.memory import give_back_freed_memory
 from quark_fast.runtime.overlap import Begun, in_order, together
 from quark_fast.runtime.seeds import Purpose, seed_for
 from quark_fast.tasks.task import no_measures
@@ -243,6 +244,7 @@ def evaluate(
         completions: list[Completion],
         judged: list[dict[str, float]],
     ) -> list[Sample]:
+        give_back_freed_memory()  # sampling leaves a cache in pieces, which reading cannot use
         indices, _, own, own_model = drawn
         own_nll = [None] * len(completions) if own is None else list(itertools.chain(*own))
         prompts, ids, texts, _ = zip(*completions, strict=True)
@@ -263,6 +265,7 @@ def evaluate(
             samples.append(
                 Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit, own_nll[place])
             )
+        give_back_freed_memory()
         return samples
 
     def begun() -> Iterator[tuple[str, Begun[list[Sample]]]]:

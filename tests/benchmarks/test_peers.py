@@ -57,6 +57,10 @@ def test_lowest_score_wins_among_the_tries_that_keep_the_perplexity(
     # exp(8.2 / 4) / exp(8 / 4) is +5%, exp(9 / 4) / exp(8 / 4) +28%.
     assert peers.choose(asked, "GRPO", tries) == tries[1]
     assert peers.choose(asked, "GRPO", tries[2:]) == tries[2], "a single try needs no choice"
+    measured = peers.tried(asked, "GRPO", tries)
+    assert [one["settings"] for one in measured] == tries and peers.tried(asked, "GRPO", tries[2:]) == []
+    changes = [one["numbers"]["mean"]["relative"] for one in measured]
+    assert changes == pytest.approx([-0.2, -0.6, -0.8])
 
 
 def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
@@ -144,7 +148,10 @@ def test_a_table_keeps_the_methods_that_a_later_call_leaves_out(
     earlier = peers.results(asked, {"base": [{}], "ours": [{}], "GRPO": [{}]}, [0])
     later = peers.results(asked, {"base": [{}], "GRPO": [{}], "RAFT": [{}]}, [0])
     later["rows"][1]["minutes"] = 11.0
-    joined = peers.with_earlier(later, json.loads(json.dumps(earlier)))["rows"]
+    later["tries"] = {"GRPO": [2]}
+    whole = peers.with_earlier(later, json.loads(json.dumps(earlier | {"tries": {"GRPO": [1], "DPO": [3]}})))
+    assert whole["tries"] == {"GRPO": [2], "DPO": [3]}
+    joined = whole["rows"]
     assert [row["method"] for row in joined] == ["base", "ours", "GRPO", "RAFT"]
     assert joined[2]["minutes"] == 11.0, "what was measured again is new"
 
