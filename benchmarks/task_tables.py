@@ -12,6 +12,7 @@ table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.saved_tables import check_comparable, read_table
@@ -162,9 +164,8 @@ def summary_table(table: Mapping[str, Any]) -> str:
             all_seeds, of_seeds = row["all seeds"][metric], [seed[metric]["value"] for seed in row["seeds"]]
             numbers = (all_seeds["value"], min(of_seeds), max(of_seeds))
             value, low, high = (f"{number:.{digits.get(metric, 3)}f}" for number in numbers)
-            fall = (
-                "" if row["row"] == "base" else f", {100 * all_seeds['relative']:+.0f}%".replace("-0%", "0%")
-            )
+            percent = re.sub("^[+-]0%", "0%", f"{100 * all_seeds['relative']:+.0f}%")
+            fall = "" if row["row"] == "base" else f", {percent}"
             cells.append(f"{value}{fall} ({low} to {high})")
         cells.append("" if row["row"] == "base" else f"{row['minutes']:.0f}")
         lines.append(cells)
@@ -291,7 +292,7 @@ def plot(path: Path) -> None:
     }
     for runs, marker in (("toxicity-long", "s"), ("toxicity", "o")):
         fade = 0.35 if runs == "toxicity-long" else 1.0
-        for number, run in enumerate(evaluations(runs)):
+        for run in evaluations(runs):
             points = {
                 name: [run[name]["metrics"][metric]["value"] for metric in ("perplexity", "mean")]
                 for name in shown
@@ -299,11 +300,10 @@ def plot(path: Path) -> None:
             }
             axes.plot(*zip(*points.values(), strict=True), color="#8a8d94", lw=1, zorder=1, alpha=fade)
             for name, (x, y) in points.items():
-                words, colour = shown[name]
-                axes.plot(x, y, marker, color=colour, ms=7, alpha=fade)
-                if number == 0 and (fade == 1 or name == "guided w=2"):
-                    words += " (--preset long)" if fade < 1 else ""
-                    axes.annotate(words, (x, y), xytext=(9, 2), textcoords="offset points", alpha=fade)
+                axes.plot(x, y, marker, color=shown[name][1], ms=7, alpha=fade)
+    ways = [Line2D([], [], marker="o", ls="", color=colour, label=words) for words, colour in shown.values()]
+    long = Line2D([], [], marker="s", ls="", color="#8a8d94", alpha=0.35, label="--preset long, pale")
+    axes.legend(handles=[*ways, long], frameon=False)
     axes.set_xlabel("perplexity of the text under the base model")
     axes.set_ylabel("mean toxicity")
     axes.margins(x=0.15, y=0.15)
