@@ -193,12 +193,17 @@ def tried(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]
     return found
 
 
-def choose(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The try that is best on development prompts."""
+def choose(
+    asked: argparse.Namespace,
+    method: str,
+    tries: Sequence[dict[str, Any]],
+    measured: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The try that is best on development prompts, of what ``tried`` measured."""
     if len(tries) == 1:
         return tries[0]
     found = []
-    for one in tried(asked, method, tries):
+    for one in measured:
         headline, judge, perplexity = (one["numbers"][name] for name in list(metrics_of(asked.task))[:3])
         sign = -1 if asked.task == "sentiment" else 1
         dear = perplexity["relative"] > DEAREST
@@ -390,13 +395,14 @@ def main() -> None:
         print(f"then, of each method's best try, seeds {asked.seeds} on test prompts")
         return
     run_all(asked, development)
-    chosen = {name: [choose(asked, name, found)] for name, found in tries.items()}
+    measured = {name: tried(asked, name, found) for name, found in tries.items()}
+    chosen = {name: [choose(asked, name, found, measured[name])] for name, found in tries.items()}
     for name, settings in asked.also:
         if settings not in chosen[name]:
             chosen[name].append(settings)
     run_all(asked, list(points(asked, "test", seeds, chosen)))
     table = results(asked, chosen, seeds)
-    table["tries"] = {name: tried(asked, name, found) for name, found in tuned.items() if name != BASE}
+    table["tries"] = {name: found for name, found in measured.items() if found}
     if asked.table and asked.table.exists():
         table = with_earlier(table, json.loads(asked.table.read_text()))
     print(markdown(table))

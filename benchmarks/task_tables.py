@@ -46,7 +46,7 @@ class Peer(NamedTuple):
 
 # Rows of the methods that README.md explains at length: what the table calls them.
 OURS = {
-    "base": {"base": "base model"},
+    "base": {"base": BASE},
     "ours": {
         "best token": "ours, best token",
         "guided w=1.5": "ours, guided w = 1.5",
@@ -85,7 +85,7 @@ PEERS = {
         "language modelling, by TRL, on the best fifth of six samples a prompt of the base model.",
     ),
 }
-ROWS = ["base model", "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
+ROWS = [BASE, "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -285,7 +285,7 @@ def plot(path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     shown = {
-        "base model": ("base model", "#8a8d94"),
+        BASE: (BASE, "#8a8d94"),
         "best token": ("best token", "#2c7fb8"),
         "guided w=1.5": ("w = 1.5", "#41b6c4"),
         "guided w=2": ("w = 2", "#1d9a6c"),
@@ -345,10 +345,10 @@ def unlikelihood_table(path: Path) -> str:
     base = grid["points"][0]["seeds"]
     lines = [
         [
-            "base model",
-            *(f"{100 * one['base model']['headline']:.1f}%" for one in base),
+            BASE,
+            *(f"{100 * one[BASE]['headline']:.1f}%" for one in base),
             "",
-            " / ".join(f"{one['base model']['perplexity']:.1f}" for one in base),
+            " / ".join(f"{one[BASE]['perplexity']:.1f}" for one in base),
         ]
     ]
     for point in grid["points"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quark_fast.ablation.table import headline_title, perplexity_title
 from quark_fast.report.drawing import spread
+from quark_fast.report.results import BASE
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -64,8 +65,8 @@ def plot(results: dict[str, Any]) -> str:
 
 def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[Mark]:
     """The base model, then the points of an axis that have both numbers."""
-    before = results["base model"]
-    yield Mark("base model", before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
+    before = results[BASE]
+    yield Mark(BASE, before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
     for point in results["points"]:
         x, y = point["mean"][key], point["mean"]["headline"]
         if point["axis"] != axis or x is None or y is None:

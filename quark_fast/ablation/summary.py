@@ -17,8 +17,9 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.saved_tables import check_comparable
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.report.files import read_run
+from quark_fast.report.results import BASE
 
-BEFORE, AFTER = "base model", "best token"  # rows of a run's evaluation
+BEFORE, AFTER = BASE, "best token"  # rows of a run's evaluation
 ABOUT = ("task", "target", "headline", "property", "scorer", "split", "prompts", "samples_per_prompt")
 AVERAGED = ("headline", "perplexity", "dist3", "kl", "rank_correlation", "minutes")
 
@@ -56,8 +57,8 @@ def summarise(folder: Path, base: Config, points: Sequence[Point], seeds: Sequen
         "versions": {**first.versions, "minutes": sum(one.numbers["minutes"] for one in everything)},
         "seeds": list(seeds),
         "base": binding(base),
-        "base model": {
-            key: _mean_and_deviation(one.numbers["base model"][key] for one in finished["base"])[0]
+        BEFORE: {
+            key: _mean_and_deviation(one.numbers[BEFORE][key] for one in finished["base"])[0]
             for key in metrics
         },
         "points": [_summary_of(point, finished, metrics) for point in points],
@@ -86,7 +87,7 @@ def _read(path: Path, seed: int, metrics: Mapping[str, str]) -> _Finished:
         "kl": probe.get("kl"),
         "rank_correlation": probe.get("rank_correlation"),
         "minutes": finished.versions["minutes"],
-        "base model": numbers(BEFORE),
+        BEFORE: numbers(BEFORE),
     }
     return _Finished(path, finished.evaluation, own, samples(BEFORE), samples(AFTER))
 

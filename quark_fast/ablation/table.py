@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quark_fast.report.columns import COLUMNS, scores_are_rewards
-from quark_fast.report.results import scorer_line
+from quark_fast.report.results import BASE, scorer_line
 
 
 def headline_title(results: dict[str, Any]) -> str:
@@ -20,7 +20,7 @@ def perplexity_title(results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
-    before = results["base model"]
+    before = results[BASE]
     named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
     # A mean reward may be 0 or below.
     change = _difference if results["headline"] == "mean" and scores_are_rewards(results) else _percent
@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         ],
         [
             "",
-            "base model",
+            BASE,
             _number(before["headline"], 3),
             *[""] * 3,
             _number(before["perplexity"], 1),

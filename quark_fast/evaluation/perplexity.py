@@ -14,7 +14,7 @@ from quark_fast.model.batch import Batch, completion_hidden, completion_logits, 
 from quark_fast.model.policy import Policy
 from quark_fast.model.sizes import rows_read
 from quark_fast.model.structure import linear_head
-from quark_fast.ops.loss import QuarkLoss, quark_loss
+from quark_fast.ops.loss import NLL_ALONE, QuarkLoss, quark_loss
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.memory import by_parts
 
@@ -221,8 +221,8 @@ def text_fit(
             stream = logits if weight == 1 else logits.float() * weight
             mixed = stream if mixed is None else mixed + stream
         assert mixed is not None  # there is always a stream
-        alone: dict[str, Any] = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": policy.vocabulary}
-        nll = quark_loss(mixed, None, batch.labels, batch.mask, **alone).nll.sum(-1)
+        found = quark_loss(mixed, None, batch.labels, batch.mask, **NLL_ALONE, vocab_size=policy.vocabulary)
+        nll = found.nll.sum(-1)
         correct = ((mixed[..., : policy.vocabulary].argmax(-1) == batch.labels) & batch.mask).sum(-1)
         return list(zip(nll.tolist(), correct.tolist(), batch.mask.sum(-1).tolist(), strict=True))
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quark_fast.ops.loss import Implementation, quark_loss
+from quark_fast.ops.loss import NLL_ALONE, Implementation, quark_loss
 
 softplus = torch.nn.functional.softplus
 
@@ -113,7 +113,7 @@ def contrast_loss(
         (the comparisons in float32, but for float64 logits; scalar to call backward on).
     """
     both_labels, both_mask = (t.expand(2, *t.shape) for t in (labels, mask))
-    options: dict[str, Any] = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": vocab_size, "impl": impl}
+    options: dict[str, Any] = {**NLL_ALONE, "vocab_size": vocab_size, "impl": impl}
     reference = None
     with torch.no_grad():
         own, mirror = quark_loss(logits, None, both_labels, both_mask, **options).nll.sum(-1)

@@ -16,6 +16,8 @@ from quark_fast.ops.eager import Kl
 from quark_fast.ops.rows import KERNEL_DTYPES, TRITON, rows_of
 
 Implementation = Literal["auto", "eager", "cpp", "triton"]
+NLL_ALONE: dict[str, Any] = {"kl_coef": 0.0, "entropy_coef": 0.0}
+"""Options of a loss without its other terms."""
 Chosen = Literal["eager", "cpp", "triton"]
 
 

@@ -16,7 +16,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.structure import linear_head
 from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
-from quark_fast.ops.loss import QuarkLoss, quark_loss
+from quark_fast.ops.loss import NLL_ALONE, QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
 
 
@@ -48,7 +48,6 @@ class MicroBatch:
 
 # Weights (streams N, T) of the tokens -> their weighted NLL, without KL and entropy, over the batch's tokens.
 WeightedNll = Callable[[Tensor], QuarkLoss]
-NLL_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0}
 
 
 class Found(NamedTuple):
