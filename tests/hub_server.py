@@ -134,7 +134,7 @@ class Answers(BaseHTTPRequestHandler):
 def serving() -> Iterator[Hub]:
     """A hub that runs meanwhile."""
     with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield hub
         finally:
