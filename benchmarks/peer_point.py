@@ -40,7 +40,7 @@ from quark_fast.training.run_prompts import Given
 from quark_fast.training.setup import Setup, set_up
 from quark_fast.training.trainer import Trainer
 
-POOL = 6  # completions a training prompt that the methods which do not sample as they learn are given
+POOL = 6  # completions a training prompt, as many as ours samples, of what does not sample as it learns
 
 
 @dataclass(frozen=True)
@@ -133,20 +133,24 @@ PAPER = {
 # --------------------------------------------------------------------- TRL's
 
 
-class UntilTimeIsUp(TrainerCallback):
-    """Ends a training when its minutes are spent; the step size falls linearly with them."""
+class UntilSpent(TrainerCallback):
+    """Ends a training when its budget is spent; the step size falls linearly with it.
 
-    def __init__(self, clock: Clock, minutes: float, rate: float) -> None:
-        self.clock, self.minutes, self.rate = clock, minutes, rate
+    Args:
+        spent: the share of the budget that is, from 0 to 1.
+    """
+
+    def __init__(self, spent: Callable[[], float], rate: float) -> None:
+        self.spent, self.rate = spent, rate
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        left = max(0.0, 1.0 - self.clock.minutes / self.minutes)
+        left = max(0.0, 1.0 - self.spent())
         warm = min(1.0, (state.global_step + 1) / 10)
         for group in kwargs["optimizer"].param_groups:
             group["lr"] = self.rate * left * warm
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop = self.clock.minutes >= self.minutes
+        control.should_training_stop = self.spent() >= 1.0
         return control
 
 
@@ -195,14 +199,21 @@ def front(setup: Setup) -> str:
     return text
 
 
-def online(point: Point, setup: Setup, kind: str) -> Trained:
-    """GRPO or RLOO: 32 completions a step, in groups of 8."""
+def online(point: Point, setup: Setup, kind: str, equal_samples: bool = False) -> Trained:
+    """GRPO or RLOO, 32 completions a step in groups of 8, for the point's minutes.
+
+    Args:
+        equal_samples: for as many completions as ours samples instead, whatever time that takes.
+    """
     import trl
     from datasets import Dataset
 
     config, before = setup.config, front(setup)
     model, tokenizer = base_and_tokenizer()
-    scored = 0
+    scored, enough = 0, len(setup.prompts.train) * POOL
+
+    def spent() -> float:
+        return scored / enough if equal_samples else clock.minutes / point.minutes
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         nonlocal scored
@@ -230,7 +241,7 @@ def online(point: Point, setup: Setup, kind: str) -> Trained:
         args=made,
         train_dataset=Dataset.from_list([{"prompt": before + row["prompt"]} for row in setup.prompts.train]),
         processing_class=tokenizer,
-        callbacks=[UntilTimeIsUp(clock, point.minutes, point.settings["learning_rate"])],
+        callbacks=[UntilSpent(spent, point.settings["learning_rate"])],
     )
     trainer.train()
     return Trained(clock.minutes, scored, finish(point, trainer, tokenizer))
@@ -292,7 +303,7 @@ def offline(point: Point, setup: Setup, kind: str) -> Trained:
         args=config_type(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[UntilTimeIsUp(clock, point.minutes, point.settings["learning_rate"])],
+        callbacks=[UntilSpent(lambda: clock.minutes / point.minutes, point.settings["learning_rate"])],
     )
     trainer.train_dataset = without_ends(trainer.train_dataset, tokenizer.eos_token_id)
     trainer.train()
@@ -383,6 +394,7 @@ METHODS = {
         ours=True,
     ),
     "GRPO": Method(functools.partial(online, kind="GRPO"), ONLINE),
+    "GRPO with equal samples": Method(functools.partial(online, kind="GRPO", equal_samples=True), ONLINE),
     "RLOO": Method(functools.partial(online, kind="RLOO"), ONLINE),
     "DPO": Method(
         functools.partial(offline, kind="DPO"),

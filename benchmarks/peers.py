@@ -8,7 +8,8 @@ and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too,
 base model; "best of 4" trains nothing, the scorer chooses one of four completions of the base model; Quark
 as published is our trainer with the paper's loss and draws. Ours and Quark train LoRA adapters, TRL's methods
 all weights, by which they are no slower here. TRL's train for ``--minutes`` of CPU time; ours for what its
-steps take: run it first to give the others as much.
+steps take: run it first to give the others as much. "GRPO with equal samples" trains for as many samples as
+ours instead.
 Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).
@@ -321,7 +322,7 @@ COSTS = {
     "prompt_fit": "fit to prompt, nats a token (right is better)",
 }
 COLOURS = {BASE: "#777a82", "ours": "#008562"}
-OTHER_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb")
+OTHER_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb", "#5d6b2f")
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:

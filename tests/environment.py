@@ -8,7 +8,7 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not outlive a fork, either
 
-# A name that is no folder is looked up on the hub, whose client asks again for 23 s where there is no network.
+# A name that is no folder is looked up on the hub; without a network its client asks again for 23 s.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Without a GPU, test_triton.py has Triton interpret the kernels, which it decides when it is imported.

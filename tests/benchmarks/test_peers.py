@@ -222,7 +222,7 @@ def test_best_of_4_has_the_best_by_the_reward(
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own
-@pytest.mark.parametrize("method", ["GRPO", "RLOO", "DPO", "KTO", "RAFT"])
+@pytest.mark.parametrize("method", ["GRPO", "GRPO with equal samples", "RLOO", "DPO", "KTO", "RAFT"])
 def test_method_of_trl_trains_a_model_that_differs_from_the_base(
     peers: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
