@@ -227,56 +227,74 @@ def evaluate(
     Yields:
         (name of the row, its samples on the next few prompts).
     """
-    held_out = setup.held_out
     under_reference = nll is None
-    nll = nll or id_nll(setup.policy, setup.reference, held_out.ids, setup.read_rows)
+    nll = nll or id_nll(setup.policy, setup.reference, setup.held_out.ids, setup.read_rows)
+    measuring = _Measuring(setup, measures, nll)
 
-    def begin(row: TableRow, source: Any, drawn: DrawnBatch) -> Begun[list[Sample]]:
-        texts = setup.with_texts(drawn)
-        scorers: tuple[Callable[..., Begun[Any]], ...] = (setup.scored, setup.judged)
+    def begun() -> Iterator[tuple[str, Begun[list[Sample]]]]:
+        for row in table:
+            source = setup.reference if row.base else model
+            make = functools.partial(measuring.begin, row, source)
+            tell = setup.own_nll, under_reference and row.base
+            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row), *tell):
+                yield row.name, part
+
+    yield from setup.in_order(begun(), waiting)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Scores and measures batches of completions; the attributes are the arguments of ``evaluate``."""
+
+    setup: EvaluationSetup
+    measures: Callable[[Row, Sequence[int], float], dict[str, float]]
+    nll: Nll
+
+    def begin(self, row: TableRow, source: Any, drawn: DrawnBatch) -> Begun[list[Sample]]:
+        """Have a batch of a row, which the model ``source`` drew, scored and judged, then measure it."""
+        texts = self.setup.with_texts(drawn)
+        scorers: tuple[Callable[..., Begun[Any]], ...] = (self.setup.scored, self.setup.judged)
         found = together(begin(texts) for begin in scorers)
-        return found.then(lambda found: measured(row, source, drawn, *found))
+        return found.then(lambda found: self._samples(row, source, drawn, *found))
 
-    def measured(
+    def _samples(
+        self,
         row: TableRow,
         source: Any,
         drawn: DrawnBatch,
         completions: list[Completion],
         judged: list[dict[str, float]],
     ) -> list[Sample]:
+        setup = self.setup
         give_back_freed_memory()  # sampling leaves a cache in pieces, which reading cannot use
-        indices, _, own, own_model = drawn
-        own_nll = [None] * len(completions) if own is None else list(itertools.chain(*own))
-        prompts, ids, texts, _ = zip(*completions, strict=True)
-        told = [] if own_model is None else list(zip(itertools.chain(*own_model), map(len, ids), strict=True))
-        nlls = told or nll(prompts, ids, texts)
-        prompt_fits = fit_to_prompts(nll, len(held_out.ids), completions, nlls) if setup.prompt_fit else {}
-        fits = setup.text_fits(source, indices, row.conditioning)
+        nlls = self._nlls(drawn, completions)
+        prompts = len(setup.held_out.ids)
+        prompt_fits = fit_to_prompts(self.nll, prompts, completions, nlls) if setup.prompt_fit else {}
+        fits = setup.text_fits(source, drawn.indices, row.conditioning)
+        own_nll = [None] * len(completions) if drawn.own_nll is None else itertools.chain(*drawn.own_nll)
         samples = []
-        for place, (one, (total, tokens), numbers) in enumerate(zip(completions, nlls, judged, strict=True)):
+        for place, (one, nll, own, numbers) in enumerate(
+            zip(completions, nlls, own_nll, judged, strict=True)
+        ):
             i, completion, text, value = one
             if place in prompt_fits:
                 numbers = {**numbers, "prompt_fit": prompt_fits[place]}
-            prompt, fit = held_out.rows[i], fits[i]
+            prompt = setup.held_out.rows[i]
             score = None
             if not np.isnan(value):
                 score = value if setup.reward.property is None else 1.0 - value
-                numbers = measures(prompt, completion, value) | numbers
-            samples.append(
-                Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fit, own_nll[place])
-            )
+                numbers = self.measures(prompt, completion, value) | numbers
+            total, tokens = nll
+            samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fits[i], own))
         give_back_freed_memory()
         return samples
 
-    def begun() -> Iterator[tuple[str, Begun[list[Sample]]]]:
-        for row in table:
-            source = setup.reference if row.base else model
-            make = functools.partial(begin, row, source)
-            tell = setup.own_nll, under_reference and row.base
-            for part in setup.draw("evaluation", source, row.conditioning, make, kept(row), *tell):
-                yield row.name, part
-
-    yield from setup.in_order(begun(), waiting)
+    def _nlls(self, drawn: DrawnBatch, completions: Sequence[Completion]) -> list[tuple[float, int]]:
+        """(-log p, tokens) of each completion under the model that the perplexity is of."""
+        prompts, ids, texts, _ = zip(*completions, strict=True)
+        if drawn.model_nll is None:
+            return self.nll(prompts, ids, texts)
+        return list(zip(itertools.chain(*drawn.model_nll), map(len, ids), strict=True))
 
 
 def fit_to_prompts(
