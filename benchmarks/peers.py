@@ -10,7 +10,7 @@ as published is our trainer with the paper's loss and draws. Ours and Quark trai
 all weights, by which they are no slower here. TRL's train for ``--minutes`` of CPU time; ours for what its
 steps take: run it first to give the others as much. "GRPO with equal samples" trains for as many samples as
 ours instead.
-Each method's settings are chosen from three tries on development prompts, of those that cost at most 10% of
+Each method's settings are chosen from a few tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).
 ``--also`` measures a setting that the rule did not choose, ``--chosen`` one that earlier tries chose.

@@ -12,7 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quark_fast.arguments import Parser, parse
+from quark_fast.arguments import HELP, Parser, parse
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
@@ -28,7 +28,14 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    made.add_argument("-h", "--help", action="store_true", help="show this, and the points of the grid")
+    made.add_argument(
+        *HELP,
+        nargs="?",
+        const=True,
+        choices=["all"],
+        metavar="all",
+        help="show this, and the points of the grid; with all the settings of a base",
+    )
     made.add_argument(
         "--grid", metavar="AXES", help="axes, with commas between; default: all that the base has"
     )
@@ -62,6 +69,8 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     from quark_fast.ablation.axes import DEFAULTS, usual_axes
 
     own, settings = parser().parse_known_args(arguments)
+    if own.help == "all":
+        parse([*settings, "--help", "all"], PROGRAM, DEFAULTS)
     seeds = _seeds(own.seeds)
     base = parse(settings, PROGRAM, DEFAULTS)
     axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else usual_axes(base)
@@ -78,8 +87,8 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     if own.help:
         console.print(parser().format_help())
         console.print(
-            "Every other option is a setting of the base (python -m quark_fast.train --help all); its"
-            f" defaults here: {_as_flags(DEFAULTS)}\n"
+            "Every other option is a setting of the base (--help all); defaults other than those of training:"
+            f" {_as_flags(DEFAULTS)}\n"
         )
     if own.help or own.dry_run:
         console.print(listing(base, axes, seeds), soft_wrap=True)

@@ -25,8 +25,10 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bo
 
 # What --help shows; --help all shows every setting.
 FIRST = {
-    *("help", "version", "quiet", "config", "task", "preset", "model", "prompts", "reward"),
-    *("output", "resume", "rounds", "steps", "kl_coef", "max_new_tokens", "seed", "report_to"),
+    *("help", "version", "quiet", "config", "task", "preset", "model", "prompts", "held_out", "reward"),
+    *("judge", "output", "resume", "push_to_hub", "initial_samples", "max_new_tokens", "rounds", "steps"),
+    *("batch_size", "learning_rate", "lora_rank", "kl_coef", "contrast_coef", "contrast_margin"),
+    *("keep_best", "seed", "report_to"),
 }
 
 

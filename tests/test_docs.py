@@ -121,10 +121,10 @@ def test_python_of_the_readme_runs_on_tiny_models_of_the_same_names(
     }
     short = "rounds=1, steps=2, batch_size=4, initial_samples=1, eval_samples=1, threads=1"
     for text in python_blocks(DOCS.parent / "README.md"):
-        exec(compile(text.replace('"runs/mine")', f'"runs/mine", {short})'), "README.md", "exec"), given)
+        exec(compile(text.replace('"runs/years")', f'"runs/years", {short})'), "README.md", "exec"), given)
     assert given["logits"].grad.abs().sum() > 0
     assert len(given["batch"].prompts) == 32
-    evaluation = json.loads((tmp_path / "runs" / "mine" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "runs" / "years" / "evaluation.json").read_text())
     assert evaluation["prompts"] > 0 and evaluation["scorer"]["name"] == "readme:score"
     assert "| best token |" in capsys.readouterr().out
 
