@@ -40,7 +40,7 @@ from quark_fast.ablation.plot import STYLE, Mark, label_beside
 from quark_fast.metrics import Sample, judge_measure
 
 BASE = "base"
-DEAREST = 0.10  # rise in perplexity that a try may cost
+DEAREST = 0.10  # rise in perplexity that a try may cost, to whole percents
 
 
 def parser() -> argparse.ArgumentParser:
@@ -207,7 +207,7 @@ def choose(
     for one in measured:
         headline, judge, perplexity = (one["numbers"][name] for name in list(metrics_of(asked.task))[:3])
         sign = -1 if asked.task == "sentiment" else 1
-        dear = perplexity["relative"] > DEAREST
+        dear = round(perplexity["relative"], 2) > DEAREST
         found.append((dear, perplexity["relative"] if dear else sign * headline["value"], one["settings"]))
         print(
             f"  {method} {one['settings']}: {headline['relative']:+.0%}, judge {judge['relative']:+.0%},"
