@@ -29,6 +29,15 @@ class Rendered(str):
     """
 
 
+def with_same_columns(*parts: Sequence[Row]) -> list[list[Row]]:
+    """The rows with every column that any of them has, None where a row had none.
+
+    A reward is called with the columns by name, and must get the same ones whatever rows stand in a batch.
+    """
+    names = dict.fromkeys(name for rows in parts for row in rows for name in row)
+    return [[dict.fromkeys(names) | row if len(row) < len(names) else row for row in rows] for rows in parts]
+
+
 def is_chat(row: Row) -> bool:
     """Whether the row's prompt was written from its messages. A text may have some beside it."""
     return isinstance(row["prompt"], Rendered)
@@ -49,7 +58,8 @@ def from_file(row: Row) -> Row:
 
 def given(row: Row) -> str:
     """The prompt as the user gave it: its text, or its messages as JSON. Prompts are compared by this."""
-    return json.dumps(row["messages"], sort_keys=True) if is_chat(row) else str(row["prompt"])
+    chat = is_chat(row)
+    return json.dumps(row["messages"], sort_keys=True, default=str) if chat else str(row["prompt"])
 
 
 def as_rendered(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:

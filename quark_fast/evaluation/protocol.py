@@ -12,7 +12,7 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Row, given
+from quark_fast.data.row import Row, given, with_same_columns
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import HeldOut
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
@@ -201,7 +201,7 @@ def load_prompt_sets(
     def load(key: str, source: str, column: str | None) -> PromptSet:
         loaded = load_prompts(source, column=column, chat=chat)
         remark(f"{source}: {loaded.counts}")
-        return PromptSet(key, source, loaded.rows)
+        return PromptSet(key, source, *with_same_columns(loaded.rows))
 
     source, column = prompts
     if source:

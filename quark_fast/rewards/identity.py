@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import linecache
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
@@ -17,6 +18,19 @@ NO_SOURCE = hashlib.sha256(b"").hexdigest()
 def source_sha256(function: Callable[..., Any]) -> str:
     """Of the source of a function, of the one inside partials and wrappers, or of an object's class."""
     return hashlib.sha256(_source(_defined(function))).hexdigest()
+
+
+def name_of(function: Any) -> str:
+    """``module:name`` of a function, of an object's class, or of what a partial calls with its arguments.
+
+    The same in every process: no address of an object is in it.
+    """
+    if isinstance(function, functools.partial):
+        given = [repr(one) for one in function.args]
+        given += [f"{name}={one!r}" for name, one in sorted(function.keywords.items())]
+        return f"{name_of(function.func)}({', '.join(re.sub(' at 0x[0-9a-f]+', '', one) for one in given)})"
+    own = function if hasattr(function, "__qualname__") else type(function)
+    return f"{own.__module__}:{own.__qualname__}"
 
 
 def source_file(function: Callable[..., Any]) -> str:

@@ -48,23 +48,25 @@ class Embedder:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, D) float32."""
-        ids = [self.tokenizer(text, add_special_tokens=False).input_ids[:TOKENS] for text in texts]
-        found = torch.zeros(len(ids), self.model.config.hidden_size)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for first in range(0, len(order), AT_ONCE):
-            part = order[first : first + AT_ONCE]
-            lengths = torch.tensor([len(ids[i]) for i in part])
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        # A long text is read in parts, each as if the text began there.
+        parts = [(i, one[at : at + TOKENS]) for i, one in enumerate(ids) for at in range(0, len(one), TOKENS)]
+        parts.sort(key=lambda part: len(part[1]))
+        total = torch.zeros(len(ids), self.model.config.hidden_size)
+        for first in range(0, len(parts), AT_ONCE):
+            part = parts[first : first + AT_ONCE]
+            lengths = torch.tensor([len(one) for _, one in part])
             rows = torch.full((len(part), 1 + int(lengths.max())), self.start)
-            for row, i in zip(rows, part, strict=True):
-                row[1 : 1 + len(ids[i])] = torch.tensor(ids[i], dtype=torch.long)
+            for row, (_, one) in zip(rows, part, strict=True):
+                row[1 : 1 + len(one)] = torch.tensor(one, dtype=torch.long)
             rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
             read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
             embedded = self.model.embed_tokens(rows).float()
             read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
             states = read_as.last_hidden_state[:, 1:]
-            total = (states * read[:, 1:, None]).sum(1)
-            found[part] = (total / lengths.clamp(min=1)[:, None]).cpu()
-        return found
+            sums = (states * read[:, 1:, None]).sum(1)
+            total.index_add_(0, torch.tensor([i for i, _ in part]), sums.cpu())
+        return total / torch.tensor([max(1, len(one)) for one in ids])[:, None]
 
 
 class LinearJudge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -20,7 +21,7 @@ from quark_fast.errors import UsageError
 from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.failure import told
-from quark_fast.rewards.identity import source_sha256
+from quark_fast.rewards.identity import name_of, source_sha256
 from quark_fast.runtime.overlap import Begun
 
 Function = Callable[..., Any]
@@ -137,8 +138,8 @@ class Reward:
         """Of one call; ``names`` are the columns of any row."""
         if self.one_at_a_time:
             (row,), (text,) = rows, texts
-            return {"prompt": row["prompt"], "completion": text, **{name: row.get(name) for name in names}}
-        columns = {name: [row.get(name) for row in rows] for name in names}
+            return {"prompt": row["prompt"], "completion": text, **{name: _own(row, name) for name in names}}
+        columns = {name: [_own(row, name) for row in rows] for name in names}
         return {"prompts": [row["prompt"] for row in rows], "completions": texts, **columns}
 
     @functools.cached_property
@@ -205,6 +206,12 @@ class Reward:
         return [self.name, self.version, self.sha256]
 
 
+def _own(row: Row, name: str) -> Any:
+    """A column's value for one call, which may append to a chat's messages without changing the run's."""
+    value = row.get(name)
+    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
+
+
 def _nothing(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -219,10 +226,7 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
     Raises:
         UsageError: it is none: a class, or what cannot be called.
     """
-    named = name or (
-        f"{getattr(function, '__module__', type(function).__module__)}:"
-        f"{getattr(function, '__qualname__', repr(function))}"
-    )
+    named = name or name_of(function)
     if isinstance(function, type):
         raise UsageError(
             f"reward {named} is a class, which makes no numbers of completions; give an instance of it"

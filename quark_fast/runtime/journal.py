@@ -88,8 +88,8 @@ class Journal:
         """What was kept of a stage, and where more of it goes.
 
         Args:
-            settings: JSON of what the batches follow from, where that may change at a resume: other settings
-                are another stage.
+            settings: what the batches follow from, where that may change at a resume: other settings are
+                another stage. JSON, but for columns of the prompts, which may be anything.
             encode, decode: of a batch, to JSON and back.
         Raises:
             UsageError: a file holds something else.
@@ -97,7 +97,7 @@ class Journal:
         if not self.here:
             return Kept()
         self.folder.mkdir(exist_ok=True)
-        mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(json.dumps(settings, default=_spelled).encode()).hexdigest()[:16]
         known: dict[int, T] = {}
         for path in sorted(self.folder.glob(f"{name}.{mark}.*.jsonl")):
             known |= _whole_lines(path, decode)
@@ -109,6 +109,11 @@ class Journal:
         """A stage is over."""
         for path in self.folder.glob(f"{name}.*.jsonl"):
             path.unlink(missing_ok=True)
+
+
+def _spelled(value: Any) -> Any:
+    """What JSON has no word for, as every process spells it: a set of texts has another order in each."""
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _whole_lines(path: Path, decode: Callable[[Any], T]) -> dict[int, T]:

@@ -46,12 +46,16 @@ class ToxicityClassifier(nn.Module):
         self.load_state_dict(weights)
         self.eval()
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def windows(self, text: str) -> list[list[int]]:
+        """The text's words as ids, from its end on 100 at a time, which is all that the network reads."""
+        words = text.lower().translate(SEPARATORS).split(" ")
+        known = [self.vocabulary[word] for word in words if word in self.vocabulary]
+        return [known[max(0, end - WORDS) : end] for end in range(len(known), 0, -WORDS)] or [[]]
+
+    def encode(self, windows: Sequence[Sequence[int]]) -> Tensor:
         """(N, 100) word rows, zeros in front; words outside the vocabulary vanish, as in training."""
-        rows = torch.zeros(len(texts), WORDS, dtype=torch.long)
-        for row, text in zip(rows, texts, strict=True):
-            words = text.lower().translate(SEPARATORS).split(" ")
-            known = [self.vocabulary[word] for word in words if word in self.vocabulary][-WORDS:]
+        rows = torch.zeros(len(windows), WORDS, dtype=torch.long)
+        for row, known in zip(rows, windows, strict=True):
             if known:
                 row[-len(known) :] = torch.tensor(known)
         return rows
@@ -63,12 +67,15 @@ class ToxicityClassifier(nn.Module):
 
     @torch.inference_mode()
     def toxicity(self, texts: Sequence[str], batch_size: int = 256) -> list[float]:
-        """Probability of the label ``toxic`` for each text, in [0, 1]."""
+        """Probability of the label ``toxic`` for each text, in [0, 1]; of a long one its worst 100 words'."""
         device = self.output.weight.device
-        scores: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            rows = self.encode(texts[start : start + batch_size]).to(device)
-            scores += self(rows)[:, 0].tolist()
+        parts = [(i, window) for i, text in enumerate(texts) for window in self.windows(text)]
+        scores = [0.0] * len(texts)
+        for start in range(0, len(parts), batch_size):
+            some = parts[start : start + batch_size]
+            found = self(self.encode([window for _, window in some]).to(device))[:, 0].tolist()
+            for (i, _), score in zip(some, found, strict=True):
+                scores[i] = max(scores[i], score)
         return scores
 
 

@@ -89,9 +89,10 @@ class BestRound:
         usual = setup.measured_on(prompts, sampling, self.sampler, self.work.shard)
         how = dataclasses.replace(usual, controls=(), prompt_fit=True)
         drawn = sampling.what_is_drawn()
+        scorers = [one.identity for one in (setup.reward, *setup.judges)]
         kept = self.work.journal.stage(
             stage_of(number),
-            [drawn, prompts.samples, prompts.rows, prompts.ids, [one.identity for one in setup.judges]],
+            [drawn, prompts.samples, prompts.rows, prompts.ids, scorers],
             lambda part: [vars(one) for one in part],
             lambda part: [Sample(**one) for one in part],
         )

@@ -50,6 +50,11 @@ class Checkpoint:
             "scored": scored_digest(prompts.scored),
         }
 
+    @property
+    def _scorers(self) -> dict[str, Any]:
+        judges = [one.identity for one in self.setup.judges]
+        return {"reward": self.setup.reward.identity, "judges": judges}
+
     def save(self, state: State) -> None:
         """Add a checkpoint to the run folder."""
         setup = self.setup
@@ -87,7 +92,7 @@ class Checkpoint:
             "micro_batch": [setup.config.micro_batch, state.micro_batch],
             "scaler": None if scaler is None else scaler.state_dict(),
             "prompts": digest(setup.prompts.train),
-            "reward": setup.reward.identity,
+            **self._scorers,
             "left_out": state.left_out,
             "touched": sorted(state.trained),  # the name that earlier versions wrote
             "measured": [vars(one) for one in state.measured],
@@ -173,6 +178,12 @@ class Checkpoint:
             )
         self._check_prompts(saved["prompts"], folder)
         self._check_reward(saved.get("reward"), folder)
+        now = self._scorers
+        if saved.get("measured") and any(saved.get(name, mine) != mine for name, mine in now.items()):
+            raise UsageError(
+                f"the rounds of {folder.path} were measured by another reward or judge, and --keep-best"
+                " cannot compare them with later ones; put it back, or begin anew in another --output"
+            )
 
     def _check_prompts(self, before: str, folder: RunFolder) -> None:
         if before != digest(self.setup.prompts.train):

@@ -84,23 +84,31 @@ class Explorer:
     def _found(self, state: State, sampling: Sampling, samples: int) -> Iterator[list[Scored]]:
         """The round's batches, the same on every process: what was brought along, then what is sampled."""
         if state.round == 0 and self.prompts.scored:
-            yield self.work.processes.on_rank_0(self.work.stoppable(self._brought_along))
+            yield self.work.processes.on_rank_0(self.work.stoppable(lambda: self._brought_along(state)))
         if samples:
             with self.rollout.synchronised(from_base=state.step == 0) as draw:
                 shares = self.work.all_gather(lambda: list(self._scored(draw, state, sampling, samples)))
             for _, batch in in_batch_order(shares):
                 yield batch
 
-    def _brought_along(self) -> list[Scored]:
+    def _brought_along(self, state: State) -> list[Scored]:
         """The completions that were there before, with rewards where they came without."""
         brought = self.prompts.scored
         if not all(math.isnan(one.reward) for one in brought):
             return brought
         size = self.config.sample_batch
+        kept = self.work.journal.stage(
+            stage_of(state), ["brought along", size], Scored.to_json, Scored.from_json
+        )
 
         def begin(start: int) -> tuple[int, Begun[list[Scored]]]:
+            if start in kept:
+                return start, Begun(lambda: kept[start])
             part = brought[start : start + size]
-            rows, texts = [self.prompts.train[one.prompt] for one in part], [one.text for one in part]
+            rows, texts = (
+                [one.row or self.prompts.train[one.prompt] for one in part],
+                [one.text for one in part],
+            )
             return start, self.reward.begin(rows, texts).then(functools.partial(_with_rewards, part))
 
         def show(start: int) -> None:
@@ -110,6 +118,8 @@ class Explorer:
         made: list[Scored] = []
         begun = map(begin, range(0, len(brought), size))
         for start, part in in_order(begun, batches_ahead([self.reward], size), show):
+            if start not in kept:
+                kept.keep(start, part)
             show(start)
             made += part
         return made

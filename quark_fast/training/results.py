@@ -93,7 +93,8 @@ class Results:
         """As JSON, what decides the samples of the held-out prompts and may change at a resume."""
         held_out = self.held_out
         texts = held_out.texts or self.setup.controls
-        return [sampling.what_is_drawn(), held_out.samples, held_out.rows, held_out.ids, texts, TEXT_PROMPT]
+        drawn = [sampling.what_is_drawn(), held_out.samples, held_out.rows, held_out.ids]
+        return [*drawn, texts, TEXT_PROMPT, self.setup.reward.identity]
 
     # ---------------------------------------------------------------- the evaluation
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.chat import chat_template
-from quark_fast.data.row import Row, as_rendered, from_file, is_chat
+from quark_fast.data.row import Row, as_rendered, from_file, is_chat, with_same_columns
 from quark_fast.data.split import Chosen, choose_prompts
 from quark_fast.evaluation.held_out import HeldOut
 from quark_fast.model.loading import load_tokenizer
@@ -78,11 +78,16 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
     about = list(chosen.about)
     if not tasks_own and given.train is None and config.prompts is None and config.scored is None:
         about.append(f"no --prompts, so those of the task {task.name}")
+    parts = (chosen.train, chosen.held_out, chosen.development)
+    train, held_out, development, scored = with_same_columns(
+        *(as_rendered(rows, before) for rows in parts), [one.row for one in chosen.scored]
+    )
     return dataclasses.replace(
         chosen,
-        train=as_rendered(chosen.train, before),
-        held_out=as_rendered(chosen.held_out, before),
-        development=as_rendered(chosen.development, before),
+        train=train,
+        held_out=held_out,
+        development=development,
+        scored=[dataclasses.replace(one, row=row) for one, row in zip(chosen.scored, scored, strict=True)],
         about=about,
     )
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quark_fast.data.row import Row, given, is_chat
@@ -18,12 +18,18 @@ from quark_fast.model.policy import Policy
 
 @dataclass(frozen=True)
 class Scored:
-    """One completion of a training prompt; reward NaN: not scored."""
+    """One completion of a training prompt; reward NaN: not scored.
+
+    Attributes:
+        row: of one that was brought along: its record's own columns, which another record of the same prompt
+            may not share.
+    """
 
     prompt: int
     ids: list[int]
     text: str
     reward: float
+    row: Row | None = field(default=None, compare=False)
 
     @staticmethod
     def to_json(batch: list[Scored]) -> list[Any]:
@@ -78,7 +84,8 @@ def encode_scored(
         if policy.positions is not None and needed > policy.positions:
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
             continue
-        found.append(Scored(i, ids, one.completion, math.nan if one.reward is None else one.reward))
+        reward = math.nan if one.reward is None else one.reward
+        found.append(Scored(i, ids, one.completion, reward, {**one.row, "prompt": prompts[i]["prompt"]}))
     about += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")

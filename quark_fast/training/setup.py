@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
 from quark_fast.arguments import load_config
@@ -171,6 +173,18 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
     return config.precision, saved.sample_batch
 
 
+def settings_to_save(config: Config, folder: RunFolder) -> Config:
+    """What config.yaml says: the settings that the run has by now, with which a plain --resume goes on.
+
+    Its batches keep the size that they began with, and to mix two rewards is agreed to for one start.
+    """
+    if not config.resume:
+        return config
+    before = load_config(folder / "config.yaml")
+    kept = {name: getattr(before, name) for name in ("sample_batch", "accept_changed_reward")}
+    return dataclasses.replace(config, resume=False, **kept)
+
+
 def set_up(
     config: Config,
     folder: RunFolder,
@@ -275,20 +289,40 @@ def _check_reward(setup: Setup) -> None:
             f"reward {setup.reward.name} is a plain function, whose requests nothing here can limit; write it"
             " as async def, or leave out --reward-per-minute and --reward-tokens-per-minute"
         )
-    if not config.resume and processes.main:
-        asked = HeldOut(prompts.train, prompts.train_ids, 1)
+    if processes.main:
         sampling = setup.round_sampling(0)
-        # The task's own judge is known to work, and once tried out it would stay in memory to the end.
-        named = setup.judges if config.judge != "auto" else ()
-        for scorer in (setup.reward, *named):
+        for asked, scorer in itertools.product(_tried_on(prompts), _not_tried_yet(setup)):
             scorer.check(first_completions(setup.policy, setup.reference, asked, sampling, config.seed))
-        _check_scored(setup)
+        if not config.resume:
+            _check_scored(setup)
     # SQLite is for one machine: files over a network lose its locks.
     mode = "off" if config.reward_cache == "auto" and processes.machines > 1 else config.reward_cache
     setup.reward, *judges = (
         cached(scorer, mode, setup.folder / REWARDS) for scorer in (setup.reward, *setup.judges)
     )
     setup.judges = tuple(judges)
+
+
+def _not_tried_yet(setup: Setup) -> list[Reward]:
+    """The scorers that this run has not asked before: all, or those that are others at a resume."""
+    config = setup.config
+    before = load_config(setup.folder / "config.yaml") if config.resume else None
+    # The task's own judge is known to work, and once tried out it would stay in memory to the end.
+    named = list(setup.judges) if config.judge != "auto" else []
+    if before is None:
+        return [setup.reward, *named]
+    return [setup.reward] * config.accept_changed_reward + named * (config.judge != before.judge)
+
+
+def _tried_on(prompts: RunPrompts) -> Iterator[HeldOut]:
+    """Prompts to try a scorer on: training prompts; held-out ones, too, if columns are missing there."""
+    yield HeldOut(prompts.train, prompts.train_ids, 1)
+    trained, held_out = (
+        {name for row in rows for name, value in row.items() if value is not None}
+        for rows in (prompts.train, prompts.held_out.rows)
+    )
+    if trained - held_out:
+        yield dataclasses.replace(prompts.held_out, samples=1)
 
 
 def _check_scored(setup: Setup) -> None:
@@ -309,7 +343,7 @@ def _check_scored(setup: Setup) -> None:
     some = [brought[i] for i in chosen]
     if not some or config.accept_changed_reward:
         return
-    own = setup.reward([prompts.train[one.prompt] for one in some], [one.text for one in some])
+    own = setup.reward([one.row or prompts.train[one.prompt] for one in some], [one.text for one in some])
     pairs = [(one, float(value)) for one, value in zip(some, own, strict=True) if not math.isnan(value)]
     others = [
         (one, value)
@@ -353,8 +387,12 @@ def choose_rollout(
 
 
 def _accelerator(config: Config, folder: RunFolder, processes: Processes) -> Accelerator:
+    precision = "no" if config.precision == "fp32" or processes.zero else config.precision
+    known = processes.count == 1 and AcceleratorState._shared_state
+    if known and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process, whose precision it keeps
     accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" or processes.zero else config.precision,
+        mixed_precision=precision,
         log_with=trackers.trackers(config.report_to) or None,
         project_dir=folder / "tensorboard",
         kwargs_handlers=[REPLICATION],

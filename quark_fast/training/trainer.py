@@ -39,7 +39,7 @@ from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
 from quark_fast.training.results import Results
 from quark_fast.training.run_log import RunLog
-from quark_fast.training.setup import apart, check_folder, choose_rollout, set_up
+from quark_fast.training.setup import apart, check_folder, choose_rollout, set_up, settings_to_save
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
 from quark_fast.training.state import State
@@ -282,8 +282,7 @@ class Trainer:
         if not config.resume:
             self.folder.create()
         with self.folder.disk_errors():
-            if not config.resume:
-                config.save(self.folder / "config.yaml")
+            settings_to_save(config, self.folder).save(self.folder / "config.yaml")
             self.journal.begin(self.checkpoint.identity)
             self.folder.write_rows(HELD_OUT, map(to_file, setup.prompts.held_out_rows))
             if setup.prompts.chats:

@@ -351,7 +351,7 @@ def keras_classifier(rows: np.ndarray) -> np.ndarray:
     ],
 )
 def test_classifier_equals_keras_arithmetic_on_keras_file(classifier: ToxicityClassifier, text: str) -> None:
-    rows = classifier.encode([text])
+    rows = classifier.encode(classifier.windows(text))
     with torch.inference_mode():
         found = classifier(rows)[0].numpy()
     # float32 against float64 over 100 recurrent steps.
@@ -360,17 +360,21 @@ def test_classifier_equals_keras_arithmetic_on_keras_file(classifier: ToxicityCl
 
 
 def test_words_stand_at_the_end_and_padding_in_front(classifier: ToxicityClassifier) -> None:
-    (row,) = classifier.encode(["You are kind"])
+    (row,) = classifier.encode(classifier.windows("You are kind"))
     words = [classifier.vocabulary[word] for word in ("you", "are", "kind")]
     assert row.tolist() == [0] * (WORDS - 3) + words
 
 
-def test_text_is_cut_in_front_and_unknown_words_vanish(classifier: ToxicityClassifier) -> None:
-    long = classifier.encode(["bad " * 5 + "zzqqzz! " * 7 + "good-" * WORDS])[0]
-    assert long.tolist() == [classifier.vocabulary["good"]] * WORDS
+def test_long_text_is_as_toxic_as_its_worst_hundred_words(classifier: ToxicityClassifier) -> None:
+    bad, good = (classifier.vocabulary[word] for word in ("bad", "good"))
+    assert classifier.windows("bad " * 5 + "zzqqzz! " * 7 + "good-" * WORDS) == [[good] * WORDS, [bad] * 5]
     # Keras keeps apostrophes and splits at every other mark.
-    one, other = classifier.encode(["DON'T\tyou,dare(me)", "don't you dare me"])
-    assert one.tolist() == other.tolist() and (one != 0).sum() == 4
+    (one,), (other,) = map(classifier.windows, ("DON'T\tyou,dare(me)", "don't you dare me"))
+    assert one == other and len(one) == 4
+    insult, harmless = "You are a stupid idiot. ", "The train leaves at noon. " * 40
+    alone, *around = classifier.toxicity([insult, insult + harmless, harmless + insult, harmless])
+    assert min(alone, *around[:2]) > 0.8 > 0.2 > around[2]
+    assert classifier.toxicity(["", "?!"]) == classifier.toxicity(["zzqqzz"] * 2)
 
 
 def test_score_does_not_depend_on_the_neighbours_in_the_batch(classifier: ToxicityClassifier) -> None:

@@ -39,6 +39,19 @@ def test_score_is_a_linear_function_of_the_mean_hidden_state(name: str) -> None:
     assert math.isnan(found([" \n"])[0])
 
 
+def test_long_text_is_read_whole_in_parts() -> None:
+    found = judge.LinearJudge("toxicity")
+    parts = [" The train leaves at noon." * 21 + " On it", " You stupid bitch, go to hell."]
+    ids = [found.embed.tokenizer(part, add_special_tokens=False).input_ids for part in parts]
+    assert len(ids[0]) == judge.TOKENS and len(ids[1]) < judge.TOKENS, "a part and a rest"
+    states = found.embed(parts)
+    counts = torch.tensor([len(one) for one in ids])[:, None]
+    mean = (states * counts).sum(0) / counts.sum()
+    torch.testing.assert_close(found.embed(["".join(parts), parts[1]]), torch.stack([mean, states[1]]))
+    clean, insulted = found([parts[0], "".join(parts)])
+    assert insulted > clean + 0.02
+
+
 def test_judges_tell_texts_apart_as_their_tasks_mean_it() -> None:
     rows = [{"prompt": "w"}] * len(TEXTS)
     polite, rude, neutral = load_reward("toxicity-judge")(rows, TEXTS)

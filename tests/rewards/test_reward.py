@@ -244,6 +244,40 @@ def test_callable_objects_and_partials_can_be_rewards() -> None:
     assert len(describe(len).sha256) == 64, "a builtin has no source to hash"
 
 
+class Judge:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(prompts)
+
+
+def test_name_is_the_same_in_every_process() -> None:
+    """No address: a resumed run, the cache and tables of two processes compare names."""
+    names = {describe(one).name for one in (Judge(), Judge())}
+    assert names == {f"{__name__}:Judge"}
+    given = functools.partial(score_of, Judge(), scale=2)
+    assert describe(given).name == f"{__name__}:score_of(<{__name__}.Judge object>, scale=2)"
+    assert describe(functools.partial(score_of, scale=3)).name != describe(given).name
+    assert describe(len).name == "builtins:len" and describe(Judge().__call__).name.endswith("Judge.__call__")
+
+
+def score_of(judge: Any, prompts: list[str], completions: list[str], scale: int = 1) -> list[float]:
+    return [scale * one for one in judge(prompts, completions)]
+
+
+def test_reward_that_writes_into_a_column_changes_its_own_copy_alone() -> None:
+    heard: list[int] = []
+
+    def reward(prompts: list[str], completions: list[str], messages: list[Any]) -> list[float]:
+        for talk, text in zip(messages, completions, strict=True):
+            talk.append({"role": "assistant", "content": text})
+            heard.append(len(talk))
+        return [1.0] * len(prompts)
+
+    row = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    for _ in range(2):
+        describe(reward)([row, row], ["one", "two"])
+    assert heard == [2] * 4 and len(row["messages"]) == 1
+
+
 def test_columns_that_would_clash_with_the_arguments_are_kept_back() -> None:
     heard: dict[str, Any] = {}
 

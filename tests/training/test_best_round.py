@@ -262,6 +262,9 @@ def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_re
     for changed in ({"keep_best": ""}, {"eval_top_p": 0.5}, {"judge": "none"}):
         with pytest.raises(UsageError, match=r"but the run to resume has"):
             run(folder, model, resume=True, **changed)
+    another = {"reward": lambda prompts, completions, **_: even_words(prompts, completions)}
+    with pytest.raises(UsageError, match="were measured by another reward or judge"):
+        run(folder, model, resume=True, accept_changed_reward=True, **another)
     path = folder / "rounds" / "round-1.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import logging
 import shutil
@@ -11,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import save_tiny_model
 from tiny_runs import PROMPTS, copies_at, even_words, rows, small, timeless
 
+from quark_fast.arguments import load_config, parse
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.model.copies import frozen_copy
@@ -134,7 +138,7 @@ def test_kill_in_the_middle_of_scoring_costs_one_batch(
     assert_same(tmp_path / "run", whole[0])
     evaluated = len(rows(tmp_path / "run" / "evaluation.jsonl"))
     sampled = len(rows(tmp_path / "run" / "completions.jsonl"))
-    assert sum(scored) == sampled + evaluated + 4 + 12, "with the check's and the probe's completions"
+    assert sum(scored) == sampled + evaluated + 2 * 4 + 12, "with both checks' and the probe's completions"
 
 
 def test_reward_of_one_completion_at_a_time_keeps_each_answer(
@@ -188,19 +192,130 @@ def test_damaged_file_of_batches_is_named(tmp_path: Path, line: str) -> None:
         journal.stage("round-1", decode=Scored.from_json)
 
 
+def killed_in_the_evaluation(folder: Path, model: Path, reward: Any = even_words, **settings: Any) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.stage.startswith("evaluating: best") and progress.done >= 16:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, model, reward, listen=listen, **settings)
+
+
 def test_evaluation_with_other_settings_does_not_take_the_old_ones_batches(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    def listen(progress: Progress) -> None:
-        if progress.stage.startswith("evaluating: best") and progress.done >= 30:
-            raise Killed
-
     model = tiny_model()
-    with pytest.raises(Killed):
-        run(tmp_path / "run", model, listen=listen)
+    killed_in_the_evaluation(tmp_path / "run", model)
     run(tmp_path / "run", model, resume=True, eval_samples=2)
     evaluated = Counter(row["row"] for row in rows(tmp_path / "run" / "evaluation.jsonl"))
     assert set(evaluated.values()) == {24}
+
+
+def test_evaluation_by_a_changed_reward_has_no_score_of_the_one_before(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def plus_ten(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if one is None else one + 10 for one in even_words(prompts, completions)]
+
+    model = tiny_model()
+    killed_in_the_evaluation(tmp_path / "run", model, rounds=1)
+    run(tmp_path / "run", model, plus_ten, rounds=1, resume=True, accept_changed_reward=True)
+    scores = [row["score"] for row in rows(tmp_path / "run" / "evaluation.jsonl")]
+    assert min(one for one in scores if one is not None) >= 10
+
+
+def test_settings_that_changed_at_a_resume_are_the_runs_from_then_on(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, folder = tiny_model(), tmp_path / "run"
+    killed_in_the_evaluation(folder, model, rounds=1)
+    changed = {"eval_samples": 2, "eval_top_p": 0.5, "sample_batch": 8}
+    killed_in_the_evaluation(folder, model, rounds=1, resume=True, accept_changed_reward=True, **changed)
+    saved = load_config(folder / "config.yaml")
+    assert (saved.eval_samples, saved.eval_top_p) == (2, 0.5)
+    assert saved.sample_batch == SHORT["sample_batch"], "which says what a batch of this run is"
+    assert not saved.resume and not saved.accept_changed_reward
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = parse(["--resume", "--output", str(folder)], "train")
+    Trainer(plain, reward=even_words, listen=None, **GIVEN).train()
+    assert set(Counter(row["row"] for row in rows(folder / "evaluation.jsonl")).values()) == {24}
+    assert json.loads((folder / "evaluation.json").read_text())["sampling"]["top_p"] == 0.5
+
+
+def test_judge_that_comes_at_a_resume_is_tried_out_before_the_work(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_judge.py").write_text("def broken(prompts, completions, *, reference): return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tiny_model()
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, rounds=1, listen=stop_while_learning)
+    stages: list[str] = []
+    with pytest.raises(UsageError, match="late_judge:broken raised TypeError"):
+        run(
+            tmp_path / "run",
+            model,
+            rounds=1,
+            resume=True,
+            judge="late_judge:broken",
+            listen=lambda progress: stages.append(progress.stage),
+        )
+    assert not any("learning" in stage for stage in stages)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_columns_may_be_what_json_has_no_word_for(
+    tmp_path: Path, tiny_model: Callable[..., Path], killed: bool
+) -> None:
+    own = [
+        {"prompt": text, "day": datetime.date(2026, 1, 1 + i), "tags": {"a", text}, "size": np.int64(i)}
+        for i, text in enumerate(PROMPTS)
+    ]
+    folder, given = tmp_path / "run", {"prompts": own, "held_out": own[:12]}
+    settings = SHORT | {"rounds": 1}
+
+    def listen(progress: Progress) -> None:
+        if killed and progress.stage.startswith("evaluating: best"):
+            raise Killed
+
+    model = tiny_model()
+    with pytest.raises(Killed) if killed else contextlib.nullcontext():
+        Trainer(small(folder, model, **settings), reward=even_words, listen=listen, **given).train()
+    if killed:
+        assert list((folder / "pending").glob("evaluation.*"))
+        Trainer(
+            small(folder, model, **settings, resume=True), reward=even_words, listen=None, **given
+        ).train()
+    assert (folder / "finished.json").exists()
+
+
+def test_reward_is_called_with_the_same_columns_whatever_rows_a_batch_has(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def reward(prompts: list[str], completions: list[str], keywords: list[Any]) -> list[float | None]:
+        return even_words(prompts, completions)
+
+    longer = [{"prompt": text + " w1 w2 w3", "keywords": ["w1"]} for text in PROMPTS]  # batches of their own
+    given = {"prompts": [*PROMPTS, *longer], "held_out": PROMPTS[:4]}
+    config = small(tmp_path / "run", tiny_model(), **(SHORT | {"rounds": 1}))
+    Trainer(config, reward=reward, listen=None, **given).train()
+
+    def needs(prompts: list[str], completions: list[str], keywords: list[Any]) -> list[float]:
+        return [float(text.count(words[0])) for text, words in zip(completions, keywords, strict=True)]
+
+    given = {"prompts": longer, "held_out": PROMPTS[:4]}
+    with pytest.raises(UsageError, match="needs raised TypeError"):  # before anything is sampled
+        Trainer(small(tmp_path / "other", tiny_model(), **SHORT), reward=needs, listen=None, **given)
+
+
+def test_runs_of_different_precisions_may_follow_each_other_in_one_process(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    for precision, expected in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        config = small(tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", model, precision=precision)
+        trainer = Trainer(config, reward=even_words, listen=None, **GIVEN)
+        assert trainer.accelerator.mixed_precision == expected
 
 
 # --- what "finished" means ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -269,6 +270,39 @@ def test_scored_completions_stand_before_those_that_are_sampled(first: Path, tmp
     assert [row["reward"] for row in made] == variety([], [row["completion"] for row in made])
     (one, two) = rows(second / "metrics.jsonl", kind="round")
     assert (one["samples"], two["samples"]) == (len(records) + len(prompts), len(prompts))
+
+
+def test_each_record_is_scored_with_its_own_columns_and_none_is_scored_twice(
+    first: Path, tmp_path: Path
+) -> None:
+    records = [
+        {"prompt": row["prompt"], "completion": row["completion"], **own}
+        for row, own in zip(
+            rows(first / "completions.jsonl"),
+            [{"wanted": "a"}, {"wanted": "b"}, {}] * 8,  # two of each prompt
+            strict=True,
+        )
+    ]
+    scored = written(tmp_path / "some.jsonl", records)
+    asked: list[tuple[str, Any]] = []
+    dies = iter(
+        [False, False, False, True]
+    )  # after two trials, of training and held-out prompts, and a batch
+
+    def reward(prompts: list[str], completions: list[str], wanted: list[Any]) -> list[float]:
+        if next(dies, False):
+            raise Killed
+        asked.extend(zip(completions, wanted, strict=True))
+        return variety(prompts, completions)
+
+    how = {"held_out": str(tmp_path / "held.jsonl"), "scored": scored, "initial_samples": 0}
+    config = small(tmp_path / "second", tmp_path / "model", **SHORT | how, sample_batch=8)
+    with pytest.raises(Killed):
+        Trainer(config, reward=reward).train()
+    before = len(asked)
+    Trainer(dataclasses.replace(config, resume=True), reward=reward).train()
+    brought = [(one["completion"], one.get("wanted")) for one in records]
+    assert asked[before - 8 : before] + asked[before : before + 16] == brought
 
 
 def test_file_that_changed_before_the_pool_was_there_is_refused(
