@@ -90,12 +90,12 @@ def measure(model: Any, asked: argparse.Namespace, streams: int) -> list[dict[st
         ways[kind] = functools.partial(steps.next_logits, new_tokens=asked.tokens)
     weights = torch.tensor([1.0] if streams == 1 else [1.5, -0.5], device=model.device)
     floor = least_bytes(model, asked, streams) / bytes_per_second(model.device) * 1e3
-    wanted = logits_of(ways["eager"], contexts, asked.tokens)
-    found = []
+    wanted, found = None, []
     for name, read in ways.items():
         begun = time.monotonic()
         logits = logits_of(read, contexts, asked.tokens)
         first = seconds_since(begun, model.device)
+        wanted = logits if wanted is None else wanted  # eager's, which comes first
         # bfloat16 keeps 8 bits, and each layer rounds anew; a wrong column or position makes tenths.
         gap = float((logits - wanted).abs().max() / (wanted.amax() - wanted.amin()))
         times = clocked(functools.partial(decode, read, contexts, weights, asked.tokens), asked, model.device)

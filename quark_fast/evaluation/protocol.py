@@ -201,7 +201,8 @@ def load_prompt_sets(
     def load(key: str, source: str, column: str | None) -> PromptSet:
         loaded = load_prompts(source, column=column, chat=chat)
         remark(f"{source}: {loaded.counts}")
-        return PromptSet(key, source, *with_same_columns(loaded.rows))
+        (rows,) = with_same_columns(loaded.rows)
+        return PromptSet(key, source, rows)
 
     source, column = prompts
     if source:

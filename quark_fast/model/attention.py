@@ -56,9 +56,13 @@ def mask_without_a_look(
     would be waited for at every token and every step.
     """
     look = attention_mask is None or is_free_to_read(attention_mask)
-    return sdpa_mask(
+    mask = sdpa_mask(
         attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip and look, **kwargs
     )
+    if mask is None or mask.dtype != torch.bool or mask.shape[-2] == 1:
+        return mask
+    # Padding on the left sees nothing, and some kernels make NaN of that, or of its gradient: let it see all.
+    return mask | ~mask.any(-1, keepdim=True)
 
 
 def is_free_to_read(values: Tensor) -> bool:

@@ -44,9 +44,14 @@ class Reading:
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(N, L) ids aligned at their right end, and their attention mask. The padding id is never read."""
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids = to_device([[0] * (width - len(row)) + list(row) for row in rows], device)
+    mask = to_device([[0] * (width - len(row)) + [1] * len(row) for row in rows], device)
     return ids, mask
+
+
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """The numbers as a tensor there. ``torch.tensor(values, device=...)`` would wait for a GPU."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def positions_of(mask: Tensor) -> Tensor:

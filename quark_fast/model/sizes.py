@@ -93,12 +93,13 @@ def layer_bytes(shape: Shape, tokens: int, item: int = 2) -> int:
 def sampling_bytes(shape: Shape, tokens: int, item: int = 2) -> int:
     """A row while it is sampled: cache, one layer of it a second time, a layer's work, logits of one token.
 
-    cache (1 + 1 / layers) + tokens (4 d + 3 f) item + V (item + 4): the cache has room for 64 tokens more
-    (``cache.ROOM``), a layer of it is there twice while it moves, and logits may be turned to float32.
+    cache (1 + 1 / layers) + tokens (4 d + 3 f) item + 3 tokens^2 + V (item + 4): the cache has room for 64
+    tokens more (``cache.ROOM``), a layer of it is there twice while it moves, the prompt has a mask and a
+    bias made of it, and logits may be turned to float32.
     """
     cache = cache_bytes(shape, tokens + ROOM, item)
-    logits = shape.vocabulary * (item + 4)
-    return cache + cache // shape.layers + layer_bytes(shape, tokens, item) + logits
+    logits, mask = shape.vocabulary * (item + 4), 3 * tokens**2
+    return cache + cache // shape.layers + layer_bytes(shape, tokens, item) + mask + logits
 
 
 def reading_bytes(shape: Shape, tokens: int, item: int = 2) -> int:
@@ -175,12 +176,13 @@ def state_bytes(shape: Shape, lora_rank: int, optimizer: str = "adamw") -> int:
 
 
 def loss_bytes(shape: Shape, completion_tokens: int, lora_rank: int) -> int:
-    """bfloat16 logits of policy and reference, a chunk at a time, and the head's float32 gradient (4 V d).
+    """bfloat16 logits of a chunk, and the head's float32 gradient (4 V d).
 
-    A chunk is the linear loss's on a GPU. The frozen head of adapters has no gradient.
+    Of n rows, half of a chunk, there are five: both streams' logits, the reference's, and two gradients. A
+    chunk is the linear loss's on a GPU. The frozen head of adapters has no gradient.
     """
     head = 0 if lora_rank else 4 * shape.vocabulary * shape.width
-    return 2 * 2 * chunk_rows(completion_tokens) * shape.vocabulary + head
+    return 5 * chunk_rows(completion_tokens) * shape.vocabulary + head
 
 
 def step_bytes(

@@ -10,12 +10,12 @@ from itertools import chain, groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from quark_fast.errors import UsageError
 from quark_fast.model.lookups import Lookups
+from quark_fast.runtime.memory import is_lack_of_memory
 
 # How texts share a batch, in the order in which the ways are tried.
 Batching = Literal["right", "left", "equal", "alone"]
@@ -153,7 +153,7 @@ class TextLogits:
         try:
             logits = self._batch([row])[0]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if should_reduce_batch_size(error):  # out of memory
+            if is_lack_of_memory(error):  # out of memory
                 raise
             raise UsageError(
                 f"{self.source} cannot score a text of {len(row.ids)} tokens, {_beginning(row.text)}:"
@@ -262,7 +262,7 @@ class TextLogits:
         try:
             found = torch.cat([self._batch(list(group)) for _, group in groupby(rows, key=self.group)])
         except (LookupError, RuntimeError, ValueError) as error:  # such as "Cannot handle batch sizes > 1"
-            if should_reduce_batch_size(error):
+            if is_lack_of_memory(error):
                 raise
             return False
         return (found - alone).abs().max().item() <= allowed  # NaN is not

@@ -62,6 +62,13 @@ class OutOfMemory(OutOfResources):
 T = TypeVar("T")
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory ran out: PyTorch's, as accelerate knows it, or a library's."""
+    said = str(error)
+    library = isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
+    return library or should_reduce_batch_size(error)
+
+
 def within_memory(
     work: Callable[[int], T],
     size: int,
@@ -70,7 +77,7 @@ def within_memory(
 ) -> tuple[T, int]:
     """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
 
-    accelerate decides which errors mean that memory ran out. ``smaller`` is called with each n but the first;
+    ``smaller`` is called with each n but the first;
     ``anywhere`` returns whether any process ran out, given this one's error, if any.
 
     Raises:
@@ -82,7 +89,7 @@ def within_memory(
         try:
             done.append(work(size))
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_lack_of_memory(error):
                 raise
             lack = str(error).splitlines()[0]
         # Out of the handler: the error keeps the tensors of the pass that failed.

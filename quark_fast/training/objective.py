@@ -13,6 +13,7 @@ from torch import Tensor
 from quark_fast.config import Config
 from quark_fast.model.batch import Batch, Counts, completion_hidden, completion_logits, make_batch
 from quark_fast.model.policy import Policy
+from quark_fast.model.reading import to_device
 from quark_fast.model.structure import linear_head
 from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
@@ -169,7 +170,7 @@ class Objective:
         )
         plain = better = None
         if self.contrast.base:
-            own, mirror = (torch.tensor(stream, device=self.device) for stream in streams)
+            own, mirror = (to_device(stream, self.device) for stream in streams)
             better = torch.sign(own - mirror)
         if self.kl_coef or self.contrast.base or hold:
             plain = make_batch(
@@ -254,7 +255,7 @@ class Objective:
         """
         if not part.batch.behind:
             return None
-        lengths = torch.tensor(part.batch.behind, device=self.device)
+        lengths = to_device(part.batch.behind, self.device)
         mask = torch.arange(max(part.batch.behind), device=self.device) < lengths.unsqueeze(1)
         labels = torch.zeros_like(mask, dtype=torch.long)  # any will do
         options = {**self._options(), "normalizer": part.counts.prompt_tokens, "entropy_coef": 0.0}

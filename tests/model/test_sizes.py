@@ -85,8 +85,8 @@ def test_chunk_that_is_planned_with_is_the_one_that_the_linear_loss_makes(tokens
     largest = max(len(rows) for _, rows in linear._plan(elsewhere, False, None, 1, 0))
     shape = Shape.of(config())
     assert shape is not None
-    assert sizes.loss_bytes(shape, tokens, 16) == 2 * 2 * largest * 97, "bfloat16, of two models"
-    assert sizes.loss_bytes(shape, tokens, 0) == 2 * 2 * largest * 97 + 4 * 97 * 48
+    assert sizes.loss_bytes(shape, tokens, 16) == 5 * largest * 97, "bfloat16: five of half the rows"
+    assert sizes.loss_bytes(shape, tokens, 0) == 5 * largest * 97 + 4 * 97 * 48
 
 
 def test_cache_has_as_many_bytes_as_the_arithmetic_says() -> None:

@@ -554,14 +554,15 @@ def test_compiled_step_has_no_graph_break(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU can be waited for")
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_waits_for_the_gpu(dtype: torch.dtype, inplace: bool) -> None:
     inputs = Inputs(*(value.to(DEVICE) for value in small(dtype=dtype)))
     logits = inputs.logits.clone().requires_grad_() * 1
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         quark_loss(logits, *inputs[1:], impl="triton", inplace=inplace).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -584,14 +585,15 @@ def test_from_hidden_states_as_from_whole_logits(dtype: torch.dtype) -> None:
     assert eager["gradient of weight"].abs().max() > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not ON_GPU, reason="waiting for the device can only be seen on one")
 def test_from_hidden_states_nothing_waits_for_the_gpu_without_a_mask() -> None:
     inputs = test_linear.make((2, 4))._replace(mask=None)
     there = inputs._replace(**{k: v.to(DEVICE) for k, v in inputs._asdict().items() if v is not None})
     test_linear.run(test_linear.chunked, there, chunk=3)  # compiles
     leaf = there.weight.requires_grad_()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         test_linear.chunked(there, chunk=3).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,8 @@
-"""The Triton kernel from logits to tokens, interpreted on the CPU: against its own rule in float64."""
+"""The Triton kernel from logits to tokens, on a GPU or interpreted: against its own rule in float64."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +14,21 @@ from quark_fast.ops import token_kernel
 from quark_fast.ops.rows import KERNEL_DTYPES
 from quark_fast.rollout.tokens import NextToken, draw_on_gpu
 
-pytestmark = pytest.mark.usefixtures("quick_interpreter")
+pytestmark = pytest.mark.usefixtures("quick_interpreter", "on_the_device")
 
-NONE = torch.tensor([], dtype=torch.long)
-ONE = torch.ones(1)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NONE = torch.tensor([], dtype=torch.long, device=DEVICE)
+ONE = torch.ones(1, device=DEVICE)
+
+
+@pytest.fixture
+def on_the_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def by_rule(scores: Tensor, top_p: float, uniform: Tensor) -> tuple[int, float]:
@@ -106,7 +115,7 @@ def test_the_most_probable_token_is_the_lowest_of_equals_and_what_is_left_when_n
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets
-@pytest.mark.parametrize("uniform", [None, torch.full((2, 4), 0.5)])
+@pytest.mark.parametrize("uniform", [None, torch.full((2, 4), 0.5, device=DEVICE)])
 @pytest.mark.parametrize("weights", [(1.0,), (2.5, -1.5)])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, "nothing"])
 def test_a_row_without_a_distribution_is_marked_and_the_others_are_drawn(

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from quark_fast.runtime.memory import give_back_freed_memory, most_memory
+from quark_fast.runtime.memory import give_back_freed_memory, is_lack_of_memory, most_memory
 
 
 def resident() -> int:
@@ -21,6 +22,21 @@ def test_the_most_memory_holds_what_was_there_and_is_gone() -> None:
     assert most_memory(torch.device("cpu")) >= before + size * 0.9
     del held
     assert most_memory(torch.device("cpu")) >= before + size * 0.9, "the most so far, not what is there now"
+
+
+@pytest.mark.parametrize(
+    ("error", "lack"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("a text that says: out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_whoever_says_it(error: Exception, lack: bool) -> None:
+    assert is_lack_of_memory(error) is lack
 
 
 def test_memory_that_was_freed_in_pieces_goes_back() -> None:
