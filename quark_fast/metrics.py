@@ -24,6 +24,8 @@ Statistic = Callable[[Array, Array], Array]
 Item = TypeVar("Item")
 
 RESAMPLES = 2000
+# Numbers of this size and more are refused where they come in: their sums overflow, and no plot holds them.
+LARGEST = 1e30
 # The probability inside an interval.
 _LEVEL = 0.95
 # A completion "has" the property from this score up.

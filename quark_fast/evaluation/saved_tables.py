@@ -13,7 +13,7 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.judging import judged
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
-from quark_fast.metrics import Sample
+from quark_fast.metrics import LARGEST, Sample
 from quark_fast.report.records import judges_of
 from quark_fast.report.results import BASE
 from quark_fast.rewards.reward import Reward
@@ -127,8 +127,8 @@ def _sample(fields: dict[str, Any]) -> Sample:
         raise TypeError("prompt and completion need to be texts")
     if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
         raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
-    if not all(abs(n) < 1e30 for n in numbers):
-        raise ValueError("a number is not finite, or beyond 1e30")
+    if not all(abs(n) < LARGEST for n in numbers):
+        raise ValueError(f"a number is not finite, or beyond {LARGEST:g}")
     return made
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quark_fast.metrics import LARGEST
+
 Record = Mapping[str, Any]
 Array = npt.NDArray[np.float64]
 
@@ -19,7 +21,7 @@ def number_of(record: Record, key: str) -> float:
 
 
 def _as_float(value: Any) -> float:
-    known = isinstance(value, int | float) and (abs(value) < 1e30 or value in (math.inf, -math.inf))
+    known = isinstance(value, int | float) and (abs(value) < LARGEST or value in (math.inf, -math.inf))
     return float(value) if known else math.nan
 
 
