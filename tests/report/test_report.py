@@ -447,6 +447,37 @@ def test_headline_without_an_interval_claims_no_fall():
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
 
 
+def unscored_evaluation(*unscored):
+    """The rows base model and best token; those named have no score."""
+    rows = []
+    for name in ("base model", "best token"):
+        score = None if name in unscored else 0.5
+        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(4)]
+        rows.append(MeasuredRow(name, {}, samples))
+    scorer = {"name": "my:score", "version": "source", "sha256": "0" * 64}
+    return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
+
+
+def test_result_without_any_score_is_said_to_have_none(small_run):
+    evaluation = unscored_evaluation("base model", "best token")
+    said = (
+        "Nothing was scored: my:score source gave none of the completions a score (None or NaN for each), so"
+        " nothing here says how good they are."
+    )
+    assert headline(evaluation) == (
+        f"{said} Perplexity with the best reward token in front is 6.0 (0%, 95% interval 0 to 0)."
+    )
+    run = dataclasses.replace(read_run(small_run), evaluation=evaluation)
+    assert f"<h1>{said}</h1>" in render_html(run)
+    assert said in model_card(run, Config(), Base("b", None, None)).replace("\\", "")
+    judged = headline(evaluation | {"judges": [{"name": "my:judge"}]})
+    assert "so judges alone say how good they are" in judged
+    for name in ("base model", "best token"):
+        partly = headline(unscored_evaluation(name))
+        assert partly.startswith(f"Not everything was scored: in “{name}” my:score source gave none of the")
+        assert "mean reward" not in partly.lower() and "–" not in partly
+
+
 def test_headline_says_what_the_fall_costs():
     evaluation = small_evaluation(-0.063)
     before, after = evaluation["rows"]
