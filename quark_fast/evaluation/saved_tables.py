@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.judging import judged
+from quark_fast.evaluation.judging import described, judged
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import LARGEST, Sample
-from quark_fast.report.records import judges_of
+from quark_fast.report.columns import counted
+from quark_fast.report.records import cuts_of, judges_of
 from quark_fast.report.results import BASE
 from quark_fast.rewards.reward import Reward
-from quark_fast.tasks.by_name import find_task
+from quark_fast.tasks.by_name import choose_judges, find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
 
@@ -146,6 +150,22 @@ def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None])
     return tables
 
 
+def judges_of_tables(
+    judge: str, tables: Mapping[str, dict[str, Any]], device: torch.device
+) -> tuple[Reward, ...]:
+    """The judges that ``judge`` names for the samples of saved tables, put down in ``tables``."""
+    about = tables[""]
+    config = Config(task=str(about.get("task")), target=about.get("target") or "positive", judge=judge)
+    config.check()
+    task = find_task(config.task, config.target)
+    trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
+    tasks_own = trained_by == task.reward().identity
+    judges = choose_judges(config, task, device, [trained_by], tasks_own)
+    for table in tables.values():
+        table["judges"] = described(judges)
+    return judges
+
+
 def check_saved(
     name: str,
     tables: Mapping[str, Mapping[str, Any]],
@@ -205,6 +225,7 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
             *(field_of(table, "scorer", n) for n in ("name", "version", "sha256"))
         ),
         "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
+        "prompts are read": _reading(table),
         "classes of the prompts": shown("classes_sha256", "none"),
         "samples a prompt": str(table.get("samples_per_prompt")),
         **{n: str(field_of(table, "sampling", n)) for n in sampling},
@@ -212,6 +233,13 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
         ),
     }
+
+
+def _reading(table: Mapping[str, Any]) -> str:
+    """What the models read of the prompts; tables of versions that did not say it count as whole."""
+    cuts = {counted(tokens, "token") for _, _, tokens in cuts_of(table)}
+    sha256 = str(field_of(table, "cut", "sha256"))[:12]
+    return f"cut to the last {' or '.join(sorted(cuts))} (sha256 {sha256})" if cuts else "whole"
 
 
 def _measures_text(table: Mapping[str, Any]) -> bool:

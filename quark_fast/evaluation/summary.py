@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quark_fast.data.row import Row
-from quark_fast.evaluation.held_out import EvaluationSetup
+from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
@@ -56,6 +56,7 @@ def describe_evaluation(
         "split": split,
         "prompts": len(held_out.rows),
         "prompts_sha256": _sha256([[row["prompt"] for row in held_out.rows], held_out.texts]),
+        "cut": what_was_cut({"": held_out}),
         "classes_sha256": classes_sha256(task, held_out.rows),
         "samples_per_prompt": held_out.samples,
         "text_prompt_tokens": TEXT_PROMPT,
@@ -89,6 +90,24 @@ def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
     """Of the prompts' classes; None where the task has none, or a row none yet."""
     classes = [row.get("prompt_class") for row in rows]
     return _sha256(classes) if task.prompt_classes and None not in classes else None
+
+
+def what_was_cut(held_out: Mapping[str, HeldOut]) -> dict[str, Any] | None:
+    """Which models read the last tokens alone of how many prompts, and the hash of what all of them read.
+
+    Args:
+        held_out: by the model's name; "" for the only one.
+    Returns:
+        None: every model reads every prompt whole.
+    """
+    cut = [
+        {"model": name, "prompts": one.cut, "tokens": max(map(len, one.ids))}
+        for name, one in held_out.items()
+        if one.cut
+    ]
+    # Models that read the same tokens count once: a run's own table compares with one of several runs.
+    read = sorted({_sha256(one.ids) for one in held_out.values()})
+    return {"by": cut, "sha256": read[0] if len(read) == 1 else _sha256(read)} if cut else None
 
 
 def _sha256(value: Any) -> str:

@@ -38,6 +38,21 @@ def lists_of(records: Sequence[Record], key: str) -> Array:
     return table
 
 
+def cuts_of(evaluation: Record) -> list[tuple[str, int, int]]:
+    """(model, prompts, tokens): how many prompts a model read the last tokens alone of, and how many at most.
+
+    The model is "" where it is the only one; a file may hold anything.
+    """
+    cut = evaluation.get("cut")
+    by = cut.get("by") if isinstance(cut, dict) else None
+    found = []
+    for one in by if isinstance(by, list) else []:
+        prompts, tokens = (one.get(key) if isinstance(one, dict) else None for key in ("prompts", "tokens"))
+        if isinstance(prompts, int) and isinstance(tokens, int):
+            found.append((str(one.get("model") or ""), prompts, tokens))
+    return found
+
+
 def judges_of(evaluation: Record) -> list[Record]:
     """What a table says of its judges; a file may hold anything."""
     judges = evaluation.get("judges")

@@ -458,6 +458,58 @@ def test_texts_measured_without_a_prompt_do_not_compare_with_texts_behind_one(sh
         check_comparable("now", now, "before", before)
 
 
+@pytest.fixture(scope="module")
+def long_prompts(place: Path) -> dict[str, Any]:
+    """Runs that read the last 3 tokens of a prompt, the last 4, or all; prompts of 6 words, and one of 3."""
+    for name, most in (("cut", 3), ("cut-too", 3), ("longer", 4), ("whole", 0)):
+        settings = {"long_prompts": "cut", "max_prompt_tokens": most, "reward": "test_side_by_side:evens"}
+        save_run(place / "runs" / name, "base", 4, **settings)
+    (place / "long.txt").write_text("w1 w2 w3 w4 w5 w6\nw7 w8 w9 w10 w11 w12\nw1 w2 w3")
+    return {"prompts": "long.txt", "rows": "best"}
+
+
+def test_prompts_cut_for_a_model_are_told_of_every_model_and_under_the_table(
+    place: Path, long_prompts: dict[str, Any]
+) -> None:
+    told = "2 of 3 texts of long.txt cut to their last 3 tokens"
+    assert Evaluator(["runs/cut"], **long_prompts).remarks[1:] == [told]
+    evaluator = Evaluator(["runs/cut", "stranger"], **long_prompts)
+    # The stranger's tokens are letters and pairs of them.
+    assert f"cut: {told}" in evaluator.remarks
+    assert "stranger: 3 of 3 texts of long.txt cut to their last 3 tokens" in evaluator.remarks
+    shown = str(evaluator.evaluate())
+    assert "2 of these prompts were cut to the last 3 tokens for cut." in shown
+    assert "3 of these prompts were cut to the last 3 tokens for stranger." in shown
+    assert "were cut" not in str(made("runs/whole", **long_prompts))
+
+
+def test_tables_compare_where_the_models_read_the_same_of_their_prompts(
+    place: Path, tmp_path: Path, long_prompts: dict[str, Any]
+) -> None:
+    runs = {
+        "cut": ["runs/cut"],
+        "both": ["runs/cut", "runs/cut-too"],
+        "longer": ["runs/longer"],
+        "whole": ["runs/whole"],
+    }
+    done = {name: made(*subjects, **long_prompts) for name, subjects in runs.items()}
+    path = {name: saved(tmp_path / f"{name}.json", one) for name, one in done.items()}
+    Evaluator([path["cut"], path["both"]])
+    for one, other, named in (
+        ("cut", "whole", r"read cut to the last 3 tokens \(sha256 \w{12}\) in the one, whole in the other"),
+        ("whole", "cut", r"prompts are read whole in the one, cut to the last 3 tokens"),
+        ("longer", "cut", r"prompts are read cut to the last 4 tokens .* in the one, cut to the last 3 tok"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            Evaluator([path[one], path[other]])
+        with pytest.raises(UsageError, match=named):
+            Evaluator([*runs[one], path[other]], **long_prompts)
+    older = {key: value for key, value in done["whole"].table.items() if key != "cut"}
+    old = saved(tmp_path / "old.json", Evaluated(older, done["whole"].samples))
+    names = [row["name"] for row in made(path["whole"], old).table["rows"]]
+    assert names == ["whole: base model", "whole: best token"], "of which old repeats every row"
+
+
 def test_same_scorer_of_another_hash_or_version_does_not_compare(place: Path, tmp_path: Path) -> None:
     done = made("base", **SMALL)
     first = saved(tmp_path / "first.json", done)
