@@ -34,6 +34,10 @@ class SavedTable:
     tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
     samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
 
+    def measured_texts(self, key: str) -> bool:
+        """Whether any row of a table has measures of ordinary texts."""
+        return any(one.text_tokens for part in self.samples[key].values() for one in part)
+
     def judged(self, judges: Sequence[Reward]) -> SavedTable:
         """The same with these judges' measures in its samples."""
         samples = {
@@ -164,6 +168,35 @@ def judges_of_tables(
     for table in tables.values():
         table["judges"] = described(judges)
     return judges
+
+
+def with_other_texts(
+    tables: Mapping[str, Mapping[str, Any]], saved: Sequence[SavedTable], remark: Callable[[str], None]
+) -> list[str]:
+    """The tables, by key, in which perplexity of text and accuracy on text do not compare between all rows.
+
+    They are of a model's own tokens, so they compare where these are the same. A table of an earlier version
+    does not say which they were. Where every perplexity is of the sampled tokens, all models have the
+    tokenizer of the one model that measures it, and so the same tokens.
+
+    Args:
+        tables: those of the models that are sampled, without their rows; they may be none.
+    """
+    found = []
+    for key in saved[0].tables if saved else ():
+        own = [tables[key]] if tables.get(key, {}).get("text_tokens_sha256") else []
+        every = [*own, *(one.tables[key] for one in saved if key in one.tables and one.measured_texts(key))]
+        known = {str(one) for table in every if (one := table.get("text_tokens_sha256"))}
+        told = all(table.get("text_tokens_sha256") for table in every)
+        sampled = all(field_of(table, "perplexity", "tokens") == "sampled" for table in every)
+        if len(known) > 1 or (len(every) > 1 and not told and not sampled):
+            found.append(key)
+    if found:
+        remark(
+            "perplexity of text and accuracy on text are left out: they compare between models of one"
+            " tokenizer, and these tables are of several, or do not say it"
+        )
+    return found
 
 
 def check_saved(

@@ -29,6 +29,7 @@ from quark_fast.evaluation.saved_tables import (
     check_saved,
     described_tables,
     judges_of_tables,
+    with_other_texts,
 )
 from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
 from quark_fast.evaluation.summary import (
@@ -37,6 +38,7 @@ from quark_fast.evaluation.summary import (
     describe_evaluation,
     summarise,
     what_was_cut,
+    without_texts,
 )
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
@@ -155,6 +157,7 @@ class Evaluator:
                 )
             self.tables = described_tables(self.saved, self.remarks.append)
             check_saved(self.saved[0].given, self.tables, self.saved)
+            self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
             if judge is not None:
                 judges = judges_of_tables(judge, self.tables, self.device)
                 self.subjects = {label: one.judged(judges) for label, one in tables.items()}
@@ -172,6 +175,7 @@ class Evaluator:
         self._choose_perplexity(ppl_model)
         self.tables = {domain.key: self._describe(domain) for domain in self.domains}
         check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
+        self.other_texts = with_other_texts(self.tables, self.saved, self.remarks.append)
         self._check_reward()
 
     # ---------------------------------------------------------------- checks
@@ -283,6 +287,8 @@ class Evaluator:
                     rows += subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
                 else:
                     rows += measured[label, key]
+            if key in self.other_texts:
+                rows, about = [without_texts(row) for row in rows], about | {"text_tokens_sha256": None}
             made = summarise(rows, about)
             table = table | {key: made} if key else made
             mark = {key: True} if key else {}

@@ -458,6 +458,68 @@ def test_texts_measured_without_a_prompt_do_not_compare_with_texts_behind_one(sh
         check_comparable("now", now, "before", before)
 
 
+WITH_TEXTS: dict[str, Any] = {
+    "task": "toxicity",
+    "judge": "none",
+    "prompts": "prompts.txt",
+    "samples": 1,
+    "max_new_tokens": 3,
+}
+OF_TEXTS = {"text_perplexity", "text_accuracy"}
+
+
+def of_texts(done: Evaluated) -> set[str]:
+    """The measures of ordinary texts that any row has, and none else may have a column."""
+    found = {key for row in done.table["rows"] for part in ("metrics", "change") for key in row[part] or ()}
+    assert OF_TEXTS & {*done.table["columns"], *done.table["more_columns"]} == OF_TEXTS & found
+    assert ("perplexity of text" in str(done)) == ("text_perplexity" in found)
+    assert all(bool(row["text_tokens"]) == bool(OF_TEXTS & found) for row in done.samples)
+    return OF_TEXTS & found
+
+
+def without_hash(done: Evaluated) -> Evaluated:
+    """As versions before it was stored wrote the table."""
+    table = {key: value for key, value in done.table.items() if key != "text_tokens_sha256"}
+    return Evaluated(table, done.samples)
+
+
+def test_measures_of_text_stay_out_of_tables_of_different_tokenizers_as_of_such_models(
+    place: Path, tmp_path: Path
+) -> None:
+    how = {**WITH_TEXTS, "ppl_model": "base"}
+    done = {name: made(name, **how) for name in ("base", "cousin", "stranger")}
+    path = {name: saved(tmp_path / f"{name}.json", one) for name, one in done.items()}
+    assert of_texts(done["base"]) == of_texts(done["stranger"]) == OF_TEXTS, "each alone has them"
+    assert of_texts(made("base", "stranger", **how)) == set()
+    for subjects, settings in ((["stranger"], how), ([path["stranger"]], {})):
+        evaluator = Evaluator([path["base"], *subjects], **settings)
+        assert "perplexity of text and accuracy on text are left out" in evaluator.remarks[-1]
+        beside = evaluator.evaluate()
+        assert of_texts(beside) == set() and beside.table["text_tokens_sha256"] is None
+        again = made(saved(tmp_path / "again.json", beside))
+        assert of_texts(again) == set() and len(again.table["rows"]) == 2
+    # Of one tokenizer they stay, and change as in an evaluation of both models together.
+    beside, together = made(path["base"], path["cousin"]), made("base", "cousin", **how)
+    assert of_texts(beside) == OF_TEXTS
+    changes = [{key: one.table["rows"][1]["change"][key] for key in OF_TEXTS} for one in (beside, together)]
+    assert changes[0] == changes[1]
+
+
+def test_measures_of_text_of_tables_that_do_not_say_their_tokens_stay_where_these_must_be_the_same(
+    place: Path, tmp_path: Path
+) -> None:
+    by_text = {name: made(name, **WITH_TEXTS, ppl_model="base") for name in ("base", "cousin")}
+    new, old = saved(tmp_path / "new.json", by_text["base"]), without_hash(by_text["cousin"])
+    before = saved(tmp_path / "before.json", old)
+    assert of_texts(made(before)) == OF_TEXTS, "alone"
+    assert of_texts(made(new, before)) == set(), "the tokenizer may be any"
+    # Perplexities of the sampled tokens by one model: all models have its tokenizer.
+    sampled = {"one": made("base", **WITH_TEXTS), "two": made("base", "cousin", **WITH_TEXTS)}
+    one = saved(tmp_path / "one.json", without_hash(sampled["one"]))
+    for two in (sampled["two"], without_hash(sampled["two"])):
+        assert of_texts(made(one, saved(tmp_path / "two.json", two))) == OF_TEXTS
+
+
 @pytest.fixture(scope="module")
 def long_prompts(place: Path) -> dict[str, Any]:
     """Runs that read the last 3 tokens of a prompt, the last 4, or all; prompts of 6 words, and one of 3."""
