@@ -222,11 +222,11 @@ class Config(
         return count
 
     def guidances(self) -> list[float]:
-        """The values of w to evaluate; none where the best token is evaluated alone."""
+        """The values of w to evaluate, each once; none where the best token is evaluated alone."""
         text = self.eval_guidance
         if text is None:
             text = "1.5,2" if self.eval_rows == "all" else "1.5"
-        values = numbers("eval_guidance", text)
+        values = list(dict.fromkeys(numbers("eval_guidance", text)))
         return [] if self.eval_rows == "best" else values
 
     def goal(self) -> Goal | None:

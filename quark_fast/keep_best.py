@@ -144,7 +144,9 @@ class Goal:
         """The same with bounds just loose enough for the round that is nearest to them; None: none is."""
 
         def distance(measures: Measures) -> float:
-            return max((bound.excess(measures, base) for bound in self.bounds), default=math.inf)
+            """Infinite where one is not known: max() alone would pass over a NaN that is not its first."""
+            beyond = [bound.excess(measures, base) for bound in self.bounds]
+            return math.inf if any(map(math.isnan, beyond)) else max(beyond, default=math.inf)
 
         near = [m for m in rounds if distance(m) < math.inf and not math.isnan(m[self.measure])]
         if not near:

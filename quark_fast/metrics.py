@@ -24,6 +24,8 @@ Statistic = Callable[[Array, Array], Array]
 Item = TypeVar("Item")
 
 RESAMPLES = 2000
+# Numbers of this size and more are refused where they come in: their sums overflow, and no plot holds them.
+LARGEST = 1e30
 # The probability inside an interval.
 _LEVEL = 0.95
 # A completion "has" the property from this score up.
@@ -43,7 +45,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change:
-    """after - before, and after / before - 1, each with its interval, paired by prompt."""
+    """after - before, and after / before - 1 if `before` is above 0; with intervals, paired by prompt."""
 
     difference: float
     low: float
@@ -149,7 +151,8 @@ def _change(before: _Sums, after: _Sums, resamples: int) -> Change:
     new = after.statistic(drawn[:, 2], drawn[:, 3])
     difference = new - old
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        relative = np.where(old == 0, np.nan, new / old - 1)
+        # Of a value of 0 or below, as a judge's or a KL's may be, a share says nothing.
+        relative = np.where(old > 0, new / old - 1, np.nan)
     prompts = before.totals.size
     return Change(
         float(difference[0]),
@@ -238,7 +241,8 @@ def compare(
 ) -> dict[str, Change]:
     """How each metric of `evaluate_samples` changes between two samplings of the same prompts.
 
-    A metric that one side lacks is left out; a relative change is NaN where a resample of `before` gives 0.
+    A metric that one side lacks is left out; a relative change is NaN where `before` is 0 or below, and its
+    interval where a resample of `before` is.
 
     Raises:
         ValueError: as for `evaluate_samples`, or the two sides have different prompt ids.

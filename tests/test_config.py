@@ -474,6 +474,7 @@ def test_weights_are_shares_and_guidances_are_numbers() -> None:
     assert Config(quantiles=3, quantile_weights="1, 0, 3").quantile_shares() == [0.25, 0, 0.75]
     assert Config(eval_guidance="3, -2").guidances() == [3.0, -2.0]
     assert Config(eval_guidance="").guidances() == []
+    assert Config(eval_guidance="2, 3,2.0, 2e0").guidances() == [2.0, 3.0], "each value is one row"
     default = {rows: Config(eval_rows=rows).guidances() for rows in ("ends", "all", "best")}
     assert default == {"ends": [1.5], "all": [1.5, 2.0], "best": []}
 

@@ -162,6 +162,15 @@ def test_no_change_is_exactly_zero_with_an_empty_interval():
     assert not change.excludes_zero
 
 
+def test_relative_change_of_a_value_below_zero_is_undefined_and_its_difference_known():
+    change = mean_change([-2.0, -2.2], [-1.0, -1.2])
+    assert change.difference == pytest.approx(1.0) and change.excludes_zero
+    assert math.isnan(change.relative) and math.isnan(change.relative_low)
+    # A resample below zero leaves the share's interval open, not its value.
+    change = mean_change([-1.0, 3.0], [-1.0, 4.0])
+    assert change.relative == pytest.approx(0.5) and math.isnan(change.relative_high)
+
+
 def test_relative_change_from_zero_is_undefined_and_not_infinite():
     change = mean_change([0.0, 0.0], [1.0, 1.0])
     assert change.difference == 1.0

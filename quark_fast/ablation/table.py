@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quark_fast.report.columns import COLUMNS, scores_are_rewards
+from quark_fast.report.columns import COLUMNS, find_column, is_plain
 from quark_fast.report.results import BASE, scorer_line
 
 
@@ -22,8 +22,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """The results as texts, a heading first; mean over the seeds, and with several +- their deviation."""
     before = results[BASE]
     named = {point["run"]: point["value"] for point in reversed(results["points"])} | {"base": "base"}
-    # A mean reward may be 0 or below.
-    change = _difference if results["headline"] == "mean" and scores_are_rewards(results) else _percent
+    change = _difference if is_plain(find_column(results["headline"]), results) else _percent
     return [
         [
             "axis",

@@ -13,6 +13,7 @@ from quark_fast.data.prompts import check_depth, find_prompt, with_prompt, wrong
 from quark_fast.data.readers import listed, read_rows
 from quark_fast.data.row import Rendered, Row, from_file, messages
 from quark_fast.errors import UsageError
+from quark_fast.metrics import LARGEST
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,11 @@ def _reward(value: Any, where: str) -> float | None:
         number = math.inf
     if math.isnan(number):
         return None
-    if math.isinf(number):
-        raise UsageError(f"{where}: reward {value!r:.80} is no finite number; give numbers, higher is better")
+    if abs(number) >= LARGEST:
+        raise UsageError(
+            f"{where}: reward {value!r:.80} is no finite number below {LARGEST:g} in size; give such numbers,"
+            " higher is better"
+        )
     return number
 
 

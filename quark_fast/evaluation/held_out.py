@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from quark_fast.config import Config
-from quark_fast.data.row import Row
+from quark_fast.data.row import Row, is_chat
 from quark_fast.evaluation.judging import begin_judging
 from quark_fast.evaluation.perplexity import TEXT_PROMPT, Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
@@ -51,6 +51,7 @@ class HeldOut:
         samples: completions of each prompt.
         texts: where there are any, the ids of each prompt's held-out text, which begins with the prompt.
         classified: the rows' ``prompt_class`` is ours, no column of the user's: a reward need not take it.
+        cut: prompts of which the model reads the last tokens alone.
     """
 
     rows: Sequence[Row]
@@ -58,6 +59,7 @@ class HeldOut:
     samples: int
     texts: Sequence[Sequence[int]] = ()
     classified: bool = False
+    cut: int = 0
 
     def for_reward(self, index: int) -> Row:
         """A prompt's row with the columns that the user gave."""
@@ -69,7 +71,9 @@ class HeldOut:
         """Rows as the policy's token ids; ``options`` are those of ``encode_rows``."""
         cut, most = config.long_prompts == "cut", policy.room_of(config)
         rows, ids, texts = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
-        return cls(rows, ids, config.eval_samples, texts)
+        full = [row for row, own in zip(rows, ids, strict=True) if cut and not texts and len(own) == most]
+        shortened = sum(len(policy.encode(row["prompt"], chat=is_chat(row))) > most for row in full)
+        return cls(rows, ids, config.eval_samples, texts, cut=shortened)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.judging import judged
+from quark_fast.evaluation.judging import described, judged
 from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
-from quark_fast.metrics import Sample
-from quark_fast.report.records import judges_of
+from quark_fast.metrics import LARGEST, Sample
+from quark_fast.report.columns import counted
+from quark_fast.report.records import cuts_of, judges_of
 from quark_fast.report.results import BASE
 from quark_fast.rewards.reward import Reward
-from quark_fast.tasks.by_name import find_task
+from quark_fast.tasks.by_name import choose_judges, find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
 
@@ -29,6 +33,10 @@ class SavedTable:
     given: str
     tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
     samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
+
+    def measured_texts(self, key: str) -> bool:
+        """Whether any row of a table has measures of ordinary texts."""
+        return any(one.text_tokens for part in self.samples[key].values() for one in part)
 
     def judged(self, judges: Sequence[Reward]) -> SavedTable:
         """The same with these judges' measures in its samples."""
@@ -127,8 +135,8 @@ def _sample(fields: dict[str, Any]) -> Sample:
         raise TypeError("prompt and completion need to be texts")
     if not all(isinstance(n, int) and 0 <= n < 2**53 for n in counts):
         raise TypeError("prompt_id, tokens, text_correct and text_tokens need to be counts")
-    if not all(abs(n) < 1e30 for n in numbers):
-        raise ValueError("a number is not finite, or beyond 1e30")
+    if not all(abs(n) < LARGEST for n in numbers):
+        raise ValueError(f"a number is not finite, or beyond {LARGEST:g}")
     return made
 
 
@@ -144,6 +152,51 @@ def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None])
         about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
         tables[key] = about | shown_metrics(task)
     return tables
+
+
+def judges_of_tables(
+    judge: str, tables: Mapping[str, dict[str, Any]], device: torch.device
+) -> tuple[Reward, ...]:
+    """The judges that ``judge`` names for the samples of saved tables, put down in ``tables``."""
+    about = tables[""]
+    config = Config(task=str(about.get("task")), target=about.get("target") or "positive", judge=judge)
+    config.check()
+    task = find_task(config.task, config.target)
+    trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
+    tasks_own = trained_by == task.reward().identity
+    judges = choose_judges(config, task, device, [trained_by], tasks_own)
+    for table in tables.values():
+        table["judges"] = described(judges)
+    return judges
+
+
+def with_other_texts(
+    tables: Mapping[str, Mapping[str, Any]], saved: Sequence[SavedTable], remark: Callable[[str], None]
+) -> list[str]:
+    """The tables, by key, in which perplexity of text and accuracy on text do not compare between all rows.
+
+    They are of a model's own tokens, so they compare where these are the same. A table of an earlier version
+    does not say which they were. Where every perplexity is of the sampled tokens, all models have the
+    tokenizer of the one model that measures it, and so the same tokens.
+
+    Args:
+        tables: those of the models that are sampled, without their rows; they may be none.
+    """
+    found = []
+    for key in saved[0].tables if saved else ():
+        own = [tables[key]] if tables.get(key, {}).get("text_tokens_sha256") else []
+        every = [*own, *(one.tables[key] for one in saved if key in one.tables and one.measured_texts(key))]
+        known = {str(one) for table in every if (one := table.get("text_tokens_sha256"))}
+        told = all(table.get("text_tokens_sha256") for table in every)
+        sampled = all(field_of(table, "perplexity", "tokens") == "sampled" for table in every)
+        if len(known) > 1 or (len(every) > 1 and not told and not sampled):
+            found.append(key)
+    if found:
+        remark(
+            "perplexity of text and accuracy on text are left out: they compare between models of one"
+            " tokenizer, and these tables are of several, or do not say it"
+        )
+    return found
 
 
 def check_saved(
@@ -205,6 +258,7 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
             *(field_of(table, "scorer", n) for n in ("name", "version", "sha256"))
         ),
         "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
+        "prompts are read": _reading(table),
         "classes of the prompts": shown("classes_sha256", "none"),
         "samples a prompt": str(table.get("samples_per_prompt")),
         **{n: str(field_of(table, "sampling", n)) for n in sampling},
@@ -212,6 +266,13 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
         ),
     }
+
+
+def _reading(table: Mapping[str, Any]) -> str:
+    """What the models read of the prompts; tables of versions that did not say it count as whole."""
+    cuts = {counted(tokens, "token") for _, _, tokens in cuts_of(table)}
+    sha256 = str(field_of(table, "cut", "sha256"))[:12]
+    return f"cut to the last {' or '.join(sorted(cuts))} (sha256 {sha256})" if cuts else "whole"
 
 
 def _measures_text(table: Mapping[str, Any]) -> bool:

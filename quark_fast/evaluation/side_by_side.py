@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -21,20 +20,32 @@ from quark_fast.evaluation.held_out import (
     evaluation_sampling,
     first_completions,
 )
-from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.protocol import PromptSet, choose_protocol, load_prompt_sets
-from quark_fast.evaluation.saved_tables import SavedTable, check_saved, described_tables
+from quark_fast.evaluation.saved_tables import (
+    SavedTable,
+    check_saved,
+    described_tables,
+    judges_of_tables,
+    with_other_texts,
+)
 from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
-from quark_fast.evaluation.summary import MeasuredRow, classes_sha256, describe_evaluation, summarise
+from quark_fast.evaluation.summary import (
+    MeasuredRow,
+    classes_sha256,
+    describe_evaluation,
+    summarise,
+    what_was_cut,
+    without_texts,
+)
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.tables import markdown_page
-from quark_fast.tasks.by_name import GivenReward, choose_judges, find_task
+from quark_fast.tasks.by_name import GivenReward
 
 Listen = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -118,7 +129,8 @@ class Evaluator:
     ) -> None:
         self.subjects = find_subjects(subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
-        self.saved = [s for s in self.subjects.values() if isinstance(s, SavedTable)]
+        tables = {label: s for label, s in self.subjects.items() if isinstance(s, SavedTable)}
+        self.saved = list(tables.values())
         self.listen, self.seed = listen, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
@@ -145,8 +157,10 @@ class Evaluator:
                 )
             self.tables = described_tables(self.saved, self.remarks.append)
             check_saved(self.saved[0].given, self.tables, self.saved)
+            self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
             if judge is not None:
-                self._judge_saved(judge)
+                judges = judges_of_tables(judge, self.tables, self.device)
+                self.subjects = {label: one.judged(judges) for label, one in tables.items()}
             return
         models = list(self.live.values())
         asked: dict[str, Any] = {"task": task, "target": target, "scorer_label": scorer_label, "judge": judge}
@@ -161,25 +175,10 @@ class Evaluator:
         self._choose_perplexity(ppl_model)
         self.tables = {domain.key: self._describe(domain) for domain in self.domains}
         check_saved("this evaluation", self.tables, self.saved, self.protocol.task.prompt_classes)
+        self.other_texts = with_other_texts(self.tables, self.saved, self.remarks.append)
         self._check_reward()
 
     # ---------------------------------------------------------------- checks
-
-    def _judge_saved(self, judge: str) -> None:
-        """Have the samples of saved tables judged as they are."""
-        about = self.tables[""]
-        config = Config(task=str(about.get("task")), target=about.get("target") or "positive", judge=judge)
-        config.check()
-        task = find_task(config.task, config.target)
-        trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
-        tasks_own = trained_by == task.reward().identity
-        judges = choose_judges(config, task, self.device, [trained_by], tasks_own)
-        for table in self.tables.values():
-            table["judges"] = described(judges)
-        self.subjects = {
-            label: one.judged(judges) if isinstance(one, SavedTable) else one
-            for label, one in self.subjects.items()
-        }
 
     def _open_all(self) -> None:
         """Load every model once and let it go again, so that what cannot be loaded shows now.
@@ -195,10 +194,11 @@ class Evaluator:
                 opened.reference()
             policy = opened.policy
             self.dtypes.add(policy.model.dtype)
-            # Prompts are left out by the first model's tokens; the others' counts are not logged.
-            remark = self.remarks.append if label == self.lead else lambda _: None
+            said: list[str] = []
             for domain in self.domains:
-                domain.encode(label, policy, self.config, remark)
+                domain.encode(label, policy, self.config, said.append)
+            # Each model has its own tokens and positions, so prompts are cut, or left out, by each.
+            self.remarks += said if len(self.live) == 1 else [f"{label}: {one}" for one in said]
             words = policy.tokenizer.get_vocab().items()
             self.vocabularies[label] = {token: i for token, i in words if i < policy.vocabulary}
         self.opened = opened
@@ -255,7 +255,8 @@ class Evaluator:
         about = describe_evaluation(setup, task, target, domain.split, w, self.perplexity, self.dtypes)
         seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}
         trained_on = {label: count for label, count in seen.items() if count}
-        return about | {"source": domain.source, "trained_on": trained_on}
+        about |= {"source": domain.source, "cut": what_was_cut(domain.held_out)}
+        return about | {"trained_on": trained_on}
 
     def _check_reward(self) -> None:
         """The first model's completions of a few prompts are scored before the long work."""
@@ -286,6 +287,8 @@ class Evaluator:
                     rows += subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
                 else:
                     rows += measured[label, key]
+            if key in self.other_texts:
+                rows, about = [without_texts(row) for row in rows], about | {"text_tokens_sha256": None}
             made = summarise(rows, about)
             table = table | {key: made} if key else made
             mark = {key: True} if key else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from quark_fast.data.row import Row
-from quark_fast.evaluation.held_out import EvaluationSetup
+from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
@@ -56,9 +57,11 @@ def describe_evaluation(
         "split": split,
         "prompts": len(held_out.rows),
         "prompts_sha256": _sha256([[row["prompt"] for row in held_out.rows], held_out.texts]),
+        "cut": what_was_cut({"": held_out}),
         "classes_sha256": classes_sha256(task, held_out.rows),
         "samples_per_prompt": held_out.samples,
         "text_prompt_tokens": TEXT_PROMPT,
+        "text_tokens_sha256": _sha256(texts) if (texts := held_out.texts or setup.controls) else None,
         "sampling": {
             "top_p": sampling.top_p,
             "temperature": sampling.temperature,
@@ -73,14 +76,16 @@ def describe_evaluation(
 
 
 _OF_DRAWS = {"entropy", "base_kl"}
+OF_TEXTS = {"text_perplexity", "text_accuracy"}
 # Metrics that need no reward.
-_OF_TEXT = {"perplexity", "prompt_fit", "dist2", "dist3", "text_perplexity", "text_accuracy"} | _OF_DRAWS
+_WITHOUT_REWARD = {"perplexity", "prompt_fit", "dist2", "dist3"} | OF_TEXTS | _OF_DRAWS
 
 
 def shown_metrics(task: Task, scored: bool = True) -> dict[str, Any]:
     """Which metrics the tables of a task show; those of completions without rewards, if not ``scored``."""
     columns, more = (
-        [key for key in keys if scored or key in _OF_TEXT] for keys in (task.columns, task.more_columns)
+        [key for key in keys if scored or key in _WITHOUT_REWARD]
+        for keys in (task.columns, task.more_columns)
     )
     return {"headline": task.headline if scored else "perplexity", "columns": columns, "more_columns": more}
 
@@ -91,21 +96,50 @@ def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
     return _sha256(classes) if task.prompt_classes and None not in classes else None
 
 
+def what_was_cut(held_out: Mapping[str, HeldOut]) -> dict[str, Any] | None:
+    """Which models read the last tokens alone of how many prompts, and the hash of what all of them read.
+
+    Args:
+        held_out: by the model's name; "" for the only one.
+    Returns:
+        None: every model reads every prompt whole.
+    """
+    cut = [
+        {"model": name, "prompts": one.cut, "tokens": max(map(len, one.ids))}
+        for name, one in held_out.items()
+        if one.cut
+    ]
+    # Models that read the same tokens count once: a run's own table compares with one of several runs.
+    read = sorted({_sha256(one.ids) for one in held_out.values()})
+    return {"by": cut, "sha256": read[0] if len(read) == 1 else _sha256(read)} if cut else None
+
+
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def without_texts(row: MeasuredRow) -> MeasuredRow:
+    """The same without what its model made of ordinary texts."""
+    samples = [dataclasses.replace(one, text_nll=0.0, text_correct=0, text_tokens=0) for one in row.samples]
+    return dataclasses.replace(row, samples=samples)
 
 
 def summarise(rows: Sequence[MeasuredRow], about: Mapping[str, Any]) -> dict[str, Any]:
     """A whole table, as in ``evaluation.json``: each row's metrics, and its change against the first row.
 
     It has no columns for entropy and KL where no row has any: not ours to draw, or drawn before there were.
+    Nor has it any for ordinary texts where none was measured.
     """
     first, metrics = rows[0], [evaluate_samples(row.samples) for row in rows]
-    lacking = _OF_DRAWS.difference(*metrics)
-    more = [key for key in about.get("more_columns", ()) if key not in lacking]
+    lacking = (_OF_DRAWS | OF_TEXTS).difference(*metrics)
+    columns = {
+        name: [key for key in about[name] if key not in lacking]
+        for name in ("columns", "more_columns")
+        if name in about
+    }
     return {
         **about,
-        **({"more_columns": more} if "more_columns" in about else {}),
+        **columns,
         "rows": [
             {
                 "name": row.name,

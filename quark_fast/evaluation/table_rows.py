@@ -55,10 +55,16 @@ def table_rows(
     best = quantiles - 1
     chosen = [TableRow(BASE, base=True), TableRow("best token", Conditioning(best))]
     if rows != "best" and best:
-        chosen += [TableRow(f"guided w={w:g}", Conditioning(best, 0, w)) for w in guidance if w != 1.0]
+        weights = [w for w in dict.fromkeys(guidance) if w != 1.0]
+        chosen += [TableRow(f"guided w={_shown(w)}", Conditioning(best, 0, w)) for w in weights]
         if rows == "all":
             chosen += [TableRow(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1)]
         chosen.append(TableRow("worst token", Conditioning(0)))
     if rows == "all":
         chosen.append(TableRow("no token"))
     return chosen
+
+
+def _shown(w: float) -> str:
+    """In six digits, or in all where these are another number: rows that differ have names that do."""
+    return f"{w:g}" if float(f"{w:g}") == w else repr(w)

@@ -71,7 +71,10 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
     try:
         if without := [name for name, run in runs.items() if not run.evaluation]:
             raise UsageError(f"{' and '.join(without)}: not evaluated")
-        made = Evaluator([str(folder / "evaluation.json") for folder in folders]).evaluate()
+        evaluator = Evaluator([str(folder / "evaluation.json") for folder in folders])
+        for remark in evaluator.remarks:
+            notices.print(remark)
+        made = evaluator.evaluate()
         table, samples = made.table, [one for one in made.samples if not one.get("out_of_domain")]
     except UsageError as error:  # or evaluated by other scorers, prompts, sampling: shown apart
         why = str(error)

@@ -13,13 +13,18 @@ from quark_fast.report.records import Record, judges_of
 
 @dataclass(frozen=True)
 class Column:
-    """One metric as the tables show it; `fill` puts in `{property}` and `{target}`."""
+    """One metric as the tables show it; `fill` puts in `{property}` and `{target}`.
+
+    Attributes:
+        plain: a reward as it is, of any size and sign, whose change is a difference; see `is_plain`.
+    """
 
     key: str
     title: str
     short: str
     style: Literal["3 digits", "2 digits", "percent", "1 digit"]
     meaning: str
+    plain: bool = False
 
 
 # Every metric that a table may show; which ones it does, the task decides.
@@ -159,6 +164,11 @@ def scores_are_rewards(evaluation: Record) -> bool:
     return evaluation.get("property") == "reward"
 
 
+def is_plain(column: Column, evaluation: Record) -> bool:
+    """Whether its numbers are rewards as they are: of one of 0 or below a percentage says nothing."""
+    return column.plain or (column.key == "mean" and scores_are_rewards(evaluation))
+
+
 def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     """What the tables of an evaluation show, its headline metric first; without `more`, the terminal's."""
     keys = [headline_column(evaluation).key, *evaluation.get("columns", _TOXICITY_COLUMNS)]
@@ -177,9 +187,10 @@ def judge_columns(evaluation: Record) -> list[Column]:
     for judge in judges_of(evaluation):
         if name := one_line(clean(str(judge.get("name"))))[:60]:
             what = one_line(clean(str(judge.get("property") or "score")))[:60]
-            plain = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
-            meaning = f"The mean {plain}, which took no part in training."
-            found.append(Column(judge_measure(str(judge.get("name"))), plain, "judge", "3 digits", meaning))
+            title = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
+            meaning = f"The mean {title}, which took no part in training."
+            key = judge_measure(str(judge.get("name")))
+            found.append(Column(key, title, "judge", "3 digits", meaning, judge.get("property") is None))
     return found
 
 
@@ -240,8 +251,8 @@ def _format_difference(difference: float, style: str) -> str:
 
 
 def format_change(change: Change, column: Column, evaluation: Record) -> tuple[str, str]:
-    """A change and its bounds: in percent; of a mean reward, which may be 0 or below, as a difference."""
-    if column.key == "mean" and scores_are_rewards(evaluation):
+    """A change and its bounds: in percent; of what `is_plain` as a difference."""
+    if is_plain(column, evaluation):
         parts = (change.difference, change.low, change.high)
         value, low, high = (_format_difference(part, column.style) for part in parts)
     else:

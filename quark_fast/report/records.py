@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quark_fast.metrics import LARGEST
+
 Record = Mapping[str, Any]
 Array = npt.NDArray[np.float64]
 
@@ -19,7 +21,7 @@ def number_of(record: Record, key: str) -> float:
 
 
 def _as_float(value: Any) -> float:
-    known = isinstance(value, int | float) and (abs(value) < 1e30 or value in (math.inf, -math.inf))
+    known = isinstance(value, int | float) and (abs(value) < LARGEST or value in (math.inf, -math.inf))
     return float(value) if known else math.nan
 
 
@@ -34,6 +36,21 @@ def lists_of(records: Sequence[Record], key: str) -> Array:
     for index, values in enumerate(lists):
         table[index, : len(values)] = [_as_float(value) for value in values]
     return table
+
+
+def cuts_of(evaluation: Record) -> list[tuple[str, int, int]]:
+    """(model, prompts, tokens): how many prompts a model read the last tokens alone of, and how many at most.
+
+    The model is "" where it is the only one; a file may hold anything.
+    """
+    cut = evaluation.get("cut")
+    by = cut.get("by") if isinstance(cut, dict) else None
+    found = []
+    for one in by if isinstance(by, list) else []:
+        prompts, tokens = (one.get(key) if isinstance(one, dict) else None for key in ("prompts", "tokens"))
+        if isinstance(prompts, int) and isinstance(tokens, int):
+            found.append((str(one.get("model") or ""), prompts, tokens))
+    return found
 
 
 def judges_of(evaluation: Record) -> list[Record]:

@@ -162,12 +162,26 @@ def without_reward(evaluation: Record) -> bool:
     return scorer_name(evaluation) == "none"
 
 
+def unscored_rows(evaluation: Record) -> list[Record]:
+    """The rows of which the scorer gave no completion a number; none where there is no reward."""
+    if without_reward(evaluation):
+        return []
+    return [row for row in rows_of(evaluation) if interval_of(row, "unscored").value == 1]
+
+
 def _what_is_missing(evaluation: Record) -> str:
-    """What a table lacks that no reward scored."""
-    if not without_reward(evaluation):
-        return ""
+    """What a table lacks that no reward scored, or rows of it."""
     judged = "judges alone say" if judges_of(evaluation) else "nothing here says"
-    return f"No reward was given, so {judged} how good the completions are."
+    if without_reward(evaluation):
+        return f"No reward was given, so {judged} how good the completions are."
+    if not (unscored := unscored_rows(evaluation)):
+        return ""
+    scorer = scorer_name(evaluation) or "the scorer"
+    gave = f"{scorer} gave none of the completions a score (None or NaN for each)"
+    if len(unscored) == len(rows_of(evaluation)):
+        return f"Nothing was scored: {gave}, so {judged} how good they are."
+    names = ", ".join(f"“{name_of(row)}”" for row in unscored)
+    return f"Not everything was scored: in {names} {gave}."
 
 
 def _by_judges(evaluation: Record) -> str:
@@ -194,8 +208,8 @@ def _what_it_costs(evaluation: Record) -> str:
     cell = cell_of(evaluation, row, fluency)
     if cell.value == "–" or not cell.change_bounds:
         return ""
-    title = fill(fluency.title, evaluation).capitalize()
-    return f"{title} with it is {cell.value} ({cell.change}, 95% interval {cell.change_bounds})."
+    title, it = fill(fluency.title, evaluation).capitalize(), "it" if _result(evaluation) else _how(row)
+    return f"{title} with {it} is {cell.value} ({cell.change}, 95% interval {cell.change_bounds})."
 
 
 def _what_it_takes(evaluation: Record) -> str:
@@ -204,6 +218,8 @@ def _what_it_takes(evaluation: Record) -> str:
     if row is None or best is None or way_of(name_of(row)) != "guided" or ": " in name_of(row):
         return ""
     alone = cell_of(evaluation, best, headline_column(evaluation))
+    if best in unscored_rows(evaluation):
+        return ""
     bounds = f", 95% interval {alone.change_bounds}" if alone.change_bounds else ""
     change = f" ({alone.change}{bounds})" if alone.change else ""
     return (
@@ -220,6 +236,8 @@ def _result(evaluation: Record) -> str:
     column = headline_column(evaluation)
     subject = fill(column.title, evaluation).capitalize()
     old = cell_of(evaluation, before, column)
+    if any(one in unscored_rows(evaluation) for one in (before, row)):  # which _what_is_missing says
+        return ""
     if row is None or row is before:
         interval = f" (95% interval {old.bounds})" if old.bounds else ""
         return f"{subject} of {name_of(before)} is {old.value}{interval}."

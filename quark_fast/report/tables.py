@@ -20,7 +20,7 @@ from quark_fast.report.columns import (
     headline_column,
     one_line,
 )
-from quark_fast.report.records import Record
+from quark_fast.report.records import Record, cuts_of
 from quark_fast.report.results import (
     Way,
     base_name,
@@ -125,6 +125,9 @@ def notes(evaluation: Record) -> list[str]:
             found.append(
                 f"{counted(count, 'of these prompts was', 'of these prompts were')} trained on by {name}."
             )
+    for name, count, tokens in cuts_of(evaluation):
+        were = counted(count, "of these prompts was", "of these prompts were")
+        found.append(f"{were} cut to the last {counted(tokens, 'token')}{f' for {name}' if name else ''}.")
     return [clean(line) for line in found]
 
 

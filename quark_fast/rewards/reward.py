@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
+from quark_fast.metrics import LARGEST
 from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.failure import told
@@ -269,6 +270,9 @@ def _number(name: str, value: Any) -> float:
         number = float(plain)
     except OverflowError:  # a whole number of more than 308 digits
         number = math.inf
-    if math.isinf(number):
-        raise UsageError(f"reward {name} returned {value!r:.80}; return finite numbers or None")
+    if abs(number) >= LARGEST:
+        raise UsageError(
+            f"reward {name} returned {value!r:.80}; return finite numbers below {LARGEST:g} in size, or None:"
+            " scale larger ones down, or take their logarithm"
+        )
     return number

@@ -422,6 +422,8 @@ def test_curves_over_guidance_and_over_quantiles_hold_the_rows_that_lie_on_them(
     assert list(ends) == ["base model", "best token", "guided w=1.5", "worst token"]
     assert ends == {name: table[name] for name in ends}
     assert table_rows(4, [1.5], "best") == [table["base model"], table["best token"]]
+    close = [row.name for row in table_rows(2, [2.0, 1.0, 2.0000001, 2.0], "ends")]
+    assert close == ["base model", "best token", "guided w=2", "guided w=2.0000001", "worst token"]
     two = [row.name for row in table_rows(2, [], "all")]
     assert two == ["base model", "best token", "worst token", "no token"]
 

@@ -458,6 +458,120 @@ def test_texts_measured_without_a_prompt_do_not_compare_with_texts_behind_one(sh
         check_comparable("now", now, "before", before)
 
 
+WITH_TEXTS: dict[str, Any] = {
+    "task": "toxicity",
+    "judge": "none",
+    "prompts": "prompts.txt",
+    "samples": 1,
+    "max_new_tokens": 3,
+}
+OF_TEXTS = {"text_perplexity", "text_accuracy"}
+
+
+def of_texts(done: Evaluated) -> set[str]:
+    """The measures of ordinary texts that any row has, and none else may have a column."""
+    found = {key for row in done.table["rows"] for part in ("metrics", "change") for key in row[part] or ()}
+    assert OF_TEXTS & {*done.table["columns"], *done.table["more_columns"]} == OF_TEXTS & found
+    assert ("perplexity of text" in str(done)) == ("text_perplexity" in found)
+    assert all(bool(row["text_tokens"]) == bool(OF_TEXTS & found) for row in done.samples)
+    return OF_TEXTS & found
+
+
+def without_hash(done: Evaluated) -> Evaluated:
+    """As versions before it was stored wrote the table."""
+    table = {key: value for key, value in done.table.items() if key != "text_tokens_sha256"}
+    return Evaluated(table, done.samples)
+
+
+def test_measures_of_text_stay_out_of_tables_of_different_tokenizers_as_of_such_models(
+    place: Path, tmp_path: Path
+) -> None:
+    how = {**WITH_TEXTS, "ppl_model": "base"}
+    done = {name: made(name, **how) for name in ("base", "cousin", "stranger")}
+    path = {name: saved(tmp_path / f"{name}.json", one) for name, one in done.items()}
+    assert of_texts(done["base"]) == of_texts(done["stranger"]) == OF_TEXTS, "each alone has them"
+    assert of_texts(made("base", "stranger", **how)) == set()
+    for subjects, settings in ((["stranger"], how), ([path["stranger"]], {})):
+        evaluator = Evaluator([path["base"], *subjects], **settings)
+        assert "perplexity of text and accuracy on text are left out" in evaluator.remarks[-1]
+        beside = evaluator.evaluate()
+        assert of_texts(beside) == set() and beside.table["text_tokens_sha256"] is None
+        again = made(saved(tmp_path / "again.json", beside))
+        assert of_texts(again) == set() and len(again.table["rows"]) == 2
+    # Of one tokenizer they stay, and change as in an evaluation of both models together.
+    beside, together = made(path["base"], path["cousin"]), made("base", "cousin", **how)
+    assert of_texts(beside) == OF_TEXTS
+    changes = [{key: one.table["rows"][1]["change"][key] for key in OF_TEXTS} for one in (beside, together)]
+    assert changes[0] == changes[1]
+
+
+def test_measures_of_text_of_tables_that_do_not_say_their_tokens_stay_where_these_must_be_the_same(
+    place: Path, tmp_path: Path
+) -> None:
+    by_text = {name: made(name, **WITH_TEXTS, ppl_model="base") for name in ("base", "cousin")}
+    new, old = saved(tmp_path / "new.json", by_text["base"]), without_hash(by_text["cousin"])
+    before = saved(tmp_path / "before.json", old)
+    assert of_texts(made(before)) == OF_TEXTS, "alone"
+    assert of_texts(made(new, before)) == set(), "the tokenizer may be any"
+    # Perplexities of the sampled tokens by one model: all models have its tokenizer.
+    sampled = {"one": made("base", **WITH_TEXTS), "two": made("base", "cousin", **WITH_TEXTS)}
+    one = saved(tmp_path / "one.json", without_hash(sampled["one"]))
+    for two in (sampled["two"], without_hash(sampled["two"])):
+        assert of_texts(made(one, saved(tmp_path / "two.json", two))) == OF_TEXTS
+
+
+@pytest.fixture(scope="module")
+def long_prompts(place: Path) -> dict[str, Any]:
+    """Runs that read the last 3 tokens of a prompt, the last 4, or all; prompts of 6 words, and one of 3."""
+    for name, most in (("cut", 3), ("cut-too", 3), ("longer", 4), ("whole", 0)):
+        settings = {"long_prompts": "cut", "max_prompt_tokens": most, "reward": "test_side_by_side:evens"}
+        save_run(place / "runs" / name, "base", 4, **settings)
+    (place / "long.txt").write_text("w1 w2 w3 w4 w5 w6\nw7 w8 w9 w10 w11 w12\nw1 w2 w3")
+    return {"prompts": "long.txt", "rows": "best"}
+
+
+def test_prompts_cut_for_a_model_are_told_of_every_model_and_under_the_table(
+    place: Path, long_prompts: dict[str, Any]
+) -> None:
+    told = "2 of 3 texts of long.txt cut to their last 3 tokens"
+    assert Evaluator(["runs/cut"], **long_prompts).remarks[1:] == [told]
+    evaluator = Evaluator(["runs/cut", "stranger"], **long_prompts)
+    # The stranger's tokens are letters and pairs of them.
+    assert f"cut: {told}" in evaluator.remarks
+    assert "stranger: 3 of 3 texts of long.txt cut to their last 3 tokens" in evaluator.remarks
+    shown = str(evaluator.evaluate())
+    assert "2 of these prompts were cut to the last 3 tokens for cut." in shown
+    assert "3 of these prompts were cut to the last 3 tokens for stranger." in shown
+    assert "were cut" not in str(made("runs/whole", **long_prompts))
+
+
+def test_tables_compare_where_the_models_read_the_same_of_their_prompts(
+    place: Path, tmp_path: Path, long_prompts: dict[str, Any]
+) -> None:
+    runs = {
+        "cut": ["runs/cut"],
+        "both": ["runs/cut", "runs/cut-too"],
+        "longer": ["runs/longer"],
+        "whole": ["runs/whole"],
+    }
+    done = {name: made(*subjects, **long_prompts) for name, subjects in runs.items()}
+    path = {name: saved(tmp_path / f"{name}.json", one) for name, one in done.items()}
+    Evaluator([path["cut"], path["both"]])
+    for one, other, named in (
+        ("cut", "whole", r"read cut to the last 3 tokens \(sha256 \w{12}\) in the one, whole in the other"),
+        ("whole", "cut", r"prompts are read whole in the one, cut to the last 3 tokens"),
+        ("longer", "cut", r"prompts are read cut to the last 4 tokens .* in the one, cut to the last 3 tok"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            Evaluator([path[one], path[other]])
+        with pytest.raises(UsageError, match=named):
+            Evaluator([*runs[one], path[other]], **long_prompts)
+    older = {key: value for key, value in done["whole"].table.items() if key != "cut"}
+    old = saved(tmp_path / "old.json", Evaluated(older, done["whole"].samples))
+    names = [row["name"] for row in made(path["whole"], old).table["rows"]]
+    assert names == ["whole: base model", "whole: best token"], "of which old repeats every row"
+
+
 def test_same_scorer_of_another_hash_or_version_does_not_compare(place: Path, tmp_path: Path) -> None:
     done = made("base", **SMALL)
     first = saved(tmp_path / "first.json", done)
@@ -490,7 +604,7 @@ def test_table_of_an_earlier_version_that_names_no_prompts_is_refused(place: Pat
         (lambda t, s: (t | {"prompts": 2**62}, s), r"has not 2 samples of each of 4611686018427387904"),
         (lambda t, s: (t, [{**s[0], "row": "x"}, *s[1:]]), r"jsonl:1 is no sample of .*KeyError"),
         (lambda t, s: (t, [{**s[0], "nll": math.inf}, *s[1:]]), r"jsonl:1 .*not finite"),
-        (lambda t, s: (t, [{**s[0], "score": 1e308}, *s[1:]]), r"jsonl:1 .*beyond 1e30"),
+        (lambda t, s: (t, [{**s[0], "score": 1e308}, *s[1:]]), r"jsonl:1 .*beyond 1e\+30"),
         (lambda t, s: (t, [*s[:-1], {**s[-1], "tokens": "9"}]), r"jsonl:12 .*counts"),
         (lambda t, s: (t, [{**s[0], "measures": [1]}, *s[1:]]), r"jsonl:1 is no sample"),
         (lambda t, s: (t, [[1]]), r"jsonl:1 is no sample"),

@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from quark_fast.config import Config
-from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
+from quark_fast.evaluation.summary import MeasuredRow, summarise
+from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
-from quark_fast.report.page import comparison_page, write_report
+from quark_fast.report.page import comparison_page, render_html, write_report
 from quark_fast.report.result_plots import plot_dial
 from quark_fast.report.results import headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
@@ -331,6 +332,50 @@ def test_a_plain_reward_changes_by_a_difference_since_its_mean_may_be_below_zero
         assert "≥" not in shown and "max" not in shown  # what such a reward has not
 
 
+def judged_evaluation(judge, base, after):
+    """Tables of a plain reward with a judge whose mean goes from ``base`` to ``after``; property as given."""
+    name = judge_measure("my:quality")
+    spread = np.linspace(-0.1, 0.1, 20)
+
+    def row(row_name, mean):
+        samples = [Sample(i, "p", "a b c", mean + x, 9.0, 5, {name: mean + x}) for i, x in enumerate(spread)]
+        return MeasuredRow(row_name, {}, samples)
+
+    about = {
+        "task": "toxicity",
+        "property": "reward",
+        "headline": "mean",
+        "columns": ["mean", "perplexity"],
+        "more_columns": [],
+        "judges": [{"name": "my:quality", "version": "source", "sha256": "1" * 64, **judge}],
+    }
+    return summarise([row("base model", base), row("best token", after)], about)
+
+
+@pytest.mark.parametrize(("base", "after"), [(-2.0, -1.0), (-0.5, 0.5), (0.5, 1.5)])
+@pytest.mark.parametrize("judge", [{"property": None}, {}], ids=["plain", "not said"])
+def test_a_judge_of_plain_scores_changes_by_a_difference_everywhere(small_run, judge, base, after):
+    evaluation = judged_evaluation(judge, base, after)
+    run = dataclasses.replace(read_run(small_run), evaluation=evaluation)
+    said = "score with the best reward token in front is"
+    shown = {
+        "headline": headline(evaluation),
+        "page": Page(render_html(run)).text,
+        "card": model_card(run, Config(), Base("b", None, None)).replace("\\", ""),
+    }
+    for where, text in shown.items():
+        assert re.search(rf"{said} \S+ \(\+1\.000, 95% interval \+1\.000 to \+1\.000\)", text), where
+    cells = re.findall(r'<i class="\w+">(.*?)</i>', render_html(run))
+    assert cells == ["+1.000", "+1.000", "0%"], "of reward, judge and perplexity"
+    for one in (markdown_page(evaluation), rendered(results_table(evaluation))):
+        assert "+1.000" in one and "%" not in one.replace("95%", "")
+
+
+def test_a_judge_of_a_property_changes_in_percent():
+    found = headline(judged_evaluation({"property": "harm"}, 0.5, 0.25))
+    assert "harm with the best reward token in front is .250 (−50%, 95% interval −" in found
+
+
 def task_run(folder, task, score_of):
     """A run of one of the other tasks, its base model's row and its best token's."""
     write_run(folder, prompts=30, samples=2)
@@ -400,6 +445,37 @@ def test_headline_without_an_interval_claims_no_fall():
     evaluation = small_evaluation(-0.063)
     evaluation["rows"][1]["change"] = None
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
+
+
+def unscored_evaluation(*unscored):
+    """The rows base model and best token; those named have no score."""
+    rows = []
+    for name in ("base model", "best token"):
+        score = None if name in unscored else 0.5
+        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(4)]
+        rows.append(MeasuredRow(name, {}, samples))
+    scorer = {"name": "my:score", "version": "source", "sha256": "0" * 64}
+    return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
+
+
+def test_result_without_any_score_is_said_to_have_none(small_run):
+    evaluation = unscored_evaluation("base model", "best token")
+    said = (
+        "Nothing was scored: my:score source gave none of the completions a score (None or NaN for each), so"
+        " nothing here says how good they are."
+    )
+    assert headline(evaluation) == (
+        f"{said} Perplexity with the best reward token in front is 6.0 (0%, 95% interval 0 to 0)."
+    )
+    run = dataclasses.replace(read_run(small_run), evaluation=evaluation)
+    assert f"<h1>{said}</h1>" in render_html(run)
+    assert said in model_card(run, Config(), Base("b", None, None)).replace("\\", "")
+    judged = headline(evaluation | {"judges": [{"name": "my:judge"}]})
+    assert "so judges alone say how good they are" in judged
+    for name in ("base model", "best token"):
+        partly = headline(unscored_evaluation(name))
+        assert partly.startswith(f"Not everything was scored: in “{name}” my:score source gave none of the")
+        assert "mean reward" not in partly.lower() and "–" not in partly
 
 
 def test_headline_says_what_the_fall_costs():
@@ -529,7 +605,7 @@ def test_plain_models_have_a_headline_and_texts_without_a_reward_token(finished_
     assert main_row(table)["name"] == "best-of-worst"
     assert headline(table).startswith("Mean toxicity ") and "“best-of-worst”" in headline(table)
     page = Page(comparison_page(table, samples, {"command": "python -m quark_fast.evaluate gpt2"}))
-    assert "relative to gpt2 on the same prompts" in page.text
+    assert "against gpt2 on the same prompts" in page.text
     assert "the quarter where gpt2 scored worst" in page.text
     alone, _ = several(finished_run, ["gpt2"])
     mean = alone["rows"][0]["metrics"]["mean"]

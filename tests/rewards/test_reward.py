@@ -87,6 +87,10 @@ def test_numbers_of_numpy_and_torch_are_numbers(values: Any) -> None:
     assert rewards.tolist() == [1.0, 0.0, -2.0]
 
 
+def test_large_rewards_that_tables_can_show_are_kept() -> None:
+    assert returning([9e29, -9e29, 0.0])(ROWS, TEXTS).tolist() == [9e29, -9e29, 0.0]
+
+
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_wrong_length_is_refused_with_both_lengths(count: int) -> None:
     assert f"returned {count} values for 3 completions" in refusal([0.0] * count)
@@ -105,6 +109,10 @@ def test_wrong_length_is_refused_with_both_lengths(count: int) -> None:
         (np.float32("-inf"), "inf); return finite"),
         ({"score": 1}, "{'score': 1}"),
         (10**400, "return finite"),
+        # The sum of a few overflows, and from 1e30 on no table would show them.
+        (1e308, "1e+308; return finite numbers below 1e+30 in size, or None: scale larger ones down"),
+        (np.float64(-3.5e38), "-3.5e+38"),
+        (-(10**30), "return finite"),
     ],
 )
 def test_value_that_is_no_number_is_refused_and_shown(value: Any, shown: str) -> None:

@@ -358,6 +358,15 @@ def test_property_of_a_task_is_its_rewards(task: Task) -> None:
 # --- the goal alone ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", [-2.0, 0.0, math.nan])
+@pytest.mark.parametrize("bound", ["judge<=0.9", "judge>=0.9"])
+def test_no_bound_is_relative_to_a_judges_value_that_is_not_above_zero(bound: str, value: float) -> None:
+    goal = Goal.parse(f"reward:max, {bound}")
+    goal.check_base({"reward": -3.0, "judge": 0.1})
+    with pytest.raises(UsageError, match=rf"{bound} is relative .* which is {value:.4g} .* must be above 0"):
+        goal.check_base({"reward": -3.0, "judge": value})
+
+
 def test_best_round_is_the_first_of_the_lowest_within_the_bounds() -> None:
     goal = Goal.parse(" judge : min ,perplexity<=1.10,  dist3 >= 0.9")
     assert str(goal) == "judge:min, perplexity<=1.1, dist3>=0.9"
@@ -389,3 +398,14 @@ def test_looser_goal_is_just_loose_enough_for_the_nearest_round() -> None:
     unbounded = goal.looser(base, [near | {"dist3": 0.0001}])
     assert unbounded is not None and "dist3" not in str(unbounded)
     assert goal.looser(base, [far | {"judge": math.nan}]) is None
+
+
+def test_round_without_the_measure_of_any_bound_is_within_none_and_loosens_none() -> None:
+    goal = Goal.parse("reward:max, perplexity<=1.1, judge<=0.9, dist3>=0.9")
+    base = {"reward": -20.0, "perplexity": 20.0, "judge": 0.3, "dist3": 0.8}
+    known = {"reward": 0.0, "perplexity": 60.0, "judge": 0.3, "dist3": 0.8}
+    for bound in goal.bounds:  # wherever it stands: max(2, NaN) is 2, max(NaN, 2) NaN
+        unknown = known | {"reward": 1.0, "perplexity": 40.0, bound.measure: math.nan}
+        assert bound in goal.beyond(unknown, base) and goal.best(base, [unknown]) is None
+        assert goal.looser(base, [unknown]) is None
+        assert str(goal.looser(base, [unknown, known])) == "reward:max, perplexity<=3, judge<=1, dist3>=0.9"

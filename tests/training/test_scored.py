@@ -133,6 +133,7 @@ def test_completions_of_prompts_that_are_too_short_or_long_are_left_out(first: P
         ({"prompt": "p", "completion": "c", "reward": "good"}, "record 1: reward 'good' is no finite number"),
         ({"prompt": "p", "completion": "c", "reward": float("inf")}, "reward inf is no finite number"),
         ({"prompt": "p", "completion": "c", "reward": 10**400}, "is no finite number"),
+        ({"prompt": "p", "completion": "c", "reward": -1e308}, r"reward -1e\+308 is no finite number below"),
         ({"prompt": "p", "completion": "c", "reward": 1, "ended": "no"}, "'no' is neither true nor false"),
         ({"chosen": "a", "rejected": "b"}, "no completion to use; 2 without a prompt; it has 'chosen'"),
         ({"prompt": "p", "text": "c"}, "holds no completion to use; it has 'prompt', 'text'"),
