@@ -66,6 +66,10 @@ PEERS = {
         "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
         " reward less the mean of the eight, over their standard deviation.",
     ),
+    "GRPO with equal samples": Peer(
+        "GRPO of TRL, as many samples",
+        "the same until it has scored as many completions as ours, whatever time that takes.",
+    ),
     "RLOO": Peer(
         "RLOO of TRL",
         "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
