@@ -171,9 +171,10 @@ def summary_table(table: Mapping[str, Any]) -> str:
             percent = re.sub("^[+-]0%", "0%", f"{100 * all_seeds['relative']:+.0f}%")
             fall = "" if row["row"] == "base" else f", {percent}"
             cells.append(f"{value}{fall} ({low} to {high})")
-        cells.append("" if row["row"] == "base" else f"{row['minutes']:.0f}")
+        trained = row["minutes"] > 0
+        cells += [f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"] if trained else ["", ""]
         lines.append(cells)
-    return markdown(["", *heads.values(), "CPU minutes"], lines)
+    return markdown(["", *heads.values(), "CPU minutes", "scored samples"], lines)
 
 
 # --------------------------------------------------------------------- what runs leave in docs/results

@@ -28,6 +28,7 @@ def row(method: str, name: str | None = None, minutes: float = 12.0, **settings:
         "row": name or method,
         "settings": settings,
         "minutes": minutes,
+        "scored": 2538,
         "all seeds": {metric: {"value": 0.2, "relative": -0.104} for metric in names},
         "seeds": [{metric: {"value": value} for metric in names} for value in (0.1, 0.3)],
     }
@@ -44,6 +45,7 @@ def test_every_method_has_a_name_and_a_line_of_its_own(task_tables: ModuleType) 
         row("ours", "guided w=1.5"),
         row("Quark as published", "best token", learning_rate=1e-3),
         row("GRPO", learning_rate=1e-4, beta=0.05),
+        row("GRPO with equal samples", learning_rate=4e-5, beta=0.05),
         row("RLOO", learning_rate=1.5e-4, beta=0.05),
         row("DPO", learning_rate=4e-5, beta=0.1),
         row("DPO", learning_rate=4e-5, beta=0.3),
@@ -59,14 +61,15 @@ def test_every_method_has_a_name_and_a_line_of_its_own(task_tables: ModuleType) 
         "ours, guided w = 1.5",
         "Quark as published, best token, step size 1e-3",
         "GRPO of TRL, step size 1e-4",
+        "GRPO of TRL, as many samples, step size 4e-5",
         "RLOO of TRL, step size 1.5e-4",
         "DPO of TRL, step size 4e-5, beta 0.1",
         "DPO of TRL, step size 4e-5, beta 0.3",
         "KTO of TRL, step size 1e-5",
         "fine-tuning on the best fifth (RAFT), step size 4e-5",
     ]
-    assert lines[0].endswith("| 0.2 (0.1 to 0.3) |  |"), "the base model takes no minutes"
-    assert lines[1].endswith("| 0.2, -10% (0.1 to 0.3) | 0 |")
+    assert lines[1].endswith("| 0.2, -10% (0.1 to 0.3) |  |  |"), "what trains nothing takes no minutes"
+    assert lines[2].endswith("| 0.2, -10% (0.1 to 0.3) | 12.0 | 2,538 |")
 
     explained = task_tables.explanations(table)
     named = [line.split("*: ")[0].removeprefix("*") for line in explained]
