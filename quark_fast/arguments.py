@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ class _ConfigParser(Parser, HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def typed(self, name: str, value: Any) -> Any:
-        """The YAML value in the setting's type; YAML reads 1e-3 as a text and 1 as an integer.
+        """A YAML value in the setting's type, from what is written there.
 
         Raises:
             ValueError: it is of no such type.
@@ -161,17 +162,17 @@ class _ConfigParser(Parser, HfArgumentParser):
             return None
         if value is None and flag.type is str:
             raise ValueError(f"{name} is null; give a text, or leave it out")
-        if flag.type is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        if flag.type is int and re.fullmatch(r"[-+]?\d+\.0*", str(value)):
+            value = str(value).partition(".")[0]
         try:
-            if flag.type is string_to_bool and not isinstance(value, bool):
+            if flag.type is string_to_bool and str(value).lower() not in ("true", "false"):
                 raise argparse.ArgumentError(flag, "as a flag it might be yes or 1, too")
             typed = self._get_value(flag, str(value))
             self._check_value(flag, typed)
         except argparse.ArgumentError:
             choices = ", ".join(map(repr, flag.choices or ()))
             wanted = f"choose from {choices}" if choices else f"give {_KINDS[flag.type]}"
-            raise ValueError(f"{name} = {value!r}; {wanted}") from None
+            raise ValueError(f"{name} = {value!r:.80}; {wanted}") from None
         return typed
 
 
@@ -247,7 +248,7 @@ def _read_run(parser: _ConfigParser, path: Path) -> dict[str, Any]:
     return _read_yaml(parser, path, of_run=True)
 
 
-def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
+def _of_today(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's record with the names and choices that were others when it was written."""
     if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole one, as ``Config.save`` writes it
         settings.setdefault("long_prompts", "cut")  # what every run did before it was a setting
@@ -263,27 +264,34 @@ def _of_today(settings: dict[Any, Any]) -> dict[Any, Any]:
 def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Config)}
     try:
-        settings = _flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8"))
+        settings: dict[str, Any] = dict(_flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8")))
         if of_run:
             settings = _of_today(settings)
         for name, value in settings.items():
             if name not in known:
                 raise ValueError(unknown_setting(name, known))
             settings[name] = parser.typed(name, value)
-    # A date without its day, a number of thousands of digits, bytes that are no text: ValueErrors all.
+    # Bytes that are no text, and whatever else is wrong: ValueErrors all.
     except (OSError, EOFError, zlib.error, ValueError, TooLarge, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
     return settings
 
 
-def _flat_mapping(text: str) -> dict[Any, Any]:
-    """The mapping of single values that a YAML text holds.
+_NULLS = {"", "~", "null", "Null", "NULL"}
+
+
+def _flat_mapping(text: str) -> dict[str, str | None]:
+    """The mapping of single values that a YAML text holds, as they are written there; None: null.
+
+    Each setting knows its own type: to YAML ``off`` is False, ``1:30`` ninety and ``010`` eight.
 
     Nothing else is built: lists within lists nest without end, aliases of aliases multiply without end, and
     a tag's value may be one that the tag's constructor never expected.
     """
-    depth, name = 0, ""
+    settings: dict[str, str | None] = {}
+    depth, documents, name = 0, 0, None
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        documents += isinstance(event, yaml.DocumentStartEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("aliases (*name) are not read; write the value again")
         if getattr(event, "tag", None) is not None:
@@ -294,9 +302,16 @@ def _flat_mapping(text: str) -> dict[Any, Any]:
                 raise ValueError(f"{name} = a list or a mapping; give a single value")
             if not isinstance(event, yaml.MappingStartEvent):
                 raise ValueError("needs 'setting: value' lines")
-        name = getattr(event, "value", name)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-    settings = yaml.safe_load(text)
-    if not isinstance(settings, dict):
+        if not isinstance(event, yaml.ScalarEvent) or depth == 0:
+            continue
+        if name is not None:
+            settings[name] = None if event.style is None and event.value in _NULLS else event.value
+            name = None
+        elif event.value in settings:
+            raise ValueError(f"{event.value} stands there twice; leave one out")
+        else:
+            name = event.value
+    if documents != 1 or not settings:
         raise ValueError("needs 'setting: value' lines")
     return settings

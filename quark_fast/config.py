@@ -18,7 +18,7 @@ from quark_fast.errors import UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.keep_best import Goal
 from quark_fast.near_names import unknown_setting
-from quark_fast.settings import MOST
+from quark_fast.settings import COLDEST, MOST, STRONGEST
 
 # The contrast of the runs until November 2026: with the mirror token alone, as a plain log loss.
 ONE_CONTRAST: dict[str, Any] = {"contrast_with": "mirror", "contrast_margin": 1.0}
@@ -265,6 +265,17 @@ class Config(
         """Name of the setting that holds the temperature of later rounds."""
         return "temperature" if self.explore_temperature is None else "explore_temperature"
 
+    def remarks(self) -> list[str]:
+        """What is no error, but hardly meant."""
+        steps = self.rounds * self.steps
+        if self.warmup_steps <= steps:
+            return []
+        share = steps / self.warmup_steps
+        return [
+            f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step size"
+            f" ends at {share:.0%} of its own; give --warmup-steps {max(1, steps // 10)}"
+        ]
+
     def decay(self, step: int, rounds: int | None = None) -> float:
         """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0.
 
@@ -290,6 +301,7 @@ class Config(
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; give {wanted}")
         self._check_scored()
         self._check_lengths()
+        self._check_sampling()
         self._check_greedy()
         self._check_learning()
         if self.rollout == "vllm":
@@ -332,6 +344,15 @@ class Config(
                 f"prefix_tokens = {self.prefix_tokens} leaves no held-out text within max_prompt_tokens ="
                 f" {self.max_prompt_tokens}"
             )
+
+    def _check_sampling(self) -> None:
+        """Beyond these numbers a token's probability is none in float32."""
+        for name in ("temperature", self._exploring_by, "eval_temperature"):
+            if 0 < (value := getattr(self, name)) < COLDEST:
+                raise UsageError(f"{name} = {value:g}; give at least {COLDEST:g}, or 0, which is greedy")
+        for name, values in (("guidance", [self.guidance]), ("eval_guidance", self.guidances())):
+            if strange := [value for value in values if abs(value) > STRONGEST]:
+                raise UsageError(f"{name} = {strange[0]:g}; give at most {STRONGEST:g} in size")
 
     def _check_greedy(self) -> None:
         for name, samples in (

@@ -118,13 +118,14 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         for remark in evaluator.remarks:
             notices.print(remark)
         made = evaluator.evaluate()
-    console.print(headline(made.table))
-    for title, table in tables(made.table):
-        console.print(results_table(table, title))
+    # First the files: standard output may be a pipe that nobody reads any more.
     for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
         with replacing(path) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         notices.print(f"written: {path}")
+    console.print(headline(made.table))
+    for title, table in tables(made.table):
+        console.print(results_table(table, title))
 
 
 def _texts(

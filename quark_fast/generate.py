@@ -13,6 +13,7 @@ from rich.table import Table
 from quark_fast.arguments import Parser
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
+from quark_fast.settings import COLDEST, STRONGEST
 from quark_fast.terminal import command
 
 
@@ -97,14 +98,21 @@ def _check(asked: argparse.Namespace) -> None:
     """Raise UsageError for a flag that cannot be, before anything is loaded."""
     if asked.samples < 1 or asked.max_new_tokens < 1 or not 0 < asked.top_p <= 1:
         raise UsageError("--samples and --max-new-tokens need at least 1, --top-p a share in (0, 1]")
-    if not (math.isfinite(asked.temperature) and asked.temperature >= 0):
-        raise UsageError(f"--temperature {asked.temperature}: give at least 0, which is greedy")
+    if not math.isfinite(asked.temperature) or 0 != asked.temperature < COLDEST:
+        raise UsageError(
+            f"--temperature {asked.temperature}: give at least {COLDEST:g}, or 0, which is greedy"
+        )
     if asked.temperature == 0 and asked.samples > 1:
         raise UsageError(f"--samples {asked.samples}: greedy ones are all the same; give 1")
     if not 0 <= asked.seed < 2**63:
         raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
-    if asked.guidance is not None and not math.isfinite(asked.guidance):
+    if asked.guidance is not None and not abs(asked.guidance) <= STRONGEST:
         raise UsageError(f"--guidance {asked.guidance}: give a number, 1 for the best token alone")
+    for text in asked.prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no text
+            raise UsageError(f"prompt {text!r:.80} is no text in UTF-8") from error
 
 
 if __name__ == "__main__":

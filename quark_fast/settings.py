@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+COLDEST, STRONGEST = 1e-6, 1e6  # temperature above 0, and w: beyond them float32 has no probabilities
 MOST = 2**31 - 1  # of anything that is counted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import sys
 import time
@@ -42,6 +43,9 @@ def command(run: Callable[[Sequence[str], Terminal, Terminal], None]) -> Callabl
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:
         wait_briefly()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a result must not end in a letter that it cannot spell
+                stream.reconfigure(errors="replace")
         given = sys.argv[1:] if arguments is None else arguments
         notices = Terminal(stderr=True)
         notices.quiet = "--quiet" in itertools.takewhile(lambda argument: argument != "--", given)

@@ -531,6 +531,29 @@ def test_evaluate_brings_the_rows_and_the_guidance_asked_for(folder: Path) -> No
         config.write_text(written)
 
 
+def test_evaluate_writes_its_files_before_it_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output may be a pipe that nobody reads any more."""
+    own = ["--prompts", "prompts.txt", "--samples", "1", "--max-new-tokens", "4", "--threads", "1"]
+    files = ["--json", "early.json", "--markdown", "early.md"]
+
+    def gone(*_: Any) -> Any:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("quark_fast.report.tables.results_table", gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main(["finished", *own, *files])
+    assert json.loads((folder / "early.json").read_text())["rows"] and (folder / "early.md").exists()
+
+
+def test_result_is_shown_where_standard_output_has_fewer_letters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert evaluate.main(["finished/evaluation.json"]) == 0
+    assert b"best" in shown.getvalue() and b"?" in shown.getvalue()
+
+
 def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

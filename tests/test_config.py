@@ -108,6 +108,28 @@ def refusal(file: Path, text: str) -> str:
     return message
 
 
+def test_value_in_a_file_is_what_is_written_there(tmp_path: Path) -> None:
+    """Not what YAML makes of it: ``off`` False, ``010`` eight, ``1:30`` ninety, 1.10 another number."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "reward_cache: off\nscorer_label: no\nprefix: yes\noutput: 1.10\nheld_out: 0100\n"
+        "prompts: 2020-01-02\nreward: 'null'\nmodel: ~\nsteps: 010\nrounds: 3.0\nkl_coef: 1e-3\neval: FALSE\n"
+    )
+    found = given("--config", str(file))
+    texts = (
+        found.reward_cache,
+        found.scorer_label,
+        found.prefix,
+        found.output,
+        found.held_out,
+        found.prompts,
+    )
+    assert texts == ("off", "no", "yes", "1.10", "0100", "2020-01-02")
+    assert (found.reward, found.model, found.steps, found.rounds) == ("null", None, 10, 3)
+    assert (found.kl_coef, found.eval) == (1e-3, False)
+    assert "steps = '1:30'; give a whole number" in refusal(file, "steps: 1:30")
+
+
 def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
     message = refusal(tmp_path / "run.yaml", "lerning_rate: 1\n")
     assert "'lerning_rate'" in message and "did you mean 'learning_rate'" in message
@@ -116,6 +138,26 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
     for name, ours in theirs.items():
         assert f"did you mean {ours!r}?" in refusal(tmp_path / "run.yaml", f"{name}: 1\n")
     assert "5" in refusal(tmp_path / "run.yaml", "5: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_temperature": 1e-39}, "eval_temperature = 1e-39; give at least 1e-06, or 0, which is greedy"),
+        ({"explore_temperature": 1e-7}, "explore_temperature = 1e-07; give at least"),
+        ({"eval_guidance": "2,1e39"}, "eval_guidance = 1e+39; give at most 1e+06 in size"),
+        ({"guidance": -1e7}, "guidance = -1e+07; give at most"),
+    ],
+)
+def test_sampling_beyond_float32_is_refused_before_any_work(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Config(**settings).check()
+
+
+def test_warm_up_that_the_run_does_not_reach_is_remarked_on() -> None:
+    assert Config().remarks() == Config(warmup_steps=48).remarks() == []
+    (remark,) = Config(warmup_steps=100, rounds=1, steps=20).remarks()
+    assert remark.endswith("the step size ends at 20% of its own; give --warmup-steps 2")
 
 
 def test_unknown_setting_from_python_is_refused_with_the_nearest_known_one() -> None:
@@ -168,20 +210,20 @@ def test_setting_of_an_earlier_version_is_refused_with_what_took_its_place(tmp_p
     ("line", "named"),
     [
         ("steps: many", "steps = 'many'; give a whole number"),
-        ("steps: 1.5", "steps = 1.5; give a whole number"),
-        ("steps: true", "steps = True; give a whole number"),
+        ("steps: 1.5", "steps = '1.5'; give a whole number"),
+        ("steps: true", "steps = 'true'; give a whole number"),
         ("steps: [1]", "steps = a list or a mapping; give a single value"),
         ("steps:", "steps = None; give a whole number"),
-        ("steps: .inf", "steps = inf; give a whole number"),
-        ("steps: .nan", "steps = nan; give a whole number"),
+        ("steps: .inf", "steps = '.inf'; give a whole number"),
+        ("steps: .nan", "steps = '.nan'; give a whole number"),
         ("learning_rate: fast", "learning_rate = 'fast'; give a number"),
-        ("learning_rate: true", "learning_rate = True; give a number"),
+        ("learning_rate: true", "learning_rate = 'true'; give a number"),
         ("learning_rate: {a: 1}", "learning_rate = a list or a mapping; give a single value"),
-        ("resume: 1", "resume = 1; give true or false"),
+        ("resume: 1", "resume = '1'; give true or false"),
         ("resume: maybe", "resume = 'maybe'; give true or false"),
         ("lora_targets:", "lora_targets is null; give a text"),
         ("kl: both", "kl = 'both'; choose from 'policy_ref', 'ref_policy', 'sampled'"),
-        ("ties: 1", "ties = 1; choose from"),
+        ("ties: 1", "ties = '1'; choose from"),
     ],
 )
 def test_file_with_a_wrong_type_is_refused_by_name_and_value(tmp_path: Path, line: str, named: str) -> None:
@@ -207,9 +249,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("a: {steps: 5}\n<<: *a", "single value"),
         ("steps: !!python/object/apply:os.system ['touch pwned']", "tags (tag:yaml.org,2002:python/object"),
         ("steps: !!int ''", "tags"),
-        (f"steps: {'9' * 5000}", "4300 digits"),
-        ("steps: 0b_", "invalid literal"),
-        ("prompts: 2020-13-45", "month"),
+        (f"steps: {'9' * 5000}", "give a whole number"),
+        ("steps: 0b_", "give a whole number"),
+        ("steps: 1\nsteps: 2", "steps stands there twice"),
+        ("steps: 1\n---\nrounds: 2", "'setting: value' lines"),
         ("model: a\0b", "special characters"),
         (f"{'steps: 1 # ' + 'x' * 2**20}", "more than 1,048,576 bytes"),
     ],

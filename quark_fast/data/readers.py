@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import functools
 import io
 import json
+import math
 import re
 import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +154,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
+            rows = [_json_form(row) for batch in file.iter_batches() for row in batch.to_pylist()]
     except Exception as error:  # each of Arrow's types has exceptions of its own on the way to Python
         raise UsageError(f"prompts file {path} cannot be read: {error}") from error
     if len(set(names)) < len(names):
@@ -175,11 +178,27 @@ def _read_dataset(source: str) -> Iterator[Row]:
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
             data = datasets.load_from_disk(name)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                data = data[split]
+            elif parts[2] or parts[3]:
+                raise ValueError("it is a single data set without splits; leave them out")
         else:
             data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the network's, the hub's, and every builder's own
         raise UsageError(
             f"prompts {source}: {type(error).__name__}: {str(error)[:300]}{nor_folder(name)}"
         ) from error
-    yield from data
+    yield from map(_json_form, data)
+
+
+def _json_form(value: Any) -> Any:
+    """A column's value as JSON has it, so that a reward gets the same from the run's own files later."""
+    if isinstance(value, Mapping):
+        return {name: _json_form(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_form(one) for one in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return float(value) if isinstance(value, Decimal) else value

@@ -18,12 +18,16 @@ from quark_fast.errors import UsageError
 def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """(train, held out): a split by the hash of what was given as a prompt, so adding rows moves few others.
 
-    Without ``held_out`` a tenth is held out, at least 1 and at most 200. Another seed, another split.
+    Without ``held_out`` a tenth is held out, at least 1 and at most 200. Another seed, another split. Of
+    prompts that stand there several times, which a program may give, one is held out, and none trained on.
     """
+    by_hash: dict[str, list[Row]] = {}
+    for row in rows:
+        by_hash.setdefault(_hash(row, seed), []).append(row)
     if held_out is None:
-        held_out = max(1, min(200, len(rows) // 10))
-    by_hash = sorted(rows, key=lambda row: _hash(row, seed))
-    return by_hash[held_out:], by_hash[:held_out]
+        held_out = max(1, min(200, len(by_hash) // 10))
+    alike = [by_hash[one] for one in sorted(by_hash)]
+    return [row for some in alike[held_out:] for row in some], [first for first, *_ in alike[:held_out]]
 
 
 @dataclass(frozen=True)

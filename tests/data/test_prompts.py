@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import sys
 import tarfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,24 @@ def test_parquet_gives_the_same_rows_with_their_types(tmp_path: Path) -> None:
     assert rows(tmp_path / "p.parquet") == table
 
 
+def test_columns_are_as_the_runs_own_files_will_have_them(tmp_path: Path) -> None:
+    """So that the reward of a later evaluation gets what it got in training."""
+    day = datetime.datetime(2024, 1, 2, 3, 4, 5)
+    table = [
+        {"prompt": "a", "day": day, "price": Decimal("1.5"), "score": math.nan, "more": {"at": [day.date()]}}
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "p.parquet")
+    (row,) = rows(tmp_path / "p.parquet")
+    assert row == {
+        "prompt": "a",
+        "day": "2024-01-02T03:04:05",
+        "price": 1.5,
+        "score": None,
+        "more": {"at": ["2024-01-02"]},
+    }
+    assert json.loads(json.dumps(row)) == row
+
+
 def test_lists_of_texts_are_prompts(tmp_path: Path) -> None:
     for name, text in (("p.json", '["a", "b"]'), ("p.jsonl", '"a"\n"b"')):
         assert rows(write(tmp_path / name, text)) == [{"prompt": "a"}, {"prompt": "b"}]
@@ -174,6 +195,8 @@ def test_data_set_saved_to_disk_is_loaded_too(data_set: Path, tmp_path: Path) ->
     for name in (f"hf:{tmp_path / 'one'}", f"hf:{tmp_path / 'two'}:test"):
         assert rows(name) == [{"prompt": "a", "n": 1}]
     assert "validation" in refusal(f"hf:{tmp_path / 'two'}:validation")
+    for name in (f"hf:{tmp_path / 'one'}:test", f"hf:{tmp_path / 'one'}:other:train"):
+        assert "single data set without splits" in refusal(name)
 
 
 # --- Which column --------------------------------------------------------------------------------
@@ -575,6 +598,13 @@ def test_development_prompts_are_taken_from_those_to_train_on_and_leave_the_test
     assert len(limited[1]) == 90 // 4 and len(limited[0]) == 7
     with pytest.raises(UsageError, match="1 training prompts are too few"):
         choose(["a"], ["b"], evaluate_on="development")
+
+
+def test_no_copy_of_a_held_out_prompt_is_trained_on() -> None:
+    train, test, _ = choose(prompts=[f"prompt {i}" for i in range(30)] * 4)
+    assert len(test) == len(set(test)) == 3, "a tenth of the different ones, each once"
+    assert len(train) == 27 * 4 and not set(train) & set(test)
+    assert choose(prompts=[f"prompt {i}" for i in range(30)])[1] == test, "the same as without copies"
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
