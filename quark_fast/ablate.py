@@ -121,6 +121,7 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], notices: Termi
 def _show(folder: Path, console: Terminal, notices: Terminal) -> None:
     """The grid's table without its last columns, and where its files are."""
     from quark_fast.ablation.table import short_table
+    from quark_fast.report.columns import intervals_note
     from quark_fast.report.results import scorer_line
 
     results = json.loads((folder / "ablations.json").read_text())
@@ -130,7 +131,8 @@ def _show(folder: Path, console: Terminal, notices: Terminal) -> None:
         " 95% bootstrap intervals. All columns, and what they are: ablations.md."
     )
     shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    shown.caption, shown.caption_justify = f"{whole}\n{scorer_line(results)}".strip(), "left"
+    lines_below = (whole, intervals_note(results["prompts"]), scorer_line(results))
+    shown.caption, shown.caption_justify = "\n".join(filter(None, lines_below)), "left"
     for title in head:
         shown.add_column(title, overflow="fold")  # a number in two lines is still that number
     for line in lines:

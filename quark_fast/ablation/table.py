@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quark_fast.report.columns import COLUMNS, find_column, is_plain
+from quark_fast.report.columns import COLUMNS, find_column, intervals_note, is_plain
 from quark_fast.report.results import BASE, scorer_line
 
 
@@ -115,6 +115,7 @@ def markdown(results: dict[str, Any]) -> str:
         else "Perplexity: of the completions under the base model."
     )
     several = " (mean ± standard deviation over the seeds)" if len(results["seeds"]) > 1 else ""
+    few = f" {note}" if (note := intervals_note(results["prompts"])) else ""
     versions = results["versions"]
     return "\n".join(
         [
@@ -124,7 +125,7 @@ def markdown(results: dict[str, Any]) -> str:
             "",
             f"Under the best token alone (w = 1); seeds {seeds}{several}; {results['prompts']} held-out"
             f" prompts, {results['samples_per_prompt']} completions each. In brackets 95% bootstrap intervals"
-            f" over prompts, paired by prompt. {perplexity}"
+            f" over prompts, paired by prompt.{few} {perplexity}"
             " KL: of the policy under the best token from the base model, exact, nats a token, on the"
             " base model's completions. Probe: rank correlation of reward and"
             " log p(best) - log p(worst) there.",

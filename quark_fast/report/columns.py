@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import Change, judge_measure
+from quark_fast.metrics import ENOUGH_PROMPTS, FEWEST_PROMPTS, Change, judge_measure
 from quark_fast.report.records import Record, judges_of
 
 
@@ -259,6 +259,16 @@ def format_change(change: Change, column: Column, evaluation: Record) -> tuple[s
         parts = (change.relative, change.relative_low, change.relative_high)
         value, low, high = map(_format_percent, parts)
     return value, "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
+
+
+def intervals_note(prompts: Any) -> str:
+    """What intervals of so few prompts are worth; empty where there are enough, or a file does not say."""
+    if not isinstance(prompts, int) or prompts >= ENOUGH_PROMPTS:
+        return ""
+    if prompts < FEWEST_PROMPTS:
+        few = counted(prompts, "prompt is", "prompts are")
+        return f"{few} too few for an interval, which takes {FEWEST_PROMPTS}: no change is told from chance."
+    return f"{prompts} prompts: a 95% interval of so few holds the true value in some 90 of 100 cases."
 
 
 def fill(text: str, evaluation: Record) -> str:

@@ -206,10 +206,11 @@ def _what_it_costs(evaluation: Record) -> str:
     if row is None or row is base_row(evaluation) or first.key == fluency.key:
         return ""
     cell = cell_of(evaluation, row, fluency)
-    if cell.value == "–" or not cell.change_bounds:
+    if cell.value == "–" or cell.change in ("", "–"):
         return ""
+    bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
     title, it = fill(fluency.title, evaluation).capitalize(), "it" if _result(evaluation) else _how(row)
-    return f"{title} with {it} is {cell.value} ({cell.change}, 95% interval {cell.change_bounds})."
+    return f"{title} with {it} is {cell.value} ({cell.change}{bounds})."
 
 
 def _what_it_takes(evaluation: Record) -> str:

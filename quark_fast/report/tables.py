@@ -18,6 +18,7 @@ from quark_fast.report.columns import (
     fill,
     format_value,
     headline_column,
+    intervals_note,
     one_line,
 )
 from quark_fast.report.records import Record, cuts_of
@@ -97,9 +98,11 @@ def about(evaluation: Record) -> str:
 
 
 def notes(evaluation: Record) -> list[str]:
-    """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
+    """What stands under every table: what intervals of few prompts are worth, and how it was measured."""
     perplexity, sampling = evaluation.get("perplexity") or {}, evaluation.get("sampling") or {}
     found = []
+    if few := intervals_note(evaluation.get("prompts")):
+        found.append(few)
     if scorer := scorer_line(evaluation):
         found.append(scorer)
     found += judge_lines(evaluation)

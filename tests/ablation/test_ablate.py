@@ -225,6 +225,7 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(two_seeds: Path) -> No
     assert pools[0] != pools[1], "shared within a seed, not between"
     written = (folder / "ablations.md").read_text()
     assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
+    assert "8 prompts: a 95% interval of so few holds the true value in some 90 of 100 cases." in written
     svg = (folder / "ablations.svg").read_text()
     assert svg.count(">random<") == 2, "each value labelled in both plots"
 
@@ -295,6 +296,7 @@ def test_terminal_of_80_columns_cuts_nothing(tmp_path: Path, two_seeds: Path) ->
     file = io.StringIO()
     ablate._show(tmp_path, Terminal(file=file, width=80), Terminal(file=io.StringIO()))
     text = file.getvalue()
+    assert "8 prompts: a 95% interval of so few" in text
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     whole = text.replace("\n", " ").split()
     for number in (

@@ -447,12 +447,40 @@ def test_headline_without_an_interval_claims_no_fall():
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "note"),
+    [
+        (5, "5 prompts are too few for an interval, which takes 8: no change is told from chance."),
+        (20, "20 prompts: a 95% interval of so few holds the true value in some 90 of 100 cases."),
+        (50, ""),
+    ],
+)
+def test_intervals_of_few_prompts_are_not_there_or_told_of_everywhere(tmp_path, prompts, note):
+    run = read_run(write_run(tmp_path, prompts=prompts, samples=2, steps=4, rounds=1))
+    evaluation = run.evaluation
+    shown = {
+        "terminal": " ".join(rendered(results_table(evaluation)).split()),
+        "markdown": markdown_table(evaluation),
+        "page": Page(render_html(run)).text,
+        "card": model_card(run, Config(), Base("b", None, None)).replace("\\", ""),
+    }
+    for where, text in shown.items():
+        assert (" ".join(note.split()) in text) if note else ("prompts: a 95%" not in text), where
+    sentence, cells = headline(evaluation), results_table(evaluation).columns[2].cells
+    assert "Perplexity with it is " in sentence, "the price is named either way"
+    if prompts == 5:
+        assert "interval" not in sentence and "mean toxicity went from ." in sentence
+        assert not any("bold" in str(span.style) for cell in cells for span in cell.spans)
+    else:
+        assert "95% interval" in sentence
+
+
 def unscored_evaluation(*unscored):
     """The rows base model and best token; those named have no score."""
     rows = []
     for name in ("base model", "best token"):
         score = None if name in unscored else 0.5
-        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(4)]
+        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(8)]
         rows.append(MeasuredRow(name, {}, samples))
     scorer = {"name": "my:score", "version": "source", "sha256": "0" * 64}
     return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
