@@ -181,16 +181,22 @@ def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     return [first, *judge_columns(evaluation), *others]
 
 
+def numbered_judges(evaluation: Record) -> list[tuple[str, Record]]:
+    """Each judge with what it is called where its name has no room: "judge", or "judge 2" of several."""
+    judges = judges_of(evaluation)
+    return [(f"judge {n}" if len(judges) > 1 else "judge", judge) for n, judge in enumerate(judges, start=1)]
+
+
 def judge_columns(evaluation: Record) -> list[Column]:
     """One for each scorer that took no part in training."""
     found = []
-    for judge in judges_of(evaluation):
+    for heading, judge in numbered_judges(evaluation):
         if name := one_line(clean(str(judge.get("name"))))[:60]:
             what = one_line(clean(str(judge.get("property") or "score")))[:60]
             title = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
             meaning = f"The mean {title}, which took no part in training."
             key = judge_measure(str(judge.get("name")))
-            found.append(Column(key, title, "judge", "3 digits", meaning, judge.get("property") is None))
+            found.append(Column(key, title, heading, "3 digits", meaning, judge.get("property") is None))
     return found
 
 

@@ -16,6 +16,7 @@ from quark_fast.report.columns import (
     headline_column,
     judge_columns,
     main_columns,
+    numbered_judges,
     one_line,
 )
 from quark_fast.report.records import Record, judges_of, number_of
@@ -268,9 +269,10 @@ def scorer_line(evaluation: Record) -> str:
 def judge_lines(evaluation: Record) -> list[str]:
     """Name, version and hash of each judge."""
     found = []
-    for judge in judges_of(evaluation):
+    for called, judge in numbered_judges(evaluation):
         name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
-        found.append(f"Judge: {name}, sha256 {str(judge.get('sha256'))[:12]}; it took no part in training.")
+        sha256 = str(judge.get("sha256"))[:12]
+        found.append(f"{called.capitalize()}: {name}, sha256 {sha256}; it took no part in training.")
     return found
 
 

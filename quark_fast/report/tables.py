@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -47,38 +49,88 @@ _TERMINAL_COLOURS: dict[Way, str] = {
 }
 
 
-def results_table(evaluation: Record, title: str = "") -> Table:
-    """The metrics of each way of sampling, intervals below, 78 columns wide.
+@dataclass(frozen=True)
+class ResultsColumn:
+    """A column of the terminal's table: its heading, and a cell of two lines for each row."""
+
+    heading: str
+    cells: list[Text]
+
+    @property
+    def width(self) -> int:
+        lines = [self.heading, *(line for cell in self.cells for line in cell.plain.split("\n"))]
+        return max(map(cell_len, lines))
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """An evaluation for the terminal or a log; columns that lines have no room for follow below."""
+
+    title: str
+    caption: str
+    columns: list[ResultsColumn]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = self._parts(options.max_width)
+        for part in parts:
+            # The caption is as wide as the table, and a scorer's hash should stay in one piece.
+            table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
+            table.title_justify = table.caption_justify = "left"
+            if part is parts[0]:
+                table.title = Text(self.title, style="bold")
+            if part is parts[-1]:
+                table.caption = Text(self.caption, style="dim")
+            names, *numbers = part
+            table.add_column(names.heading, overflow="fold")  # the only one that gives way
+            for one in numbers:
+                fits = one.width + 1 + _NARROWEST_NAMES <= options.max_width
+                table.add_column(one.heading, justify="right", no_wrap=fits, overflow="fold")
+            for cells in zip(*(one.cells for one in part), strict=True):
+                table.add_row(*cells)
+            yield table
+            if part is not parts[-1]:
+                yield ""
+
+    def _parts(self, width: int) -> list[list[ResultsColumn]]:
+        """The columns of each table, the names of the rows first in all."""
+        names, *numbers = self.columns
+        parts = [[names]]
+        for one in numbers:
+            used = _NARROWEST_NAMES + sum(1 + other.width for other in parts[-1][1:])
+            if len(parts[-1]) > 1 and used + 1 + one.width > width:
+                parts.append([names])
+            parts[-1].append(one)
+        return parts
+
+
+# Of the column of the rows' names, which fold.
+_NARROWEST_NAMES = len("sampling")
+
+
+def results_table(evaluation: Record, title: str = "") -> ResultsTable:
+    """The metrics of each way of sampling, intervals below, 78 columns wide as a rule.
 
     The full set of metrics, with a change for each, is in the HTML report.
     """
-    # The caption is as wide as the table, and a scorer's hash should stay in one piece.
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
-    table.title = Text(title or about(evaluation), style="bold")
-    table.title_justify = table.caption_justify = "left"
-    table.caption = Text(
+    rows = rows_of(evaluation)
+    # Each row has two lines anyway.
+    names = [Text(name_of(row).replace(": ", ":\n"), _TERMINAL_COLOURS[way_of(name_of(row))]) for row in rows]
+    columns = [ResultsColumn("sampling", names)]
+    for number, column in enumerate(columns_of(evaluation, more=False)):
+        cells = [cell_of(evaluation, row, column) for row in rows]
+        values = [_two_lines(cell.value, cell.bounds) for cell in cells]
+        columns.append(ResultsColumn(fill(column.short, evaluation), values))
+        if number == 0:
+            changes = [
+                _two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else "") for cell in cells
+            ]
+            columns.append(ResultsColumn("change", changes))
+    caption = (
         f"Below each number: 95% bootstrap interval over prompts. "
         f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
-        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation)),
-        style="dim",
+        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation))
     )
-    shown = columns_of(evaluation, more=False)
-    main = shown[0].key
-    table.add_column("sampling", overflow="fold")  # the only one that gives way
-    for column in shown:
-        table.add_column(fill(column.short, evaluation), justify="right", no_wrap=True)
-        if column.key == main:
-            table.add_column("change", justify="right", no_wrap=True)
-    for row in rows_of(evaluation):
-        name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
-        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[way_of(name_of(row))])]
-        for column in shown:
-            cell = cell_of(evaluation, row, column)
-            cells.append(_two_lines(cell.value, cell.bounds))
-            if column.key == main:
-                cells.append(_two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else ""))
-        table.add_row(*cells)
-    return table
+    return ResultsTable(title or about(evaluation), caption, columns)
 
 
 def _two_lines(value: str, bounds: str, style: str = "") -> Text:

@@ -18,12 +18,13 @@ from rich.console import Console
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
+from quark_fast.report.columns import columns_of
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
 from quark_fast.report.page import comparison_page, render_html, write_report
 from quark_fast.report.result_plots import plot_dial
-from quark_fast.report.results import headline, main_row
+from quark_fast.report.results import cell_of, headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.report.training_plots import smooth
@@ -542,6 +543,50 @@ def test_the_table_fits_80_columns_whole(finished_run):
     mean = evaluation_of(finished_run)["rows"][0]["metrics"]["mean"]
     assert f"{mean['value']:.3f}"[1:] in text
     assert f"{mean['low']:.3f}–{mean['high']:.3f}".replace("0.", ".") in text
+
+
+def judged_by(evaluation, count):
+    """The evaluation with so many judges, whose means differ."""
+    names = [f"j{n}" for n in range(1, count + 1)]
+    judges = [{"name": name, "property": "harm", "version": "1", "sha256": "0" * 64} for name in names]
+    rows = []
+    for row in evaluation["rows"]:
+        means = {
+            judge_measure(name): {"value": n / 8, "low": n / 9, "high": n / 7}
+            for n, name in enumerate(names, 1)
+        }
+        rows.append({**row, "metrics": row["metrics"] | means})
+    return evaluation | {"rows": rows, "judges": judges}
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40])
+@pytest.mark.parametrize("judges", [0, 1, 2, 3])
+@pytest.mark.parametrize("factor", [1, 1e6])
+def test_no_width_cuts_a_number_or_the_name_of_a_row(finished_run, width, judges, factor):
+    evaluation = judged_by(evaluation_of(finished_run), judges)
+    if factor > 1:  # a plain reward of any size
+        evaluation = json.loads(json.dumps(evaluation | {"property": "reward"}))
+        for row in evaluation["rows"]:
+            for of in (row["metrics"]["mean"], (row["change"] or {}).get("mean", {})):
+                of.update({key: factor * value for key, value in of.items()})
+    text = rendered(results_table(evaluation), width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    words = text.split()
+    for row in evaluation["rows"]:
+        cells = [cell_of(evaluation, row, column) for column in columns_of(evaluation, more=False)]
+        for number in [cell.value for cell in cells] + [cell.bounds for cell in cells] + [cells[0].change]:
+            assert not number or number in words, (row["name"], number)
+        parts = text.count("sampling ") if width < 200 else 1
+        name = row["name"] if width == 200 else row["name"].split()[0]
+        assert text.count(name) >= parts, "each part of the table names its rows"
+
+
+def test_several_judges_are_told_apart_by_numbers(finished_run):
+    text = rendered(results_table(judged_by(evaluation_of(finished_run), 2)), 80)
+    assert re.search(r"\bjudge 1 +judge 2\b", text), "their headings"
+    assert "Judge 1: j1 1, sha256 0" in text and "Judge 2: j2 1, sha256 0" in text
+    alone = rendered(results_table(judged_by(evaluation_of(finished_run), 1)), 80)
+    assert "Judge: j1 1" in alone and "judge 1" not in alone
 
 
 def test_only_a_change_that_excludes_zero_is_bold():
