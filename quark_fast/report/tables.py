@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -81,9 +81,11 @@ class ResultsTable:
             if part is parts[-1]:
                 table.caption = Text(self.caption, style="dim")
             names, *numbers = part
-            table.add_column(names.heading, overflow="fold")  # the only one that gives way
+            room = options.max_width - sum(1 + one.width for one in numbers)
+            # The only one that gives way; its heading does not fold.
+            table.add_column(names.heading if room >= len(names.heading) else "row", overflow="fold")
             for one in numbers:
-                fits = one.width + 1 + _NARROWEST_NAMES <= options.max_width
+                fits = self._names_width + 1 + one.width <= options.max_width
                 table.add_column(one.heading, justify="right", no_wrap=fits, overflow="fold")
             for cells in zip(*(one.cells for one in part), strict=True):
                 table.add_row(*cells)
@@ -96,15 +98,17 @@ class ResultsTable:
         names, *numbers = self.columns
         parts = [[names]]
         for one in numbers:
-            used = _NARROWEST_NAMES + sum(1 + other.width for other in parts[-1][1:])
+            used = self._names_width + sum(1 + other.width for other in parts[-1][1:])
             if len(parts[-1]) > 1 and used + 1 + one.width > width:
                 parts.append([names])
             parts[-1].append(one)
         return parts
 
-
-# Of the column of the rows' names, which fold.
-_NARROWEST_NAMES = len("sampling")
+    @property
+    def _names_width(self) -> int:
+        """The least for the rows' names: their longest word, but a run's name is cut into lines of 8."""
+        words = [word for cell in self.columns[0].cells for word in cell.plain.split()]
+        return min(8, max(map(cell_len, words), default=0))
 
 
 def results_table(evaluation: Record, title: str = "") -> ResultsTable:
@@ -197,14 +201,23 @@ def unscored_note(evaluation: Record) -> str:
     return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
 
 
-def markdown_table(evaluation: Record) -> str:
-    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below."""
+def as_markdown(text: str) -> str:
+    """A text as Markdown shows it: no mark-up, no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+
+
+def markdown_table(evaluation: Record, show: Callable[[str], str] = as_markdown) -> str:
+    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below.
+
+    Args:
+        show: makes Markdown of a text from anywhere.
+    """
     main, *others = columns_of(evaluation)
     of_the = "the mean" if main.key == "mean" else fill(main.title, evaluation)
     titles = [fill(column.title, evaluation) for column in (main, *others)]
     titles = ["sampling", titles[0], f"change of {of_the}", *titles[1:]]
     lines = [
-        "| " + " | ".join(map(as_markdown, titles)) + " |",
+        "| " + " | ".join(map(show, titles)) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for row in rows_of(evaluation):
@@ -212,21 +225,14 @@ def markdown_table(evaluation: Record) -> str:
         numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
         numbers += [(cell.value, cell.bounds) for cell in rest]
         cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
-        lines.append("| " + " | ".join((as_markdown(name_of(row)), *cells)) + " |")
-    lines += ["", *(f"{as_markdown(line)}  " for line in notes(evaluation))]
+        lines.append("| " + " | ".join((show(name_of(row)), *cells)) + " |")
+    lines += ["", *(f"{show(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
 
-def markdown_page(evaluation: Record) -> str:
+def markdown_page(evaluation: Record, show: Callable[[str], str] = as_markdown) -> str:
     """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
-    return "\n".join(
-        f"### {as_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation)
-    )
-
-
-def as_markdown(text: str) -> str:
-    """A text as Markdown shows it: no mark-up, no HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+    return "\n".join(f"### {show(title)}\n\n{markdown_table(one, show)}" for title, one in tables(evaluation))
 
 
 def tables(evaluation: Record) -> list[tuple[str, Record]]:

@@ -576,7 +576,7 @@ def test_no_width_cuts_a_number_or_the_name_of_a_row(finished_run, width, judges
         cells = [cell_of(evaluation, row, column) for column in columns_of(evaluation, more=False)]
         for number in [cell.value for cell in cells] + [cell.bounds for cell in cells] + [cells[0].change]:
             assert not number or number in words, (row["name"], number)
-        parts = text.count("sampling ") if width < 200 else 1
+        parts = sum(line.strip("─ ") == "" and "─" in line for line in text.splitlines())
         name = row["name"] if width == 200 else row["name"].split()[0]
         assert text.count(name) >= parts, "each part of the table names its rows"
 
@@ -1050,6 +1050,51 @@ def test_card_shows_settings_that_are_no_defaults_and_no_folder_of_this_machine(
     ]
     none = card_of(small_run)
     assert "Its settings are the defaults of" in none and "| setting |" not in none
+
+
+def test_no_line_of_a_card_has_a_folder_of_this_machine(small_run, tmp_path):
+    run = read_run(small_run)
+    evaluation = judged_by(run.evaluation, 1)
+    judge = {"name": "hf:/home/ann/judges/clf", "property": "harm", "version": "source", "sha256": "0" * 64}
+    for row in evaluation["rows"]:
+        row["metrics"][judge_measure(judge["name"])] = row["metrics"].pop(judge_measure("j1"))
+    evaluation |= {
+        "judges": [judge],
+        "scorer": {"name": "mine:good + 0.1*hf:/home/ann/clf", "version": "source", "sha256": "1" * 64},
+        "perplexity": {"model": "/home/ann/models/base", "tokens": "sampled"},
+        "source": "/home/ann/p.txt",
+        "trained_on": {"~/runs/one": 3},
+        "cut": {"by": [{"model": "/home/ann/models/base", "prompts": 2, "tokens": 9}]},
+        "rows": [{**row, "prefix": "</s>[/INST]"} for row in evaluation["rows"]],
+    }
+    kept = {"why": "Round 2 of 4 was kept: lowest hf:/home/ann/judges/clf on 8 prompts."}
+    evaluation |= {"out_of_domain": dict(evaluation), "kept_round": kept}
+    run = dataclasses.replace(run, evaluation=evaluation)
+    text = model_card(run, Config(reward="hf:/home/ann/clf,hf:/clf"), Base("b", None, None)).replace("\\", "")
+    assert "ann" not in re.findall(r"\w+", text) and "home" not in text and "~/" not in text
+    for shown in (
+        "harm by hf:clf",
+        "By hf:clf, which took no part",
+        "Judge: hf:clf source",
+        "Scorer: mine:good + 0.1*hf:clf source",
+        "Perplexity: by base, of the sampled tokens",
+        "of p.txt",
+        "trained on by one.",
+        "9 tokens for base.",
+        "lowest hf:clf on 8 prompts",
+        "| hf:clf,hf:clf |",
+        "</s>[/INST]",
+        "https://arxiv.org/abs/2205.13636",
+    ):
+        assert shown in text, shown
+
+
+def test_card_counts_completions_without_a_score_apart(small_run):
+    rounds = [{"samples": 1000, "unscored": 30}, {"samples": 200, "unscored": 0}, {"samples": 50}]
+    run = dataclasses.replace(read_run(small_run), rounds=rounds)
+    assert "1,220 scored completions, 30 more without a score," in model_card(run, Config(), find_base(None))
+    run = dataclasses.replace(run, rounds=rounds[1:])
+    assert "250 scored completions, 20" in model_card(run, Config(), find_base(None))
 
 
 def test_card_of_a_reward_of_ones_own_is_not_tagged_as_unlearning(small_run):
