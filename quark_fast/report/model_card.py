@@ -77,7 +77,8 @@ def find_base(model: str | None) -> Base:
     licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     licence = licence if isinstance(licence, str) and licence else None
     if not folder.is_dir():
-        return Base(model, model, licence, why)
+        gone = folder.is_absolute() or model.startswith("~")  # a folder that was there is no name on the hub
+        return Base(folder.name if gone else model, None if gone else model, licence, why)
     # An export of ours names its base; of any other folder that is the base of the base.
     named = found.get("base_model") if "quark_fast" in (found.get("tags") or ()) else None
     return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why)

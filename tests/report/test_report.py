@@ -1119,6 +1119,8 @@ def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
     assert find_base(str(folder)) == Base("mine", None, None, "it has no card here")
+    gone = find_base(str(tmp_path / "gone"))
+    assert (gone.shown, gone.hub_name) == ("gone", None), "removed since"
     (folder / "README.md").write_text(
         "---\nlicense: mit\nbase_model: org/first\ntags: [quark_fast]\n---\n# Mine\n"
     )
