@@ -12,6 +12,7 @@ table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -97,8 +98,10 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def change(numbers: dict[str, float]) -> str:
-    parts = (numbers[key] for key in ("relative", "relative_low", "relative_high"))
-    return "{:+.0f}% [{:+.0f}, {:+.0f}]".format(*(100 * part for part in parts))
+    """In percent, with its interval where there is one: few prompts have none."""
+    relative, *bounds = (100 * numbers[key] for key in ("relative", "relative_low", "relative_high"))
+    shown = "" if any(map(math.isnan, bounds)) else " [{:+.0f}, {:+.0f}]".format(*bounds)
+    return f"{relative:+.0f}%{shown}"
 
 
 def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:

@@ -119,13 +119,22 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], notices: Termi
 
 
 def _show(folder: Path, console: Terminal, notices: Terminal) -> None:
-    """The grid's table, and where its files are."""
-    from quark_fast.ablation.table import table
+    """The grid's table without its last columns, and where its files are."""
+    from quark_fast.ablation.table import short_table
+    from quark_fast.report.columns import intervals_note
     from quark_fast.report.results import scorer_line
 
     results = json.loads((folder / "ablations.json").read_text())
-    head, *lines = table(results)
-    shown = Table(*head, box=SIMPLE_HEAD, caption=scorer_line(results), caption_justify="left")
+    head, *lines = short_table(results)
+    whole = (
+        "Change: against the base model. Difference: from the grid's base where none is named. In brackets"
+        " 95% bootstrap intervals. All columns, and what they are: ablations.md."
+    )
+    shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    lines_below = (whole, intervals_note(results["prompts"]), scorer_line(results))
+    shown.caption, shown.caption_justify = "\n".join(filter(None, lines_below)), "left"
+    for title in head:
+        shown.add_column(title, overflow="fold")  # a number in two lines is still that number
     for line in lines:
         shown.add_row(*line)
     console.print(shown)

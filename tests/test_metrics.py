@@ -76,11 +76,11 @@ def test_repetition_of_hand_counted_ids():
 
 def test_bootstrap_agrees_with_a_loop_that_concatenates_the_drawn_groups():
     generator = np.random.default_rng(1)
-    groups = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 4])
+    groups = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5, 6, 6, 7, 8, 8])
     values = generator.normal(size=groups.size)
     got = mean_score(values, groups, resamples=300)
 
-    draws = np.random.default_rng(0).integers(0, 5, size=(300, 5))
+    draws = np.random.default_rng(0).integers(0, 9, size=(300, 9))
     means = [np.concatenate([values[groups == g] for g in draw]).mean() for draw in draws]
     assert got.value == pytest.approx(values.mean())
     assert (got.low, got.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
@@ -142,6 +142,27 @@ def test_too_little_data_gives_a_value_without_bounds():
     assert as_json(nothing) == {"value": None, "low": None, "high": None}
 
 
+def test_few_prompts_have_no_interval_and_clear_no_change():
+    values = np.random.default_rng(0).normal(size=8)
+    for prompts, known in ((7, False), (8, True)):
+        number, change = mean_score(values[:prompts]), mean_change(values[:prompts], values[:prompts] + 1)
+        assert math.isfinite(number.low) == math.isfinite(number.high) == known
+        assert change.difference == pytest.approx(1.0) and change.excludes_zero == known
+        # More completions of a prompt are no more prompts.
+        copies = mean_score(np.repeat(values[:prompts], 5), np.repeat(np.arange(prompts), 5))
+        assert math.isfinite(copies.low) == known
+
+
+def test_prompts_without_a_score_do_not_count_for_an_interval_of_the_scores():
+    # So few resamples that none of them is without a score, which would leave the interval open anyway.
+    scored_on = np.random.default_rng(0).normal(size=7).tolist()
+    samples = scored([*scored_on, *[None] * 3])
+    assert math.isnan(evaluate_samples(samples, resamples=5)["mean"].low)
+    assert math.isfinite(evaluate_samples(samples, resamples=5)["perplexity"].low)
+    before, after = scored(range(10)), scored([*range(1, 8), *[None] * 3])
+    assert not compare(before, after, resamples=5)["mean"].excludes_zero
+
+
 def test_paired_difference_is_narrower_than_the_spread_between_prompts():
     generator = np.random.default_rng(0)
     before = generator.uniform(0.1, 0.9, size=100)  # prompts differ much,
@@ -163,17 +184,18 @@ def test_no_change_is_exactly_zero_with_an_empty_interval():
 
 
 def test_relative_change_of_a_value_below_zero_is_undefined_and_its_difference_known():
-    change = mean_change([-2.0, -2.2], [-1.0, -1.2])
+    change = mean_change([-2.0, -2.2] * 4, [-1.0, -1.2] * 4)
     assert change.difference == pytest.approx(1.0) and change.excludes_zero
     assert math.isnan(change.relative) and math.isnan(change.relative_low)
     # A resample below zero leaves the share's interval open, not its value.
-    change = mean_change([-1.0, 3.0], [-1.0, 4.0])
+    change = mean_change([-1.0, 3.0] * 4, [-1.0, 4.0] * 4)
     assert change.relative == pytest.approx(0.5) and math.isnan(change.relative_high)
+    assert math.isfinite(change.high)
 
 
 def test_relative_change_from_zero_is_undefined_and_not_infinite():
-    change = mean_change([0.0, 0.0], [1.0, 1.0])
-    assert change.difference == 1.0
+    change = mean_change([0.0] * 8, [1.0] * 8)
+    assert (change.difference, change.low, change.high) == (1.0, 1.0, 1.0)
     assert math.isnan(change.relative) and math.isnan(change.relative_low)
 
 
@@ -293,7 +315,7 @@ def test_evaluate_samples_refuses_what_it_cannot_measure(samples, message):
 
 
 def test_a_model_whose_every_completion_is_unscored_has_no_toxicity_but_a_perplexity():
-    got = evaluate_samples([sample(p, score=None) for p in range(3)])
+    got = evaluate_samples([sample(p, score=None) for p in range(8)])
     assert math.isnan(got["mean"].value) and math.isnan(got["expected_max"].value)
     assert got["unscored"] == Interval(1.0, 1.0, 1.0)
     assert got["perplexity"].value == pytest.approx(math.exp(2))

@@ -100,10 +100,12 @@ def _begin(folder: Path, base: Config) -> Config:
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
-    for name, text in (
-        ("ablations.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"),
-        ("ablations.md", markdown(results)),
-        ("ablations.svg", plot(results)),
-    ):
+    """The numbers first: whatever should be wrong with showing them, they are there."""
+    files: dict[str, Callable[[dict[str, Any]], str]] = {
+        "ablations.json": lambda found: json.dumps(found, indent=2, ensure_ascii=False) + "\n",
+        "ablations.md": markdown,
+        "ablations.svg": plot,
+    }
+    for name, text_of in files.items():
         with replacing(folder / name) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+            scratch.write_text(text_of(results), encoding="utf-8")

@@ -52,6 +52,8 @@ def plot(results: dict[str, Any]) -> str:
                 panel, marks = panels[row][column], list(_marks(results, axis, key))
                 panel.set_xlabel(title)
                 panel.margins(0.15, 0.12)
+                if (before := results[BASE]["headline"]) is not None:
+                    panel.axhline(before, color=BEFORE_COLOUR, lw=1, ls=(0, (2, 3)))
                 _draw(panel, marks)
                 drawn.append((panel, marks))
         for row in panels:
@@ -64,21 +66,23 @@ def plot(results: dict[str, Any]) -> str:
 
 
 def _marks(results: dict[str, Any], axis: str, key: str) -> Iterator[Mark]:
-    """The base model, then the points of an axis that have both numbers."""
+    """The base model, then the points of an axis; those that have both numbers."""
     before = results[BASE]
-    yield Mark(BASE, before.get(key, 0.0), before["headline"], BEFORE_COLOUR)
+    x, y = before.get(key, 0.0), before["headline"]
+    if x is not None and y is not None:
+        yield Mark(BASE, x, y, BEFORE_COLOUR)
     for point in results["points"]:
         x, y = point["mean"][key], point["mean"]["headline"]
         if point["axis"] != axis or x is None or y is None:
             continue
         colour = BASE_COLOUR if point["run"] == "base" else POINT_COLOUR
         low, high = point["change"]["low"], point["change"]["high"]
-        interval = None if low is None else (before["headline"] + low, before["headline"] + high)
+        unknown = None in (before["headline"], low, high)
+        interval = None if unknown else (before["headline"] + low, before["headline"] + high)
         yield Mark(point["value"], x, y, colour, interval)
 
 
 def _draw(panel: Any, marks: Sequence[Mark]) -> None:
-    panel.axhline(marks[0].y, color=BEFORE_COLOUR, lw=1, ls=(0, (2, 3)))
     for mark in marks:
         if mark.interval:
             panel.plot([mark.x, mark.x], mark.interval, color=mark.colour, lw=1, alpha=0.35)

@@ -15,7 +15,7 @@ from quark_fast.ablation.axes import Point, binding, distinct_settings, name_of,
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.saved_tables import check_comparable
-from quark_fast.metrics import Sample, as_json, compare
+from quark_fast.metrics import Change, Sample, as_json, compare
 from quark_fast.report.files import read_run
 from quark_fast.report.results import BASE
 
@@ -78,7 +78,8 @@ def _read(path: Path, seed: int, metrics: Mapping[str, str]) -> _Finished:
         ]
 
     def numbers(name: str) -> dict[str, Any]:
-        return {key: table[name][metric]["value"] for key, metric in metrics.items()}
+        # Of completions without any score a task's own measure is not there.
+        return {key: table[name].get(metric, {}).get("value") for key, metric in metrics.items()}
 
     probe: Mapping[str, Any] = finished.probes[-1] if finished.probes else {}
     own = {
@@ -110,8 +111,8 @@ def _summary_of(
     before = [sample for one in own for sample in one.before]
     after = [sample for one in own for sample in one.after]
     against = [sample for one in others for sample in one.after]
-    changes = compare(before, after)
-    differences = None if point.settings == point.against else compare(against, after)
+    changes = _Changes(compare(before, after))
+    differences = None if point.settings == point.against else _Changes(compare(against, after))
     averages = {key: _mean_and_deviation(one.numbers[key] for one in own) for key in AVERAGED}
     headline, perplexity = metrics["headline"], metrics["perplexity"]
     return {
@@ -127,6 +128,13 @@ def _summary_of(
         "perplexity_difference": None if differences is None else as_json(differences[perplexity]),
         "seeds": [one.numbers for one in own],
     }
+
+
+class _Changes(dict[str, Change]):
+    """By metric; not known of a metric that one side lacks."""
+
+    def __missing__(self, metric: str) -> Change:
+        return Change(*[math.nan] * 6)
 
 
 def _mean_and_deviation(values: Iterable[float | None]) -> tuple[float | None, float | None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import Change, judge_measure
+from quark_fast.metrics import ENOUGH_PROMPTS, FEWEST_PROMPTS, Change, judge_measure
 from quark_fast.report.records import Record, judges_of
 
 
@@ -181,16 +181,22 @@ def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     return [first, *judge_columns(evaluation), *others]
 
 
+def numbered_judges(evaluation: Record) -> list[tuple[str, Record]]:
+    """Each judge with what it is called where its name has no room: "judge", or "judge 2" of several."""
+    judges = judges_of(evaluation)
+    return [(f"judge {n}" if len(judges) > 1 else "judge", judge) for n, judge in enumerate(judges, start=1)]
+
+
 def judge_columns(evaluation: Record) -> list[Column]:
     """One for each scorer that took no part in training."""
     found = []
-    for judge in judges_of(evaluation):
+    for heading, judge in numbered_judges(evaluation):
         if name := one_line(clean(str(judge.get("name"))))[:60]:
             what = one_line(clean(str(judge.get("property") or "score")))[:60]
             title = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
             meaning = f"The mean {title}, which took no part in training."
             key = judge_measure(str(judge.get("name")))
-            found.append(Column(key, title, "judge", "3 digits", meaning, judge.get("property") is None))
+            found.append(Column(key, title, heading, "3 digits", meaning, judge.get("property") is None))
     return found
 
 
@@ -259,6 +265,16 @@ def format_change(change: Change, column: Column, evaluation: Record) -> tuple[s
         parts = (change.relative, change.relative_low, change.relative_high)
         value, low, high = map(_format_percent, parts)
     return value, "" if "–" in (low, high) else f"{low} to {high}".replace("%", "")
+
+
+def intervals_note(prompts: Any) -> str:
+    """What intervals of so few prompts are worth; empty where there are enough, or a file does not say."""
+    if not isinstance(prompts, int) or prompts >= ENOUGH_PROMPTS:
+        return ""
+    if prompts < FEWEST_PROMPTS:
+        few = counted(prompts, "prompt is", "prompts are")
+        return f"{few} too few for an interval, which takes {FEWEST_PROMPTS}: no change is told from chance."
+    return f"{prompts} prompts: a 95% interval of so few holds the true value in some 90 of 100 cases."
 
 
 def fill(text: str, evaluation: Record) -> str:

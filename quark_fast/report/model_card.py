@@ -17,7 +17,7 @@ from quark_fast.files.atomic import replacing
 from quark_fast.files.safe_text import clean
 from quark_fast.report.columns import counted, duration, one_line, scores_are_rewards
 from quark_fast.report.files import RunFiles
-from quark_fast.report.records import number_of
+from quark_fast.report.records import number_of, series_of
 from quark_fast.report.results import headline, kept_round, main_row, name_of, rows_of, way_of
 from quark_fast.report.tables import as_markdown, markdown_page
 from quark_fast.settings import FolderSettings, MachineSettings, RewardSettings
@@ -77,7 +77,8 @@ def find_base(model: str | None) -> Base:
     licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     licence = licence if isinstance(licence, str) and licence else None
     if not folder.is_dir():
-        return Base(model, model, licence, why)
+        gone = folder.is_absolute() or model.startswith("~")  # a folder that was there is no name on the hub
+        return Base(folder.name if gone else model, None if gone else model, licence, why)
     # An export of ours names its base; of any other folder that is the base of the base.
     named = found.get("base_model") if "quark_fast" in (found.get("tags") or ()) else None
     return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why)
@@ -101,13 +102,13 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
     )
     contrast = " with a contrast of good and bad samples" if config.contrast_coef else ""
     parts = [
-        f"# {as_markdown(run.name)}",
-        f"{as_markdown(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
+        f"# {_public(run.name)}",
+        f"{_public(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
         f" 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)){contrast}. Its tokenizer"
         " puts the best of its reward tokens in front of every text; nothing needs to be asked for.",
-        as_markdown(headline(run.evaluation)),
+        _public(headline(run.evaluation)),
         _use(run, config),
-        f"## Results\n\n{markdown_page(run.evaluation)}" if rows_of(run.evaluation) else "",
+        f"## Results\n\n{markdown_page(run.evaluation, _public)}" if rows_of(run.evaluation) else "",
         _training(run, config),
         _limits(run, base),
     ]
@@ -120,8 +121,8 @@ def _aim(run: RunFiles) -> str:
     if scores_are_rewards(run.evaluation):
         return "write what its reward function scores high"
     if run.evaluation.get("task") == "sentiment":
-        return f"write {as_markdown(str(run.evaluation.get('target')))} text"
-    return f"write less {as_markdown(str(run.evaluation.get('property') or 'of a property'))}"
+        return f"write {_public(str(run.evaluation.get('target')))} text"
+    return f"write less {_public(str(run.evaluation.get('property') or 'of a property'))}"
 
 
 def _use(run: RunFiles, config: Config) -> str:
@@ -168,24 +169,23 @@ def _training(run: RunFiles, config: Config) -> str:
         != (field.default if field.name in ("task", "preset") else getattr(usual, field.name))
         and field.name not in _OF_THE_MACHINE
     }
-    lines = [f"| `{name}` | {as_markdown(_without_folders(value))} |" for name, value in different.items()]
-    scored = round(float(np.nansum([number_of(row, "samples") for row in run.rounds])))
-    cost = [counted(scored, "scored completion"), counted(len(run.steps), "optimizer step")]
+    lines = [f"| `{name}` | {_public(value)} |" for name, value in different.items()]
+    samples, unscored = (int(np.nansum(series_of(run.rounds, key))) for key in ("samples", "unscored"))
+    cost = [counted(samples - unscored, "scored completion"), counted(len(run.steps), "optimizer step")]
+    if unscored:
+        cost.insert(1, f"{unscored:,} more without a score")
     if run.begun:
         rounds, steps = (number_of(run.begun, key) for key in ("round", "step"))
         cost.append(f"after {rounds:.0f} rounds and {steps:.0f} steps of an earlier run")
     if minutes := run.versions.get("minutes"):
-        cost.append(f"{duration(minutes)} on {as_markdown(str(run.versions.get('machine')))}")
-    kept = f" {as_markdown(kept_round(run.kept))}".rstrip()
+        cost.append(f"{duration(minutes)} on {_public(str(run.versions.get('machine')))}")
+    kept = f" {_public(kept_round(run.kept))}".rstrip()
     versions = [
         f"{name} {run.versions[name]}"
         for name in ("quark_fast", "torch", "transformers")
         if name in run.versions
     ]
-    return (
-        "## Training\n\n"
-        f"{', '.join(cost)}; {as_markdown(', '.join(versions))}.{kept} {_settings_table(lines)}"
-    )
+    return f"## Training\n\n{', '.join(cost)}; {_public(', '.join(versions))}.{kept} {_settings_table(lines)}"
 
 
 def _settings_table(lines: list[str]) -> str:
@@ -196,18 +196,23 @@ def _settings_table(lines: list[str]) -> str:
     return f"Settings that are not the defaults of {command}:\n\n{table}"
 
 
-def _without_folders(value: Any) -> str:
-    """A setting's value with the last part alone of every path, since a card is for others to read."""
+def _public(value: Any) -> str:
+    """A value from anywhere as Markdown, with the last part alone of every path, as a card is for others."""
     text = one_line(clean(str(value)))
     text = os.path.basename(text) if "/" in text and os.path.exists(text) else text
-    return re.sub(r"(?<![\w/.])~?/(?:[^\s/:+*]+/)*", "", text)
+    return as_markdown(_FOLDERS.sub("", text))
+
+
+# What stands before a path's last part: of "/home/me/model", "~/model" and "hf:/model", not of "me/model",
+# "https://host/page", "</s>" or "[/INST]".
+_FOLDERS = re.compile(r"(?<![\w/.<\[])(?:~/|/)(?:[^\s/:+*<>]+(?<!,)/)+|(?<![\w/.])~/|(?<=:)/(?=[^\s/])")
 
 
 def _limits(run: RunFiles, base: Base) -> str:
     licence = (
-        f"Its licence, {as_markdown(base.licence)}, is that of the base model."
+        f"Its licence, {_public(base.licence)}, is that of the base model."
         if base.licence
-        else f"The base model's licence is not known here: {as_markdown(base.why)}."
+        else f"The base model's licence is not known here: {_public(base.why)}."
     )
     if not rows_of(run.evaluation):
         return (

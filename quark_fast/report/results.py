@@ -16,6 +16,7 @@ from quark_fast.report.columns import (
     headline_column,
     judge_columns,
     main_columns,
+    numbered_judges,
     one_line,
 )
 from quark_fast.report.records import Record, judges_of, number_of
@@ -206,10 +207,11 @@ def _what_it_costs(evaluation: Record) -> str:
     if row is None or row is base_row(evaluation) or first.key == fluency.key:
         return ""
     cell = cell_of(evaluation, row, fluency)
-    if cell.value == "–" or not cell.change_bounds:
+    if cell.value == "–" or cell.change in ("", "–"):
         return ""
+    bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
     title, it = fill(fluency.title, evaluation).capitalize(), "it" if _result(evaluation) else _how(row)
-    return f"{title} with {it} is {cell.value} ({cell.change}, 95% interval {cell.change_bounds})."
+    return f"{title} with {it} is {cell.value} ({cell.change}{bounds})."
 
 
 def _what_it_takes(evaluation: Record) -> str:
@@ -267,9 +269,10 @@ def scorer_line(evaluation: Record) -> str:
 def judge_lines(evaluation: Record) -> list[str]:
     """Name, version and hash of each judge."""
     found = []
-    for judge in judges_of(evaluation):
+    for called, judge in numbered_judges(evaluation):
         name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
-        found.append(f"Judge: {name}, sha256 {str(judge.get('sha256'))[:12]}; it took no part in training.")
+        sha256 = str(judge.get("sha256"))[:12]
+        found.append(f"{called.capitalize()}: {name}, sha256 {sha256}; it took no part in training.")
     return found
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +20,7 @@ from quark_fast.report.columns import (
     fill,
     format_value,
     headline_column,
+    intervals_note,
     one_line,
 )
 from quark_fast.report.records import Record, cuts_of
@@ -46,38 +49,92 @@ _TERMINAL_COLOURS: dict[Way, str] = {
 }
 
 
-def results_table(evaluation: Record, title: str = "") -> Table:
-    """The metrics of each way of sampling, intervals below, 78 columns wide.
+@dataclass(frozen=True)
+class ResultsColumn:
+    """A column of the terminal's table: its heading, and a cell of two lines for each row."""
+
+    heading: str
+    cells: list[Text]
+
+    @property
+    def width(self) -> int:
+        lines = [self.heading, *(line for cell in self.cells for line in cell.plain.split("\n"))]
+        return max(map(cell_len, lines))
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """An evaluation for the terminal or a log; columns that lines have no room for follow below."""
+
+    title: str
+    caption: str
+    columns: list[ResultsColumn]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = self._parts(options.max_width)
+        for part in parts:
+            # The caption is as wide as the table, and a scorer's hash should stay in one piece.
+            table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
+            table.title_justify = table.caption_justify = "left"
+            if part is parts[0]:
+                table.title = Text(self.title, style="bold")
+            if part is parts[-1]:
+                table.caption = Text(self.caption, style="dim")
+            names, *numbers = part
+            room = options.max_width - sum(1 + one.width for one in numbers)
+            # The only one that gives way; its heading does not fold.
+            table.add_column(names.heading if room >= len(names.heading) else "row", overflow="fold")
+            for one in numbers:
+                fits = self._names_width + 1 + one.width <= options.max_width
+                table.add_column(one.heading, justify="right", no_wrap=fits, overflow="fold")
+            for cells in zip(*(one.cells for one in part), strict=True):
+                table.add_row(*cells)
+            yield table
+            if part is not parts[-1]:
+                yield ""
+
+    def _parts(self, width: int) -> list[list[ResultsColumn]]:
+        """The columns of each table, the names of the rows first in all."""
+        names, *numbers = self.columns
+        parts = [[names]]
+        for one in numbers:
+            used = self._names_width + sum(1 + other.width for other in parts[-1][1:])
+            if len(parts[-1]) > 1 and used + 1 + one.width > width:
+                parts.append([names])
+            parts[-1].append(one)
+        return parts
+
+    @property
+    def _names_width(self) -> int:
+        """The least for the rows' names: their longest word, but a run's name is cut into lines of 8."""
+        words = [word for cell in self.columns[0].cells for word in cell.plain.split()]
+        return min(8, max(map(cell_len, words), default=0))
+
+
+def results_table(evaluation: Record, title: str = "") -> ResultsTable:
+    """The metrics of each way of sampling, intervals below, 78 columns wide as a rule.
 
     The full set of metrics, with a change for each, is in the HTML report.
     """
-    # The caption is as wide as the table, and a scorer's hash should stay in one piece.
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, min_width=74)
-    table.title = Text(title or about(evaluation), style="bold")
-    table.title_justify = table.caption_justify = "left"
-    table.caption = Text(
+    rows = rows_of(evaluation)
+    # Each row has two lines anyway.
+    names = [Text(name_of(row).replace(": ", ":\n"), _TERMINAL_COLOURS[way_of(name_of(row))]) for row in rows]
+    columns = [ResultsColumn("sampling", names)]
+    for number, column in enumerate(columns_of(evaluation, more=False)):
+        cells = [cell_of(evaluation, row, column) for row in rows]
+        values = [_two_lines(cell.value, cell.bounds) for cell in cells]
+        columns.append(ResultsColumn(fill(column.short, evaluation), values))
+        if number == 0:
+            changes = [
+                _two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else "") for cell in cells
+            ]
+            columns.append(ResultsColumn("change", changes))
+    caption = (
         f"Below each number: 95% bootstrap interval over prompts. "
         f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
-        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation)),
-        style="dim",
+        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation))
     )
-    shown = columns_of(evaluation, more=False)
-    main = shown[0].key
-    table.add_column("sampling", overflow="fold")  # the only one that gives way
-    for column in shown:
-        table.add_column(fill(column.short, evaluation), justify="right", no_wrap=True)
-        if column.key == main:
-            table.add_column("change", justify="right", no_wrap=True)
-    for row in rows_of(evaluation):
-        name = name_of(row).replace(": ", ":\n")  # each row has two lines anyway
-        cells: list[Text] = [Text(name, style=_TERMINAL_COLOURS[way_of(name_of(row))])]
-        for column in shown:
-            cell = cell_of(evaluation, row, column)
-            cells.append(_two_lines(cell.value, cell.bounds))
-            if column.key == main:
-                cells.append(_two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else ""))
-        table.add_row(*cells)
-    return table
+    return ResultsTable(title or about(evaluation), caption, columns)
 
 
 def _two_lines(value: str, bounds: str, style: str = "") -> Text:
@@ -97,9 +154,11 @@ def about(evaluation: Record) -> str:
 
 
 def notes(evaluation: Record) -> list[str]:
-    """What stands under every table: scorer, sampling, what measures the perplexity, what is in front."""
+    """What stands under every table: what intervals of few prompts are worth, and how it was measured."""
     perplexity, sampling = evaluation.get("perplexity") or {}, evaluation.get("sampling") or {}
     found = []
+    if few := intervals_note(evaluation.get("prompts")):
+        found.append(few)
     if scorer := scorer_line(evaluation):
         found.append(scorer)
     found += judge_lines(evaluation)
@@ -142,14 +201,23 @@ def unscored_note(evaluation: Record) -> str:
     return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
 
 
-def markdown_table(evaluation: Record) -> str:
-    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below."""
+def as_markdown(text: str) -> str:
+    """A text as Markdown shows it: no mark-up, no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+
+
+def markdown_table(evaluation: Record, show: Callable[[str], str] = as_markdown) -> str:
+    """The results as a Markdown table, "value [low, high]" in each cell, with the notes below.
+
+    Args:
+        show: makes Markdown of a text from anywhere.
+    """
     main, *others = columns_of(evaluation)
     of_the = "the mean" if main.key == "mean" else fill(main.title, evaluation)
     titles = [fill(column.title, evaluation) for column in (main, *others)]
     titles = ["sampling", titles[0], f"change of {of_the}", *titles[1:]]
     lines = [
-        "| " + " | ".join(map(as_markdown, titles)) + " |",
+        "| " + " | ".join(map(show, titles)) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for row in rows_of(evaluation):
@@ -157,21 +225,14 @@ def markdown_table(evaluation: Record) -> str:
         numbers = [(first.value, first.bounds), (first.change, first.change_bounds)]
         numbers += [(cell.value, cell.bounds) for cell in rest]
         cells = [f"{value} [{bounds}]" if bounds else value for value, bounds in numbers]
-        lines.append("| " + " | ".join((as_markdown(name_of(row)), *cells)) + " |")
-    lines += ["", *(f"{as_markdown(line)}  " for line in notes(evaluation))]
+        lines.append("| " + " | ".join((show(name_of(row)), *cells)) + " |")
+    lines += ["", *(f"{show(line)}  " for line in notes(evaluation))]
     return "\n".join(lines).strip() + "\n"
 
 
-def markdown_page(evaluation: Record) -> str:
+def markdown_page(evaluation: Record, show: Callable[[str], str] = as_markdown) -> str:
     """Every table of an evaluation with a title: its own, and that of the out-of-domain prompts."""
-    return "\n".join(
-        f"### {as_markdown(title)}\n\n{markdown_table(one)}" for title, one in tables(evaluation)
-    )
-
-
-def as_markdown(text: str) -> str:
-    """A text as Markdown shows it: no mark-up, no HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+    return "\n".join(f"### {show(title)}\n\n{markdown_table(one, show)}" for title, one in tables(evaluation))
 
 
 def tables(evaluation: Record) -> list[tuple[str, Record]]:

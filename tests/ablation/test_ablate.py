@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import pytest
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast import ablate
-from quark_fast.ablation import axes, grid, plot
+from quark_fast.ablation import axes, grid, plot, summary
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.metrics import Sample
+from quark_fast.runtime.console import Terminal
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
-GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:6]}
+GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:8]}
 
 
 def base(folder: Path, model: Path, **settings: Any) -> Config:
@@ -221,8 +225,90 @@ def test_table_is_what_the_runs_wrote_averaged_over_seeds(two_seeds: Path) -> No
     assert pools[0] != pools[1], "shared within a seed, not between"
     written = (folder / "ablations.md").read_text()
     assert f"| {point['mean']['headline']:.3f} ± {point['deviation']['headline']:.3f} |" in written
+    assert "8 prompts: a 95% interval of so few holds the true value in some 90 of 100 cases." in written
     svg = (folder / "ablations.svg").read_text()
     assert svg.count(">random<") == 2, "each value labelled in both plots"
+
+
+@pytest.mark.parametrize("scored", [0, 1])
+def test_grid_whose_held_out_prompts_have_hardly_a_score_ends_in_its_table(
+    tmp_path: Path, model: Path, scored: int
+) -> None:
+    without = PROMPTS[scored:8]
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if p in without else float(len(t)) for p, t in zip(prompts, completions, strict=True)]
+
+    given = {"reward": reward, "prompts": PROMPTS[8:], "held_out": PROMPTS[:8]}
+    folder = grid.run_grid(base(tmp_path / "grid", model), ["tokens"], [0], **given)
+    results = json.loads((folder / "ablations.json").read_text())
+    point = next(p for p in results["points"] if p["difference"] is not None)
+    assert (
+        (point["mean"]["headline"] is not None) == (point["difference"]["difference"] is not None) == scored
+    )
+    assert point["difference"]["low"] is None and point["perplexity_change"]["low"] is not None
+    written = next(
+        line for line in (folder / "ablations.md").read_text().splitlines() if f"| {point['value']} |" in line
+    )
+    cells = [cell.strip() for cell in written.split("|")[1:-1]]
+    shown = (
+        [f"{point['mean']['headline']:.3f}", f"{point['difference']['difference']:+.3f}"]
+        if scored
+        else ["", ""]
+    )
+    assert [cells[2], cells[5]] == shown and "None" not in written and "[" not in cells[5]
+    assert "%)" in cells[6], "the perplexity needs no score"
+    svg = (folder / "ablations.svg").read_text()
+    assert svg.count(f">{point['value']}<") == svg.count(">base model<") == 2 * scored
+
+
+def test_headline_that_no_completion_has_is_empty_and_no_error() -> None:
+    # The share of a sentiment is a measure that unscored completions have not.
+    after = [Sample(i, "p", "a", None, 3.0, 2) for i in range(8)]
+    before = [replace(one, score=0.5, measures={"target": 0.5}) for one in after]
+    own = {"seed": 0, **dict.fromkeys(summary.AVERAGED)}
+    finished = {"base": [summary._Finished(Path(), {}, own, before, after)]}
+    metrics = {"headline": "target", "perplexity": "perplexity"}
+    found = summary._summary_of(axes.Point("kl", "beta 1", {}), finished, metrics)
+    assert set(found["change"].values()) == {None} and found["perplexity_change"]["difference"] == 0
+
+
+def test_numbers_are_written_before_anything_is_drawn(
+    tmp_path: Path, two_seeds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(results: dict[str, Any]) -> str:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(grid, "plot", broken)
+    results = json.loads((two_seeds / "ablations.json").read_text())
+    with pytest.raises(RuntimeError, match="no picture"):
+        grid._write(tmp_path, results)
+    assert json.loads((tmp_path / "ablations.json").read_text()) == results
+    assert (tmp_path / "ablations.md").read_text() == (two_seeds / "ablations.md").read_text()
+
+
+def test_terminal_of_80_columns_cuts_nothing(tmp_path: Path, two_seeds: Path) -> None:
+    results = json.loads((two_seeds / "ablations.json").read_text())
+    second = results["points"][1]
+    long = {"axis": "unlikelihood", "value": "Quark + unlikelihood", "against": second["run"], "run": "x=1"}
+    results["points"].append({**second, **long})
+    (tmp_path / "ablations.json").write_text(json.dumps(results))
+    file = io.StringIO()
+    ablate._show(tmp_path, Terminal(file=file, width=80), Terminal(file=io.StringIO()))
+    text = file.getvalue()
+    assert "8 prompts: a 95% interval of so few" in text
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    whole = text.replace("\n", " ").split()
+    for number in (
+        f"{second['mean']['headline']:.3f}",
+        f"{second['difference']['difference']:+.3f}",
+        f"[{second['difference']['low']:+.3f},",
+        f"{second['difference']['high']:+.3f}]",
+        f"{second['mean']['perplexity']:.1f}",
+        "unlikelihood",
+        "from",
+    ):
+        assert number in whole, number
 
 
 def test_runs_of_two_scorers_are_refused_in_one_table(
@@ -295,7 +381,7 @@ def test_command_runs_a_grid_prints_its_table_and_finds_it_finished(
         **{"--max-new-tokens": "4", "--precision": "fp32", "--threads": "1", "--output": "grid"},
     }
     command = ["--grid", "tokens", *(part for pair in given.items() for part in pair)]
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert ablate.main(command) == 0
     heard = capsys.readouterr()
     first = heard.out

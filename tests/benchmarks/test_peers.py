@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ def peers(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
 def samples(score: float, nll: float, judge: float, **fit: float) -> list[Sample]:
     return [
         Sample(i, "p", f"a b c {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100} | fit)
-        for i in range(6)
+        for i in range(8)
     ]
 
 
@@ -87,7 +88,9 @@ def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
     assert ours["all seeds"]["mean"]["relative"] == pytest.approx(-0.5)
     assert [one["mean"]["relative"] for one in ours["seeds"]] == pytest.approx([-0.6, -0.4])
     shown = peers.markdown(table)
-    assert "| ours, best token | 12.0 | 100 | 0.250, -50% [-50, -50] | 0.275, -48% " in shown
+    assert "| ours, best token | 12.0 | 100 | 0.250, -50% [-50, -50] | 0.285, -47% " in shown
+    few = {**ours["all seeds"]["mean"], "relative_low": math.nan, "relative_high": math.nan}
+    assert peers.task_tables.change(few) == "-50%", "as of few prompts"
     peers.plot(table, tmp_path / "plot.svg")
     assert "ours, best token" in (tmp_path / "plot.svg").read_text()
     assert grpo["all seeds"]["prompt_fit"]["relative"] == pytest.approx(-0.25)

@@ -146,7 +146,7 @@ def test_judges_stand_beside_the_scorer_and_change_nothing_else(place: Path) -> 
     change = row_of(judged, "best token")["change"]["judge test_side_by_side:flat"]
     assert change["relative"] is not None
     shown = str(judged).replace("\\", "")
-    assert "score by test_side_by_side:odds" in shown and "Judge: test_side_by_side:odds source" in shown
+    assert "score by test_side_by_side:odds" in shown and "Judge 1: test_side_by_side:odds source" in shown
     with pytest.raises(UsageError, match="evens is the reward itself"):
         made("runs/a", judge="test_side_by_side:evens")
 

@@ -18,12 +18,13 @@ from rich.console import Console
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
+from quark_fast.report.columns import columns_of
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
 from quark_fast.report.page import comparison_page, render_html, write_report
 from quark_fast.report.result_plots import plot_dial
-from quark_fast.report.results import headline, main_row
+from quark_fast.report.results import cell_of, headline, main_row
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.report.training_plots import smooth
@@ -447,12 +448,40 @@ def test_headline_without_an_interval_claims_no_fall():
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "note"),
+    [
+        (5, "5 prompts are too few for an interval, which takes 8: no change is told from chance."),
+        (20, "20 prompts: a 95% interval of so few holds the true value in some 90 of 100 cases."),
+        (50, ""),
+    ],
+)
+def test_intervals_of_few_prompts_are_not_there_or_told_of_everywhere(tmp_path, prompts, note):
+    run = read_run(write_run(tmp_path, prompts=prompts, samples=2, steps=4, rounds=1))
+    evaluation = run.evaluation
+    shown = {
+        "terminal": " ".join(rendered(results_table(evaluation)).split()),
+        "markdown": markdown_table(evaluation),
+        "page": Page(render_html(run)).text,
+        "card": model_card(run, Config(), Base("b", None, None)).replace("\\", ""),
+    }
+    for where, text in shown.items():
+        assert (" ".join(note.split()) in text) if note else ("prompts: a 95%" not in text), where
+    sentence, cells = headline(evaluation), results_table(evaluation).columns[2].cells
+    assert "Perplexity with it is " in sentence, "the price is named either way"
+    if prompts == 5:
+        assert "interval" not in sentence and "mean toxicity went from ." in sentence
+        assert not any("bold" in str(span.style) for cell in cells for span in cell.spans)
+    else:
+        assert "95% interval" in sentence
+
+
 def unscored_evaluation(*unscored):
     """The rows base model and best token; those named have no score."""
     rows = []
     for name in ("base model", "best token"):
         score = None if name in unscored else 0.5
-        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(4)]
+        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(8)]
         rows.append(MeasuredRow(name, {}, samples))
     scorer = {"name": "my:score", "version": "source", "sha256": "0" * 64}
     return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
@@ -514,6 +543,50 @@ def test_the_table_fits_80_columns_whole(finished_run):
     mean = evaluation_of(finished_run)["rows"][0]["metrics"]["mean"]
     assert f"{mean['value']:.3f}"[1:] in text
     assert f"{mean['low']:.3f}–{mean['high']:.3f}".replace("0.", ".") in text
+
+
+def judged_by(evaluation, count):
+    """The evaluation with so many judges, whose means differ."""
+    names = [f"j{n}" for n in range(1, count + 1)]
+    judges = [{"name": name, "property": "harm", "version": "1", "sha256": "0" * 64} for name in names]
+    rows = []
+    for row in evaluation["rows"]:
+        means = {
+            judge_measure(name): {"value": n / 8, "low": n / 9, "high": n / 7}
+            for n, name in enumerate(names, 1)
+        }
+        rows.append({**row, "metrics": row["metrics"] | means})
+    return evaluation | {"rows": rows, "judges": judges}
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40])
+@pytest.mark.parametrize("judges", [0, 1, 2, 3])
+@pytest.mark.parametrize("factor", [1, 1e6])
+def test_no_width_cuts_a_number_or_the_name_of_a_row(finished_run, width, judges, factor):
+    evaluation = judged_by(evaluation_of(finished_run), judges)
+    if factor > 1:  # a plain reward of any size
+        evaluation = json.loads(json.dumps(evaluation | {"property": "reward"}))
+        for row in evaluation["rows"]:
+            for of in (row["metrics"]["mean"], (row["change"] or {}).get("mean", {})):
+                of.update({key: factor * value for key, value in of.items()})
+    text = rendered(results_table(evaluation), width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    words = text.split()
+    for row in evaluation["rows"]:
+        cells = [cell_of(evaluation, row, column) for column in columns_of(evaluation, more=False)]
+        for number in [cell.value for cell in cells] + [cell.bounds for cell in cells] + [cells[0].change]:
+            assert not number or number in words, (row["name"], number)
+        parts = sum(line.strip("─ ") == "" and "─" in line for line in text.splitlines())
+        name = row["name"] if width == 200 else row["name"].split()[0]
+        assert text.count(name) >= parts, "each part of the table names its rows"
+
+
+def test_several_judges_are_told_apart_by_numbers(finished_run):
+    text = rendered(results_table(judged_by(evaluation_of(finished_run), 2)), 80)
+    assert re.search(r"\bjudge 1 +judge 2\b", text), "their headings"
+    assert "Judge 1: j1 1, sha256 0" in text and "Judge 2: j2 1, sha256 0" in text
+    alone = rendered(results_table(judged_by(evaluation_of(finished_run), 1)), 80)
+    assert "Judge: j1 1" in alone and "judge 1" not in alone
 
 
 def test_only_a_change_that_excludes_zero_is_bold():
@@ -979,6 +1052,51 @@ def test_card_shows_settings_that_are_no_defaults_and_no_folder_of_this_machine(
     assert "Its settings are the defaults of" in none and "| setting |" not in none
 
 
+def test_no_line_of_a_card_has_a_folder_of_this_machine(small_run, tmp_path):
+    run = read_run(small_run)
+    evaluation = judged_by(run.evaluation, 1)
+    judge = {"name": "hf:/home/ann/judges/clf", "property": "harm", "version": "source", "sha256": "0" * 64}
+    for row in evaluation["rows"]:
+        row["metrics"][judge_measure(judge["name"])] = row["metrics"].pop(judge_measure("j1"))
+    evaluation |= {
+        "judges": [judge],
+        "scorer": {"name": "mine:good + 0.1*hf:/home/ann/clf", "version": "source", "sha256": "1" * 64},
+        "perplexity": {"model": "/home/ann/models/base", "tokens": "sampled"},
+        "source": "/home/ann/p.txt",
+        "trained_on": {"~/runs/one": 3},
+        "cut": {"by": [{"model": "/home/ann/models/base", "prompts": 2, "tokens": 9}]},
+        "rows": [{**row, "prefix": "</s>[/INST]"} for row in evaluation["rows"]],
+    }
+    kept = {"why": "Round 2 of 4 was kept: lowest hf:/home/ann/judges/clf on 8 prompts."}
+    evaluation |= {"out_of_domain": dict(evaluation), "kept_round": kept}
+    run = dataclasses.replace(run, evaluation=evaluation)
+    text = model_card(run, Config(reward="hf:/home/ann/clf,hf:/clf"), Base("b", None, None)).replace("\\", "")
+    assert "ann" not in re.findall(r"\w+", text) and "home" not in text and "~/" not in text
+    for shown in (
+        "harm by hf:clf",
+        "By hf:clf, which took no part",
+        "Judge: hf:clf source",
+        "Scorer: mine:good + 0.1*hf:clf source",
+        "Perplexity: by base, of the sampled tokens",
+        "of p.txt",
+        "trained on by one.",
+        "9 tokens for base.",
+        "lowest hf:clf on 8 prompts",
+        "| hf:clf,hf:clf |",
+        "</s>[/INST]",
+        "https://arxiv.org/abs/2205.13636",
+    ):
+        assert shown in text, shown
+
+
+def test_card_counts_completions_without_a_score_apart(small_run):
+    rounds = [{"samples": 1000, "unscored": 30}, {"samples": 200, "unscored": 0}, {"samples": 50}]
+    run = dataclasses.replace(read_run(small_run), rounds=rounds)
+    assert "1,220 scored completions, 30 more without a score," in model_card(run, Config(), find_base(None))
+    run = dataclasses.replace(run, rounds=rounds[1:])
+    assert "250 scored completions, 20" in model_card(run, Config(), find_base(None))
+
+
 def test_card_of_a_reward_of_ones_own_is_not_tagged_as_unlearning(small_run):
     assert "- unlearning\n" in card_of(small_run)
     evaluation = evaluation_of(small_run)
@@ -1001,6 +1119,8 @@ def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
     assert find_base(str(folder)) == Base("mine", None, None, "it has no card here")
+    gone = find_base(str(tmp_path / "gone"))
+    assert (gone.shown, gone.hub_name) == ("gone", None), "removed since"
     (folder / "README.md").write_text(
         "---\nlicense: mit\nbase_model: org/first\ntags: [quark_fast]\n---\n# Mine\n"
     )

@@ -69,7 +69,8 @@ def run(folder: Path, model: Path, **settings: Any) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     listen = settings.pop("listen", lambda _: None)
     reward = settings.pop("reward", even_words)
-    trainer = Trainer(small(folder, model, **(SHORT | settings)), reward=reward, listen=listen, **GIVEN)
+    given = {name: settings.pop(name, usual) for name, usual in GIVEN.items()}
+    trainer = Trainer(small(folder, model, **(SHORT | settings)), reward=reward, listen=listen, **given)
     trainer.train()
     return trainer
 
@@ -327,7 +328,8 @@ def test_measure_that_an_own_reward_has_not_is_refused_and_one_of_a_judge_is_fou
         run(tmp_path / "run", tiny_model(), keep_best="judge:min", **judges)
     with pytest.raises(UsageError, match="no measure 'toxicity'"):
         run(tmp_path / "run", tiny_model(), keep_best="toxicity:min")
-    run(tmp_path / "run", tiny_model(), keep_best=f"{__name__}:length:min", rounds=1, **judges)
+    enough = {"prompts": PROMPTS[8:], "held_out": PROMPTS[:8]}  # 8 for development, the fewest with intervals
+    run(tmp_path / "run", tiny_model(), keep_best=f"{__name__}:length:min", rounds=1, **enough, **judges)
     base, _ = rows(tmp_path / "run" / "metrics.jsonl", kind="development")
     assert {f"{__name__}:length", "reward", "perplexity", "dist3", "prompt_fit"} <= base["measures"].keys()
     assert base["intervals"]["reward"][0] <= base["measures"]["reward"] <= base["intervals"]["reward"][1]
