@@ -70,6 +70,8 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         except ValueError as error:  # peft's word for names that no layer has
             raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
     _leave_bare_weights_alone(model, lora)
+    if lora.targets != ALL_LINEAR:
+        _check_every_name(model, names)
     cast_adapter_dtype(model, adapter_name="default")
     for name, layer in adapted_layers(model):
         layer._cast_input_dtype = _as_adapter_takes_it
@@ -78,6 +80,16 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
                 f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
                 " body"
             )
+
+
+def _check_every_name(model: Any, names: list[str]) -> None:
+    """Raise UsageError for a name that no adapted layer has: peft says so only where none of them is one."""
+    layers = [name for name, _ in adapted_layers(model)]
+    if missing := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+        raise UsageError(
+            f"lora_targets = {','.join(names)!r}: no layer is called {missing[0]!r}; give names, or their"
+            f" ends, such as {layers[0].rpartition('.')[2]} of {layers[0]}"
+        )
 
 
 def _as_adapter_takes_it(x: Tensor, dtype: torch.dtype) -> Tensor:

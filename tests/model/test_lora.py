@@ -19,7 +19,7 @@ from quark_fast.errors import UsageError
 from quark_fast.model.check_reading import TOLERANCE, tolerance_of
 from quark_fast.model.copies import frozen_copy, shared_reference, whole_copy
 from quark_fast.model.loading import load_reference
-from quark_fast.model.lora import Lora
+from quark_fast.model.lora import Lora, adapted_layers
 from quark_fast.model.policy import Policy
 from quark_fast.training.trainer import Trainer
 
@@ -174,6 +174,9 @@ def test_targets_by_name_and_alpha_over_rank_scales_the_update(tiny_model: Make)
     ("targets", "named"),
     [
         ("q_prj", "q_prj"),
+        ("q_proj, gate_prj", "no layer is called 'gate_prj'"),
+        ("q_proj,j", "no layer is called 'j'"),
+        ("all-linear,q_proj", "no layer is called 'all-linear'"),
         ("q_proj,lm_head", "the model's head, lm_head"),
         ("embed_tokens", "the model's embedding, model.embed_tokens"),
     ],
@@ -184,6 +187,13 @@ def test_targets_that_are_no_layers_of_the_body_are_refused(
     with pytest.raises(UsageError, match="lora_targets") as caught:
         Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0, targets))
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_layers_whole_name_is_an_end_of_it(tiny_model: Make) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    policy = Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0, f"{name},mlp.up_proj"))
+    found = [layer for layer, _ in adapted_layers(policy.model)]
+    assert found == [name, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 
 
 def test_settings_give_the_adapters() -> None:
