@@ -164,6 +164,9 @@ def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
             return
         file = Path(cached)
     own = Tokenizer.from_file(str(file))
+    # Saved with the file by whoever last read texts so; transformers takes neither from there.
+    own.no_padding()
+    own.no_truncation()
     probe = f"{SENTENCE} {_some_words(own)}"
     meant = own.decode(own.encode(probe, add_special_tokens=False).ids, skip_special_tokens=False)
     read = tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ def test_tokenizer_that_only_splits_otherwise_passes(tmp_path: Path) -> None:
     )
     assert single("The man").input_ids != merged("The man").input_ids
     check_tokenizer(tmp_path, single)
+
+
+@pytest.mark.parametrize(
+    "saved", [{"truncation": True, "max_length": 8}, {"padding": "max_length", "max_length": 128}], ids=str
+)
+def test_settings_of_the_last_texts_that_were_read_are_no_other_kind(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    folder = FAMILIES["qwen2"].save(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer(["The man said", "that it is good"], **saved)
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["truncation"] or content["padding"], "saved in the file"
+    load_tokenizer(folder)
 
 
 def test_folder_without_a_tokenizer_file_passes(tmp_path: Path) -> None:
