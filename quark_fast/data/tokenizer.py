@@ -67,8 +67,10 @@ def own_front(tokenizer: Any) -> list[int]:
 
 def opening_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer itself puts before a text, else its document separator, else nothing."""
-    # An exported model's tokenizer puts its best reward token first; training it again learns new ones.
-    own = [i for i in own_front(tokenizer) if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
+    # An exported model's tokenizer puts its best reward token first; training it again learns new ones. With
+    # fewer quantiles its id may be no token's any more.
+    tokens = ((i, tokenizer.convert_ids_to_tokens(i)) for i in own_front(tokenizer))
+    own = [i for i, token in tokens if token is not None and not REWARD_TOKEN.fullmatch(token)]
     if own:
         return own
     separator = tokenizer.get_vocab().get(SEPARATOR)

@@ -35,6 +35,7 @@ from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
 from quark_fast.model.batch import Counts, completion_logits, make_batch, shared_logits
+from quark_fast.model.check_export import check_export
 from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.encode import encode_rows
@@ -255,6 +256,14 @@ def test_exported_policy_is_the_policy(case: Case) -> None:
     with torch.no_grad():
         new, old = (p.model(ids).logits[..., : case.policy.vocabulary] for p in (again, case.policy))
     torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+
+
+def test_export_is_trained_on_with_fewer_quantiles(case: Case, tmp_path: Path) -> None:
+    """The id in the export's front is then no token of the new policy."""
+    again = Policy.create(case.export, quantiles=2)
+    assert (again.prefix, again.vocabulary) == (case.policy.prefix, case.policy.vocabulary)
+    again.model.eval()
+    assert check_export(again, tmp_path, {}, untie=True) == (True, [])
 
 
 # --- Every architecture ----------------------------------------------------------------------------
