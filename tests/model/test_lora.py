@@ -253,3 +253,39 @@ def test_experts_and_routers_are_left_as_they_are_or_refused_by_name(tmp_path: P
     ):
         with pytest.raises(UsageError, match=said):
             Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))
+
+
+def test_layers_that_share_a_weight_are_refused_since_merged_it_would_have_the_adapters_of_all(
+    tmp_path: Path,
+) -> None:
+    folder = EVERY["zamba"].save(tmp_path / "model")
+    for targets in ("all-linear", "q_proj"):
+        with pytest.raises(UsageError, match=r"q_proj share one weight, .* --lora-rank 0"):
+            Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))
+    policy = Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, "mamba.in_proj"))
+    assert {layer.rpartition(".")[2] for layer, _ in adapted_layers(policy.model)} == {"in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [
+        ("mamba", "mixer.out_proj"),
+        ("nemotron_h", "mixer.out_proj"),
+        ("phimoe", "mlp.router"),
+        ("llama4_text", "feed_forward.router"),
+    ],
+)
+def test_all_linear_leaves_out_what_peft_refuses_and_routers_that_are_linear_layers(
+    tmp_path: Path, name: str, out: str
+) -> None:
+    policy = Policy.create(EVERY[name].save(tmp_path / "model"), quantiles=2, lora=Lora(2, 4.0))
+    layers = [layer for layer, _ in adapted_layers(policy.model)]
+    assert layers and not any(layer.endswith(out) for layer in layers)
+    assert any(layer.endswith(out) for layer, _ in policy.model.named_modules()), "or nothing is left out"
+
+
+def test_linear_layers_of_a_class_of_their_own_are_linear_layers(tmp_path: Path) -> None:
+    policy = Policy.create(EVERY["falcon"].save(tmp_path / "model"), quantiles=2, lora=Lora(2, 4.0))
+    assert {type(layer.get_base_layer()).__name__ for _, layer in adapted_layers(policy.model)} == {
+        "FalconLinear"
+    }
