@@ -58,9 +58,12 @@ def for_texts(tokenizer: Any, below: int | None = None, middle: bool = True) -> 
 
 def own_front(tokenizer: Any) -> list[int]:
     """The ids that a tokenizer puts before a text by itself."""
+    bare, text = list(tokenizer("a", add_special_tokens=False).input_ids), "a"
+    if not bare:  # by a vocabulary of upper case, as of amino acids, where no token stands for the unknown
+        text = f"{SENTENCE} {_some_words(tokenizer.backend_tokenizer)}"
+        bare = list(tokenizer(text, add_special_tokens=False).input_ids)
     # Only what stands in front: some tokenizers put an end marker behind, too.
-    with_text = list(tokenizer("a").input_ids)
-    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    with_text = list(tokenizer(text).input_ids)
     starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
     return with_text[: next(starts, 0)]
 

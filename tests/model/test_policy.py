@@ -17,7 +17,7 @@ import transformers
 from conftest import WORDS, export, save_tiny_model, sharpen, tiny_config, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
@@ -193,6 +193,22 @@ def test_prefix_rule(
     assert policy.conditioned([7, 8], 1) == [*expected, policy.reward_ids[1], 7, 8]
     assert policy.conditioned([7, 8], None) == [*expected, 7, 8]
     assert policy.encode("w1 w2 w3", 10) == [1, 2, 3], "the prompt alone, without any mark of the tokenizer"
+
+
+@pytest.mark.parametrize("letters", ["ACDEFGHIKLMNPQRSTVWY", "0123456789", "αβγ"])
+def test_bos_of_a_tokenizer_that_reads_no_a_is_its_prefix(tmp_path: Path, letters: str) -> None:
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(("<s>", "</s>", *letters))}, []))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a").input_ids == [0, 1]
+    policy = policy_with(tokenizer, tmp_path)
+    assert policy.prefix == [0]
+    export(policy, tmp_path / "out", torch.float32)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again(letters[0]).input_ids == [0, policy.reward_ids[-1], 2]
 
 
 def test_prompt_too_long_loses_its_beginning(tiny_model: Make) -> None:
