@@ -97,7 +97,8 @@ def _write_dial(folder: Path, best: int, worst: int) -> None:
 def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[str, Any]) -> GenerationConfig:
     """How the export is to be sampled: as it was evaluated, whatever taste the base model came with.
 
-    Reward tokens and the padding of the table are suppressed, with what the base model suppresses.
+    Reward tokens and the padding of the table are suppressed. What the base model suppresses is not, since
+    training and evaluation drew it as any other token.
     """
     pad = base.pad_token_id
     kept = {"cache_implementation": base.cache_implementation} if base.cache_implementation else {}
@@ -105,7 +106,7 @@ def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[s
         bos_token_id=base.bos_token_id,
         eos_token_id=policy.stop_ids or base.eos_token_id,
         pad_token_id=(policy.stop_ids or [0])[0] if pad is None or pad >= policy.vocabulary else pad,
-        suppress_tokens=sorted({*(base.suppress_tokens or ()), *range(policy.vocabulary, size)}),
+        suppress_tokens=list(range(policy.vocabulary, size)),
         **kept,
         **{"do_sample": True, **sampling},
     )
