@@ -53,8 +53,7 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     names = [name.strip() for name in lora.targets.split(",") if name.strip()]
-    outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
-    where = {name: outer[id(module)] for name, module in model.named_modules() if id(module) in outer}
+    _check_of_body(model, lora, names)
     alpha: Any = lora.alpha  # for peft an int, which it only divides
     every = lora.targets == ALL_LINEAR
     settings = LoraConfig(
@@ -74,17 +73,12 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         except ValueError as error:  # peft's word for names that no layer has
             raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
     _leave_bare_weights_alone(model, lora)
-    _check_unshared(model, lora)
     if not every:
         _check_every_name(model, names)
     cast_adapter_dtype(model, adapter_name="default")
-    for name, layer in adapted_layers(model):
+    for _, layer in adapted_layers(model):
         layer._cast_input_dtype = _as_adapter_takes_it
-        if name in where:
-            raise UsageError(
-                f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
-                " body"
-            )
+    _check_unshared(model, lora)
 
 
 def _left_out(model: Any) -> list[str]:
@@ -110,14 +104,24 @@ def _gives_a_product(layer: nn.Linear) -> bool:
     return isinstance(out, Tensor) and out.shape == (3, layer.out_features)
 
 
+def _check_of_body(model: Any, lora: Lora, names: list[str]) -> None:
+    """Raise UsageError for the name of the embedding or the head, which have rows of reward tokens."""
+    outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    for layer, module in model.named_modules():
+        if id(module) in outer and any(f".{layer}".endswith(f".{name}") for name in names):
+            raise UsageError(
+                f"lora_targets = {lora.targets!r} names the model's {outer[id(module)]}, {layer}; give layers"
+                " of its body"
+            )
+
+
 def _check_unshared(model: Any, lora: Lora) -> None:
     """Raise UsageError where layers share a weight (Zamba's): merged, each would have all their adapters."""
     adapters = {id(layer.get_base_layer()): name for name, layer in adapted_layers(model)}
-    weights = {id(layer.get_base_layer().weight) for _, layer in adapted_layers(model)}
     users: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in sorted(model.named_modules(), key=lambda item: id(item[1]) not in adapters):
         weight = module._parameters.get("weight")
-        if id(weight) not in weights:
+        if weight is None or (id(module) not in adapters and id(weight) not in users):
             continue
         name = adapters.get(id(module), name)
         if (other := users.setdefault(id(weight), name)) != name:

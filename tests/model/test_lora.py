@@ -189,6 +189,11 @@ def test_targets_that_are_no_layers_of_the_body_are_refused(
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_tied_head_is_named_as_the_head_not_as_a_weight_that_is_shared(tiny_model: Make) -> None:
+    with pytest.raises(UsageError, match="the model's head, lm_head"):
+        Policy.create(tiny_model("qwen2"), quantiles=3, lora=Lora(2, 4.0, "q_proj,lm_head"))
+
+
 def test_a_layers_whole_name_is_an_end_of_it(tiny_model: Make) -> None:
     name = "model.layers.0.self_attn.q_proj"
     policy = Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0, f"{name},mlp.up_proj"))
