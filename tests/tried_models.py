@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,9 @@ from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.model.check_model import check_model
+from quark_fast.model.check_reading import gap_of, logits_alone, tolerance_of
 from quark_fast.model.loading import load_reference
+from quark_fast.model.lora import Lora, adapted_layers, add_adapters, merge_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Sampling
 from quark_fast.runtime.machine import quiet_libraries
@@ -59,7 +62,37 @@ def try_out(one: Architecture, folder: Path) -> tuple[Tried, Policy | None]:
         text = _without_numbers(error).removeprefix(f"{kinds[0]} ").split("; give ")[0]
         return Tried(one.name, *kinds, f"refused: it {re.sub(r'^[(][^)]*[)] ', '', text)}"), None
     said = [line.split(", since ")[0].replace(kinds[0], "it") for line in checked.lines[1:]]
+    if (without := _try_adapters(policy)) is not None:
+        said.append(f"adapters are refused: {without}")
     return Tried(one.name, *kinds, "; ".join(["right", *said])), policy
+
+
+def _try_adapters(policy: Policy) -> str | None:
+    """Put the adapters of default settings into the policy, and merge them; the words of a refusal.
+
+    After a large step they must be the same model merged.
+    """
+    model: Any = policy.model
+    try:
+        add_adapters(model, Lora(2, 4.0), seed=0)
+    except UsageError as error:
+        return str(error).removeprefix("lora_targets = 'all-linear': ").split(", to which ")[0]
+    ids = policy.conditioned(policy.encode("The man said that"), 2)
+    zeros = [layer.lora_B["default"].weight for _, layer in adapted_layers(model)]
+    torch.manual_seed(0)
+    before = logits_alone(policy, model, ids)
+    (before * torch.randn(before.shape)).sum().backward(inputs=zeros)
+    # Others are never trained: of layers for images, or whose weight is read past the adapter.
+    heard = [weight for weight in zeros if weight.grad is not None and weight.grad.any()]
+    with torch.no_grad():
+        for weight in heard:
+            weight.add_(weight.grad, alpha=0.1 / float(weight.grad.abs().max()))
+        trained = logits_alone(policy, model, ids)
+        merge_adapters(model, lambda weights: weights)
+        merged = logits_alone(policy, model, ids)
+    assert gap_of(model, trained, before.detach()) > 0.01, "such a step shows"
+    assert gap_of(model, merged, trained) < tolerance_of(model), "merged they are the same model"
+    return None
 
 
 def _without_numbers(text: object) -> str:
@@ -74,7 +107,9 @@ samples a prompt, of which one ends early and is dropped) and the padded logits 
 model's own for each text alone; reward tokens must not be looked up in a table that is not theirs; an export
 must give plain transformers the same ids and logits. What does not hold is repaired by a general means (texts
 of one length together, no cache, another tokenizer class), or the model is refused in one line before
-anything long. A training step in the run's precision is tried out, too. The longest text has the length of
+anything long. A training step in the run's precision is tried out, too, and here the adapters of default
+settings: merged as in an export they must be the model that was trained; where they are refused, what is
+right is so with `--lora-rank 0`. The longest text has the length of
 the run's longest prompt, but on a CPU 128 tokens at most, and here 14: what begins behind more, such as a
 window, is not tried.
 

@@ -58,17 +58,22 @@ def for_texts(tokenizer: Any, below: int | None = None, middle: bool = True) -> 
 
 def own_front(tokenizer: Any) -> list[int]:
     """The ids that a tokenizer puts before a text by itself."""
+    bare, text = list(tokenizer("a", add_special_tokens=False).input_ids), "a"
+    if not bare:  # by a vocabulary of upper case, as of amino acids, where no token stands for the unknown
+        text = f"{SENTENCE} {_some_words(tokenizer.backend_tokenizer)}"
+        bare = list(tokenizer(text, add_special_tokens=False).input_ids)
     # Only what stands in front: some tokenizers put an end marker behind, too.
-    with_text = list(tokenizer("a").input_ids)
-    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    with_text = list(tokenizer(text).input_ids)
     starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
     return with_text[: next(starts, 0)]
 
 
 def opening_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer itself puts before a text, else its document separator, else nothing."""
-    # An exported model's tokenizer puts its best reward token first; training it again learns new ones.
-    own = [i for i in own_front(tokenizer) if not REWARD_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(i))]
+    # An exported model's tokenizer puts its best reward token first; training it again learns new ones. With
+    # fewer quantiles its id may be no token's any more.
+    tokens = ((i, tokenizer.convert_ids_to_tokens(i)) for i in own_front(tokenizer))
+    own = [i for i, token in tokens if token is not None and not REWARD_TOKEN.fullmatch(token)]
     if own:
         return own
     separator = tokenizer.get_vocab().get(SEPARATOR)
@@ -91,8 +96,12 @@ def opening(tokenizer: Any) -> str:
     return str(tokenizer.decode(opening_ids(tokenizer)))
 
 
-# What a conditioned template has around the original. The empty expressions keep Jinja from trimming white
-# space at the original's ends, as it does beside a tag.
+NEWLINE = "\n"  # one at a template's end Jinja drops
+# What a conditioned template has before the original: the front, as a string of JSON, between these two.
+FRONT_HEAD = "{{ reward_front if reward_front is defined else "
+FRONT_TAIL = " }}"
+# Or around one that writes the opening. The empty expressions keep Jinja from trimming white space at the
+# original's ends, as it does beside a tag.
 TEMPLATE_HEAD = "{% set reward_text %}{{ '' }}"
 TEMPLATE_TAIL = "{{ '' }}{% endset %}"
 
@@ -103,15 +112,34 @@ def conditioned_template(template: str, tokenizer: Any, front: str) -> str:
     Another front, or none, by apply_chat_template(messages, reward_front="..."). A template that has a front
     already gets the new one.
     """
-    if template.startswith(TEMPLATE_HEAD):
-        template = template[len(TEMPLATE_HEAD) : template.rindex(TEMPLATE_TAIL)]
-    else:
-        template = template.removesuffix("\n")  # as Jinja does
+    template = _unconditioned(template)
+    # Blanks before a tag at the beginning of a line are dropped, and behind our own that is none.
+    template = re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", template)
+    if not _may_open(template, tokenizer):  # then what it marks as the assistant's keeps its place
+        return f"{FRONT_HEAD}{_quoted(front)}{FRONT_TAIL}{template}"
     return (
-        f"{TEMPLATE_HEAD}{template}{TEMPLATE_TAIL}"
+        f"{TEMPLATE_HEAD}{template.removesuffix(NEWLINE)}{TEMPLATE_TAIL}"
         f"{{{{ (reward_front if reward_front is defined else {_quoted(front)})"
         f" + reward_text.removeprefix({_quoted(opening(tokenizer))}) }}}}"
     )
+
+
+def _unconditioned(template: str) -> str:
+    """The original of a conditioned template; any other as it is."""
+    if template.startswith(TEMPLATE_HEAD):
+        return template[len(TEMPLATE_HEAD) : template.rindex(TEMPLATE_TAIL)] + NEWLINE
+    if template.startswith(FRONT_HEAD):
+        _, end = json.JSONDecoder().raw_decode(template, len(FRONT_HEAD))
+        return template[end + len(FRONT_TAIL) :]
+    return template
+
+
+def _may_open(template: str, tokenizer: Any) -> bool:
+    """Whether a template has what opens a text, as it is or as the variable that transformers gives it."""
+    text = opening(tokenizer)
+    names = [name for name, token in tokenizer.special_tokens_map.items() if text.startswith(token)]
+    first = str(tokenizer.decode(opening_ids(tokenizer)[:1]))
+    return bool(text) and any(part in template for part in (first, *names))
 
 
 def _quoted(text: str) -> str:
@@ -164,6 +192,9 @@ def check_tokenizer(source: str | Path, tokenizer: Any) -> None:
             return
         file = Path(cached)
     own = Tokenizer.from_file(str(file))
+    # Saved with the file by whoever last read texts so; transformers takes neither from there.
+    own.no_padding()
+    own.no_truncation()
     probe = f"{SENTENCE} {_some_words(own)}"
     meant = own.decode(own.encode(probe, add_special_tokens=False).ids, skip_special_tokens=False)
     read = tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids)

@@ -40,8 +40,11 @@ def write_adapter(policy: Policy, folder: Path, base: str) -> None:
     ).save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {f"{table}.token_adapter.trainable_tokens_delta": embedding.rows}
     for name, layer in layers.items():
-        for part in ("lora_A", "lora_B"):
-            tensors[f"{name}.{part}.weight"] = getattr(layer, part)["default"].weight
+        for part in "AB":
+            if layer.lora_embedding_A:  # of a table, such as learned positions
+                tensors[f"{name}.lora_embedding_{part}"] = getattr(layer, f"lora_embedding_{part}")["default"]
+            else:
+                tensors[f"{name}.lora_{part}.weight"] = getattr(layer, f"lora_{part}")["default"].weight
     save_file(
         {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()},
         folder / "adapter_model.safetensors",

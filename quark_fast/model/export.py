@@ -53,7 +53,7 @@ def write_export(
     # The policy itself, where it is whole: a copy in bfloat16 takes ten times as long on a CPU without it.
     rare = _least_probable(policy, model if is_sharded(policy.model) else policy.model) if padding else None
     model.set_input_embeddings(embedding.base)
-    size = max(embedding.weight.shape[0] if padding else 0, policy.reward_ids[-1] + 1)
+    size = max(_rows_to_keep(policy) if padding else 0, policy.reward_ids[-1] + 1)
     mean = embedding.weight.detach()[: policy.vocabulary].float().mean(0)
     model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
@@ -74,6 +74,17 @@ def write_export(
         _write_dial(folder / "custom_generate", policy.reward_ids[-1], policy.reward_ids[0])
 
 
+def _rows_to_keep(policy: Policy) -> int:
+    """The rows of the table; 0 where padding behind the reward tokens would become other tokens' rows.
+
+    A token that the tokenizer's settings name, such as that of images, transformers adds again behind them.
+    """
+    named, known = policy.tokenizer.special_tokens_map.values(), policy.tokenizer.get_vocab()
+    if any(known.get(token, policy.vocabulary) >= policy.vocabulary for token in named):
+        return 0
+    return len(policy.model.get_input_embeddings().weight)
+
+
 def _write_dial(folder: Path, best: int, worst: int) -> None:
     """What gives ``model.generate`` of plain transformers the argument ``guidance``."""
     source = Path(custom_generate.__file__).read_text(encoding="utf-8")
@@ -86,14 +97,16 @@ def _write_dial(folder: Path, best: int, worst: int) -> None:
 def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[str, Any]) -> GenerationConfig:
     """How the export is to be sampled: as it was evaluated, whatever taste the base model came with.
 
-    Reward tokens and the padding of the table are suppressed, with what the base model suppresses.
+    Reward tokens and the padding of the table are suppressed. What the base model suppresses is not, since
+    training and evaluation drew it as any other token.
     """
+    pad = base.pad_token_id
     kept = {"cache_implementation": base.cache_implementation} if base.cache_implementation else {}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=base.bos_token_id,
         eos_token_id=policy.stop_ids or base.eos_token_id,
-        pad_token_id=(policy.stop_ids or [0])[0] if base.pad_token_id is None else base.pad_token_id,
-        suppress_tokens=sorted({*(base.suppress_tokens or ()), *range(policy.vocabulary, size)}),
+        pad_token_id=(policy.stop_ids or [0])[0] if pad is None or pad >= policy.vocabulary else pad,
+        suppress_tokens=list(range(policy.vocabulary, size)),
         **kept,
         **{"do_sample": True, **sampling},
     )
@@ -115,7 +128,8 @@ def _least_probable(policy: Policy, model: Any) -> Tensor:
 
 def _best_token_first(policy: Policy, mark: str = "") -> Any:
     """A copy of the tokenizer that puts prefix + best reward token before every text and chat."""
-    tokenizer = for_texts(policy.tokenizer, middle=False)
+    # Special tokens behind the table, such as those of images, would have the ids of reward tokens.
+    tokenizer = for_texts(policy.tokenizer, policy.vocabulary, middle=False)
     tokens = [reward_token(k, mark) for k in range(policy.quantiles)]
     tokenizer.add_tokens(tokens, special_tokens=True)
     assert tokenizer.convert_tokens_to_ids(tokens) == policy.reward_ids
@@ -137,11 +151,13 @@ def _best_token_first(policy: Policy, mark: str = "") -> Any:
             {"id": "front", "ids": front, "tokens": tokenizer.convert_ids_to_tokens(front)},
         ],
     )
-    # What batches need: some tokenizers (GPT-2's) name no padding, or pad where generation starts.
+    # What batches need: some tokenizers (GPT-2's) name no padding, or one that the table has no row for, or
+    # pad where generation starts.
     # Saving writes the settings that the tokenizer was made with, not its attributes.
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None and policy.stop_ids:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(policy.stop_ids[0])
+    if tokenizer.get_vocab().get(tokenizer.pad_token, policy.vocabulary) >= policy.vocabulary:
+        stop = policy.stop_ids
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stop[0]) if stop else None
     return tokenizer
 
 

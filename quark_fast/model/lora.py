@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+# Model types whose fast kernels read out_proj's weight by itself, past an adapter; peft refuses it there.
+PAST_ADAPTERS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     names = [name.strip() for name in lora.targets.split(",") if name.strip()]
-    outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
-    where = {name: outer[id(module)] for name, module in model.named_modules() if id(module) in outer}
+    _check_of_body(model, lora, names)
     alpha: Any = lora.alpha  # for peft an int, which it only divides
+    every = lora.targets == ALL_LINEAR
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=alpha,
-        target_modules=ALL_LINEAR if lora.targets == ALL_LINEAR else names,
+        target_modules=ALL_LINEAR if every else names,
+        exclude_modules=(_left_out(model) or None) if every else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     model.requires_grad_(False)
@@ -70,14 +73,73 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         except ValueError as error:  # peft's word for names that no layer has
             raise UsageError(f"lora_targets = {lora.targets!r}: {str(error).splitlines()[0]}") from error
     _leave_bare_weights_alone(model, lora)
+    if not every:
+        _check_every_name(model, names)
     cast_adapter_dtype(model, adapter_name="default")
-    for name, layer in adapted_layers(model):
+    for _, layer in adapted_layers(model):
         layer._cast_input_dtype = _as_adapter_takes_it
-        if name in where:
+    _check_unshared(model, lora)
+
+
+def _left_out(model: Any) -> list[str]:
+    """What all-linear does not mean: routers, which are linear layers and more, and what peft refuses."""
+    refused = ("out_proj",) if model.config.model_type in PAST_ADAPTERS else ()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (name.rpartition(".")[2] in refused or not _gives_a_product(module))
+    ]
+
+
+@torch.no_grad()
+def _gives_a_product(layer: nn.Linear) -> bool:
+    """Whether a layer of a class of its own has outputs that an adapter's can be added to."""
+    if type(layer) is nn.Linear:
+        return True
+    try:
+        out = layer(layer.weight.new_zeros(3, layer.in_features))
+    except Exception:  # foreign code fails in any way
+        return False
+    return isinstance(out, Tensor) and out.shape == (3, layer.out_features)
+
+
+def _check_of_body(model: Any, lora: Lora, names: list[str]) -> None:
+    """Raise UsageError for the name of the embedding or the head, which have rows of reward tokens."""
+    outer = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    for layer, module in model.named_modules():
+        if id(module) in outer and any(f".{layer}".endswith(f".{name}") for name in names):
             raise UsageError(
-                f"lora_targets = {lora.targets!r} names the model's {where[name]}, {name}; give layers of its"
-                " body"
+                f"lora_targets = {lora.targets!r} names the model's {outer[id(module)]}, {layer}; give layers"
+                " of its body"
             )
+
+
+def _check_unshared(model: Any, lora: Lora) -> None:
+    """Raise UsageError where layers share a weight (Zamba's): merged, each would have all their adapters."""
+    adapters = {id(layer.get_base_layer()): name for name, layer in adapted_layers(model)}
+    users: dict[int, str] = {}
+    for name, module in sorted(model.named_modules(), key=lambda item: id(item[1]) not in adapters):
+        weight = module._parameters.get("weight")
+        if weight is None or (id(module) not in adapters and id(weight) not in users):
+            continue
+        name = adapters.get(id(module), name)
+        if (other := users.setdefault(id(weight), name)) != name:
+            raise UsageError(
+                f"lora_targets = {lora.targets!r}: {other} and {name} share one weight, to which an export"
+                " would add the adapters of both; give layers that share none, or --lora-rank 0, which trains"
+                " all weights"
+            )
+
+
+def _check_every_name(model: Any, names: list[str]) -> None:
+    """Raise UsageError for a name that no adapted layer has: peft says so only where none of them is one."""
+    layers = [name for name, _ in adapted_layers(model)]
+    if missing := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+        raise UsageError(
+            f"lora_targets = {','.join(names)!r}: no layer is called {missing[0]!r}; give names, or their"
+            f" ends, such as {layers[0].rpartition('.')[2]} of {layers[0]}"
+        )
 
 
 def _as_adapter_takes_it(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,9 +68,12 @@ class Policy:
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []
         if not auto and prefix:
             self.prefix = list(tokenizer(prefix, add_special_tokens=False).input_ids)
-        rows, found = len(model.get_input_embeddings().weight), learned_positions(model)
-        self.positions = min((n for n in (positions(model.config), found) if n is not None), default=None)
-        tokens = own_reward_tokens(tokenizer)  # of an export
+        rows, learned = len(model.get_input_embeddings().weight), learned_positions(model)
+        self.positions = min((n for n in (positions(model.config), learned) if n is not None), default=None)
+        tokens, known = own_reward_tokens(tokenizer), tokenizer.get_vocab()  # of an export
+        # Tokens that somebody gave it since have rows of their own, and without its reward tokens other ids.
+        end = known[tokens[-1]] if tokens else rows
+        since = [token for token, i in known.items() if end < i < rows]
         exported = len(tokens) == quantiles > 0
         if not exported:
             tokens = [reward_token(k) for k in range(quantiles)]
@@ -84,9 +87,10 @@ class Policy:
         self.text_tokenizer = for_texts(tokenizer, self.vocabulary)
         self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
         last = rows if exported else len(tokenizer)
-        behind = sorted((i, token) for token, i in tokenizer.get_vocab().items() if first <= i < last)
-        if tokens and [token for _, token in behind] != tokens:
-            other = next((token for _, token in behind if token not in tokens), tokens[0])
+        found = sorted((i, token) for token, i in tokenizer.get_vocab().items() if first <= i < last)
+        behind = [*since, *(token for _, token in found)]
+        if tokens and behind != tokens:
+            other = next((token for token in behind if token not in tokens), tokens[0])
             raise UsageError(
                 f"{other!r} of the tokenizer stands among or behind the {quantiles} reward tokens, which must"
                 " be its last ids; its own ids need to be without gaps, and its earlier reward tokens no more"

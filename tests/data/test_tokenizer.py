@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,21 @@ def test_tokenizer_that_only_splits_otherwise_passes(tmp_path: Path) -> None:
     check_tokenizer(tmp_path, single)
 
 
+@pytest.mark.parametrize(
+    "saved", [{"truncation": True, "max_length": 8}, {"padding": "max_length", "max_length": 128}], ids=str
+)
+def test_settings_of_the_last_texts_that_were_read_are_no_other_kind(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    folder = FAMILIES["qwen2"].save(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer(["The man said", "that it is good"], **saved)
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["truncation"] or content["padding"], "saved in the file"
+    load_tokenizer(folder)
+
+
 def test_folder_without_a_tokenizer_file_passes(tmp_path: Path) -> None:
     check_tokenizer(tmp_path, word_tokenizer())
     check_tokenizer("no-such-name-in-the-cache", word_tokenizer())
@@ -99,12 +115,15 @@ CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"
         pytest.param("{{ messages[0].content }}", "w1", id="plain"),
         pytest.param("\n  {{ messages[0].content }}\n\n", "\n  w1\n", id="white space at both ends"),
         pytest.param("{% if true %}\nx{% endif %}\n", "x", id="tags at both ends"),
+        pytest.param("  {% if true %}\nx{% endif %}\n", "x", id="blanks before a tag"),
+        pytest.param("  {%- if true %}\nx{%- endif %}{{ eos_token }}\n\n", "xE\n", id="another mark"),
         pytest.param(
             "  {%- for m in messages -%}\n {{ m.role }} {%- endfor -%} \n", "userassistant", id="trimming"
         ),
         pytest.param(
             "<|endoftext|>{{ bos_token }}|{{ bos_token }}", "<|endoftext|>|<|endoftext|>", id="opening"
         ),
+        pytest.param("  {% if true %}{{ bos_token }}\nx{% endif %}\n\n", "\nx", id="opening in a tag"),
         pytest.param(
             "{% set ns = namespace(n=0) %}{% macro f(m) %}({{ m }}){% endmacro %}"
             "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ f(m.content) }}{% endfor %}{{ ns.n }}",
@@ -116,7 +135,7 @@ CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"
 )
 def test_conditioned_template_writes_the_front_and_then_what_it_wrote(template: str, rendered: str) -> None:
     tokenizer = word_tokenizer()
-    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.bos_token, tokenizer.eos_token = "<|endoftext|>", "E"
     own = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
     assert own.removeprefix("<|endoftext|>") == rendered
     front = "Q: \"'\\ {{ é😀 }}\n<|reward_4|>"
@@ -135,3 +154,19 @@ def test_conditioned_template_writes_the_front_and_then_what_it_wrote(template: 
     assert (
         tokenizer.apply_chat_template(CHAT, chat_template=again, tokenize=False, reward_front="") == rendered
     )
+
+
+@pytest.mark.parametrize("opened", ["", "{{ messages[0].content }}: "], ids=["turns", "text before"])
+def test_conditioned_template_marks_the_assistants_tokens_as_it_did(opened: str) -> None:
+    tokenizer = word_tokenizer()
+    template = (
+        opened + "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %} {% endfor %}"
+    )
+    conditioned = conditioned_template(template, tokenizer, "w5 w6 ")
+    for written in (template, conditioned, conditioned_template(conditioned, tokenizer, "w7 ")):
+        out = tokenizer.apply_chat_template(
+            CHAT * 2, chat_template=written, return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(out["input_ids"], out["assistant_masks"], strict=True)
+        assert tokenizer.decode([i for i, mask in pairs if mask]) == "w2w2"

@@ -16,12 +16,15 @@ from quark_fast.errors import UsageError
 from quark_fast.training.trainer import Trainer
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("architecture", "targets"), [("llama", "all-linear"), ("gpt2", "all-linear"), ("gpt2", "c_attn,wpe")]
+)
 def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
-    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str
+    tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, targets: str
 ) -> None:
     source = tiny_model(architecture)
-    config = small(tmp_path / "run", source, **SHORT, lora_rank=4, eval=False, export_adapter=True)
+    settings = SHORT | {"lora_rank": 4, "lora_targets": targets, "eval": False, "export_adapter": True}
+    config = small(tmp_path / "run", source, **settings)
     folder = (
         Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).train().folder / "model"
     )

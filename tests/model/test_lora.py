@@ -19,7 +19,7 @@ from quark_fast.errors import UsageError
 from quark_fast.model.check_reading import TOLERANCE, tolerance_of
 from quark_fast.model.copies import frozen_copy, shared_reference, whole_copy
 from quark_fast.model.loading import load_reference
-from quark_fast.model.lora import Lora
+from quark_fast.model.lora import Lora, adapted_layers
 from quark_fast.model.policy import Policy
 from quark_fast.training.trainer import Trainer
 
@@ -174,6 +174,9 @@ def test_targets_by_name_and_alpha_over_rank_scales_the_update(tiny_model: Make)
     ("targets", "named"),
     [
         ("q_prj", "q_prj"),
+        ("q_proj, gate_prj", "no layer is called 'gate_prj'"),
+        ("q_proj,j", "no layer is called 'j'"),
+        ("all-linear,q_proj", "no layer is called 'all-linear'"),
         ("q_proj,lm_head", "the model's head, lm_head"),
         ("embed_tokens", "the model's embedding, model.embed_tokens"),
     ],
@@ -184,6 +187,18 @@ def test_targets_that_are_no_layers_of_the_body_are_refused(
     with pytest.raises(UsageError, match="lora_targets") as caught:
         Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0, targets))
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tied_head_is_named_as_the_head_not_as_a_weight_that_is_shared(tiny_model: Make) -> None:
+    with pytest.raises(UsageError, match="the model's head, lm_head"):
+        Policy.create(tiny_model("qwen2"), quantiles=3, lora=Lora(2, 4.0, "q_proj,lm_head"))
+
+
+def test_a_layers_whole_name_is_an_end_of_it(tiny_model: Make) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    policy = Policy.create(tiny_model(), quantiles=3, lora=Lora(2, 4.0, f"{name},mlp.up_proj"))
+    found = [layer for layer, _ in adapted_layers(policy.model)]
+    assert found == [name, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 
 
 def test_settings_give_the_adapters() -> None:
@@ -243,3 +258,39 @@ def test_experts_and_routers_are_left_as_they_are_or_refused_by_name(tmp_path: P
     ):
         with pytest.raises(UsageError, match=said):
             Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))
+
+
+def test_layers_that_share_a_weight_are_refused_since_merged_it_would_have_the_adapters_of_all(
+    tmp_path: Path,
+) -> None:
+    folder = EVERY["zamba"].save(tmp_path / "model")
+    for targets in ("all-linear", "q_proj"):
+        with pytest.raises(UsageError, match=r"q_proj share one weight, .* --lora-rank 0"):
+            Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, targets))
+    policy = Policy.create(folder, quantiles=2, lora=Lora(2, 4.0, "mamba.in_proj"))
+    assert {layer.rpartition(".")[2] for layer, _ in adapted_layers(policy.model)} == {"in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [
+        ("mamba", "mixer.out_proj"),
+        ("nemotron_h", "mixer.out_proj"),
+        ("phimoe", "mlp.router"),
+        ("llama4_text", "feed_forward.router"),
+    ],
+)
+def test_all_linear_leaves_out_what_peft_refuses_and_routers_that_are_linear_layers(
+    tmp_path: Path, name: str, out: str
+) -> None:
+    policy = Policy.create(EVERY[name].save(tmp_path / "model"), quantiles=2, lora=Lora(2, 4.0))
+    layers = [layer for layer, _ in adapted_layers(policy.model)]
+    assert layers and not any(layer.endswith(out) for layer in layers)
+    assert any(layer.endswith(out) for layer, _ in policy.model.named_modules()), "or nothing is left out"
+
+
+def test_linear_layers_of_a_class_of_their_own_are_linear_layers(tmp_path: Path) -> None:
+    policy = Policy.create(EVERY["falcon"].save(tmp_path / "model"), quantiles=2, lora=Lora(2, 4.0))
+    assert {type(layer.get_base_layer()).__name__ for _, layer in adapted_layers(policy.model)} == {
+        "FalconLinear"
+    }

@@ -35,6 +35,7 @@ from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.evaluation.trained_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
 from quark_fast.model.batch import Counts, completion_logits, make_batch, shared_logits
+from quark_fast.model.check_export import check_export
 from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy, whole_copy
 from quark_fast.model.encode import encode_rows
@@ -257,6 +258,14 @@ def test_exported_policy_is_the_policy(case: Case) -> None:
     torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
 
 
+def test_export_is_trained_on_with_fewer_quantiles(case: Case, tmp_path: Path) -> None:
+    """The id in the export's front is then no token of the new policy."""
+    again = Policy.create(case.export, quantiles=2)
+    assert (again.prefix, again.vocabulary) == (case.policy.prefix, case.policy.vocabulary)
+    again.model.eval()
+    assert check_export(again, tmp_path, {}, untie=True) == (True, [])
+
+
 # --- Every architecture ----------------------------------------------------------------------------
 
 
@@ -471,14 +480,15 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
     source = tiny_model()
     model = AutoModelForCausalLM.from_pretrained(source)
     sharpen(model)
+    # Tastes of its own, by which nothing was trained or evaluated.
     model.generation_config.suppress_tokens = [7, 9]
-    model.generation_config.repetition_penalty = 1.5  # a taste of its own, by which nothing was evaluated
+    model.generation_config.repetition_penalty = 1.5
     model.save_pretrained(source)
     policy = Policy.create(source, quantiles=3)
     sampling = Sampling(6, 2, 0.8, 0.7, rows=600)
     export(policy, tmp_path / "out", torch.float32, generation_settings(sampling))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
-    assert {7, 9} < set(config.suppress_tokens), "what the base model suppresses stays so"
+    assert config.suppress_tokens == list(range(policy.vocabulary, policy.vocabulary + 3))
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.8, 0.7, 0)
     assert (config.min_new_tokens, config.repetition_penalty) == (2, None)
     assert config.eos_token_id == policy.stop_ids
@@ -492,8 +502,7 @@ def test_pipeline_draws_what_the_table_was_made_of(tmp_path: Path, tiny_model: C
     ours = torch.tensor(even([policy.decode(one) for one in drawn]))
     torch.manual_seed(0)
     pipe = pipeline("text-generation", str(tmp_path / "out"))
-    # All 600 in one batch; without what the base model suppresses, which our loop draws as any other token.
-    pipe.model.generation_config.suppress_tokens = list(range(policy.vocabulary, policy.vocabulary + 3))
+    # All 600 in one batch.
     answers = pipe(["w3 w4"] * 600, max_new_tokens=6, return_full_text=False, batch_size=600)
     theirs = torch.tensor(even([answer[0]["generated_text"] for answer in answers]))
     error = (ours.var() / 600 + theirs.var() / 600).sqrt()

@@ -17,7 +17,7 @@ import transformers
 from conftest import WORDS, export, save_tiny_model, sharpen, tiny_config, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
@@ -195,6 +195,22 @@ def test_prefix_rule(
     assert policy.encode("w1 w2 w3", 10) == [1, 2, 3], "the prompt alone, without any mark of the tokenizer"
 
 
+@pytest.mark.parametrize("letters", ["ACDEFGHIKLMNPQRSTVWY", "0123456789", "αβγ"])
+def test_bos_of_a_tokenizer_that_reads_no_a_is_its_prefix(tmp_path: Path, letters: str) -> None:
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(("<s>", "</s>", *letters))}, []))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a").input_ids == [0, 1]
+    policy = policy_with(tokenizer, tmp_path)
+    assert policy.prefix == [0]
+    export(policy, tmp_path / "out", torch.float32)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again(letters[0]).input_ids == [0, policy.reward_ids[-1], 2]
+
+
 def test_prompt_too_long_loses_its_beginning(tiny_model: Make) -> None:
     assert Policy.create(tiny_model(), quantiles=2).encode("w1 w2 w3 w4", 3) == [2, 3, 4]
 
@@ -301,6 +317,48 @@ def test_special_tokens_behind_the_table_are_characters_in_a_text(tmp_path: Path
     again = Policy.from_export(tmp_path / "out", torch.float32)
     assert (again.vocabulary, again.reward_ids) == (policy.vocabulary, policy.reward_ids)
     assert again.encode("w1 <image_soft_token> w2") == policy.encode("w1 <image_soft_token> w2")
+
+
+@pytest.mark.parametrize("role", ["image_token", "pad_token"])
+def test_export_of_a_model_with_a_named_token_behind_the_table_is_trained_on_and_pads(
+    tmp_path: Path, tiny_model: Make, role: str
+) -> None:
+    """transformers adds a token that the settings name anew, behind the reward tokens."""
+    folder = tiny_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<behind>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    change("tokenizer_config.json", **{role: "<behind>"})(folder)
+    change("generation_config.json", pad_token_id=WORDS + 2)(folder)
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<behind>") == WORDS + 2
+    source = folder
+    for made, quantiles in (("a", 3), ("b", 3), ("c", 2), ("d", 2), ("e", 4)):
+        policy = Policy.create(source, quantiles=quantiles)
+        policy.model.eval()
+        source = tmp_path / made
+        assert policy.vocabulary == WORDS + 2 == policy.reward_ids[0]
+        assert check_export(policy, tmp_path, {}, untie=True) == (True, [])
+        export(policy, source, torch.float32)
+        model, tokenizer = (c.from_pretrained(source) for c in (AutoModelForCausalLM, AutoTokenizer))
+        assert tokenizer.pad_token_id != 61, "of the unknown"
+        assert max(tokenizer.pad_token_id, model.generation_config.pad_token_id) < policy.vocabulary
+        batch = tokenizer(["w1 w2", "w3"], padding=True, return_tensors="pt")
+        assert not batch["attention_mask"].all() and batch["input_ids"].max() == policy.reward_ids[-1]
+        model.generate(**batch, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("quantiles", [2, 3])
+def test_tokens_that_an_export_was_given_since_are_refused_not_read_as_others(
+    tmp_path: Path, tiny_model: Make, quantiles: int
+) -> None:
+    export(Policy.create(tiny_model(), quantiles=3), tmp_path, torch.float32)
+    model, tokenizer = (c.from_pretrained(tmp_path) for c in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_tokens(["<new>"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'<new>' of the tokenizer stands among or behind"):
+        Policy.create(tmp_path, quantiles=quantiles)
 
 
 def test_outputs_that_a_config_switches_on_do_not_matter(tiny_model: Make) -> None:
