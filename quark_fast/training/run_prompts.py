@@ -75,7 +75,7 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
     # A resumed run goes on with what its chats were rendered as, and so does one from another.
     runs = [folder] * config.resume + [RunFolder(run) for run in [config.from_run] if run]
     before = [from_file(row) for run in runs for row in run.rows_of(PROMPTS)]
-    about = [*chosen.about, *config.remarks()]
+    about = list(chosen.about)
     if not tasks_own and given.train is None and config.prompts is None and config.scored is None:
         about.append(f"no --prompts, so those of the task {task.name}")
     parts = (chosen.train, chosen.held_out, chosen.development)

@@ -123,7 +123,8 @@ class Trainer:
             f" than {setup.policy.room_of(self.config):,} tokens, reward {setup.reward.name},"
             f" {self.config.precision} on {setup.device}, run folder {self.folder.path}"
         )
-        return [line for line in ("; ".join(setup.checked.lines), "; ".join(prompts.about), counts) if line]
+        lines = ("; ".join(setup.checked.lines), "; ".join(prompts.about), *self.config.remarks(), counts)
+        return [line for line in lines if line]
 
     def train(self) -> TrainedRun:
         """Run to the end; the run's folder, table and model.

@@ -405,7 +405,8 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     table = json.loads((folder / "evaluation.json").read_text())
     assert table["headline"] == "perplexity" and "mean" not in table["columns"]
     shown = headline(table)
-    assert shown.startswith("No reward was given, so nothing here says how good the completions are. Perpl")
+    said = "No reward was given, so nothing here says how good the completions are."
+    assert shown.startswith(said) and "perplexity went from" in shown
     assert "Unscored" not in markdown_page(table)
     assert len(pick_examples(rows(folder / "evaluation.jsonl"), 3)) == 3
     # evaluate goes by the run's own choice, and by a reward where one is named.
