@@ -320,13 +320,14 @@ def markdown(table: Mapping[str, Any]) -> str:
 COSTS = {
     "perplexity": "perplexity under the base model (left is better)",
     "prompt_fit": "fit to prompt, nats a token (right is better)",
+    "text_perplexity": "perplexity of other text (left is better)",
 }
 COLOURS = {BASE: "#777a82", "ours": "#008562"}
 OTHER_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb", "#5d6b2f")
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:
-    """The frontier: what the judge sees, over perplexity and over the fit to prompt; small dots are seeds."""
+    """The frontier: what the judge sees, over each of its ``COSTS``; small dots are seeds."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -334,12 +335,15 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
 
         rows, names = table["rows"], metrics_of(table["task"])
         height = max(3.6, 1.0 + 0.2 * len(rows))  # a label needs a fifth of an inch
-        figure = Figure(figsize=(11, height), layout="constrained")
+        figure = Figure(figsize=(1.5 + 3.6 * len(COSTS), height), layout="constrained")
         panels = figure.subplots(1, len(COSTS), sharey=True)
         drawn = [_draw(axes, rows, cost, list(names)[1]) for axes, cost in zip(panels, COSTS, strict=True)]
         panels[0].set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
-        for axes, marks in zip(panels, drawn, strict=True):  # now that the height that they share is known
-            label_beside(axes, marks, gap=0.19 / (height - 1.0))
+        # The panels share their height, so the names beside the last one are all panels'. Points of an
+        # earlier version may lack a cost: then beside the last one that has every row.
+        backwards = zip(reversed(panels), reversed(drawn), strict=True)
+        axes, marks = max(backwards, key=lambda panel: len(panel[1]))
+        label_beside(axes, marks, gap=0.19 / (height - 1.0))
         figure.suptitle("lower is better; large: all seeds together, small: each", fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
