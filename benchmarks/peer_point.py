@@ -444,9 +444,7 @@ def run(point: Point) -> None:
     else:
         config = point.config()
         config.precision = settled_precision(config.precision)
-        setup = set_up(
-            config, RunFolder(point.folder / "run"), Processes.join(), config.sample_batch, None, Given()
-        )
+        setup = set_up(config, RunFolder(point.folder / "run"), Processes.join(), config, None, Given())
         trained = method.train(point, setup)
         if trained.model is not None:
             trained.rows[point.method] = measure(setup, point.method, trained.model)

@@ -153,7 +153,7 @@ class TextLogits:
         try:
             logits = self._batch([row])[0]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if is_lack_of_memory(error):  # out of memory
+            if is_lack_of_memory(error):
                 raise
             raise UsageError(
                 f"{self.source} cannot score a text of {len(row.ids)} tokens, {_beginning(row.text)}:"

@@ -77,8 +77,8 @@ def within_memory(
 ) -> tuple[T, int]:
     """(work(n), n) for the first n of size, its half, the half's half ... for which the memory suffices.
 
-    ``smaller`` is called with each n but the first;
-    ``anywhere`` returns whether any process ran out, given this one's error, if any.
+    ``smaller`` is called with each n but the first; ``anywhere`` returns whether any process ran out, given
+    this one's error, if any.
 
     Raises:
         OutOfMemory: it does not suffice for 1.

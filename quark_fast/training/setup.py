@@ -66,7 +66,7 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-        batch_rows: completions of a batch, each with a random generator: ``sample_batch`` of the start.
+        before: the settings of the run's start before this one; of a new run, its own.
         sampling_dtype: of frozen copies, which sample and evaluate.
         copied: the one of the policy as it is, for the probe and the next round's samples.
     """
@@ -75,7 +75,7 @@ class Setup:
     folder: RunFolder
     processes: Processes
     accelerator: Accelerator
-    batch_rows: int
+    before: Config
     task: Task
     prompts: RunPrompts
     reward: Reward
@@ -92,6 +92,11 @@ class Setup:
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def batch_rows(self) -> int:
+        """Completions of a batch, each with a random generator, which a resume does not change."""
+        return self.before.sample_batch
 
     def round_sampling(self, round: int) -> Sampling:
         """How the completions of a round are drawn."""
@@ -154,14 +159,14 @@ def apart(
     return dataclasses.replace(config, **names), reward, Given(prompts, held_out)
 
 
-def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
-    """Refuse a folder that the run cannot have; its precision and the completions of its batches."""
+def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, Config]:
+    """Refuse a folder that the run cannot have; its precision, and ``Setup.before``."""
     if not config.resume:
         folder.check_free()
         folder.check_writable()
         if config.from_run:
             check_goes_on(config, RunFolder(config.from_run))
-        return settled_precision(config.precision), config.sample_batch
+        return settled_precision(config.precision), config
     folder.check_resumable()
     saved = load_config(folder / "config.yaml")
     if config.precision == "auto":  # whatever would be chosen today, the run goes on as it began
@@ -170,17 +175,14 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, int]:
     for spec in (config.reward, *config.judge.split(",")):
         refuse_code_of(folder.path, spec)
     folder.check_results()
-    return config.precision, saved.sample_batch
+    return config.precision, saved
 
 
-def settings_to_save(config: Config, folder: RunFolder) -> Config:
+def settings_to_save(config: Config, before: Config) -> Config:
     """What config.yaml says: the settings that the run has by now, with which a plain --resume goes on.
 
     Its batches keep the size that they began with, and to mix two rewards is agreed to for one start.
     """
-    if not config.resume:
-        return config
-    before = load_config(folder / "config.yaml")
     kept = {name: getattr(before, name) for name in ("sample_batch", "accept_changed_reward")}
     return dataclasses.replace(config, resume=False, **kept)
 
@@ -189,7 +191,7 @@ def set_up(
     config: Config,
     folder: RunFolder,
     processes: Processes,
-    batch_rows: int,
+    before: Config,
     reward: GivenReward | None,
     given: Given,
 ) -> Setup:
@@ -230,7 +232,7 @@ def set_up(
         folder=folder,
         processes=processes,
         accelerator=accelerator,
-        batch_rows=batch_rows,
+        before=before,
         task=task,
         prompts=prompts,
         reward=scorer,
@@ -306,12 +308,11 @@ def _check_reward(setup: Setup) -> None:
 def _not_tried_yet(setup: Setup) -> list[Reward]:
     """The scorers that this run has not asked before: all, or those that are others at a resume."""
     config = setup.config
-    before = load_config(setup.folder / "config.yaml") if config.resume else None
     # The task's own judge is known to work, and once tried out it would stay in memory to the end.
     named = list(setup.judges) if config.judge != "auto" else []
-    if before is None:
+    if not config.resume:
         return [setup.reward, *named]
-    return [setup.reward] * config.accept_changed_reward + named * (config.judge != before.judge)
+    return [setup.reward] * config.accept_changed_reward + named * (config.judge != setup.before.judge)
 
 
 def _tried_on(prompts: RunPrompts) -> Iterator[HeldOut]:

@@ -87,8 +87,8 @@ class Trainer:
         self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
         self.callbacks = callbacks
         # What rank 0 finds there, or chooses, holds for all.
-        config.precision, rows = processes.on_rank_0(lambda: check_folder(config, folder))
-        self.setup = processes.together(lambda: set_up(config, folder, processes, rows, own_reward, given))
+        config.precision, before = processes.on_rank_0(lambda: check_folder(config, folder))
+        self.setup = processes.together(lambda: set_up(config, folder, processes, before, own_reward, given))
         self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
         self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
         wrapped, self.optimizer = processes.prepare(
@@ -283,7 +283,7 @@ class Trainer:
         if not config.resume:
             self.folder.create()
         with self.folder.disk_errors():
-            settings_to_save(config, self.folder).save(self.folder / "config.yaml")
+            settings_to_save(config, setup.before).save(self.folder / "config.yaml")
             self.journal.begin(self.checkpoint.identity)
             self.folder.write_rows(HELD_OUT, map(to_file, setup.prompts.held_out_rows))
             if setup.prompts.chats:
