@@ -155,12 +155,7 @@ class Evaluator:
                     "only tables are named, which are shown as they are: leave out what to measure and how to"
                     " sample, or name a run or a model, too"
                 )
-            self.tables = described_tables(self.saved, self.remarks.append)
-            check_saved(self.saved[0].given, self.tables, self.saved)
-            self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
-            if judge is not None:
-                judges = judges_of_tables(judge, self.tables, self.device)
-                self.subjects = {label: one.judged(judges) for label, one in tables.items()}
+            self._take_tables(tables, judge)
             return
         models = list(self.live.values())
         asked: dict[str, Any] = {"task": task, "target": target, "scorer_label": scorer_label, "judge": judge}
@@ -179,6 +174,15 @@ class Evaluator:
         self._check_reward()
 
     # ---------------------------------------------------------------- checks
+
+    def _take_tables(self, tables: Mapping[str, SavedTable], judge: str | None) -> None:
+        """Saved tables alone: there is nothing to load and to sample, but perhaps a judge to ask."""
+        self.tables = described_tables(self.saved, self.remarks.append)
+        check_saved(self.saved[0].given, self.tables, self.saved)
+        self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
+        if judge is not None:
+            judges = judges_of_tables(judge, self.tables, self.device)
+            self.subjects = {label: one.judged(judges) for label, one in tables.items()}
 
     def _open_all(self) -> None:
         """Load every model once and let it go again, so that what cannot be loaded shows now.
