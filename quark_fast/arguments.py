@@ -189,8 +189,10 @@ class _Classifier(argparse.Action):
 
 
 def add_scorer(parser: argparse._ActionsContainer) -> None:
-    """The short form of a reward that is a classifier, for a parser with ``--reward``."""
-    parser.add_argument(
+    """The short form of a reward that is a classifier, for a parser with ``--reward``, in place of that."""
+    either = parser.add_mutually_exclusive_group()
+    either._group_actions.append(parser._option_string_actions["--reward"])
+    either.add_argument(
         "--scorer",
         action=_Classifier,
         dest="reward",

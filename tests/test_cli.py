@@ -287,6 +287,7 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--prompts", "bad.jsonl"], "bad.jsonl:2:"),
         (["finished", "--reward", "tiny_rewards:raises"], "scorer is down"),
         (["finished", "--scorer-label", "rude"], "give both"),
+        (["finished", "--scorer", "x", "--reward", "toxicity"], "not allowed with argument --scorer"),
         (
             ["finished", "--prompts", "prompts.txt", "--prompt-column", "x", "--guidance", "strong"],
             "'strong'",

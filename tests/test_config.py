@@ -306,6 +306,8 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("--stepz", "1"),
         ("--learning-rat", "1e-5"),
         ("--steps",),
+        ("--scorer", "x", "--reward", "toxicity"),
+        ("--reward", "toxicity", "--scorer", "x"),
         ("stray",),
     ],
 )

@@ -100,12 +100,12 @@ def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[s
     Reward tokens and the padding of the table are suppressed. What the base model suppresses is not, since
     training and evaluation drew it as any other token.
     """
-    pad = base.pad_token_id
+    pad = base.pad_token_id  # models without padding may say -1, or an id behind the table
     kept = {"cache_implementation": base.cache_implementation} if base.cache_implementation else {}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=base.bos_token_id,
         eos_token_id=policy.stop_ids or base.eos_token_id,
-        pad_token_id=(policy.stop_ids or [0])[0] if pad is None or pad >= policy.vocabulary else pad,
+        pad_token_id=pad if pad in range(policy.vocabulary) else (policy.stop_ids or [0])[0],
         suppress_tokens=list(range(policy.vocabulary, size)),
         **kept,
         **{"do_sample": True, **sampling},

@@ -319,6 +319,20 @@ def test_special_tokens_behind_the_table_are_characters_in_a_text(tmp_path: Path
     assert again.encode("w1 <image_soft_token> w2") == policy.encode("w1 <image_soft_token> w2")
 
 
+def test_padding_of_minus_1_as_old_llamas_have_it_is_exported_as_an_id_of_the_table(
+    tmp_path: Path, tiny_model: Make
+) -> None:
+    folder = tiny_model("llama")
+    for file in ("config.json", "generation_config.json"):
+        change(file, pad_token_id=-1)(folder)
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    assert check_export(policy, tmp_path, {}, untie=True) == (True, [])
+    export(policy, tmp_path / "out", torch.float32)
+    padding = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.pad_token_id
+    assert padding == policy.stop_ids[0]
+
+
 @pytest.mark.parametrize("role", ["image_token", "pad_token"])
 def test_export_of_a_model_with_a_named_token_behind_the_table_is_trained_on_and_pads(
     tmp_path: Path, tiny_model: Make, role: str
