@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from quark_fast.config import Config
-from quark_fast.data.row import Row, is_chat
+from quark_fast.data.row import Row
 from quark_fast.evaluation.judging import begin_judging
 from quark_fast.evaluation.perplexity import TEXT_PROMPT, Nll, id_nll, text_fit
 from quark_fast.evaluation.table_rows import TableRow
@@ -69,11 +69,9 @@ class HeldOut:
     @classmethod
     def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> HeldOut:
         """Rows as the policy's token ids; ``options`` are those of ``encode_rows``."""
-        cut, most = config.long_prompts == "cut", policy.room_of(config)
-        rows, ids, texts = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
-        full = [row for row, own in zip(rows, ids, strict=True) if cut and not texts and len(own) == most]
-        shortened = sum(len(policy.encode(row["prompt"], chat=is_chat(row))) > most for row in full)
-        return cls(rows, ids, config.eval_samples, texts, cut=shortened)
+        most, cut = policy.room_of(config), config.long_prompts == "cut"
+        found = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
+        return cls(found.rows, found.ids, config.eval_samples, found.texts, cut=found.cut)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from quark_fast.data.row import Row, is_chat
 from quark_fast.errors import UsageError
 from quark_fast.model.policy import Policy
+
+
+class Encoded(NamedTuple):
+    """Rows with what is asked of the model, that as ids, the ids of the rows' held-out texts, where there are
+    any, and how many prompts were cut."""
+
+    rows: list[Row]
+    ids: list[list[int]]
+    texts: list[list[int]]
+    cut: int = 0
 
 
 def encode_rows(
@@ -18,8 +29,8 @@ def encode_rows(
     cut: bool = False,
     what: str = "prompts",
     log: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], list[list[int]], list[list[int]]]:
-    """The rows with what is asked of the model, that as ids, and the ids of the rows' held-out texts.
+) -> Encoded:
+    """The rows as token ids.
 
     With ``prefix_tokens`` a row's text is held-out text, cut behind its first ``max_tokens`` tokens, and
     its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
@@ -33,7 +44,7 @@ def encode_rows(
         UsageError: no row is left.
     """
     if prefix_tokens == 0:
-        return *_encode_prompts(policy, rows, max_tokens, cut, what, log), []
+        return _encode_prompts(policy, rows, max_tokens, cut, what, log)
     if prefix_tokens >= max_tokens:
         raise UsageError(
             f"prefix_tokens = {prefix_tokens} leaves no held-out text within the {max_tokens} tokens that"
@@ -55,13 +66,13 @@ def encode_rows(
     if len(kept) < len(rows):
         count = f"{len(rows) - len(kept):,} of {len(rows):,}"
         log(f"{count} {what} left out: no longer than prefix_tokens = {prefix_tokens}")
-    return asked, prompts, texts
+    return Encoded(asked, prompts, texts)
 
 
 def _encode_prompts(
     policy: Policy, rows: Sequence[Row], most: int, cut: bool, what: str, log: Callable[[str], None]
-) -> tuple[list[Row], list[list[int]]]:
-    """Those of the rows that are not too long, and their ids."""
+) -> Encoded:
+    """Those of the rows that are not too long."""
     if most < 1:
         raise UsageError(
             f"the model's {policy.positions} positions leave no room for a prompt beside"
@@ -82,4 +93,4 @@ def _encode_prompts(
     if len(kept) < len(rows):
         count = f"{len(rows) - len(kept):,} of {len(rows):,}"
         log(f"{count} {what} left out: longer than {most:,} tokens (the longest {max(map(len, every)):,})")
-    return [rows[i] for i in kept], [every[i][-most:] for i in kept]
+    return Encoded([rows[i] for i in kept], [every[i][-most:] for i in kept], [], len(shortened))

@@ -314,9 +314,9 @@ def test_exported_pipeline_conditions_a_chat_as_training_did(case: Case) -> None
     policy = case.policy
     text = chat_template("tiny", lambda: policy.tokenizer)(CHAT)
     assert text.startswith("[system]"), "BOS, which the template writes, is the prefix"
-    _, (trained,), _ = encode_rows(policy, [{"prompt": text, "messages": CHAT}], 99, 0)
+    (trained,) = encode_rows(policy, [{"prompt": text, "messages": CHAT}], 99, 0).ids
     beside = {"prompt": "was said", "messages": CHAT}
-    assert encode_rows(policy, [beside], 99, 0)[1] == [policy.encode("was said", 99)], (
+    assert encode_rows(policy, [beside], 99, 0).ids == [policy.encode("was said", 99)], (
         "a text with a chat beside it"
     )
     pipe = pipeline("text-generation", str(case.export))
@@ -455,7 +455,7 @@ def test_reward_tokens_spelled_in_a_text_are_characters_for_policy_and_export(ca
     assert ids[: len(front)] == front
     assert max(ids[len(front) :]) < policy.vocabulary
     text = chat_template("tiny", lambda: policy.tokenizer)(chat)
-    _, (trained,), _ = encode_rows(policy, [{"prompt": text, "messages": chat}], 99, 0)
+    (trained,) = encode_rows(policy, [{"prompt": text, "messages": chat}], 99, 0).ids
     assert ids == [*front, *trained]
 
 

@@ -776,8 +776,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats
         ),
     ):
         told: list[str] = []
-        found, ids, _ = encode_rows(policy, rows, 3, 0, cut=cut, log=told.append)
-        assert (ids, told) == (kept, said)
+        found, ids, _, shortened = encode_rows(policy, rows, 3, 0, cut=cut, log=told.append)
+        assert (ids, told, shortened) == (kept, said, 2 if cut else 0)
         assert len(found) == len(ids) and all(row["prompt"] != "w1 w2 w3 w4 w9" for row in found)
     with pytest.raises(UsageError, match=r"prefix_tokens = 4 leaves no held-out text within the 4 tokens"):
         encode_rows(policy, rows, 4, 4)
