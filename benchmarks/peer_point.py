@@ -37,7 +37,8 @@ from quark_fast.runtime.memory import keep_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, RunFolder
 from quark_fast.training.progress import Progress
 from quark_fast.training.run_prompts import Given
-from quark_fast.training.setup import Setup, set_up
+from quark_fast.training.setup import Setup
+from quark_fast.training.start import set_up
 from quark_fast.training.trainer import Trainer
 
 POOL = 6  # completions a training prompt, as many as ours samples, of what does not sample as it learns

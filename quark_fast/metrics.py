@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,14 @@ class Sample:
     text_correct: int = 0
     text_tokens: int = 0
     own_nll: float | None = None
+
+    @staticmethod
+    def to_json(batch: list[Sample]) -> list[Any]:
+        return [vars(one) for one in batch]
+
+    @staticmethod
+    def from_json(batch: list[Any]) -> list[Sample]:
+        return [Sample(**one) for one in batch]
 
 
 def judge_measure(name: str) -> str:

@@ -109,9 +109,9 @@ def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
     The check takes longer than such a run learns; it is tested by itself, without notes.
     """
-    from quark_fast.training import setup
+    from quark_fast.training import start
 
-    notes, check = tmp_path_factory.mktemp("checked"), setup.check_model
+    notes, check = tmp_path_factory.mktemp("checked"), start.check_model
 
     def check_once(policy: Policy, reference: Any, *given: Any, **how: Any) -> Any:
         digest = hashlib.sha256(repr(policy.tokenizer).encode())
@@ -122,7 +122,7 @@ def models_checked_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         return check(policy, reference, *given, **how | {"notes": notes / digest.hexdigest()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "check_model", check_once)
+        patch.setattr(start, "check_model", check_once)
         yield
 
 

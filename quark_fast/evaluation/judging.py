@@ -15,20 +15,14 @@ from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.overlap import Begun, together
 
 
-def judge_measures(
-    judges: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]
-) -> list[dict[str, float]]:
-    """What each judge makes of completions of the rows' prompts, by ``judge_measure`` of its name.
-
-    Of a judge of a property, as of a reward: 1 - its value. Where a judge is silent it is left out.
-    """
-    return begin_judging(judges, rows, completions).result()
-
-
 def begin_judging(
     judges: Sequence[Reward], rows: Sequence[Row], completions: Sequence[str]
 ) -> Begun[list[dict[str, float]]]:
-    """The same, without waiting for judges that are asynchronous."""
+    """What each judge makes of completions of the rows' prompts, by ``judge_measure`` of its name.
+
+    Of a judge of a property, as of a reward: 1 - its value. Where a judge is silent it is left out.
+    Asynchronous judges are not waited for.
+    """
 
     def measures(every: list[npt.NDArray[np.float64]]) -> list[dict[str, float]]:
         found: list[dict[str, float]] = [{} for _ in completions]
@@ -47,7 +41,7 @@ def judged(judges: Sequence[Reward], samples: Sequence[Sample]) -> list[Sample]:
     rows, texts = [{"prompt": one.prompt} for one in samples], [one.completion for one in samples]
     return [
         dataclasses.replace(one, measures={**one.measures, **numbers})
-        for one, numbers in zip(samples, judge_measures(judges, rows, texts), strict=True)
+        for one, numbers in zip(samples, begin_judging(judges, rows, texts).result(), strict=True)
     ]
 
 

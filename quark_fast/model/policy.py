@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -260,20 +260,16 @@ class Policy:
         return [*self.prefix, *token, *prompt]
 
     @torch.no_grad()
-    def place_untrained_rows(self, shares: Sequence[float]) -> None:
-        """Put the rows of quantiles that training drew nothing from between their trained neighbours.
+    def place_untrained_rows(self, trained: Collection[int]) -> None:
+        """Put the rows of quantiles whose token was not trained between those of their trained neighbours.
 
-        Row k becomes ((b - k) row_a + (k - a) row_b) / (b - a), with a < k < b the nearest quantiles of a
-        share above 0; beyond the last such quantile it is that one's. A row that was never
-        trained has no meaning; interpolated it stands for something between its neighbours.
-
-        Args:
-            shares: above 0 for each quantile whose token was trained, worst first.
+        Row k becomes ((b - k) row_a + (k - a) row_b) / (b - a), with a < k < b the nearest trained
+        quantiles; beyond the last one it is that one's. A row that was never trained has no meaning;
+        interpolated it stands for something between its neighbours.
         """
         parameter = self.model.get_input_embeddings().rows
         rows = whole(parameter).clone()
-        trained = [k for k, share in enumerate(shares) if share > 0]
-        for k in set(range(len(shares))) - set(trained):
+        for k in set(range(self.quantiles)) - set(trained):
             below = max((t for t in trained if t < k), default=min(trained))
             above = min((t for t in trained if t > k), default=max(trained))
             weight = (k - below) / (above - below) if above > below else 0.0

@@ -91,10 +91,10 @@ class BestRound:
         drawn = sampling.what_is_drawn()
         scorers = [one.identity for one in (setup.reward, *setup.judges)]
         kept = self.work.journal.stage(
-            stage_of(number),
+            comparison_stage(number),
             [drawn, prompts.samples, prompts.rows, prompts.ids, scorers],
-            lambda part: [vars(one) for one in part],
-            lambda part: [Sample(**one) for one in part],
+            Sample.to_json,
+            Sample.from_json,
         )
 
         def parts() -> Iterator[tuple[str, list[Sample]]]:
@@ -256,6 +256,6 @@ class BestRound:
         return why
 
 
-def stage_of(number: int) -> str:
+def comparison_stage(number: int) -> str:
     """What the completions of a round, or of the base model as round 0, are kept under."""
     return f"development-{number}"

@@ -6,14 +6,11 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from quark_fast.config import Config
-from quark_fast.model.policy import Policy
-from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import batches_ahead, waiting_for
 from quark_fast.rollout.sampling import (
     Conditioning,
@@ -28,23 +25,21 @@ from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.overlap import Begun, in_order
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.training.progress import Progress, Texts
-from quark_fast.training.run_prompts import RunPrompts
 from quark_fast.training.scored import Scored
+from quark_fast.training.setup import Setup
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.state import State
 
 
-@dataclass(frozen=True)
 class Explorer:
     """Samples a round: from the base model first, then guided towards the best token."""
 
-    config: Config
-    policy: Policy
-    prompts: RunPrompts
-    reward: Reward
-    rollout: Rollout
-    work: SharedWork
-    listen: Callable[[Progress], None]
+    def __init__(
+        self, setup: Setup, rollout: Rollout, work: SharedWork, listen: Callable[[Progress], None]
+    ) -> None:
+        self.config, self.policy = setup.config, setup.policy
+        self.prompts, self.reward = setup.prompts, setup.reward
+        self.rollout, self.work, self.listen = rollout, work, listen
 
     def explore(self, state: State, sampling: Sampling) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Add the round's samples to the pool.
@@ -98,7 +93,7 @@ class Explorer:
             return brought
         size = self.config.sample_batch
         kept = self.work.journal.stage(
-            stage_of(state), ["brought along", size], Scored.to_json, Scored.from_json
+            sampling_stage(state), ["brought along", size], Scored.to_json, Scored.from_json
         )
 
         def begin(start: int) -> tuple[int, Begun[list[Scored]]]:
@@ -194,7 +189,7 @@ class Explorer:
                     seed_for(self.config.seed, "round", state.round, number),
                     self.work.shard,
                 ),
-                self.work.journal.stage(stage_of(state), number, Scored.to_json, Scored.from_json),
+                self.work.journal.stage(sampling_stage(state), number, Scored.to_json, Scored.from_json),
                 functools.partial(self._score, indices),
             ):
                 yield number, batch
@@ -246,6 +241,6 @@ def _with_rewards(completions: list[Scored], rewards: Iterable[float]) -> list[S
     return [replace(one, reward=float(r)) for one, r in zip(completions, rewards, strict=True)]
 
 
-def stage_of(state: State) -> str:
+def sampling_stage(state: State) -> str:
     """What the round's samples are kept under."""
     return f"round-{state.round + 1}"

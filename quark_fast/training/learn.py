@@ -6,31 +6,26 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
-from quark_fast.config import Config
 from quark_fast.model.batch import Counts
 from quark_fast.pool.pool import RolloutBatch
-from quark_fast.runtime.distributed import LossModule, Processes, whole
+from quark_fast.runtime.distributed import LossModule, whole
 from quark_fast.runtime.memory import within_memory
-from quark_fast.training.objective import Objective, Terms, read_terms
+from quark_fast.training.objective import Terms, read_terms
+from quark_fast.training.setup import Setup
 from quark_fast.training.state import State
 
 
-@dataclass(frozen=True)
 class Learner:
     """Makes the steps of a run."""
 
-    config: Config
-    processes: Processes
-    accelerator: Accelerator
-    wrapped: LossModule
-    objective: Objective
-    optimizer: Any
+    def __init__(self, setup: Setup, wrapped: LossModule, optimizer: Any) -> None:
+        self.config, self.objective = setup.config, setup.objective
+        self.processes, self.accelerator = setup.processes, setup.accelerator
+        self.wrapped, self.optimizer = wrapped, optimizer
 
     def step(self, state: State, batch: RolloutBatch, smaller: Callable[[int], None]) -> dict[str, Any]:
         """One optimizer step; micro-batches add up to exactly the loss of the whole batch.

@@ -48,6 +48,7 @@ class Results:
     ) -> None:
         self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
         self.held_out = setup.prompts.held_out
+        self.total = len(self.held_out.rows) * self.held_out.samples  # completions of a row of the table
         # The probe's completions and what the reference makes of them, made when they are first asked for.
         self.drawn: tuple[Probe, ReferenceLogits] | None = None
 
@@ -164,15 +165,14 @@ class Results:
             return self.work.journal.stage(
                 "evaluation",
                 [row.name, dataclasses.asdict(row.conditioning), *measured],
-                lambda part: [vars(one) for one in part],
-                lambda part: [Sample(**one) for one in part],
+                Sample.to_json,
+                Sample.from_json,
             )
 
         found: dict[str, list[Sample]] = {row.name: [] for row in table}
-        total = len(self.held_out.rows) * self.held_out.samples
 
         def waiting(name: str) -> None:
-            if len(found[name]) * setup.processes.count < total:
+            if len(found[name]) * setup.processes.count < self.total:
                 self._show(name, found[name])
 
         for name, part in evaluate(
@@ -184,8 +184,7 @@ class Results:
 
     def _show(self, name: str, samples: list[Sample]) -> None:
         """How far the evaluation of a row is, and its headline so far."""
-        task, count = self.setup.task, self.setup.processes.count
-        total = len(self.held_out.rows) * self.setup.config.eval_samples
+        task, done = self.setup.task, min(self.total, len(samples) * self.setup.processes.count)
         scores = [s.score for s in samples if s.score is not None]
         mean = sum(scores) / len(scores) if scores else float("nan")
         numbers = {} if self.setup.reward.is_none else {self.setup.reward.property or "reward": mean}
@@ -193,7 +192,7 @@ class Results:
             shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
             numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
         numbers |= waiting_for((self.setup.reward, *self.setup.judges))
-        self.listen(Progress(f"evaluating: {name}", min(total, len(samples) * count), total, numbers))
+        self.listen(Progress(f"evaluating: {name}", done, self.total, numbers))
 
     def _write_evaluation(
         self, table: list[TableRow], samples: dict[str, list[Sample]], step: int, about: dict[str, Any]

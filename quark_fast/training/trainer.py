@@ -7,7 +7,6 @@ so a resumed run needs no RNG state to repeat an undisturbed one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +27,9 @@ from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.runtime.seeds import seed_for
 from quark_fast.tasks.by_name import GivenReward
-from quark_fast.training import best_round
-from quark_fast.training.best_round import BestRound
+from quark_fast.training.best_round import BestRound, comparison_stage
 from quark_fast.training.checkpoint import Checkpoint
-from quark_fast.training.explore import Explorer, stage_of
+from quark_fast.training.explore import Explorer, sampling_stage
 from quark_fast.training.learn import Learner
 from quark_fast.training.listeners import Listen, Listeners
 from quark_fast.training.optimizer import make_optimizer
@@ -39,9 +37,15 @@ from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
 from quark_fast.training.results import Results
 from quark_fast.training.run_log import RunLog
-from quark_fast.training.setup import apart, check_folder, choose_rollout, set_up, settings_to_save
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
+from quark_fast.training.start import (
+    check_folder,
+    choose_rollout,
+    names_into_settings,
+    set_up,
+    settings_to_save,
+)
 from quark_fast.training.state import State
 from quark_fast.training.trained import TrainedRun
 
@@ -78,7 +82,7 @@ class Trainer:
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         begun = time.monotonic()
-        config, own_reward, given = apart(config, reward, prompts, held_out)
+        config, given_reward, given = names_into_settings(config, reward, prompts, held_out)
         self.config = config
         config.check()
         self.folder = folder = RunFolder(config.output_folder)
@@ -87,8 +91,8 @@ class Trainer:
         self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
         self.callbacks = callbacks
         # What rank 0 finds there, or chooses, holds for all.
-        config.precision, before = processes.on_rank_0(lambda: check_folder(config, folder))
-        self.setup = processes.together(lambda: set_up(config, folder, processes, before, own_reward, given))
+        config.precision, saved = processes.on_rank_0(lambda: check_folder(config, folder))
+        self.setup = processes.together(lambda: set_up(config, folder, processes, saved, given_reward, given))
         self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
         self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
         wrapped, self.optimizer = processes.prepare(
@@ -100,12 +104,8 @@ class Trainer:
         )
         self.work = SharedWork(processes, self.journal)
         self.rollout = choose_rollout(self.setup, self.work, sampler, heard)
-        self.explorer = Explorer(
-            config, self.policy, self.setup.prompts, self.setup.reward, self.rollout, self.work, heard
-        )
-        self.learner = Learner(
-            config, processes, self.accelerator, wrapped, self.setup.objective, self.optimizer
-        )
+        self.explorer = Explorer(self.setup, self.rollout, self.work, heard)
+        self.learner = Learner(self.setup, wrapped, self.optimizer)
         self.results = Results(self.setup, self.work, sampler, heard)
         self.best = BestRound(self.setup, self.work, sampler, heard)
         self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
@@ -157,9 +157,7 @@ class Trainer:
             self.setup.copied.drop()  # a probe's that no round samples any more
             self._save()
             kept = self.best.take(state)
-            self.policy.place_untrained_rows(
-                [float(k in state.trained) for k in range(self.policy.quantiles)]
-            )
+            self.policy.place_untrained_rows(state.trained)
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.checkpoint.keep(state)
@@ -191,8 +189,13 @@ class Trainer:
         self._record(metrics)
         state.sampled = True
         self._save()
-        for stage in (stage_of(state), best_round.stage_of(state.round)):
-            self.processes.on_rank_0(functools.partial(self.journal.forget, stage))
+
+        def forget() -> None:
+            # The checkpoint now has these samples, and the comparison of the round before them.
+            self.journal.forget(sampling_stage(state))
+            self.journal.forget(comparison_stage(state.round))
+
+        self.processes.on_rank_0(forget)
 
     def _rewards_differ(self) -> bool:
         """Whether the pool has two rewards or more. If not, the round has nothing to learn from.
@@ -283,7 +286,7 @@ class Trainer:
         if not config.resume:
             self.folder.create()
         with self.folder.disk_errors():
-            settings_to_save(config, setup.before).save(self.folder / "config.yaml")
+            settings_to_save(config, setup.saved).save(self.folder / "config.yaml")
             self.journal.begin(self.checkpoint.identity)
             self.folder.write_rows(HELD_OUT, map(to_file, setup.prompts.held_out_rows))
             if setup.prompts.chats:

@@ -213,7 +213,7 @@ def test_best_of_4_has_the_best_by_the_reward(
         return [len(set(text)) / 99 for text in completions]
 
     reward = Reward(letters, "letters", "1", "ab" * 32)
-    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: reward)
+    monkeypatch.setattr("quark_fast.training.start.choose_reward", lambda *_: reward)
     means = {}
     for method in ("base", "best of 4"):
         folder = tmp_path / method
@@ -243,7 +243,7 @@ def test_method_of_trl_trains_a_model_that_differs_from_the_base(
     # Rewards that differ, whatever so small a model writes.
     numbers = iter(range(10**9))
     reward = Reward(lambda prompts, **_: [next(numbers) / 7 % 1 for _ in prompts], "tiny", "1", "ab" * 32)
-    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: reward)
+    monkeypatch.setattr("quark_fast.training.start.choose_reward", lambda *_: reward)
     peer_point.run(point)
     record = json.loads((point.folder / "result.json").read_text())
     assert 0 <= record["minutes"] < 60 and record["scored"] > 0

@@ -164,7 +164,7 @@ def test_lost_rows_and_torn_ones_are_mended_by_a_checkpoint(stopped: Path) -> No
 def test_output_that_takes_no_file_is_refused_before_anything_is_loaded(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quark_fast.training.setup.choose_reward", lambda *_: pytest.fail("loading began"))
+    monkeypatch.setattr("quark_fast.training.start.choose_reward", lambda *_: pytest.fail("loading began"))
     with pytest.raises(UsageError, match=r"cannot write to /proc: .*; choose another --output"):
         Trainer(small(Path("/proc/of_nobody/run"), here / "model"), **GIVEN).train()
 
@@ -193,7 +193,7 @@ def test_disk_without_room_for_a_trial_export_is_not_blamed_on_the_model(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("quark_fast.training.setup.check_model", check_model)  # not once for all tests
+    monkeypatch.setattr("quark_fast.training.start.check_model", check_model)  # not once for all tests
     monkeypatch.setattr("quark_fast.model.check_export.write_export", full)
     with pytest.raises(OutOfResources, match=r"cannot write an export to .*: No space left on device; make"):
         Trainer(config(here / "no-room"), **GIVEN).train()

@@ -132,23 +132,23 @@ def test_rows_without_words_have_mean_and_spread_of_the_base_table_alone(tiny_mo
 
 
 @pytest.mark.parametrize(
-    ("shares", "expected"),
+    ("trained", "expected"),
     [
-        ([0.5, 0, 0, 0, 0.5], [0, 25, 50, 75, 100]),
-        ([0.2] * 5, [0, 7, 8, 9, 100]),  # all trained: all stay
-        ([1, 0, 7, 0, 2], [0, 4, 8, 54, 100]),
-        ([0, 0, 0, 0, 1], [100, 100, 100, 100, 100]),
-        ([0, 1, 0, 1, 0], [7, 7, 8, 9, 9]),
+        ({0, 4}, [0, 25, 50, 75, 100]),
+        ({0, 1, 2, 3, 4}, [0, 7, 8, 9, 100]),  # all trained: all stay
+        ({0, 2, 4}, [0, 4, 8, 54, 100]),
+        ({4}, [100, 100, 100, 100, 100]),
+        ({1, 3}, [7, 7, 8, 9, 9]),
     ],
 )
 def test_rows_that_nothing_was_drawn_for_lie_between_their_trained_neighbours(
-    tiny_model: Make, shares: list[float], expected: list[float]
+    tiny_model: Make, trained: set[int], expected: list[float]
 ) -> None:
     policy = Policy.create(tiny_model(), quantiles=5)
     rows = policy.model.get_input_embeddings().rows
     with torch.no_grad():
         rows.copy_(torch.tensor([0.0, 7, 8, 9, 100]).unsqueeze(1).expand_as(rows))
-    policy.place_untrained_rows(shares)
+    policy.place_untrained_rows(trained)
     assert torch.equal(rows, torch.tensor(expected, dtype=rows.dtype).unsqueeze(1).expand_as(rows))
 
 

@@ -42,7 +42,7 @@ from quark_fast.model.policy import Policy
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import setup
+from quark_fast.training import start
 from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -171,7 +171,7 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # pytest makes errors of those of torch's wrappers
     AcceleratorState._reset_state(reset_partial_state=True)
-    setup.check_model = check_once()
+    start.check_model = check_once()
     alike = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in alike.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

@@ -315,7 +315,7 @@ def test_unknown_measure_is_refused_before_anything_is_loaded(
         raise AssertionError("loaded")
 
     for name in ("choose_reward", "choose_judges", "read_prompts", "_load_policy"):
-        monkeypatch.setattr(f"quark_fast.training.setup.{name}", load)
+        monkeypatch.setattr(f"quark_fast.training.start.{name}", load)
     with pytest.raises(UsageError, match=message):
         Trainer(small(tmp_path / "run", tmp_path / "none", **settings))
 

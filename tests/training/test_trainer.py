@@ -47,7 +47,7 @@ def test_sharded_model_whose_rows_must_not_be_padded_is_refused(
         policy.reading = Reading(padding=False)
         return Checked(True, ["checked"])
 
-    monkeypatch.setattr("quark_fast.training.setup.check_model", check)
+    monkeypatch.setattr("quark_fast.training.start.check_model", check)
     given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
     Trainer(small(tmp_path / "one", tiny_model()), **given)
     monkeypatch.setattr(
@@ -149,7 +149,7 @@ def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
     model = tiny_model()
 
     def precision(found: str, resume: bool) -> str:
-        monkeypatch.setattr("quark_fast.training.setup.settled_precision", lambda wanted: found)
+        monkeypatch.setattr("quark_fast.training.start.settled_precision", lambda wanted: found)
         config = small(tmp_path / "run", model, precision="auto", resume=resume)
         return Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4]).config.precision
 
