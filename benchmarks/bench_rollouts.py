@@ -173,7 +173,7 @@ def bench_sampling(
     def others() -> None:
         for name, run in timed.items():
             if name == "generate_batch" and len(seconds[name]) == 2:
-                continue  # the slowest by far: once will do, behind the round that warms up
+                continue  # the slowest by far: once will do, after the round that warms up
             begun = time.perf_counter()
             completions = run(DRAWN)
             seconds[name].append(time.perf_counter() - begun)

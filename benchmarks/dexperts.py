@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast.data import assets
+from quark_fast.evaluation.open_run import OpenRun
 from quark_fast.evaluation.table_rows import TableRow
-from quark_fast.evaluation.trained_run import Finished
 from quark_fast.metrics import Sample
 from quark_fast.model.attention import FAST_ATTENTION
 from quark_fast.model.batch import completion_logits, make_batch
@@ -64,7 +64,7 @@ class Mixture(torch.nn.Module):
         return outputs[0]
 
 
-def finetune(run: Finished, rows: Sequence[dict[str, Any]], batch: int, steps: int, seed: int) -> Any:
+def finetune(run: OpenRun, rows: Sequence[dict[str, Any]], batch: int, steps: int, seed: int) -> Any:
     """A copy of the base model after ``steps`` steps of the LM loss on the completions of ``rows``."""
     config, policy = run.config, run.policy
     source = config.model or assets.default_model()

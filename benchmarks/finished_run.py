@@ -12,9 +12,9 @@ from rich.console import Console
 
 from quark_fast.data.prompts import load_prompts
 from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, evaluation_sampling
+from quark_fast.evaluation.open_run import open_run
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.evaluation.table_rows import TableRow
-from quark_fast.evaluation.trained_run import open_run
 from quark_fast.metrics import Sample
 from quark_fast.report.files import read_run
 from quark_fast.report.tables import results_table

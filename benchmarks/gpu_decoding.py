@@ -135,7 +135,7 @@ def row_of(name: str, streams: int, times: list[float], asked: argparse.Namespac
 
 @torch.inference_mode()
 def logits_of(read: Read, contexts: list[list[int]], tokens: int) -> Tensor:
-    """(tokens, rows, V) float32, behind tokens that are the same for every way."""
+    """(tokens, rows, V) float32, after tokens that are the same for every way."""
     reader = read(contexts, 1)
     found = [next(reader).float()]
     for step in range(tokens - 1):

@@ -175,7 +175,7 @@ class RunWork:
             work = self._sampling(prompts, each, tokens, streams, name not in (BASE, "no token"))
             if name != BASE:
                 work.products.append(self._scoring(prompts, each, tokens))
-            if fitted:  # one of each prompt behind another
+            if fitted:  # one of each prompt after another
                 work.products.append(self._scoring(prompts, 1, round(tokens / each)))
             found[f"evaluating: {name}"] = work
         return found

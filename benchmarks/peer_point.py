@@ -312,7 +312,7 @@ def offline(point: Point, setup: Setup, kind: str) -> Trained:
 
 
 def without_ends(rows: Any, end: int) -> Any:
-    """Tokenized rows of TRL's without the end of text that it puts behind every completion.
+    """Tokenized rows of TRL's without the end of text that it puts after every completion.
 
     Nearly all completions were cut at their last token, and the model would learn to stop there.
     """

@@ -1,10 +1,10 @@
-"""What a reward token in front costs on held-out text: in its first tokens, and behind a prompt of them.
+"""What a reward token in front costs on held-out text: in its first tokens, and after a prompt of them.
 
     python benchmarks/token_in_front.py RUN ... --output FILE
 
 The best token stands before the first token of a text. Whoever samples has a prompt between the two, and so
-the tables of a run count what is behind a prompt of 32 tokens. Here each is measured twice: over these first
-32 tokens, of which one is given, and over those behind them. Rows are the base model without a token, with
+the tables of a run count what is after a prompt of 32 tokens. Here each is measured twice: over these first
+32 tokens, of which one is given, and over those after them. Rows are the base model without a token, with
 the token of each built-in task before any training, and the given runs. The texts are the held-out passages
 of runs of repetition; for others those on which evaluations measure what a training cost elsewhere.
 """
@@ -27,8 +27,8 @@ from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.evaluation.held_out import CONTROLS
+from quark_fast.evaluation.open_run import open_run
 from quark_fast.evaluation.perplexity import text_fit
-from quark_fast.evaluation.trained_run import open_run
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.machine import quiet_libraries, versions
@@ -79,7 +79,7 @@ def changes(base: np.ndarray, row: np.ndarray) -> dict[str, Any]:
     """Each measure, and its relative change with the 95% bootstrap interval over texts."""
     drawn = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
     made: dict[str, Any] = {}
-    for part, place in (("first tokens", 0), ("behind a prompt", 1)):
+    for part, place in (("first tokens", 0), ("after a prompt", 1)):
         before, after = measures(base[:, place].sum(0)), measures(row[:, place].sum(0))
         for name in before:
             resampled = [

@@ -349,7 +349,7 @@ void QuantilePool<Reward>::push(Runs& runs, std::shared_ptr<const Run> run) {
 }
 
 // The cut of each run such that `rank` items lie before the cuts and none of them is after an item
-// behind. Known to lie in low..high.
+// after. Known to lie in low..high.
 template <class Reward>
 auto QuantilePool<Reward>::split_at_rank(const Runs& runs, std::size_t rank, Splits low,
                                          Splits high) -> Splits {
@@ -431,7 +431,7 @@ auto QuantilePool<Reward>::own_cuts() const -> std::shared_ptr<const Cuts> {
 
   for (int j = 1; j < quantiles_; ++j) {
     Splits& split = cuts->splits[j];
-    if (same) {  // before or behind the whole block that the cut goes through
+    if (same) {  // before or after the whole block that the cut goes through
       Block block = block_at(split);
       const std::int64_t better = sum(block.begin);
       const bool reaches = block_reaches(n, cut(j), better, sum(block.end) - better);
@@ -481,7 +481,7 @@ std::size_t QuantilePool<Reward>::end_of(const Run& run, std::size_t at, Item it
   return std::upper_bound(run.begin() + at, high, item) - run.begin();
 }
 
-// Puts each split behind all items that reach its boundary.
+// Puts each split after all items that reach its boundary.
 template <class Reward>
 void QuantilePool<Reward>::split_runs(Cuts& cuts) const {
   for (std::size_t r = 0; r < runs_.size(); ++r) {

@@ -115,7 +115,7 @@ def _run(base: Config, axes: Sequence[str], seeds: Sequence[int], notices: Termi
     keep_freed_memory()
     display = Display(notices, mask=not base.show_offensive)
     with display.shown():
-        return run_grid(base, axes, seeds, about=notices.print, listen=display)
+        return run_grid(base, axes, seeds, note=notices.print, listen=display)
 
 
 def _show(folder: Path, console: Terminal, notices: Terminal) -> None:

@@ -35,13 +35,11 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "quantiles": 2,
         "initial_samples": 1,
         "explore_samples": 1,
-        "guidance": 1.0,
         "temperature": 0.7,
         "max_new_tokens": 128,
         "min_new_tokens": 128,
         # The base model's samples are full of loops to learn from; those of the best token are not.
         "rounds": 1,
-        "steps": 24,
         "batch_size": 8,
         "micro_batch": 4,  # 8 of 160 tokens, under two reward tokens each, take 8 GB
         # Steps of 2e-4 leave the loops by a way of their own: short sentences, over and over.
@@ -292,12 +290,12 @@ class Config(
         kinds = kinds_of()
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), get_args(kinds[field.name])
-            if wanted := settings.other_kind(value, kinds[field.name]):
+            if wanted := settings.wanted_type(value, kinds[field.name]):
                 raise UsageError(_of_another_kind(field.name, value, wanted))
             if get_origin(kinds[field.name]) is Literal and value not in choices:
                 named = ", ".join(map(repr, choices))
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; choose from {named}")
-            if wanted := settings.fix(value, **field.metadata["bounds"]):
+            if wanted := settings.wanted_range(value, **field.metadata["bounds"]):
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; give {wanted}")
         self._check_scored()
         self._check_lengths()
@@ -426,7 +424,7 @@ class Config(
         kept = ("judge", "eval_temperature", "eval_top_p") if self.goal() else ()
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(saved, field.name)
-            if mine != theirs and (not field.metadata["free"] or field.name in kept):
+            if mine != theirs and (not field.metadata["changes"] or field.name in kept):
                 raise UsageError(
                     f"{field.name} = {mine!r}, but the run to resume has {theirs!r}; resume it with its own"
                 )

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     if asked.samples is None:
         asked.samples = 3 if asked.temperature else 1
     _check(asked)
-    from quark_fast.evaluation.trained_run import open_run
+    from quark_fast.evaluation.open_run import open_run
     from quark_fast.files.safe_text import clean
     from quark_fast.report.texts import mask_profanity
     from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling

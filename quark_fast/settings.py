@@ -20,7 +20,7 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     at_most: int | None = None,
-    free: Literal["", "resume", "grid"] = "",
+    changes: Literal["", "resume", "grid"] = "",
     alias: str = "",
 ) -> Any:
     """A field of the settings.
@@ -29,18 +29,18 @@ def setting(
         help: what it means, with its unit; --help adds the default.
         at_least: the lowest number; default: 0, unless there is ``above``.
         at_most: the highest number; default: ``MOST`` for a whole one, any finite one else.
-        free: "resume": may be another when a run is resumed, as it leaves the run's samples and weights as
-            they would be; "grid": also when a grid of ablations goes on, as no number depends on it.
+        changes: "resume": may be another when a run is resumed, as it leaves the run's samples and weights
+            as they would be; "grid": also when a grid of ablations goes on, as no number depends on it.
         alias: another flag, for a name that is no field's in Python.
     """
     if at_least is None and above is None and type(default) in (int, float):
         at_least = type(default)(0)
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    metadata = {"help": help, "bounds": bounds, "free": free, "alias": alias}
+    metadata = {"help": help, "bounds": bounds, "changes": changes, "alias": alias}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def fix(value: Any, at_least: float | None, above: float | None, at_most: int | None) -> str:
+def wanted_range(value: Any, at_least: float | None, above: float | None, at_most: int | None) -> str:
     """What to give in place of a value out of these bounds; "" for a value within them."""
     if value is None:
         return ""
@@ -75,7 +75,7 @@ def plain(value: Any, kind: Any) -> Any:
     return value
 
 
-def other_kind(value: Any, kind: Any) -> str:
+def wanted_type(value: Any, kind: Any) -> str:
     """What to give in place of a value that is not of a setting's type; "" for one that is."""
     kinds = get_args(kind) or (kind,)
     if get_origin(kind) is Literal:  # which lists its values
@@ -120,7 +120,7 @@ class TaskSettings:
     trust_remote_code: bool = setting(
         False,
         "run the Python code that --model, or a classifier of --reward, brings along; else it is refused",
-        free="resume",
+        changes="resume",
     )
 
 
@@ -150,7 +150,7 @@ class PromptSettings:
         None,
         "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
         " or a tenth of --prompts, 200 at most",
-        free="resume",
+        changes="resume",
     )
     evaluate_on: Literal["test", "development"] = setting(
         "test",
@@ -183,7 +183,7 @@ class RewardSettings:
         "auto",
         "scorers that training never sees and the evaluation shows beside the reward, in any of its forms,"
         " with commas between; auto: the task's own judge, where the reward is the task's; none",
-        free="resume",
+        changes="resume",
     )
     scorer_label: str | None = setting(
         None,
@@ -197,42 +197,42 @@ class RewardSettings:
         "auto",
         "keep rewards in rewards.sqlite of the run folder; auto: those of rewards that are asynchronous or"
         " called for one completion at a time",
-        free="grid",
+        changes="grid",
     )
     reward_batch: int = setting(
-        16, "completions in one call of an asynchronous reward", at_least=1, free="grid"
+        16, "completions in one call of an asynchronous reward", at_least=1, changes="grid"
     )
     reward_concurrency: int = setting(
-        16, "calls of an asynchronous reward under way at once", at_least=1, free="grid"
+        16, "calls of an asynchronous reward under way at once", at_least=1, changes="grid"
     )
     reward_timeout: float = setting(
-        60.0, "limit for one call of an asynchronous reward, seconds; 0: none", free="grid"
+        60.0, "limit for one call of an asynchronous reward, seconds; 0: none", changes="grid"
     )
     reward_retries: int = setting(
-        4, "further attempts after a failed call of an asynchronous reward", free="grid"
+        4, "further attempts after a failed call of an asynchronous reward", changes="grid"
     )
     reward_backoff: float = setting(
         1.0,
         "wait before the second attempt, seconds; doubled before each further one, 60 at most",
-        free="grid",
+        changes="grid",
     )
     reward_per_minute: int = setting(
         0,
         "calls of each asynchronous reward in any 60 seconds, by all processes together, repeated ones"
         " counted again; 0: no limit",
-        free="grid",
+        changes="grid",
     )
     reward_tokens_per_minute: int = setting(
         0,
         "tokens of each asynchronous reward in any 60 seconds, likewise; the function then returns (values,"
         " tokens); 0: no limit",
-        free="grid",
+        changes="grid",
     )
     accept_changed_reward: bool = setting(
         False,
         "go on with --resume although the reward's code, weights or settings are others than before: what was"
         " scored keeps its rewards, and one pool ranks both",
-        free="resume",
+        changes="resume",
     )
 
 
@@ -242,9 +242,9 @@ class FolderSettings:
     output: str | None = setting(
         None,
         "run folder to make; default: runs/<task>, with a --reward of your own runs/<its name>",
-        free="grid",
+        changes="grid",
     )
-    resume: bool = setting(False, "go on with the run in --output from its last checkpoint", free="grid")
+    resume: bool = setting(False, "go on with the run in --output from its last checkpoint", changes="grid")
     from_run: str | None = setting(
         None,
         "(--from) finished run to train further: its weights and its pool, --rounds more; its settings are"
@@ -255,10 +255,10 @@ class FolderSettings:
         None,
         "repository of the Hugging Face hub, USER/NAME, that the finished model is uploaded to; made at the"
         " start if it is not there, public unless the organisation's default is private; default: none",
-        free="grid",
+        changes="grid",
     )
     hub_private_repo: bool = setting(
-        False, "make that repository a private one; one that is there stays as it is", free="grid"
+        False, "make that repository a private one; one that is there stays as it is", changes="grid"
     )
 
 
@@ -307,7 +307,7 @@ class SamplingSettings:
     max_prompt_tokens: int = setting(
         0,
         "longest prompt, tokens; longer ones are left out and counted; 0: what the model's positions leave"
-        " beside the new tokens, 1024 at most; with --prefix-tokens texts are cut behind so many",
+        " beside the new tokens, 1024 at most; with --prefix-tokens texts are cut after so many",
     )
     long_prompts: Literal["leave_out", "cut"] = setting(
         "leave_out",
@@ -319,7 +319,7 @@ class SamplingSettings:
         "completions sampled side by side, guided half as many; halved where the memory does not suffice; a"
         " resumed run may have fewer, which changes what is drawn from there on",
         at_least=1,
-        free="resume",
+        changes="resume",
     )
     decoding: Literal["eager", "static", "graph"] = setting(
         "eager",
@@ -327,33 +327,37 @@ class SamplingSettings:
         " graph: these, recorded once as a CUDA graph, for a GPU (not yet tried on one); eager alone drops"
         " completions that have ended from a batch; where it drops none, the samples are the same but for"
         " rounding",
-        free="resume",
+        changes="resume",
     )
     sample_at_once: int = setting(
         0,
         "completions side by side of a batch of --sample-batch; 0: all, on a GPU a half, a quarter ... where"
         " free memory holds no more; fewer change what is drawn",
-        free="resume",
+        changes="resume",
     )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
-        "engine that samples what is trained on; vllm takes a GPU and cannot guide (--guidance 1)",
+        "engine that samples what is trained on; vllm takes a GPU and cannot guide: --guidance 1",
     )
     vllm_server: str | None = setting(
         None,
         "`vllm serve` to sample by, http://host:port; the run shows how to start it; default: vLLM in this"
         " process",
-        free="resume",
+        changes="resume",
     )
     vllm_timeout: float = setting(
         600.0,
         "limit for one request to that server, and for waiting until it is up, seconds",
         at_least=1.0,
-        free="resume",
+        changes="resume",
     )
-    vllm_retries: int = setting(5, "further attempts after a failed request to that server", free="resume")
+    vllm_retries: int = setting(5, "further attempts after a failed request to that server", changes="resume")
     vllm_memory: float = setting(
-        0.3, "share of the GPU's memory that vLLM in this process may use", above=0, at_most=1, free="resume"
+        0.3,
+        "share of the GPU's memory that vLLM in this process may use",
+        above=0,
+        at_most=1,
+        changes="resume",
     )
 
 
@@ -366,7 +370,7 @@ class LearningSettings:
     micro_batch: int = setting(
         0,
         "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8, in float32 4",
-        free="grid",
+        changes="grid",
     )
     optimizer: Literal["adamw", "adamw-8bit"] = setting(
         "adamw",
@@ -394,7 +398,7 @@ class LearningSettings:
     max_bad_steps: int = setting(
         5,
         "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never",
-        free="resume",
+        changes="resume",
     )
 
 
@@ -415,7 +419,7 @@ class LossSettings:
         " reads: it holds the model on text that is no completion",
     )
     kl_stop: float = setting(
-        0.0, "stop when the KL of a step is above this, nats per token; 0: never", free="resume"
+        0.0, "stop when the KL of a step is above this, nats per token; 0: never", changes="resume"
     )
     kl_target: float = setting(
         0.0,
@@ -425,7 +429,9 @@ class LossSettings:
     kl_horizon: int = setting(10_000, "how slowly kl_target adapts kl_coef, samples", at_least=1)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
     contrast_coef: float = setting(
-        1.0, "weight of -log p(own reward token | completion), which makes few samples enough; 0: the paper"
+        1.0,
+        "weight of the contrast (--contrast-with, --contrast-margin), which makes few samples enough; 0: the"
+        " paper, without",
     )
     contrast_with: Literal["both", "mirror", "base"] = setting(
         "both",
@@ -453,23 +459,25 @@ class EvaluationSettings:
         True,
         "evaluate the trained model at the end; without it (--no-eval) python -m quark_fast.evaluate RUN does"
         " so later",
-        free="resume",
+        changes="resume",
     )
     eval_samples: int = setting(
-        5, "completions a held-out prompt and sampling mode", at_least=1, free="resume"
+        5, "completions a held-out prompt and sampling mode", at_least=1, changes="resume"
     )
-    eval_temperature: float = setting(1.0, "sampling temperature in the evaluation; 0: greedy", free="resume")
-    eval_top_p: float = setting(0.9, "nucleus in the evaluation", above=0, at_most=1, free="resume")
+    eval_temperature: float = setting(
+        1.0, "sampling temperature in the evaluation; 0: greedy", changes="resume"
+    )
+    eval_top_p: float = setting(0.9, "nucleus in the evaluation", above=0, at_most=1, changes="resume")
     eval_rows: Literal["ends", "all", "best"] = setting(
         "ends",
         "rows of the table; ends: base model, best token, guided by each w, worst token; all: also the"
         " quantiles between and no token; best: base model and best token alone",
-        free="resume",
+        changes="resume",
     )
     eval_guidance: str | None = setting(
         None,
         "values of w to evaluate, comma-separated; w = 1 always is; default: 1.5, with --eval-rows all 1.5,2",
-        free="resume",
+        changes="resume",
     )
     keep_best: str = setting(
         "",
@@ -478,10 +486,10 @@ class EvaluationSettings:
         " as 'judge:min, perplexity<=1.10'; measures: reward or what it measures (toxicity), judge,"
         " perplexity, prompt_fit, dist3, others of the table; it costs two completions of each such prompt a"
         " round, with what scores them; default: off, the last round is kept",
-        free="resume",
+        changes="resume",
     )
     stop_after: int = setting(
-        0, "stop after so many rounds in a row without gain by --keep-best; 0: never", free="resume"
+        0, "stop after so many rounds in a row without gain by --keep-best; 0: never", changes="resume"
     )
 
 
@@ -496,39 +504,39 @@ class MachineSettings:
         0,
         "texts side by side where they are read, not sampled (perplexity, probe, passages); halved where the"
         " memory does not suffice; 0: on a GPU what free memory holds, on a CPU 1280 tokens, 4 passages",
-        free="resume",
+        changes="resume",
     )
     score_batch: int = setting(
         0,
         "texts side by side in a classifier (hf:NAME) that scores; halved where the memory does not suffice;"
         " 0: on a GPU what free memory holds, on a CPU 32",
-        free="resume",
+        changes="resume",
     )
-    threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", free="grid")
+    threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", changes="grid")
     gradient_checkpointing: bool = setting(
         False,
         "compute each layer again in the backward pass: less memory, a third more time, same result",
-        free="resume",
+        changes="resume",
     )
     seed: int = setting(0, "seed of everything random", at_most=2**63 - 1)
-    checkpoint_every: int = setting(32, "steps between checkpoints", at_least=1, free="grid")
+    checkpoint_every: int = setting(32, "steps between checkpoints", at_least=1, changes="grid")
     report_to: str = setting(
         "",
         "trackers beside metrics.jsonl: tensorboard, trackio, wandb or another one that accelerate knows,"
         " several with commas between; all: every one that is installed; none; default: none",
-        free="resume",
+        changes="resume",
     )
     export_head: Literal["own", "tied"] = setting(
         "own",
         "head of the exported model where the base model ties it to the embeddings: own, a second table in"
         " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
         " transformers then need suppress_tokens of its generation config",
-        free="resume",
+        changes="resume",
     )
     export_adapter: bool = setting(
         False,
         "write the LoRA adapters and the reward tokens' rows by themselves, too: model/adapter, as peft loads"
         " them onto the base model",
-        free="resume",
+        changes="resume",
     )
-    show_offensive: bool = setting(False, "do not mask the worst words in the terminal", free="grid")
+    show_offensive: bool = setting(False, "do not mask the worst words in the terminal", changes="grid")

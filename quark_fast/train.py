@@ -79,8 +79,8 @@ def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) ->
         console.print(texts)
     else:
         notices.print(f"not evaluated (--no-eval): python -m quark_fast.evaluate {folder} does so")
-    cost = finished.versions
-    notices.print(f"took {duration(cost['minutes'])} and {cost['memory_gb']} GB of memory at most")
+    record = finished.versions
+    notices.print(f"took {duration(record['minutes'])} and {record['memory_gb']} GB of memory at most")
     notices.print(f"report:   {folder / 'report.html'}")
     notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
 

@@ -61,7 +61,7 @@ LONGEST = [
     *("test_tokens.py", "test_interrupted.py", "test_side_by_side.py", "test_classifier.py"),
     *("test_assets.py", "test_pool.py", "test_report.py", "test_ablate.py", "test_fixed_step.py"),
     *("test_loss.py", "test_docs.py", "test_gpu_benchmark.py", "test_imports.py", "test_token_kernel.py"),
-    *("test_policy.py", "test_lora.py", "test_going_on.py"),
+    *("test_policy.py", "test_lora.py", "test_from_run.py"),
 ]
 
 

@@ -364,7 +364,7 @@ def test_run_of_a_function_in_a_program_is_not_evaluated_by_another_reward(
     folder: Path, refused: Callable[[Command, Sequence[str]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(folder / "finished" / "config.yaml")
-    monkeypatch.setattr("quark_fast.evaluation.trained_run.load_config", lambda _: config)
+    monkeypatch.setattr("quark_fast.evaluation.open_run.load_config", lambda _: config)
     config.reward = "tiny_rewards:nothing"
     assert "the run's reward was tiny_rewards:evens" in refused(evaluate.main, ["finished"])
 

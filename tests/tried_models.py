@@ -110,8 +110,8 @@ of one length together, no cache, another tokenizer class), or the model is refu
 anything long. A training step in the run's precision is tried out, too, and here the adapters of default
 settings: merged as in an export they must be the model that was trained; where they are refused, what is
 right is so with `--lora-rank 0`. The longest text has the length of
-the run's longest prompt, but on a CPU 128 tokens at most, and here 14: what begins behind more, such as a
-window, is not tried.
+the run's longest prompt, but on a CPU 128 tokens at most, and here 14: what takes effect after more, such
+as a window, is not tried.
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Settings that may be others when a grid goes on: no number depends on them, and each run has its own seed.
-FREE = {"seed"} | {field.name for field in dataclasses.fields(Config) if field.metadata["free"] == "grid"}
+FREE = {"seed"} | {field.name for field in dataclasses.fields(Config) if field.metadata["changes"] == "grid"}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def run_grid(
     axes: Sequence[str],
     seeds: Sequence[int],
     *,
-    about: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
     **given: Any,
 ) -> Path:
     """Run what is not finished of the grid in ``base.output``, and write its table and plot.
@@ -38,7 +38,7 @@ def run_grid(
     the last call.
 
     Args:
-        about: called with a line before every run.
+        note: called with a line before every run.
         given: to the ``Trainer``.
     Raises:
         UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings.
@@ -55,9 +55,9 @@ def run_grid(
         path = run_path(folder, seed, settings)
         line = f"run {number}/{len(wanted)}: seed {seed}, {name_of(settings)}"
         if RunFolder(path).finished:
-            about(f"{line}: finished")
+            note(f"{line}: finished")
             continue
-        about(line)
+        note(line)
         resume = (path / "config.yaml").exists()
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:

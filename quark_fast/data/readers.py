@@ -71,7 +71,7 @@ def _text(path: Path) -> str:
 
 def _read_lines(source: str, text: str) -> Iterator[str]:
     # Not splitlines(): JSON and prose hold U+2028 and other "line ends" inside a line.
-    # An empty line is an empty prompt, which is counted; behind the last "\n" stands no line.
+    # An empty line is an empty prompt, which is counted; after the last "\n" stands no line.
     return (line.strip() for line in text.removesuffix("\n").split("\n") if text)
 
 

@@ -41,14 +41,14 @@ class Chosen:
 
     train: list[Row]
     held_out: list[Row]
-    about: list[str]
+    notes: list[str]
     scored: list[ScoredText] = field(default_factory=list)
     development: list[Row] = field(default_factory=list)
 
 
 def choose_prompts(
     config: Config,
-    tasks_own: Callable[[], tuple[list[Row], list[Row]]],
+    task_prompts: Callable[[], tuple[list[Row], list[Row]]],
     chat: Chat,
     prompts: Sequence[str | Row] | None = None,
     held_out: Sequence[str | Row] | None = None,
@@ -56,7 +56,7 @@ def choose_prompts(
     """What a run trains and is measured on: the rows given, else those ``config`` names, else the task's own.
 
     Args:
-        tasks_own: () -> (training rows, held-out rows) of the task.
+        task_prompts: () -> (training rows, held-out rows) of the task.
         prompts, held_out: rows of the program that calls; they are taken as they are.
     Raises:
         UsageError: a source cannot be read, or leaves nothing to train on or to measure.
@@ -89,11 +89,11 @@ def choose_prompts(
         train = list(first.values())
     test = rows("held_out", held_out, config.held_out if count is None else None)
     if train is None and test is None:
-        train, test = tasks_own()
+        train, test = task_prompts()
         if count is not None or config.split_seed:
             train, test = split([*train, *test], count or len(test), config.split_seed)
     elif train is None:
-        train = tasks_own()[0]
+        train = task_prompts()[0]
     if test is None:
         train, test = split(train, count, config.split_seed)
     elif prompts is None:

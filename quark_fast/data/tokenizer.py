@@ -40,7 +40,7 @@ def for_texts(tokenizer: Any, below: int | None = None, middle: bool = True) -> 
 
     So are other added tokens whose ids are not ``below`` a number.
 
-    With ``MIDDLE`` in front, where it has that, a text is read as one that stands behind something.
+    With ``MIDDLE`` in front, where it has that, a text is read as one that stands after something.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     added = content.get("added_tokens") or []
@@ -62,7 +62,7 @@ def own_front(tokenizer: Any) -> list[int]:
     if not bare:  # by a vocabulary of upper case, as of amino acids, where no token stands for the unknown
         text = f"{SENTENCE} {_some_words(tokenizer.backend_tokenizer)}"
         bare = list(tokenizer(text, add_special_tokens=False).input_ids)
-    # Only what stands in front: some tokenizers put an end marker behind, too.
+    # Only what stands in front: some tokenizers put an end marker after, too.
     with_text = list(tokenizer(text).input_ids)
     starts = (n for n in range(len(with_text)) if with_text[n : n + len(bare)] == bare)
     return with_text[: next(starts, 0)]
@@ -107,13 +107,13 @@ TEMPLATE_TAIL = "{{ '' }}{% endset %}"
 
 
 def conditioned_template(template: str, tokenizer: Any, front: str) -> str:
-    """A chat template that writes ``front`` and then what ``template`` writes behind its own opening.
+    """A chat template that writes ``front`` and then what ``template`` writes after its own opening.
 
     Another front, or none, by apply_chat_template(messages, reward_front="..."). A template that has a front
     already gets the new one.
     """
     template = _unconditioned(template)
-    # Blanks before a tag at the beginning of a line are dropped, and behind our own that is none.
+    # Blanks before a tag at the beginning of a line are dropped, and after our own that is none.
     template = re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", template)
     if not _may_open(template, tokenizer):  # then what it marks as the assistant's keeps its place
         return f"{FRONT_HEAD}{_quoted(front)}{FRONT_TAIL}{template}"

@@ -179,7 +179,7 @@ CONTROL_TOKENS = 64  # of each, that count
 
 
 def control_texts(policy: Policy, texts: Sequence[str]) -> list[list[int]]:
-    """The first tokens of the first texts, as ids; as many as the model has positions for behind a token."""
+    """The first tokens of the first texts, as ids; as many as the model has positions for after a token."""
     most = TEXT_PROMPT + CONTROL_TOKENS
     room = most if policy.positions is None else policy.positions - len(policy.prefix) - 1
     every = (policy.text_tokenizer(text, add_special_tokens=False).input_ids for text in texts[:CONTROLS])

@@ -9,10 +9,10 @@ from typing import Any
 
 from quark_fast.config import Config
 from quark_fast.data.tokenizer import export_prefix
+from quark_fast.evaluation.open_run import open_run
 from quark_fast.evaluation.protocol import EvaluationProtocol
 from quark_fast.evaluation.subjects import Model, Plain, Run, source_of
 from quark_fast.evaluation.table_rows import TableRow, table_rows
-from quark_fast.evaluation.trained_run import open_run
 from quark_fast.model.check_reading import check_reading
 from quark_fast.model.loading import frozen, load_tokenizer
 from quark_fast.model.policy import Policy

@@ -199,8 +199,8 @@ def text_fit(
     """How ``model`` predicts texts: (nll in nats, tokens predicted right, tokens) of each.
 
     The first ``prompt`` tokens of a text, at most half of it and at least one, are its prompt: the
-    conditioning stands before them, as where completions are sampled, and the tokens behind them count.
-    Right behind a reward token, where no completion ever stands, the token's own words cost up to a sixth of
+    conditioning stands before them, as where completions are sampled, and the tokens after them count.
+    Right after a reward token, where no completion ever stands, the token's own words cost up to a sixth of
     the perplexity before any training (``benchmarks/token_in_front.py``). Guided conditioning mixes its two
     streams as sampling does. ``rows`` texts are read side by side; 0: 4, on a GPU what its free memory holds.
     """
@@ -208,14 +208,14 @@ def text_fit(
     longest = max((len(policy.conditioned(text, k)) for text in texts for k in quantiles), default=1)
     rows = rows or rows_read(model, longest, 4)
 
-    def fit(rows: slice) -> list[tuple[float, int, int]]:
-        part = texts[rows]
-        given = [max(1, min(prompt, len(text) // 2)) for text in part]
-        first = [text[:n] for text, n in zip(part, given, strict=True)]
-        rest = [text[n:] for text, n in zip(part, given, strict=True)]
+    def fit(part: slice) -> list[tuple[float, int, int]]:
+        chosen = texts[part]
+        given = [max(1, min(prompt, len(text) // 2)) for text in chosen]
+        first = [text[:n] for text, n in zip(chosen, given, strict=True)]
+        rest = [text[n:] for text, n in zip(chosen, given, strict=True)]
         mixed: Tensor | None = None
         for quantile, weight in conditioning.streams():
-            batch = make_batch(policy, first, rest, [quantile] * len(part), model.device)
+            batch = make_batch(policy, first, rest, [quantile] * len(chosen), model.device)
             logits = completion_logits(model, batch)
             # Logits are log p up to a constant of each row, and the mix of constants is one.
             stream = logits if weight == 1 else logits.float() * weight

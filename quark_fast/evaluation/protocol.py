@@ -35,7 +35,7 @@ class EvaluationProtocol:
     Attributes:
         config: the first run's settings or the task's own, with those that were asked for in their place.
         texts: ordinary ones, of a task whose own reward scores.
-        own_task: the task is the runs' own.
+        keeps_runs_task: the task is the runs' own.
     """
 
     config: Config
@@ -45,7 +45,7 @@ class EvaluationProtocol:
     texts: Sequence[str]
     device: torch.device
     dtype: torch.dtype
-    own_task: bool
+    keeps_runs_task: bool
 
 
 def choose_protocol(
@@ -66,21 +66,21 @@ def choose_protocol(
     runs = [model for model in models if isinstance(model, Run)]
     settings = {name: value for name, value in asked.items() if value is not None}
     label = settings.pop("scorer_label", None)
-    own_reward = reward is None and not settings.keys() & {"task", "target"}
+    keeps_runs_reward = reward is None and not settings.keys() & {"task", "target"}
     settings["task"] = settings.get("task") or _common_task(models, runs)
     if reward is None and label is not None:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
     for run in runs if "judge" not in settings else ():
         for spec in run.config.judge.split(","):
             refuse_code_of(run.folder, spec)
-    if own_reward:
+    if keeps_runs_reward:
         _check_rewards_agree(runs)
     else:
         settings |= {"reward": reward if isinstance(reward, str) else None, "scorer_label": label}
-    own_task = bool(runs) and all(
+    keeps_runs_task = bool(runs) and all(
         settings[name] == getattr(runs[0].config, name) for name in ("task", "target") if name in settings
     )
-    config = dataclasses.replace(runs[0].config, **settings) if own_task else Config(**settings)
+    config = dataclasses.replace(runs[0].config, **settings) if keeps_runs_task else Config(**settings)
     if runs:
         config.precision = runs[0].config.precision
     config.trust_remote_code = trust_remote_code
@@ -88,9 +88,9 @@ def choose_protocol(
     task = find_task(config.task, config.target)
     dtype = sampling_dtype(config.precision, device)
     scorer = choose_reward(config, task, device, None if isinstance(reward, str) else reward)
-    tasks_own = config.reward in (None, task.name) and (reward is None or isinstance(reward, str))
-    judges = choose_judges(config, task, device, [term.identity for term in terms(scorer)], tasks_own)
-    for run in runs if own_reward else ():
+    rewarded_by_task = config.reward in (None, task.name) and (reward is None or isinstance(reward, str))
+    judges = choose_judges(config, task, device, [term.identity for term in terms(scorer)], rewarded_by_task)
+    for run in runs if keeps_runs_reward else ():
         if (trained_by := run.scorer()) != scorer.name:
             raise UsageError(
                 f"the run's reward was {trained_by}, a function of its program: hand it over as reward=,"
@@ -99,8 +99,8 @@ def choose_protocol(
     if runs:
         scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
         judges = tuple(cached(judge, config.reward_cache, runs[0].folder / REWARDS) for judge in judges)
-    texts = task.texts() if tasks_own else []
-    return EvaluationProtocol(config, task, scorer, judges, texts, device, dtype, own_task)
+    texts = task.texts() if rewarded_by_task else []
+    return EvaluationProtocol(config, task, scorer, judges, texts, device, dtype, keeps_runs_task)
 
 
 def _common_task(models: Sequence[Model], runs: Sequence[Run]) -> str:
@@ -196,7 +196,7 @@ def load_prompt_sets(
     """
     trust = protocol.config.trust_remote_code
     chat = chat_template(models[0].given, lambda: load_tokenizer(models[0].tokenizer_at, trust))
-    run = next((model for model in models if isinstance(model, Run) and protocol.own_task), None)
+    run = next((model for model in models if isinstance(model, Run) and protocol.keeps_runs_task), None)
 
     def load(key: str, source: str, column: str | None) -> PromptSet:
         loaded = load_prompts(source, column=column, chat=chat)

@@ -66,12 +66,21 @@ class Evaluated:
         return markdown_page(self.table)
 
 
+def _refuse_for_tables(asked: Sequence[Any]) -> None:
+    """Saved tables alone are shown as they are: nothing can be asked of them, but by a judge."""
+    if any(one is not None for one in asked):
+        raise UsageError(
+            "only tables are named, which are shown as they are: leave out what to measure and how to"
+            " sample, or name a run or a model, too"
+        )
+
+
 class Evaluator:
     """Any number of models on the same prompts, with one scorer, sampling, seed and perplexity model.
 
     Rows come in the order of the subjects; the first row is the one that the others' changes are against,
     paired by prompt. A run brings several, any other model one row. What stands before a prompt is, for a
-    run's rows and for its base model, the run's own prefix (with the row's reward token behind it); any
+    run's rows and for its base model, the run's own prefix (with the row's reward token after it); any
     other plain model gets what its own tokenizer puts before a text. Two runs of one model share its row.
 
     Args:
@@ -135,35 +144,31 @@ class Evaluator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
         self.domains: list[PromptSet] = []
-        modes = {"eval_rows": rows, "eval_guidance": guidance}
         if rows == "best" and guidance:
             raise UsageError(
                 f"guidance = {guidance!r} asks for rows that rows = 'best' leaves out; give one of the two"
             )
-        sampling = {
+        modes = {"eval_rows": rows, "eval_guidance": guidance}
+        asked: dict[str, Any] = {
+            **modes,
+            "task": task,
+            "target": target,
+            "scorer_label": scorer_label,
             "eval_samples": samples,
             "eval_temperature": temperature,
             "eval_top_p": top_p,
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
         }
+        own, other = (prompts, prompt_column), (out_of_domain, out_of_domain_column or prompt_column)
         if not self.live:
-            others: list[Any] = [task, target, prompts, out_of_domain, reward, ppl_model]
-            others += [prompt_column, out_of_domain_column, scorer_label, *modes.values(), *sampling.values()]
-            if any(one is not None for one in others):
-                raise UsageError(
-                    "only tables are named, which are shown as they are: leave out what to measure and how to"
-                    " sample, or name a run or a model, too"
-                )
+            _refuse_for_tables([*asked.values(), *own, *other, reward, ppl_model])
             self._take_tables(tables, judge)
             return
         models = list(self.live.values())
-        asked: dict[str, Any] = {"task": task, "target": target, "scorer_label": scorer_label, "judge": judge}
-        asked |= modes | sampling
+        asked["judge"] = judge
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
-        own = (prompts, prompt_column)
-        other = (out_of_domain, out_of_domain_column or prompt_column)
         self.domains = load_prompt_sets(models, self.protocol, own, other, self.remarks.append)
         self.models = Models(self.live, self.protocol, modes)
         self._open_all()

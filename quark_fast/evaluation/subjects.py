@@ -11,8 +11,8 @@ from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
+from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.saved_tables import SavedTable, read_table
-from quark_fast.evaluation.trained_run import run_config
 from quark_fast.runtime.run_folder import COMPLETIONS
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_FILE = 1 << 30  # bytes of text, unpacked
-DEEPEST = 100  # lists and objects in one another; Python's own limit shows only somewhere behind, as a crash
+DEEPEST = 100  # lists and objects in one another; Python's own limit shows only somewhere after, as a crash
 
 
 class TooLarge(ValueError):

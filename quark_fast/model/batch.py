@@ -26,8 +26,8 @@ class Batch:
         labels: (N, C) completion ids, 0 beyond the end.
         mask: (N, C) bool, True on completion tokens.
         reading: how the policy's model is to be read.
-        behind: of each prompt, how many tokens stand behind its first one; empty where nothing asks what
-            predicts them. Else those columns are read in front of the completion's, H = max(behind) of them,
+        prompt_lengths: tokens of each prompt after its first one; empty where nothing asks what predicts
+            them. Else those columns are read in front of the completion's, H = max(prompt_lengths) of them,
             the last prompt token's first.
     """
 
@@ -36,12 +36,12 @@ class Batch:
     labels: Tensor
     mask: Tensor
     reading: Reading
-    behind: Sequence[int] = ()
+    prompt_lengths: Sequence[int] = ()
 
 
 class Counts(NamedTuple):
     """What the sums over a batch are divided by: its completions' tokens, its samples, and the tokens of its
-    prompts that stand behind a prompt's first one."""
+    prompts that stand after a prompt's first one."""
 
     tokens: float
     samples: float
@@ -50,12 +50,12 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[Sized], completions: Sequence[Sized], share: float = 1.0) -> Self:
         """Those of so many samples, times ``share``."""
-        behind = sum(behind_first(prompts))
-        return cls(sum(map(len, completions)) * share, len(prompts) * share, behind * share)
+        prompt_tokens = sum(lengths_after_first(prompts))
+        return cls(sum(map(len, completions)) * share, len(prompts) * share, prompt_tokens * share)
 
 
-def behind_first(prompts: Sequence[Sized]) -> list[int]:
-    """Of each prompt, how many tokens stand behind its first one."""
+def lengths_after_first(prompts: Sequence[Sized]) -> list[int]:
+    """Of each prompt, how many tokens stand after its first one."""
     return [max(0, len(prompt) - 1) for prompt in prompts]
 
 
@@ -67,7 +67,7 @@ def make_batch(
     device: torch.device,
     prompts_too: bool = False,
 ) -> Batch:
-    """Condition each prompt on its quantile's token (None: no token) and put the completion behind.
+    """Condition each prompt on its quantile's token (None: no token) and put the completion after.
 
     With ``prompts_too`` the prompts' tokens are to be predicted, too, all but the first.
     """
@@ -81,13 +81,13 @@ def make_batch(
         labels=labels,
         mask=mask.bool(),
         reading=policy.reading,
-        behind=behind_first(prompts) if prompts_too else (),
+        prompt_lengths=lengths_after_first(prompts) if prompts_too else (),
     )
 
 
 def completion_logits(model: Any, batch: Batch) -> Tensor:
     """(N, H + C, >= V) logits of each completion token, given everything before it; H is 0 but for
-    ``Batch.behind``."""
+    ``Batch.prompt_lengths``."""
 
     def logits(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         columns = _before_completion(batch, ids)
@@ -135,7 +135,7 @@ def shared_logits(model: Any, batch: Batch) -> Tensor:
 
 def completion_hidden(model: Any, batch: Batch) -> Tensor:
     """(N, H + C, D) what the model's head takes to predict each completion token (``structure.linear_head``);
-    H is 0 but for ``Batch.behind``."""
+    H is 0 but for ``Batch.prompt_lengths``."""
 
     def hidden(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         found: Tensor = read(model.base_model, ids, mask, positions).last_hidden_state
@@ -169,5 +169,5 @@ def _before_completion(batch: Batch, ids: Tensor) -> Tensor:
     """
     length, width = batch.labels.shape[1], ids.shape[1]
     completion = torch.arange(width - length - 1, width - 1, device=ids.device)
-    prompt = width - length - 2 - torch.arange(max(batch.behind, default=0), device=ids.device)
+    prompt = width - length - 2 - torch.arange(max(batch.prompt_lengths, default=0), device=ids.device)
     return torch.cat([prompt.clamp(min=0), completion])

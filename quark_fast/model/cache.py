@@ -59,7 +59,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def _behind(held: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., L + l, D) ``new`` behind ``held``, and the memory in which both lie.
+    """(..., L + l, D) ``new`` after ``held``, and the memory in which both lie.
 
     That is ``room``, unless what is held lies elsewhere, as after a change of order, or fills it.
     """

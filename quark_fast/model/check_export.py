@@ -18,8 +18,6 @@ from quark_fast.model.loading import load_pretrained
 from quark_fast.model.policy import Policy
 from quark_fast.model.wrong_model import WrongModel, blamed, wrong
 
-# --- The export ------------------------------------------------------------------------------------
-
 TEXTS = (SENTENCE, "a", " 1 2")
 
 

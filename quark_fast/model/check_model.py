@@ -63,7 +63,7 @@ def check_model(
         WrongModel: it cannot be read right, trained or exported.
         OutOfMemory: not even that fits.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     if policy.model.device.type == "cpu":
         longest = min(longest, LONGEST)
     made_of = (sorted(sampling.items()), untie, longest)
@@ -86,7 +86,7 @@ def check_model(
         with contextlib.suppress(OSError):  # a cache that cannot be written: it is checked each time
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
-    seconds = f"model checked in {time.monotonic() - begun:.1f} s"
+    seconds = f"model checked in {time.monotonic() - started:.1f} s"
     return Checked(untie, [f"{seconds}: {policy.reading}", *remarks] if not remarks else [seconds, *remarks])
 
 
@@ -106,7 +106,7 @@ def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
 
 
 def _check_step(policy: Policy, reference: Any, objective: Callable[[], Loss]) -> None:
-    """Try out a training step in its precision, and a copy for sampling behind it, as every round has."""
+    """Try out a training step in its precision, and a copy for sampling after it, as every round has."""
     best = policy.quantiles - 1
     probe = Trial.of(policy, [best, 0, best // 2])
     completions = [first for first, *_ in probe.continuations]

@@ -35,7 +35,7 @@ SHORT = 14  # tokens that the third has at least
 LONGEST = 128  # tokens that the third has at most on a CPU, where more would take long
 NEW = 5  # tokens of each completion
 SAMPLES = 2
-DROPS_BEHIND = 2  # the number of the token behind which one sample of each prompt goes on alone
+DROPS_AFTER = 2  # the number of the token after which one sample of each prompt goes on alone
 
 
 def check_policy(policy: Policy, reference: Any, longest: int = SHORT) -> list[str]:
@@ -167,13 +167,13 @@ def _own_logits(policy: Policy, model: Any, probe: Trial) -> Tensor:
 
 
 def _check_causal(policy: Policy, model: Any, probe: Trial, own: Tensor) -> None:
-    """What is predicted behind a prompt must not depend on what follows, nor on whether anything does."""
+    """What is predicted after a prompt must not depend on what follows, nor on whether anything does."""
     last = torch.stack([logits_alone(policy, model, context)[-1] for context in probe.contexts(policy)])
     gap = max(gap_of(model, last, follows) for follows in own[:, :, 0].unbind(1))
     if gap > tolerance_of(model):
         raise wrong(
             model,
-            f"is no causal language model: its logits behind a prompt change by {gap:.1%} of their spread"
+            f"is no causal language model: its logits after a prompt change by {gap:.1%} of their spread"
             " with what follows, or with the length of the text (encoders such as BERT need is_decoder = true"
             " in their config.json)",
         )
@@ -204,7 +204,7 @@ def _batch(policy: Policy, model: Any, probe: Trial, own: Tensor, reading: Readi
 
 
 def _reads_many(policy: Policy, model: Any, probe: Trial, own: Tensor) -> bool:
-    """Whether several tokens may be read at a time behind a cache: some models take them for one, or fail."""
+    """Whether several tokens may be read at a time after a cache: some models take them for one, or fail."""
     batch, expected = _batch(policy, model, probe, own, policy.reading)
     with contextlib.suppress(Exception):  # foreign code fails in any way
         logits = shared_logits(model, batch)[batch.mask][:, : policy.vocabulary]
@@ -234,7 +234,7 @@ def _decoding(
             found.append(logits[:, : policy.vocabulary].clone())  # a fixed step writes over its logits
             expected.append(own[part, :, step].flatten(0, 1)[rows])
             kept = None
-            if drops and step == DROPS_BEHIND:
+            if drops and step == DROPS_AFTER:
                 kept = torch.arange(1, len(rows), SAMPLES, device=model.device)
                 rows = rows[kept]
             if step + 1 < NEW:

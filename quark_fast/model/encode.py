@@ -32,7 +32,7 @@ def encode_rows(
 ) -> Encoded:
     """The rows as token ids.
 
-    With ``prefix_tokens`` a row's text is held-out text, cut behind its first ``max_tokens`` tokens, and
+    With ``prefix_tokens`` a row's text is held-out text, cut after its first ``max_tokens`` tokens, and
     its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
     text is the prompt, and there are no held-out texts; rows of more than ``max_tokens`` are left out. A
     cut row keeps its whole text under ``text``.

@@ -75,9 +75,9 @@ def write_export(
 
 
 def _rows_to_keep(policy: Policy) -> int:
-    """The rows of the table; 0 where padding behind the reward tokens would become other tokens' rows.
+    """The rows of the table; 0 where padding after the reward tokens would become other tokens' rows.
 
-    A token that the tokenizer's settings name, such as that of images, transformers adds again behind them.
+    A token that the tokenizer's settings name, such as that of images, transformers adds again after them.
     """
     named, known = policy.tokenizer.special_tokens_map.values(), policy.tokenizer.get_vocab()
     if any(known.get(token, policy.vocabulary) >= policy.vocabulary for token in named):
@@ -100,7 +100,7 @@ def _generation_config(policy: Policy, base: Any, size: int, sampling: Mapping[s
     Reward tokens and the padding of the table are suppressed. What the base model suppresses is not, since
     training and evaluation drew it as any other token.
     """
-    pad = base.pad_token_id  # models without padding may say -1, or an id behind the table
+    pad = base.pad_token_id  # models without padding may say -1, or an id after the table
     kept = {"cache_implementation": base.cache_implementation} if base.cache_implementation else {}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=base.bos_token_id,
@@ -128,7 +128,7 @@ def _least_probable(policy: Policy, model: Any) -> Tensor:
 
 def _best_token_first(policy: Policy, mark: str = "") -> Any:
     """A copy of the tokenizer that puts prefix + best reward token before every text and chat."""
-    # Special tokens behind the table, such as those of images, would have the ids of reward tokens.
+    # Special tokens after the table, such as those of images, would have the ids of reward tokens.
     tokenizer = for_texts(policy.tokenizer, policy.vocabulary, middle=False)
     tokens = [reward_token(k, mark) for k in range(policy.quantiles)]
     tokenizer.add_tokens(tokens, special_tokens=True)

@@ -6,7 +6,7 @@ these are written in place, and no value of theirs is read by the program. So ev
 same sequence of kernels at the same addresses: a CUDA graph, recorded once, that the program starts with one
 call where it would start each kernel by itself. Without a GPU the same step runs kernel by kernel.
 
-The draw of the token is not part of the graph: its kernels differ before and behind ``min_new_tokens``, and
+The draw of the token is not part of the graph: its kernels differ before and after ``min_new_tokens``, and
 as nothing is waited for, the program starts them while the graph is still running.
 """
 
@@ -109,7 +109,7 @@ class _FixedStep:
         self.place.fill_(length)
 
     def run(self) -> Tensor:
-        """(rows, >= V) logits of the tokens behind ``tokens``, which are then part of the cache."""
+        """(rows, >= V) logits of the tokens after ``tokens``, which are then part of the cache."""
         self.mask.index_fill_(1, self.place, 1)
         output = read(self.model, self.tokens, self.mask, self.positions, columns=self.last, cache=self.cache)
         self.positions.add_(1)

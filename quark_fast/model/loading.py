@@ -112,7 +112,7 @@ def load_pretrained(
         raise _adapters(source)
     _no_extra_outputs(model)
     rows, special = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
-    # Special tokens may stand behind the table: Gemma 3's for images, which its text models do not have.
+    # Special tokens may stand after the table: Gemma 3's for images, which its text models do not have.
     beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
     if any(i not in special or not special[i].special for i in beyond):
         raise UsageError(

@@ -40,7 +40,7 @@ class Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def counted(self, tokens: int) -> set[tuple[int, int]]:
         """(rows, start) of the embeddings that were asked for start, start + 1, ..., once a token.
 
-        Positions are looked up so; some begin behind rows for padding. The tokens themselves must not be
+        Positions are looked up so; some begin after rows for padding. The tokens themselves must not be
         such a run.
         """
         found = (

@@ -88,11 +88,11 @@ class Policy:
         self._some_text = list(self.text_tokenizer("a", add_special_tokens=False).input_ids)
         last = rows if exported else len(tokenizer)
         found = sorted((i, token) for token, i in tokenizer.get_vocab().items() if first <= i < last)
-        behind = [*since, *(token for _, token in found)]
-        if tokens and behind != tokens:
-            other = next((token for token in behind if token not in tokens), tokens[0])
+        found_after = [*since, *(token for _, token in found)]
+        if tokens and found_after != tokens:
+            other = next((token for token in found_after if token not in tokens), tokens[0])
             raise UsageError(
-                f"{other!r} of the tokenizer stands among or behind the {quantiles} reward tokens, which must"
+                f"{other!r} of the tokenizer stands among or after the {quantiles} reward tokens, which must"
                 " be its last ids; its own ids need to be without gaps, and its earlier reward tokens no more"
             )
         eos = model.generation_config.eos_token_id
@@ -200,10 +200,10 @@ class Policy:
     def encode_completion(
         self, prompt: str, prompt_ids: Sequence[int], completion: str, chat: bool = False
     ) -> list[int] | None:
-        """The ids of a text as the model writes it behind a prompt, without an end.
+        """The ids of a text as the model writes it after a prompt, without an end.
 
-        Tokenised together with the prompt, where that leaves the prompt's ids as they are; else behind some
-        other text. None: nothing found decodes to the completion behind that prompt.
+        Tokenised together with the prompt, where that leaves the prompt's ids as they are; else after some
+        other text. None: nothing found decodes to the completion after that prompt.
         """
         for front, continues in ((prompt, chat), ("", True), ("\n", False)):
             before, together = (self.encode(text, chat=continues) for text in (front, front + completion))
@@ -243,7 +243,7 @@ class Policy:
         """What a completion adds to its prompt's text, special tokens left out, nothing tidied up.
 
         Alone its text may be another: sentencepiece tokenizers drop a text's first space, and a character may
-        begin in the prompt. An empty prompt is the beginning of a text; None: behind some prompt or other.
+        begin in the prompt. An empty prompt is the beginning of a text; None: after some prompt or other.
         """
         # So many tokens that what stands before them has no part in how a token is spelled.
         before = self._some_text if prompt is None else list(prompt[-16:])

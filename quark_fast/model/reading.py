@@ -90,7 +90,7 @@ def read(
     columns: Tensor | None = None,
     cache: Any = None,
 ) -> Any:
-    """The model's output for ids behind what ``cache`` holds.
+    """The model's output for ids after what ``cache`` holds.
 
     A model is given what its ``forward`` takes: some have no positions, or compute the logits of all columns.
 
@@ -130,7 +130,7 @@ Read = Callable[[Sequence[Sequence[int]], int], Reader]
 
 
 def next_logits(model: Any, contexts: Sequence[Sequence[int]], samples: int, reading: Reading) -> Reader:
-    """(N samples, >= V) logits of the token behind each context; sent these tokens, of those behind them.
+    """(N samples, >= V) logits of the token after each context; sent these tokens, of those after them.
 
     Each context is read once for all its samples, which are neighbours.
     """

@@ -233,7 +233,7 @@ def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> 
     columns = torch.arange(labels.shape[1])
     inside = columns < torch.tensor(list(lengths)).view(-1, 1)
     if weights.device.type == "cpu" and bool((weights[~inside] != 0).any()):
-        raise ValueError("the mask is not 0 behind the lengths; leave out lengths, or give the mask's own")
+        raise ValueError("the mask is not 0 after the lengths; leave out lengths, or give the mask's own")
     return inside.view(-1).nonzero().squeeze(1)
 
 

@@ -47,7 +47,7 @@ def union_boundaries(
 
 
 def _around_blocks(union: _Union, cuts: Ints, n: int) -> tuple[Unsigned, Unsigned, Unsigned]:
-    """Boundaries before or behind the whole block of equal rewards that each cut goes through."""
+    """Boundaries before or after the whole block of equal rewards that each cut goes through."""
     one = union.word(1)
     keys, ties = union.smallest(np.maximum(cuts, 1), "key")
     # Keys of rewards begin at 1, so key - 1 does not wrap around.
@@ -59,7 +59,7 @@ def _around_blocks(union: _Union, cuts: Ints, n: int) -> tuple[Unsigned, Unsigne
 
 
 def _between_samples(union: _Union, cuts: Ints) -> tuple[Unsigned, Unsigned, Unsigned]:
-    """Boundaries behind exactly as many samples as the cuts; among equal ones the first ranks' come first."""
+    """Boundaries after exactly as many samples as the cuts; among equal ones the first ranks' come first."""
     one, core = union.word(1), union.core
     keys, ties = union.smallest(cuts, "key", "tie")
     first = ties == 0

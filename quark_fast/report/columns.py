@@ -148,7 +148,7 @@ COLUMNS = (
         "accuracy on text",
         "accuracy",
         "percent",
-        "Tokens of held-out text, behind a prompt of its first 32, that the model's most probable next token "
+        "Tokens of held-out text, after a prompt of its first 32, that the model's most probable next token "
         "gets right.",
     ),
     Column("dist2", "dist-2", "dist-2", "2 digits", "Distinct word pairs per word of a prompt."),

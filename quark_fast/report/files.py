@@ -160,7 +160,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _well_formed(evaluation: Record, missing: list[str]) -> Record:
-    """The evaluation without what is not of its kind, so that nothing behind here has to ask."""
+    """The evaluation without what is not of its kind, so that nothing after here has to ask."""
     found: dict[str, Any]
     found = {k: v for k, v in evaluation.items() if v is None or isinstance(v, _KINDS.get(k, object))}
     odd = evaluation.keys() - found.keys()

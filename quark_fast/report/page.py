@@ -82,7 +82,7 @@ def runs_page(compared: Compared, evaluation: Record, samples: Iterable[Record])
 
     Args:
         evaluation: their joint table, empty where ``compared.why_apart`` says that there is none.
-        samples: behind that table.
+        samples: after that table.
     """
     rows = [
         {k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows_of(evaluation)

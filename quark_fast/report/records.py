@@ -1,4 +1,4 @@
-"""An object of a JSON file as numbers: NaN for what is absent or no number."""
+"""What JSON files that may be anyone's say, read safely: numbers (NaN for what is none), judges and cuts."""
 
 from __future__ import annotations
 

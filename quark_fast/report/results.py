@@ -22,7 +22,7 @@ from quark_fast.report.columns import (
 from quark_fast.report.records import Record, judges_of, number_of
 
 BASE = "base model"  # its row, in evaluation.json, too
-AGAIN = ", again"  # behind the name of a row, another completion of it for the same prompt
+AGAIN = ", again"  # after the name of a row, another completion of it for the same prompt
 Way = Literal["base", "none", "worst", "middle", "best", "guided"]
 
 

@@ -269,7 +269,7 @@ class TextLogits:
 
 
 def _configs(config: Any) -> list[Any]:
-    """The config, and behind it the text model's where that is another."""
+    """The config, and after it the text model's where that is another."""
     try:
         text = config.get_text_config()
     except ValueError:  # of several

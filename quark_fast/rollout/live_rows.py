@@ -20,7 +20,7 @@ class LiveRows:
     """Completions that are drawn a token at a time, side by side.
 
     A row is one of them. Those that have ended are decoded with the others until they are dropped; what is
-    drawn for a row behind its end is no part of it.
+    drawn for a row after its end is no part of it.
 
     Args:
         rows: how many there are.

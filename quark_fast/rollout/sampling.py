@@ -170,4 +170,4 @@ def kept_or_drawn(
         else:
             yield make(next(drawn)).then(functools.partial(keep, number))
     if request.batches(done=kept):
-        next(drawn, None)  # ``SharedSamples`` writes its file behind the last batch
+        next(drawn, None)  # ``SharedSamples`` writes its file after the last batch

@@ -136,7 +136,7 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
     while len(open_rows):
         uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
         total = cdf[:, -1:]
-        # Below the total also where the product rounds to it: behind it there may be tokens of mass 0.
+        # Below the total also where the product rounds to it: after it there may be tokens of mass 0.
         target = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
         # right=True: the first token whose cumulative mass is above the target.
         draw = torch.searchsorted(cdf, target, right=True).clamp(max=probs.shape[1] - 1)

@@ -163,7 +163,7 @@ def _of_streams(tokens: Tensor, kept: Tensor | None, streams: int) -> Sent:
     if kept is not None:
         rows = torch.cat([kept + stream * len(tokens) for stream in range(streams)])
         tokens = tokens[kept]
-    # A row whose logits are not finite, which has no token, is reported behind the last one.
+    # A row whose logits are not finite, which has no token, is reported after the last one.
     return Sent(tokens.clamp(min=0).repeat(streams), rows)
 
 

@@ -1,4 +1,4 @@
-"""Batches on disk as they are made: a run that is killed goes on behind the last one and makes none twice.
+"""Batches on disk as they are made: a run that is killed goes on after the last one and makes none twice.
 
 A checkpoint is made between stages. What a stage makes until the next one (samples with their rewards, rows
 of the evaluation) is appended here, batch by batch, and goes when a checkpoint or a result holds it.
@@ -67,16 +67,16 @@ class Journal:
         self.folder, self.process, self.here = folder, process, here
 
     @property
-    def about(self) -> dict[str, Any] | None:
+    def identity(self) -> dict[str, Any] | None:
         """What ``begin`` was given; None: it was not yet."""
         path = self.folder / "about.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def begin(self, about: dict[str, Any]) -> None:
+    def begin(self, identity: dict[str, Any]) -> None:
         """Note what everything that will be kept was made with."""
         self.folder.mkdir(exist_ok=True)
         with replacing(self.folder / "about.json") as scratch:
-            scratch.write_text(json.dumps(about))
+            scratch.write_text(json.dumps(identity))
 
     def stage(
         self,

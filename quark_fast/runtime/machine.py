@@ -66,9 +66,9 @@ def _bf16_is_faster() -> bool:
         rows, weight = torch.ones(128, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
         best = math.inf  # the least of several is the one that nothing else on the machine disturbed
         for _ in range(8):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             torch.nn.functional.linear(rows, weight)
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, time.perf_counter() - started)
         return best
 
     with torch.inference_mode():

@@ -77,7 +77,7 @@ def in_order(
     Args:
         waiting: called now and then with the label of the batch that is waited for.
     Raises:
-        Whatever a batch raised, after all batches before it were yielded; those behind it are cancelled.
+        Whatever a batch raised, after all batches before it were yielded; those after it are cancelled.
     """
     under_way: deque[tuple[L, Begun[T]]] = deque()
 

@@ -60,17 +60,17 @@ def choose_judges(
     task: Task,
     device: torch.device | str,
     trained_by: Iterable[Sequence[str]],
-    tasks_own: bool,
+    rewarded_by_task: bool,
 ) -> tuple[Reward, ...]:
     """The scorers that judge what the reward has trained.
 
     Args:
         trained_by: identities of the reward that trains, or of its terms, which cannot judge themselves.
-        tasks_own: whether that is the task's own; else the task's judge is for those who name it.
+        rewarded_by_task: whether that is the task's own; else the task's judge is for those who name it.
     """
     names = [name.strip() for name in config.judge.split(",") if name.strip()]
     if names == ["auto"]:
-        if task.judge is None or not tasks_own:
+        if task.judge is None or not rewarded_by_task:
             return ()
         try:
             return (task.judge(),)

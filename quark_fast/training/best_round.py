@@ -56,7 +56,7 @@ class BestRound:
         """
         if self.goal is None:
             return None
-        begun, setup = time.monotonic(), self.setup
+        started, setup = time.monotonic(), self.setup
         self.rounds = state.all_rounds(setup.config)
         number = state.round + 1 if state.measured else 0
         self._show(number, 0)
@@ -79,7 +79,7 @@ class BestRound:
             "step": state.step,
             "measures": measures,
             "intervals": {name: [one.low, one.high] for name, one in found.items()},
-            "seconds": time.monotonic() - begun,
+            "seconds": time.monotonic() - started,
         }
 
     def _samples(self, number: int, row: TableRow, model: Any) -> list[Sample]:
@@ -164,7 +164,7 @@ class BestRound:
     # ---------------------------------------------------------------- the choice
 
     def _best(self, measured: list[MeasuredRound]) -> MeasuredRound | None:
-        """The best of the rounds behind the base model; None: none is within the bounds."""
+        """The best of the rounds after the base model; None: none is within the bounds."""
         assert self.goal is not None
         base, *rounds = measured
         index = self.goal.best(base.measures, [one.measures for one in rounds])

@@ -20,7 +20,7 @@ from quark_fast.runtime import zero
 from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.run_folder import RunFolder, StateAndTensors
-from quark_fast.training.going_on import state_to_begin_with
+from quark_fast.training.from_run import first_checkpoint
 from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
 from quark_fast.training.quantize import Draws
 from quark_fast.training.scored import scored_digest
@@ -82,7 +82,7 @@ class Checkpoint:
         arrays, plain = _to_tensors(state.pool.state_dict())
         scaler = setup.accelerator.scaler
         saved = {
-            "begun": list(state.begun),
+            "begun": [state.earlier_rounds, state.earlier_steps],
             "round": state.round,
             "sampled": state.sampled,
             "step": state.step,
@@ -106,7 +106,7 @@ class Checkpoint:
             },
         }
 
-    def restore(self, state: State, check: Callable[[list[MeasuredRound]], None] = lambda _: None) -> None:
+    def restore(self, state: State, check: Callable[[list[MeasuredRound]], None]) -> None:
         """Set weights, optimizer and ``state`` to the last checkpoint, if there is one.
 
         Before the first one, a run that goes on from another has what that one kept.
@@ -132,12 +132,12 @@ class Checkpoint:
         loaded = processes.on_rank_0(folder.load_checkpoint, _without_large_data)
         source, cut = folder, None if loaded is None else loaded[0]
         if loaded is None:
-            about = processes.on_rank_0(lambda: self.journal.about)
-            processes.all_gather(lambda: self._check_begun(about or {}))
+            identity = processes.on_rank_0(lambda: self.journal.identity)
+            processes.all_gather(lambda: self._check_identity(identity or {}))
             if config.from_run:
                 source = earlier = RunFolder(config.from_run)
                 loaded = processes.on_rank_0(
-                    lambda: state_to_begin_with(config, self.setup.policy, earlier), _without_large_data
+                    lambda: first_checkpoint(config, self.setup.policy, earlier), _without_large_data
                 )
         if loaded is not None:
             processes.all_gather(lambda: self._check(*loaded, source))
@@ -150,13 +150,10 @@ class Checkpoint:
         self._load_optimizer(tensors["optimizer"])
         processes.all_gather(lambda: self._load_state(state, saved, tensors))
 
-    def _check_begun(self, begun: Mapping[str, Any]) -> None:
+    def _check_identity(self, recorded: Mapping[str, Any]) -> None:
         """Refuse what is kept of a first round with other prompts, completions or rewards."""
         own = self.identity
-        before = {
-            **own,
-            **begun,
-        }  # of a run that has not begun, or by an earlier version: it lacks some of them
+        before = {**own, **recorded}  # an earlier version's record may lack some of them
         self._check_prompts(before["prompts"], self.setup.folder)
         if before["scored"] != own["scored"]:
             raise UsageError(
@@ -213,8 +210,7 @@ class Checkpoint:
         state.draws = Draws(tensors["draws"]["counts"].numpy())
         state.prompt_of = tensors["draws"]["prompt_of"].tolist()
         state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
-        begun_round, begun_step = saved.get("begun", (0, 0))
-        state.begun = int(begun_round), int(begun_step)
+        state.earlier_rounds, state.earlier_steps = map(int, saved.get("begun", (0, 0)))
         state.left_out = int(saved.get("left_out", 0))
         drawn = [k for k, share in enumerate(config.quantile_shares()) if share > 0]
         state.trained = set(saved.get("touched", drawn if state.step else []))
@@ -228,7 +224,7 @@ class Checkpoint:
         done = state.step - state.first_step(config)
         prompts = range(len(self.setup.prompts.train_ids))
         if not (
-            0 <= state.left_out <= state.round - state.begun[0] <= config.rounds
+            0 <= state.left_out <= state.round - state.earlier_rounds <= config.rounds
             and 0 <= done <= config.steps
             and len(state.prompt_of) == len(state.pool) >= len(state.draws.counts)
             and all(i in prompts for i in state.prompt_of)

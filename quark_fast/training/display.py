@@ -43,7 +43,7 @@ class Display:
         )
         self.numbers, self.texts = Text(""), Text("", no_wrap=True, overflow="ellipsis")
         self.live = Live(Group(self.bar, self.numbers, self.texts), console=console, refresh_per_second=4)
-        self.stage, self.begun, self.logged, self.changed = "", 0.0, 0.0, -TEXTS_EVERY_S
+        self.stage, self.started, self.logged, self.changed = "", 0.0, 0.0, -TEXTS_EVERY_S
         self.last = time.monotonic()  # when something was last reported
 
     @contextlib.contextmanager
@@ -62,7 +62,7 @@ class Display:
             self.stage = event.stage
             self.logged = time.monotonic()
             # What is done already has taken its time since the stage before.
-            self.begun = self.last if event.done else self.logged
+            self.started = self.last if event.done else self.logged
         self.last = time.monotonic()
         self.bar.update(self.bar.task_ids[0], completed=event.done)
         shown = event.shown_numbers
@@ -73,7 +73,7 @@ class Display:
         if event.done >= event.total:
             # What a log file keeps of the stage.
             what = shown or f"{event.done} of {event.total}"
-            self.console.print(f"{event.stage}: {what}  ({time.monotonic() - self.begun:.0f} s)")
+            self.console.print(f"{event.stage}: {what}  ({time.monotonic() - self.started:.0f} s)")
         elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")

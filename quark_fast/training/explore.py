@@ -47,7 +47,7 @@ class Explorer:
         Returns:
             (rows for completions.jsonl, the round's row for metrics.jsonl).
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         before, pool = len(state.pool), state.pool
         samples = self.config.explore_samples if state.round else self.config.initial_samples
         found: list[Scored] = []
@@ -74,7 +74,7 @@ class Explorer:
             }
             for one in found
         ]
-        return rows, self._metrics(state, rows, begun)
+        return rows, self._metrics(state, rows, started)
 
     def _found(self, state: State, sampling: Sampling, samples: int) -> Iterator[list[Scored]]:
         """The round's batches, the same on every process: what was brought along, then what is sampled."""
@@ -100,10 +100,8 @@ class Explorer:
             if start in kept:
                 return start, Begun(lambda: kept[start])
             part = brought[start : start + size]
-            rows, texts = (
-                [one.row or self.prompts.train[one.prompt] for one in part],
-                [one.text for one in part],
-            )
+            rows = [one.row or self.prompts.train[one.prompt] for one in part]
+            texts = [one.text for one in part]
             return start, self.reward.begin(rows, texts).then(functools.partial(_with_rewards, part))
 
         def show(start: int) -> None:
@@ -111,8 +109,8 @@ class Explorer:
             self.listen(Progress("scoring what was brought along", start, len(brought), waiting))
 
         made: list[Scored] = []
-        begun = map(begin, range(0, len(brought), size))
-        for start, part in in_order(begun, batches_ahead([self.reward], size), show):
+        batches = map(begin, range(0, len(brought), size))
+        for start, part in in_order(batches, batches_ahead([self.reward], size), show):
             if start not in kept:
                 kept.keep(start, part)
             show(start)
@@ -123,14 +121,14 @@ class Explorer:
         self, draw: Draw, state: State, sampling: Sampling, samples: int
     ) -> Iterator[tuple[int, list[Scored]]]:
         """This process's batches of the round's completions, with their rewards: (conditioning, batch)."""
-        begun, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
+        started, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
         total = samples * len(self.prompts.train_ids)
         processes, before = self.work.processes.count, self._first_samples(state)
 
         def show(texts: Texts | None = None) -> None:
             numbers = {
                 "reward": rewards / scored if scored else float("nan"),
-                "tokens/s": tokens * processes / (time.monotonic() - begun),
+                "tokens/s": tokens * processes / (time.monotonic() - started),
             }
             self.listen(
                 Progress(
@@ -214,10 +212,10 @@ class Explorer:
         flat = [(prompts[i], ids) for i, ids in drawn.each()]
         texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
         unscored = [Scored(i, ids, text, math.nan) for (i, ids), text in zip(flat, texts, strict=True)]
-        begun = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)
-        return begun.then(functools.partial(_with_rewards, unscored))
+        rewards = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)
+        return rewards.then(functools.partial(_with_rewards, unscored))
 
-    def _metrics(self, state: State, rows: list[dict[str, Any]], begun: float) -> dict[str, Any]:
+    def _metrics(self, state: State, rows: list[dict[str, Any]], started: float) -> dict[str, Any]:
         pool = state.pool
         labels, every = pool.labels(), pool.rewards
         by_quantile = [every[labels == k] for k in range(pool.quantiles)]
@@ -233,7 +231,7 @@ class Explorer:
             "reward_by_quantile": [float(r.mean()) if len(r) else None for r in by_quantile],
             "thresholds": [float(t) for t in pool.thresholds],
             "guidance": self.config.guidance if state.step else 1.0,
-            "seconds": time.monotonic() - begun,
+            "seconds": time.monotonic() - started,
         }
 
 

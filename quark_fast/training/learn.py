@@ -37,7 +37,7 @@ class Learner:
         Raises:
             OutOfMemory: not even one sample fits.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         self.objective.kl_coef = state.kl.coef
         sums, state.micro_batch = within_memory(
             functools.partial(self._gradient, batch),
@@ -46,9 +46,9 @@ class Learner:
             self.processes.lacked_memory,
         )
         sums = self.processes.mean(sums)
-        decay = self.config.decay(state.step - state.begun[1], self.config.rounds - state.left_out)
+        decay = self.config.decay(state.step - state.earlier_steps, self.config.rounds - state.left_out)
         norm, bad = self._update(state, sums, decay, len(batch.completions))
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         numbers: dict[str, Any] = {
             **sums,
             **({"kl_coef": self.objective.kl_coef} if self.config.kl_target else {}),

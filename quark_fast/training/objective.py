@@ -51,9 +51,17 @@ class MicroBatch:
 WeightedNll = Callable[[Tensor], QuarkLoss]
 
 
-class Found(NamedTuple):
-    """Of a micro-batch: NLL, KL and entropy under each sample's own token, with the loss of all terms but the
-    prompts' KL; the comparisons; the KL under the mirror tokens; that on the prompts; the NLL, weighted."""
+class LossParts(NamedTuple):
+    """What a micro-batch's loss is made of.
+
+    Attributes:
+        out: NLL, KL and entropy under each sample's own token; its loss is theirs with the contrast and the
+            mirror tokens' KL. The prompts' KL and the unlikelihood are still to be added.
+        contrast: the comparisons; None without.
+        mirror_kl: the KL under the mirror tokens; None where it is not held.
+        prompt_kl: the KL on the prompts' own tokens; None without.
+        weighted_nll: the NLL again, with weights for the tokens.
+    """
 
     out: QuarkLoss
     contrast: Contrast | None
@@ -116,7 +124,7 @@ class Objective:
 
         The reference sees no reward token. With ``prompt_kl_coef`` a KL holds the policy on the prompts' own
         tokens, too, under every reward token that is read; but for a prompt's first one, since no completion
-        stands right behind a reward token. The contrast compares the sample's own token k with its mirror
+        stands right after a reward token. The contrast compares the sample's own token k with its mirror
         token, K - 1 - k, and the better of these two with the base model; with the latter comparison the KL
         holds both. The unlikelihood lowers tokens that repeat an n-gram, under the better of the two; without
         any contrast, under the sample's own.
@@ -145,8 +153,7 @@ class Objective:
             repeated = _repeated(completions, self.config.unlikelihood_ngram, part.batch.mask, streams)
             value, surrogate = unlikelihood_loss(weighted_nll, repeated)
             mean = value.sum() / tokens
-            # The sum has the value of the mean and the gradient of the surrogate.
-            loss = loss + self.config.unlikelihood_coef * (surrogate + (mean - surrogate).detach())
+            loss = loss + self.config.unlikelihood_coef * _with_gradient_of(surrogate, mean)
             terms["unlikelihood"] = mean.detach(), 1.0
         terms["loss"] = loss.detach(), 1.0
         return loss, terms
@@ -187,7 +194,7 @@ class Objective:
             "vocab_size": self.policy.vocabulary,
         }
 
-    def _from_hidden(self, part: MicroBatch) -> Found:
+    def _from_hidden(self, part: MicroBatch) -> LossParts:
         assert self.heads is not None
         head, ref_head = self.heads
         labels, mask = part.own
@@ -211,9 +218,9 @@ class Objective:
                     normalizer=part.counts.tokens,
                 )
 
-        def on_prompts(labels: Tensor, mask: Tensor, held: bool, **options: Any) -> QuarkLoss:
-            options |= {"bias": head.bias, "lengths": part.batch.behind}
-            if not held or prompt_ref is None:
+        def on_prompts(labels: Tensor, mask: Tensor, with_reference: bool, **options: Any) -> QuarkLoss:
+            options |= {"bias": head.bias, "lengths": part.batch.prompt_lengths}
+            if not with_reference or prompt_ref is None:
                 return linear_quark_loss(prompt_hidden, head.weight, None, None, labels, mask, **options)
             ref = prompt_ref.repeat(part.streams, 1, 1), ref_weight
             return linear_quark_loss(
@@ -232,7 +239,7 @@ class Objective:
             }
             if part.streams == 1:
                 out = linear_quark_loss(hidden, head.weight, ref_hidden, ref_weight, labels, mask, **options)
-                return Found(out, None, None, prompt_kl, weighted_nll)
+                return LossParts(out, None, None, prompt_kl, weighted_nll)
             found = linear_contrast_loss(
                 torch.unflatten(hidden, 0, (part.streams, -1)),
                 head.weight,
@@ -245,7 +252,7 @@ class Objective:
                 samples=part.counts.samples,
                 **options,
             )
-            return Found(*found, prompt_kl, weighted_nll)
+            return LossParts(*found, prompt_kl, weighted_nll)
 
     def _kl_on_prompts(self, part: MicroBatch, loss_of: Callable[..., QuarkLoss]) -> QuarkLoss | None:
         """The KL on the prompts' tokens, as a loss whose NLL is taken away again; None: not asked for.
@@ -253,17 +260,17 @@ class Objective:
         Args:
             loss_of: (labels, mask, whether with the reference, options) -> the loss in these columns.
         """
-        if not part.batch.behind:
+        if not part.batch.prompt_lengths:
             return None
-        lengths = to_device(part.batch.behind, self.device)
-        mask = torch.arange(max(part.batch.behind), device=self.device) < lengths.unsqueeze(1)
+        lengths = to_device(part.batch.prompt_lengths, self.device)
+        mask = torch.arange(max(part.batch.prompt_lengths), device=self.device) < lengths.unsqueeze(1)
         labels = torch.zeros_like(mask, dtype=torch.long)  # any will do
         options = {**self._options(), "normalizer": part.counts.prompt_tokens, "entropy_coef": 0.0}
         held = loss_of(labels, mask, True, **options | {"kl_coef": self.config.prompt_kl_coef})
         nll = loss_of(labels, mask, False, **options | NLL_ALONE)
         return held._replace(loss=held.loss - nll.loss)
 
-    def _from_logits(self, part: MicroBatch) -> Found:
+    def _from_logits(self, part: MicroBatch) -> LossParts:
         labels, mask = part.own
         with self.autocast():
             prompt_logits, every = _split(part.batch, completion_logits(self.policy.model, part.batch))
@@ -278,8 +285,8 @@ class Objective:
             with torch.no_grad():
                 prompt_ref, ref_logits = _split(part.plain, completion_logits(self.reference, part.plain))
 
-        def on_prompts(labels: Tensor, mask: Tensor, held: bool, **options: Any) -> QuarkLoss:
-            ref = prompt_ref.repeat(part.streams, 1, 1) if held and prompt_ref is not None else None
+        def on_prompts(labels: Tensor, mask: Tensor, with_reference: bool, **options: Any) -> QuarkLoss:
+            ref = prompt_ref.repeat(part.streams, 1, 1) if with_reference and prompt_ref is not None else None
             return quark_loss(prompt_logits, ref, labels, mask, **options)
 
         prompt_kl = self._kl_on_prompts(part, on_prompts)
@@ -288,7 +295,7 @@ class Objective:
         inplace = part.streams == 1 and not self.config.unlikelihood_coef and prompt_kl is None
         out = quark_loss(logits[0], ref_logits, labels, mask, inplace=inplace, **options)
         if part.streams == 1:
-            return Found(out, None, None, prompt_kl, weighted_nll)
+            return LossParts(out, None, None, prompt_kl, weighted_nll)
         contrast, surrogate = contrast_loss(
             logits,
             ref_logits,
@@ -301,19 +308,23 @@ class Objective:
             impl=self.config.impl,
         )
         value = self.contrast.total(contrast) / part.counts.samples
-        # The sum has the value of the mean and the gradient of the surrogate.
-        loss = out.loss + surrogate + (value - surrogate).detach()
+        loss = out.loss + _with_gradient_of(surrogate, value)
         mirror_kl = None
         if part.better is not None:
             held = quark_loss(logits[1], ref_logits, labels, mask, **{**options, "entropy_coef": 0.0})
             nll = quark_loss(logits[1], None, labels, mask, **{**options, **NLL_ALONE})
             loss, mirror_kl = loss + (held.loss - nll.loss), held.kl  # the KL alone
-        return Found(out._replace(loss=loss), contrast, mirror_kl, prompt_kl, weighted_nll)
+        return LossParts(out._replace(loss=loss), contrast, mirror_kl, prompt_kl, weighted_nll)
+
+
+def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """The number ``value``, with the gradient of ``surrogate``."""
+    return surrogate + (value - surrogate).detach()
 
 
 def _split(batch: Batch, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(N, H, ...) of the prompts and (N, C, ...) of the completions."""
-    prompts = max(batch.behind, default=0)
+    prompts = max(batch.prompt_lengths, default=0)
     return columns[:, :prompts], columns[:, prompts:]
 
 

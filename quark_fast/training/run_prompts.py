@@ -30,7 +30,7 @@ class RunPrompts:
         held_out_rows, held_out: rows of the evaluation's prompts as they were given, and as it uses them.
         chats: every row that was rendered from messages, also those that are left out: a template may write
             the date, so that a resumed run would render them differently.
-        about: what was left out, and why, in words.
+        notes: what was left out, and why, in words.
         scored: completions of training prompts that were scored before; reward NaN: not yet.
         development: what rounds are compared on; None: they are not.
     """
@@ -40,7 +40,7 @@ class RunPrompts:
     held_out_rows: list[Row]
     held_out: HeldOut
     chats: list[Row]
-    about: list[str]
+    notes: list[str]
     scored: list[Scored]
     development: HeldOut | None = None
 
@@ -59,11 +59,13 @@ class Given:
     held_out: Sequence[str | Row] | None = None
 
 
-def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, tasks_own: bool) -> Chosen:
+def read_prompts(
+    config: Config, task: Task, folder: RunFolder, given: Given, rewarded_by_task: bool
+) -> Chosen:
     """The rows to train on and to hold out, as texts.
 
     Args:
-        tasks_own: whether the reward is the task's; else a note says whose prompts these are.
+        rewarded_by_task: whether the reward is the task's; else a note says whose prompts these are.
     Raises:
         UsageError: a source cannot be read, or leaves nothing to train on or to measure.
     """
@@ -75,9 +77,9 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
     # A resumed run goes on with what its chats were rendered as, and so does one from another.
     runs = [folder] * config.resume + [RunFolder(run) for run in [config.from_run] if run]
     before = [from_file(row) for run in runs for row in run.rows_of(PROMPTS)]
-    about = list(chosen.about)
-    if not tasks_own and given.train is None and config.prompts is None and config.scored is None:
-        about.append(f"no --prompts, so those of the task {task.name}")
+    notes = list(chosen.notes)
+    if not rewarded_by_task and given.train is None and config.prompts is None and config.scored is None:
+        notes.append(f"no --prompts, so those of the task {task.name}")
     parts = (chosen.train, chosen.held_out, chosen.development)
     train, held_out, development, scored = with_same_columns(
         *(as_rendered(rows, before) for rows in parts), [one.row for one in chosen.scored]
@@ -88,13 +90,13 @@ def read_prompts(config: Config, task: Task, folder: RunFolder, given: Given, ta
         held_out=held_out,
         development=development,
         scored=[dataclasses.replace(one, row=row) for one, row in zip(chosen.scored, scored, strict=True)],
-        about=about,
+        notes=notes,
     )
 
 
 def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
     """The prompts as ids; those that are too long, or too short, are left out and counted."""
-    what, log = "texts" if config.prefix_tokens else "prompts", chosen.about.append
+    what, log = "texts" if config.prefix_tokens else "prompts", chosen.notes.append
     train = HeldOut.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
     held_out = HeldOut.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
     development = None
@@ -106,13 +108,13 @@ def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts
     policy.check_fits(every, config.max_new_tokens)
     return RunPrompts(
         scored=encode_scored(
-            policy, chosen.scored, train.rows, train.ids, config.max_new_tokens, chosen.about
+            policy, chosen.scored, train.rows, train.ids, config.max_new_tokens, chosen.notes
         ),
         train=list(train.rows),
         train_ids=[list(ids) for ids in train.ids],
         held_out_rows=chosen.held_out if config.prefix_tokens else list(held_out.rows),
         held_out=held_out,
         chats=[row for row in [*chosen.train, *chosen.held_out, *chosen.development] if is_chat(row)],
-        about=chosen.about,
+        notes=chosen.notes,
         development=development,
     )

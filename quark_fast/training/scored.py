@@ -53,12 +53,12 @@ def encode_scored(
     prompts: Sequence[Row],
     prompt_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
-    about: list[str],
+    notes: list[str],
 ) -> list[Scored]:
-    """Completions as the model would have written them behind these prompts, their end included.
+    """Completions as the model would have written them after these prompts, their end included.
 
     A text that does not say whether it ended has done so if it is shorter than ``max_new_tokens``. Those of
-    other prompts are left out, and so are those longer than the model has positions for; ``about`` gets the
+    other prompts are left out, and so are those longer than the model has positions for; ``notes`` gets the
     count.
 
     Raises:
@@ -75,7 +75,7 @@ def encode_scored(
         chat = is_chat(prompts[i])
         ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], one.completion, chat)
         if ids is None:
-            left_out["that the tokenizer cannot spell behind their prompt"] += 1
+            left_out["that the tokenizer cannot spell after their prompt"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         if ended:
@@ -86,7 +86,7 @@ def encode_scored(
             continue
         reward = math.nan if one.reward is None else one.reward
         found.append(Scored(i, ids, one.completion, reward, {**one.row, "prompt": prompts[i]["prompt"]}))
-    about += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
+    notes += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")
     return found

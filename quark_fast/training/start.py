@@ -44,7 +44,7 @@ from quark_fast.runtime.distributed import REPLICATION, Processes
 from quark_fast.runtime.machine import Precision, sampling_dtype, set_threads, settled_precision
 from quark_fast.runtime.run_folder import REWARDS, ROLLOUT, RunFolder
 from quark_fast.tasks.by_name import GivenReward, choose_judges, choose_reward, find_task
-from quark_fast.training.going_on import check_goes_on
+from quark_fast.training.from_run import check_from_run
 from quark_fast.training.objective import Objective
 from quark_fast.training.optimizer import check_optimizer
 from quark_fast.training.progress import Progress
@@ -77,7 +77,7 @@ def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, Config]:
         folder.check_free()
         folder.check_writable()
         if config.from_run:
-            check_goes_on(config, RunFolder(config.from_run))
+            check_from_run(config, RunFolder(config.from_run))
         return settled_precision(config.precision), config
     folder.check_resumable()
     saved = load_config(folder / "config.yaml")
@@ -114,21 +114,21 @@ def set_up(
     """
     check_vllm(config, processes.count)
     task = find_task(config.task, config.target)
-    tasks_own = reward is None and config.reward in (None, task.name)
-    if tasks_own and config.judge in ("auto", "none"):
+    rewarded_by_task = reward is None and config.reward in (None, task.name)
+    if rewarded_by_task and config.judge in ("auto", "none"):
         check_goal_of_task(config, task)
     set_threads(config.threads)
     accelerator = _accelerator(config, folder, processes)
     check_optimizer(config.optimizer, accelerator.device)
     scorer = choose_reward(config, task, accelerator.device, reward)
     trained_by = [term.identity for term in terms(scorer)]
-    judges = choose_judges(config, task, accelerator.device, trained_by, tasks_own)
+    judges = choose_judges(config, task, accelerator.device, trained_by, rewarded_by_task)
     check_goal(config, task, scorer, judges)
-    chosen = read_prompts(config, task, folder, given, tasks_own)
+    chosen = read_prompts(config, task, folder, given, rewarded_by_task)
     _check_impl(config.impl, accelerator.device)
     check_device(config.decoding, accelerator.device)
     dtype = sampling_dtype(config.precision, accelerator.device)
-    words = task.words_for(config.quantiles) if tasks_own and scorer.property is not None else None
+    words = task.words_for(config.quantiles) if rewarded_by_task and scorer.property is not None else None
     policy = _load_policy(config, words, dtype, accelerator.device)
     prompts = encode_prompts(config, policy, chosen)
     _choose_attention(policy, prompts, config)
@@ -149,7 +149,7 @@ def set_up(
         prompts=prompts,
         reward=scorer,
         judges=judges,
-        controls=control_texts(policy, task.texts() if tasks_own else []),
+        controls=control_texts(policy, task.texts() if rewarded_by_task else []),
         policy=policy,
         reference=reference,
         sampling_dtype=dtype,

@@ -48,7 +48,7 @@ class State:
         kl: controls the weight of the KL.
         bad_steps: how many steps were skipped.
         micro_batch: samples a forward pass, as many as the memory sufficed for.
-        begun: rounds and steps of the run that this one goes on from, after which it counts its own.
+        earlier_rounds, earlier_steps: of the run that this one is trained on from; its own count from there.
         round, sampled: the current round, from 0, and whether its samples are in the pool.
         step: optimizer steps made.
         left_out: rounds without steps, since all rewards were equal.
@@ -63,7 +63,8 @@ class State:
     prompt_of: list[int] = field(default_factory=list)
     draws: Draws = field(default_factory=Draws)
     bad_steps: BadSteps = field(default_factory=BadSteps)
-    begun: tuple[int, int] = (0, 0)
+    earlier_rounds: int = 0
+    earlier_steps: int = 0
     round: int = 0
     sampled: bool = False
     step: int = 0
@@ -83,8 +84,8 @@ class State:
 
     def first_step(self, config: Config) -> int:
         """Steps that were made before this round."""
-        return self.begun[1] + (self.round - self.begun[0] - self.left_out) * config.steps
+        return self.earlier_steps + (self.round - self.earlier_rounds - self.left_out) * config.steps
 
     def all_rounds(self, config: Config) -> int:
         """Rounds that there are when the run ends, those before it included."""
-        return self.begun[0] + config.rounds
+        return self.earlier_rounds + config.rounds

@@ -81,7 +81,7 @@ class Trainer:
         listen: Listen = "auto",
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         config, given_reward, given = names_into_settings(config, reward, prompts, held_out)
         self.config = config
         config.check()
@@ -112,7 +112,7 @@ class Trainer:
         if config.resume or config.from_run:
             self.checkpoint.restore(self.state, self.best.check_kept)
         processes.on_rank_0(self._write_start)
-        self.state.seconds += time.monotonic() - begun
+        self.state.seconds += time.monotonic() - started
 
     @property
     def about(self) -> list[str]:
@@ -123,7 +123,7 @@ class Trainer:
             f" than {setup.policy.room_of(self.config):,} tokens, reward {setup.reward.name},"
             f" {self.config.precision} on {setup.device}, run folder {self.folder.path}"
         )
-        lines = ("; ".join(setup.checked.lines), "; ".join(prompts.about), *self.config.remarks(), counts)
+        lines = ("; ".join(setup.checked.lines), "; ".join(prompts.notes), *self.config.remarks(), counts)
         return [line for line in lines if line]
 
     def train(self) -> TrainedRun:
@@ -298,7 +298,7 @@ class Trainer:
     def _versions(self) -> dict[str, Any]:
         found = versions(self.setup.device) | {
             "loss": self.setup.objective.description,
-            "prompts": self.setup.prompts.about,
+            "prompts": self.setup.prompts.notes,
             "model": self.setup.checked.lines,
         }
         if self.processes.count > 1:

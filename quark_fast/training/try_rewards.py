@@ -68,7 +68,7 @@ def _check_scored(setup: Setup) -> None:
             raise UsageError(
                 f"reward = none, but {config.scored} brings no rewards; name what scores it by --reward"
             )
-        prompts.about.append(
+        prompts.notes.append(
             "no reward: the evaluation says nothing of it; --judge names what it shows in its place"
         )
         return
@@ -92,7 +92,7 @@ def _check_scored(setup: Setup) -> None:
         f" {one.reward:g} for {one.text!r:.60}, which {name} gives {value:g}"
     )
     if config.initial_samples == 0 and config.rounds == 1 and not config.from_run:
-        prompts.about.append(f"{found}; only the evaluation uses {name}")
+        prompts.notes.append(f"{found}; only the evaluation uses {name}")
         return
     raise UsageError(
         f"{found}, and one pool cannot rank both; name their reward by --reward, leave the column out to have"

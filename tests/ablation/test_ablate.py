@@ -151,7 +151,7 @@ def test_killed_grid_goes_on_between_points_and_within_one(
             raise SystemError("killed")
 
     with pytest.raises(SystemError):
-        grid.run_grid(config, names, [0], about=between, **GIVEN)
+        grid.run_grid(config, names, [0], note=between, **GIVEN)
     assert started(tmp_path / "killed") == ["base"]
 
     def within(progress: Progress) -> None:
@@ -162,7 +162,7 @@ def test_killed_grid_goes_on_between_points_and_within_one(
         grid.run_grid(config, names, [0], listen=within, **GIVEN)
     assert len(started(tmp_path / "killed")) == 2
     lines.clear()
-    grid.run_grid(config, names, [0], about=lines.append, **GIVEN)
+    grid.run_grid(config, names, [0], note=lines.append, **GIVEN)
     assert [line.endswith(": finished") for line in lines] == [True, False, False]
     folders = three_points, tmp_path / "killed"
     for name in started(three_points):

@@ -572,7 +572,7 @@ def choose(
     return (
         [r["prompt"] for r in chosen.train],
         [r["prompt"] for r in chosen.held_out],
-        "; ".join(chosen.about),
+        "; ".join(chosen.notes),
     )
 
 

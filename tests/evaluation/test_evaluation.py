@@ -219,7 +219,7 @@ def test_own_nll_is_that_of_every_token_drawn_by_one_forward_a_token(
             # float32 logits up to 10, guided up to 3 times that, through softmax and a cold temperature.
             assert told == pytest.approx(expected, abs=2e-3)
             lengths |= set(map(len, group))
-    assert lengths == {2, 3, 4, 5}, "the ends count, and nothing behind them"
+    assert lengths == {2, 3, 4, 5}, "the ends count, and nothing after them"
 
 
 @pytest.mark.parametrize("own_nll", [False, True])

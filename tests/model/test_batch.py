@@ -57,11 +57,11 @@ def test_logits_and_gradients_are_those_of_each_sequence_alone(
 
     policy.model.set_attn_implementation(attention)
     batch = make_batch(policy, PROMPTS, COMPLETIONS, QUANTILES, CPU, prompts_too=True)
-    assert list(batch.behind) == [5, 0, 2, 0, 0]
+    assert list(batch.prompt_lengths) == [5, 0, 2, 0, 0]
     every = completion_logits(policy.model, batch)
     prompts, logits = every[:, :5], every[:, 5:]
     assert logits.shape[:2] == batch.labels.shape
-    own = [prompts[row, :count].tanh().sum() for row, count in enumerate(batch.behind)]
+    own = [prompts[row, :count].tanh().sum() for row, count in enumerate(batch.prompt_lengths)]
     score = (logits * batch.mask.unsqueeze(-1)).tanh().sum() + sum(own)
     together = torch.autograd.grad(score, parameters)
 

@@ -32,7 +32,7 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.tokenizer import own_reward_tokens
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
-from quark_fast.evaluation.trained_run import open_run
+from quark_fast.evaluation.open_run import open_run
 from quark_fast.files.atomic import replacing, replacing_folder
 from quark_fast.model.batch import Counts, completion_logits, make_batch, shared_logits
 from quark_fast.model.check_export import check_export

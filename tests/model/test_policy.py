@@ -337,7 +337,7 @@ def test_padding_of_minus_1_as_old_llamas_have_it_is_exported_as_an_id_of_the_ta
 def test_export_of_a_model_with_a_named_token_behind_the_table_is_trained_on_and_pads(
     tmp_path: Path, tiny_model: Make, role: str
 ) -> None:
-    """transformers adds a token that the settings name anew, behind the reward tokens."""
+    """transformers adds a token that the settings name anew, after the reward tokens."""
     folder = tiny_model("llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<behind>"], special_tokens=True)
@@ -371,7 +371,7 @@ def test_tokens_that_an_export_was_given_since_are_refused_not_read_as_others(
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="'<new>' of the tokenizer stands among or behind"):
+    with pytest.raises(UsageError, match="'<new>' of the tokenizer stands among or after"):
         Policy.create(tmp_path, quantiles=quantiles)
 
 

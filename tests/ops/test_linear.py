@@ -239,7 +239,7 @@ def test_lengths_say_which_rows_count() -> None:
     for name, value in plain.items():
         assert torch.equal(told[name], value), name
     for wrong, message in [
-        ([61, 0, 7, 1, 29], "the mask is not 0 behind the lengths"),
+        ([61, 0, 7, 1, 29], "the mask is not 0 after the lengths"),
         ([61, 0, 7, 1], "4 lengths do not fit labels"),
         ([62, 0, 7, 1, 30], "5 lengths do not fit labels"),
     ]:

@@ -35,7 +35,7 @@ MOST = 24
 KINDS = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "mamba", "lfm2", "jamba", "falcon_h1"]
 HOW = {"plain": Conditioning(2), "guided": Conditioning(2, 0, 1.7)}
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [18, 19], [20, 21, 22, 23], [24], [25, 26, 27], [9, 8, 7]]
-# Looks at whether rows have ended come behind every token on the CPU, behind every eighth on a GPU.
+# Looks at whether rows have ended come after every token on the CPU, after every eighth on a GPU.
 LOOKS = {"on the CPU": 1, "as on a GPU": 8}
 
 Make = Callable[..., Path]
@@ -164,7 +164,7 @@ class Chain:
     forward = __call__
 
     def share(self, completion: tuple[int, ...]) -> float:
-        """The probability of a completion behind the prompt [0]."""
+        """The probability of a completion after the prompt [0]."""
         found = 1.0
         for last, token in itertools.pairwise((0, *completion)):
             found *= self.after[last][[0, 1, self.stop].index(token)]

@@ -126,7 +126,7 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
             ((_, drawn, *_),) = transformers.sample(policy, model, request)
         assert all(len(one) == tokens for group in drawn for one in group)
         counts[tokens] = sum(reads.found.values())
-    assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks behind token 8 and 16"
+    assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks after token 8 and 16"
 
 
 def test_rows_are_dropped_by_what_the_look_has_read(
@@ -152,7 +152,7 @@ def test_rows_are_dropped_by_what_the_look_has_read(
             list(transformers.sample(trainer.policy, model, request))
         counts.append(sum(reads.found.values()))
     assert rows == [4] * 8 + [2] * 4
-    assert counts[1] - counts[0] == 1, "the look behind token 8"
+    assert counts[1] - counts[0] == 1, "the look after token 8"
 
 
 def test_a_row_that_is_not_finite_is_an_error_behind_the_last_token(

@@ -273,10 +273,10 @@ def test_label_without_its_classifier_is_refused(task: Task, spec: str, label: s
 # --- Judges --------------------------------------------------------------------------------------
 
 
-def judges_of(task: Task, config: Config, tasks_own: bool = True) -> list[str]:
+def judges_of(task: Task, config: Config, rewarded_by_task: bool = True) -> list[str]:
     reward = choose_reward(config, task, "cpu")
     trained_by = [one.identity for one in terms(reward)]
-    return [one.name for one in choose_judges(config, task, "cpu", trained_by, tasks_own)]
+    return [one.name for one in choose_judges(config, task, "cpu", trained_by, rewarded_by_task)]
 
 
 def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str], None], task: Task) -> None:
@@ -285,10 +285,12 @@ def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str
     module("def score(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
     Path(sys.path[0], "my_judges.py").write_text("def length(prompts, completions):\n    return [1.0]\n")
     assert judges_of(judged, Config()) == ["tiny-judge"]
-    assert judges_of(judged, Config(), tasks_own=False) == [] == judges_of(judged, Config(judge="none"))
+    assert (
+        judges_of(judged, Config(), rewarded_by_task=False) == [] == judges_of(judged, Config(judge="none"))
+    )
     assert judges_of(task, Config()) == [], "a task without a judge"
     named = Config(reward="my_rewards:score", judge="toxicity, 1 - my_judges:length")
-    assert judges_of(judged, named, tasks_own=False) == ["tiny-scorer", "1 - my_judges:length"]
+    assert judges_of(judged, named, rewarded_by_task=False) == ["tiny-scorer", "1 - my_judges:length"]
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_completion_is_spelled_as_the_model_writes_it(tmp_path: Path, family: st
             continue
         assert own is not None and policy.decode(own, ids) == text
         assert max(own) < policy.vocabulary, "no reward token, whatever is spelled"
-        # What no longer stands behind the whole of its prompt, whose beginning was cut off.
+        # What no longer stands after the whole of its prompt, whose beginning was cut off.
         cut = policy.encode_completion(prompt, ids[1:], text)
         assert cut is not None and policy.decode(cut, ids[1:]) == text
     chat = policy.encode("[user] q\n[assistant] ", chat=True)

@@ -703,7 +703,7 @@ def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callab
         "1 of 25 training prompts left out: longer than 3 tokens (the longest 5)",
         "1 of 5 held-out prompts left out: longer than 3 tokens (the longest 4)",
     ]
-    assert trainer.setup.prompts.about == lines
+    assert trainer.setup.prompts.notes == lines
     trainer.train()
     assert json.loads((tmp_path / "run" / "versions.json").read_text())["prompts"] == lines
     page = (tmp_path / "run" / "report.html").read_text()

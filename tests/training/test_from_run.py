@@ -76,7 +76,7 @@ def test_run_goes_on_with_the_weights_the_reward_tokens_and_the_pool(
     assert read.begun is not None and "after 1 rounds and 6 steps of an earlier run" in card(folder)
     assert RunFolder(folder).finished and (folder / "state").is_dir()
     third = trainer(further(second.config, tmp_path / "third"))
-    assert third.state.begun == (3, 18)
+    assert (third.state.earlier_rounds, third.state.earlier_steps) == (3, 18)
 
 
 def card(folder: Path) -> str:

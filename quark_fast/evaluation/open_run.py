@@ -21,7 +21,7 @@ from quark_fast.runtime.machine import sampling_dtype
 
 
 @dataclass(frozen=True)
-class Finished:
+class OpenRun:
     """What ``generate`` and ``evaluate`` need of a run."""
 
     config: Config
@@ -54,7 +54,7 @@ def run_config(folder: Path) -> Config:
     return load_config(folder / "config.yaml")
 
 
-def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
+def open_run(folder: Path, trust_remote_code: bool = False) -> OpenRun:
     """Load ``folder/model``; what the run started from is loaded when it is asked for.
 
     Args:
@@ -70,4 +70,4 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Finished:
     policy = Policy.from_export(folder / "model", dtype, trust_remote_code)
     policy.model = frozen_copy(policy, dtype).to(device)
     check_reading(policy, policy.model, [policy.quantiles - 1, 0, None])
-    return Finished(config, policy, device)
+    return OpenRun(config, policy, device)

@@ -23,7 +23,7 @@ SAME = (
 )
 
 
-def check_goes_on(config: Config, earlier: RunFolder) -> None:
+def check_from_run(config: Config, earlier: RunFolder) -> None:
     """Refuse, before anything is loaded, what a run of these settings cannot go on from."""
     path = earlier.path
     if not (earlier / "config.yaml").exists():
@@ -49,7 +49,7 @@ def check_goes_on(config: Config, earlier: RunFolder) -> None:
             )
 
 
-def state_to_begin_with(config: Config, policy: Policy, earlier: RunFolder) -> StateAndTensors:
+def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> StateAndTensors:
     """A checkpoint for the beginning of a run: the earlier run's weights and pool, and a new optimizer.
 
     Exact where adapters were trained. Where all weights were, they are those of the export, which was
