@@ -211,6 +211,12 @@ def from_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
             del sys.modules[name]
 
 
+@pytest.fixture
+def step_bytes(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    """The arithmetic of a step's bytes."""
+    return from_benchmarks("step_bytes")
+
+
 def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over 'w0' ... 'w59'; the end of text is also the document separator."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
