@@ -40,8 +40,8 @@ from quark_fast.model.lora import has_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
-from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import setup
+from quark_fast.runtime.run_folder import LOCK, ROLLOUT
+from quark_fast.training import checkpoint, setup
 from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -195,7 +195,7 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     attempt("compared", settings(root, "compared", **COMPARED))
     attempt("beyond", settings(root, "beyond", keep_best="reward:max, perplexity<=0.01", rounds=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", no_space)
+        patch.setattr(checkpoint, "save_checkpoint", no_space)
         attempt("full", settings(root, "full"))
 
     # accelerate shards on devices other than the CPU alone, though FSDP2 itself does not mind: it is told
