@@ -301,6 +301,7 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished/evaluation.json", "--rows", "all"], "only tables are named"),
         (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
         (["finished", "--json", "table.txt"], "--json table.txt: give a name in .json"),
+        (["finished", "--json", "."], "--json .: give a name in .json"),
         (["finished", "--html", "notes"], "--html notes: this is a folder"),
         (["finished", "--markdown", "nowhere/table.md"], "--markdown nowhere/table.md: no such folder"),
         (["finished", "--markdown", "x.md", "--html", "x.md"], "name one file"),
