@@ -22,7 +22,7 @@ from quark_fast.model.reading import Reading, cache_argument, pad_left
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.tokens import NextToken, NotFinite, scores_of
-from quark_fast.rollout.transformers import sample
+from quark_fast.rollout.transformers import _parts, sample
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 STOP = WORDS
@@ -420,6 +420,51 @@ def test_batches_hold_prompts_of_similar_length_and_at_most_the_rows_asked(stub:
     request = SampleRequest(prompts, Conditioning(), Sampling(2, rows=7), 3, 0)
     batches = [batch.indices for batch in sample(policy, model, request)]
     assert batches == [[1, 4], [3, 2], [0]]
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 1), (5, 3), (7, 4), (3, 12)])
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 100])
+def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
+    prompts: int, samples: int, size: int
+) -> None:
+    counts = [0] * prompts
+    for part, each in _parts([3] * prompts, samples, size, padding=True):
+        places = range(prompts)[part]
+        assert len(places) * each <= size
+        for i in places:
+            counts[i] += each
+    assert counts == [samples] * prompts
+
+
+@pytest.mark.parametrize(("guidance", "most"), [(1.0, 12), (1.5, 6)])
+def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_side_by_side(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch, guidance: float, most: int
+) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    together: list[int] = []
+    own = rollout._sample_batch
+
+    def seen(policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator) -> Any:
+        together.append(len(request.prompts) * request.samples)
+        return own(policy, model, request, generator)
+
+    monkeypatch.setattr(rollout, "_sample_batch", seen)
+    how = Conditioning(1, 0, guidance)
+    request = SampleRequest([[i] for i in range(1, 7)], how, Sampling(3, 0, rows=12), 3, 0)
+    drawn = list(sample(policy, frozen_copy(policy, torch.float32), request))
+    assert [len(group) for batch in drawn for group in batch.completions] == [3] * 6
+    assert max(together) == most and sum(together) == 18
+
+
+def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Make) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    model = frozen_copy(policy, torch.float32)
+    for at_once in (0, 1, 3):
+        sampling = Sampling(4, 0, rows=12, at_once=at_once)
+        request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
+        ((indices, completions, *_),) = sample(policy, model, request)
+        assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
+        assert len({tuple(one) for group in completions for one in group}) > 6
 
 
 def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) -> None:
