@@ -456,15 +456,17 @@ def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_sid
     assert max(together) == most and sum(together) == 18
 
 
-def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Make) -> None:
-    policy = Policy.create(tiny_model(), quantiles=2)
+@pytest.mark.parametrize("at_once", [0, 7, 1000])
+def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Make, at_once: int) -> None:
+    policy, prompts = lively_policy(tiny_model()), [[1], [2, 3]]
     model = frozen_copy(policy, torch.float32)
-    for at_once in (0, 1, 3):
-        sampling = Sampling(4, 0, rows=12, at_once=at_once)
-        request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
-        ((indices, completions, *_),) = sample(policy, model, request)
-        assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
-        assert len({tuple(one) for group in completions for one in group}) > 6
+    groups = run(policy, model, prompts, Conditioning(), Sampling(1, 0, rows=6000, at_once=at_once), 3000, 0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([policy.conditioned(prompt, None)])).logits[0, -1, :VOCABULARY]
+        counts = torch.tensor([token for (token,) in group]).bincount(minlength=VOCABULARY)
+        assert counts.sum() == 3000
+        assert_drawn_from(counts, logits.softmax(-1))
 
 
 def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) -> None:
