@@ -298,6 +298,27 @@ def sharpen(model: torch.nn.Module) -> None:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
 
 
+def lively_policy(folder: Path) -> Policy:
+    """A policy that hears its context; ends, too, often enough."""
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    sharpen(policy.model)
+    return policy
+
+
+def heard_policy(folder: Path) -> Policy:
+    """A policy whose reward rows are heard, in place of training."""
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    with torch.no_grad():
+        policy.model.get_input_embeddings().rows.mul_(2.0)
+    return policy
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, torch.Tensor]]:
     """The folder of a tiny model, made once, and the state of the random numbers behind its making."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, sharpen
+from conftest import WORDS, lively_policy
 
 from quark_fast.model.batch import completion_logits, make_batch
 from quark_fast.model.policy import Policy
@@ -44,10 +44,8 @@ QUANTILES = [0, 2, None, 1, 2]
 def test_logits_and_gradients_are_those_of_each_sequence_alone(
     tiny_model: Make, architecture: str, attention: str, padding: bool
 ) -> None:
-    policy = Policy.create(tiny_model(architecture, padded_vocabulary=10), quantiles=3)
-    policy.model.eval()
+    policy = lively_policy(tiny_model(architecture, padded_vocabulary=10))
     policy.reading = Reading(padding=padding)
-    sharpen(policy.model)
     parameters = list(policy.model.parameters())
 
     policy.model.set_attn_implementation(attention)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, assert_drawn_from, sharpen, tiny_config
+from conftest import WORDS, assert_drawn_from, lively_policy, tiny_config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
@@ -50,13 +50,6 @@ def run(policy: Policy, model: Any, *request: Any) -> list[list[list[int]]]:
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1], [9, 9]]
 CONTINUATION = [11, 22, 33, 44, 55]
-
-
-def lively_policy(folder: Path) -> Policy:
-    policy = Policy.create(folder, quantiles=3)
-    policy.model.eval()
-    sharpen(policy.model)
-    return policy
 
 
 def seen_logits(
