@@ -5,8 +5,9 @@
     python benchmarks/scale.py --plan --model FOLDER --memory 48    # any causal LM, by its config alone
     python benchmarks/scale.py --plan --optimizer adamw-8bit        # as a run of that setting
 
-Nothing here is measured. Every number follows from the shapes below by the formulas in the functions, or in
-``quark_fast/model/sizes.py``, by which a run on a GPU chooses how many rows are side by side.
+Nothing here is measured. Every number follows from the shapes below by the formulas in the functions, in
+``step_bytes.py`` or in ``quark_fast/model/sizes.py``, by which a run on a GPU chooses how many rows are side
+by side.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 import sys
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
+
+import step_bytes
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
@@ -61,9 +64,9 @@ class Shape:
     def saved(self) -> int:
         """Bytes a token and layer that the backward pass needs in bf16; attention keeps no scores.
 
-        All weights, as autocast has it: ``sizes.saved_bytes``, with queries as wide as the model.
+        All weights, as autocast has it: ``step_bytes.saved_bytes``, with queries as wide as the model.
         """
-        return sizes.saved_bytes(self.sizes, lora_rank=0)
+        return step_bytes.saved_bytes(self.sizes, lora_rank=0)
 
     @property
     def sizes(self) -> sizes.Shape:
@@ -124,12 +127,12 @@ def gathered(shape: Shape, sharded: bool) -> float:
 
 def activations(shape: Shape, recompute: bool) -> float:
     """What the backward of a micro-batch needs; recomputed, the inputs of all layers and the rest of one."""
-    return sizes.activation_bytes(shape.sizes, MICRO_BATCH * STREAMS * TOKENS, 0, recompute)
+    return step_bytes.activation_bytes(shape.sizes, MICRO_BATCH * STREAMS * TOKENS, 0, recompute)
 
 
 def loss(shape: Shape) -> float:
     """bf16 logits of a chunk of both models, and the float32 gradient of the head's weight."""
-    return sizes.loss_bytes(shape.sizes, MICRO_BATCH * STREAMS * COMPLETION, 0)
+    return step_bytes.loss_bytes(shape.sizes, MICRO_BATCH * STREAMS * COMPLETION, 0)
 
 
 def whole_logits(shape: Shape) -> float:
@@ -244,34 +247,36 @@ RANK = 16
 OPTIMIZERS = get_args(get_type_hints(Config)["optimizer"])
 
 
-def step_that_fits(shape: sizes.Shape, memory: float, rank: int, recompute: bool, optimizer: str) -> int:
+def step_that_fits(
+    shape: step_bytes.TrainedShape, memory: float, rank: int, recompute: bool, optimizer: str
+) -> int:
     """Samples a forward pass of a step: the first of 16, 8, 4, 2 and 1 that fits; 0: not even one does."""
     most = Config().samples_a_pass(on_cpu=False)
 
     def fits(samples: int) -> bool:
-        need = sizes.step_bytes(shape, samples, TOKENS, COMPLETION, rank, recompute, optimizer)
-        state = sizes.state_bytes(shape, rank, optimizer)
+        need = step_bytes.step_bytes(shape, samples, TOKENS, COMPLETION, rank, recompute, optimizer)
+        state = step_bytes.state_bytes(shape, rank, optimizer)
         return (need - state) <= (memory - state) * sizes.SHARE
 
     tried = [most >> halved for halved in range(int(math.log2(most)) + 1)]
     return next((samples for samples in tried if fits(samples)), 0)
 
 
-def plan(shape: sizes.Shape, memories: list[float], optimizer: str) -> list[list[str]]:
+def plan(shape: step_bytes.TrainedShape, memories: list[float], optimizer: str) -> list[list[str]]:
     """The rows of a model's table: what it takes, and what is chosen for each size of memory, bytes."""
     rows = [["", "GB", *(f"{memory / GB:g} GB" for memory in memories)]]
     side_by_side = Config().sample_batch
     for rank, kind in ((RANK, f"LoRA {RANK}"), (0, "all weights")):
         for name in OPTIMIZERS:
-            moments = sizes.optimizer_bytes(shape, rank, name)
+            moments = step_bytes.optimizer_bytes(shape, rank, name)
             rows.append([f"{kind}: state of {name}", f"{moments / GB:.3g}", *("" for _ in memories)])
         for recompute in (False, True):
             how = ", recomputed" if recompute else ""
-            peak = sizes.step_bytes(shape, MICRO_BATCH, TOKENS, COMPLETION, rank, recompute, optimizer)
+            peak = step_bytes.step_bytes(shape, MICRO_BATCH, TOKENS, COMPLETION, rank, recompute, optimizer)
             found = [step_that_fits(shape, memory, rank, recompute, optimizer) for memory in memories]
             chosen = [f"{samples} a pass" if samples else "does not fit" for samples in found]
             rows.append([f"{kind}: step of {MICRO_BATCH} x {TOKENS}{how}", gb(peak), *chosen])
-        held = sizes.held_while_sampling(shape, rank, optimizer)
+        held = step_bytes.held_while_sampling(shape, rank, optimizer)
         completion = sizes.sampling_bytes(shape, TOKENS)
         for streams, name in ((1, "sampled"), (2, "sampled, guided")):
             most = side_by_side // streams
@@ -312,7 +317,7 @@ def show_plan(model: str | None, memories: list[float], optimizer: str) -> None:
     print(f"Computed, not measured: {rows}; bf16, {optimizer}.\n")
     for name, config in shapes:
         try:
-            shape = sizes.shape_on_meta(config)
+            shape = step_bytes.shape_on_meta(config)
         except ValueError as error:
             raise UsageError(f"--model {name}: {error}; give a decoder") from error
         cache = sizes.cache_bytes(shape, TOKENS)

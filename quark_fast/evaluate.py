@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from quark_fast.arguments import Parser, add_scorer
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
-from quark_fast.terminal import command
+from quark_fast.terminal import check_output, command
 
 
 def parser() -> Parser:
@@ -95,13 +94,13 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     settings = vars(asked).copy()
     threads, subjects = settings.pop("threads"), settings.pop("subjects")
     files = {name: Path(given) for name in OUTPUTS if (given := settings.pop(name))}
-    _check_files(files, [*subjects, *filter(None, (asked.prompts, asked.out_of_domain))])
     if asked.samples is not None and asked.samples < 1:
         raise UsageError(f"--samples {asked.samples}: give at least 1")
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
         raise UsageError(f"--top-p {asked.top_p}: give a share in (0, 1]")
     if not 0 <= asked.seed < 2**63:
         raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
+    _check_files(files, [*subjects, *filter(None, (asked.prompts, asked.out_of_domain))])
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.files.atomic import replacing
     from quark_fast.report.results import headline
@@ -148,32 +147,21 @@ def _texts(
     return texts
 
 
-# What a run folder may hold: none of it is written over.
-RUN_FILES = {
-    *("config.yaml", "versions.json", "finished.json", "report.html", "evaluation.json", "evaluation.jsonl"),
-    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "prompts.jsonl", "run.log"),
-}
-
-
 def _check_files(files: dict[str, Path], read: Sequence[str]) -> None:
     """Raise UsageError for a file that cannot be written, or that must not be lost: ``read`` names some."""
     named = {Path(one).resolve() for one in read}
-    written = [(f"--{name} {path}", name, path) for name, path in files.items()]
-    if path := files.get("json"):
-        samples = path.with_suffix(".jsonl")
-        written.append((f"--json {path} (its samples go to {samples.name})", "samples", samples))
-    for flag, name, path in written:
-        if not path.parent.is_dir():
-            raise UsageError(f"{flag}: no such folder")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UsageError(f"{flag}: this is a folder, or cannot be written; name another file")
+    for name, path in files.items():
         if name == "json" and path.suffix != ".json":
-            raise UsageError(f"{flag}: give a name in .json; the samples go beside it, in .jsonl")
-        if path.resolve() in named:
-            raise UsageError(f"{flag}: this is a table, or prompts, to be read; name another file")
-        if (path.parent / "config.yaml").exists() and path.name in RUN_FILES:
-            raise UsageError(f"{flag}: this is the run's own {path.name}; name another file")
-    if len({path.resolve() for _, _, path in written}) < len(written):
+            raise UsageError(f"--json {path}: give a name in .json; the samples go beside it, in .jsonl")
+        check_output(f"--{name} {path}", path, named)
+    written = list(files.values())
+    if table := files.get("json"):
+        # Here, as it loads torch, for which the errors above do not wait.
+        from quark_fast.evaluation.saved_tables import samples_path
+
+        written.append(samples := samples_path(table))
+        check_output(f"--json {table} (its samples go to {samples.name})", samples, named)
+    if len({path.resolve() for path in written}) < len(written):
         raise UsageError(f"{', '.join(f'--{name}' for name in files)} name one file; give each its own")
 
 

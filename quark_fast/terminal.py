@@ -1,13 +1,15 @@
-"""What the commands share: how one prints, and how it ends."""
+"""What the commands share: how one prints, what it may write, and how it ends."""
 
 from __future__ import annotations
 
 import functools
 import io
 import itertools
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 
 from quark_fast.errors import OtherProcessFailed, UsageError
 from quark_fast.files.safe_text import clean
@@ -52,3 +54,27 @@ def command(run: Callable[[Sequence[str], Terminal, Terminal], None]) -> Callabl
         return exit_status(lambda: run(given, Terminal(), notices))
 
     return main
+
+
+# What a run folder may hold: none of it is written over.
+_RUN_FILES = {
+    *("config.yaml", "versions.json", "finished.json", "report.html", "evaluation.json", "evaluation.jsonl"),
+    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "prompts.jsonl", "run.log"),
+}
+
+
+def check_output(flag: str, path: Path, read: Container[Path] = ()) -> None:
+    """Raise UsageError for a file that cannot be written, or that must not be lost: one of a run's own.
+
+    Args:
+        flag: and its value, as the error begins.
+        read: tables and prompts, resolved, which are read and so not written over either.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{flag}: no such folder")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{flag}: this is a folder, or cannot be written; name another file")
+    if path.resolve() in read:
+        raise UsageError(f"{flag}: this is a table, or prompts, to be read; name another file")
+    if (path.parent / "config.yaml").exists() and path.name in _RUN_FILES:
+        raise UsageError(f"{flag}: this is the run's own {path.name}; name another file")

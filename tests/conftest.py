@@ -211,6 +211,12 @@ def from_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
             del sys.modules[name]
 
 
+@pytest.fixture
+def step_bytes(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    """The arithmetic of a step's bytes."""
+    return from_benchmarks("step_bytes")
+
+
 def word_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over 'w0' ... 'w59'; the end of text is also the document separator."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -290,6 +296,27 @@ def sharpen(model: torch.nn.Module) -> None:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
+def lively_policy(folder: Path) -> Policy:
+    """A policy that hears its context; ends, too, often enough."""
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    sharpen(policy.model)
+    return policy
+
+
+def heard_policy(folder: Path) -> Policy:
+    """A policy whose reward rows are heard, in place of training."""
+    from quark_fast.model.policy import Policy
+
+    policy = Policy.create(folder, quantiles=3)
+    policy.model.eval()
+    with torch.no_grad():
+        policy.model.get_input_embeddings().rows.mul_(2.0)
+    return policy
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,10 @@ from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.reward import describe
+from quark_fast.runtime.checkpoint_files import CHECKSUMS, cut_back, load_checkpoint, save_checkpoint
 from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.machine import quiet_libraries
-from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
+from quark_fast.runtime.run_folder import COMPLETIONS, METRICS, RunFolder
 
 Random = random.Random
 
@@ -729,7 +730,7 @@ def checkpoint(r: Random) -> str:
     for step in (2, 3):
         folder.append(METRICS, [{"a": step}])
         folder.append(COMPLETIONS, [{"b": step}] * (step - 2))
-        folder.save_checkpoint({"step": step}, weights)
+        save_checkpoint(folder, {"step": step}, weights)
     written = {name: (folder / name).read_bytes() for name in (METRICS, COMPLETIONS)}
     names = ["checkpoint", "checkpoint.old"]
     for name in r.choice([names, names[:1]]):
@@ -737,11 +738,11 @@ def checkpoint(r: Random) -> str:
     if r.random() < 0.2:
         (folder / METRICS).write_bytes(written[METRICS][: r.randrange(len(written[METRICS]))])
     said: list[str] = []
-    log = logging.getLogger("quark_fast.runtime.run_folder")
+    log = logging.getLogger("quark_fast.runtime.checkpoint_files")
     log.addFilter(hear := lambda record: said.append(record.getMessage()))  # and let nothing through
     try:
-        loaded = folder.load_checkpoint()
-        folder.cut_back(loaded and loaded[0])
+        loaded = load_checkpoint(folder)
+        cut_back(folder, loaded and loaded[0])
     except UsageError as error:
         assert other.read_text() == "untouched"
         return refused(error)

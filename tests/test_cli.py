@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny_classifier, save_tiny_model, whole_reports
+from tiny_runs import rows
 from transformers import AutoTokenizer, pipeline
 from warm import Process
 
@@ -301,6 +302,7 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished/evaluation.json", "--rows", "all"], "only tables are named"),
         (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
         (["finished", "--json", "table.txt"], "--json table.txt: give a name in .json"),
+        (["finished", "--json", "."], "--json .: give a name in .json"),
         (["finished", "--html", "notes"], "--html notes: this is a folder"),
         (["finished", "--markdown", "nowhere/table.md"], "--markdown nowhere/table.md: no such folder"),
         (["finished", "--markdown", "x.md", "--html", "x.md"], "name one file"),
@@ -379,10 +381,6 @@ def test_process_with_bad_input_ends_with_status_2_and_one_line(folder: Path) ->
 # --- A tiny run, from the command line to its use ------------------------------------------------
 
 
-def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
     run = folder / "finished"
     config = load_config(run / "config.yaml")
@@ -398,7 +396,7 @@ def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
         "minutes",
     } <= versions.keys()
 
-    completions = jsonl(run / "completions.jsonl")
+    completions = rows(run / "completions.jsonl")
     assert len(completions) == 18 * 6 + 18 * 4  # 20 prompts, 2 held out
     assert all(
         {"prompt", "completion", "reward", "quantile", "round", "step"} <= row.keys() for row in completions
@@ -413,7 +411,7 @@ def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
         )
         assert min(best) >= max(worst)
 
-    metrics = jsonl(run / "metrics.jsonl")
+    metrics = rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics if row["kind"] == "step"] == list(range(1, 9))
     assert [row["round"] for row in metrics if row["kind"] == "round"] == [0, 1]
 
@@ -422,7 +420,7 @@ def test_run_folder_holds_everything_that_was_promised(folder: Path) -> None:
     guided = ["guided w=2", "guided w=4"]
     assert names == ["base model", "best token", *guided, "quantile 1", "worst token", "no token"]
     assert evaluation["scorer"]["name"] == "tiny_rewards:evens"
-    assert len(jsonl(run / "evaluation.jsonl")) == 2 * 2 * len(names)
+    assert len(rows(run / "evaluation.jsonl")) == 2 * 2 * len(names)
 
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "<html" in report and "http://" not in report.replace("http://www.w3.org", ""), "self-contained"
@@ -579,8 +577,7 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
         assert f"{mean['value']:.3f}"[1:] in text and "Out of domain" in text
         assert table["scorer"]["sha256"] in text
     assert "<html" in page and "How to reproduce" in page
-    rows = jsonl(folder / "side.jsonl")
-    assert len(rows) == len(table["rows"]) * (20 * 2 + 1 * 2)
+    assert len(rows(folder / "side.jsonl")) == len(table["rows"]) * (20 * 2 + 1 * 2)
     assert evaluate.main(["side.json", "--json", "again.json"]) == 0
     again = json.loads((folder / "again.json").read_text())
     assert again["rows"] == table["rows"] and again["out_of_domain"] == table["out_of_domain"]
@@ -678,10 +675,10 @@ def test_stopped_run_says_how_to_go_on_and_does(
         assert train.main(flags(output="stopped", **FEW_ROWS)) == 130
     assert "--resume --output stopped" in capsys.readouterr().err
     assert train.main(["--config", "stopped/config.yaml", "--resume"]) == 0
-    steps = [row["step"] for row in jsonl(folder / "stopped" / "metrics.jsonl") if row["kind"] == "step"]
+    steps = [row["step"] for row in rows(folder / "stopped" / "metrics.jsonl", kind="step")]
     assert steps == list(range(1, 9))
     # The same as the run that was never stopped.
-    ours, theirs = (jsonl(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
+    ours, theirs = (rows(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
     assert ours == theirs
 
 
@@ -873,11 +870,11 @@ def test_worst_words_are_masked_unless_asked_for(
 ) -> None:
     rude = folder / f"rude{len(extra)}"
     shutil.copytree(folder / "finished", rude)
-    rows = [
+    samples = [
         row | {"prompt": f"a {RUDE} day", "completion": f"my {RUDE} dog"}
-        for row in jsonl(rude / "evaluation.jsonl")
+        for row in rows(rude / "evaluation.jsonl")
     ]
-    (rude / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (rude / "evaluation.jsonl").write_text("\n".join(map(json.dumps, samples)))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", lambda self: TrainedRun(rude))
         assert train.main([*flags(output=f"masked{len(extra)}"), *extra]) == 0

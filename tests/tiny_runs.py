@@ -60,7 +60,7 @@ def small(folder: Path, model: Path, **settings: Any) -> Config:
 
 
 def rows(path: Path, **wanted: Any) -> list[dict[str, Any]]:
-    every = [json.loads(line) for line in path.read_text().splitlines()]
+    every = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in every if all(row[k] == v for k, v in wanted.items())]
 
 

@@ -456,7 +456,7 @@ def _columns(vocabulary: int, device: torch.device) -> int:
     return vocabulary if device.type == "cpu" else -(-vocabulary // 8) * 8
 
 
-def chunk_rows(rows: int, least: int = LEAST_ROWS_ELSEWHERE) -> int:
+def chunk_rows(rows: int, least: int) -> int:
     """Rows whose logits are made at a time, of so many: at most 8 chunks of at least ``least`` rows.
 
     They are even, since a small last chunk would be a slow one; so fewer than 2 x ``least`` rows are one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from quark_fast.arguments import Parser, load_config
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
-from quark_fast.terminal import command
+from quark_fast.terminal import check_output, command
 
 
 def parser() -> Parser:
@@ -55,8 +54,11 @@ def _write_anew(folder: Path, console: Terminal, notices: Terminal) -> None:
 
 
 def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, notices: Terminal) -> None:
-    _check_output(output)
-    assert output is not None
+    if output is None:
+        raise UsageError("several runs are compared on a page of its own; name it by --output FILE.html")
+    if output.suffix != ".html":
+        raise UsageError(f"--output {output}: give a name in .html")
+    check_output(f"--output {output}", output)
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.evaluation.subjects import short_names
     from quark_fast.files.atomic import replacing
@@ -83,20 +85,6 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
     with replacing(output) as scratch:
         scratch.write_text(page, encoding="utf-8")
     console.print(f"report: {output}")
-
-
-def _check_output(output: Path | None) -> None:
-    """Refuse, before anything is read, a file that cannot be written or must not be lost."""
-    if output is None:
-        raise UsageError("several runs are compared on a page of its own; name it by --output FILE.html")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: no such folder")
-    if output.suffix != ".html":
-        raise UsageError(f"--output {output}: give a name in .html")
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise UsageError(f"--output {output}: this is a folder, or cannot be written; name another file")
-    if (output.parent / "config.yaml").exists() and output.name == "report.html":
-        raise UsageError(f"--output {output}: this is a run's own report; name another file")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -17,22 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from quark_fast.errors import OutOfResources, UsageError
-from quark_fast.files.atomic import (
-    TRIAL,
-    disk_error,
-    flush,
-    flush_all,
-    give_usual_permissions,
-    replacing,
-    replacing_folder,
-    sha256,
-)
+from quark_fast.files.atomic import TRIAL, disk_error, replacing
 from quark_fast.files.locks import try_lock, unlock
-from quark_fast.files.safe_text import clean
 
 METRICS = "metrics.jsonl"
 LOG = "run.log"  # what the run showed, with times
@@ -46,9 +33,6 @@ FINISHED = "finished.json"  # there once everything else is
 HELD_OUT = "held_out.jsonl"  # the prompts of the evaluation, with their columns
 PROMPTS = "prompts.jsonl"  # prompts that were rendered from messages, as they were
 LOCK = ".lock"  # held by the process that runs the run
-CHECKSUMS = "checksums.json"  # sha256 of every other file of a checkpoint
-
-StateAndTensors = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
 class RunFolder:
@@ -198,7 +182,7 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether ``load_checkpoint`` finds one, damaged or not."""
+        """Whether ``checkpoint_files.load_checkpoint`` finds one, damaged or not."""
         return any((self / name).exists() for name in ("checkpoint", "checkpoint.old"))
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -227,100 +211,6 @@ class RunFolder:
         with replacing(self / name) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    # A checkpoint is a folder made under another name, flushed to disk, read back for its checksums and
-    # renamed: whatever kills the run, the folder named "checkpoint" is complete. The one before it stays in
-    # "checkpoint.old" until the next one is complete, in case the disk loses what it reported as written.
-
-    def save_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Add a checkpoint of ``state`` (JSON) and one safetensors file for each of ``tensors``."""
-        scratch, current, old = (self / f"checkpoint{suffix}" for suffix in (".tmp", "", ".old"))
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        # How far the JSONL files had come: rows written after this are repeated by a resumed run.
-        sizes = {name: _size(self / name) for name in (METRICS, COMPLETIONS)}
-        for name, size in sizes.items():
-            if size:
-                flush(self / name)
-        _write_state(scratch, {**state, "sizes": sizes}, tensors)
-        shutil.rmtree(old, ignore_errors=True)
-        if current.exists():
-            os.rename(current, old)
-        os.rename(scratch, current)
-        flush(self.path)
-
-    def keep_state(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write what another run can go on from when this one is finished: ``state/``, as a checkpoint is."""
-        with replacing_folder(self / STATE) as scratch:
-            _write_state(scratch, state, tensors)
-
-    def kept_state(self) -> StateAndTensors:
-        """(state, tensors) of ``keep_state``.
-
-        Raises:
-            UsageError: it is damaged.
-        """
-        try:
-            return _read_state(self / STATE)
-        except Exception as error:  # as in ``load_checkpoint``
-            reason = clean(" ".join(str(error).split()))[:200]
-            raise UsageError(f"{self / STATE} is damaged ({reason}): nothing to go on from") from error
-
-    def load_checkpoint(self) -> StateAndTensors | None:
-        """(state, tensors) of the last whole checkpoint; None: none was made yet. See ``cut_back``.
-
-        Raises:
-            UsageError: all that there are (two at most) are damaged.
-        """
-        current, old = self / "checkpoint", self / "checkpoint.old"
-        found = [path for path in (current, old) if path.exists()]
-        damage: list[str] = []
-        for path in found:
-            try:
-                state, tensors = self._read(path)
-            except Exception as error:  # truncated or foreign files fail in many ways; all mean the same
-                reason = clean(" ".join(str(error).split()))[:200]
-                damage.append(f"{path.name} is damaged ({reason})")
-                continue
-            break
-        else:
-            if found:
-                raise UsageError(
-                    f"nothing to go on with in {self.path}: {'; '.join(damage)}; start a new run"
-                )
-            return None
-        if path == old:
-            if damage:
-                aside = self / "checkpoint.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(current, aside)
-                message = "%s: %s; going on from the one before it, of step %s"
-                logging.getLogger(__name__).warning(message, self.path, damage[0], state.get("step"))
-            os.rename(old, current)
-        return state, tensors
-
-    def cut_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cut the JSONL files back to a checkpoint's ``state``; None: to nothing. The rest is made again."""
-        sizes = dict.fromkeys((METRICS, COMPLETIONS), 0) if state is None else state["sizes"]
-        for name, size in sizes.items():
-            if size:
-                os.truncate(self / name, size)
-            else:
-                (self / name).unlink(missing_ok=True)
-
-    def _read(self, path: Path) -> StateAndTensors:
-        """(state, tensors) of one checkpoint; an error of any kind if it is not as it was written."""
-        state, tensors = _read_state(path)
-        sizes = state["sizes"]
-        # They name what is cut: nothing else in the world may be.
-        if sizes.keys() != {METRICS, COMPLETIONS} or not all(
-            type(n) is int and n >= 0 for n in sizes.values()
-        ):
-            raise ValueError(f"sizes of {', '.join(map(str, sizes))}")
-        for name, size in sizes.items():
-            if not _ends_a_line(self / name, size):
-                raise ValueError(f"{name} has lost rows since")
-        return state, tensors
-
     def drop_checkpoint(self) -> None:
         """The run is finished: its checkpoints, many times the model's size, go, and its lock."""
         current, scratch = self / "checkpoint", self / "checkpoint.tmp"
@@ -333,34 +223,6 @@ class RunFolder:
         for name in (PENDING, ROUNDS):
             shutil.rmtree(self / name, ignore_errors=True)
         unlock(self / LOCK)
-
-
-def _write_state(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Files of a state in a folder of theirs, flushed to disk and read back for their checksums."""
-    for name, group in tensors.items():
-        save_file(dict(group), folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-    for file in list(folder.iterdir()):
-        give_usual_permissions(file)
-    flush_all(folder)
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / CHECKSUMS).write_text(json.dumps(sums))
-    flush(folder / CHECKSUMS)
-    flush(folder)
-
-
-def _read_state(path: Path) -> StateAndTensors:
-    """(state, tensors) of ``_write_state``; an error of any kind if they are not as they were written."""
-    sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
-    files = {file.name for file in path.iterdir()} - {CHECKSUMS}
-    if files != sums.keys():
-        raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
-    for name, expected in sums.items():
-        if sha256(path / name) != expected:
-            raise ValueError(f"{name} has another checksum than when it was written")
-    state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return state, tensors
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -390,16 +252,3 @@ def _lasting(path: Path) -> bool:
 def _unusable(error: OSError) -> type[UsageError]:
     """Whose fault it is that nothing can be written: the disk's, or the name's, such as one below a file."""
     return OutOfResources if disk_error(error) else UsageError
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _ends_a_line(path: Path, size: int) -> bool:
-    """Whether a JSONL file has its first ``size`` bytes, and they are whole lines."""
-    if size <= 0 or _size(path) < size:
-        return size == 0
-    with path.open("rb") as file:
-        file.seek(size - 1)
-        return file.read(1) == b"\n"

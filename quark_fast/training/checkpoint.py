@@ -17,9 +17,16 @@ from quark_fast.data.split import digest
 from quark_fast.errors import UsageError
 from quark_fast.model.lora import has_adapters
 from quark_fast.runtime import zero
+from quark_fast.runtime.checkpoint_files import (
+    StateAndTensors,
+    cut_back,
+    keep_state,
+    load_checkpoint,
+    save_checkpoint,
+)
 from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
-from quark_fast.runtime.run_folder import RunFolder, StateAndTensors
+from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.from_run import first_checkpoint
 from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
 from quark_fast.training.quantize import Draws
@@ -61,7 +68,7 @@ class Checkpoint:
         saved, tensors = self._contents(state)
         tensors["model"] = setup.processes.gather(trained_weights(setup.policy.model).items())
         tensors["optimizer"] = setup.processes.gather(self._optimizer_tensors())
-        setup.processes.on_rank_0(lambda: setup.folder.save_checkpoint(saved, tensors))
+        setup.processes.on_rank_0(lambda: save_checkpoint(setup.folder, saved, tensors))
 
     def keep(self, state: State) -> None:
         """Write ``state/``, which stays: the pool and the reward tokens, and adapters where they are trained.
@@ -74,7 +81,7 @@ class Checkpoint:
         rows, adapted = model.get_input_embeddings().rows, has_adapters(model)
         kept = {name: p for name, p in trained_weights(model).items() if adapted or p is rows}
         tensors["model"] = setup.processes.gather(kept.items())
-        setup.processes.on_rank_0(lambda: setup.folder.keep_state(saved, tensors))
+        setup.processes.on_rank_0(lambda: keep_state(setup.folder, saved, tensors))
 
     def _contents(self, state: State) -> tuple[dict[str, Any], Tensors]:
         """All of a checkpoint but weights and the optimizer's state."""
@@ -129,7 +136,7 @@ class Checkpoint:
 
     def _restore(self, state: State, check: Callable[[list[MeasuredRound]], None]) -> None:
         processes, folder, config = self.setup.processes, self.setup.folder, self.setup.config
-        loaded = processes.on_rank_0(folder.load_checkpoint, _without_large_data)
+        loaded = processes.on_rank_0(lambda: load_checkpoint(folder), _without_large_data)
         source, cut = folder, None if loaded is None else loaded[0]
         if loaded is None:
             identity = processes.on_rank_0(lambda: self.journal.identity)
@@ -142,7 +149,7 @@ class Checkpoint:
         if loaded is not None:
             processes.all_gather(lambda: self._check(*loaded, source))
             processes.on_rank_0(lambda: check(_measured(loaded[0])))
-        processes.on_rank_0(lambda: folder.cut_back(cut))
+        processes.on_rank_0(lambda: cut_back(folder, cut))
         if loaded is None:
             return
         saved, tensors = loaded

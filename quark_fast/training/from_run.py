@@ -13,7 +13,8 @@ from quark_fast.errors import UsageError
 from quark_fast.model.loading import load_pretrained
 from quark_fast.model.lora import has_adapters
 from quark_fast.model.policy import Policy
-from quark_fast.runtime.run_folder import STATE, RunFolder, StateAndTensors
+from quark_fast.runtime.checkpoint_files import StateAndTensors, kept_state
+from quark_fast.runtime.run_folder import STATE, RunFolder
 from quark_fast.training.stability import BadSteps
 
 # What weights and pool were made with: other values would give them another meaning.
@@ -55,7 +56,7 @@ def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> Stat
     Exact where adapters were trained. Where all weights were, they are those of the export, which was
     rounded to the dtype that the base model is stored in.
     """
-    saved, tensors = earlier.kept_state()
+    saved, tensors = kept_state(earlier)
     if not has_adapters(policy.model):
         tensors["model"] |= _exported_weights(policy, earlier / "model")
     fresh: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sharpen
+from conftest import lively_policy
 
 from quark_fast.data.row import Row
 from quark_fast.evaluation import perplexity
@@ -53,10 +53,7 @@ GREEDY = Sampling(4, 0, temperature=0.0, rows=3)
 
 @pytest.fixture
 def policy(tiny_model: Make) -> Policy:
-    made = Policy.create(tiny_model("llama", padded_vocabulary=10), quantiles=3)
-    made.model.eval()
-    sharpen(made.model)
-    return made
+    return lively_policy(tiny_model("llama", padded_vocabulary=10))
 
 
 @torch.no_grad()

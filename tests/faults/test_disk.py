@@ -28,6 +28,7 @@ from quark_fast.config import Config
 from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.files.atomic import TRIAL
 from quark_fast.model.check_model import check_model
+from quark_fast.runtime.checkpoint_files import cut_back, load_checkpoint, save_checkpoint
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
@@ -103,8 +104,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def loaded_and_cut_back(folder: Path) -> Any:
-    loaded = RunFolder(folder).load_checkpoint()
-    RunFolder(folder).cut_back(loaded and loaded[0])
+    loaded = load_checkpoint(RunFolder(folder))
+    cut_back(RunFolder(folder), loaded and loaded[0])
     return loaded
 
 
@@ -130,17 +131,17 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path) -> 
     for name in ("checkpoint", "checkpoint.old"):
         flip_a_byte(stopped / name / "pool.safetensors")
     with pytest.raises(UsageError, match=r"checkpoint is damaged .*; checkpoint.old is damaged"):
-        RunFolder(stopped).load_checkpoint()
+        load_checkpoint(RunFolder(stopped))
 
 
 def test_next_checkpoint_does_not_push_out_the_good_one_in_favour_of_the_damaged(stopped: Path) -> None:
     flip_a_byte(stopped / "checkpoint" / "model.safetensors")
     folder = RunFolder(stopped)
-    loaded = folder.load_checkpoint()
+    loaded = load_checkpoint(folder)
     assert loaded is not None
-    folder.save_checkpoint({"step": 3}, loaded[1])
+    save_checkpoint(folder, {"step": 3}, loaded[1])
     flip_a_byte(stopped / "checkpoint" / "model.safetensors")
-    again = folder.load_checkpoint()
+    again = load_checkpoint(folder)
     assert again is not None and again[0]["step"] == 2
 
 

@@ -33,8 +33,9 @@ from quark_fast.report.results import after_names, headline
 from quark_fast.report.tables import before_after, markdown_table, results_table
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.cache import RewardCache
+from quark_fast.runtime.checkpoint_files import CHECKSUMS, load_checkpoint, save_checkpoint
 from quark_fast.runtime.console import Terminal
-from quark_fast.runtime.run_folder import CHECKSUMS, COMPLETIONS, METRICS, RunFolder
+from quark_fast.runtime.run_folder import COMPLETIONS, METRICS, RunFolder
 from quark_fast.terminal import exit_status
 from quark_fast.training.display import Display
 from quark_fast.training.progress import Progress as Event
@@ -154,7 +155,7 @@ def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.append(METRICS, [{"a": 1}])
-    folder.save_checkpoint({"step": 1}, {"model": {"w": torch.zeros(2)}})
+    save_checkpoint(folder, {"step": 1}, {"model": {"w": torch.zeros(2)}})
     state = folder / "checkpoint" / "state.json"
     sound = json.loads(state.read_text())
     sums = folder / "checkpoint" / CHECKSUMS
@@ -173,15 +174,15 @@ def test_checkpoint_that_names_other_files_to_cut_is_refused_and_cuts_nothing(
     ):
         plant(sizes)
         with pytest.raises(UsageError, match=r"is damaged .sizes of"):
-            folder.load_checkpoint()
+            load_checkpoint(folder)
         assert other.read_text() == "untouched"
     state.write_text(json.dumps(sound))
     sums.write_text(json.dumps(known))
-    assert folder.load_checkpoint() is not None
+    assert load_checkpoint(folder) is not None
     # With another to go on from there is a warning: log lines go to the terminal as they are.
-    folder.save_checkpoint({"step": 1}, {"model": {"w": torch.zeros(2)}})
+    save_checkpoint(folder, {"step": 1}, {"model": {"w": torch.zeros(2)}})
     plant({HOSTILE: 0})
-    assert folder.load_checkpoint() is not None
+    assert load_checkpoint(folder) is not None
     (warning,) = caplog.messages
     assert HARMLESS.split("[")[0] in warning and no_sequence(warning)
 

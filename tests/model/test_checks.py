@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import sharpen
+from conftest import lively_policy
 from torch import Tensor, nn
 
 from quark_fast.config import Config
@@ -32,16 +32,9 @@ Make = Callable[..., Path]
 CPU = torch.device("cpu")
 
 
-def lively(folder: Path) -> Policy:
-    made = Policy.create(folder, quantiles=3)
-    made.model.eval()
-    sharpen(made.model)
-    return made
-
-
 @pytest.fixture
 def policy(tiny_model: Make) -> Policy:
-    return lively(tiny_model("llama"))
+    return lively_policy(tiny_model("llama"))
 
 
 def plant(policy: Policy, change: Callable[..., Any]) -> Policy:
@@ -80,7 +73,9 @@ def test_model_that_ignores_padding_is_read_without_it(policy: Policy) -> None:
 
 
 def test_model_that_counts_positions_its_own_way_is_read_without_padding(tiny_model: Make) -> None:
-    policy = lively(tiny_model("gpt2"))  # rotary positions, such as Llama's, are the same wherever they begin
+    policy = lively_policy(
+        tiny_model("gpt2")
+    )  # rotary positions, such as Llama's, are the same wherever they begin
     check(plant(policy, without("position_ids")))
     assert policy.reading == Reading(padding=False)
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
-from conftest import export, sharpen
+from conftest import export, heard_policy, sharpen
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -67,10 +67,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("case")
     source = FAMILIES[request.param].save(folder / "source")
-    policy = Policy.create(source, quantiles=3)
-    policy.model.eval()
-    with torch.no_grad():  # in place of training: the reward rows are heard
-        policy.model.get_input_embeddings().rows.mul_(2.0)
+    policy = heard_policy(source)
     export(policy, folder / "export", torch.float32)
     yield Case(policy, [policy.encode(text, 99) for text in TEXTS], source, folder / "export")
     shutil.rmtree(folder)

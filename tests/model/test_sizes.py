@@ -61,32 +61,38 @@ def saved(layers: int, rank: int, recompute: bool, rows: int = 5, tokens: int = 
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_bytes_saved_by_a_layer_are_those_that_autograd_saves(rank: int) -> None:
+def test_bytes_saved_by_a_layer_are_those_that_autograd_saves(step_bytes: ModuleType, rank: int) -> None:
     rows, tokens = 5, 16  # as many together as no weight has columns
     layer = saved(2, rank, recompute=False) - saved(1, rank, recompute=False)
     shape = Shape.of(config())
     assert shape is not None
     mask = 2 * tokens  # which each layer has a copy of
-    assert layer == rows * tokens * (sizes.saved_bytes(shape, rank) + mask)
-    assert sizes.activation_bytes(shape, rows * tokens, rank, False) == 2 * (layer - rows * tokens * mask)
+    assert layer == rows * tokens * (step_bytes.saved_bytes(shape, rank) + mask)
+    assert step_bytes.activation_bytes(shape, rows * tokens, rank, False) == 2 * (
+        layer - rows * tokens * mask
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_recomputed_layer_keeps_its_input_alone(rank: int) -> None:
+def test_recomputed_layer_keeps_its_input_alone(step_bytes: ModuleType, rank: int) -> None:
     two, three = (Shape.of(config(layers)) for layers in (2, 3))
     assert two is not None and three is not None
-    more = sizes.activation_bytes(three, 80, rank, True) - sizes.activation_bytes(two, 80, rank, True)
+    more = step_bytes.activation_bytes(three, 80, rank, True) - step_bytes.activation_bytes(
+        two, 80, rank, True
+    )
     assert more == saved(3, rank, recompute=True) - saved(2, rank, recompute=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 2047, 2048, 4095, 4096, 6143, 10_000, 16_383, 16_384, 100_000])
-def test_chunk_that_is_planned_with_is_the_one_that_the_linear_loss_makes(tokens: int) -> None:
+def test_chunk_that_is_planned_with_is_the_one_that_the_linear_loss_makes(
+    step_bytes: ModuleType, tokens: int
+) -> None:
     elsewhere = torch.ones(tokens, device="meta")  # as a GPU's
     largest = max(len(rows) for _, rows in linear._plan(elsewhere, False, None, 1, 0))
     shape = Shape.of(config())
     assert shape is not None
-    assert sizes.loss_bytes(shape, tokens, 16) == 5 * largest * 97, "bfloat16: five of half the rows"
-    assert sizes.loss_bytes(shape, tokens, 0) == 5 * largest * 97 + 4 * 97 * 48
+    assert step_bytes.loss_bytes(shape, tokens, 16) == 5 * largest * 97, "bfloat16: five of half the rows"
+    assert step_bytes.loss_bytes(shape, tokens, 0) == 5 * largest * 97 + 4 * 97 * 48
 
 
 def test_cache_has_as_many_bytes_as_the_arithmetic_says() -> None:
@@ -113,16 +119,16 @@ def test_sampled_row_is_at_least_the_cache_that_it_decodes_with() -> None:
     assert 5 * (sizes.sampling_bytes(shape, 21, 4) - beside) > held
 
 
-def test_parameters_and_adapters_are_counted_without_weights() -> None:
+def test_parameters_and_adapters_are_counted_without_weights(step_bytes: ModuleType) -> None:
     for tied in (True, False):
         made = AutoModelForCausalLM.from_config(config(tie_word_embeddings=tied))
-        shape = sizes.shape_on_meta(made.config)
+        shape = step_bytes.shape_on_meta(made.config)
         assert shape.parameters == sum(weight.numel() for weight in made.parameters())
     add_adapters(made, Lora(4, 8), 0)
     trained = sum(weight.numel() for weight in made.parameters() if weight.requires_grad)
     assert trained == 4 * shape.adapted * shape.layers
-    assert sizes.state_bytes(shape, 4) == 2 * shape.parameters + 18 * trained
-    assert sizes.state_bytes(shape, 0) == 20 * shape.parameters
+    assert step_bytes.state_bytes(shape, 4) == 2 * shape.parameters + 18 * trained
+    assert step_bytes.state_bytes(shape, 0) == 20 * shape.parameters
 
 
 def test_shape_is_read_from_other_names_and_refused_where_there_is_none() -> None:

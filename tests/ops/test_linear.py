@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pairwise import pairwise
+from test_loss import fails
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -689,35 +690,31 @@ def test_contrast_with_the_base_model_needs_it() -> None:
 # --- Errors ------------------------------------------------------------------------------------
 
 
-def _fails(match: str, change: dict[str, object], **options: object) -> object:
-    return pytest.param(change, options, match, id=match)
-
-
 @pytest.mark.parametrize(
     ("change", "options", "match"),
     [
-        _fails("kl = 'forward'", {}, kl="forward"),
-        _fails("impl = 'cuda'", {}, impl="cuda"),
-        _fails("chunk = 0; give at least 1", {}, chunk=0),
-        _fails("ref_hidden without ref_weight", {"ref_weight": None}),
-        _fails("ref_weight without ref_hidden", {"ref_hidden": None}),
-        _fails("kl_coef = 0.05 needs", {"ref_hidden": None, "ref_weight": None}),
-        _fails("ref_hidden requires grad", {"ref_hidden": torch.ones(3, 4, 5, requires_grad=True)}),
-        _fails("ref_weight requires grad", {"ref_weight": torch.ones(9, 5, requires_grad=True)}),
-        _fails(
+        fails("kl = 'forward'", {}, kl="forward"),
+        fails("impl = 'cuda'", {}, impl="cuda"),
+        fails("chunk = 0; give at least 1", {}, chunk=0),
+        fails("ref_hidden without ref_weight", {"ref_weight": None}),
+        fails("ref_weight without ref_hidden", {"ref_hidden": None}),
+        fails("kl_coef = 0.05 needs", {"ref_hidden": None, "ref_weight": None}),
+        fails("ref_hidden requires grad", {"ref_hidden": torch.ones(3, 4, 5, requires_grad=True)}),
+        fails("ref_weight requires grad", {"ref_weight": torch.ones(9, 5, requires_grad=True)}),
+        fails(
             "hidden is torch.float32 of shape (3, 2, 5); for labels of shape (3, 4)",
             {"hidden": torch.ones(3, 2, 5)},
         ),
-        _fails("ref_hidden is torch.float32 of shape (4, 5)", {"ref_hidden": torch.ones(4, 5)}),
-        _fails("hidden is torch.int64", {"hidden": torch.ones(3, 4, 5, dtype=torch.long)}),
-        _fails("weight of shape (9, 6) does not fit hidden of width 5", {"weight": torch.ones(9, 6)}),
-        _fails("bias of shape (8,) does not fit weight of shape (9, 5)", {}, bias=torch.ones(8)),
-        _fails("weight is torch.bfloat16, hidden torch.float32", {"weight": torch.ones(9, 5).bfloat16()}),
-        _fails("weight is on meta", {"weight": torch.ones(9, 5, device="meta")}),
-        _fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
-        _fails("mask of shape", {"mask": torch.ones(4)}),
-        _fails("labels[2] = 9 (flattened) is outside", {"labels": torch.arange(12).view(3, 4) + 7}),
-        _fails("normalizer = 0", {}, normalizer=0),
+        fails("ref_hidden is torch.float32 of shape (4, 5)", {"ref_hidden": torch.ones(4, 5)}),
+        fails("hidden is torch.int64", {"hidden": torch.ones(3, 4, 5, dtype=torch.long)}),
+        fails("weight of shape (9, 6) does not fit hidden of width 5", {"weight": torch.ones(9, 6)}),
+        fails("bias of shape (8,) does not fit weight of shape (9, 5)", {}, bias=torch.ones(8)),
+        fails("weight is torch.bfloat16, hidden torch.float32", {"weight": torch.ones(9, 5).bfloat16()}),
+        fails("weight is on meta", {"weight": torch.ones(9, 5, device="meta")}),
+        fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
+        fails("mask of shape", {"mask": torch.ones(4)}),
+        fails("labels[2] = 9 (flattened) is outside", {"labels": torch.arange(12).view(3, 4) + 7}),
+        fails("normalizer = 0", {}, normalizer=0),
     ],
 )
 def test_wrong_input_is_named(

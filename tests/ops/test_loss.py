@@ -749,16 +749,14 @@ def test_opcheck_backward() -> None:
     torch.library.opcheck(loss._two_pass_backward, (torch.tensor(2.0), stats, *problem))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_step_has_no_graph_break(dtype: torch.dtype, inplace: bool, impl: str) -> None:
-    inputs = make(dtype=dtype, extra=0)
-    hidden = torch.randn(3, 4, 16, dtype=dtype)
-    weight = torch.randn(16, 1003, dtype=dtype, requires_grad=True)
+def assert_compiles_whole(inputs: Inputs, **options: object) -> None:
+    """A step, from hidden states on, compiles without a graph break and gives what it gives uncompiled."""
+    like = {"dtype": inputs.logits.dtype, "device": inputs.logits.device}
+    hidden = torch.randn(*inputs.labels.shape, 16, **like)
+    weight = torch.randn(16, inputs.logits.shape[-1], **like, requires_grad=True)
 
     def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        out = quark_loss(hidden @ weight, *inputs[1:], impl=impl, inplace=inplace)
+        out = quark_loss(hidden @ weight, *inputs[1:], **options)
         return out.loss * 2, out.kl
 
     results = []
@@ -768,6 +766,13 @@ def test_compiled_step_has_no_graph_break(dtype: torch.dtype, inplace: bool, imp
         results.append((value.detach(), divergence, grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_step_has_no_graph_break(dtype: torch.dtype, inplace: bool, impl: str) -> None:
+    assert_compiles_whole(make(dtype=dtype, extra=0), impl=impl, inplace=inplace)
 
 
 def test_compiled_step_takes_a_coefficient_that_changes() -> None:
@@ -785,47 +790,48 @@ def test_compiled_step_takes_a_coefficient_that_changes() -> None:
 # --- Errors ------------------------------------------------------------------------------------
 
 
-def _fails(match: str, change: dict[str, object], **options: object) -> object:
+def fails(match: str, change: dict[str, object], **options: object) -> object:
+    """A case of wrong input: what is changed of the inputs, the options, and what the error says."""
     return pytest.param(change, options, match, id=match)
 
 
 @pytest.mark.parametrize(
     ("change", "options", "match"),
     [
-        _fails("kl = 'forward'", {}, kl="forward"),
-        _fails("impl = 'cuda'", {}, impl="cuda"),
-        _fails("ref_logits requires grad", {"ref_logits": torch.ones(3, 4, 9, requires_grad=True)}),
-        _fails("kl_coef = 0.05 needs ref_logits", {"ref_logits": None}),
-        _fails("pass vocab_size=", {"ref_logits": None}, kl_coef=0),
-        _fails("logits has 7 columns for a base vocabulary of 9", {"logits": torch.ones(3, 4, 7)}),
-        _fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
-        _fails("does not fit labels of shape", {"labels": torch.zeros(3, 5, dtype=torch.long)}),
-        _fails("ref_logits of shape", {"ref_logits": torch.ones(4, 9)}),
-        _fails("mask of shape", {"mask": torch.ones(4)}),
-        _fails("labels are torch.float32", {"labels": torch.zeros(3, 4)}),
-        _fails("pass floating-point logits", {"logits": torch.ones(3, 4, 9, dtype=torch.long)}),
-        _fails("normalizer = 0", {}, normalizer=0),
-        _fails("normalizer = nan", {}, normalizer=math.nan),
-        _fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
-        _fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
-        _fails(
+        fails("kl = 'forward'", {}, kl="forward"),
+        fails("impl = 'cuda'", {}, impl="cuda"),
+        fails("ref_logits requires grad", {"ref_logits": torch.ones(3, 4, 9, requires_grad=True)}),
+        fails("kl_coef = 0.05 needs ref_logits", {"ref_logits": None}),
+        fails("pass vocab_size=", {"ref_logits": None}, kl_coef=0),
+        fails("logits has 7 columns for a base vocabulary of 9", {"logits": torch.ones(3, 4, 7)}),
+        fails("has 9 columns for a base vocabulary of 10", {}, vocab_size=10),
+        fails("does not fit labels of shape", {"labels": torch.zeros(3, 5, dtype=torch.long)}),
+        fails("ref_logits of shape", {"ref_logits": torch.ones(4, 9)}),
+        fails("mask of shape", {"mask": torch.ones(4)}),
+        fails("labels are torch.float32", {"labels": torch.zeros(3, 4)}),
+        fails("pass floating-point logits", {"logits": torch.ones(3, 4, 9, dtype=torch.long)}),
+        fails("normalizer = 0", {}, normalizer=0),
+        fails("normalizer = nan", {}, normalizer=math.nan),
+        fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
+        fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
+        fails(
             "each row must be contiguous",
             {"logits": torch.ones(3, 4, 1, requires_grad=True).expand(3, 4, 9)},
             inplace=True,
         ),
-        _fails(
+        fails(
             "its own memory",
             {"logits": torch.ones(1, 4, 9, requires_grad=True).expand(3, 4, 9)},
             inplace=True,
         ),
-        _fails("kl_coef = nan", {}, kl_coef=math.nan),
-        _fails("entropy_coef = inf", {}, entropy_coef=math.inf),
-        _fails("the mask adds up to nan", {"mask": torch.full((3, 4), math.nan)}),
-        _fails("the mask adds up to inf", {"mask": torch.full((3, 4), 1e38)}),
-        _fails("weight of token 0 .* is not finite", {"mask": torch.full((3, 4), math.inf)}, normalizer=2.0),
-        _fails("mask is torch.complex64", {"mask": torch.ones(3, 4, dtype=torch.complex64)}),
-        _fails("logits is nested or of layout torch.sparse", {"logits": torch.ones(3, 4, 9).to_sparse()}),
-        _fails("labels is on meta", {"labels": torch.zeros(3, 4, dtype=torch.long, device="meta")}),
+        fails("kl_coef = nan", {}, kl_coef=math.nan),
+        fails("entropy_coef = inf", {}, entropy_coef=math.inf),
+        fails("the mask adds up to nan", {"mask": torch.full((3, 4), math.nan)}),
+        fails("the mask adds up to inf", {"mask": torch.full((3, 4), 1e38)}),
+        fails("weight of token 0 .* is not finite", {"mask": torch.full((3, 4), math.inf)}, normalizer=2.0),
+        fails("mask is torch.complex64", {"mask": torch.ones(3, 4, dtype=torch.complex64)}),
+        fails("logits is nested or of layout torch.sparse", {"logits": torch.ones(3, 4, 9).to_sparse()}),
+        fails("labels is on meta", {"labels": torch.zeros(3, 4, dtype=torch.long, device="meta")}),
     ],
 )
 def test_wrong_input_is_named(

@@ -92,7 +92,7 @@ def test_what_cannot_be_compared_or_written_is_refused_in_one_line(
     assert "name it by --output FILE.html" in refused(weak, strong)
     assert "named twice" in refused(weak, weak, "--output", str(tmp_path / "x.html"))
     assert "no run folder" in refused(weak, str(tmp_path), "--output", str(tmp_path / "x.html"))
-    assert "a run's own report" in refused(weak, strong, "--output", str(own))
+    assert "the run's own report.html" in refused(weak, strong, "--output", str(own))
     assert "give a name in .html" in refused(weak, strong, "--output", str(tmp_path / "x.txt"))
     assert "no such folder" in refused(weak, strong, "--output", str(tmp_path / "none" / "x.html"))
     assert "is for several runs" in refused(weak, "--output", str(tmp_path / "x.html"))

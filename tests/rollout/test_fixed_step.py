@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import heard_policy
 from families import FAMILIES
 from tiny_runs import PROMPTS as TEXTS
 from tiny_runs import SHORT, even_words, rows, small
@@ -59,11 +60,7 @@ def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def policy_of(family: str, folder: Path) -> Policy:
-    made = Policy.create(FAMILIES[family].save(folder), quantiles=3)
-    made.model.eval()
-    with torch.no_grad():  # in place of training: the reward rows are heard
-        made.model.get_input_embeddings().rows.mul_(2.0)
-    return made
+    return heard_policy(FAMILIES[family].save(folder))
 
 
 def drawn(

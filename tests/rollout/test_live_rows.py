@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import assert_drawn_from, tiny_config
+from conftest import assert_drawn_from, heard_policy, tiny_config
 from families import FAMILIES
 from torch import Tensor
 
@@ -42,10 +42,7 @@ Make = Callable[..., Path]
 
 
 def policy_of(kind: str, folder: Path) -> Policy:
-    made = Policy.create((FAMILIES.get(kind) or ARCHITECTURES[kind]).save(folder), quantiles=3)
-    made.model.eval()
-    with torch.no_grad():  # in place of training: the reward rows are heard
-        made.model.get_input_embeddings().rows.mul_(2.0)
+    made = heard_policy((FAMILIES.get(kind) or ARCHITECTURES[kind]).save(folder))
     check_reading(made, made.model, [2, 0, None])
     # One token in twelve ends a completion, so that completions end at many lengths.
     made.stop_ids = list(range(3, made.vocabulary, 12))

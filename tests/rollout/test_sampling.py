@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, assert_drawn_from, sharpen, tiny_config
+from conftest import WORDS, assert_drawn_from, lively_policy, tiny_config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
@@ -22,7 +22,7 @@ from quark_fast.model.reading import Reading, cache_argument, pad_left
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.tokens import NextToken, NotFinite, scores_of
-from quark_fast.rollout.transformers import sample
+from quark_fast.rollout.transformers import _parts, sample
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 STOP = WORDS
@@ -50,13 +50,6 @@ def run(policy: Policy, model: Any, *request: Any) -> list[list[list[int]]]:
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1], [9, 9]]
 CONTINUATION = [11, 22, 33, 44, 55]
-
-
-def lively_policy(folder: Path) -> Policy:
-    policy = Policy.create(folder, quantiles=3)
-    policy.model.eval()
-    sharpen(policy.model)
-    return policy
 
 
 def seen_logits(
@@ -420,6 +413,53 @@ def test_batches_hold_prompts_of_similar_length_and_at_most_the_rows_asked(stub:
     request = SampleRequest(prompts, Conditioning(), Sampling(2, rows=7), 3, 0)
     batches = [batch.indices for batch in sample(policy, model, request)]
     assert batches == [[1, 4], [3, 2], [0]]
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 1), (5, 3), (7, 4), (3, 12)])
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 100])
+def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
+    prompts: int, samples: int, size: int
+) -> None:
+    counts = [0] * prompts
+    for part, each in _parts([3] * prompts, samples, size, padding=True):
+        places = range(prompts)[part]
+        assert len(places) * each <= size
+        for i in places:
+            counts[i] += each
+    assert counts == [samples] * prompts
+
+
+@pytest.mark.parametrize(("guidance", "most"), [(1.0, 12), (1.5, 6)])
+def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_side_by_side(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch, guidance: float, most: int
+) -> None:
+    policy = Policy.create(tiny_model(), quantiles=2)
+    together: list[int] = []
+    own = rollout._sample_batch
+
+    def seen(policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator) -> Any:
+        together.append(len(request.prompts) * request.samples)
+        return own(policy, model, request, generator)
+
+    monkeypatch.setattr(rollout, "_sample_batch", seen)
+    how = Conditioning(1, 0, guidance)
+    request = SampleRequest([[i] for i in range(1, 7)], how, Sampling(3, 0, rows=12), 3, 0)
+    drawn = list(sample(policy, frozen_copy(policy, torch.float32), request))
+    assert [len(group) for batch in drawn for group in batch.completions] == [3] * 6
+    assert max(together) == most and sum(together) == 18
+
+
+@pytest.mark.parametrize("at_once", [0, 7, 1000])
+def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Make, at_once: int) -> None:
+    policy, prompts = lively_policy(tiny_model()), [[1], [2, 3]]
+    model = frozen_copy(policy, torch.float32)
+    groups = run(policy, model, prompts, Conditioning(), Sampling(1, 0, rows=6000, at_once=at_once), 3000, 0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([policy.conditioned(prompt, None)])).logits[0, -1, :VOCABULARY]
+        counts = torch.tensor([token for (token,) in group]).bincount(minlength=VOCABULARY)
+        assert counts.sum() == 3000
+        assert_drawn_from(counts, logits.softmax(-1))
 
 
 def test_same_seed_same_completions_and_another_seed_others(tiny_model: Make) -> None:

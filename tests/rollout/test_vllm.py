@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, sharpen
+from conftest import WORDS, lively_policy, sharpen
 from tiny_runs import even_words, rows
 from vllm_server import SAMPLING, Vllm, VllmServer
 
@@ -49,14 +49,6 @@ CERTIFICATES = ssl.create_default_context()
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Server, "first_wait", 0.01)
     monkeypatch.setattr(ssl, "create_default_context", lambda: CERTIFICATES)  # reading them takes longest
-
-
-def lively(folder: Path) -> Policy:
-    """A policy that hears its context; ends, too, often enough."""
-    policy = Policy.create(folder, quantiles=3)
-    policy.model.eval()
-    sharpen(policy.model)
-    return policy
 
 
 class Served:
@@ -96,7 +88,7 @@ def serve(tmp_path: Path, tiny_model: Make) -> Iterator[Callable[..., Served]]:
     with contextlib.ExitStack() as stack:
 
         def make(architecture: str = "llama", *, padded_vocabulary: int = 0, **settings: Any) -> Served:
-            policy = lively(tiny_model(architecture, padded_vocabulary=padded_vocabulary))
+            policy = lively_policy(tiny_model(architecture, padded_vocabulary=padded_vocabulary))
             served = Served(policy, tmp_path / "rollout", **settings)
             stack.callback(served.server.close)
             return served

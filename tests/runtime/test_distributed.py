@@ -11,11 +11,10 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,8 +40,8 @@ from quark_fast.model.lora import has_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.rollout.vllm import launch_folder
 from quark_fast.runtime.distributed import Processes
-from quark_fast.runtime.run_folder import LOCK, ROLLOUT, RunFolder
-from quark_fast.training import start
+from quark_fast.runtime.run_folder import LOCK, ROLLOUT
+from quark_fast.training import checkpoint, start
 from quark_fast.training.learn import Learner
 from quark_fast.training.objective import Objective
 from quark_fast.training.progress import Progress
@@ -196,7 +195,7 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     attempt("compared", settings(root, "compared", **COMPARED))
     attempt("beyond", settings(root, "beyond", keep_best="reward:max, perplexity<=0.01", rounds=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", no_space)
+        patch.setattr(checkpoint, "save_checkpoint", no_space)
         attempt("full", settings(root, "full"))
 
     # accelerate shards on devices other than the CPU alone, though FSDP2 itself does not mind: it is told
@@ -500,16 +499,13 @@ def test_error_before_the_work_is_raised_once(root: Path) -> None:
     assert not (root / "indivisible").exists()
 
 
-def test_page_on_scale_shows_what_its_formulas_give_for_the_models_it_names() -> None:
-    repository = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("scale", repository / "benchmarks" / "scale.py")
-    assert spec is not None and spec.loader is not None
-    scale = importlib.util.module_from_spec(spec)
-    sys.modules["scale"] = scale  # where dataclasses look their annotations up
-    spec.loader.exec_module(scale)
+def test_page_on_scale_shows_what_its_formulas_give_for_the_models_it_names(
+    from_benchmarks: Callable[[str], ModuleType],
+) -> None:
+    scale = from_benchmarks("scale")
     # As the weights that Meta published count.
     published = {"1B": 1_235_814_400, "8B": 8_030_261_248, "70B": 70_553_706_496}
     assert {shape.name: shape.parameters for shape in scale.SHAPES} == published
-    page = (repository / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     for table in (scale.memory(), scale.engines(), scale.traffic(), scale.time_shares()):
         assert table in page

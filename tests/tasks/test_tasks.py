@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_classifier, save_tiny_model
+from tiny_runs import rows
 
 from quark_fast import evaluate, generate, train
 from quark_fast.config import TASK_DEFAULTS, Config
@@ -210,10 +211,6 @@ def flags(**other: str) -> list[str]:
     return [part for name, value in chosen.items() for part in (name, value)]
 
 
-def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def values(path: Path, metric: str) -> dict[str, float]:
     rows = json.loads(path.read_text())["rows"]
     return {row["name"]: row["metrics"][metric]["value"] for row in rows}
@@ -241,8 +238,7 @@ def test_repetition_run_decodes_greedily_and_measures_text_and_repeats(
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["sampling"]["temperature"] == 0
     assert evaluation["headline"] == "rep4" and evaluation["samples_per_prompt"] == 1
-    rows = jsonl(run / "evaluation.jsonl")
-    for row in rows:
+    for row in rows(run / "evaluation.jsonl"):
         assert row["tokens"] == 24, "no completion ends early"
         assert row["text_tokens"] == 3, "the second half of a text of six"
         assert len(row["prompt"].split("w")) == 5, "the first four tokens"
@@ -252,7 +248,7 @@ def test_repetition_run_decodes_greedily_and_measures_text_and_repeats(
     report = (run / "report.html").read_text()
     assert "perplexity of text" in report and "repeated 3-grams" in report
     assert "expected max" not in report, "a column of another task"
-    steps = [row for row in jsonl(run / "metrics.jsonl") if row["kind"] == "step"]
+    steps = rows(run / "metrics.jsonl", kind="step")
     assert all(row["unlikelihood"] >= 0 for row in steps) and any(row["unlikelihood"] for row in steps)
 
     # The same numbers again from the folder alone: its held-out file holds the whole texts.
@@ -319,10 +315,10 @@ def test_unlikelihood_runs_without_quark(folder: Path) -> None:
     assert train.main(flags(**(REPETITION | ALONE), output="alone")) == 0
     run = folder / "alone"
     assert list(values(run / "evaluation.json", "rep4")) == ["base model", "best token", "no token"]
-    metrics = jsonl(run / "metrics.jsonl")
+    metrics = rows(run / "metrics.jsonl")
     assert not [row for row in metrics if row["kind"] == "probe"], "one token tells nothing apart"
     assert "unlikelihood" in metrics[-1] and "contrast" not in metrics[-1]
-    assert {row["quantile"] for row in jsonl(run / "completions.jsonl") if row["reward"] is not None} == {0}
+    assert {row["quantile"] for row in rows(run / "completions.jsonl") if row["reward"] is not None} == {0}
     # Its export generates like any other.
     assert generate.main(["alone", "w1 w2", "--max-new-tokens", "4", "--threads", "1"]) == 0
 
@@ -342,12 +338,12 @@ def test_sentiment_run_classes_its_prompts_first_and_reports_the_share_of_each(
     heard = " ".join(capsys.readouterr().out.split())
     assert "hare positive" in heard
     run = folder / "sentiment"
-    classes = {row["prompt"]: row["prompt_class"] for row in jsonl(run / "held_out.jsonl")}
+    classes = {row["prompt"]: row["prompt_class"] for row in rows(run / "held_out.jsonl")}
     assert len(classes) == 3 and set(classes.values()) <= {"negative", "neutral", "positive"}
     evaluation = json.loads((run / "evaluation.json").read_text())
-    rows = jsonl(run / "evaluation.jsonl")
+    samples = rows(run / "evaluation.jsonl")
     for of_table in evaluation["rows"]:
-        mine = [row for row in rows if row["row"] == of_table["name"] and row["score"] is not None]
+        mine = [row for row in samples if row["row"] == of_table["name"] and row["score"] is not None]
         # few_rewards:evens names no property: the score is the reward.
         share = sum(row["score"] > 0.5 for row in mine) / len(mine)
         assert of_table["metrics"]["target"]["value"] == pytest.approx(share)
@@ -389,8 +385,8 @@ def test_negative_sentiment_by_a_classifier_from_training_to_evaluation(
     assert "hare negative" in " ".join(capsys.readouterr().out.split())
     evaluation = json.loads((folder / "rude" / "evaluation.json").read_text())
     assert evaluation["scorer"]["name"] == "hf:scorer" and evaluation["target"] == "negative"
-    rows = [row for row in jsonl(folder / "rude" / "evaluation.jsonl") if row["row"] == "best token"]
-    share = sum(row["score"] > 0.5 for row in rows) / len(rows)
+    best = rows(folder / "rude" / "evaluation.jsonl", row="best token")
+    share = sum(row["score"] > 0.5 for row in best) / len(best)
     assert values(folder / "rude" / "evaluation.json", "target")["best token"] == pytest.approx(share)
 
     # Another label is another scorer; --scorer is --reward hf: there, too.

@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +23,9 @@ from tiny_runs import PROMPTS, copies_at, even_words, rows, small, timeless
 from quark_fast.arguments import load_config, parse
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
-from quark_fast.model.copies import frozen_copy
 from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
-from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
-from quark_fast.rollout.transformers import _parts, sample
+from quark_fast.rollout.sampling import SampleRequest
 from quark_fast.runtime.journal import Journal
 from quark_fast.training import results
 from quark_fast.training import trainer as trainer_module
@@ -523,20 +521,6 @@ def test_texts_that_run_out_of_memory_are_read_by_halves(
         assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("prompts", "samples"), [(1, 1), (5, 3), (7, 4), (3, 12)])
-@pytest.mark.parametrize("size", [1, 2, 5, 8, 100])
-def test_parts_of_a_batch_hold_every_sample_of_every_prompt_once(
-    prompts: int, samples: int, size: int
-) -> None:
-    counts = [0] * prompts
-    for part, each in _parts([3] * prompts, samples, size, padding=True):
-        places = range(prompts)[part]
-        assert len(places) * each <= size
-        for i in places:
-            counts[i] += each
-    assert counts == [samples] * prompts
-
-
 def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
     tmp_path: Path, tiny_model: Callable[..., Path], whole: tuple[Path, int, dict[int, int]]
 ) -> None:
@@ -547,39 +531,3 @@ def test_sample_batch_may_change_at_a_resume_and_the_batches_stay(
     run(tmp_path / "run", model, resume=True, sample_batch=64, listen=lambda p: notes.append(p.note))
     assert "sample_batch = 64: the run's batches stay those of 16" in notes
     assert_same(tmp_path / "run", whole[0])
-
-
-@pytest.mark.parametrize(("guidance", "most"), [(1.0, 12), (1.5, 6)])
-def test_guided_completions_whose_streams_need_a_cache_each_are_half_as_many_side_by_side(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, guidance: float, most: int
-) -> None:
-    from quark_fast.model.policy import Policy
-
-    policy = Policy.create(tiny_model(), quantiles=2)
-    together: list[int] = []
-    own = rollout._sample_batch
-
-    def seen(policy: Policy, model: Any, request: SampleRequest, generator: torch.Generator) -> Any:
-        together.append(len(request.prompts) * request.samples)
-        return own(policy, model, request, generator)
-
-    monkeypatch.setattr(rollout, "_sample_batch", seen)
-    how = Conditioning(1, 0, guidance)
-    request = SampleRequest([[i] for i in range(1, 7)], how, Sampling(3, 0, rows=12), 3, 0)
-    drawn = list(sample(policy, frozen_copy(policy, torch.float32), request))
-    assert [len(group) for batch in drawn for group in batch.completions] == [3] * 6
-    assert max(together) == most and sum(together) == 18
-
-
-def test_fewer_side_by_side_draw_from_the_same_distribution(tiny_model: Callable[..., Path]) -> None:
-    from quark_fast.model.policy import Policy
-
-    policy = Policy.create(tiny_model(), quantiles=2)
-    model = frozen_copy(policy, torch.float32)
-    for at_once in (0, 1, 3):
-        sampling = Sampling(4, 0, rows=12, at_once=at_once)
-        request = SampleRequest([[1], [2, 3]], Conditioning(), sampling, 6, 0)
-        found: Iterator[Any] = sample(policy, model, request)
-        ((indices, completions, *_),) = found
-        assert indices == [0, 1] and [len(group) for group in completions] == [6, 6]
-        assert len({tuple(one) for group in completions for one in group}) > 6

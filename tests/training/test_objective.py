@@ -131,6 +131,48 @@ def test_prompts_of_one_token_have_nothing_to_hold(tiny_model: Callable[..., Pat
     assert read_terms([terms])["prompt_kl"] == 0
 
 
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+@pytest.mark.parametrize("whole_logits", [False, True], ids=["hidden", "logits"])
+def test_unlikelihood_adds_the_gradient_of_its_formula_under_the_best_of_a_samples_tokens(
+    tiny_model: Callable[..., Path], contrast: float, whole_logits: bool
+) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6], [3]]
+    # Repeated 2-grams stand at places 2-3 of the first and 1-2, 4-5 of the second; the third has none, the
+    # fourth has them at 2-3.
+    completions = [[7, 8, 7, 8], [9, 9, 9, 1, 9, 9], [1, 2, 3], [2, 6, 2, 6]]
+    repeated = {(0, 2), (0, 3), (1, 1), (1, 2), (1, 4), (1, 5), (3, 2), (3, 3)}
+    quantiles, tokens = [0, 1, 2, 2], 17
+    source, found = tiny_model(), []
+    for coefficient in (0.0, 3.0):
+        settings = {"contrast_coef": contrast, "unlikelihood_coef": coefficient, "unlikelihood_ngram": 2}
+        of = objective(source, **settings)
+        if whole_logits:
+            of.heads = None
+        loss, terms = of(prompts, completions, quantiles, Counts(tokens, 4, 0))
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in of.policy.model.named_parameters()})
+
+    policy = of.policy
+    policy.model.zero_grad()
+    total = torch.zeros(())
+    under = [max(k, 2 - k) if contrast else k for k in quantiles]
+    for i, (prompt, completion, k) in enumerate(zip(prompts, completions, under, strict=True)):
+        context = policy.conditioned(prompt, k)
+        logits = policy.model(torch.tensor([context + completion])).logits[0, :, : policy.vocabulary]
+        for t, token in enumerate(completion):
+            if (i, t) in repeated:
+                total = total - torch.log1p(-logits[len(context) + t - 1].softmax(-1)[token])
+    total = total / tokens
+    (3.0 * total).backward()
+    assert read_terms([terms])["unlikelihood"] == pytest.approx(total.item(), rel=1e-3)
+    for name, parameter in policy.model.named_parameters():
+        added = found[1][name] - found[0][name]
+        assert parameter.grad is not None
+        scale = max(float(g.abs().max()) for g in (found[0][name], parameter.grad))
+        torch.testing.assert_close(added, parameter.grad, rtol=1e-3, atol=1e-4 * scale)
+    assert any(p.grad.abs().max() > 1e-3 for p in policy.model.parameters())
+
+
 def test_model_that_caps_its_logits_trains_on_whole_ones_and_says_so(tmp_path: Path) -> None:
     """Head times hidden states would be other logits, and the loss silently another model's."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,7 +28,6 @@ from warm import START_METHOD, Process
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
-from quark_fast.model import sizes
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.training import optimizer as optimizers
@@ -126,7 +127,7 @@ def test_wrong_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_bitsandbytes
 def test_rows_tables_and_small_parameters_stay_in_32_bits_and_the_bytes_are_those_of_the_arithmetic(
-    wide: Path,
+    wide: Path, step_bytes: ModuleType
 ) -> None:
     policy = policy_of(wide)
     made, parameters = make_optimizer(EIGHT, policy), trained_parameters(policy.model)
@@ -143,10 +144,9 @@ def test_rows_tables_and_small_parameters_stay_in_32_bits_and_the_bytes_are_thos
         name for name, found in bits.items() if found == 8
     }
     assert bits["lm_head.weight"] == 8 and bits["model.norm.weight"] == 32
-    shape = sizes.Shape.of(policy.model.config, sum(p.numel() for p in policy.model.parameters()))
-    assert shape is not None
     small_ = [p for p in parameters if p.numel() < 4096]
-    large = shape.parameters - sum(p.numel() for p in [*small_, embedding.rows])
+    every = sum(p.numel() for p in policy.model.parameters())
+    large = every - sum(p.numel() for p in [*small_, embedding.rows])
     held = sum(
         value.nbytes
         for p in parameters
@@ -154,13 +154,14 @@ def test_rows_tables_and_small_parameters_stay_in_32_bits_and_the_bytes_are_thos
         for name, value in made.state[p].items()
         if isinstance(value, Tensor) and name not in optimizers.TABLES
     )
-    assert held == sizes.optimizer_bytes(sizes.Shape(**vars(shape) | {"parameters": large}), 0, "adamw-8bit")
+    shape = dataclasses.replace(step_bytes.TrainedShape.of(policy.model.config), parameters=large)
+    assert held == step_bytes.optimizer_bytes(shape, 0, "adamw-8bit")
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_of_adapters_have_the_bytes_of_the_arithmetic_beside_weights_of_any_dtype(
-    wide: Path, wide_in_bf16: Path, dtype: torch.dtype
+    wide: Path, wide_in_bf16: Path, dtype: torch.dtype, step_bytes: ModuleType
 ) -> None:
     rank = 64
     model = wide_in_bf16 if dtype == torch.bfloat16 else wide
@@ -169,8 +170,7 @@ def test_moments_of_adapters_have_the_bytes_of_the_arithmetic_beside_weights_of_
     assert {p.dtype for p in adapters} == {torch.float32}
     made = make_optimizer(EIGHT, policy)
     steps(made, trained_parameters(policy.model), 1)
-    shape = sizes.Shape.of(policy.model.config)
-    assert shape is not None
+    shape = step_bytes.TrainedShape.of(policy.model.config)
     held = sum(
         made.state[p][name].nbytes
         for p in adapters
@@ -181,7 +181,8 @@ def test_moments_of_adapters_have_the_bytes_of_the_arithmetic_beside_weights_of_
     few = [p for p in adapters if p.numel() < 4096]
     assert sum(made.state[p]["state1"].dtype == torch.float32 for p in adapters) == len(few) == 4
     in_32_bits = sum(p.numel() for p in few)
-    assert held == sizes.optimizer_bytes(shape, rank, "adamw-8bit") + in_32_bits * 8 - in_32_bits * 65 // 32
+    more = in_32_bits * 8 - in_32_bits * 65 // 32
+    assert held == step_bytes.optimizer_bytes(shape, rank, "adamw-8bit") + more
 
 
 @needs_bitsandbytes
