@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from quark_fast.data.prompts import load_prompts
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut, evaluate, evaluation_sampling
+from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup, evaluate, evaluation_sampling
 from quark_fast.evaluation.open_run import open_run
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.evaluation.table_rows import TableRow
@@ -39,7 +39,7 @@ class FinishedRun:
             self.run.policy,
             self.run.reference,
             choose_reward(config, self.task, self.run.device),
-            HeldOut.encoded(self.run.policy, load_prompts(folder / HELD_OUT).rows, config),
+            EncodedPrompts.encoded(self.run.policy, load_prompts(folder / HELD_OUT).rows, config),
             evaluation_sampling(config),
             config.seed,
             prompt_fit=self.task.shows("prompt_fit"),

@@ -43,12 +43,12 @@ Completion = tuple[int, list[int], str, float]
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Prompts to evaluate on.
+class EncodedPrompts:
+    """Rows of prompts with their token ids, and how many completions each gets.
 
     Attributes:
         rows: for the reward. ids: what the model reads.
-        samples: completions of each prompt.
+        samples: completions of each prompt, where it is evaluated on.
         texts: where there are any, the ids of each prompt's held-out text, which begins with the prompt.
         classified: the rows' ``prompt_class`` is ours, no column of the user's: a reward need not take it.
         cut: prompts of which the model reads the last tokens alone.
@@ -67,7 +67,7 @@ class HeldOut:
         return {k: v for k, v in row.items() if k != "prompt_class"} if self.classified else row
 
     @classmethod
-    def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> HeldOut:
+    def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> EncodedPrompts:
         """Rows as the policy's token ids; ``options`` are those of ``encode_rows``."""
         most, cut = policy.room_of(config), config.long_prompts == "cut"
         found = encode_rows(policy, rows, most, config.prefix_tokens, cut=cut, **options)
@@ -93,7 +93,7 @@ class EvaluationSetup:
     policy: Policy
     reference: Any
     reward: Reward
-    held_out: HeldOut
+    held_out: EncodedPrompts
     sampling: Sampling
     seed: int
     sampler: Sampler = sample
@@ -332,7 +332,7 @@ def fit_to_prompts(
 
 
 def first_completions(
-    policy: Policy, model: Any, prompts: HeldOut, sampling: Sampling, seed: int
+    policy: Policy, model: Any, prompts: EncodedPrompts, sampling: Sampling, seed: int
 ) -> Iterator[tuple[list[Row], list[str]]]:
     """What a reward is tried out on: (rows of prompts, a completion of each), of 4 and then of 60 prompts."""
     for number, some in enumerate((slice(0, 4), slice(4, 64))):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
+from quark_fast.evaluation.held_out import Completion, EncodedPrompts, EvaluationSetup
 from quark_fast.evaluation.perplexity import ReferenceLogits, completion_nll, completion_nll_and_kl
 from quark_fast.metrics import RankCorrelation, rank_correlation
 from quark_fast.model.policy import Policy
@@ -47,7 +47,7 @@ class Probe:
         ``PROBE_PROMPTS``.
         """
         some = slice(max(PROBE_PROMPTS, PROBE_TOKENS // setup.sampling.max_new_tokens))
-        held_out = HeldOut(setup.held_out.rows[some], setup.held_out.ids[some], samples=1)
+        held_out = EncodedPrompts(setup.held_out.rows[some], setup.held_out.ids[some], samples=1)
         setup = dataclasses.replace(setup, held_out=held_out)
 
         def with_reward(found: list[Completion]) -> Drawn:

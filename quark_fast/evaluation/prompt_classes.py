@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from quark_fast.evaluation.held_out import Completion, EvaluationSetup, HeldOut
+from quark_fast.evaluation.held_out import Completion, EncodedPrompts, EvaluationSetup
 from quark_fast.rollout.sampling import Conditioning, DrawnBatch
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun
@@ -44,7 +44,7 @@ def classify_prompts(
     others = [i for i in range(len(ids)) if i not in counted]
     setup = dataclasses.replace(
         setup,
-        held_out=HeldOut([rows[i] for i in others], [ids[i] for i in others], CLASS_SAMPLES),
+        held_out=EncodedPrompts([rows[i] for i in others], [ids[i] for i in others], CLASS_SAMPLES),
         sampling=dataclasses.replace(setup.sampling, temperature=setup.sampling.temperature or 1.0),
     )
 

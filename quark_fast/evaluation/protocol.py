@@ -14,7 +14,7 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts
 from quark_fast.data.row import Row, given, with_same_columns
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import HeldOut
+from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.subjects import Model, Run, agree
 from quark_fast.model.loading import load_tokenizer
@@ -139,7 +139,7 @@ class PromptSet:
     Attributes:
         key: "" or OUT_OF_DOMAIN.
         split: which of a run's or the task's prompts these are; None: neither.
-        classified: as of ``HeldOut``.
+        classified: as of ``EncodedPrompts``.
         held_out: each model's ids of them, by the model's short name.
     """
 
@@ -148,7 +148,7 @@ class PromptSet:
     rows: list[Row]
     split: str | None = None
     classified: bool = False
-    held_out: dict[str, HeldOut] = field(default_factory=dict)
+    held_out: dict[str, EncodedPrompts] = field(default_factory=dict)
 
     def stage(self, name: str) -> str:
         """What a stage of the evaluation on these prompts is called."""
@@ -157,7 +157,7 @@ class PromptSet:
     def encode(self, label: str, policy: Policy, config: Config, remark: Callable[[str], None]) -> None:
         """Have a model read the prompts."""
         what = f"texts of {self.source}"
-        held_out = HeldOut.encoded(policy, self.rows, config, what=what, log=remark)
+        held_out = EncodedPrompts.encoded(policy, self.rows, config, what=what, log=remark)
         policy.check_fits(held_out.ids, config.max_new_tokens)
         self.held_out[label] = dataclasses.replace(held_out, classified=self.classified)
 

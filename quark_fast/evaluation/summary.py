@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quark_fast.data.row import Row
-from quark_fast.evaluation.held_out import EvaluationSetup, HeldOut
+from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
@@ -96,7 +96,7 @@ def classes_sha256(task: Task, rows: Sequence[Row]) -> str | None:
     return _sha256(classes) if task.prompt_classes and None not in classes else None
 
 
-def what_was_cut(held_out: Mapping[str, HeldOut]) -> dict[str, Any] | None:
+def what_was_cut(held_out: Mapping[str, EncodedPrompts]) -> dict[str, Any] | None:
     """Which models read the last tokens alone of how many prompts, and the hash of what all of them read.
 
     Args:

@@ -11,7 +11,7 @@ from quark_fast.data import assets
 from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Row, as_rendered, from_file, is_chat, with_same_columns
 from quark_fast.data.split import Chosen, choose_prompts
-from quark_fast.evaluation.held_out import HeldOut
+from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.run_folder import PROMPTS, RunFolder
@@ -38,11 +38,11 @@ class RunPrompts:
     train: list[Row]
     train_ids: list[list[int]]
     held_out_rows: list[Row]
-    held_out: HeldOut
+    held_out: EncodedPrompts
     chats: list[Row]
     notes: list[str]
     scored: list[Scored]
-    development: HeldOut | None = None
+    development: EncodedPrompts | None = None
 
     def longest(self, new_tokens: int) -> int:
         """The most tokens of a prompt with a completion, of ``new_tokens`` if it is sampled."""
@@ -97,11 +97,11 @@ def read_prompts(
 def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
     """The prompts as ids; those that are too long, or too short, are left out and counted."""
     what, log = "texts" if config.prefix_tokens else "prompts", chosen.notes.append
-    train = HeldOut.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
-    held_out = HeldOut.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
+    train = EncodedPrompts.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
+    held_out = EncodedPrompts.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
     development = None
     if chosen.development:
-        some = HeldOut.encoded(policy, chosen.development, config, what=f"development {what}", log=log)
+        some = EncodedPrompts.encoded(policy, chosen.development, config, what=f"development {what}", log=log)
         samples = DEVELOPMENT_SAMPLES if config.eval_temperature else 1
         development = dataclasses.replace(some, samples=samples, texts=())
     every = [*train.ids, *held_out.ids, *(development.ids if development else ())]

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from quark_fast.config import Config
 from quark_fast.evaluation.held_out import (
+    EncodedPrompts,
     EvaluationSetup,
-    HeldOut,
     evaluation_sampling,
 )
 from quark_fast.model.check_model import Checked
@@ -79,7 +79,7 @@ class Setup:
 
     def measured_on(
         self,
-        prompts: HeldOut,
+        prompts: EncodedPrompts,
         sampling: Sampling,
         sampler: Sampler = sample,
         shard: tuple[int, int] = (0, 1),

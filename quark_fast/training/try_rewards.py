@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from quark_fast.errors import UsageError
-from quark_fast.evaluation.held_out import HeldOut, first_completions
+from quark_fast.evaluation.held_out import EncodedPrompts, first_completions
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import asynchronous_terms
 from quark_fast.training.run_prompts import RunPrompts
@@ -48,9 +48,9 @@ def _not_tried_yet(setup: Setup) -> list[Reward]:
     return [setup.reward] * config.accept_changed_reward + named * (config.judge != setup.saved.judge)
 
 
-def _tried_on(prompts: RunPrompts) -> Iterator[HeldOut]:
+def _tried_on(prompts: RunPrompts) -> Iterator[EncodedPrompts]:
     """Prompts to try a scorer on: training prompts; held-out ones, too, if columns are missing there."""
-    yield HeldOut(prompts.train, prompts.train_ids, 1)
+    yield EncodedPrompts(prompts.train, prompts.train_ids, 1)
     trained, held_out = (
         {name for row in rows for name, value in row.items() if value is not None}
         for rows in (prompts.train, prompts.held_out.rows)

@@ -18,8 +18,8 @@ from quark_fast.data.row import Row
 from quark_fast.evaluation import perplexity
 from quark_fast.evaluation.held_out import (
     Completion,
+    EncodedPrompts,
     EvaluationSetup,
-    HeldOut,
     control_texts,
     evaluate,
     first_completions,
@@ -92,7 +92,7 @@ def test_text_fit_is_that_of_one_forward_a_token(policy: Policy, conditioning: C
 
 def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: Policy) -> None:
     rows: list[Row] = [{"prompt": f"w{text[0]}", "place": i} for i, text in enumerate(TEXTS)]
-    held_out = HeldOut(rows, [text[:1] for text in TEXTS], 1, TEXTS)
+    held_out = EncodedPrompts(rows, [text[:1] for text in TEXTS], 1, TEXTS)
     reward = describe(lambda prompts, completions, **columns: [None, 0.25, 0.5, 0.75], "four")
 
     def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
@@ -116,7 +116,7 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
 
 def test_ordinary_texts_are_measured_beside_the_first_prompts_under_each_rows_token(policy: Policy) -> None:
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(3)]
-    held_out = HeldOut(rows, [[0], [1], [2]], 2)
+    held_out = EncodedPrompts(rows, [[0], [1], [2]], 2)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     controls = control_texts(policy, ["w3 w1 w4 w1 w5", "w9", "w2 w7 w1"])
     assert controls == [[3, 1, 4, 1, 5], [2, 7, 1]], "one word leaves nothing to predict"
@@ -141,7 +141,7 @@ def test_fit_to_prompt_compares_the_first_completion_after_its_prompt_and_after_
     policy: Policy,
 ) -> None:
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(5)]
-    held_out = HeldOut(rows, [[0], [1, 4], [2], [3], [4, 2, 1]], 2)
+    held_out = EncodedPrompts(rows, [[0], [1, 4], [2], [3], [4, 2, 1]], 2)
     reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
     setup = EvaluationSetup(
         policy, policy.model, reward, held_out, Sampling(3, 3, rows=4), 0, prompt_fit=True
@@ -197,7 +197,7 @@ def test_own_nll_is_that_of_every_token_drawn_by_one_forward_a_token(
     policy: Policy, conditioning: Conditioning, top_p: float
 ) -> None:
     rows: list[Row] = [{"prompt": f"w{text[0]}"} for text in TEXTS]
-    held_out = HeldOut(rows, TEXTS, 6)
+    held_out = EncodedPrompts(rows, TEXTS, 6)
     reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
     policy.stop_ids = [*policy.stop_ids, *range(0, 50, 3)]  # completions of all lengths
     sampling = Sampling(5, 1, temperature=0.7, top_p=top_p, rows=12, at_once=5)
@@ -224,7 +224,7 @@ def test_own_nll_is_that_of_every_token_drawn_by_one_forward_a_token(
 def test_model_nll_is_that_of_the_whole_vocabulary_at_temperature_one_however_it_was_drawn(
     policy: Policy, conditioning: Conditioning, own_nll: bool
 ) -> None:
-    held_out = HeldOut([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 6)
+    held_out = EncodedPrompts([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 6)
     reward = describe(lambda prompts, completions, **columns: [None] * len(prompts), "none")
     policy.stop_ids = [*policy.stop_ids, *range(0, 50, 3)]  # of which two tokens are drawn without
     sampling = Sampling(5, 2, temperature=0.7, top_p=0.8, rows=12, at_once=5)
@@ -250,7 +250,7 @@ def test_completions_of_two_streams_have_no_model_whose_nll_could_be_told() -> N
 def test_what_the_base_model_drew_is_not_read_again_and_has_the_nll_of_a_second_reading(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = HeldOut([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 3)
+    held_out = EncodedPrompts([{"prompt": f"w{text[0]}"} for text in TEXTS], TEXTS, 3)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     reference = copy.deepcopy(policy.model)
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_entropy_and_kl_of_a_known_distribution_are_its_own_and_make_up_the_perp
     reference = copy.deepcopy(policy)
     log_p, log_base = constant_model(policy, 1), constant_model(reference, 2)
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(20)]
-    held_out = HeldOut(rows, [[i] for i in range(20)], 60)
+    held_out = EncodedPrompts(rows, [[i] for i in range(20)], 60)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     sampling = Sampling(4, 0, temperature=0.8, top_p=0.8, rows=400)
     setup = EvaluationSetup(policy, reference.model, reward, held_out, sampling, 0)
@@ -338,7 +338,7 @@ def test_nucleus_of_the_base_model_alone_costs_the_log_of_its_mass(tiny_model: M
     probs = constant_model(policy, 2).exp()
     falling = probs.sort(descending=True).values
     mass = float(falling[: int((falling.cumsum(0) < 0.7).sum()) + 1].sum())
-    held_out = HeldOut([{"prompt": "w1"}], [[1]], 30)
+    held_out = EncodedPrompts([{"prompt": "w1"}], [[1]], 30)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     for top_p, expected in ((0.7, -math.log(mass)), (1.0, 0.0)):
         setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0, top_p=top_p), 0)
@@ -349,7 +349,7 @@ def test_nucleus_of_the_base_model_alone_costs_the_log_of_its_mass(tiny_model: M
 
 
 def test_greedy_rows_have_no_entropy_and_all_of_their_perplexity_is_kl(policy: Policy) -> None:
-    held_out = HeldOut([{"prompt": f"w{i}"} for i in range(3)], [[0], [1], [2]], 1)
+    held_out = EncodedPrompts([{"prompt": f"w{i}"} for i in range(3)], [[0], [1], [2]], 1)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
     table = [TableRow("base model", base=True), TableRow("guided w=2", Conditioning(2, 0, 2.0))]
@@ -365,7 +365,7 @@ def test_sampler_that_does_not_tell_leaves_entropy_and_kl_out(policy: Policy) ->
         for indices, completions, *_ in sample(*asked):
             yield DrawnBatch(indices, completions)
 
-    held_out = HeldOut([{"prompt": "w1"}, {"prompt": "w2"}], [[1], [2]], 2)
+    held_out = EncodedPrompts([{"prompt": "w1"}, {"prompt": "w2"}], [[1], [2]], 2)
     reward = describe(lambda prompts, completions, **columns: [0.5] * len(prompts), "half")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, Sampling(4, 0), 0, sampler=chosen)
     for one in (setup, dataclasses.replace(setup, sampler=sample, own_nll=False)):
@@ -499,7 +499,7 @@ def test_probe_of_long_completions_has_fewer_prompts_but_not_few(
     monkeypatch.setattr("quark_fast.evaluation.probe.PROBE_TOKENS", tokens)
     monkeypatch.setattr("quark_fast.evaluation.probe.PROBE_PROMPTS", 20)
     rows: list[Row] = [{"prompt": f"w{i}"} for i in range(40)]
-    held_out = HeldOut(rows, [[i] for i in range(40)], 1)
+    held_out = EncodedPrompts(rows, [[i] for i in range(40)], 1)
     reward = describe(lambda prompts, **_: [float(prompt[1:]) for prompt in prompts], "number")
     drawn = Probe.draw(EvaluationSetup(policy, policy.model, reward, held_out, Sampling(2, 0), 0))
     probe = Probe.of(batch for _, batch in drawn)
@@ -540,7 +540,7 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
         return [*[high] * positive, *[0.5] * tied, *[None] * unscored, *[low] * rest]
 
     rows: list[Row] = [{"prompt": name} for name in wanted]
-    held_out = HeldOut(rows, [[i] for i in range(len(rows))], 1)
+    held_out = EncodedPrompts(rows, [[i] for i in range(len(rows))], 1)
     setup = EvaluationSetup(policy, policy.model, describe(reward), held_out, GREEDY, 0)
     found = dict(classify_prompts(setup, target))
     assert found == {i: name for i, (_, name) in enumerate(wanted.values())}
@@ -549,7 +549,7 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
 
 def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> None:
     rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, 13, 25)]
-    held_out = HeldOut(rows, [[1]] * 4, 1)
+    held_out = EncodedPrompts(rows, [[1]] * 4, 1)
     reward = describe(lambda **_: pytest.fail("scored"), "none")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)
     found = dict(classify_prompts(setup, "negative"))
@@ -567,7 +567,7 @@ def test_class_of_a_prompt_reaches_the_reward_only_as_a_column_of_the_users(
         return [0.0] * len(prompts)
 
     rows = [{"prompt": f"w{i}", "prompt_class": "neutral", "n": i} for i in range(5)]
-    held_out = HeldOut(rows, [[i] for i in range(5)], 1, classified=classified)
+    held_out = EncodedPrompts(rows, [[i] for i in range(5)], 1, classified=classified)
     asked = EvaluationSetup(policy, policy.model, describe(reward), held_out, Sampling(2, 0), 0)
     asked.scored(asked.with_texts(DrawnBatch([0, 4], [[[1]], [[2]]])))
     tried = first_completions(policy, policy.model, held_out, Sampling(2, 0), 0)
