@@ -99,7 +99,7 @@ class Results:
 
     # ---------------------------------------------------------------- the evaluation
 
-    def evaluate(self, step: int, kept: dict[str, Any] | None = None) -> None:
+    def evaluate(self, step: int, kept: dict[str, Any] | None) -> None:
         """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported.
 
         Nothing with ``--no-eval``.
@@ -217,7 +217,7 @@ class Results:
 
     # ---------------------------------------------------------------- the end
 
-    def export(self, started: float, kept: dict[str, Any] | None = None) -> None:
+    def export(self, started: float, kept: dict[str, Any] | None) -> None:
         """Write the model and the report; from here on the run is a finished one.
 
         Args:
