@@ -212,19 +212,30 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     # Help waits for the last pass, which knows the task and the preset and so their defaults.
     flags = _without_help(arguments)
     first, _ = parser.parse_known_args(flags)
-    file = _settings_below(parser, **vars(first))
-    parser.set_defaults(**file)
+    file = _read_yaml(parser, Path(first.config)) if first.config else {}
+    record = _record_below(parser, **vars(first))
+    parser.set_defaults(**(record | file))
     known, _ = parser.parse_known_args(flags)
-    parser.set_defaults(**(dict(defaults or {}) | defaults_of(known.task, known.preset) | file))
+    named = defaults_of(known.task, known.preset)
+    task, preset = record.get("task", known.task), record.get("preset", known.preset)
+    if (known.task, known.preset) != (task, preset):
+        # Another task or preset was asked for: what the run has by its own goes, and that is above the rest.
+        own = defaults_of(task, preset)
+        below = {k: v for k, v in record.items() if k not in own or v != own[k]} | named
+    else:
+        below = named | record
+    parser.set_defaults(**(dict(defaults or {}) | below | file))
     given = vars(parser.parse_args(list(arguments)))
     del given["config"]
     config = Config(**given)
     config.check()
+    if config.unevaluated_guidance and any(re.match("--eval[-_]guidance", flag) for flag in flags):
+        raise UsageError(f"{config.unevaluated_guidance}; give --eval-rows ends, too")
     return config
 
 
-def _settings_below(parser: _ConfigParser, config: str | None, **flags: Any) -> dict[str, Any]:
-    """The settings that the flags win over: those of --config, else of the run to resume or to go on from."""
+def _record_below(parser: _ConfigParser, config: str | None, **flags: Any) -> dict[str, Any]:
+    """The settings of the run to resume, unless --config has them, or to go on from; {}: of neither."""
     # A run goes on with its own settings. Not its folder, which may have moved, nor the consent to run code.
     asked_again = {"output", "resume", "trust_remote_code"}
     own: dict[str, Any] = {}
@@ -234,8 +245,7 @@ def _settings_below(parser: _ConfigParser, config: str | None, **flags: Any) -> 
     elif flags["from_run"] and (saved := Path(flags["from_run"]) / "config.yaml").exists():
         own = _read_run(parser, saved)
         asked_again |= {"from_run", "push_to_hub", "hub_private_repo"}
-    own = {name: value for name, value in own.items() if name not in asked_again}
-    return own | (_read_yaml(parser, Path(config)) if config else {})
+    return {name: value for name, value in own.items() if name not in asked_again}
 
 
 def load_config(path: Path) -> Config:

@@ -227,6 +227,15 @@ class Config(
         values = list(dict.fromkeys(numbers("eval_guidance", text)))
         return [] if self.eval_rows == "best" else values
 
+    @property
+    def unevaluated_guidance(self) -> str:
+        """What is wrong where values of w are asked for whose rows are left out; "" where nothing is."""
+        if self.eval_rows != "best" or not self.eval_guidance:
+            return ""
+        if self.eval_guidance == defaults_of(self.task, self.preset).get("eval_guidance"):
+            return ""
+        return f"eval_guidance = {self.eval_guidance!r} asks for rows that eval_rows = 'best' leaves out"
+
     def goal(self) -> Goal | None:
         """By what the best round is kept; None: the last one is."""
         return Goal.parse(self.keep_best) if self.keep_best.strip() else None
@@ -265,14 +274,13 @@ class Config(
 
     def remarks(self) -> list[str]:
         """What is no error, but hardly meant."""
-        steps = self.rounds * self.steps
-        if self.warmup_steps <= steps:
-            return []
-        share = steps / self.warmup_steps
-        return [
-            f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step size"
-            f" ends at {share:.0%} of its own; give --warmup-steps {max(1, steps // 10)}"
-        ]
+        said, steps = [self.unevaluated_guidance], self.rounds * self.steps
+        if self.warmup_steps > steps:
+            said.append(
+                f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step size"
+                f" ends at {steps / self.warmup_steps:.0%} of its own; give --warmup-steps {max(1, steps // 10)}"
+            )
+        return [one for one in said if one]
 
     def decay(self, step: int, rounds: int | None = None) -> float:
         """Factor on the learning rates at a step (from 0): linear warm-up, then linear decay to 0.

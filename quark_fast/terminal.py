@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from quark_fast.errors import OtherProcessFailed, UsageError
 from quark_fast.files.safe_text import clean
@@ -20,7 +24,8 @@ from quark_fast.runtime.waiting import wait_briefly
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command; its exit status (``errors.EXIT_STATUS``). An error is one line on standard error."""
     try:
-        command()
+        with _stopped_by_sigterm():
+            command()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -32,6 +37,25 @@ def exit_status(command: Callable[[], None]) -> int:
         print(clean(str(stop)) or "stopped", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM stops a command as Ctrl-C does, if the program that calls has no handler of its own."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or (
+        threading.current_thread() is not threading.main_thread()  # no other one may set handlers
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def command(run: Callable[[Sequence[str], Terminal, Terminal], None]) -> Callable[..., int]:

@@ -14,9 +14,10 @@ from quark_fast.ablation.plot import plot
 from quark_fast.ablation.summary import summarise
 from quark_fast.ablation.table import markdown
 from quark_fast.config import Config
-from quark_fast.errors import Interrupted, UsageError
+from quark_fast.errors import Interrupted, OutOfResources, UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.rollout.shared_samples import SharedSamples
+from quark_fast.runtime.distributed import process_count
 from quark_fast.runtime.machine import settled_precision
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.trainer import Trainer
@@ -41,7 +42,8 @@ def run_grid(
         note: called with a line before every run.
         given: to the ``Trainer``.
     Raises:
-        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings.
+        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings;
+            after all other runs, if one ended without a result.
         Interrupted: Ctrl-C or SIGTERM; calling again goes on.
     """
     if not seeds or not axes:
@@ -51,6 +53,7 @@ def run_grid(
     base = _begin(folder, base)
     sampler = SharedSamples(folder / "base-model")
     wanted = [(seed, settings) for seed in seeds for settings in distinct_settings(points)]
+    failed: list[str] = []
     for number, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)
         line = f"run {number}/{len(wanted)}: seed {seed}, {name_of(settings)}"
@@ -61,10 +64,25 @@ def run_grid(
         resume = (path / "config.yaml").exists()
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:
-            Trainer(config, sampler=sampler, **given).train()
+            trainer = Trainer(config, sampler=sampler, **given)
+            try:
+                trainer.train()
+            except OutOfResources:
+                raise
+            except UsageError as error:  # it diverged, say: the other points can do without it
+                if process_count() > 1:  # the other processes have ended
+                    raise
+                failed.append(f"{path}: {error}")
+                note(f"{line}: no result: {error}")
+            del trainer
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
         gc.collect()  # two models and an optimizer that refer to each other
+    if failed:
+        raise UsageError(
+            f"{len(failed)} of {len(wanted)} runs ended without a result, so there is no table; the others"
+            f" are kept. Choose a base, or axes, without such runs, and another --output. {'; '.join(failed)}"
+        )
     _write(folder, summarise(folder, base, points, seeds))
     return folder
 

@@ -107,9 +107,9 @@ def choose_prompts(
         train, development = _for_development(train, min(len(test), MOST_TO_COMPARE), config, "keep_best")
         notes.append(f"rounds are compared on {len(development):,} development prompts of their own")
     if not train or not test:
+        found = len({given(row) for row in [*train, *test]})
         raise UsageError(
-            f"{len(train) + len(test)} prompts are too few to hold {count or 'some'} out; give more, or"
-            " others by --held-out"
+            f"{found} prompts are too few to hold {count or 'some'} out; give more, or others by --held-out"
         )
     return Chosen(_limited(train, config, notes), test, notes, scored, development)
 
@@ -120,12 +120,13 @@ MOST_TO_COMPARE = 200  # development prompts that every round is measured on
 def _for_development(
     train: list[Row], most: int, config: Config, setting: str
 ) -> tuple[list[Row], list[Row]]:
-    """(the other training rows, development rows): at most so many, and at most a quarter of them."""
-    if len(train) < 2:
+    """(the other training rows, development rows): at most so many, and at most a quarter of the prompts."""
+    prompts = len(set(map(given, train)))
+    if prompts < 2:
         raise UsageError(
-            f"{setting}: {len(train)} training prompts are too few to take some for development; give more"
+            f"{setting}: {prompts} training prompts are too few to take some for development; give more"
         )
-    return split(train, max(1, min(most, len(train) // 4)), config.split_seed)
+    return split(train, max(1, min(most, prompts // 4)), config.split_seed)
 
 
 def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:

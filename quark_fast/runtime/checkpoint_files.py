@@ -62,6 +62,8 @@ def kept_state(folder: RunFolder) -> StateAndTensors:
     Raises:
         UsageError: it is damaged.
     """
+    if not (folder / STATE).exists():
+        raise UsageError(f"{folder / STATE} is not there any more: nothing to go on from; put the run back")
     try:
         return _read_state(folder / STATE)
     except Exception as error:  # as in ``load_checkpoint``

@@ -228,6 +228,14 @@ class Processes:
         own: Callable[[], Any] = accelerator.autocast
         return own
 
+    def mixed_precision(self, precision: Precision) -> str:
+        """accelerate's own word for it; DeepSpeed's engine has none, see ``autocast``."""
+        return "no" if precision == "fp32" or self.zero else precision
+
+    def take_precision(self, accelerator: Accelerator, precision: Precision) -> None:
+        """Give accelerate back this run's precision, of which it keeps one for all runs of a process."""
+        accelerator.state._mixed_precision = self.mixed_precision(precision)
+
     def prepare(
         self, accelerator: Accelerator, model: Any, optimizer: Any, config: Config
     ) -> tuple[LossModule, Any]:

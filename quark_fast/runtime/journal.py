@@ -105,9 +105,9 @@ class Journal:
         _cut_half_line(own)
         return Kept(own, known, encode)
 
-    def forget(self, name: str) -> None:
-        """A stage is over."""
-        for path in self.folder.glob(f"{name}.*.jsonl"):
+    def forget(self, *names: str) -> None:
+        """These stages are over."""
+        for path in (path for name in names for path in self.folder.glob(f"{name}.*.jsonl")):
             path.unlink(missing_ok=True)
 
 

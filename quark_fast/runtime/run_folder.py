@@ -207,6 +207,11 @@ class RunFolder:
         """Write a JSON file whole or not at all."""
         self._write(name, json.dumps(value, indent=2, ensure_ascii=False))
 
+    def remove(self, *names: str) -> None:
+        """Files that may be there."""
+        for name in names:
+            (self / name).unlink(missing_ok=True)
+
     def _write(self, name: str, text: str) -> None:
         with replacing(self / name) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -23,6 +23,9 @@ SAME = (
     *("scored", "ties", "seed"),
 )
 
+# What decides, beside the prompts, which are trained on and which are held out.
+PROMPTS = ("evaluate_on", "split_seed", "prompt_limit")
+
 
 def check_from_run(config: Config, earlier: RunFolder) -> None:
     """Refuse, before anything is loaded, what a run of these settings cannot go on from."""
@@ -48,6 +51,18 @@ def check_from_run(config: Config, earlier: RunFolder) -> None:
                 f"{name} = {mine!r}, but the run in {path} has {theirs!r}, which its weights and pool need;"
                 " leave that out, or train anew without --from"
             )
+    for name in PROMPTS:
+        mine, theirs = getattr(config, name), getattr(saved, name)
+        if mine != theirs:
+            raise UsageError(
+                f"{name} = {mine!r}, but the run in {path} has {theirs!r}: prompts that it was trained on"
+                " could be held out; leave that out, or train anew without --from"
+            )
+    if (config.goal() is None) != (saved.goal() is None):
+        raise UsageError(
+            f"keep_best = {config.keep_best!r}, but the run in {path} has {saved.keep_best!r}; it may be"
+            " another, not come or go, since its development prompts are not trained on"
+        )
 
 
 def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> StateAndTensors:
@@ -67,9 +82,15 @@ def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> Stat
         "seconds": 0.0,
         "bad_steps": BadSteps().state_dict(),
         "micro_batch": [None, 1],  # of another run: as many as this one begins with
-        "kl_coef": saved["kl_coef"] if config.kl_target else config.kl_coef,
+        "kl_coef": saved["kl_coef"] if _goes_on_with_kl(config, earlier) else config.kl_coef,
     }
     return saved | fresh, {**tensors, "optimizer": {}}
+
+
+def _goes_on_with_kl(config: Config, earlier: RunFolder) -> bool:
+    """Whether the KL's weight is the one that the earlier run's controller came to: another was not given."""
+    before = load_config(earlier / "config.yaml")
+    return bool(config.kl_target and before.kl_target) and config.kl_coef == before.kl_coef
 
 
 def _exported_weights(policy: Policy, folder: Any) -> dict[str, Tensor]:

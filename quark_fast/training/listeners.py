@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.display import Display
 from quark_fast.training.progress import Progress
@@ -13,6 +14,18 @@ from quark_fast.training.run_log import RunLog
 
 Listener = Callable[[Progress], None]
 Listen = Listener | Sequence[Listener] | Literal["auto"] | None
+
+
+def several(name: str, given: Any) -> list[Any]:
+    """One function, or several, as a list.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    made = [given] if callable(given) else list(given) if isinstance(given, Iterable) else [given]
+    if strange := [one for one in made if not callable(one)]:
+        raise UsageError(f"{name}: {strange[0]!r:.80} cannot be called; give a function, or a list of them")
+    return made
 
 
 class Listeners:
@@ -29,10 +42,8 @@ class Listeners:
         if listen == "auto" and log is not None and Display.usual_on(console):
             self.display = Display(console, mask)
         self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
-        if callable(listen):
-            self.each.append(listen)
-        elif listen is not None and not isinstance(listen, str):
-            self.each += listen
+        if listen != "auto":
+            self.each += several("listen", () if listen is None else listen)
 
     @contextlib.contextmanager
     def hearing(self, about: Iterable[str]) -> Iterator[None]:

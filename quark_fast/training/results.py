@@ -102,20 +102,22 @@ class Results:
     def evaluate(self, step: int, kept: dict[str, Any] | None) -> None:
         """``evaluation.json``: held-out prompts in every row of the table, of the model as it is exported.
 
-        Nothing with ``--no-eval``.
+        None with ``--no-eval``, not even one of an earlier start.
 
         Args:
             kept: which round's weights it has, and why, if rounds were compared.
         """
         setup, config = self.setup, self.setup.config
         if not config.eval:
+            setup.processes.on_rank_0(lambda: setup.folder.remove("evaluation.json", "evaluation.jsonl"))
             return
         give_back_freed_memory()
         if setup.task.prompt_classes and not setup.reward.is_none:
             self._classify()
         table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_rows)
         model = exported_copy(setup.policy, setup.sampling_dtype)
-        shares = self.work.all_gather(lambda: list(self._evaluated(table, model)))
+        weights = None if kept is None else kept["round"]
+        shares = self.work.all_gather(lambda: list(self._evaluated(table, model, weights)))
         samples: dict[str, list[Sample]] = {row.name: [] for row in table}
         for name, part in in_batch_order(shares):
             samples[name] += part
@@ -152,10 +154,13 @@ class Results:
             done = min(total, done * setup.processes.count)
             self.listen(Progress("classifying the held-out prompts", done, total))
 
-    def _evaluated(self, table: list[TableRow], model: Any) -> Iterator[tuple[str, list[Sample]]]:
-        """This process's batches of every row."""
+    def _evaluated(
+        self, table: list[TableRow], model: Any, weights: int | None
+    ) -> Iterator[tuple[str, list[Sample]]]:
+        """This process's batches of every row; ``weights``: of which round, if one was chosen."""
         setup, sampling = self.setup, self.setup.held_out_sampling()
         measured = [
+            weights,
             *(judge.identity for judge in setup.judges),
             setup.task.shows("prompt_fit"),
             *self._what_is_measured(sampling),

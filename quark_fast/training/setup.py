@@ -65,6 +65,17 @@ class Setup:
         """Completions of a batch, each with a random generator, which a resume does not change."""
         return self.saved.sample_batch
 
+    def in_words(self) -> list[str]:
+        """A line each: the model, what was left out of the prompts, unusual settings, how many prompts."""
+        config, prompts = self.config, self.prompts
+        counts = (
+            f"{len(prompts.train)} training and {len(prompts.held_out.rows)} held-out prompts, none longer"
+            f" than {self.policy.room_of(config):,} tokens, reward {self.reward.name},"
+            f" {config.precision} on {self.device}, run folder {self.folder.path}"
+        )
+        lines = ("; ".join(self.checked.lines), "; ".join(prompts.notes), *config.remarks(), counts)
+        return [line for line in lines if line]
+
     def round_sampling(self, round: int) -> Sampling:
         """How the completions of a round are drawn."""
         config = self.config

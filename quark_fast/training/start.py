@@ -226,10 +226,10 @@ def choose_rollout(
 
 
 def _accelerator(config: Config, folder: RunFolder, processes: Processes) -> Accelerator:
-    precision = "no" if config.precision == "fp32" or processes.zero else config.precision
+    precision = processes.mixed_precision(config.precision)
     known = processes.count == 1 and AcceleratorState._shared_state
     if known and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # of an earlier run in this process, whose precision it keeps
+        AcceleratorState._reset_state()  # of an earlier run in this process; see ``take_precision``
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=trackers.trackers(config.report_to) or None,

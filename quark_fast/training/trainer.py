@@ -6,6 +6,7 @@ so a resumed run needs no RNG state to repeat an undisturbed one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from quark_fast.training.best_round import BestRound, comparison_stage
 from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.explore import Explorer, sampling_stage
 from quark_fast.training.learn import Learner
-from quark_fast.training.listeners import Listen, Listeners
+from quark_fast.training.listeners import Listen, Listeners, several
 from quark_fast.training.optimizer import make_optimizer
 from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import Ints, plan_batches
@@ -49,6 +50,8 @@ from quark_fast.training.start import (
 from quark_fast.training.state import State
 from quark_fast.training.trained import TrainedRun
 
+Callback = Callable[[dict[str, Any]], None]
+
 
 class Trainer:
     """One run, from the settings to the report.
@@ -63,8 +66,9 @@ class Trainer:
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
             display on a terminal and in a notebook, elsewhere nothing; None: nothing.
-        callbacks: each called with every row of metrics.jsonl, a dict, as it is written, on rank 0; "kind"
-            says what it is of (step, round, probe). A resumed run calls again with the rows that it repeats.
+        callbacks: called with every row of metrics.jsonl, a dict, as it is written, on rank 0; one, or
+            several. "kind" says what the row is of (step, round, probe). A resumed run calls again with the
+            rows that it repeats.
 
     Raises:
         UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.
@@ -79,7 +83,7 @@ class Trainer:
         held_out: str | Path | Sequence[str | Row] | None = None,
         sampler: Sampler = sample,
         listen: Listen = "auto",
-        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        callbacks: Callback | Sequence[Callback] = (),
     ) -> None:
         started = time.monotonic()
         config, given_reward, given = names_into_settings(config, reward, prompts, held_out)
@@ -89,7 +93,8 @@ class Trainer:
         self.processes = processes = Processes.join()
         log = RunLog(folder / LOG) if processes.main else None
         self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
-        self.callbacks = callbacks
+        self.callbacks = several("callbacks", callbacks)
+        self.begun = False
         # What rank 0 finds there, or chooses, holds for all.
         config.precision, saved = processes.on_rank_0(lambda: check_folder(config, folder))
         self.setup = processes.together(lambda: set_up(config, folder, processes, saved, given_reward, given))
@@ -117,23 +122,24 @@ class Trainer:
     @property
     def about(self) -> list[str]:
         """What the run is made of, a line each: the model, the prompts, and how many of them."""
-        setup, prompts = self.setup, self.setup.prompts
-        counts = (
-            f"{len(prompts.train)} training and {len(prompts.held_out.rows)} held-out prompts, none longer"
-            f" than {setup.policy.room_of(self.config):,} tokens, reward {setup.reward.name},"
-            f" {self.config.precision} on {setup.device}, run folder {self.folder.path}"
-        )
-        lines = ("; ".join(setup.checked.lines), "; ".join(prompts.notes), *self.config.remarks(), counts)
-        return [line for line in lines if line]
+        return self.setup.in_words()
 
     def train(self) -> TrainedRun:
         """Run to the end; the run's folder, table and model.
 
         Raises:
+            UsageError: called a second time, among other things.
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
             NotUploaded: the run is finished, but its model is not on the hub.
         """
         state = self.state
+        if self.begun:
+            raise UsageError(
+                f"train() was called before, and a Trainer is one run, that of {self.folder.path}; make"
+                " another: with another output, or with resume=True to go on where this one stopped"
+            )
+        self.begun = True
+        self.processes.take_precision(self.accelerator, self.config.precision)
         self.started = time.monotonic() - state.seconds
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]
@@ -180,22 +186,20 @@ class Trainer:
         def write() -> None:
             self.folder.append(COMPLETIONS, rows)
             if metrics["reward_mean"] is None:
+                self.journal.forget(sampling_stage(state))  # so that a resumed run asks the reward again
                 raise UsageError(
                     f"reward {self.setup.reward.name} scored none of {len(rows)} completions in round"
-                    f" {state.round + 1}; the first was {rows[0]['completion']!r}"
+                    f" {state.round + 1}; the first was {rows[0]['completion']!r}. Where it was out of order,"
+                    f" --resume --output {self.folder.path} samples and scores the round again"
                 )
 
         self.processes.on_rank_0(write)
         self._record(metrics)
         state.sampled = True
         self._save()
-
-        def forget() -> None:
-            # The checkpoint now has these samples, and the comparison of the round before them.
-            self.journal.forget(sampling_stage(state))
-            self.journal.forget(comparison_stage(state.round))
-
-        self.processes.on_rank_0(forget)
+        # The checkpoint now has these samples, and the comparison of the round before them.
+        over = sampling_stage(state), comparison_stage(state.round)
+        self.processes.on_rank_0(lambda: self.journal.forget(*over))
 
     def _rewards_differ(self) -> bool:
         """Whether the pool has two rewards or more. If not, the round has nothing to learn from.
@@ -316,7 +320,7 @@ class Trainer:
             self.folder.append(METRICS, [row])
             trackers.track(self.accelerator, row)
             for callback in self.callbacks:
-                callback(row)
+                callback(copy.deepcopy(row))  # the run's own is still read
 
         self.processes.on_rank_0(write)
 
