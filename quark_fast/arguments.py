@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     first, _ = parser.parse_known_args(flags)
     file = _read_yaml(parser, Path(first.config)) if first.config else {}
     record = _record_below(parser, **vars(first))
-    parser.set_defaults(**(record | file))
+    parser.set_defaults(**{k: v for k, v in (record | file).items() if k in ("task", "preset")})
     known, _ = parser.parse_known_args(flags)
     named = defaults_of(known.task, known.preset)
     task, preset = record.get("task", known.task), record.get("preset", known.preset)

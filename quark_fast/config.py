@@ -277,8 +277,9 @@ class Config(
         said, steps = [self.unevaluated_guidance], self.rounds * self.steps
         if self.warmup_steps > steps:
             said.append(
-                f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step size"
-                f" ends at {steps / self.warmup_steps:.0%} of its own; give --warmup-steps {max(1, steps // 10)}"
+                f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step"
+                f" size ends at {steps / self.warmup_steps:.0%} of its own; give --warmup-steps"
+                f" {max(1, steps // 10)}"
             )
         return [one for one in said if one]
 

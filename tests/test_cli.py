@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.memory import OutOfMemory
+from quark_fast.terminal import exit_status
 from quark_fast.training.display import Display
 from quark_fast.training.explore import Explorer
 from quark_fast.training.learn import Learner
@@ -790,6 +792,23 @@ def test_live_display_shows_stage_and_numbers_on_a_terminal_and_leaves_its_lines
     assert "the first of two notes\r\n" in bar
     assert sent.count(HIDDEN) == sent.count(SHOWN) == 1 and sent.index(HIDDEN) < sent.index(SHOWN)
     assert re.search(r"probing .*1/4", bar[bar.index("notes") :]), "the stage under way stays"
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    def terminated() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("it was not stopped")
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert exit_status(terminated) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a program may have it that calls a command
+    try:
+        assert exit_status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

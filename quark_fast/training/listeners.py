@@ -22,7 +22,8 @@ def several(name: str, given: Any) -> list[Any]:
     Raises:
         UsageError: it is something else.
     """
-    made = [given] if callable(given) else list(given) if isinstance(given, Iterable) else [given]
+    apart = isinstance(given, Sequence) and not isinstance(given, str)
+    made = list(given) if apart else [given]
     if strange := [one for one in made if not callable(one)]:
         raise UsageError(f"{name}: {strange[0]!r:.80} cannot be called; give a function, or a list of them")
     return made

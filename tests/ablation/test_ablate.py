@@ -16,10 +16,12 @@ from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast import ablate
 from quark_fast.ablation import axes, grid, plot, summary
+from quark_fast.arguments import parse
 from quark_fast.config import Config
-from quark_fast.errors import UsageError
+from quark_fast.errors import Diverged, UsageError
 from quark_fast.metrics import Sample
 from quark_fast.runtime.console import Terminal
+from quark_fast.training.learn import Learner
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
@@ -177,6 +179,29 @@ def test_killed_grid_goes_on_between_points_and_within_one(
             for seed in point["seeds"]:
                 seed.pop("minutes")
     assert results[0] == results[1]
+
+
+def test_grid_goes_on_without_a_point_that_diverged_and_says_so_in_the_end(
+    tmp_path: Path, model: Path
+) -> None:
+    config = base(tmp_path / "grid", model, guidance=1.0)
+    lines: list[str] = []
+    learn = Learner.step
+
+    def step(self: Learner, *given: Any) -> dict[str, Any]:
+        if self.config.explore_token == "random":
+            raise Diverged("the KL is 5")
+        return learn(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        with pytest.raises(UsageError, match=r"1 of 2 runs ended without a result.*random: the KL is 5"):
+            grid.run_grid(config, ["tokens"], [0], note=lines.append, **GIVEN)
+    assert any(line.endswith("explore_token=random: no result: the KL is 5") for line in lines)
+    finished = [path.parent.name for path in (tmp_path / "grid").glob("seed-0/*/finished.json")]
+    assert finished == ["base"]
+    grid.run_grid(config, ["tokens"], [0], **GIVEN)
+    assert (tmp_path / "grid" / "ablations.md").exists()
 
 
 def test_grid_of_other_settings_is_refused_and_threads_are_free(
@@ -421,6 +446,16 @@ def test_command_lists_the_points_and_refuses_in_one_line(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+def test_values_of_w_that_no_row_would_show_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablate.main(["--eval-guidance", "2,3", "--dry-run"]) == 2
+    assert "eval_guidance = '2,3' asks for rows that eval_rows = 'best' leaves out" in capsys.readouterr().err
+    assert ablate.main(["--eval-guidance", "2,3", "--eval-rows", "ends", "--dry-run"]) == 0
+    with pytest.raises(UsageError, match="give --eval-rows ends, too"):
+        parse(["--eval_guidance=3", "--eval-rows", "best"], "train")
+    assert parse(["--task", "repetition", "--eval-rows", "best"], "train").remarks() == []
+    assert Config(eval_rows="best", eval_guidance="3").remarks() != []
 
 
 @pytest.mark.parametrize("flags", [["--no-eval"], ["--from", "runs/x"], ["--push-to-hub", "me/x"]])

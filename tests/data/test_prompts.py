@@ -596,8 +596,13 @@ def test_development_prompts_are_taken_from_those_to_train_on_and_leave_the_test
     # A quarter at most, whoever names the test prompts; a limit keeps of what is trained on.
     limited = choose(set_prompts=file, held_out=test * 9, evaluate_on="development", prompt_limit=7)
     assert len(limited[1]) == 90 // 4 and len(limited[0]) == 7
-    with pytest.raises(UsageError, match="1 training prompts are too few"):
-        choose(["a"], ["b"], evaluate_on="development")
+    # Of prompts that stand there several times the different ones count.
+    copies = [f"prompt {i}" for i in range(10)] * 4
+    train, development, _ = choose(copies, [f"other {i}" for i in range(12)], evaluate_on="development")
+    assert (len(set(train)), len(development), len(train)) == (8, 2, 32)
+    for few in (["a"], ["a", "a"]):
+        with pytest.raises(UsageError, match="1 training prompts are too few"):
+            choose(few, ["b"], evaluate_on="development")
 
 
 def test_no_copy_of_a_held_out_prompt_is_trained_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,33 @@ def test_no_round_within_the_bounds_ends_in_one_line_and_a_looser_bound_goes_on(
     chosen = ratios.index(min(ratios)) + 1
     assert evaluation(folder)["kept_round"]["round"] == chosen
     assert_exported(folder, after_rounds[chosen])
+
+
+def test_another_goal_at_a_resume_takes_no_completion_of_the_round_chosen_before(
+    tmp_path: Path, tiny_model: Callable[..., Path], spoiled: Callable[[int], None]
+) -> None:
+    spoiled(2)
+    model, writing = tiny_model(), ("writing the model and the report", 0)
+    moments = [("evaluating: best token", 6), writing, writing]
+    settings: dict[str, Any] = {"rounds": 2, "keep_best": "reward:max, perplexity<=1000"}
+    # None is beaten as long as none is within the bounds, so both rounds can be chosen.
+    with pytest.raises(UsageError, match="no round meets"):
+        run(tmp_path / "run", model, **settings | {"keep_best": "reward:max, perplexity<=0.01"})
+    for name in ("best", "worst"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    listen = copies_at(moments, tmp_path / "best")
+    run(tmp_path / "best", model, **settings, resume=True, listen=listen)
+    settings["keep_best"] = "reward:min, perplexity<=1000"
+    run(tmp_path / "worst", model, **settings, resume=True)
+    kept = {name: evaluation(tmp_path / name)["kept_round"]["round"] for name in ("best", "worst")}
+    assert kept == {"best": 1, "worst": 2}
+    for number in (0, 1):
+        run(tmp_path / f"killed-{number}", model, **settings, resume=True)
+        own, whole = (timeless(tmp_path / name / FILES[2]) for name in (f"killed-{number}", "worst"))
+        assert own == whole
+    assert (tmp_path / "killed-2" / "evaluation.json").exists()
+    run(tmp_path / "killed-2", model, **settings, eval=False, resume=True)
+    assert not list((tmp_path / "killed-2").glob("evaluation.json*")), "of the other round"
 
 
 def refuse(*_: Any) -> None:

@@ -79,6 +79,26 @@ def test_run_goes_on_with_the_weights_the_reward_tokens_and_the_pool(
     assert (third.state.earlier_rounds, third.state.earlier_steps) == (3, 18)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "first"),
+    [
+        ({}, {"kl_target": 0.05}, 1.0),
+        ({}, {"kl_target": 0.05, "kl_coef": 7.0}, 7.0),
+        ({"kl_target": 0.05}, {"kl_coef": 7.0}, 7.0),
+        ({"kl_target": 0.05}, {}, None),  # as the earlier run's controller left it
+    ],
+)
+def test_weight_of_the_kl_goes_on_unless_another_is_given(
+    tmp_path: Path, tiny_model: Make, before: dict[str, float], now: dict[str, float], first: float | None
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT, **before, eval=False, kl_horizon=20)
+    earlier = trainer(config)
+    earlier.train()
+    found = trainer(further(config, tmp_path / "more", **now)).state.kl.coef
+    assert found == pytest.approx(earlier.state.kl.coef if first is None else first)
+    assert first is not None or found != 1.0
+
+
 def card(folder: Path) -> str:
     return (folder / "model" / "README.md").read_text()
 
@@ -129,6 +149,9 @@ def test_what_a_run_cannot_go_on_from_is_refused_in_one_line(tmp_path: Path, tin
     refused(r"lora_rank = 8, but the run in .*run has 4", lora_rank=8)
     refused(r"model = '.*', but the run in", model=str(tiny_model("gpt2")))
     refused(r"the training prompts are not those that the run in .*run began with", {"prompts": PROMPTS[:20]})
+    refused(r"evaluate_on = 'development', but the run in .*run has 'test'", evaluate_on="development")
+    refused(r"prompt_limit = 9, but the run in .*run has 0", prompt_limit=9)
+    refused(r"keep_best = 'reward:max', but the run in .*run has ''", keep_best="reward:max")
     refused(r"--from .*nothing: no run folder", from_run=str(tmp_path / "nothing"))
 
     def other(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -159,6 +182,15 @@ def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_p
     found = parse(["--from", str(run), "--rounds", "1"], "train")
     assert (found.rounds, found.kl_coef, found.task, found.push_to_hub) == (1, 0.5, "sentiment", None)
     assert (found.output_folder, found.from_run) == (tmp_path / "x-2", str(run))
+    # Another preset is a flag, too: what the run has by its own preset goes, what it set itself stays.
+    long = parse(["--from", str(run), "--preset", "long"], "train")
+    own = Config(task="sentiment", preset="long")
+    assert (long.steps, long.lora_rank, long.kl_coef) == (own.steps, own.lora_rank, 0.5)
+    Config(output=str(run), preset="long", batch_size=5).save(run / "config.yaml")
+    usual = parse(["--from", str(run), "--preset", "default"], "train")
+    assert (usual.steps, usual.lora_rank, usual.batch_size) == (Config().steps, Config().lora_rank, 5)
+    assert parse(["--from", str(run)], "train").steps == Config(preset="long").steps != Config().steps
+    saved.save(run / "config.yaml")
     file = tmp_path / "more.yaml"
     file.write_text("kl_coef: 0.25\n")
     found = parse(["--from", str(run), "--config", str(file)], "train")

@@ -316,6 +316,47 @@ def test_runs_of_different_precisions_may_follow_each_other_in_one_process(
         assert trainer.accelerator.mixed_precision == expected
 
 
+def test_run_has_its_own_precision_whatever_is_made_beside_it(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, norms = tiny_model(), []
+    for name, beside in (("alone", []), ("first", ["fp32", "bf16"])):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        made = [
+            Trainer(
+                small(tmp_path / f"{name}-{precision}", model, **SHORT, precision=precision),
+                reward=even_words,
+                listen=None,
+                **GIVEN,
+            )
+            for precision in ["fp16", *beside]
+        ]
+        made[0].train()
+        norms.append([row["grad_norm"] for row in rows(tmp_path / f"{name}-fp16" / FILES[0], kind="step")])
+    assert norms[0] == norms[1]
+
+
+def test_round_of_which_nothing_was_scored_is_asked_again_at_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, works = tiny_model(), [True]
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return even_words(prompts, completions) if works[0] else [None] * len(completions)
+
+    def out_of_order(progress: Progress) -> None:
+        works[0] = works[0] and (progress.stage, progress.done) != ("probing", 1)
+
+    folder = tmp_path / "run"
+    message = r"scored none of \d+ completions in round 2; .* --resume --output .*run samples and scores"
+    with pytest.raises(UsageError, match=message):
+        run(folder, model, reward, listen=out_of_order)
+    works[0] = True
+    run(folder, model, reward, resume=True)
+    run(tmp_path / "whole", model, reward)
+    assert_same(folder, tmp_path / "whole")
+
+
 # --- what "finished" means ------------------------------------------------------------------------
 
 

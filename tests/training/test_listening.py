@@ -39,6 +39,42 @@ def test_every_listener_hears_the_progress_and_every_callback_the_rows_of_the_me
     assert {row["kind"] for row in told} == {"step", "round", "probe"}
 
 
+def test_callback_that_changes_its_row_changes_nothing_of_the_run(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model()
+    for name, callbacks in (("run", dict.clear), ("other", ())):
+        config = small(tmp_path / name, model, **TWO_ROUNDS)
+        Trainer(config, listen=None, callbacks=callbacks, **GIVEN).train()
+    assert timeless(tmp_path / "run" / "metrics.jsonl") == timeless(tmp_path / "other" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"callbacks": [print, 1]}, "callbacks: 1 cannot be called"),
+        ({"callbacks": None}, "callbacks: None cannot be called"),
+        ({"listen": "print"}, "listen: 'print' cannot be called"),
+        ({"listen": 5}, "listen: 5 cannot be called"),
+    ],
+)
+def test_what_cannot_be_called_is_no_listener(
+    tmp_path: Path, tiny_model: Callable[..., Path], given: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        Trainer(small(tmp_path / "run", tiny_model(), **SHORT), **given, **GIVEN)
+    assert not (tmp_path / "run").exists()
+
+
+def test_trainer_is_one_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    trainer = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), listen=None, **GIVEN)
+    trainer.train()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(UsageError, match=r"train\(\) was called before, .* another output, or with resume"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
 def test_texts_of_a_round_stand_beside_what_the_base_model_wrote_for_the_same_prompt(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
