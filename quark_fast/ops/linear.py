@@ -230,8 +230,8 @@ def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> 
         return None
     if labels.dim() != 2 or len(lengths) != len(labels) or max(lengths, default=0) > labels.shape[1]:
         raise ValueError(f"{len(lengths)} lengths do not fit labels of shape {tuple(labels.shape)}")
-    columns = torch.arange(labels.shape[1])
-    inside = columns < torch.tensor(list(lengths)).view(-1, 1)
+    columns = torch.arange(labels.shape[1], device="cpu")
+    inside = columns < torch.tensor(list(lengths), dtype=torch.long, device="cpu").view(-1, 1)
     if weights.device.type == "cpu" and bool((weights[~inside] != 0).any()):
         raise ValueError("the mask is not 0 after the lengths; leave out lengths, or give the mask's own")
     return inside.view(-1).nonzero().squeeze(1)

@@ -19,6 +19,7 @@ from pairwise import pairwise
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_defaults import OTHERS, defaults
 
 from quark_fast.ops import linear as module
 from quark_fast.ops.contrast import ContrastWeights, contrast_loss
@@ -684,6 +685,19 @@ def test_contrast_with_the_base_model_needs_it() -> None:
             linear_contrast_loss(
                 hidden, inputs.weight, *ref, inputs.labels, mask, given, kl_coef=0, **options
             )
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_callers_default_dtype_and_device_change_nothing(impl: str, other: torch.dtype | str) -> None:
+    lengths = [61, 0, 7, 1, 30]
+    mask = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+    for dtype in DTYPES:
+        inputs = make(dtype=dtype)._replace(mask=mask)
+        expected = run(chunked, inputs, impl=impl, lengths=lengths)
+        with defaults(other):
+            ours = run(chunked, inputs, impl=impl, lengths=lengths)
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 # --- Errors ------------------------------------------------------------------------------------

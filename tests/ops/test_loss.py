@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, in_a_new_process, run_again_at
 from torch import Tensor
+from torch_defaults import OTHERS, defaults
 
 from quark_fast import _C
 from quark_fast.ops import loss
@@ -780,6 +781,24 @@ def test_compiled_step_takes_a_coefficient_that_changes() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for kl_coef in (0.05, 0.06, 0.07):
         torch.testing.assert_close(compiled(logits, kl_coef), step(logits, kl_coef))
+
+
+# --- The caller's defaults ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_callers_default_dtype_and_device_change_nothing(
+    impl: str, inplace: bool, other: torch.dtype | str
+) -> None:
+    for dtype in DTYPES:
+        inputs = make(33, dtype=dtype)
+        expected = run(inputs, 3.0, impl=impl, inplace=inplace)
+        with defaults(other):
+            ours = run(inputs, 3.0, impl=impl, inplace=inplace)
+        for one, two in zip(ours, expected, strict=True):
+            assert torch.equal(one, two)
 
 
 # --- Errors ------------------------------------------------------------------------------------
