@@ -309,10 +309,12 @@ def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
 
 
 def _check_overwritable(logits: Tensor, ref_logits: Tensor | None) -> None:
-    if logits.is_leaf:
+    # As torch's own operators in place have it: a view of a leaf shares its memory.
+    of_leaf = logits._is_view() and logits._base is not None and logits._base.is_leaf
+    if logits.is_leaf or of_leaf:
         raise ValueError(
-            "inplace=True would overwrite logits that are a leaf of the graph; "
-            "pass inplace=False, or the output of a model"
+            f"inplace=True would overwrite logits that are {'a view of ' if of_leaf else ''}a leaf of the graph, "
+            "such as a parameter; pass inplace=False, or the output of a model"
         )
     overlapping = any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)

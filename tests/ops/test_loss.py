@@ -591,10 +591,10 @@ def test_extra_memory_is_one_gradient_or_none(dtype: torch.dtype, inplace: bool)
     """Autograd would add zeros or a clone as large as the logits if it had the chance."""
     inputs = make(5003, shape=(32,), dtype=dtype)
     leaf = inputs.logits.clone().requires_grad_()
+    logits = leaf + 0  # whose backward makes nothing
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        logits = leaf.view_as(leaf)
         quark_loss(logits, *inputs[1:], impl="cpp", inplace=inplace).loss.backward()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert round(allocated / leaf.nbytes, 1) == (0 if inplace else 1)
@@ -829,12 +829,12 @@ def _fails(match: str, change: dict[str, object], **options: object) -> object:
         _fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
         _fails(
             "each row must be contiguous",
-            {"logits": torch.ones(3, 4, 1, requires_grad=True).expand(3, 4, 9)},
+            {"logits": (torch.ones(3, 4, 1, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
         _fails(
             "its own memory",
-            {"logits": torch.ones(1, 4, 9, requires_grad=True).expand(3, 4, 9)},
+            {"logits": (torch.ones(1, 4, 9, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
         _fails("kl_coef = nan", {}, kl_coef=math.nan),
@@ -877,6 +877,24 @@ def test_negated_view_is_read_as_its_values_and_never_written_to() -> None:
     assert torch.allclose(quark_loss(logits, *inputs[1:]).loss, quark_loss(*inputs).loss)
     with pytest.raises(ValueError, match="negated view"):
         quark_loss(logits, *inputs[1:], inplace=True)
+
+
+def test_in_place_never_writes_over_a_parameter_through_a_view() -> None:
+    _, ref, labels, _ = make(9, shape=(6,), extra=0)
+    parameter = torch.nn.Parameter(torch.randn(6, 9))
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        made_without_grad = parameter[:6]
+    leaf = torch.randn(6, 9)[:6].requires_grad_()  # a view itself, of a tensor that has no gradient
+    views = [parameter[:6], parameter.view(2, 3, 9)[:].view(6, 9), made_without_grad, leaf[:6]]
+    for logits in [*views, parameter.unsqueeze(0).unbind(0)[0]]:
+        with pytest.raises(ValueError, match="overwrite logits that are a (view of a )?leaf"):
+            quark_loss(logits, ref, labels, inplace=True)
+    assert torch.equal(parameter, before)
+    quark_loss((parameter * 1)[:6], ref, labels, inplace=True).loss.backward()
+    with torch.no_grad():  # where no gradient is wanted nothing is written
+        quark_loss(parameter[:6], ref, labels, inplace=True)
+    assert torch.equal(parameter, before)
 
 
 @pytest.mark.parametrize("shift", [0, 1, -1])
