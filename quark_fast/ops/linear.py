@@ -95,7 +95,7 @@ def linear_quark_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a reference that
             requires grad; the message names the value and the fix.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative, or one by torch.func or forward-mode AD, is asked for.
 
     Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
     whole, for the compiler to plan.
@@ -255,11 +255,13 @@ def _checked(
     Its logits are stand-ins of no size.
     """
     _check_heads(heads, labels, chunk)
-    hidden, weight, _, ref_hidden, ref_weight, _ = heads
+    hidden, weight, bias, ref_hidden, ref_weight, _ = heads
     logits, ref_logits = _stand_in(hidden, weight), _stand_in(ref_hidden, ref_weight)
     assert logits is not None
     problem, chosen = ops.checked(logits, ref_logits, labels, mask, options, impl, normalizer)
     ops.check_labels(*problem[2:5])
+    if not (chosen == "eager" and torch.compiler.is_compiling()):  # where there is no operator
+        ops.check_no_transform({"hidden": hidden, "weight": weight, "bias": bias}, "linear_quark_loss")
     return problem, chosen
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from quark_fast.ops import eager
@@ -101,6 +102,8 @@ def quark_loss(
         ValueError: shapes, dtypes, layouts, devices, labels or options that do not fit; the message
             names the value and the fix.
         TypeError: an argument of another type altogether.
+        RuntimeError: a second derivative, or one by torch.func or forward-mode AD, is asked of a kernel; only
+            "eager" has them.
 
     Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
     NeurIPS 2022, arXiv 2205.13636.
@@ -108,6 +111,8 @@ def quark_loss(
     problem, chosen = checked(
         logits, ref_logits, labels, mask, (vocab_size, kl_coef, entropy_coef, kl), impl, normalizer
     )
+    if chosen != "eager":
+        check_no_transform({"logits": logits}, "quark_loss")
     if chosen == "eager":
         check_labels(*problem[2:5])
         loss, *terms = eager.quark_loss(*problem)
@@ -308,13 +313,43 @@ def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_no_transform(named: dict[str, Tensor | None], function: str) -> None:
+    """Refuse tensors that torch.func or forward-mode AD differentiates.
+
+    Of an operator, torch knows the backward alone: a forward-mode derivative would silently be 0.
+    """
+    for name, tensor in named.items():
+        if tensor is not None and _is_transformed(tensor):
+            raise RuntimeError(
+                f"{name} is differentiated by torch.func or by forward-mode AD, for which the kernels of"
+                f" {function} have no derivative; use quark_loss(..., impl='eager'), or Tensor.backward"
+            )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    if torch.compiler.is_compiling():  # which knows the transforms, but not the wrappers of a tensor
+        if functorch.get_dynamic_layer_stack_depth() == 0:
+            return False
+        innermost = functorch.peek_interpreter_stack()
+        key = torch._functorch.pyfunctorch.coerce_cinterpreter(innermost).key()
+        return key != functorch.TransformType.Vmap
+    while functorch.is_functorch_wrapped_tensor(tensor):  # by vmap, too, which an operator may be in
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _check_overwritable(logits: Tensor, ref_logits: Tensor | None) -> None:
     # As torch's own operators in place have it: a view of a leaf shares its memory.
     of_leaf = logits._is_view() and logits._base is not None and logits._base.is_leaf
     if logits.is_leaf or of_leaf:
         raise ValueError(
-            f"inplace=True would overwrite logits that are {'a view of ' if of_leaf else ''}a leaf of the graph, "
-            "such as a parameter; pass inplace=False, or the output of a model"
+            f"inplace=True would overwrite logits that are {'a view of ' if of_leaf else ''}a leaf of the"
+            " graph, such as a parameter; pass inplace=False, or the output of a model"
         )
     overlapping = any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)

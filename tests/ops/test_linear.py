@@ -17,6 +17,7 @@ import pytest
 import torch
 from pairwise import pairwise
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_defaults import OTHERS, defaults
@@ -374,6 +375,26 @@ def test_second_derivative_is_refused() -> None:
     loss = chunked(inputs._replace(weight=weight)).loss
     with pytest.raises(RuntimeError, match="create_graph=True asks for a second derivative"):
         torch.autograd.grad(loss**2, weight, create_graph=True)
+
+
+# torch's own forward mode compiles some of its formulas by torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", STATES)
+def test_derivatives_of_torch_func_and_forward_mode_are_refused(name: str, impl: str) -> None:
+    inputs = make((6,))
+    value = getattr(inputs, name)
+
+    def loss(t: Tensor) -> Any:
+        return chunked(inputs._replace(**{name: t}), impl=impl).loss
+
+    refused = {"match": rf"{name} is differentiated .* use quark_loss\(..., impl='eager'\)"}
+    with pytest.raises(RuntimeError, **refused):
+        torch.func.jvp(loss, (value,), (value,))
+    with pytest.raises(RuntimeError, **refused):
+        torch.func.grad(loss)(value)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, **refused):
+        loss(forward_ad.make_dual(value, value))
 
 
 def test_terms_are_detached() -> None:

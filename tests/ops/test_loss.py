@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, in_a_new_process, run_again_at
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
 from torch_defaults import OTHERS, defaults
 
 from quark_fast import _C
@@ -697,6 +699,53 @@ def test_second_derivative_is_refused() -> None:
                 grad.sum().backward()
 
 
+TRANSFORMS = {
+    "jvp": lambda f, z: jvp(f, (z,), (torch.randn_like(z),)),
+    "grad": lambda f, z: grad(f)(z),
+    "hessian": lambda f, z: hessian(f)(z),
+    "grad of vmap": lambda f, z: grad(lambda q: vmap(f)(q.expand(2, *q.shape)).sum())(z),
+    "vmap of grad": lambda f, z: vmap(grad(f))(z.expand(2, *z.shape)),
+    "compiled jvp": lambda f, z: torch.compile(lambda q: jvp(f, (q,), (q,)), backend="aot_eager")(z),
+}
+
+
+# torch's own forward mode compiles some of its formulas by torch.jit.script.
+OF_TORCH = "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(OF_TORCH)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_kernels_refuse_derivatives_of_torch_func_and_say_what_has_them(transform: str) -> None:
+    logits, *rest = make(9)
+    differentiate = TRANSFORMS[transform]
+    refused = r"logits is differentiated .* use quark_loss\(..., impl='eager'\)"
+    with pytest.raises(RuntimeError, match=refused):
+        differentiate(lambda z: quark_loss(z, *rest, impl="cpp").loss, logits)
+    differentiate(lambda z: quark_loss(z, *rest, impl="eager").loss, logits)
+
+
+@pytest.mark.filterwarnings(OF_TORCH)
+def test_kernels_refuse_a_forward_mode_tangent_instead_of_losing_it() -> None:
+    logits, *rest = make(9)
+    tangent = torch.randn_like(logits)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, tangent)
+        found = forward_ad.unpack_dual(quark_loss(dual, *rest, impl="eager").loss).tangent
+        with pytest.raises(RuntimeError, match="logits is differentiated"):
+            quark_loss(dual, *rest, impl="cpp")
+        quark_loss(logits, *rest, impl="cpp")  # what has no tangent is as ever
+    leaf = logits.clone().requires_grad_()
+    quark_loss(leaf, *rest).loss.backward()
+    torch.testing.assert_close(found, (leaf.grad * tangent).sum())
+
+
+def test_vmap_maps_a_kernel() -> None:
+    logits, *rest = make(9)
+    every = torch.stack([logits, logits.flip(0)])
+    mapped = vmap(lambda z: quark_loss(z, *rest, impl="cpp").loss)(every)
+    assert torch.equal(mapped, torch.stack([quark_loss(z, *rest, impl="cpp").loss for z in every]))
+
+
 def test_no_grad_leaves_in_place_logits_alone() -> None:
     inputs = make()
     logits = inputs.logits.clone().requires_grad_() * 1
@@ -888,7 +937,7 @@ def test_in_place_never_writes_over_a_parameter_through_a_view() -> None:
     leaf = torch.randn(6, 9)[:6].requires_grad_()  # a view itself, of a tensor that has no gradient
     views = [parameter[:6], parameter.view(2, 3, 9)[:].view(6, 9), made_without_grad, leaf[:6]]
     for logits in [*views, parameter.unsqueeze(0).unbind(0)[0]]:
-        with pytest.raises(ValueError, match="overwrite logits that are a (view of a )?leaf"):
+        with pytest.raises(ValueError, match=r"overwrite logits that are a (view of a )?leaf"):
             quark_loss(logits, ref, labels, inplace=True)
     assert torch.equal(parameter, before)
     quark_loss((parameter * 1)[:6], ref, labels, inplace=True).loss.backward()
