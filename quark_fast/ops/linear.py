@@ -67,7 +67,8 @@ def linear_quark_loss(
     (Gemma 2, Granite, Cohere) need `quark_loss`.
 
     Rows of mask 0 are dropped before any product: they cost nothing, and a NaN there does not matter.
-    On a GPU, finding the rest waits for the device, unless ``lengths`` says which they are.
+    On a GPU, finding the rest waits for the device, unless ``lengths`` says which they are; rows of mask 0
+    within the lengths are then computed as rows of zeros.
 
     Args:
         hidden: (..., D) last hidden states of the policy, as its head takes them; float32, bfloat16,
@@ -81,7 +82,7 @@ def linear_quark_loss(
         kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
         vocab_size: V; by default the rows of ref_weight.
         lengths: where labels are (N, T), how many tokens at the start of each row count, if the mask is 0
-            behind them; it saves a GPU the wait.
+            after them; it saves a GPU the wait.
         chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
             logits, but at least 160 for each CPU thread up to 640, and 2048 elsewhere: below that, time is
             lost.
@@ -225,16 +226,34 @@ def _product_dtype(hidden: Tensor | None) -> torch.dtype:
 
 
 def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> Tensor | None:
-    """Indices of the tokens that count, on the CPU; None: not known."""
+    """Indices of the tokens within the lengths, on the CPU; None: the weights themselves are to be asked.
+
+    On a CPU they are, which costs no wait and tells more.
+    """
     if lengths is None:
         return None
-    if labels.dim() != 2 or len(lengths) != len(labels) or max(lengths, default=0) > labels.shape[1]:
+    if labels.dim() != 2 or len(lengths) != len(labels):
         raise ValueError(f"{len(lengths)} lengths do not fit labels of shape {tuple(labels.shape)}")
-    columns = torch.arange(labels.shape[1], device="cpu")
-    inside = columns < torch.tensor(list(lengths), dtype=torch.long, device="cpu").view(-1, 1)
-    if weights.device.type == "cpu" and bool((weights[~inside] != 0).any()):
-        raise ValueError("the mask is not 0 after the lengths; leave out lengths, or give the mask's own")
-    return inside.view(-1).nonzero().squeeze(1)
+    most = labels.shape[1]
+    for sample, length in enumerate(lengths):
+        if not 0 <= length <= most:
+            raise ValueError(
+                f"lengths[{sample}] = {length} does not fit labels of shape {tuple(labels.shape)}; give 0 to"
+                f" {most} tokens"
+            )
+    each = torch.tensor(list(lengths), dtype=torch.long, device="cpu")
+    if weights.device.type == "cpu":
+        if not torch.compiler.is_compiling():  # which cannot branch on what tensors hold
+            after = torch.arange(most, device="cpu") >= each.view(-1, 1)
+            if bool((weights[after] != 0).any()):
+                raise ValueError(
+                    "the mask is not 0 after the lengths; leave out lengths, or give the mask's own"
+                )
+        return None
+    # Of the total that Python knows: how many a nonzero() finds, torch.compile does not.
+    firsts = torch.arange(len(lengths), device="cpu") * most - (each.cumsum(0) - each)
+    total = sum(lengths)
+    return torch.arange(total, device="cpu") + firsts.repeat_interleave(each, output_size=total)
 
 
 # hidden, weight and bias of the policy's head, then of the reference's
@@ -356,7 +375,8 @@ def _linear_loss(
     Args:
         hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast.
         ref_hidden: (N, T, D_ref). labels, weights: (N, T). masked: whether a weight may be 0.
-        counted: on the CPU, indices of the N T tokens whose weight may not be 0; None: not known.
+        counted: on the CPU, indices of the N T tokens whose weight may not be 0; None: those of weight 0 are
+            looked for.
         contrast: ``ContrastWeights``, over the number of samples; empty without mirror rows.
     Returns:
         loss (), nll, KL, H (N, T), comparisons (2, N), KL of the mirror rows (N, T), or (2, 0) and (0, T),
@@ -384,11 +404,15 @@ def _linear_loss(
         all_hidden, all_grad = hidden.reshape(-1, width), grad_hidden.view(-1, width)
         for part, rows in _plan(weights, masked, counted, streams, chunk):
             both = torch.cat([rows + stream * samples * length for stream in range(streams)])
-            h = all_hidden[both].to(dtype)
+            # Of the indices some may be of weight 0, where there may be anything: 0 times NaN is NaN.
+            dead = None if counted is None else weights.view(-1)[rows] == 0
+            dead_of_both = None if dead is None else dead.repeat(streams)
+            h = _rows(all_hidden, both, dead_of_both).to(dtype)
             z = head.logits(h)
             r = None
             if ref_head is not None and ref_hidden is not None:
-                r = ref_head.logits(ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows].to(ref_dtype))
+                r = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+                r = ref_head.logits(_rows(r, rows, dead).to(ref_dtype))
             problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit, *options)
             if streams == 2:
                 share, *terms, mirror_kl[rows], comparisons[:, part], grad = _contrast(
@@ -432,6 +456,12 @@ def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
     return unit
 
 
+def _rows(hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+    """A copy of these rows, 0 where they are dead."""
+    chosen = hidden[rows]
+    return chosen if dead is None else chosen.masked_fill_(dead.unsqueeze(1), 0)
+
+
 class _Head:
     """A linear layer that writes the logits of every chunk to the same memory.
 
@@ -469,7 +499,8 @@ def chunk_rows(rows: int, least: int = LEAST_ROWS_ELSEWHERE) -> int:
 def _plan(
     weights: Tensor, masked: bool, counted: Tensor | None, streams: int, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks as (the samples it holds, its rows as indices into the N T tokens); no row of weight 0."""
+    """Chunks as (the samples it holds, its rows as indices into the N T tokens): those that are counted, or
+    all but those of weight 0."""
     samples = len(weights)
     if weights.device.type == "cpu":
         least = min(LEAST_ROWS_A_THREAD * torch.get_num_threads(), LEAST_ROWS_CPU)
@@ -550,7 +581,7 @@ def _contrast(
     if not want_grad:
         return loss, nll, divergence, entropy, mirror_kl, both_values, grad_own
     sample = position // shape[1]
-    on_own, on_mirror = (weight[sample] for weight in on)
+    on_own, on_mirror = (weight[sample] * (weights != 0) for weight in on)
     if held:
         on_mirror = on_mirror - weights  # the NLL came with the KL
     both = (z, None, labels.repeat(2), torch.cat([on_own, on_mirror]), *nll_alone)

@@ -286,7 +286,8 @@ def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: fl
         else mask.detach().to(dtype)
     )
     if normalizer is not None:
-        if not normalizer > 0 or math.isinf(normalizer):
+        # Not isinf, which torch.compile does not trace for a float that changes.
+        if not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
         return weights / normalizer
     total = weights.sum()

@@ -243,10 +243,69 @@ def test_lengths_say_which_rows_count() -> None:
     for wrong, message in [
         ([61, 0, 7, 1, 29], "the mask is not 0 after the lengths"),
         ([61, 0, 7, 1], "4 lengths do not fit labels"),
-        ([62, 0, 7, 1, 30], "5 lengths do not fit labels"),
+        ([61, 62, 7, 1, 30], r"lengths\[1\] = 62 does not fit labels of shape \(5, 61\); give 0 to 61"),
+        ([61, 0, -7, 1, 30], r"lengths\[2\] = -7 does not fit"),
     ]:
         with pytest.raises(ValueError, match=message):
             chunked(inputs, lengths=wrong)
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def lengths_are_told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the weights are asked which rows count; elsewhere, as on a GPU, the lengths alone."""
+    if request.param == "elsewhere":
+        counted = module._counted
+
+        def as_elsewhere(lengths: Any, labels: Tensor, weights: Tensor) -> Tensor | None:
+            return counted(lengths, labels, weights.to("meta"))
+
+        monkeypatch.setattr(module, "_counted", as_elsewhere)
+
+
+@pytest.mark.usefixtures("lengths_are_told")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_row_within_its_length_is_never_read(dtype: torch.dtype, impl: str) -> None:
+    lengths = [61, 0, 7, 1, 30]
+    inputs = make(dtype=dtype)
+    inside = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+    inputs = inputs._replace(mask=inputs.mask & inside)
+    assert (inside & ~inputs.mask).any()
+    clean = run(chunked, inputs, impl=impl)
+    inputs.hidden[~inputs.mask] = math.nan
+    inputs.ref_hidden[~inputs.mask] = math.inf
+    inputs.labels[~inputs.mask] = -100
+    dirty = run(chunked, inputs, impl=impl, lengths=lengths)
+    for name, value in clean.items():
+        # Rows of zeros are added up between the others: sums in another order, rounded to the dtype.
+        error = (dirty[name] - value).abs().max()
+        assert error <= max(SLACK, torch.finfo(dtype).eps) * value.abs().max(), name
+    assert not dirty["gradient of hidden"][~inputs.mask].any()
+
+
+@pytest.mark.usefixtures("lengths_are_told")
+def test_masked_token_within_its_length_is_in_no_comparison() -> None:
+    lengths = [30, 3, 1, 17, 0, 30]
+    inputs, better = make((6, 30)), torch.tensor([1.0, -1, 1, 1, -1, 1])
+    mask = inputs.mask & (torch.arange(30) < torch.tensor(lengths).unsqueeze(1))
+    hidden = torch.stack([inputs.hidden, 0.9 * inputs.hidden])
+    options = {
+        "weights": ContrastWeights(1.0, 0.5),
+        "samples": 6,
+        "vocab_size": VOCABULARY,
+        "normalizer": 81.0,
+    }
+
+    def gradients(**told: Any) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (hidden, inputs.weight)]
+        out, values, mirror_kl = linear_contrast_loss(*leaves, *inputs[2:5], mask, better, **options, **told)
+        out.loss.backward()
+        return (*(t.detach() for t in (*out, *values, mirror_kl)), *(leaf.grad for leaf in leaves))
+
+    clean = gradients()
+    hidden[:, ~mask], inputs.ref_hidden[~mask], inputs.labels[~mask] = math.nan, math.nan, -100
+    for one, two in zip(gradients(lengths=lengths), clean, strict=True):
+        torch.testing.assert_close(one, two, rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -541,6 +600,35 @@ def test_compiled_step_has_no_graph_break(impl: str, autocast: bool) -> None:
         # bfloat16: each chunk's product is rounded, and compiled eager has one chunk.
         half = {"rtol": 2**-8, "atol": 2**-8 * a.abs().max().item()} if autocast else {}
         torch.testing.assert_close(a, b, **half)
+
+
+def test_compiled_step_takes_lengths_and_a_normalizer_that_change() -> None:
+    inputs = make()
+
+    def step(hidden: Tensor, mask: Tensor, lengths: list[int], normalizer: float) -> Tensor:
+        told = inputs._replace(hidden=hidden, mask=mask)
+        return chunked(told, lengths=lengths, normalizer=normalizer).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for lengths in ([61, 0, 7, 1, 30], [60, 1, 7, 1, 30], [2, 0, 0, 0, 0]):
+        mask = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+        given = (inputs.hidden, mask, lengths, 0.5 + sum(lengths))
+        torch.testing.assert_close(compiled(*given), step(*given))
+
+
+def test_indices_of_the_tokens_within_lengths_need_no_look_at_a_tensor() -> None:
+    labels = torch.zeros(3, 4, dtype=torch.long, device="meta")
+
+    def counted(lengths: list[int], weights: Tensor) -> Tensor:
+        found = module._counted(lengths, labels, weights)
+        assert found is not None
+        return found + 0
+
+    compiled = torch.compile(counted, fullgraph=True, backend="aot_eager")
+    for lengths in ([4, 2, 0], [0, 0, 0], [4, 4, 4], [0, 0, 1], [0, 3, 2]):
+        expected = (torch.arange(4) < torch.tensor(lengths).view(-1, 1)).view(-1).nonzero().squeeze(1)
+        for function in (counted, compiled):
+            assert torch.equal(function(lengths, torch.ones(3, 4, device="meta")), expected)
 
 
 # --- The contrast term -------------------------------------------------------------------------

@@ -832,6 +832,19 @@ def test_compiled_step_takes_a_coefficient_that_changes() -> None:
         torch.testing.assert_close(compiled(logits, kl_coef), step(logits, kl_coef))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_compiled_step_takes_a_normalizer_that_changes(impl: str) -> None:
+    # As the number of tokens of a batch does.
+    inputs = make(9)
+
+    def step(logits: Tensor, normalizer: float) -> Tensor:
+        return quark_loss(logits, *inputs[1:], normalizer=normalizer, impl=impl).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for normalizer in (7.0, 8.5, 9.25):
+        torch.testing.assert_close(compiled(inputs.logits, normalizer), step(inputs.logits, normalizer))
+
+
 # --- The caller's defaults ---------------------------------------------------------------------
 
 
@@ -874,6 +887,7 @@ def _fails(match: str, change: dict[str, object], **options: object) -> object:
         _fails("pass floating-point logits", {"logits": torch.ones(3, 4, 9, dtype=torch.long)}),
         _fails("normalizer = 0", {}, normalizer=0),
         _fails("normalizer = nan", {}, normalizer=math.nan),
+        _fails("normalizer = inf", {}, normalizer=math.inf),
         _fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
         _fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
         _fails(
