@@ -439,7 +439,7 @@ def _linear_loss(
         if first:
             grad_weight.zero_()
     nll, divergence, entropy = (term.view(samples, length) for term in (nll, divergence, entropy))
-    mirror_kl = mirror_kl.view(-1, length)
+    mirror_kl = mirror_kl.view(comparisons.shape[1], length)
     values = (loss * unit, nll, divergence, entropy, comparisons, mirror_kl, unit)
     return *values, grad_hidden, grad_weight, grad_bias
 
@@ -472,12 +472,13 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.room = self.weight.new_empty(0)
+        self.columns = _columns(len(self.weight), self.weight.device)
+        self.room = self.weight.new_empty(0, self.columns)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if len(self.room) < len(hidden):
             self.room = self.weight.new_empty(0)  # or else old and new would be there at once
-            self.room = self.weight.new_empty(len(hidden), _columns(len(self.weight), self.weight.device))
+            self.room = self.weight.new_empty(len(hidden), self.columns)
         out = self.room[: len(hidden), : len(self.weight)]
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)

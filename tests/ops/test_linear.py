@@ -721,6 +721,39 @@ def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     torch.testing.assert_close(out.loss, plain.loss + math.log(2))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0, 4)], ids=str)
+def test_contrast_of_nothing_but_masked_tokens_is_chance(
+    shape: tuple[int, int], dtype: torch.dtype, impl: str
+) -> None:
+    inputs = make((3, 4), dtype)
+    n, t = shape
+    hidden = torch.stack([inputs.hidden[:n, :t]] * 2).requires_grad_()
+    weight, mask = inputs.weight.requires_grad_(), torch.zeros(n, t, dtype=torch.bool)
+    out, values, mirror_kl = linear_contrast_loss(
+        hidden,
+        weight,
+        inputs.ref_hidden[:n, :t],
+        inputs.ref_weight,
+        inputs.labels[:n, :t],
+        mask,
+        torch.ones(n),
+        weights=ContrastWeights(0.7, 0.4),
+        samples=3,
+        vocab_size=VOCABULARY,
+        normalizer=5.0,
+        impl=impl,
+    )
+    out.loss.backward()
+    # Two empty sums are as likely as each other: each comparison is log 2.
+    torch.testing.assert_close(out.loss, torch.tensor(1.1 * n / 3 * math.log(2)))
+    for value in values:
+        torch.testing.assert_close(value, torch.full((n,), math.log(2)))
+    for rest in (*out[1:], mirror_kl, hidden.grad, weight.grad):
+        assert not rest.any()
+
+
 def test_labels_and_mask_of_any_strides_give_the_same_contrast() -> None:
     inputs = make((6, 30))
     better, weights = torch.tensor([1.0, -1, 1, 1, -1, 1]), ContrastWeights(1.0, 0.5)
