@@ -14,6 +14,7 @@ bias: the small gradients of the NLL all have one sign.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,6 +97,7 @@ def linear_quark_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a reference that
             requires grad; the message names the value and the fix.
+        TypeError: an argument of another type altogether.
         RuntimeError: a second derivative, or one by torch.func or forward-mode AD, is asked for.
 
     Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
@@ -177,6 +179,7 @@ def linear_contrast_loss(
         (the loss, contrast included, with nll, kl, entropy of the own rows; the comparisons, -log sigma(...)
         of each sample, detached; (N, T) KL of the mirror rows, 0 without the comparison with the base model).
     """
+    ops.check_kinds({"hidden": hidden, "mask": mask}, {"better": better})
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; the contrast counts whole tokens, pass bool")
     if hidden.dim() != 4 or len(hidden) != 2:
@@ -232,6 +235,10 @@ def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> 
     """
     if lengths is None:
         return None
+    try:
+        lengths = [operator.index(length) for length in lengths]
+    except TypeError as error:
+        raise TypeError(f"lengths = {lengths!r}; pass a whole number for each row of labels") from error
     if labels.dim() != 2 or len(lengths) != len(labels):
         raise ValueError(f"{len(lengths)} lengths do not fit labels of shape {tuple(labels.shape)}")
     most = labels.shape[1]
@@ -241,7 +248,7 @@ def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> 
                 f"lengths[{sample}] = {length} does not fit labels of shape {tuple(labels.shape)}; give 0 to"
                 f" {most} tokens"
             )
-    each = torch.tensor(list(lengths), dtype=torch.long, device="cpu")
+    each = torch.tensor(lengths, dtype=torch.long, device="cpu")
     if weights.device.type == "cpu":
         if not torch.compiler.is_compiling():  # which cannot branch on what tensors hold
             after = torch.arange(most, device="cpu") >= each.view(-1, 1)
@@ -273,8 +280,18 @@ def _checked(
 
     Its logits are stand-ins of no size.
     """
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
+    ops.check_kinds(
+        {"hidden": hidden, "weight": weight, "labels": labels},
+        {
+            "bias": bias,
+            "ref_hidden": ref_hidden,
+            "ref_weight": ref_weight,
+            "ref_bias": ref_bias,
+            "mask": mask,
+        },
+    )
     _check_heads(heads, labels, chunk)
-    hidden, weight, bias, ref_hidden, ref_weight, _ = heads
     logits, ref_logits = _stand_in(hidden, weight), _stand_in(ref_hidden, ref_weight)
     assert logits is not None
     problem, chosen = ops.checked(logits, ref_logits, labels, mask, options, impl, normalizer)
@@ -289,6 +306,8 @@ def _check_heads(heads: Heads, labels: Tensor, chunk: int | None) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         given, other = ("ref_weight", "ref_hidden") if ref_hidden is None else ("ref_hidden", "ref_weight")
         raise ValueError(f"{given} without {other}; pass both, or neither and kl_coef=0")
+    if chunk is not None and not isinstance(chunk, int):
+        raise TypeError(f"chunk is a {type(chunk).__name__}; pass a whole number of rows, or None")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}; give at least 1 row, or None")
     for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):

@@ -145,7 +145,13 @@ def checked(
     normalizer: float | None,
 ) -> tuple[Problem, Chosen]:
     """What an implementation computes, and which; after every check that needs no look at the labels."""
-    _check_kinds({"logits": logits, "ref_logits": ref_logits, "labels": labels, "mask": mask})
+    check_kinds({"logits": logits, "labels": labels}, {"ref_logits": ref_logits, "mask": mask})
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is not None and (not tensor.is_floating_point() or tensor.dim() == 0):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "pass floating-point logits of shape (..., vocabulary)"
+            )
     _check_options(options, ref_logits)
     vocab_size, kl_coef, entropy_coef, kl = options
     if vocab_size is None:
@@ -164,21 +170,15 @@ def checked(
     return (logits, ref_logits, labels.long(), weights, vocab_size, kl_coef, entropy_coef, kl), chosen
 
 
-def _check_kinds(given: dict[str, Tensor | None]) -> None:
-    for name, value in given.items():
-        if value is None and name in ("ref_logits", "mask"):
+def check_kinds(needed: dict[str, Tensor | None], optional: dict[str, Tensor | None]) -> None:
+    """That all of these are dense tensors; of the optional ones, those that are not None."""
+    for name, value in {**needed, **optional}.items():
+        if value is None and name in optional:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor")
         if value.layout != torch.strided or value.is_nested:
             raise ValueError(f"{name} is nested or of layout {value.layout}; pass a dense tensor")
-    for name in ("logits", "ref_logits"):
-        tensor = given[name]
-        if tensor is not None and (not tensor.is_floating_point() or tensor.dim() == 0):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "pass floating-point logits of shape (..., vocabulary)"
-            )
 
 
 def _check_options(options: Options, ref_logits: Tensor | None) -> None:

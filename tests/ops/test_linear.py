@@ -874,6 +874,9 @@ def _fails(match: str, change: dict[str, object], **options: object) -> object:
         _fails("mask of shape", {"mask": torch.ones(4)}),
         _fails("labels[2] = 9 (flattened) is outside", {"labels": torch.arange(12).view(3, 4) + 7}),
         _fails("normalizer = 0", {}, normalizer=0),
+        _fails("lengths[1] = 5 does not fit labels of shape (3, 4)", {}, lengths=[4, 5, 4]),
+        _fails("2 lengths do not fit labels of shape (3, 4)", {}, lengths=[4, 4]),
+        _fails("weight is nested or of layout torch.sparse", {"weight": torch.ones(9, 5).to_sparse()}),
     ],
 )
 def test_wrong_input_is_named(
@@ -889,3 +892,43 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=re.escape(match)):
         linear_quark_loss(**(inputs | change), **options)
+
+
+def _is_no(match: str, **change: object) -> object:
+    return pytest.param(change, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        _is_no("weight is a list; pass a tensor", weight=[[1.0]]),
+        _is_no("weight is a NoneType; pass a tensor", weight=None),
+        _is_no("weight is a Linear; pass a tensor", weight=torch.nn.Linear(5, 9)),
+        _is_no("hidden is a list; pass a tensor", hidden=[[1.0]]),
+        _is_no("ref_hidden is a list; pass a tensor", ref_hidden=[[1.0]]),
+        _is_no("labels is a list; pass a tensor", labels=[1]),
+        _is_no("mask is a list; pass a tensor", mask=[True]),
+        _is_no("bias is a float; pass a tensor", bias=0.0),
+        _is_no("ref_bias is a int; pass a tensor", ref_bias=0),
+        _is_no("chunk is a float; pass a whole number of rows", chunk=2.5),
+        _is_no("lengths = [4, 2.5, 4]; pass a whole number for each row", lengths=[4, 2.5, 4]),
+        _is_no("lengths = 4; pass a whole number for each row", lengths=4),
+    ],
+)
+def test_argument_of_another_type_altogether_is_a_type_error(change: dict[str, object], match: str) -> None:
+    inputs: dict[str, object] = {
+        "hidden": torch.ones(3, 4, 5),
+        "weight": torch.ones(9, 5),
+        "ref_hidden": torch.ones(3, 4, 5),
+        "ref_weight": torch.ones(9, 5),
+        "labels": torch.zeros(3, 4, dtype=torch.long),
+        "mask": torch.ones(3, 4, dtype=torch.bool),
+    }
+    with pytest.raises(TypeError, match=re.escape(match)):
+        linear_quark_loss(**(inputs | change))
+    twice = {"weights": ContrastWeights(1.0), "samples": 3, "normalizer": 12.0, "vocab_size": 9}
+    inputs["hidden"] = torch.ones(2, 3, 4, 5)
+    with pytest.raises(TypeError, match=re.escape(match)):
+        linear_contrast_loss(**(inputs | twice | change))
+    with pytest.raises(TypeError, match="better is a list; pass a tensor"):
+        linear_contrast_loss(**inputs, **twice, better=[1])
