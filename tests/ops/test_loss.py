@@ -7,6 +7,7 @@ float32 sums in another order.
 """
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -200,6 +201,20 @@ def test_real_weights_and_normalizer(impl: str) -> None:
     ]
     torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [1e-60, 1e300])
+def test_float64_weights_beyond_the_range_of_float32_are_divided_before_they_are_cast(
+    size: float, impl: str
+) -> None:
+    inputs = make(9, shape=(3,))
+    weights = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+    expected = run(inputs._replace(mask=weights.float()), impl=impl)
+    for options in ({}, {"normalizer": 4 * size}):
+        found = run(inputs._replace(mask=weights * size), impl=impl, **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -891,12 +906,12 @@ def _fails(match: str, change: dict[str, object], **options: object) -> object:
         _fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
         _fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
         _fails(
-            "each row must be contiguous",
+            "some of them share their memory",
             {"logits": (torch.ones(3, 4, 1, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
         _fails(
-            "its own memory",
+            "strides .0, 9, 1.: some of them",
             {"logits": (torch.ones(1, 4, 9, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
@@ -958,6 +973,61 @@ def test_in_place_never_writes_over_a_parameter_through_a_view() -> None:
     with torch.no_grad():  # where no gradient is wanted nothing is written
         quark_loss(parameter[:6], ref, labels, inplace=True)
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negated_views_of_the_reference_and_the_labels_are_read_as_their_values(
+    dtype: torch.dtype, inplace: bool
+) -> None:
+    inputs = make(9, dtype=dtype)
+    negated = inputs._replace(
+        ref_logits=torch._neg_view(-inputs.ref_logits), labels=torch._neg_view(-inputs.labels)
+    )
+    assert negated.ref_logits.is_neg() and negated.labels.is_neg()
+    pairs = zip(run(negated, inplace=inplace), run(inputs, inplace=inplace), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_may_be_made_under_inference_mode(
+    dtype: torch.dtype, impl: str, inplace: bool, keep: bool
+) -> None:
+    inputs = make(33, dtype=dtype)
+    options = {"impl": impl, "inplace": inplace}
+    with torch.inference_mode():
+        made = inputs._replace(**{name: getattr(inputs, name).clone() for name in Inputs._fields[1:]})
+    assert made.ref_logits.is_inference() and made.labels.is_inference()
+    leaf = inputs.logits.clone().requires_grad_()
+    out = quark_loss(leaf.clone(), *made[1:], **options)
+    (3 * out.loss).backward(retain_graph=keep)
+    expected = run(inputs, 3.0, **options).grad
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=0, atol=0)
+    if keep:
+        (3 * out.loss).backward()
+        torch.testing.assert_close(leaf.grad.double(), 2 * expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cut", "why"),
+    [
+        (lambda z: z[:1].expand(4, 3, 3, 8), "share their memory"),
+        (lambda z: z.transpose(-1, -2), "the columns of a row do not lie side by side"),
+        (lambda z: z[:, :2, :2], "three or more of their leading dimensions"),
+    ],
+)
+def test_in_place_says_why_it_cannot_write_to_these_strides(
+    cut: Callable[[Tensor], Tensor], why: str
+) -> None:
+    logits = cut((torch.ones(4, 3, 3, 9, requires_grad=True) * 1)[..., :8])
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    options = {"kl_coef": 0.0, "vocab_size": 1}
+    with pytest.raises(ValueError, match=f"of shape .* and strides .*: .*{why}.*; pass inplace=False"):
+        quark_loss(logits, None, labels, inplace=True, **options)
+    quark_loss(logits, None, labels, **options)
 
 
 @pytest.mark.parametrize("shift", [0, 1, -1])
