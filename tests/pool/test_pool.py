@@ -538,6 +538,34 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(RolloutPool.load(path)) == 2
 
 
+def test_threads_that_save_to_one_path_leave_a_whole_file(tmp_path, monkeypatch):
+    """Both are between making their scratch file and giving it its name, at the same time."""
+    path, flush, both = tmp_path / "pool", atomic.flush, threading.Barrier(2)
+
+    def flush_together(name):
+        if name != tmp_path:
+            both.wait(20)
+        flush(name)
+
+    monkeypatch.setattr(atomic, "flush", flush_together)
+    made, failures = [filled([1.0, 2.0]), filled([3.0, 4.0, 5.0])], []
+
+    def save(one):
+        try:
+            one.save(path)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(one,)) for one in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert os.listdir(tmp_path) == ["pool"]
+    assert len(RolloutPool.load(path)) in (2, 3)
+
+
 def test_state_is_arrays_and_plain_values():
     state = many_runs().state_dict()
     plain = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
