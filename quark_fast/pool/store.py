@@ -81,10 +81,11 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        # As it is now: a later os.chdir() would have samples looked for, and written, elsewhere.
+        self.folder = None if folder is None else folder.absolute()
         self.segments: tuple[Segment, ...] = ()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def append(self, segment: Segment) -> None:
         """Take in samples whose ids follow all others, or (OSError: the disk is full) none of them."""

@@ -638,6 +638,19 @@ def test_a_pool_in_a_folder_is_the_pool_in_ram(tmp_path, small_files):
         np.testing.assert_array_equal(one.ids, two.ids)
 
 
+def test_a_relative_folder_stays_where_it_was_made(tmp_path, small_files, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = RolloutPool(store="samples")
+    made.add(*rows(range(100)), np.arange(100.0))
+    monkeypatch.chdir(tmp_path / "there")
+    made.add(*rows(range(300)), np.arange(300.0))
+    made.save(tmp_path / "here" / "pool")
+    assert os.listdir(tmp_path / "there") == []
+    assert held_samples(RolloutPool.load(tmp_path / "here" / "pool")) == held_samples(made)
+
+
 def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files):
     made = RolloutPool(store=tmp_path / "here" / "samples")
     made.add(*rows(range(500)), np.arange(500.0))
