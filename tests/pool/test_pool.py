@@ -680,6 +680,15 @@ def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, smal
         first.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"{first.name} is damaged or not a file of samples"):
             RolloutPool.load(tmp_path / "pool")
+    for at in (len(whole) - 1, len(whole) // 2):  # one bit of a token, or of an end
+        first.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=f"{first.name} is damaged: its checksum does not fit"):
+            RolloutPool.load(tmp_path / "pool")
+    about = b'\\"first\\": 0'
+    assert whole.count(about) == 1
+    first.write_bytes(whole.replace(about, about[:-1] + b"1"))
+    with pytest.raises(ValueError, match=f"{first.name} is damaged: its checksum does not fit"):
+        RolloutPool.load(tmp_path / "pool")
     first.write_bytes(second.read_bytes())
     with pytest.raises(ValueError, match="not these samples"):
         RolloutPool.load(tmp_path / "pool")
