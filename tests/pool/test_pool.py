@@ -566,6 +566,28 @@ def test_threads_that_save_to_one_path_leave_a_whole_file(tmp_path, monkeypatch)
     assert len(RolloutPool.load(path)) in (2, 3)
 
 
+def test_settings_of_numpys_types_are_those_of_the_same_values(tmp_path):
+    plain = {"quantiles": 5, "seed": 7, "dtype": "float32", "ties": "random", "remainder": "last"}
+    numpys = {
+        "quantiles": np.int64(5),
+        "seed": np.uint32(7),
+        "dtype": np.dtype("float32"),
+        "ties": np.str_("random"),
+        "remainder": np.str_("last"),
+    }
+    one, two = (filled(np.arange(90.0) // 4, **options) for options in (plain, numpys))
+    assert repr(one) == repr(two)
+    np.testing.assert_array_equal(one.labels(), two.labels())
+    np.testing.assert_array_equal(one.sample(40).ids, two.sample(np.int32(40)).ids)
+    np.testing.assert_array_equal(
+        one.sample(9, quantiles=4).ids, two.sample(9, quantiles=np.array([4], np.uint8)).ids
+    )
+    two.save(tmp_path / "pool")
+    one.load_state_dict(two.state_dict())
+    resumed = RolloutPool.load(tmp_path / "pool")
+    np.testing.assert_array_equal(one.sample(40).ids, resumed.sample(40).ids)
+
+
 def test_state_is_arrays_and_plain_values():
     state = many_runs().state_dict()
     plain = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
@@ -910,6 +932,11 @@ def test_sync_alone_is_the_own_pool():
     ("mistake", "error", "message"),
     [
         (lambda p: RolloutPool(0), ValueError, "at least 1, got 0"),
+        (lambda p: RolloutPool(2.5), TypeError, "quantiles must be a whole number, got 2.5"),
+        (lambda p: RolloutPool("5"), TypeError, "quantiles must be a whole number, got '5'"),
+        (lambda p: RolloutPool(2**40), ValueError, "quantiles must be at most 2147483647, got 1099511627776"),
+        (lambda p: RolloutPool(seed=2.5), TypeError, "seed must be a whole number, got 2.5"),
+        (lambda p: RolloutPool(seed=None), TypeError, "seed must be a whole number, got None"),
         (
             lambda p: RolloutPool(ties="older"),
             ValueError,
@@ -929,6 +956,13 @@ def test_sync_alone_is_the_own_pool():
         (lambda p: p.add([[1]], [[1]], [1.0], round=1.5), TypeError, "integer"),
         (lambda p: p.sample(-1), ValueError, "n must be at least 0, got -1"),
         (lambda p: p.sample(4, quantiles=5), ValueError, r"0 \(worst\) to 4 \(best\), got 5"),
+        (lambda p: p.sample(2.5), TypeError, "n must be a whole number, got 2.5"),
+        (lambda p: p.sample(2**70), ValueError, "n must be at most"),
+        (lambda p: p.sample(2, quantiles=[0.5]), TypeError, r"quantiles must be integers .*, got \[0.5\]"),
+        (lambda p: p.sample(2, quantiles="4"), TypeError, "quantiles must be integers .*, got '4'"),
+        (lambda p: p.sample(2, quantiles=[[1]]), TypeError, "quantiles must be integers in one dimension"),
+        (lambda p: p.sample(2, quantiles=[4, 2**40]), ValueError, r"to 4 \(best\), got 1099511627776"),
+        (lambda p: p.epoch(2.5), TypeError, "batch_size must be a whole number, got 2.5"),
         (lambda p: p.sample(4, quantiles=[]), ValueError, "quantiles is empty"),
         (lambda p: RolloutPool().sample(1), ValueError, "the pool is empty"),
         (lambda p: p.epoch(0), ValueError, "batch_size must be at least 1, got 0"),
