@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 
 from quark_fast import _C
@@ -201,7 +202,8 @@ class RolloutPool:
 
         Args:
             prompts, completions: token ids, one row per sample, each of its own length (or (n, length)).
-            rewards: higher is better; None or NaN: not scored, left out and counted.
+            rewards: higher is better; None, NaN or masked (of numpy's masked arrays): not scored, left out
+                and counted.
             round: when they were made; None: the newest round so far.
         Returns:
             (n,) ids, -1 where the sample was left out.
@@ -304,8 +306,8 @@ class RolloutPool:
                 "newest_round": self._newest_round,
                 "ids": self.ids,
                 "rewards": self.rewards,
-                "round_starts": starts,
-                "rounds": rounds,
+                "round_starts": starts.copy(),  # all arrays of a state are its own
+                "rounds": rounds.copy(),
             } | saved.samples_state(self._store)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -332,15 +334,15 @@ class RolloutPool:
         """The pool that save() wrote, with its settings. ValueError if the file is not whole.
 
         Args:
-            store: the folder of samples, if it is no longer where it was as seen from `path`.
+            store: the folder of samples, if it is no longer where it was as seen from `path`; or a new one
+                for the samples of a pool that held them in RAM.
         """
         state = saved.read(Path(path))
         try:
             if store is None and "store" in state:
                 store = Path(path).parent / state["store"]
-            if (
-                store is not None and not Path(store).is_dir()
-            ):  # a file does not decide where folders are made
+            # A file does not decide where folders are made.
+            if "files" in state and store is not None and not Path(store).is_dir():
                 raise ValueError(f"its folder of samples {store} is not there; name it by store=")
             pool = cls(**saved.settings_of(state), store=store)
             pool.load_state_dict(state)
@@ -380,6 +382,12 @@ def _as_rewards(rewards: Any, dtype: np.dtype[Any]) -> Floats:
     Rewards are read several times, in the core without the GIL: meanwhile another thread may write to the
     caller's array.
     """
+    if isinstance(rewards, list | tuple) and any(isinstance(one, torch.Tensor) for one in rewards):
+        rewards = [one.item() if isinstance(one, torch.Tensor) else one for one in rewards]
+    if isinstance(rewards, torch.Tensor):  # numpy has no bfloat16, and takes nothing that requires grad
+        rewards = rewards.double().numpy(force=True)
+    if isinstance(rewards, np.ma.MaskedArray):
+        rewards = np.ma.filled(rewards.astype(np.float64), np.nan)
     if isinstance(rewards, np.ndarray) and rewards.dtype == dtype and rewards.ndim == 1:
         return rewards.copy()
     values = np.asarray(rewards, np.float64)

@@ -227,6 +227,39 @@ def test_none_and_nan_are_left_out_and_counted():
     assert made[0].prompts[0].tolist() == [2]
 
 
+SCORES = [0.5, 3.0, -1.25]  # exact in bfloat16
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        torch.tensor(SCORES, dtype=torch.bfloat16),
+        torch.tensor(SCORES, requires_grad=True) * 1,
+        list(torch.tensor(SCORES, requires_grad=True)),
+        tuple(torch.tensor(SCORES, dtype=torch.bfloat16)),
+        [torch.tensor(0.5), 3, -1.25],
+        torch._neg_view(-torch.tensor(SCORES)),
+    ],
+    ids=["bfloat16", "requires grad", "list that requires grad", "tuple of bfloat16", "mixed", "negated"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rewards_may_be_tensors_of_any_kind(dtype, rewards):
+    made = RolloutPool(2, dtype=dtype)
+    made.add(*rows(range(3)), rewards)
+    assert made.rewards.tolist() == SCORES
+
+
+@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_rewards_are_left_out_and_counted(dtype, given):
+    made = RolloutPool(2, dtype=dtype)
+    rewards = np.ma.array([5.0, 1.0, 2.0], mask=[True, False, False], dtype=given)
+    assert made.add(*rows(range(3)), rewards).tolist() == [-1, 0, 1]
+    assert (made.rewards.tolist(), made.unscored) == ([1.0, 2.0], 1)
+    made.add(*rows(range(2)), np.ma.array([7, 9], mask=[False, True]))
+    assert (made.rewards.tolist(), made.unscored) == ([1.0, 2.0, 7.0], 2)
+
+
 # --- a pool's life ---------------------------------------------------------------------------
 
 reward_lists = st.lists(
@@ -595,6 +628,16 @@ def test_state_is_arrays_and_plain_values():
     assert all(value.dtype != object for name, value in state.items() if name not in plain)
 
 
+def test_a_state_and_the_pools_of_it_share_no_memory():
+    made = filled([1.0, 2.0, 3.0], batches=2)
+    state, resumed, before = made.state_dict(), RolloutPool(), held_samples(made)
+    resumed.load_state_dict(state)
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value[:] = 9
+        assert held_samples(made) == held_samples(resumed) == before, name
+
+
 def samples_of(made):
     names = [f"{column}_{part}" for column in ("prompt", "completion") for part in ("tokens", "lengths")]
     return {name: made.state_dict()[name] for name in names}
@@ -689,6 +732,21 @@ def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_fi
     elsewhere = (tmp_path / "there" / "samples").rename(tmp_path / "elsewhere")
     again = RolloutPool.load(tmp_path / "there" / "pool", store=elsewhere)
     assert held_samples(again) == held_samples(resumed)
+
+
+def test_a_pool_that_was_saved_in_ram_is_loaded_into_a_new_folder(tmp_path):
+    made = filled(np.arange(50.0))
+    made.save(tmp_path / "pool")
+    moved = RolloutPool.load(tmp_path / "pool", store=tmp_path / "new" / "samples")
+    assert held_samples(moved) == held_samples(made)
+    moved.save(tmp_path / "moved")
+    assert len(os.listdir(tmp_path / "new" / "samples")) == 1
+    assert held_samples(RolloutPool.load(tmp_path / "moved")) == held_samples(made)
+    with pytest.raises(ValueError, match=r"its folder of samples .*none is not there; name it by store="):
+        RolloutPool.load(tmp_path / "moved", store=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=r"new is a folder; name the file that save\(\) wrote"):
+        RolloutPool.load(tmp_path / "new")
 
 
 def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, small_files):
