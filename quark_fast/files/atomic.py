@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -50,11 +51,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _beside(path: Path, kind: str = "") -> Path:
+    """A hidden name beside the file for this call alone: other threads and machines may write it, too.
+
+    A resume clears what killed processes left by the ending .tmp.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{kind}.tmp")
+
+
 def give_usual_permissions(path: Path) -> None:
     """Give a file that a library made for the user alone, as safetensors does, those of any other file."""
     if not path.is_file() or stat.S_IMODE(path.stat().st_mode) != 0o600:
         return
-    probe = path.with_name(f".{path.name}.{os.getpid()}.mode.tmp")
+    probe = _beside(path, ".mode")
     try:
         probe.touch()  # the umask itself can only be read by changing it, for all threads
         path.chmod(stat.S_IMODE(probe.stat().st_mode))
@@ -65,7 +74,7 @@ def give_usual_permissions(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Another name to write the file under, which takes its own name when the block ends without error."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = _beside(path)
     try:
         yield scratch
         give_usual_permissions(scratch)

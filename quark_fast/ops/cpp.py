@@ -1,7 +1,8 @@
 """The C++ kernels on CPU tensors: addresses and strides in, new tensors out, no autograd.
 
 The numbers are computed in csrc/quark_loss_rows.cpp and csrc/sampling_rows.cpp: blocks of a row in float32,
-their sums in double.
+their sums in double. Every tensor that is made here names its dtype and its device: C++ takes no other, and
+the defaults are the caller's (torch.set_default_dtype, torch.set_default_device).
 """
 
 from typing import Any
@@ -58,7 +59,7 @@ class _Inputs:
 
 def new_gradient(logits: Tensor) -> Tensor:
     """An empty contiguous tensor like logits, in huge pages where the system has them."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     _C.prefer_huge_pages(grad.data_ptr(), grad.nbytes)
     return grad
 
@@ -74,8 +75,10 @@ def forward(
         grad: like logits, or logits itself: where the gradient of the loss is written.
     """
     inputs, labels = _Inputs(*problem), problem[2]
-    nll, divergence, entropy = (torch.empty(labels.shape) for _ in range(3))
-    stats = torch.empty(labels.numel(), STATS_PER_ROW)
+    nll, divergence, entropy = (
+        torch.empty(labels.shape, dtype=torch.float32, device="cpu") for _ in range(3)
+    )
+    stats = torch.empty(labels.numel(), STATS_PER_ROW, dtype=torch.float32, device="cpu")
     loss = _C.quark_loss_forward(
         inputs.problem,
         nll.numpy(),
@@ -85,7 +88,8 @@ def forward(
         None if grad is None else _rows(grad, rows_of(grad)),
         torch.get_num_threads(),
     )
-    return torch.tensor(loss, dtype=torch.float32), nll, divergence, entropy, stats
+    total = torch.tensor(loss, dtype=torch.float32, device="cpu")
+    return total, nll, divergence, entropy, stats
 
 
 def backward(

@@ -14,6 +14,7 @@ bias: the small gradients of the NLL all have one sign.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def linear_quark_loss(
     (Gemma 2, Granite, Cohere) need `quark_loss`.
 
     Rows of mask 0 are dropped before any product: they cost nothing, and a NaN there does not matter.
-    On a GPU, finding the rest waits for the device, unless ``lengths`` says which they are.
+    On a GPU, finding the rest waits for the device, unless ``lengths`` says which they are; rows of mask 0
+    within the lengths are then computed as rows of zeros.
 
     Args:
         hidden: (..., D) last hidden states of the policy, as its head takes them; float32, bfloat16,
@@ -81,7 +83,7 @@ def linear_quark_loss(
         kl_coef, entropy_coef, kl, impl, normalizer: as for `quark_loss`.
         vocab_size: V; by default the rows of ref_weight.
         lengths: where labels are (N, T), how many tokens at the start of each row count, if the mask is 0
-            behind them; it saves a GPU the wait.
+            after them; it saves a GPU the wait.
         chunk: rows at a time; by default an eighth of the rows, which is a twelfth of the memory for whole
             logits, but at least 160 for each CPU thread up to 640, and 2048 elsewhere: below that, time is
             lost.
@@ -95,7 +97,8 @@ def linear_quark_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a reference that
             requires grad; the message names the value and the fix.
-        RuntimeError: a second derivative is asked for.
+        TypeError: an argument of another type altogether.
+        RuntimeError: a second derivative, or one by torch.func or forward-mode AD, is asked for.
 
     Under torch.compile it is one opaque operator, without a graph break; in "eager" there the logits are
     whole, for the compiler to plan.
@@ -176,6 +179,7 @@ def linear_contrast_loss(
         (the loss, contrast included, with nll, kl, entropy of the own rows; the comparisons, -log sigma(...)
         of each sample, detached; (N, T) KL of the mirror rows, 0 without the comparison with the base model).
     """
+    ops.check_kinds({"hidden": hidden, "mask": mask}, {"better": better})
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; the contrast counts whole tokens, pass bool")
     if hidden.dim() != 4 or len(hidden) != 2:
@@ -225,16 +229,38 @@ def _product_dtype(hidden: Tensor | None) -> torch.dtype:
 
 
 def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> Tensor | None:
-    """Indices of the tokens that count, on the CPU; None: not known."""
+    """Indices of the tokens within the lengths, on the CPU; None: the weights themselves are to be asked.
+
+    On a CPU they are, which costs no wait and tells more.
+    """
     if lengths is None:
         return None
-    if labels.dim() != 2 or len(lengths) != len(labels) or max(lengths, default=0) > labels.shape[1]:
+    try:
+        lengths = [operator.index(length) for length in lengths]
+    except TypeError as error:
+        raise TypeError(f"lengths = {lengths!r}; pass a whole number for each row of labels") from error
+    if labels.dim() != 2 or len(lengths) != len(labels):
         raise ValueError(f"{len(lengths)} lengths do not fit labels of shape {tuple(labels.shape)}")
-    columns = torch.arange(labels.shape[1])
-    inside = columns < torch.tensor(list(lengths)).view(-1, 1)
-    if weights.device.type == "cpu" and bool((weights[~inside] != 0).any()):
-        raise ValueError("the mask is not 0 after the lengths; leave out lengths, or give the mask's own")
-    return inside.view(-1).nonzero().squeeze(1)
+    most = labels.shape[1]
+    for sample, length in enumerate(lengths):
+        if not 0 <= length <= most:
+            raise ValueError(
+                f"lengths[{sample}] = {length} does not fit labels of shape {tuple(labels.shape)}; give 0 to"
+                f" {most} tokens"
+            )
+    each = torch.tensor(lengths, dtype=torch.long, device="cpu")
+    if weights.device.type == "cpu":
+        if not torch.compiler.is_compiling():  # which cannot branch on what tensors hold
+            after = torch.arange(most, device="cpu") >= each.view(-1, 1)
+            if bool((weights[after] != 0).any()):
+                raise ValueError(
+                    "the mask is not 0 after the lengths; leave out lengths, or give the mask's own"
+                )
+        return None
+    # Of the total that Python knows: how many a nonzero() finds, torch.compile does not.
+    firsts = torch.arange(len(lengths), device="cpu") * most - (each.cumsum(0) - each)
+    total = sum(lengths)
+    return torch.arange(total, device="cpu") + firsts.repeat_interleave(each, output_size=total)
 
 
 # hidden, weight and bias of the policy's head, then of the reference's
@@ -254,12 +280,24 @@ def _checked(
 
     Its logits are stand-ins of no size.
     """
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
+    ops.check_kinds(
+        {"hidden": hidden, "weight": weight, "labels": labels},
+        {
+            "bias": bias,
+            "ref_hidden": ref_hidden,
+            "ref_weight": ref_weight,
+            "ref_bias": ref_bias,
+            "mask": mask,
+        },
+    )
     _check_heads(heads, labels, chunk)
-    hidden, weight, _, ref_hidden, ref_weight, _ = heads
     logits, ref_logits = _stand_in(hidden, weight), _stand_in(ref_hidden, ref_weight)
     assert logits is not None
     problem, chosen = ops.checked(logits, ref_logits, labels, mask, options, impl, normalizer)
     ops.check_labels(*problem[2:5])
+    if not (chosen == "eager" and torch.compiler.is_compiling()):  # where there is no operator
+        ops.check_no_transform({"hidden": hidden, "weight": weight, "bias": bias}, "linear_quark_loss")
     return problem, chosen
 
 
@@ -268,6 +306,8 @@ def _check_heads(heads: Heads, labels: Tensor, chunk: int | None) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         given, other = ("ref_weight", "ref_hidden") if ref_hidden is None else ("ref_hidden", "ref_weight")
         raise ValueError(f"{given} without {other}; pass both, or neither and kl_coef=0")
+    if chunk is not None and not isinstance(chunk, int):
+        raise TypeError(f"chunk is a {type(chunk).__name__}; pass a whole number of rows, or None")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}; give at least 1 row, or None")
     for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
@@ -354,7 +394,8 @@ def _linear_loss(
     Args:
         hidden: (1, N, T, D), or (2, N, T, D) with the mirror rows, which add the contrast.
         ref_hidden: (N, T, D_ref). labels, weights: (N, T). masked: whether a weight may be 0.
-        counted: on the CPU, indices of the N T tokens whose weight may not be 0; None: not known.
+        counted: on the CPU, indices of the N T tokens whose weight may not be 0; None: those of weight 0 are
+            looked for.
         contrast: ``ContrastWeights``, over the number of samples; empty without mirror rows.
     Returns:
         loss (), nll, KL, H (N, T), comparisons (2, N), KL of the mirror rows (N, T), or (2, 0) and (0, T),
@@ -382,11 +423,15 @@ def _linear_loss(
         all_hidden, all_grad = hidden.reshape(-1, width), grad_hidden.view(-1, width)
         for part, rows in _plan(weights, masked, counted, streams, chunk):
             both = torch.cat([rows + stream * samples * length for stream in range(streams)])
-            h = all_hidden[both].to(dtype)
+            # Of the indices some may be of weight 0, where there may be anything: 0 times NaN is NaN.
+            dead = None if counted is None else weights.view(-1)[rows] == 0
+            dead_of_both = None if dead is None else dead.repeat(streams)
+            h = _rows(all_hidden, both, dead_of_both).to(dtype)
             z = head.logits(h)
             r = None
             if ref_head is not None and ref_hidden is not None:
-                r = ref_head.logits(ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows].to(ref_dtype))
+                r = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+                r = ref_head.logits(_rows(r, rows, dead).to(ref_dtype))
             problem = (z, r, labels.view(-1)[rows], weights.view(-1)[rows] / unit, *options)
             if streams == 2:
                 share, *terms, mirror_kl[rows], comparisons[:, part], grad = _contrast(
@@ -413,7 +458,7 @@ def _linear_loss(
         if first:
             grad_weight.zero_()
     nll, divergence, entropy = (term.view(samples, length) for term in (nll, divergence, entropy))
-    mirror_kl = mirror_kl.view(-1, length)
+    mirror_kl = mirror_kl.view(comparisons.shape[1], length)
     values = (loss * unit, nll, divergence, entropy, comparisons, mirror_kl, unit)
     return *values, grad_hidden, grad_weight, grad_bias
 
@@ -430,6 +475,12 @@ def _unit(weights: Tensor, dtype: torch.dtype, least: float) -> Tensor:
     return unit
 
 
+def _rows(hidden: Tensor, rows: Tensor, dead: Tensor | None) -> Tensor:
+    """A copy of these rows, 0 where they are dead."""
+    chosen = hidden[rows]
+    return chosen if dead is None else chosen.masked_fill_(dead.unsqueeze(1), 0)
+
+
 class _Head:
     """A linear layer that writes the logits of every chunk to the same memory.
 
@@ -440,12 +491,13 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.room = self.weight.new_empty(0)
+        self.columns = _columns(len(self.weight), self.weight.device)
+        self.room = self.weight.new_empty(0, self.columns)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if len(self.room) < len(hidden):
             self.room = self.weight.new_empty(0)  # or else old and new would be there at once
-            self.room = self.weight.new_empty(len(hidden), _columns(len(self.weight), self.weight.device))
+            self.room = self.weight.new_empty(len(hidden), self.columns)
         out = self.room[: len(hidden), : len(self.weight)]
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
@@ -467,7 +519,8 @@ def chunk_rows(rows: int, least: int) -> int:
 def _plan(
     weights: Tensor, masked: bool, counted: Tensor | None, streams: int, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks as (the samples it holds, its rows as indices into the N T tokens); no row of weight 0."""
+    """Chunks as (the samples it holds, its rows as indices into the N T tokens): those that are counted, or
+    all but those of weight 0."""
     samples = len(weights)
     if weights.device.type == "cpu":
         least = min(LEAST_ROWS_A_THREAD * torch.get_num_threads(), LEAST_ROWS_CPU)
@@ -548,7 +601,7 @@ def _contrast(
     if not want_grad:
         return loss, nll, divergence, entropy, mirror_kl, both_values, grad_own
     sample = position // shape[1]
-    on_own, on_mirror = (weight[sample] for weight in on)
+    on_own, on_mirror = (weight[sample] * (weights != 0) for weight in on)
     if held:
         on_mirror = on_mirror - weights  # the NLL came with the KL
     both = (z, None, labels.repeat(2), torch.cat([on_own, on_mirror]), *nll_alone)

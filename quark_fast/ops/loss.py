@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from quark_fast.ops import eager
@@ -101,6 +102,8 @@ def quark_loss(
         ValueError: shapes, dtypes, layouts, devices, labels or options that do not fit; the message
             names the value and the fix.
         TypeError: an argument of another type altogether.
+        RuntimeError: a second derivative, or one by torch.func or forward-mode AD, is asked of a kernel; only
+            "eager" has them.
 
     Source: Lu et al., "Quark: Controllable Text Generation with Reinforced Unlearning",
     NeurIPS 2022, arXiv 2205.13636.
@@ -108,6 +111,8 @@ def quark_loss(
     problem, chosen = checked(
         logits, ref_logits, labels, mask, (vocab_size, kl_coef, entropy_coef, kl), impl, normalizer
     )
+    if chosen != "eager":
+        check_no_transform({"logits": logits}, "quark_loss")
     if chosen == "eager":
         check_labels(*problem[2:5])
         loss, *terms = eager.quark_loss(*problem)
@@ -140,7 +145,13 @@ def checked(
     normalizer: float | None,
 ) -> tuple[Problem, Chosen]:
     """What an implementation computes, and which; after every check that needs no look at the labels."""
-    _check_kinds({"logits": logits, "ref_logits": ref_logits, "labels": labels, "mask": mask})
+    check_kinds({"logits": logits, "labels": labels}, {"ref_logits": ref_logits, "mask": mask})
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is not None and (not tensor.is_floating_point() or tensor.dim() == 0):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "pass floating-point logits of shape (..., vocabulary)"
+            )
     _check_options(options, ref_logits)
     vocab_size, kl_coef, entropy_coef, kl = options
     if vocab_size is None:
@@ -155,25 +166,21 @@ def checked(
             raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}; move one")
     chosen = _choose(impl, logits, ref_logits)
     weights = _weights(logits, mask, labels, normalizer)
-    ref_logits = None if ref_logits is None else ref_logits.detach()
-    return (logits, ref_logits, labels.long(), weights, vocab_size, kl_coef, entropy_coef, kl), chosen
+    # The kernels read memory, in which the values of a negated view are not negated yet.
+    ref_logits = None if ref_logits is None else ref_logits.detach().resolve_neg()
+    labels = labels.long().resolve_neg()
+    return (logits, ref_logits, labels, weights, vocab_size, kl_coef, entropy_coef, kl), chosen
 
 
-def _check_kinds(given: dict[str, Tensor | None]) -> None:
-    for name, value in given.items():
-        if value is None and name in ("ref_logits", "mask"):
+def check_kinds(needed: dict[str, Tensor | None], optional: dict[str, Tensor | None]) -> None:
+    """That all of these are dense tensors; of the optional ones, those that are not None."""
+    for name, value in {**needed, **optional}.items():
+        if value is None and name in optional:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor")
         if value.layout != torch.strided or value.is_nested:
             raise ValueError(f"{name} is nested or of layout {value.layout}; pass a dense tensor")
-    for name in ("logits", "ref_logits"):
-        tensor = given[name]
-        if tensor is not None and (not tensor.is_floating_point() or tensor.dim() == 0):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "pass floating-point logits of shape (..., vocabulary)"
-            )
 
 
 def _check_options(options: Options, ref_logits: Tensor | None) -> None:
@@ -275,19 +282,19 @@ def _backend(name: str) -> Any:
 def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: float | None) -> Tensor:
     """w = mask / normalizer, in the precision of the sums; 0 if all tokens are masked."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weights = (
-        torch.ones(labels.shape, dtype=dtype, device=logits.device)
-        if mask is None
-        else mask.detach().to(dtype)
-    )
+    if mask is None:
+        weights = torch.ones(labels.shape, dtype=dtype, device=logits.device)
+    else:  # of float64, what is divided may not be in the range of float32
+        weights = mask.detach().to(torch.float64 if mask.dtype == torch.float64 else dtype)
     if normalizer is not None:
-        if not normalizer > 0 or math.isinf(normalizer):
+        # Not isinf, which torch.compile does not trace for a float that changes.
+        if not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
-        return weights / normalizer
+        return (weights / normalizer).to(dtype)
     total = weights.sum()
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(total.item()):
         raise ValueError(f"the mask adds up to {total.item()}; its weights must be finite, and their sum")
-    return weights / torch.where(total == 0, 1, total)
+    return (weights / torch.where(total == 0, 1, total)).to(dtype)
 
 
 def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
@@ -308,19 +315,57 @@ def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_no_transform(named: dict[str, Tensor | None], function: str) -> None:
+    """Refuse tensors that torch.func or forward-mode AD differentiates.
+
+    Of an operator, torch knows the backward alone: a forward-mode derivative would silently be 0.
+    """
+    for name, tensor in named.items():
+        if tensor is not None and _is_transformed(tensor):
+            raise RuntimeError(
+                f"{name} is differentiated by torch.func or by forward-mode AD, for which the kernels of"
+                f" {function} have no derivative; use quark_loss(..., impl='eager'), or Tensor.backward"
+            )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    if torch.compiler.is_compiling():  # which knows the transforms, but not the wrappers of a tensor
+        if functorch.get_dynamic_layer_stack_depth() == 0:
+            return False
+        innermost = functorch.peek_interpreter_stack()
+        key = torch._functorch.pyfunctorch.coerce_cinterpreter(innermost).key()
+        return key != functorch.TransformType.Vmap
+    while functorch.is_functorch_wrapped_tensor(tensor):  # by vmap, too, which an operator may be in
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _check_overwritable(logits: Tensor, ref_logits: Tensor | None) -> None:
-    if logits.is_leaf:
+    # As torch's own operators in place have it: a view of a leaf shares its memory.
+    of_leaf = logits._is_view() and logits._base is not None and logits._base.is_leaf
+    if logits.is_leaf or of_leaf:
         raise ValueError(
-            "inplace=True would overwrite logits that are a leaf of the graph; "
-            "pass inplace=False, or the output of a model"
+            f"inplace=True would overwrite logits that are {'a view of ' if of_leaf else ''}a leaf of the"
+            " graph, such as a parameter; pass inplace=False, or the output of a model"
         )
     overlapping = any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
     )
     if overlapping or rows_of(logits) is None:
+        if overlapping:
+            why = "some of them share their memory"
+        elif logits.shape[-1] > 1 and logits.stride(-1) != 1:
+            why = "the columns of a row do not lie side by side"
+        else:
+            why = "three or more of their leading dimensions do not follow one another in memory"
         raise ValueError(
-            f"inplace=True cannot write to logits of strides {logits.stride()}; each row must be "
-            "contiguous and its own memory: pass inplace=False or logits.contiguous()"
+            f"inplace=True cannot write to logits of shape {tuple(logits.shape)} and strides"
+            f" {logits.stride()}: {why}; pass inplace=False or logits.contiguous()"
         )
     if logits.is_neg():  # what lies in memory are the logits negated, until they are needed
         raise ValueError("inplace=True cannot write to a negated view; pass logits.resolve_neg()")
@@ -437,14 +482,32 @@ def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> 
 # --- Gradients ---------------------------------------------------------------------------------
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward, but also for what was made under torch.inference_mode, as a reference may be.
+
+    Autograd keeps no version of such a tensor, so a write to it before the backward is not noticed.
+    """
+    ctx.of_inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.of_inference else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = list(ctx.saved_tensors)
+    for i, tensor in ctx.of_inference.items():
+        tensors[i] = tensor
+    if not _graph_is_kept():
+        ctx.of_inference = {}
+    return tensors
+
+
 def _save_two_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ref_logits, labels, weights, *ctx.options = inputs
-    ctx.save_for_backward(output[-1], logits, ref_logits, labels, weights)
+    _save(ctx, output[-1], logits, ref_logits, labels, weights)
     _only_the_loss_is_differentiable(ctx, output)
 
 
 def _two_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad = _two_pass_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    grad = _two_pass_backward(grad_loss, *_saved(ctx), *ctx.options)
     return grad, None, None, None, None, None, None, None, None
 
 
@@ -452,12 +515,12 @@ def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, ref_logits, labels, weights, *ctx.options = inputs
     *_, stats, grad = output
     again = () if grad.dtype == torch.float32 else (stats, logits, ref_logits, labels, weights)
-    ctx.save_for_backward(grad, *again)
+    _save(ctx, grad, *again)
     _only_the_loss_is_differentiable(ctx, output)
 
 
 def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (grad, *again), (*options, backend) = ctx.saved_tensors, ctx.options
+    (grad, *again), (*options, backend) = _saved(ctx), ctx.options
     if not again:
         grad = _scaled(grad, grad_loss, backend)
     elif _is_traced_or_kept(grad):
@@ -498,16 +561,16 @@ class _InPlace(torch.autograd.Function):
         )
         if one_pass:
             torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(logits)
+            _save(ctx, logits)
         else:
-            ctx.save_for_backward(logits, stats, ref_logits, labels, weights)
+            _save(ctx, logits, stats, ref_logits, labels, weights)
         _only_the_loss_is_differentiable(ctx, (loss, nll, divergence, entropy))
         return loss, nll, divergence, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *rest = ctx.saved_tensors
+        logits, *rest = _saved(ctx)
         logits = logits.detach()
         if not rest:
             grad = _scaled(logits, grad_loss, ctx.backend)

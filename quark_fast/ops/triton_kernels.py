@@ -1087,7 +1087,7 @@ def forward(
                 num_warps=1,
             )
             if grad is not None:
-                one = torch.ones((), device=p.device)
+                one = torch.ones((), dtype=torch.float32, device=p.device)
                 _write_gradient(p, one, stats, cut)
     return loss.sum(), nll, divergence, entropy, stats
 

@@ -10,6 +10,7 @@ this module is what a user sees of them.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 
 from quark_fast import _C
@@ -30,6 +32,7 @@ from quark_fast.pool.union import union_boundaries
 Floats = npt.NDArray[np.floating]
 
 _CORES = {"float32": _C.QuantilePool32, "float64": _C.QuantilePool64}
+_MOST_QUANTILES = 2**31 - 1  # they are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,18 @@ class RolloutPool:
         _require_one_of("ties", ties, ("same", "arrival", "random"))
         _require_one_of("remainder", remainder, ("spread", "last"))
         _require_one_of("dtype", dtype, tuple(_CORES))
+        quantiles, seed = _whole("quantiles", quantiles, 1, _MOST_QUANTILES), _whole("seed", seed)
+        # Python's own types, for they are saved, compared and hashed: numpy's of the same value differ.
         self.settings: dict[str, Any] = {
             "quantiles": quantiles,
-            "ties": ties,
-            "remainder": remainder,
-            "dtype": dtype,
+            "ties": str(ties),
+            "remainder": str(remainder),
+            "dtype": str(dtype),
             "seed": seed,
         }
         self.quantiles = quantiles
         self.unscored = 0
-        self._core = _CORES[dtype](
+        self._core = _CORES[str(dtype)](
             quantiles, getattr(_C.Ties, ties), getattr(_C.Remainder, remainder), _hash64("ties", seed)
         )
         self._store = SampleStore(None if store is None else Path(store))
@@ -161,7 +166,7 @@ class RolloutPool:
 
     def __getitem__(self, ids: int | npt.ArrayLike) -> RolloutBatch:
         """The samples with these ids, in this order. KeyError for an id that is not in the pool."""
-        wanted = _as_ids(ids)
+        wanted = _as_ints("ids", ids)
         with self._reading:
             unknown = wanted[(wanted < 0) | (wanted >= len(self))]
             if len(unknown):
@@ -197,7 +202,8 @@ class RolloutPool:
 
         Args:
             prompts, completions: token ids, one row per sample, each of its own length (or (n, length)).
-            rewards: higher is better; None or NaN: not scored, left out and counted.
+            rewards: higher is better; None, NaN or masked (of numpy's masked arrays): not scored, left out
+                and counted.
             round: when they were made; None: the newest round so far.
         Returns:
             (n,) ids, -1 where the sample was left out.
@@ -236,11 +242,14 @@ class RolloutPool:
         Raises:
             ValueError: nothing to draw from.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
-        chosen = [] if quantiles is None else np.atleast_1d(np.asarray(quantiles)).tolist()
-        if quantiles is not None and not chosen:
-            raise ValueError("quantiles is empty; None draws from all of them")
+        n = _whole("n", n, 0, 2**63 - 1)
+        chosen: list[int] = []
+        if quantiles is not None:
+            chosen = _as_ints("quantiles", quantiles).tolist()
+            if not chosen:
+                raise ValueError("quantiles is empty; None draws from all of them")
+            if wrong := [one for one in chosen if not 0 <= one < self.quantiles]:
+                raise ValueError(f"quantiles are 0 (worst) to {self.quantiles - 1} (best), got {wrong[0]}")
         with self._reading:
             return self._batch(*self._core.sample(n, chosen, self._draw_key()))
 
@@ -250,8 +259,7 @@ class RolloutPool:
         The order is a keyed permutation that is never written out. Samples added meanwhile wait for
         the next epoch. Quantiles are as of each batch.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = _whole("batch_size", batch_size, 1)
         with self._reading:
             key, n = self._draw_key(), len(self)
         starts = range(0, n, batch_size)
@@ -298,8 +306,8 @@ class RolloutPool:
                 "newest_round": self._newest_round,
                 "ids": self.ids,
                 "rewards": self.rewards,
-                "round_starts": starts,
-                "rounds": rounds,
+                "round_starts": starts.copy(),  # all arrays of a state are its own
+                "rounds": rounds.copy(),
             } | saved.samples_state(self._store)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,15 +334,15 @@ class RolloutPool:
         """The pool that save() wrote, with its settings. ValueError if the file is not whole.
 
         Args:
-            store: the folder of samples, if it is no longer where it was as seen from `path`.
+            store: the folder of samples, if it is no longer where it was as seen from `path`; or a new one
+                for the samples of a pool that held them in RAM.
         """
         state = saved.read(Path(path))
         try:
             if store is None and "store" in state:
                 store = Path(path).parent / state["store"]
-            if (
-                store is not None and not Path(store).is_dir()
-            ):  # a file does not decide where folders are made
+            # A file does not decide where folders are made.
+            if "files" in state and store is not None and not Path(store).is_dir():
                 raise ValueError(f"its folder of samples {store} is not there; name it by store=")
             pool = cls(**saved.settings_of(state), store=store)
             pool.load_state_dict(state)
@@ -348,10 +356,23 @@ def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> No
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _as_ids(ids: Any) -> Ints:
-    array = np.atleast_1d(np.asarray(ids))
+def _whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """As Python's int, also from numpy's."""
+    try:
+        number = int(operator.index(value))  # of True, too
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return number
+
+
+def _as_ints(name: str, values: Any) -> Ints:
+    array = np.atleast_1d(np.asarray(values))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"ids must be integers in one dimension, got {ids!r}")
+        raise TypeError(f"{name} must be integers in one dimension, got {values!r}")
     return array.astype(np.int64)
 
 
@@ -361,6 +382,12 @@ def _as_rewards(rewards: Any, dtype: np.dtype[Any]) -> Floats:
     Rewards are read several times, in the core without the GIL: meanwhile another thread may write to the
     caller's array.
     """
+    if isinstance(rewards, list | tuple) and any(isinstance(one, torch.Tensor) for one in rewards):
+        rewards = [one.item() if isinstance(one, torch.Tensor) else one for one in rewards]
+    if isinstance(rewards, torch.Tensor):  # numpy has no bfloat16, and takes nothing that requires grad
+        rewards = rewards.double().numpy(force=True)
+    if isinstance(rewards, np.ma.MaskedArray):
+        rewards = np.ma.filled(rewards.astype(np.float64), np.nan)
     if isinstance(rewards, np.ndarray) and rewards.dtype == dtype and rewards.ndim == 1:
         return rewards.copy()
     values = np.asarray(rewards, np.float64)

@@ -118,7 +118,8 @@ def _stored_samples(state: State, folder: Path | None, n: int) -> SampleStore:
         return store
     prompts, completions = (
         TokenRows.of_lengths(
-            _ints(f"{name}_tokens", state[f"{name}_tokens"], np.int32),
+            # A copy: a pool's samples are nobody else's to write to.
+            _ints(f"{name}_tokens", state[f"{name}_tokens"], np.int32).copy(),
             _ints(f"{name}_lengths", state[f"{name}_lengths"]),
         )
         for name in ("prompt", "completion")
@@ -160,6 +161,8 @@ def write(path: Path, state: State, folder: Path | None) -> None:
 
 def read(path: Path) -> State:
     """The state that write() wrote, `store` as seen from the file. ValueError if the file is not whole."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file that save() wrote")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -81,10 +81,11 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        # As it is now: a later os.chdir() would have samples looked for, and written, elsewhere.
+        self.folder = None if folder is None else folder.absolute()
         self.segments: tuple[Segment, ...] = ()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def append(self, segment: Segment) -> None:
         """Take in samples whose ids follow all others, or (OSError: the disk is full) none of them."""
@@ -114,8 +115,13 @@ class SampleStore:
         return (*segments[: len(segments) - len(ram)], written)  # those in RAM are the newest
 
     def open(self, names: Sequence[str], samples: int) -> None:
-        """Take so many samples from files. ValueError if one is missing, damaged, or does not hold them."""
+        """Take so many samples from files. ValueError if one is missing, damaged, or does not hold them.
+
+        Each file is read once from end to end, for its checksum.
+        """
         assert self.folder is not None
+        for name in names:
+            _check(self.folder, name)
         segments = tuple(_read(self.folder, name) for name in names)
         firsts = np.cumsum([0, *(len(segment) for segment in segments)]).tolist()
         if [*(segment.first for segment in segments), samples] != firsts:
@@ -180,8 +186,8 @@ def _write(folder: Path, segment: Segment) -> Segment:
     return _read(folder, name)
 
 
-def _read(folder: Path, name: str) -> Segment:
-    """A memory map of the file: its header is checked against its size and its name, nothing else is read."""
+def _mapped(folder: Path, name: str) -> tuple[str, Arrays]:
+    """What the file says of itself, and a memory map of its arrays."""
     path = folder / name
     if not _FILE.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a file of samples")
@@ -195,8 +201,25 @@ def _read(folder: Path, name: str) -> Segment:
         raise ValueError(f"{path} is missing: the saved pool has samples in it") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a file of samples: {error}") from error
+    return metadata.get(_METADATA, ""), arrays
+
+
+def _check(folder: Path, name: str) -> None:
+    """ValueError if the file's content is not that of the checksum in its name.
+
+    By a map of its own: the pages that are read here are no part of the process's memory afterwards.
+    """
+    text, arrays = _mapped(folder, name)
+    if not name.endswith(f"-{checksum(text, arrays)}.safetensors"):
+        raise ValueError(f"{folder / name} is damaged: its checksum does not fit its content")
+
+
+def _read(folder: Path, name: str) -> Segment:
+    """A memory map of the file: its header is checked against its size and its name, nothing else is read."""
+    path = folder / name
+    text, arrays = _mapped(folder, name)
     try:
-        about = json.loads(metadata[_METADATA])
+        about = json.loads(text)
         segment = Segment(
             int(about["first"]),
             TokenRows(arrays["prompt_tokens"], arrays["prompt_ends"]),

@@ -32,7 +32,7 @@ class LiveRows:
     def __init__(self, rows: int, most: int, stop: Tensor, told: int) -> None:
         self.stop = stop
         self._ids = torch.zeros(rows, most, dtype=torch.long, device=stop.device)
-        self._told = torch.zeros(told, rows, most, device=stop.device)
+        self._told = torch.zeros(told, rows, most, dtype=torch.float32, device=stop.device)
         self._length = 0
         self._held = torch.arange(rows, device=stop.device)  # the rows that are decoded
         self._ended = torch.zeros(rows, dtype=torch.bool, device=stop.device)

@@ -9,6 +9,7 @@ distribution by other uniform numbers, and the GPU is not waited for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
     tokens = torch.empty(len(probs), dtype=torch.long, device=probs.device)
     open_rows = torch.arange(len(probs), device=probs.device)  # those that probs and cdf hold
     while len(open_rows):
-        uniform = torch.rand(len(open_rows), 1, generator=generator, device=probs.device)
+        uniform = torch.rand(len(open_rows), 1, generator=generator, dtype=torch.float32, device=probs.device)
         total = cdf[:, -1:]
         # Below the total also where the product rounds to it: after it there may be tokens of mass 0.
         target = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
@@ -205,13 +206,16 @@ def draw_on_gpu(
     greedy = wanted.temperature == 0
     weights = wanted.weights if greedy else wanted.weights / wanted.temperature
     rows = len(logits) // len(weights)
-    draws = (rows, token_kernel.DRAWS)
+    uniform = None
+    if not greedy:
+        draws = (rows, token_kernel.DRAWS)
+        uniform = torch.rand(draws, generator=generator, dtype=torch.float32, device=logits.device)
     return token_kernel.sample_tokens(
         logits if logits.stride(-1) == 1 else logits.contiguous(),
         weights,
         wanted.suppressed,
         wanted.top_p,
-        None if greedy else torch.rand(draws, generator=generator, device=logits.device),
+        uniform,
         wanted.vocabulary,
         log_p=log_q,
     )
@@ -224,12 +228,13 @@ def _draw_by_kernel(
     greedy = wanted.temperature == 0
     weights = wanted.weights if greedy else wanted.weights / wanted.temperature
     logits = logits[:, : wanted.vocabulary]
-    tokens = torch.empty(len(logits) // len(weights), dtype=torch.long)
-    open_rows = torch.arange(len(tokens))
+    tokens = torch.empty(len(logits) // len(weights), dtype=torch.long, device="cpu")
+    open_rows = torch.arange(len(tokens), device="cpu")
+    numbers: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     while len(open_rows):
         # (N, 1), as there: a generator may fill another shape in another order.
-        uniform = None if greedy else torch.rand(len(open_rows), 1, generator=generator)
-        found = None if log_q is None else torch.empty(len(open_rows))
+        uniform = None if greedy else torch.rand(len(open_rows), 1, generator=generator, **numbers)
+        found = None if log_q is None else torch.empty(len(open_rows), **numbers)
         drawn, inside, finite = cpp.sample_tokens(
             logits, weights, wanted.suppressed, wanted.top_p, open_rows, uniform, found
         )

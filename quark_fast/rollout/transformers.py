@@ -125,7 +125,7 @@ def _sample_batch(
     streams = request.conditioning.streams()
     rows = len(request.prompts) * samples
     stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
-    weights = torch.tensor([weight for _, weight in streams], device=device)
+    weights = torch.tensor([weight for _, weight in streams], dtype=torch.float32, device=device)
     of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p)
     no_stop = dataclasses.replace(of_any, suppressed=stop)
 
@@ -138,7 +138,7 @@ def _sample_batch(
     look_every = 1 if is_free_to_read(stop) else 8
     for length in range(1, sampling.max_new_tokens + 1):
         wanted = no_stop if length <= sampling.min_new_tokens else of_any
-        log_q = torch.empty(len(live), device=device) if request.own_nll else None
+        log_q = torch.empty(len(live), dtype=torch.float32, device=device) if request.own_nll else None
         tokens, kept = draw_tokens(logits, wanted, generator, log_q), None
         told = [] if log_q is None else [log_q]
         if request.model_nll:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -247,11 +246,7 @@ def _plain(value: Any) -> Any:
 
 def _lasting(path: Path) -> bool:
     """Whether a file is more than what a process that was killed in its first moments leaves."""
-    return (
-        path.name != LOCK
-        and not path.name.startswith(TRIAL)
-        and not re.fullmatch(r"\.config\.yaml\.\d+\.tmp", path.name)
-    )
+    return path.name != LOCK and not path.name.startswith(TRIAL) and not path.match(".*config.yaml.*.tmp")
 
 
 def _unusable(error: OSError) -> type[UsageError]:

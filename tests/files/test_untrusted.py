@@ -24,6 +24,7 @@ from quark_fast import train
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.side_by_side import Evaluator
+from quark_fast.files import atomic
 from quark_fast.files.safe_read import TooLarge, read_bytes, too_deep
 from quark_fast.files.safe_text import clean
 from quark_fast.pool.pool import RolloutPool
@@ -124,6 +125,19 @@ def test_half_a_character_is_written_as_json_spells_it_and_comes_back(tmp_path: 
     assert json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8")) == row
     assert json.loads((tmp_path / "value.json").read_text(encoding="utf-8")) == row
     assert "é" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+
+
+def test_what_a_kill_leaves_of_a_first_config_is_in_no_new_runs_way(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "config.yaml") as scratch:
+        scratch.write_text("task: toxicity\n")
+        left = [path.name for path in tmp_path.iterdir()]
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / left[0]).touch()  # as if the process had been killed
+    (tmp_path / f".{left[0]}.mode.tmp").touch()
+    RunFolder(tmp_path).check_free()
+    (tmp_path / "notes.tmp").touch()
+    with pytest.raises(UsageError, match="exists and is no run"):
+        RunFolder(tmp_path).check_free()
 
 
 def test_file_is_read_whole_up_to_the_limit_and_not_beyond(tmp_path: Path) -> None:

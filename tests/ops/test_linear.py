@@ -18,8 +18,10 @@ import torch
 from pairwise import pairwise
 from test_loss import fails
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_defaults import OTHERS, defaults
 
 from quark_fast.ops import linear as module
 from quark_fast.ops.contrast import ContrastWeights, contrast_loss
@@ -242,10 +244,69 @@ def test_lengths_say_which_rows_count() -> None:
     for wrong, message in [
         ([61, 0, 7, 1, 29], "the mask is not 0 after the lengths"),
         ([61, 0, 7, 1], "4 lengths do not fit labels"),
-        ([62, 0, 7, 1, 30], "5 lengths do not fit labels"),
+        ([61, 62, 7, 1, 30], r"lengths\[1\] = 62 does not fit labels of shape \(5, 61\); give 0 to 61"),
+        ([61, 0, -7, 1, 30], r"lengths\[2\] = -7 does not fit"),
     ]:
         with pytest.raises(ValueError, match=message):
             chunked(inputs, lengths=wrong)
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def lengths_are_told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the weights are asked which rows count; elsewhere, as on a GPU, the lengths alone."""
+    if request.param == "elsewhere":
+        counted = module._counted
+
+        def as_elsewhere(lengths: Any, labels: Tensor, weights: Tensor) -> Tensor | None:
+            return counted(lengths, labels, weights.to("meta"))
+
+        monkeypatch.setattr(module, "_counted", as_elsewhere)
+
+
+@pytest.mark.usefixtures("lengths_are_told")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_row_within_its_length_is_never_read(dtype: torch.dtype, impl: str) -> None:
+    lengths = [61, 0, 7, 1, 30]
+    inputs = make(dtype=dtype)
+    inside = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+    inputs = inputs._replace(mask=inputs.mask & inside)
+    assert (inside & ~inputs.mask).any()
+    clean = run(chunked, inputs, impl=impl)
+    inputs.hidden[~inputs.mask] = math.nan
+    inputs.ref_hidden[~inputs.mask] = math.inf
+    inputs.labels[~inputs.mask] = -100
+    dirty = run(chunked, inputs, impl=impl, lengths=lengths)
+    for name, value in clean.items():
+        # Rows of zeros are added up between the others: sums in another order, rounded to the dtype.
+        error = (dirty[name] - value).abs().max()
+        assert error <= max(SLACK, torch.finfo(dtype).eps) * value.abs().max(), name
+    assert not dirty["gradient of hidden"][~inputs.mask].any()
+
+
+@pytest.mark.usefixtures("lengths_are_told")
+def test_masked_token_within_its_length_is_in_no_comparison() -> None:
+    lengths = [30, 3, 1, 17, 0, 30]
+    inputs, better = make((6, 30)), torch.tensor([1.0, -1, 1, 1, -1, 1])
+    mask = inputs.mask & (torch.arange(30) < torch.tensor(lengths).unsqueeze(1))
+    hidden = torch.stack([inputs.hidden, 0.9 * inputs.hidden])
+    options = {
+        "weights": ContrastWeights(1.0, 0.5),
+        "samples": 6,
+        "vocab_size": VOCABULARY,
+        "normalizer": 81.0,
+    }
+
+    def gradients(**told: Any) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (hidden, inputs.weight)]
+        out, values, mirror_kl = linear_contrast_loss(*leaves, *inputs[2:5], mask, better, **options, **told)
+        out.loss.backward()
+        return (*(t.detach() for t in (*out, *values, mirror_kl)), *(leaf.grad for leaf in leaves))
+
+    clean = gradients()
+    hidden[:, ~mask], inputs.ref_hidden[~mask], inputs.labels[~mask] = math.nan, math.nan, -100
+    for one, two in zip(gradients(lengths=lengths), clean, strict=True):
+        torch.testing.assert_close(one, two, rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -374,6 +435,26 @@ def test_second_derivative_is_refused() -> None:
     loss = chunked(inputs._replace(weight=weight)).loss
     with pytest.raises(RuntimeError, match="create_graph=True asks for a second derivative"):
         torch.autograd.grad(loss**2, weight, create_graph=True)
+
+
+# torch's own forward mode compiles some of its formulas by torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", STATES)
+def test_derivatives_of_torch_func_and_forward_mode_are_refused(name: str, impl: str) -> None:
+    inputs = make((6,))
+    value = getattr(inputs, name)
+
+    def loss(t: Tensor) -> Any:
+        return chunked(inputs._replace(**{name: t}), impl=impl).loss
+
+    refused = {"match": rf"{name} is differentiated .* use quark_loss\(..., impl='eager'\)"}
+    with pytest.raises(RuntimeError, **refused):
+        torch.func.jvp(loss, (value,), (value,))
+    with pytest.raises(RuntimeError, **refused):
+        torch.func.grad(loss)(value)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, **refused):
+        loss(forward_ad.make_dual(value, value))
 
 
 def test_terms_are_detached() -> None:
@@ -522,6 +603,35 @@ def test_compiled_step_has_no_graph_break(impl: str, autocast: bool) -> None:
         torch.testing.assert_close(a, b, **half)
 
 
+def test_compiled_step_takes_lengths_and_a_normalizer_that_change() -> None:
+    inputs = make()
+
+    def step(hidden: Tensor, mask: Tensor, lengths: list[int], normalizer: float) -> Tensor:
+        told = inputs._replace(hidden=hidden, mask=mask)
+        return chunked(told, lengths=lengths, normalizer=normalizer).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for lengths in ([61, 0, 7, 1, 30], [60, 1, 7, 1, 30], [2, 0, 0, 0, 0]):
+        mask = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+        given = (inputs.hidden, mask, lengths, 0.5 + sum(lengths))
+        torch.testing.assert_close(compiled(*given), step(*given))
+
+
+def test_indices_of_the_tokens_within_lengths_need_no_look_at_a_tensor() -> None:
+    labels = torch.zeros(3, 4, dtype=torch.long, device="meta")
+
+    def counted(lengths: list[int], weights: Tensor) -> Tensor:
+        found = module._counted(lengths, labels, weights)
+        assert found is not None
+        return found + 0
+
+    compiled = torch.compile(counted, fullgraph=True, backend="aot_eager")
+    for lengths in ([4, 2, 0], [0, 0, 0], [4, 4, 4], [0, 0, 1], [0, 3, 2]):
+        expected = (torch.arange(4) < torch.tensor(lengths).view(-1, 1)).view(-1).nonzero().squeeze(1)
+        for function in (counted, compiled):
+            assert torch.equal(function(lengths, torch.ones(3, 4, device="meta")), expected)
+
+
 # --- The contrast term -------------------------------------------------------------------------
 
 
@@ -612,6 +722,39 @@ def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     torch.testing.assert_close(out.loss, plain.loss + math.log(2))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0, 4)], ids=str)
+def test_contrast_of_nothing_but_masked_tokens_is_chance(
+    shape: tuple[int, int], dtype: torch.dtype, impl: str
+) -> None:
+    inputs = make((3, 4), dtype)
+    n, t = shape
+    hidden = torch.stack([inputs.hidden[:n, :t]] * 2).requires_grad_()
+    weight, mask = inputs.weight.requires_grad_(), torch.zeros(n, t, dtype=torch.bool)
+    out, values, mirror_kl = linear_contrast_loss(
+        hidden,
+        weight,
+        inputs.ref_hidden[:n, :t],
+        inputs.ref_weight,
+        inputs.labels[:n, :t],
+        mask,
+        torch.ones(n),
+        weights=ContrastWeights(0.7, 0.4),
+        samples=3,
+        vocab_size=VOCABULARY,
+        normalizer=5.0,
+        impl=impl,
+    )
+    out.loss.backward()
+    # Two empty sums are as likely as each other: each comparison is log 2.
+    torch.testing.assert_close(out.loss, torch.tensor(1.1 * n / 3 * math.log(2)))
+    for value in values:
+        torch.testing.assert_close(value, torch.full((n,), math.log(2)))
+    for rest in (*out[1:], mirror_kl, hidden.grad, weight.grad):
+        assert not rest.any()
+
+
 def test_labels_and_mask_of_any_strides_give_the_same_contrast() -> None:
     inputs = make((6, 30))
     better, weights = torch.tensor([1.0, -1, 1, 1, -1, 1]), ContrastWeights(1.0, 0.5)
@@ -687,6 +830,19 @@ def test_contrast_with_the_base_model_needs_it() -> None:
             )
 
 
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_callers_default_dtype_and_device_change_nothing(impl: str, other: torch.dtype | str) -> None:
+    lengths = [61, 0, 7, 1, 30]
+    mask = torch.arange(61) < torch.tensor(lengths).unsqueeze(1)
+    for dtype in DTYPES:
+        inputs = make(dtype=dtype)._replace(mask=mask)
+        expected = run(chunked, inputs, impl=impl, lengths=lengths)
+        with defaults(other):
+            ours = run(chunked, inputs, impl=impl, lengths=lengths)
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
 # --- Errors ------------------------------------------------------------------------------------
 
 
@@ -715,6 +871,9 @@ def test_contrast_with_the_base_model_needs_it() -> None:
         fails("mask of shape", {"mask": torch.ones(4)}),
         fails("labels[2] = 9 (flattened) is outside", {"labels": torch.arange(12).view(3, 4) + 7}),
         fails("normalizer = 0", {}, normalizer=0),
+        fails("lengths[1] = 5 does not fit labels of shape (3, 4)", {}, lengths=[4, 5, 4]),
+        fails("2 lengths do not fit labels of shape (3, 4)", {}, lengths=[4, 4]),
+        fails("weight is nested or of layout torch.sparse", {"weight": torch.ones(9, 5).to_sparse()}),
     ],
 )
 def test_wrong_input_is_named(
@@ -730,3 +889,43 @@ def test_wrong_input_is_named(
     }
     with pytest.raises(ValueError, match=re.escape(match)):
         linear_quark_loss(**(inputs | change), **options)
+
+
+def _is_no(match: str, **change: object) -> object:
+    return pytest.param(change, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        _is_no("weight is a list; pass a tensor", weight=[[1.0]]),
+        _is_no("weight is a NoneType; pass a tensor", weight=None),
+        _is_no("weight is a Linear; pass a tensor", weight=torch.nn.Linear(5, 9)),
+        _is_no("hidden is a list; pass a tensor", hidden=[[1.0]]),
+        _is_no("ref_hidden is a list; pass a tensor", ref_hidden=[[1.0]]),
+        _is_no("labels is a list; pass a tensor", labels=[1]),
+        _is_no("mask is a list; pass a tensor", mask=[True]),
+        _is_no("bias is a float; pass a tensor", bias=0.0),
+        _is_no("ref_bias is a int; pass a tensor", ref_bias=0),
+        _is_no("chunk is a float; pass a whole number of rows", chunk=2.5),
+        _is_no("lengths = [4, 2.5, 4]; pass a whole number for each row", lengths=[4, 2.5, 4]),
+        _is_no("lengths = 4; pass a whole number for each row", lengths=4),
+    ],
+)
+def test_argument_of_another_type_altogether_is_a_type_error(change: dict[str, object], match: str) -> None:
+    inputs: dict[str, object] = {
+        "hidden": torch.ones(3, 4, 5),
+        "weight": torch.ones(9, 5),
+        "ref_hidden": torch.ones(3, 4, 5),
+        "ref_weight": torch.ones(9, 5),
+        "labels": torch.zeros(3, 4, dtype=torch.long),
+        "mask": torch.ones(3, 4, dtype=torch.bool),
+    }
+    with pytest.raises(TypeError, match=re.escape(match)):
+        linear_quark_loss(**(inputs | change))
+    twice = {"weights": ContrastWeights(1.0), "samples": 3, "normalizer": 12.0, "vocab_size": 9}
+    inputs["hidden"] = torch.ones(2, 3, 4, 5)
+    with pytest.raises(TypeError, match=re.escape(match)):
+        linear_contrast_loss(**(inputs | twice | change))
+    with pytest.raises(TypeError, match="better is a list; pass a tensor"):
+        linear_contrast_loss(**inputs, **twice, better=[1])

@@ -7,6 +7,7 @@ float32 sums in another order.
 """
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, in_a_new_process, run_again_at
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
+from torch_defaults import OTHERS, defaults
 
 from quark_fast import _C
 from quark_fast.ops import loss
@@ -197,6 +201,20 @@ def test_real_weights_and_normalizer(impl: str) -> None:
     ]
     torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [1e-60, 1e300])
+def test_float64_weights_beyond_the_range_of_float32_are_divided_before_they_are_cast(
+    size: float, impl: str
+) -> None:
+    inputs = make(9, shape=(3,))
+    weights = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+    expected = run(inputs._replace(mask=weights.float()), impl=impl)
+    for options in ({}, {"normalizer": 4 * size}):
+        found = run(inputs._replace(mask=weights * size), impl=impl, **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -590,10 +608,10 @@ def test_extra_memory_is_one_gradient_or_none(dtype: torch.dtype, inplace: bool)
     """Autograd would add zeros or a clone as large as the logits if it had the chance."""
     inputs = make(5003, shape=(32,), dtype=dtype)
     leaf = inputs.logits.clone().requires_grad_()
+    logits = leaf + 0  # whose backward makes nothing
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        logits = leaf.view_as(leaf)
         quark_loss(logits, *inputs[1:], impl="cpp", inplace=inplace).loss.backward()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert round(allocated / leaf.nbytes, 1) == (0 if inplace else 1)
@@ -696,6 +714,53 @@ def test_second_derivative_is_refused() -> None:
                 grad.sum().backward()
 
 
+TRANSFORMS = {
+    "jvp": lambda f, z: jvp(f, (z,), (torch.randn_like(z),)),
+    "grad": lambda f, z: grad(f)(z),
+    "hessian": lambda f, z: hessian(f)(z),
+    "grad of vmap": lambda f, z: grad(lambda q: vmap(f)(q.expand(2, *q.shape)).sum())(z),
+    "vmap of grad": lambda f, z: vmap(grad(f))(z.expand(2, *z.shape)),
+    "compiled jvp": lambda f, z: torch.compile(lambda q: jvp(f, (q,), (q,)), backend="aot_eager")(z),
+}
+
+
+# torch's own forward mode compiles some of its formulas by torch.jit.script.
+OF_TORCH = "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(OF_TORCH)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_kernels_refuse_derivatives_of_torch_func_and_say_what_has_them(transform: str) -> None:
+    logits, *rest = make(9)
+    differentiate = TRANSFORMS[transform]
+    refused = r"logits is differentiated .* use quark_loss\(..., impl='eager'\)"
+    with pytest.raises(RuntimeError, match=refused):
+        differentiate(lambda z: quark_loss(z, *rest, impl="cpp").loss, logits)
+    differentiate(lambda z: quark_loss(z, *rest, impl="eager").loss, logits)
+
+
+@pytest.mark.filterwarnings(OF_TORCH)
+def test_kernels_refuse_a_forward_mode_tangent_instead_of_losing_it() -> None:
+    logits, *rest = make(9)
+    tangent = torch.randn_like(logits)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, tangent)
+        found = forward_ad.unpack_dual(quark_loss(dual, *rest, impl="eager").loss).tangent
+        with pytest.raises(RuntimeError, match="logits is differentiated"):
+            quark_loss(dual, *rest, impl="cpp")
+        quark_loss(logits, *rest, impl="cpp")  # what has no tangent is as ever
+    leaf = logits.clone().requires_grad_()
+    quark_loss(leaf, *rest).loss.backward()
+    torch.testing.assert_close(found, (leaf.grad * tangent).sum())
+
+
+def test_vmap_maps_a_kernel() -> None:
+    logits, *rest = make(9)
+    every = torch.stack([logits, logits.flip(0)])
+    mapped = vmap(lambda z: quark_loss(z, *rest, impl="cpp").loss)(every)
+    assert torch.equal(mapped, torch.stack([quark_loss(z, *rest, impl="cpp").loss for z in every]))
+
+
 def test_no_grad_leaves_in_place_logits_alone() -> None:
     inputs = make()
     logits = inputs.logits.clone().requires_grad_() * 1
@@ -787,6 +852,37 @@ def test_compiled_step_takes_a_coefficient_that_changes() -> None:
         torch.testing.assert_close(compiled(logits, kl_coef), step(logits, kl_coef))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_compiled_step_takes_a_normalizer_that_changes(impl: str) -> None:
+    # As the number of tokens of a batch does.
+    inputs = make(9)
+
+    def step(logits: Tensor, normalizer: float) -> Tensor:
+        return quark_loss(logits, *inputs[1:], normalizer=normalizer, impl=impl).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for normalizer in (7.0, 8.5, 9.25):
+        torch.testing.assert_close(compiled(inputs.logits, normalizer), step(inputs.logits, normalizer))
+
+
+# --- The caller's defaults ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_callers_default_dtype_and_device_change_nothing(
+    impl: str, inplace: bool, other: torch.dtype | str
+) -> None:
+    for dtype in DTYPES:
+        inputs = make(33, dtype=dtype)
+        expected = run(inputs, 3.0, impl=impl, inplace=inplace)
+        with defaults(other):
+            ours = run(inputs, 3.0, impl=impl, inplace=inplace)
+        for one, two in zip(ours, expected, strict=True):
+            assert torch.equal(one, two)
+
+
 # --- Errors ------------------------------------------------------------------------------------
 
 
@@ -812,16 +908,17 @@ def fails(match: str, change: dict[str, object], **options: object) -> object:
         fails("pass floating-point logits", {"logits": torch.ones(3, 4, 9, dtype=torch.long)}),
         fails("normalizer = 0", {}, normalizer=0),
         fails("normalizer = nan", {}, normalizer=math.nan),
+        fails("normalizer = inf", {}, normalizer=math.inf),
         fails("not torch.float64", {"logits": torch.ones(3, 4, 9).double()}, impl="cpp"),
         fails("a leaf", {"logits": torch.ones(3, 4, 9, requires_grad=True)}, inplace=True),
         fails(
-            "each row must be contiguous",
-            {"logits": torch.ones(3, 4, 1, requires_grad=True).expand(3, 4, 9)},
+            "some of them share their memory",
+            {"logits": (torch.ones(3, 4, 1, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
         fails(
-            "its own memory",
-            {"logits": torch.ones(1, 4, 9, requires_grad=True).expand(3, 4, 9)},
+            "strides .0, 9, 1.: some of them",
+            {"logits": (torch.ones(1, 4, 9, requires_grad=True) * 1).expand(3, 4, 9)},
             inplace=True,
         ),
         fails("kl_coef = nan", {}, kl_coef=math.nan),
@@ -864,6 +961,79 @@ def test_negated_view_is_read_as_its_values_and_never_written_to() -> None:
     assert torch.allclose(quark_loss(logits, *inputs[1:]).loss, quark_loss(*inputs).loss)
     with pytest.raises(ValueError, match="negated view"):
         quark_loss(logits, *inputs[1:], inplace=True)
+
+
+def test_in_place_never_writes_over_a_parameter_through_a_view() -> None:
+    _, ref, labels, _ = make(9, shape=(6,), extra=0)
+    parameter = torch.nn.Parameter(torch.randn(6, 9))
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        made_without_grad = parameter[:6]
+    leaf = torch.randn(6, 9)[:6].requires_grad_()  # a view itself, of a tensor that has no gradient
+    views = [parameter[:6], parameter.view(2, 3, 9)[:].view(6, 9), made_without_grad, leaf[:6]]
+    for logits in [*views, parameter.unsqueeze(0).unbind(0)[0]]:
+        with pytest.raises(ValueError, match=r"overwrite logits that are a (view of a )?leaf"):
+            quark_loss(logits, ref, labels, inplace=True)
+    assert torch.equal(parameter, before)
+    quark_loss((parameter * 1)[:6], ref, labels, inplace=True).loss.backward()
+    with torch.no_grad():  # where no gradient is wanted nothing is written
+        quark_loss(parameter[:6], ref, labels, inplace=True)
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negated_views_of_the_reference_and_the_labels_are_read_as_their_values(
+    dtype: torch.dtype, inplace: bool
+) -> None:
+    inputs = make(9, dtype=dtype)
+    negated = inputs._replace(
+        ref_logits=torch._neg_view(-inputs.ref_logits), labels=torch._neg_view(-inputs.labels)
+    )
+    assert negated.ref_logits.is_neg() and negated.labels.is_neg()
+    pairs = zip(run(negated, inplace=inplace), run(inputs, inplace=inplace), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_may_be_made_under_inference_mode(
+    dtype: torch.dtype, impl: str, inplace: bool, keep: bool
+) -> None:
+    inputs = make(33, dtype=dtype)
+    options = {"impl": impl, "inplace": inplace}
+    with torch.inference_mode():
+        made = inputs._replace(**{name: getattr(inputs, name).clone() for name in Inputs._fields[1:]})
+    assert made.ref_logits.is_inference() and made.labels.is_inference()
+    leaf = inputs.logits.clone().requires_grad_()
+    out = quark_loss(leaf.clone(), *made[1:], **options)
+    (3 * out.loss).backward(retain_graph=keep)
+    expected = run(inputs, 3.0, **options).grad
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=0, atol=0)
+    if keep:
+        (3 * out.loss).backward()
+        torch.testing.assert_close(leaf.grad.double(), 2 * expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cut", "why"),
+    [
+        (lambda z: z[:1].expand(4, 3, 3, 8), "share their memory"),
+        (lambda z: z.transpose(-1, -2), "the columns of a row do not lie side by side"),
+        (lambda z: z[:, :2, :2], "three or more of their leading dimensions"),
+    ],
+)
+def test_in_place_says_why_it_cannot_write_to_these_strides(
+    cut: Callable[[Tensor], Tensor], why: str
+) -> None:
+    logits = cut((torch.ones(4, 3, 3, 9, requires_grad=True) * 1)[..., :8])
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    options = {"kl_coef": 0.0, "vocab_size": 1}
+    with pytest.raises(ValueError, match=f"of shape .* and strides .*: .*{why}.*; pass inplace=False"):
+        quark_loss(logits, None, labels, inplace=True, **options)
+    quark_loss(logits, None, labels, **options)
 
 
 @pytest.mark.parametrize("shift", [0, 1, -1])

@@ -227,6 +227,39 @@ def test_none_and_nan_are_left_out_and_counted():
     assert made[0].prompts[0].tolist() == [2]
 
 
+SCORES = [0.5, 3.0, -1.25]  # exact in bfloat16
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        torch.tensor(SCORES, dtype=torch.bfloat16),
+        torch.tensor(SCORES, requires_grad=True) * 1,
+        list(torch.tensor(SCORES, requires_grad=True)),
+        tuple(torch.tensor(SCORES, dtype=torch.bfloat16)),
+        [torch.tensor(0.5), 3, -1.25],
+        torch._neg_view(-torch.tensor(SCORES)),
+    ],
+    ids=["bfloat16", "requires grad", "list that requires grad", "tuple of bfloat16", "mixed", "negated"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rewards_may_be_tensors_of_any_kind(dtype, rewards):
+    made = RolloutPool(2, dtype=dtype)
+    made.add(*rows(range(3)), rewards)
+    assert made.rewards.tolist() == SCORES
+
+
+@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_rewards_are_left_out_and_counted(dtype, given):
+    made = RolloutPool(2, dtype=dtype)
+    rewards = np.ma.array([5.0, 1.0, 2.0], mask=[True, False, False], dtype=given)
+    assert made.add(*rows(range(3)), rewards).tolist() == [-1, 0, 1]
+    assert (made.rewards.tolist(), made.unscored) == ([1.0, 2.0], 1)
+    made.add(*rows(range(2)), np.ma.array([7, 9], mask=[False, True]))
+    assert (made.rewards.tolist(), made.unscored) == ([1.0, 2.0, 7.0], 2)
+
+
 # --- a pool's life ---------------------------------------------------------------------------
 
 reward_lists = st.lists(
@@ -538,11 +571,71 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(RolloutPool.load(path)) == 2
 
 
+def test_threads_that_save_to_one_path_leave_a_whole_file(tmp_path, monkeypatch):
+    """Both are between making their scratch file and giving it its name, at the same time."""
+    path, flush, both = tmp_path / "pool", atomic.flush, threading.Barrier(2)
+
+    def flush_together(name):
+        if name != tmp_path:
+            both.wait(20)
+        flush(name)
+
+    monkeypatch.setattr(atomic, "flush", flush_together)
+    made, failures = [filled([1.0, 2.0]), filled([3.0, 4.0, 5.0])], []
+
+    def save(one):
+        try:
+            one.save(path)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(one,)) for one in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert os.listdir(tmp_path) == ["pool"]
+    assert len(RolloutPool.load(path)) in (2, 3)
+
+
+def test_settings_of_numpys_types_are_those_of_the_same_values(tmp_path):
+    plain = {"quantiles": 5, "seed": 7, "dtype": "float32", "ties": "random", "remainder": "last"}
+    numpys = {
+        "quantiles": np.int64(5),
+        "seed": np.uint32(7),
+        "dtype": np.dtype("float32"),
+        "ties": np.str_("random"),
+        "remainder": np.str_("last"),
+    }
+    one, two = (filled(np.arange(90.0) // 4, **options) for options in (plain, numpys))
+    assert repr(one) == repr(two)
+    np.testing.assert_array_equal(one.labels(), two.labels())
+    np.testing.assert_array_equal(one.sample(40).ids, two.sample(np.int32(40)).ids)
+    np.testing.assert_array_equal(
+        one.sample(9, quantiles=4).ids, two.sample(9, quantiles=np.array([4], np.uint8)).ids
+    )
+    two.save(tmp_path / "pool")
+    one.load_state_dict(two.state_dict())
+    resumed = RolloutPool.load(tmp_path / "pool")
+    np.testing.assert_array_equal(one.sample(40).ids, resumed.sample(40).ids)
+
+
 def test_state_is_arrays_and_plain_values():
     state = many_runs().state_dict()
     plain = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
     assert json.loads(json.dumps(plain)) == plain
     assert all(value.dtype != object for name, value in state.items() if name not in plain)
+
+
+def test_a_state_and_the_pools_of_it_share_no_memory():
+    made = filled([1.0, 2.0, 3.0], batches=2)
+    state, resumed, before = made.state_dict(), RolloutPool(), held_samples(made)
+    resumed.load_state_dict(state)
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value[:] = 9
+        assert held_samples(made) == held_samples(resumed) == before, name
 
 
 def samples_of(made):
@@ -610,6 +703,19 @@ def test_a_pool_in_a_folder_is_the_pool_in_ram(tmp_path, small_files):
         np.testing.assert_array_equal(one.ids, two.ids)
 
 
+def test_a_relative_folder_stays_where_it_was_made(tmp_path, small_files, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = RolloutPool(store="samples")
+    made.add(*rows(range(100)), np.arange(100.0))
+    monkeypatch.chdir(tmp_path / "there")
+    made.add(*rows(range(300)), np.arange(300.0))
+    made.save(tmp_path / "here" / "pool")
+    assert os.listdir(tmp_path / "there") == []
+    assert held_samples(RolloutPool.load(tmp_path / "here" / "pool")) == held_samples(made)
+
+
 def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_files):
     made = RolloutPool(store=tmp_path / "here" / "samples")
     made.add(*rows(range(500)), np.arange(500.0))
@@ -628,6 +734,21 @@ def test_a_saved_folder_goes_on_after_more_was_added_and_lost(tmp_path, small_fi
     assert held_samples(again) == held_samples(resumed)
 
 
+def test_a_pool_that_was_saved_in_ram_is_loaded_into_a_new_folder(tmp_path):
+    made = filled(np.arange(50.0))
+    made.save(tmp_path / "pool")
+    moved = RolloutPool.load(tmp_path / "pool", store=tmp_path / "new" / "samples")
+    assert held_samples(moved) == held_samples(made)
+    moved.save(tmp_path / "moved")
+    assert len(os.listdir(tmp_path / "new" / "samples")) == 1
+    assert held_samples(RolloutPool.load(tmp_path / "moved")) == held_samples(made)
+    with pytest.raises(ValueError, match=r"its folder of samples .*none is not there; name it by store="):
+        RolloutPool.load(tmp_path / "moved", store=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=r"new is a folder; name the file that save\(\) wrote"):
+        RolloutPool.load(tmp_path / "new")
+
+
 def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, small_files):
     made = RolloutPool(store=tmp_path / "samples")
     for part in np.array_split(np.arange(300), 6):
@@ -639,6 +760,15 @@ def test_damaged_foreign_and_missing_files_of_samples_are_refused(tmp_path, smal
         first.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"{first.name} is damaged or not a file of samples"):
             RolloutPool.load(tmp_path / "pool")
+    for at in (len(whole) - 1, len(whole) // 2):  # one bit of a token, or of an end
+        first.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=f"{first.name} is damaged: its checksum does not fit"):
+            RolloutPool.load(tmp_path / "pool")
+    about = b'\\"first\\": 0'
+    assert whole.count(about) == 1
+    first.write_bytes(whole.replace(about, about[:-1] + b"1"))
+    with pytest.raises(ValueError, match=f"{first.name} is damaged: its checksum does not fit"):
+        RolloutPool.load(tmp_path / "pool")
     first.write_bytes(second.read_bytes())
     with pytest.raises(ValueError, match="not these samples"):
         RolloutPool.load(tmp_path / "pool")
@@ -860,6 +990,11 @@ def test_sync_alone_is_the_own_pool():
     ("mistake", "error", "message"),
     [
         (lambda p: RolloutPool(0), ValueError, "at least 1, got 0"),
+        (lambda p: RolloutPool(2.5), TypeError, "quantiles must be a whole number, got 2.5"),
+        (lambda p: RolloutPool("5"), TypeError, "quantiles must be a whole number, got '5'"),
+        (lambda p: RolloutPool(2**40), ValueError, "quantiles must be at most 2147483647, got 1099511627776"),
+        (lambda p: RolloutPool(seed=2.5), TypeError, "seed must be a whole number, got 2.5"),
+        (lambda p: RolloutPool(seed=None), TypeError, "seed must be a whole number, got None"),
         (
             lambda p: RolloutPool(ties="older"),
             ValueError,
@@ -879,6 +1014,13 @@ def test_sync_alone_is_the_own_pool():
         (lambda p: p.add([[1]], [[1]], [1.0], round=1.5), TypeError, "integer"),
         (lambda p: p.sample(-1), ValueError, "n must be at least 0, got -1"),
         (lambda p: p.sample(4, quantiles=5), ValueError, r"0 \(worst\) to 4 \(best\), got 5"),
+        (lambda p: p.sample(2.5), TypeError, "n must be a whole number, got 2.5"),
+        (lambda p: p.sample(2**70), ValueError, "n must be at most"),
+        (lambda p: p.sample(2, quantiles=[0.5]), TypeError, r"quantiles must be integers .*, got \[0.5\]"),
+        (lambda p: p.sample(2, quantiles="4"), TypeError, "quantiles must be integers .*, got '4'"),
+        (lambda p: p.sample(2, quantiles=[[1]]), TypeError, "quantiles must be integers in one dimension"),
+        (lambda p: p.sample(2, quantiles=[4, 2**40]), ValueError, r"to 4 \(best\), got 1099511627776"),
+        (lambda p: p.epoch(2.5), TypeError, "batch_size must be a whole number, got 2.5"),
         (lambda p: p.sample(4, quantiles=[]), ValueError, "quantiles is empty"),
         (lambda p: RolloutPool().sample(1), ValueError, "the pool is empty"),
         (lambda p: p.epoch(0), ValueError, "batch_size must be at least 1, got 0"),

@@ -12,9 +12,11 @@ from conftest import assert_drawn_from
 from levels import LEVELS, run_again_at
 from pairwise import pairwise
 from torch import Tensor
+from torch_defaults import OTHERS, defaults
 
 from quark_fast.ops import cpp, loss
 from quark_fast.ops.rows import KERNEL_DTYPES
+from quark_fast.rollout.live_rows import LiveRows
 from quark_fast.rollout.tokens import (
     NextToken,
     NotFinite,
@@ -466,6 +468,26 @@ def test_float64_is_drawn_by_the_equation() -> None:
     asked = wanted(50, top_p=0.9)
     found = draw_tokens(logits.double(), asked, generator())
     assert torch.equal(found, draw_tokens(logits, asked, generator()))
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("draw", [draw_by_equation, draw_tokens])
+def test_the_callers_default_dtype_and_device_change_no_draw(
+    draw: Callable[..., Tensor], other: torch.dtype | str
+) -> None:
+    logits, asked = likely_logits(50, 99, torch.float32), wanted(99, top_p=0.8)
+    told = torch.empty(2, 50)
+    expected = draw(logits, asked, generator(), told[0])
+    with defaults(other):
+        assert torch.equal(draw(logits, asked, generator(), told[1]), expected)
+    assert torch.equal(*told)
+
+
+def test_completions_keep_float32_sums_whatever_the_default_dtype() -> None:
+    with defaults(torch.float64):
+        live = LiveRows(2, 3, torch.tensor([9]), told=1)
+        live.add(torch.tensor([9, 9]), torch.tensor([-0.5, -1.5], dtype=torch.float32))
+    assert live.completions() == [([9], [0.5]), ([9], [1.5])]
 
 
 def test_threads_do_not_change_what_is_drawn() -> None:

@@ -86,13 +86,13 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradie
             loss._init_fn(*given)
         return loss(*given)
 
-    def on_the_cpu(*given: Any) -> Any:
-        with _disable_current_modes():
-            return counted(*given)
+    def as_elsewhere(lengths: Any, labels: Tensor, weights: Tensor) -> Any:
+        with _disable_current_modes():  # indices of tokens are made on the CPU, of weights that are not there
+            return counted(lengths, labels, weights.to("meta"))
 
     monkeypatch.setattr(learn, "read_terms", read)
     monkeypatch.setattr(linear, "_linear_loss", opened)
-    monkeypatch.setattr(linear, "_counted", on_the_cpu)
+    monkeypatch.setattr(linear, "_counted", as_elsewhere)
     # What is done for tensors on the CPU alone: the indices of tokens, errors of labels, a scale of 1.
     monkeypatch.setattr(ops, "check_labels", lambda *_: None)
     monkeypatch.setattr(linear, "_scaled", lambda grad, scale, dtype, keep: (grad * scale).to(dtype))
