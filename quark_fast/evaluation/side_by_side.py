@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from quark_fast.data.row import is_chat
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -246,9 +247,10 @@ class Evaluator:
     def _text_nll(self, policy: Policy, model: Any, domain: PromptSet) -> Nll:
         """The perplexity's model reads texts, the prompts cut to what it has room for."""
         longest = self.config.max_prompt_tokens or LONGEST_PROMPT
-        texts = [row["prompt"] for row in domain.held_out[self.lead].rows]
+        rows = domain.held_out[self.lead].rows
+        texts = [row["prompt"] for row in rows]
         room = policy.room(self.config.max_new_tokens, longest)
-        every = [policy.encode(text) for text in texts]
+        every = [policy.encode(row["prompt"], chat=is_chat(row)) for row in rows]
         policy.check_fits([ids[-room:] for ids in every], self.config.max_new_tokens)
         if long := sum(len(ids) > room for ids in every):
             cut = f"{long:,} texts of {domain.source} cut to their last {room:,} tokens"
