@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+Prompt = str | Row | list[dict[str, Any]]
+"""What a program gives as one: a text, a row with a ``prompt``, or a list of messages."""
 
 
 def messages(value: Any) -> Row:

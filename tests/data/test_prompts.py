@@ -657,6 +657,36 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
         choose(prompts=[{"prompt": [ASK]}], held_out=["x"])
 
 
+def test_prompts_of_a_program_may_be_lists_of_messages(chat: Any) -> None:
+    def chosen(*prompts: Any) -> Chosen:
+        return choose_prompts(Config(), lambda: ([], []), chat, prompts, held_out=[[ASK, ANSWER, ASK]])
+
+    made = chosen([ASK], "w4", {"prompt": [ASK, ANSWER], "n": 1})
+    assert made.train == [
+        {"prompt": "[user]w1[/][assistant]", "messages": [ASK]},
+        {"prompt": "w4"},
+        {"prompt": "[user]w1[/][assistant]w2", "messages": [ASK, ANSWER], "n": 1},
+    ]
+    assert [is_chat(row) for row in made.train] == [True, False, True]
+    assert made.held_out[0]["messages"] == [ASK, ANSWER, ASK]
+    with pytest.raises(
+        UsageError, match=r"^prompts\[1\]: the chat template of tiny refuses .* no system role"
+    ):
+        chosen("w4", [SYSTEM, ASK])
+    for bad in (
+        [],
+        (ASK,),
+        ("w1", "w2"),
+        [ASK, "w2"],
+        [{"role": "user"}],
+        [{"role": "user", "content": 5}],
+        5,
+    ):
+        with pytest.raises(UsageError, match=r"^prompts\[1\] is [a-z ]+: ") as refused:
+            chosen("w4", bad)
+        assert "\n" not in str(refused.value)
+
+
 # --- templates that write the date ----------------------------------------------------------------
 
 
