@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 
 from quark_fast.config import Config
-from quark_fast.data.chat import chat_template
+from quark_fast.data.chat import ChatTemplateError, chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Row, given, with_same_columns
+from quark_fast.data.row import Row, given, is_chat, with_same_columns
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
@@ -180,6 +181,34 @@ class PromptSet:
             label: dataclasses.replace(one, rows=rows, classified=True)
             for label, one in self.held_out.items()
         }
+
+
+def chats_as_written(rows: Sequence[Row], model: str, tokenizer: Any) -> list[str] | None:
+    """What a model's own chat template writes today for the rows' messages; None: it has no template.
+
+    A template that refuses some, as far as it came.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat, written = chat_template(model, lambda: tokenizer), list[str]()
+    with contextlib.suppress(ChatTemplateError):
+        for row in filter(is_chat, rows):
+            written.append(chat(row["messages"]))
+    return written
+
+
+def check_chats(chats: Mapping[str, list[str] | None]) -> None:
+    """Refuse models whose own templates write the prompts in different ways: all of them read the same text.
+
+    A model without a template has no other form for them.
+    """
+    own = [(label, written) for label, written in chats.items() if written is not None]
+    for label, written in own:
+        if written != own[0][1]:
+            raise UsageError(
+                f"{own[0][0]} and {label} have different chat templates, which write messages differently:"
+                " give prompts that are texts"
+            )
 
 
 def load_prompt_sets(

@@ -24,7 +24,13 @@ from quark_fast.evaluation.held_out import (
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.protocol import PromptSet, choose_protocol, load_prompt_sets
+from quark_fast.evaluation.protocol import (
+    PromptSet,
+    chats_as_written,
+    check_chats,
+    choose_protocol,
+    load_prompt_sets,
+)
 from quark_fast.evaluation.saved_tables import (
     SavedTable,
     check_saved,
@@ -198,6 +204,7 @@ class Evaluator:
         self.lead = next(iter(self.live))
         self.dtypes: set[torch.dtype] = set()
         self.vocabularies: dict[str, dict[str, int]] = {}  # without reward tokens, by label
+        chats: dict[str, list[str] | None] = {}
         for label in _counted("loading the models", list(reversed(self.live)), self.listen):
             opened = self.models.open(label)
             if opened.samples_base or label == self.lead:
@@ -207,11 +214,14 @@ class Evaluator:
             said: list[str] = []
             for domain in self.domains:
                 domain.encode(label, policy, self.config, said.append)
+            rows = [row for domain in self.domains for row in domain.rows]
+            chats[label] = chats_as_written(rows, label, policy.tokenizer)
             # Each model has its own tokens and positions, so prompts are cut, or left out, by each.
             self.remarks += said if len(self.live) == 1 else [f"{label}: {one}" for one in said]
             words = policy.tokenizer.get_vocab().items()
             self.vocabularies[label] = {token: i for token, i in words if i < policy.vocabulary}
         self.opened = opened
+        check_chats({label: chats[label] for label in self.live})
         for domain in self.domains if not self.config.prefix_tokens else ():
             domain.keep_what_fits_all(self.remarks.append)
 
