@@ -27,7 +27,7 @@ import pytest
 import torch
 from conftest import save_tiny_classifier, save_tiny_model, whole_reports
 from tiny_runs import rows
-from transformers import AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 from warm import Process
 
 import quark_fast.__main__
@@ -557,6 +557,18 @@ def test_card_of_a_run_of_chats_asks_by_messages_and_its_code_runs(
         exec(code.replace("MODEL", f"{chats}/model"), {})
         assert read[0] == wanted
     assert "messages" not in (folder / "finished" / "model" / "README.md").read_text(), "a run of texts"
+
+
+def test_export_that_is_saved_again_has_the_dial_from_where_its_card_says(folder: Path) -> None:
+    export = folder / "finished" / "model"
+    AutoModelForCausalLM.from_pretrained(export).save_pretrained(folder / "saved again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "saved again")
+    ids = AutoTokenizer.from_pretrained(export)("w1 w2", return_tensors="pt").input_ids
+    with pytest.raises(ValueError, match="guidance"):
+        again.generate(ids, max_new_tokens=4, guidance=2.0)
+    (said,) = re.findall(r'`(custom_generate="MODEL", .*)`', (export / "README.md").read_text())
+    dial = eval(f"dict({said})".replace("MODEL", str(export)))
+    assert len(again.generate(ids, max_new_tokens=4, guidance=2.0, **dial)) == 1
 
 
 def test_generate_shows_a_long_word_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,9 @@ def _use(run: RunFiles, config: Config) -> str:
         f"{ask}texts = {texts}\n"
         f"ids = model.generate(**texts, max_new_tokens=20, guidance={weights[0]:g})\n"
         "print(tokenizer.batch_decode(ids, skip_special_tokens=True))\n"
-        "```"
+        "```\n\n"
+        "`save_pretrained` leaves that folder behind: copy `custom_generate/` along with a model that you"
+        ' train on, or give its `generate` also `custom_generate="MODEL", trust_remote_code=True`.'
     )
 
 
