@@ -93,7 +93,8 @@ class Evaluator:
     Args:
         subjects: run folders, transformers folders, hub names, and tables of earlier evaluations (FILE.json).
         task: what to measure, by that task's own scorer and on its own held-out prompts unless others are
-            named; default: that of the runs, by their own reward and the first one's held-out prompts.
+            named; default: that of the runs, by their own reward and the first one's held-out prompts. Plain
+            models need none where both ``reward`` and ``prompts`` are given.
         target: sentiment of that task.
         prompts: a file or data set (``prompts.load_prompts``).
         prompt_column: where its prompts stand.

@@ -237,7 +237,7 @@ class Policy:
             raise UsageError(
                 f"a prompt of {longest} tokens needs {needed} positions with prefix, reward token and"
                 f" {new_tokens} new tokens, but the model has {limit}; give a shorter one, or lower"
-                " max_prompt_tokens or max_new_tokens"
+                " max_new_tokens"
             )
         if not self.prefix and min(map(len, prompts)) == 0:
             raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")

@@ -690,6 +690,14 @@ def test_runs_of_different_tasks_or_rewards_need_one_named(
     assert Evaluator(["runs/a", "runs/c"], **SMALL).reward.name.endswith("evens")
 
 
+def test_reward_and_prompts_measure_plain_models_without_a_task(place: Path) -> None:
+    asked = {name: value for name, value in SMALL.items() if name != "task"}
+    alone, of_task = made("base", "cousin", **asked), made("base", "cousin", **SMALL)
+    assert alone.samples == of_task.samples and alone.table["scorer"]["name"].endswith("evens")
+    with pytest.raises(UsageError, match=r"name the prompts for the reward .*evens by --prompts"):
+        Evaluator(["base"], reward=evens)
+
+
 def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(place: Path) -> None:
     evaluator = Evaluator(["runs/a"], task="sentiment", prompts="prompts.txt")
     assert evaluator.reward.name == "vader" and evaluator.config.eval_samples == Config().eval_samples
