@@ -25,7 +25,9 @@ def parser() -> Parser:
         " earlier evaluation; the first row is what the others are compared with",
     )
     made.add_argument(
-        "--task", help="what to measure: toxicity, sentiment or repetition; default: what the runs unlearned"
+        "--task",
+        help="what to measure: toxicity, sentiment or repetition; default: what the runs unlearned; models"
+        " alone need none with --reward and --prompts",
     )
     made.add_argument("--target", choices=["positive", "negative"], help="sentiment of the task of that name")
     made.add_argument(

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -16,11 +17,19 @@ from quark_fast.runtime.console import Terminal
 from quark_fast.settings import COLDEST, STRONGEST
 from quark_fast.terminal import command
 
+if TYPE_CHECKING:
+    from quark_fast.model.policy import Policy
+
 
 def parser() -> Parser:
     made = Parser(prog="python -m quark_fast.generate", description=__doc__)
     made.add_argument("run", metavar="RUN", help="run folder of quark_fast.train")
-    made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
+    made.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue, or to answer")
+    made.add_argument(
+        "--bare",
+        action="store_true",
+        help="of a run of chats: the prompt as it is, not as a user's message",
+    )
     made.add_argument("--samples", type=int, help="completions a prompt (default: 3, greedy 1)")
     made.add_argument(
         "--guidance",
@@ -71,7 +80,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
     guidance = finished.guidance if asked.guidance is None else asked.guidance
     sampling = Sampling(asked.max_new_tokens, 1, asked.temperature, asked.top_p)
-    prompts = [policy.encode(text) for text in asked.prompts]
+    prompts = _encoded(policy, asked, notices)
     policy.check_fits(prompts, asked.max_new_tokens)
 
     def completions(model: object, conditioning: Conditioning) -> list[list[str]]:
@@ -92,6 +101,22 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         for left, right in zip(lefts, rights, strict=True):
             table.add_row(show(left), show(right))
         console.print(table)
+
+
+def _encoded(policy: Policy, asked: argparse.Namespace, notices: Terminal) -> list[list[int]]:
+    """The prompts as ids; of a run of chats each is a user's message, as what the run was trained on."""
+    from quark_fast.data.chat import ChatTemplateError, chat_template
+    from quark_fast.report.files import of_chats
+
+    if asked.bare or not of_chats(Path(asked.run)):
+        return [policy.encode(text) for text in asked.prompts]
+    chat = chat_template(asked.run, lambda: policy.tokenizer)
+    try:
+        texts = [chat([{"role": "user", "content": text}]) for text in asked.prompts]
+    except ChatTemplateError as error:
+        raise UsageError(f"{error}; --bare gives the prompt as it is") from error
+    notices.print("the run is of chats, so each prompt is a user's message; --bare gives it as it is")
+    return [policy.encode(text, chat=True) for text in texts]
 
 
 def _check(asked: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -27,7 +28,7 @@ import pytest
 import torch
 from conftest import save_tiny_classifier, save_tiny_model, whole_reports
 from tiny_runs import rows
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 from warm import Process
 
 import quark_fast.__main__
@@ -259,7 +260,7 @@ def test_train_refuses_triton_without_a_gpu(
         (["finished", "w1", "--samples", "0"], "--samples"),
         (["finished", "w1", "--samples", "few"], "--samples"),
         (["finished", "w1", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["finished", "w1", "--max-new-tokens", "3000"], "positions"),
+        (["finished", "w1", "--max-new-tokens", "3000"], "give a shorter one, or lower max_new_tokens"),
         (["finished", "w1", "--top-p", "0"], "--top-p"),
         (["finished", "w1", "--quantile", "3"], "--quantile 3: this run has quantiles 0 (worst) to 2 (best)"),
         (["finished", "w1", "--quantile", "-1"], "--quantile -1"),
@@ -317,6 +318,10 @@ def test_generate_refuses_bad_input_in_one_line(
             "--json finished/evaluation.json: this is a table",
         ),
         (["model"], "model: no run folder here, so a model; name what to measure by --task"),
+        (
+            ["model", "--reward", "tiny_rewards:evens"],
+            "name the prompts for the reward tiny_rewards:evens by --prompts",
+        ),
         (["model", "--task", "manners"], "unknown task 'manners'"),
         (["finished", "finished"], "finished is named twice"),
         (["finished/evaluation.json", "--samples", "3"], "only tables are named"),
@@ -480,6 +485,96 @@ def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
     k, w = 2 if quantile is None else quantile, 2.0 if guidance is None else guidance
     # Away from the worst token, and of that one from the best.
     assert asked == [Conditioning(), Conditioning(k, 0 if k else 2, w)]
+
+
+TURNS = (
+    "{% for m in messages %}w7 {{ m.content }} w8 {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chats(folder: Path) -> str:
+    """A finished run of chats."""
+    shutil.copytree(folder / "model", folder / "chat-model")
+    (folder / "chat-model" / "chat_template.jinja").write_text(TURNS)
+    asked = [[{"role": "user", "content": f"w{i} w{j}"}] for i in range(10) for j in (12, 13)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in asked))
+    few = {"rounds": "1", "steps": "1", "eval_rows": "ends"}
+    assert train.main(flags(model="chat-model", prompts="chats.jsonl", output="chats", **few)) == 0
+    return "chats"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_generate_asks_a_run_of_chats_by_a_users_message_unless_told_otherwise(
+    chats: str, bare: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def record(policy: Any, model: Any, request: SampleRequest) -> Any:
+        seen.extend(policy.conditioned(prompt, policy.quantiles - 1) for prompt in request.prompts)
+        return sample(policy, model, request)
+
+    monkeypatch.setattr("quark_fast.rollout.transformers.sample", record)
+    capsys.readouterr()
+    arguments = [chats, "w3 w4", "--samples", "1", "--max-new-tokens", "3", "--threads", "1"]
+    assert generate.main(arguments + ["--bare"] * bare) == 0
+    tokenizer = AutoTokenizer.from_pretrained(Path(chats) / "model")
+    chat = [{"role": "user", "content": "w3 w4"}]
+    message = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert seen == [tokenizer("w3 w4").input_ids if bare else message] * 2
+    heard = capsys.readouterr()
+    assert heard.err.count("\n") == (not bare) and ("--bare" in heard.err) == (not bare)
+    assert "w3 w4" in heard.out and "w7" not in heard.out.splitlines()[0], "the prompt as it was given"
+
+
+def test_message_that_a_runs_template_refuses_is_one_line_that_names_the_flag(
+    chats: str, folder: Path, refused: Callable[[Command, Sequence[str]], str]
+) -> None:
+    template = folder / chats / "model" / "chat_template.jinja"
+    own = template.read_text()
+    try:
+        template.write_text("{{ raise_exception('give a system message') }}")
+        assert "give a system message; --bare gives the prompt as it is" in refused(
+            generate.main, [chats, "w1"]
+        )
+    finally:
+        template.write_text(own)
+
+
+def test_card_of_a_run_of_chats_asks_by_messages_and_its_code_runs(
+    chats: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (folder / chats / "model" / "README.md").read_text()
+    plain, guided = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert "every text and chat" in card and "guidance=2)" in guided
+    read: list[list[int]] = []
+    own = LlamaForCausalLM.forward
+
+    def hear(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        read.extend(input_ids.tolist())
+        return own(model, input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(own)(hear))
+    tokenizer = AutoTokenizer.from_pretrained(folder / chats / "model")
+    chat = [{"role": "user", "content": "The man said"}]
+    wanted = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    for code in (plain, guided):
+        read.clear()
+        exec(code.replace("MODEL", f"{chats}/model"), {})
+        assert read[0] == wanted
+    assert "messages" not in (folder / "finished" / "model" / "README.md").read_text(), "a run of texts"
+
+
+def test_export_that_is_saved_again_has_the_dial_from_where_its_card_says(folder: Path) -> None:
+    export = folder / "finished" / "model"
+    AutoModelForCausalLM.from_pretrained(export).save_pretrained(folder / "saved again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "saved again")
+    ids = AutoTokenizer.from_pretrained(export)("w1 w2", return_tensors="pt").input_ids
+    with pytest.raises(ValueError, match="guidance"):
+        again.generate(ids, max_new_tokens=4, guidance=2.0)
+    (said,) = re.findall(r'`(custom_generate="MODEL", .*)`', (export / "README.md").read_text())
+    dial = eval(f"dict({said})".replace("MODEL", str(export)))
+    assert len(again.generate(ids, max_new_tokens=4, guidance=2.0, **dial)) == 1
 
 
 def test_generate_shows_a_long_word_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

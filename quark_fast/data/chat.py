@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from quark_fast.data.row import Rendered
+from quark_fast.data.row import Rendered, text_of
 from quark_fast.data.tokenizer import opening
 from quark_fast.errors import UsageError
 
@@ -39,17 +40,42 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
                 f"the prompts are messages, and the tokenizer of {source} has no chat template; give a chat"
                 " model, or texts"
             )
-        goes_on = messages[-1]["role"] == "assistant"
         try:
-            text = loaded().apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                reward_front="",
-            )
+            text = _written(loaded(), messages)
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        return Rendered(str(text).removeprefix(opening(loaded())))
+        return Rendered(text.removeprefix(opening(loaded())))
 
     return render
+
+
+def _written(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """What the template writes of the messages.
+
+    Content in parts goes to the template as it is, where that writes all of its text. Many templates take
+    texts alone, and fail at parts, leave them out, or write them as Python would; there they are joined.
+    """
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        goes_on = messages[-1]["role"] == "assistant"
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            reward_front="",
+        )
+        return str(text)
+
+    joined = [{**message, "content": text_of(message)} for message in messages]
+    if joined == messages:
+        return write(messages)
+    parts = [part for one in messages if not isinstance(one["content"], str) for part in one["content"]]
+    with contextlib.suppress(Exception):  # whatever it is, it may not be so of the joined ones
+        text = write(messages)
+        if _TYPE not in text and all(part["text"].strip() in text for part in parts):
+            return text
+    return write(joined)
+
+
+_TYPE = "'type': 'text'"  # of a part as Python writes it

@@ -13,7 +13,7 @@ from typing import Any
 
 from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.readers import listed, read_rows
-from quark_fast.data.row import Rendered, Row, from_file, given, messages
+from quark_fast.data.row import Rendered, Row, from_file, given, messages, no_messages
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import DEEPEST, too_deep
 
@@ -132,7 +132,7 @@ def with_prompt(row: Row, value: Any, chat: Chat | None) -> tuple[Row, str]:
     if value is None:
         return row, "without a prompt"
     if not isinstance(value, str):
-        return row, "not text"
+        return row, no_messages(value)
     if not value.strip():
         return row, "empty"
     try:

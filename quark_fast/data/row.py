@@ -7,18 +7,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+Prompt = str | Row | list[dict[str, Any]]
+"""What a program gives as one: a text, a row with a ``prompt``, or a list of messages."""
 
 
 def messages(value: Any) -> Row:
     """The column that keeps a prompt's messages for the reward; none for a text."""
-    if not isinstance(value, list) or not value:
-        return {}
+    return {} if no_messages(value) else {"messages": value}
+
+
+def no_messages(value: Any) -> str:
+    """The reason why a value is no list of messages that are text; "" for one.
+
+    A message's content is a text, or parts of one: ``{"type": "text", "text": ...}``.
+    """
+    if not isinstance(value, list):
+        return "not text"
+    if not value:
+        return "empty"
     for message in value:
-        if not isinstance(message, Mapping):
-            return {}
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            return {}
-    return {"messages": value}
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return "not text"
+        content = message.get("content")
+        if content is None or content == []:
+            return "without content in a message"
+        if not isinstance(content, str | list):
+            return "not text"
+        if not isinstance(content, str) and not all(map(_is_text, content)):
+            return "more than text"
+    return ""
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's content as one text."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 class Rendered(str):

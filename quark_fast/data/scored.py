@@ -11,7 +11,7 @@ from typing import Any
 from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import check_depth, find_prompt, with_prompt, wrong_length
 from quark_fast.data.readers import listed, read_rows
-from quark_fast.data.row import Rendered, Row, from_file, messages
+from quark_fast.data.row import Rendered, Row, from_file, messages, text_of
 from quark_fast.errors import UsageError
 from quark_fast.metrics import LARGEST
 
@@ -165,7 +165,8 @@ def _text(completion: Any) -> str:
     if isinstance(completion, list) and completion:
         completion = completion[-1]
     if isinstance(completion, Mapping):
-        completion = completion.get("content") if completion.get("role") == "assistant" else None
+        answer = completion.get("role") == "assistant" and bool(messages([completion]))
+        completion = text_of(completion) if answer else None
     if not isinstance(completion, str):
         return ""
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quark_fast.config import Config
-from quark_fast.data.chat import Chat
+from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import load_prompts, with_prompt
-from quark_fast.data.row import Row, given
+from quark_fast.data.row import Prompt, Row, given
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
 
@@ -50,8 +50,8 @@ def choose_prompts(
     config: Config,
     task_prompts: Callable[[], tuple[list[Row], list[Row]]],
     chat: Chat,
-    prompts: Sequence[str | Row] | None = None,
-    held_out: Sequence[str | Row] | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    held_out: Sequence[Prompt] | None = None,
 ) -> Chosen:
     """What a run trains and is measured on: the rows given, else those ``config`` names, else the task's own.
 
@@ -75,7 +75,7 @@ def choose_prompts(
         )
         notes.append(f"{config.scored}: {counts}")
 
-    def rows(name: str, given_rows: Sequence[str | Row] | None, source: str | None) -> list[Row] | None:
+    def rows(name: str, given_rows: Sequence[Prompt] | None, source: str | None) -> list[Row] | None:
         if given_rows is not None:
             return _given(name, given_rows, chat)
         return _load(source, config, chat, notes) if source else None
@@ -129,12 +129,15 @@ def _for_development(
     return split(train, max(1, min(most, prompts // 4)), config.split_seed)
 
 
-def _given(name: str, rows: Sequence[str | Row], chat: Chat) -> list[Row]:
+def _given(name: str, rows: Sequence[Prompt], chat: Chat) -> list[Row]:
     """Rows of a program: nothing is left out of them quietly."""
     made: list[Row] = []
     for i, one in enumerate(rows):
-        row: Row = {"prompt": one} if isinstance(one, str) else one
-        row, reason = with_prompt(row, row.get("prompt"), chat)
+        row: Row = dict(one) if isinstance(one, Mapping) else {"prompt": one}
+        try:
+            row, reason = with_prompt(row, row.get("prompt"), chat)
+        except ChatTemplateError as error:
+            raise UsageError(f"{name}[{i}]: {error}") from error
         if reason:
             raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
         made.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from pathlib import Path
@@ -104,33 +105,77 @@ FRONT_TAIL = " }}"
 # original's ends, as it does beside a tag.
 TEMPLATE_HEAD = "{% set reward_text %}{{ '' }}"
 TEMPLATE_TAIL = "{{ '' }}{% endset %}"
+# Or the variable that writes the opening, set to the front.
+VARIABLE_HEAD = re.compile(r"\{% set \w+ = reward_front if reward_front is defined else ")
+VARIABLE_TAIL = " %}{{ '' }}"
+# What marks the assistant's tokens: their places in all that was written, not in a part that is captured.
+_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def conditioned_template(template: str, tokenizer: Any, front: str) -> str:
     """A chat template that writes ``front`` and then what ``template`` writes after its own opening.
 
     Another front, or none, by apply_chat_template(messages, reward_front="..."). A template that has a front
-    already gets the new one.
+    already gets the new one. A template that marks the assistant's tokens marks them still, or, where that
+    cannot be, none, of which transformers warns.
     """
     template = _unconditioned(template)
     # Blanks before a tag at the beginning of a line are dropped, and after our own that is none.
     template = re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", template)
     if not _may_open(template, tokenizer):  # then what it marks as the assistant's keeps its place
         return f"{FRONT_HEAD}{_quoted(front)}{FRONT_TAIL}{template}"
-    return (
-        f"{TEMPLATE_HEAD}{template.removesuffix(NEWLINE)}{TEMPLATE_TAIL}"
+    # In a scope of their own still: what is set between the marks is not set after them.
+    body = _MARK.sub(r"\1\2with\3", template)
+    captured = (
+        f"{TEMPLATE_HEAD}{body.removesuffix(NEWLINE)}{TEMPLATE_TAIL}"
         f"{{{{ (reward_front if reward_front is defined else {_quoted(front)})"
         f" + reward_text.removeprefix({_quoted(opening(tokenizer))}) }}}}"
     )
+    for name, token in tokenizer.special_tokens_map.items() if body != template else ():
+        if token == opening(tokenizer) and name in template:
+            head = f"{{% set {name} = reward_front if reward_front is defined else {_quoted(front)}"
+            written = f"{head}{VARIABLE_TAIL}{template}"
+            if _write_alike(tokenizer, written, captured):
+                return written
+    return captured
+
+
+def _write_alike(tokenizer: Any, *templates: str) -> bool:
+    """Whether templates write the same of every trial, with any front; one that all of them refuse is alike.
+
+    Some (Llama 2's) write the opening in every turn, some in one branch alone.
+    """
+    user, answer, system = (
+        {"role": role, "content": f"some {role} text"} for role in ("user", "assistant", "system")
+    )
+    chats = ([user], [system, user], [user, answer], [user, answer] * 2, [system, *[user, answer] * 2, user])
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    seen: list[str] = []
+    for chat, tools, opened, front in itertools.product(
+        chats, (None, [{"type": "function", "function": tool}]), (False, True), (None, "", "<other>")
+    ):
+        given = {} if front is None else {"reward_front": front}
+        how = {"tools": tools, "tokenize": False, "add_generation_prompt": opened, **given}
+        found: set[str | None] = set()
+        for template in templates:
+            try:
+                found.add(str(tokenizer.apply_chat_template(chat, chat_template=template, **how)))
+            except Exception:  # a template is a program of its own and raises what it likes
+                found.add(None)
+        if len(found) > 1:
+            return False
+        seen += [text for text in found if text]
+    return bool(seen)
 
 
 def _unconditioned(template: str) -> str:
     """The original of a conditioned template; any other as it is."""
     if template.startswith(TEMPLATE_HEAD):
         return template[len(TEMPLATE_HEAD) : template.rindex(TEMPLATE_TAIL)] + NEWLINE
-    if template.startswith(FRONT_HEAD):
-        _, end = json.JSONDecoder().raw_decode(template, len(FRONT_HEAD))
-        return template[end + len(FRONT_TAIL) :]
+    for head, tail in ((re.compile(re.escape(FRONT_HEAD)), FRONT_TAIL), (VARIABLE_HEAD, VARIABLE_TAIL)):
+        if found := head.match(template):
+            _, end = json.JSONDecoder().raw_decode(template, found.end())
+            return template[end + len(tail) :]
     return template
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from quark_fast.data.row import Rendered
 from quark_fast.errors import UsageError
 from quark_fast.model.batch import Batch, completion_hidden, completion_logits, make_batch, shared_logits
 from quark_fast.model.policy import Policy
@@ -41,8 +42,9 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     """Of the text under ``model``, by the policy's tokenizer, whoever wrote it.
 
     Prompt and completion are tokenised together, since what a tokenizer makes of a word depends on what
-    stands before it. A token that holds any of the completion counts to it; in front are the prefix and the
-    last ``max_tokens`` tokens of the prompt, fewer where the model has no more positions.
+    stands before it, and a chat (``Rendered``) as ``Policy.encode`` does. A token that holds any of the
+    completion counts to it; in front are the prefix and the last ``max_tokens`` tokens of the prompt, fewer
+    where the model has no more positions.
 
     Raises (what is returned):
         UsageError: a completion is longer than the model has positions.
@@ -50,8 +52,11 @@ def text_nll(policy: Policy, model: Any, prompts: Sequence[str], max_tokens: int
     limit = policy.positions
 
     def split(prompt: str, text: str) -> tuple[list[int], list[int]]:
-        made = policy.text_tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
+        front = policy.in_front(isinstance(prompt, Rendered))
+        whole = front + prompt + text
+        made = policy.text_tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        own = slice(1 if front else 0, None)
+        ids, ends = made.input_ids[own], [end - len(front) for _, end in made.offset_mapping[own]]
         first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
         if not policy.prefix:
             first = max(first, 1)  # something must stand in front of the first token that counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 
 from quark_fast.config import Config
-from quark_fast.data.chat import chat_template
+from quark_fast.data.chat import ChatTemplateError, chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Row, given, with_same_columns
+from quark_fast.data.row import Row, given, is_chat, with_same_columns
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
@@ -36,6 +37,8 @@ class EvaluationProtocol:
         config: the first run's settings or the task's own, with those that were asked for in their place.
         texts: ordinary ones, of a task whose own reward scores.
         keeps_runs_task: the task is the runs' own.
+        task_named: it was asked for, or is the runs'; else a reward alone measures plain models, and the task
+            is the one whose settings such a reward has in training.
     """
 
     config: Config
@@ -46,6 +49,7 @@ class EvaluationProtocol:
     device: torch.device
     dtype: torch.dtype
     keeps_runs_task: bool
+    task_named: bool
 
 
 def choose_protocol(
@@ -67,7 +71,8 @@ def choose_protocol(
     settings = {name: value for name, value in asked.items() if value is not None}
     label = settings.pop("scorer_label", None)
     keeps_runs_reward = reward is None and not settings.keys() & {"task", "target"}
-    settings["task"] = settings.get("task") or _common_task(models, runs)
+    task_named = bool(runs or settings.get("task"))
+    settings["task"] = settings.get("task") or _common_task(models, runs, reward)
     if reward is None and label is not None:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
     for run in runs if "judge" not in settings else ():
@@ -100,18 +105,23 @@ def choose_protocol(
         scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
         judges = tuple(cached(judge, config.reward_cache, runs[0].folder / REWARDS) for judge in judges)
     texts = task.texts() if rewarded_by_task else []
-    return EvaluationProtocol(config, task, scorer, judges, texts, device, dtype, keeps_runs_task)
+    return EvaluationProtocol(config, task, scorer, judges, texts, device, dtype, keeps_runs_task, task_named)
 
 
-def _common_task(models: Sequence[Model], runs: Sequence[Run]) -> str:
-    """The task that all runs have."""
+def _common_task(models: Sequence[Model], runs: Sequence[Run], reward: str | GivenReward | None) -> str:
+    """The task that all runs have; without any, that of a reward alone."""
 
     def in_words(config: Config) -> str:
         return f"{config.task} to {config.target}" if config.task == "sentiment" else config.task
 
+    if not runs and reward is not None:
+        return Config().task
     if not runs:
         names = ", ".join(model.given for model in models)
-        raise UsageError(f"{names}: no run folder here, so a model; name what to measure by --task")
+        raise UsageError(
+            f"{names}: no run folder here, so a model; name what to measure by --task, or by --reward with"
+            " --prompts"
+        )
     agree(runs, "unlearned", in_words, "name what to measure by --task")
     return runs[0].config.task
 
@@ -182,6 +192,34 @@ class PromptSet:
         }
 
 
+def chats_as_written(rows: Sequence[Row], model: str, tokenizer: Any) -> list[str] | None:
+    """What a model's own chat template writes today for the rows' messages; None: it has no template.
+
+    A template that refuses some, as far as it came.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat, written = chat_template(model, lambda: tokenizer), list[str]()
+    with contextlib.suppress(ChatTemplateError):
+        for row in filter(is_chat, rows):
+            written.append(chat(row["messages"]))
+    return written
+
+
+def check_chats(chats: Mapping[str, list[str] | None]) -> None:
+    """Refuse models whose own templates write the prompts in different ways: all of them read the same text.
+
+    A model without a template has no other form for them.
+    """
+    own = [(label, written) for label, written in chats.items() if written is not None]
+    for label, written in own:
+        if written != own[0][1]:
+            raise UsageError(
+                f"{own[0][0]} and {label} have different chat templates, which write messages differently:"
+                " give prompts that are texts"
+            )
+
+
 def load_prompt_sets(
     models: Sequence[Model],
     protocol: EvaluationProtocol,
@@ -211,6 +249,11 @@ def load_prompt_sets(
         path = str(run.folder / HELD_OUT)
         rows, split = load_prompts(path).rows, run.config.evaluate_on
         own = PromptSet("", path, rows, split, protocol.task.prompt_classes)
+    elif not protocol.task_named:
+        raise UsageError(
+            f"name the prompts for the reward {protocol.reward.name} by --prompts, or a task, which has"
+            " some, by --task"
+        )
     else:
         source = f"the task's own ({protocol.task.name})"
         own = PromptSet("", source, protocol.task.prompts()[1], "test")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from quark_fast.data.row import is_chat
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -23,7 +24,13 @@ from quark_fast.evaluation.held_out import (
 from quark_fast.evaluation.open_models import Models, OpenModel, open_plain
 from quark_fast.evaluation.perplexity import Nll, id_nll, text_nll
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.protocol import PromptSet, choose_protocol, load_prompt_sets
+from quark_fast.evaluation.protocol import (
+    PromptSet,
+    chats_as_written,
+    check_chats,
+    choose_protocol,
+    load_prompt_sets,
+)
 from quark_fast.evaluation.saved_tables import (
     SavedTable,
     check_saved,
@@ -86,7 +93,8 @@ class Evaluator:
     Args:
         subjects: run folders, transformers folders, hub names, and tables of earlier evaluations (FILE.json).
         task: what to measure, by that task's own scorer and on its own held-out prompts unless others are
-            named; default: that of the runs, by their own reward and the first one's held-out prompts.
+            named; default: that of the runs, by their own reward and the first one's held-out prompts. Plain
+            models need none where both ``reward`` and ``prompts`` are given.
         target: sentiment of that task.
         prompts: a file or data set (``prompts.load_prompts``).
         prompt_column: where its prompts stand.
@@ -197,6 +205,7 @@ class Evaluator:
         self.lead = next(iter(self.live))
         self.dtypes: set[torch.dtype] = set()
         self.vocabularies: dict[str, dict[str, int]] = {}  # without reward tokens, by label
+        chats: dict[str, list[str] | None] = {}
         for label in _counted("loading the models", list(reversed(self.live)), self.listen):
             opened = self.models.open(label)
             if opened.samples_base or label == self.lead:
@@ -206,11 +215,14 @@ class Evaluator:
             said: list[str] = []
             for domain in self.domains:
                 domain.encode(label, policy, self.config, said.append)
+            rows = [row for domain in self.domains for row in domain.rows]
+            chats[label] = chats_as_written(rows, label, policy.tokenizer)
             # Each model has its own tokens and positions, so prompts are cut, or left out, by each.
             self.remarks += said if len(self.live) == 1 else [f"{label}: {one}" for one in said]
             words = policy.tokenizer.get_vocab().items()
             self.vocabularies[label] = {token: i for token, i in words if i < policy.vocabulary}
         self.opened = opened
+        check_chats({label: chats[label] for label in self.live})
         for domain in self.domains if not self.config.prefix_tokens else ():
             domain.keep_what_fits_all(self.remarks.append)
 
@@ -246,9 +258,10 @@ class Evaluator:
     def _text_nll(self, policy: Policy, model: Any, domain: PromptSet) -> Nll:
         """The perplexity's model reads texts, the prompts cut to what it has room for."""
         longest = self.config.max_prompt_tokens or LONGEST_PROMPT
-        texts = [row["prompt"] for row in domain.held_out[self.lead].rows]
+        rows = domain.held_out[self.lead].rows
+        texts = [row["prompt"] for row in rows]
         room = policy.room(self.config.max_new_tokens, longest)
-        every = [policy.encode(text) for text in texts]
+        every = [policy.encode(row["prompt"], chat=is_chat(row)) for row in rows]
         policy.check_fits([ids[-room:] for ids in every], self.config.max_new_tokens)
         if long := sum(len(ids) > room for ids in every):
             cut = f"{long:,} texts of {domain.source} cut to their last {room:,} tokens"

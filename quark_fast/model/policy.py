@@ -187,15 +187,18 @@ class Policy:
     def encode(self, prompt: str, max_tokens: int = 0, chat: bool = False) -> list[int]:
         """A prompt's ids without any prefix; with ``max_tokens`` the last so many of them.
 
-        A text is tokenised as the beginning of a document. A chat is tokenised as the continuation of the
-        best token, as the exported template will write it: there sentencepiece tokenizers put no mark of a
-        word's beginning. Reward tokens spelled in either are ordinary characters.
+        A text is tokenised as the beginning of a document. A chat is tokenised as the continuation of what
+        stands in front, prefix or best token, as the template writes it: there sentencepiece tokenizers put
+        no mark of a word's beginning. Reward tokens spelled in either are ordinary characters.
         """
-        continues = chat and self.quantiles > 0
-        text = MIDDLE + prompt if continues else prompt
-        ids = list(self.text_tokenizer(text, add_special_tokens=False).input_ids)
-        ids = ids[1:] if continues else ids
+        front = self.in_front(chat)
+        ids = list(self.text_tokenizer(front + prompt, add_special_tokens=False).input_ids)
+        ids = ids[1:] if front else ids
         return ids[-max_tokens:] if max_tokens else ids
+
+    def in_front(self, chat: bool) -> str:
+        """What a prompt is tokenised after: ``MIDDLE``, whose one token then goes, or "", nothing."""
+        return MIDDLE if chat and (self.quantiles > 0 or self.prefix) else ""
 
     def encode_completion(
         self, prompt: str, prompt_ids: Sequence[int], completion: str, chat: bool = False
@@ -234,7 +237,7 @@ class Policy:
             raise UsageError(
                 f"a prompt of {longest} tokens needs {needed} positions with prefix, reward token and"
                 f" {new_tokens} new tokens, but the model has {limit}; give a shorter one, or lower"
-                " max_prompt_tokens or max_new_tokens"
+                " max_new_tokens"
             )
         if not self.prefix and min(map(len, prompts)) == 0:
             raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")

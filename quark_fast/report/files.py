@@ -11,6 +11,7 @@ from typing import Any
 from quark_fast.files.safe_read import too_deep
 from quark_fast.report.columns import COLUMNS, counted
 from quark_fast.report.records import Record, number_of
+from quark_fast.runtime.run_folder import HELD_OUT
 
 # In a run's record, of one that was told not to evaluate.
 NOT_EVALUATED = "left out (--no-eval)"
@@ -31,6 +32,7 @@ class RunFiles:
     compared: list[Record] = field(default_factory=list)
     completions: list[Record] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    chats: bool = False  # as of ``of_chats``
 
     @property
     def left_out(self) -> bool:
@@ -89,7 +91,14 @@ def read_run(run_dir: Path) -> RunFiles:
         evaluation=evaluation,
         evaluation_rows=rows,
         missing=missing,
+        chats=of_chats(run_dir),
     )
+
+
+def of_chats(run_dir: Path) -> bool:
+    """Whether all prompts that a run is measured on are chats, which its files mark as rendered."""
+    rows = _read_lines(run_dir / HELD_OUT, "the prompts", [])
+    return bool(rows) and all(row.get("rendered") is True for row in rows)
 
 
 def _read_text(path: Path, what: str, missing: list[str]) -> str:

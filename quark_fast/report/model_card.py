@@ -105,7 +105,8 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
         f"# {_public(run.name)}",
         f"{_public(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
         f" 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)){contrast}. Its tokenizer"
-        " puts the best of its reward tokens in front of every text; nothing needs to be asked for.",
+        f" puts the best of its reward tokens in front of every text{' and chat' if run.chats else ''};"
+        " nothing needs to be asked for.",
         _public(headline(run.evaluation)),
         _use(run, config),
         f"## Results\n\n{markdown_page(run.evaluation, _public)}" if rows_of(run.evaluation) else "",
@@ -126,13 +127,19 @@ def _aim(run: RunFiles) -> str:
 
 
 def _use(run: RunFiles, config: Config) -> str:
-    """How to generate, with and without guidance."""
+    """How to generate, with and without guidance; from messages where those were trained on."""
+    ask, given = "", '"The man said"'
+    texts = f'tokenizer([{given}], return_tensors="pt")'
+    if run.chats:
+        ask, given = f'messages = [{{"role": "user", "content": {given}}}]\n', "messages"
+        how = "add_generation_prompt=True, return_dict=True, return_tensors"
+        texts = f'tokenizer.apply_chat_template({given}, {how}="pt")'
     plain = (
         "## Use\n\n"
         "`MODEL` is the name of this repository, or its folder.\n\n"
         "```python\n"
         "from transformers import pipeline\n\n"
-        'pipeline("text-generation", "MODEL")("The man said", max_new_tokens=20)\n'
+        f'{ask}pipeline("text-generation", "MODEL")({given}, max_new_tokens=20)\n'
         "```"
     )
     row = main_row(run.evaluation)
@@ -151,10 +158,12 @@ def _use(run: RunFiles, config: Config) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("MODEL")\n'
         'model = AutoModelForCausalLM.from_pretrained("MODEL", trust_remote_code=True)\n'
-        'texts = tokenizer(["The man said"], return_tensors="pt")\n'
+        f"{ask}texts = {texts}\n"
         f"ids = model.generate(**texts, max_new_tokens=20, guidance={weights[0]:g})\n"
         "print(tokenizer.batch_decode(ids, skip_special_tokens=True))\n"
-        "```"
+        "```\n\n"
+        "`save_pretrained` leaves that folder behind: copy `custom_generate/` along with a model that you"
+        ' train on, or give its `generate` also `custom_generate="MODEL", trust_remote_code=True`.'
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.chat import chat_template
-from quark_fast.data.row import Row, as_rendered, from_file, is_chat, with_same_columns
+from quark_fast.data.row import Prompt, Row, as_rendered, from_file, is_chat, with_same_columns
 from quark_fast.data.split import Chosen, choose_prompts
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.model.loading import load_tokenizer
@@ -55,8 +55,8 @@ class RunPrompts:
 class Given:
     """Prompts that a program gives in place of those that the settings name."""
 
-    train: Sequence[str | Row] | None = None
-    held_out: Sequence[str | Row] | None = None
+    train: Sequence[Prompt] | None = None
+    held_out: Sequence[Prompt] | None = None
 
 
 def read_prompts(

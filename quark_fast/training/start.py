@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.data.row import Row
+from quark_fast.data.row import Prompt
 from quark_fast.errors import OutOfResources, UsageError
 from quark_fast.evaluation.held_out import (
     control_texts,
@@ -57,8 +57,8 @@ from quark_fast.training.try_rewards import try_rewards
 def names_into_settings(
     config: Config,
     reward: str | GivenReward | None,
-    prompts: str | Path | Sequence[str | Row] | None,
-    held_out: str | Path | Sequence[str | Row] | None,
+    prompts: str | Path | Sequence[Prompt] | None,
+    held_out: str | Path | Sequence[Prompt] | None,
 ) -> tuple[Config, GivenReward | None, Given]:
     """What a program gave, with names moved into the settings, where the command line has them."""
     names: dict[str, Any] = {}

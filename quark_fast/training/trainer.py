@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from quark_fast.config import Config
-from quark_fast.data.row import Row, to_file
+from quark_fast.data.row import Prompt, to_file
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.rollout.sampling import Sampler
 from quark_fast.rollout.transformers import sample
@@ -60,8 +60,8 @@ class Trainer:
         config: every setting of the run.
         reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, maybe ``async
             def``, the name of one, or a list of them, which are added up, in place of what ``config`` names.
-        prompts: training prompts, texts or rows with a ``prompt`` (a text, or messages for the tokenizer's
-            chat template) or a file's name, in place of those ``config`` names.
+        prompts: training prompts: texts, lists of messages for the tokenizer's chat template, or rows with a
+            ``prompt`` (either of these); or a file's name, in place of those ``config`` names.
         held_out: likewise for the evaluation.
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
@@ -79,8 +79,8 @@ class Trainer:
         config: Config,
         *,
         reward: str | GivenReward | None = None,
-        prompts: str | Path | Sequence[str | Row] | None = None,
-        held_out: str | Path | Sequence[str | Row] | None = None,
+        prompts: str | Path | Sequence[Prompt] | None = None,
+        held_out: str | Path | Sequence[Prompt] | None = None,
         sampler: Sampler = sample,
         listen: Listen = "auto",
         callbacks: Callback | Sequence[Callback] = (),

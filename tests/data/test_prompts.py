@@ -28,7 +28,7 @@ from tokenizers.processors import TemplateProcessing
 
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
-from quark_fast.data.prompts import load_prompts
+from quark_fast.data.prompts import load_prompts, with_prompt
 from quark_fast.data.row import Row, as_rendered, is_chat
 from quark_fast.data.split import Chosen, choose_prompts, digest, split
 from quark_fast.errors import UsageError
@@ -245,13 +245,13 @@ def test_unusable_prompts_are_left_out_and_counted_by_reason(tmp_path: Path) -> 
     assert loaded.rows == [{"prompt": "a", "n": 1}, {"prompt": "b"}]
     assert loaded.read == 13
     assert loaded.left_out == {
-        "not text": 4,
+        "not text": 3,
         "without a prompt": 3,
-        "empty": 2,
+        "empty": 3,
         "duplicate": 1,
         "longer than 10 characters": 1,
     }
-    counted = "13 read, left out: 4 not text, 3 without a prompt, 2 empty, 1 duplicate, 1 longer than 10"
+    counted = "13 read, left out: 3 empty, 3 without a prompt, 3 not text, 1 duplicate, 1 longer than 10"
     assert loaded.counts == f"{counted} characters"
 
 
@@ -471,6 +471,7 @@ def chat() -> Callable[[list[dict[str, Any]]], str]:
 ASK = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w2"}
 SYSTEM = {"role": "system", "content": "w3"}
+IMAGE = {"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image", "url": "x.png"}]}
 
 
 def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any) -> None:
@@ -481,6 +482,10 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
         {"messages": [ANSWER]},
         {"messages": [SYSTEM, ASK]},
         {"prompt": [{"role": "user", "content": ["an image"]}]},
+        {"prompt": [{"role": "user", "content": None}]},
+        {"prompt": [{"role": "user", "content": []}]},
+        {"prompt": [ASK, {"role": "assistant"}, ASK]},
+        {"prompt": [{"role": "user", "content": 5}]},
     ]
     loaded = load_prompts(write(tmp_path / "p.jsonl", *map(json.dumps, records)), chat=chat)
     # The separator that opens the document is the policy's to put in front.
@@ -493,12 +498,48 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
             "n": 2,
         },
     ]
-    assert loaded.left_out == {"refused by the chat template": 1, "not text": 2}
+    assert loaded.left_out == {
+        "refused by the chat template": 1,
+        "empty": 1,
+        "more than text": 1,
+        "without content in a message": 3,
+        "not text": 1,
+    }
 
 
 def test_object_whose_text_is_messages_keeps_them_for_the_reward(tmp_path: Path, chat: Any) -> None:
     (row,) = rows(write(tmp_path / "p.jsonl", json.dumps({"prompt": {"text": [ASK]}})), chat=chat)
     assert row == {"prompt": "[user]w1[/][assistant]", "messages": [ASK]}
+
+
+PARTS = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{{ '\n' }}{% endfor %}"
+BOTH = f"{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{PARTS}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        pytest.param("{{ m.content }}", "w1w 2", id="texts, parts as Python writes them"),
+        pytest.param("{{ '' + m.content }}", "w1w 2", id="texts, parts are an error"),
+        pytest.param("{% if m.content is string %}{{ m.content }}{% endif %}", "w1w 2", id="texts alone"),
+        pytest.param("{{ m.content | trim }}", "w1w 2", id="texts, trimmed"),
+        pytest.param(PARTS, "w1\nw 2\n", id="parts alone"),
+        pytest.param(BOTH, "w1\nw 2\n", id="both"),
+    ],
+)
+def test_text_in_parts_is_written_as_the_template_takes_it(content: str, written: str) -> None:
+    tokenizer = chat_tokenizer(first=False)
+    tokenizer.chat_template = (
+        f"{{{{ bos_token }}}}{{% for m in messages %}}[{{{{ m.role }}}}]{content}{{% endfor %}}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = chat_template("tiny", lambda: tokenizer)
+    parts = [{"type": "text", "text": "w1"}, {"type": "text", "text": "w 2"}]
+    ask, answer = ({"role": role, "content": parts} for role in ("user", "assistant"))
+    row, reason = with_prompt({}, [ask], chat)
+    assert (row, reason) == ({"prompt": f"[user]{written}[assistant]", "messages": [ask]}, "")
+    begun = with_prompt({}, [ask, answer], chat)[0]["prompt"]
+    assert begun == f"[user]{written}[assistant]{written.rstrip()}", "an answer to go on with"
 
 
 def test_token_that_opens_a_turn_stays_and_what_opens_every_text_goes() -> None:
@@ -660,6 +701,37 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
             choose(prompts=["fine", bad], held_out=["x"])
     with pytest.raises(UsageError, match="no chat template"):
         choose(prompts=[{"prompt": [ASK]}], held_out=["x"])
+
+
+def test_prompts_of_a_program_may_be_lists_of_messages(chat: Any) -> None:
+    def chosen(*prompts: Any) -> Chosen:
+        return choose_prompts(Config(), lambda: ([], []), chat, prompts, held_out=[[ASK, ANSWER, ASK]])
+
+    made = chosen([ASK], "w4", {"prompt": [ASK, ANSWER], "n": 1})
+    assert made.train == [
+        {"prompt": "[user]w1[/][assistant]", "messages": [ASK]},
+        {"prompt": "w4"},
+        {"prompt": "[user]w1[/][assistant]w2", "messages": [ASK, ANSWER], "n": 1},
+    ]
+    assert [is_chat(row) for row in made.train] == [True, False, True]
+    assert made.held_out[0]["messages"] == [ASK, ANSWER, ASK]
+    with pytest.raises(
+        UsageError, match=r"^prompts\[1\]: the chat template of tiny refuses .* no system role"
+    ):
+        chosen("w4", [SYSTEM, ASK])
+    for bad in (
+        [],
+        (ASK,),
+        ("w1", "w2"),
+        [ASK, "w2"],
+        [{"role": "user"}],
+        [{"role": "user", "content": 5}],
+        [IMAGE],
+        5,
+    ):
+        with pytest.raises(UsageError, match=r"^prompts\[1\] is [a-z ]+: ") as refused:
+            chosen("w4", bad)
+        assert "\n" not in str(refused.value)
 
 
 # --- templates that write the date ----------------------------------------------------------------

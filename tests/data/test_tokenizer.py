@@ -156,9 +156,21 @@ def test_conditioned_template_writes_the_front_and_then_what_it_wrote(template: 
     )
 
 
-@pytest.mark.parametrize("opened", ["", "{{ messages[0].content }}: "], ids=["turns", "text before"])
+@pytest.mark.parametrize(
+    "opened",
+    [
+        "",
+        "{{ messages[0].content }}: ",
+        "{{ bos_token }} ",
+        "{{- bos_token }}{{ '\n' }}",
+        "{% set first = bos_token + ' w3 ' %}{{ first }}",
+        "{% if bos_token %}{{ bos_token }}{% endif %}\n",
+    ],
+    ids=["turns", "text before", "BOS", "trimmed", "BOS in a text", "BOS if there is one"],
+)
 def test_conditioned_template_marks_the_assistants_tokens_as_it_did(opened: str) -> None:
     tokenizer = word_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
     template = (
         opened + "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}"
         "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %} {% endfor %}"
@@ -170,3 +182,33 @@ def test_conditioned_template_marks_the_assistants_tokens_as_it_did(opened: str)
         )
         pairs = zip(out["input_ids"], out["assistant_masks"], strict=True)
         assert tokenizer.decode([i for i, mask in pairs if mask]) == "w2w2"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        pytest.param(
+            "{% if m.role == 'user' %}{{ bos_token }}{% endif %}", id="BOS in every turn, as Llama 2's"
+        ),
+        pytest.param("{% if loop.first %}<|endoftext|>{% endif %}", id="spelled"),
+    ],
+)
+def test_template_that_cannot_mark_with_a_front_marks_nothing_and_writes_what_it_did(turn: str) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    template = (
+        f"{{% for m in messages %}}{turn} {{{{ m.role }}}} \n {{%- generation -%}}\n{{% set x = 'w8' %}}"
+        "{{ m.content }}{% endgeneration %}\n {{ x }} {% endfor %}"
+    )
+    own = tokenizer.apply_chat_template(CHAT * 2, chat_template=template, tokenize=False)
+    conditioned = conditioned_template(template, tokenizer, "w5 w6 ")
+    for written in (conditioned, conditioned_template(conditioned, tokenizer, "w5 w6 ")):
+        text = tokenizer.apply_chat_template(CHAT * 2, chat_template=written, tokenize=False)
+        assert text == "w5 w6 " + own.removeprefix("<|endoftext|>")
+        warned: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("transformers.utils.chat_template_utils.logger.warning_once", warned.append)
+            out = tokenizer.apply_chat_template(
+                CHAT * 2, chat_template=written, return_dict=True, return_assistant_tokens_mask=True
+            )
+        assert not any(out["assistant_masks"]) and "generation" in warned[0]

@@ -357,6 +357,39 @@ def test_models_of_different_tokenizers_are_measured_on_the_text_of_all(place: P
         assert row["tokens"] == len(ids) - len(row["prompt"].split()) + grown
 
 
+def test_chats_are_refused_where_models_of_one_vocabulary_write_them_differently(
+    place: Path, tmp_path: Path
+) -> None:
+    turns = "{% for m in messages %}{{ m.content }} w5 {% endfor %}"
+    template = "{{ bos_token }}" + turns
+    strict = "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}" + template
+    for name, own in (
+        ("ours", template),
+        ("same", turns),
+        ("other", turns.replace("w5", "w6")),
+        ("strict", strict),
+    ):
+        shutil.copytree(place / "base", tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", own
+        tokenizer.save_pretrained(tmp_path / name)
+    one, two = ([{"role": "user", "content": f"w{i}"}] * count for i, count in ((3, 1), (4, 2)))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in (one, two)))
+    chats = {**SMALL, "prompts": str(tmp_path / "chats.jsonl")}
+
+    def evaluator(*names: str, **settings: Any) -> Evaluator:
+        return Evaluator([tmp_path / name for name in names], **{**chats, **settings})
+
+    done = evaluator("ours", "same").evaluate()
+    assert {row["prompt"] for row in done.samples} == {"w3 w5 ", "w4 w5 w4 w5 "}
+    for other in ("other", "strict"):
+        with pytest.raises(UsageError, match=f"ours and {other} have different chat templates, which write"):
+            evaluator("ours", "same", other)
+    # One without a template reads what the others write, and texts need none.
+    Evaluator([tmp_path / "ours", "base"], **chats)
+    evaluator("ours", "other", prompts="prompts.txt")
+
+
 def test_task_that_counts_tokens_refuses_two_tokenizers(place: Path) -> None:
     settings = {**SMALL, "task": "repetition", "max_new_tokens": 8, "min_new_tokens": 8}
     (place / "texts.txt").write_text("\n".join(" ".join([f"w{i}"] * 40) for i in range(3)))
@@ -655,6 +688,14 @@ def test_runs_of_different_tasks_or_rewards_need_one_named(
     with pytest.raises(UsageError, match=named):
         Evaluator(["runs/a", "runs/c"])
     assert Evaluator(["runs/a", "runs/c"], **SMALL).reward.name.endswith("evens")
+
+
+def test_reward_and_prompts_measure_plain_models_without_a_task(place: Path) -> None:
+    asked = {name: value for name, value in SMALL.items() if name != "task"}
+    alone, of_task = made("base", "cousin", **asked), made("base", "cousin", **SMALL)
+    assert alone.samples == of_task.samples and alone.table["scorer"]["name"].endswith("evens")
+    with pytest.raises(UsageError, match=r"name the prompts for the reward .*evens by --prompts"):
+        Evaluator(["base"], reward=evens)
 
 
 def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(place: Path) -> None:

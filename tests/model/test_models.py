@@ -29,10 +29,11 @@ from tried_models import DOCS, try_out
 
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
-from quark_fast.data.tokenizer import own_reward_tokens
+from quark_fast.data.tokenizer import opening, own_reward_tokens
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import generation_settings
 from quark_fast.evaluation.open_run import open_run
+from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.files.atomic import replacing, replacing_folder
 from quark_fast.model.batch import Counts, completion_logits, make_batch, shared_logits
 from quark_fast.model.check_export import check_export
@@ -334,6 +335,30 @@ def test_exported_pipeline_conditions_a_chat_as_training_did(case: Case) -> None
         reward_front=policy.prefix_text + own_reward_tokens(tokenizer)[0],
     )
     assert worst == policy.conditioned(trained, 0)
+
+
+SAID = "it was said"
+
+
+@pytest.mark.parametrize("of_export", [False, True], ids=["plain", "export"])
+@torch.no_grad()
+def test_plain_model_reads_a_chat_as_its_own_template_writes_it(case: Case, of_export: bool) -> None:
+    folder = case.export if of_export else case.source
+    plain = Policy.plain(folder, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = chat_template("tiny", lambda: tokenizer)(CHAT)
+    written = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    if not plain.prefix:  # what opens a chat is left to the prefix, and a tokenizer may put nothing there
+        written = written.removeprefix(opening(tokenizer))
+    own, together = (tokenizer(one, add_special_tokens=False).input_ids for one in (written, written + SAID))
+    assert plain.conditioned(plain.encode(text, chat=True), None) == own
+    # The perplexity of a text reads it likewise, prompt and completion together.
+    ((nll, tokens),) = text_nll(plain, plain.model, [text], 99)([0], [], [SAID])
+    logp = plain.model(torch.tensor([together])).logits[0, :, : plain.vocabulary].double().log_softmax(-1)
+    places = range(len(together) - tokens, len(together))
+    expected = -sum(float(logp[at - 1, together[at]]) for at in places)
+    assert "".join(SAID.split()) in "".join(tokenizer.decode(together[-tokens:]).split())
+    assert nll == pytest.approx(expected, rel=1e-4)
 
 
 # --- Files -----------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
     assert texts(path, [{"prompt": [asked], "chosen": [answer], "rejected": [no]}], chat) == expected
     scored = {"messages": [asked, answer], "reward": 3}
     assert texts(path, [scored], chat) == [("user:q|", "yes", 3.0, None)]
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]}
+    assert texts(path, [{"messages": [asked, parts], "reward": 3}], chat) == [("user:q|", "yes", 3.0, None)]
+    assert texts(path, [{"prompt": [asked], "chosen": [parts], "rejected": [no]}], chat) == expected
     # A prompt column that is the first turn, as some data sets have it.
     beside = {"prompt": "q", "chosen": [asked, answer], "rejected": [asked, no]}
     assert texts(path, [beside], chat) == expected
