@@ -19,7 +19,7 @@ with b and c bytes an element of policy and reference
     x roof = time / (N V (2 b + c) / the copy's bytes a second)
 
 and 2 b alone for a row without KL. Rows of libraries (benchmarks/library_losses.py) are there where they are
-installed; behind a row stand the terms that it lacks, and in place of one that is left out, why.
+installed; beside a row stand the terms that it lacks, and in place of one that is left out, why.
 
 Two passes (float16, and bfloat16 in place, whose gradient waits for the loss's scale) read both once more:
 5/3 of the roof at best. `extra` is the most memory that a step holds beyond logits and reference, with the
@@ -67,7 +67,7 @@ if arguments.interpret:
 import torch  # noqa: E402
 import triton  # noqa: E402
 from library_losses import FROM_HIDDEN, FROM_LOGITS, TERMS, Library, check, of_terms  # noqa: E402
-from losses import ENTROPY_COEF, KL_COEF, authors, lean  # noqa: E402
+from losses import ENTROPY_COEF, KL_COEF, as_output, authors, lean  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quark_fast.ops import eager, triton_kernels  # noqa: E402
@@ -128,7 +128,7 @@ if arguments.interpret:
 
 def ours(inplace: bool) -> Loss:
     def loss(z: Tensor, r: Tensor, labels: Tensor, mask: Tensor, kl: Kl) -> Tensor:
-        z = z.view_as(z) if inplace else z  # in place refuses a leaf; a view is no copy
+        z = as_output(z) if inplace else z
         options = {"kl_coef": KL_COEF, "entropy_coef": ENTROPY_COEF, "kl": kl}
         return quark_loss(z, r, labels, mask, **options, impl="triton", inplace=inplace).loss
 

@@ -218,8 +218,8 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     known, _ = parser.parse_known_args(flags)
     named = defaults_of(known.task, known.preset)
     task, preset = record.get("task", known.task), record.get("preset", known.preset)
-    if (known.task, known.preset) != (task, preset):
-        # Another task or preset was asked for: what the run has by its own goes, and that is above the rest.
+    if (known.task, known.preset) != (task, preset) and not first.resume:
+        # A run goes on by another task or preset: what it has by its own goes, and that is above the rest.
         own = defaults_of(task, preset)
         below = {k: v for k, v in record.items() if k not in own or v != own[k]} | named
     else:
