@@ -127,6 +127,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "max_new_tokens": 12,
             "rounds": 2,
             "steps": 4,
+            "warmup_steps": 1,
             "eval_samples": 1,
         },
         "sentiment": {"held_out": "32"},  # each is continued 25 times to class it
@@ -277,8 +278,8 @@ class Config(
         said, steps = [self.unevaluated_guidance], self.rounds * self.steps
         if self.warmup_steps > steps:
             said.append(
-                f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}: the step"
-                f" size ends at {steps / self.warmup_steps:.0%} of its own; give --warmup-steps"
+                f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}, which"
+                f" reaches {steps / self.warmup_steps:.0%} of its step size; give --warmup-steps"
                 f" {max(1, steps // 10)}"
             )
         return [one for one in said if one]

@@ -157,7 +157,7 @@ def test_sampling_beyond_float32_is_refused_before_any_work(settings: dict[str, 
 def test_warm_up_that_the_run_does_not_reach_is_remarked_on() -> None:
     assert Config().remarks() == Config(warmup_steps=48).remarks() == []
     (remark,) = Config(warmup_steps=100, rounds=1, steps=20).remarks()
-    assert remark.endswith("the step size ends at 20% of its own; give --warmup-steps 2")
+    assert remark.endswith("which reaches 20% of its step size; give --warmup-steps 2")
 
 
 def test_unknown_setting_from_python_is_refused_with_the_nearest_known_one() -> None:
@@ -454,9 +454,9 @@ def test_settings_win_in_the_order_default_program_task_preset_file_flag(tmp_pat
     file = tmp_path / "run.yaml"
     file.write_text("rounds: 5\nbatch_size: 7\n")
     flags = ["--task", "repetition", "--preset", "look", "--config", str(file), "--batch-size", "9"]
-    config = parse(flags, "ablate", {"warmup_steps": 77, "quantiles": 4, "seed": 1})
+    config = parse(flags, "ablate", {"learning_rate": 7e-7, "quantiles": 4, "seed": 1})
     assert (config.seed, config.top_p) == (1, Config().top_p), "the program's, and a field's own"
-    assert (config.quantiles, config.warmup_steps) == (2, 2), "the task's"
+    assert (config.quantiles, config.learning_rate) == (2, 6e-5), "the task's"
     assert config.steps == Config(preset="look").steps != Config(task="repetition").steps
     assert (config.rounds, config.batch_size) == (5, 9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -231,13 +232,14 @@ def format_value(value: float, style: str) -> str:
     if style == "1 digit":
         return f"{value:.1f}"
     digits = f"{value:z.{style[0]}f}"  # z: no -0.000
-    return digits[1:] if digits.startswith("0.") else digits
+    return re.sub(r"^(-?)0\.", r"\1.", digits)
 
 
 def format_bounds(low: float, high: float, style: str) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"{format_value(low, style)}–{format_value(high, style)}".replace("%", "")
+    between = "–" if low >= 0 else " to "  # a dash beside a minus sign reads as another one
+    return f"{format_value(low, style)}{between}{format_value(high, style)}".replace("%", "")
 
 
 def _format_percent(fraction: float) -> str:

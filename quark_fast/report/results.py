@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import Change, Interval
+from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval
 from quark_fast.report.columns import (
     Column,
+    counted,
     fill,
     format_bounds,
     format_change,
@@ -149,6 +150,7 @@ def headline(evaluation: Record) -> str:
 def headline_parts(evaluation: Record) -> list[str]:
     """The same, the result apart from what is said of it."""
     parts = (
+        _too_few(evaluation.get("prompts")),
         _what_is_missing(evaluation),
         _result(evaluation),
         _what_it_costs(evaluation),
@@ -156,6 +158,12 @@ def headline_parts(evaluation: Record) -> list[str]:
         _by_judges(evaluation),
     )
     return [part for part in parts if part]
+
+
+def _too_few(prompts: Any) -> str:
+    if not isinstance(prompts, int) or prompts >= FEWEST_PROMPTS:
+        return ""
+    return f"{counted(prompts, 'prompt tells', 'prompts tell')} no change from chance."
 
 
 def without_reward(evaluation: Record) -> bool:

@@ -25,6 +25,7 @@ from quark_fast.report.columns import (
 )
 from quark_fast.report.records import Record, cuts_of
 from quark_fast.report.results import (
+    AGAIN,
     Way,
     base_name,
     cell_of,
@@ -278,6 +279,7 @@ def before_after(
         if scored
         else "Prompts spread over all, as no completion has a score."
     )
-    control = "The base model's next completion (again) is the control; no after text is chosen."
-    parts.append(Text(f"{chosen} {control}", style="dim"))
+    again = any(name.endswith(AGAIN) for example in examples for name, *_ in example.texts)
+    control = " The base model's next completion (again) is the control; no after text is chosen."
+    parts.append(Text(f"{chosen}{control if again else ''}", style="dim"))
     return Group(*parts)

@@ -18,7 +18,7 @@ from rich.console import Console
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
-from quark_fast.report.columns import columns_of
+from quark_fast.report.columns import columns_of, format_bounds
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
@@ -448,6 +448,12 @@ def test_headline_without_an_interval_claims_no_fall():
     assert headline(evaluation).endswith("mean toxicity went from .158 to .095.")
 
 
+def test_bounds_below_0_have_one_minus_sign_each_and_no_dash_between() -> None:
+    assert format_bounds(0.12, 0.34, "2 digits") == ".12–.34"
+    assert format_bounds(-16.79, -15.02, "2 digits") == "-16.79 to -15.02"
+    assert format_bounds(-0.02, 0.01, "2 digits") == "-.02 to .01"
+
+
 @pytest.mark.parametrize(
     ("prompts", "note"),
     [
@@ -470,6 +476,7 @@ def test_intervals_of_few_prompts_are_not_there_or_told_of_everywhere(tmp_path, 
     sentence, cells = headline(evaluation), results_table(evaluation).columns[2].cells
     assert "Perplexity with it is " in sentence, "the price is named either way"
     if prompts == 5:
+        assert sentence.startswith("5 prompts tell no change from chance. ")
         assert "interval" not in sentence and "mean toxicity went from ." in sentence
         assert not any("bold" in str(span.style) for cell in cells for span in cell.spans)
     else:
@@ -761,6 +768,9 @@ def test_terminal_texts_are_masked_unless_asked_and_never_steer_the_terminal():
 def test_terminal_texts_fold_to_the_width_and_say_when_there_are_none():
     assert max(map(len, rendered(before_after(hostile_rows("a" * 300))).splitlines())) <= 80
     assert "No before and after texts" in rendered(before_after([]))
+    one, *others = hostile_rows("x")
+    assert "(again)" not in rendered(before_after([one, *others])), "each row has one completion"
+    assert "(again) is the control" in rendered(before_after([one, one, *others]))
     unscored = [{**row, "score": None} for row in hostile_rows("x")]
     shown = rendered(before_after(unscored))
     assert "nan" not in shown and "spread over all" in shown
