@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -40,11 +41,20 @@ class Listeners:
 
     def __init__(self, listen: Listen, log: RunLog | None, mask: bool) -> None:
         self.log, self.display, console = log, None, Terminal(stderr=True)
+        self.start_seconds = 0.0
         if listen == "auto" and log is not None and Display.usual_on(console):
             self.display = Display(console, mask)
         self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
         if listen != "auto":
             self.each += several("listen", () if listen is None else listen)
+
+    def ready(self, since: float) -> float:
+        """The start is over that began at ``since``; its seconds.
+
+        They are reported when the work begins, which may be long after: in another cell of a notebook, say.
+        """
+        self.start_seconds = time.monotonic() - since
+        return self.start_seconds
 
     @contextlib.contextmanager
     def hearing(self, about: Iterable[str]) -> Iterator[None]:
@@ -54,6 +64,8 @@ class Listeners:
                 stack.enter_context(self.log.kept(about))
             if self.display is not None:
                 stack.enter_context(self.display.shown())
+            # Else the first stage would seem to have taken the time of loading and trying out, too.
+            self(Progress("start and check", 1, 1, seconds=self.start_seconds))
             yield
 
     def __call__(self, event: Progress) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +134,31 @@ def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_el
         out, err = capfd.readouterr()
         assert out == "" and ("round 1/1: learning" in err) == shows, name
         assert timeless(tmp_path / name / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
+
+
+def test_start_has_seconds_of_its_own_and_the_first_stage_none_of_them(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    for module in ("progress", "listeners", "trainer"):
+        own = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+        monkeypatch.setattr(f"quark_fast.training.{module}.time", own)
+
+    def slow(prompts: list[str], completions: list[str]) -> list[float]:
+        clock.now += 30  # its first call is the check before the run
+        return even_words(prompts, completions)
+
+    shown = io.StringIO()
+    display = Display(Terminal(file=shown))
+    config = small(tmp_path / "run", tiny_model(), **SHORT)
+    trainer = Trainer(config, listen=display, **GIVEN | {"reward": slow})
+    assert shown.getvalue() == "" and clock.now == 30
+    clock.now += 1000  # the program does something else
+    trainer.train()
+    first, sampling, *_ = shown.getvalue().splitlines()
+    assert first == "start and check  (30 s)"
+    seconds = re.fullmatch(r"round 1/1: sampling: reward .*  \((\d+) s\)", sampling)
+    assert seconds and 30 <= int(seconds[1]) < 1000
 
 
 def test_notebook_shows_the_display() -> None:
