@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.display import Display
-from quark_fast.training.progress import Progress
+from quark_fast.training.progress import Progress, StageClock
 from quark_fast.training.run_log import RunLog
 
 Listener = Callable[[Progress], None]
@@ -41,7 +42,7 @@ class Listeners:
 
     def __init__(self, listen: Listen, log: RunLog | None, mask: bool) -> None:
         self.log, self.display, console = log, None, Terminal(stderr=True)
-        self.start_seconds = 0.0
+        self.clock, self.start_seconds = StageClock(), 0.0
         if listen == "auto" and log is not None and Display.usual_on(console):
             self.display = Display(console, mask)
         self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
@@ -69,5 +70,9 @@ class Listeners:
             yield
 
     def __call__(self, event: Progress) -> None:
+        # Measured once, so that the log and the terminal have the same.
+        seconds = self.clock.seconds(event)
+        if event.done >= event.total:
+            event = dataclasses.replace(event, seconds=seconds)
         for one in self.each:
             one(event)

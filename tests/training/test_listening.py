@@ -136,7 +136,7 @@ def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_el
         assert timeless(tmp_path / name / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
 
 
-def test_start_has_seconds_of_its_own_and_the_first_stage_none_of_them(
+def test_every_stage_has_its_seconds_on_the_terminal_and_in_the_log_and_the_start_its_own(
     tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
@@ -151,7 +151,8 @@ def test_start_has_seconds_of_its_own_and_the_first_stage_none_of_them(
     shown = io.StringIO()
     display = Display(Terminal(file=shown))
     config = small(tmp_path / "run", tiny_model(), **SHORT)
-    trainer = Trainer(config, listen=display, **GIVEN | {"reward": slow})
+    heard: list[Progress] = []
+    trainer = Trainer(config, listen=[display, heard.append], **GIVEN | {"reward": slow})
     assert shown.getvalue() == "" and clock.now == 30
     clock.now += 1000  # the program does something else
     trainer.train()
@@ -159,6 +160,14 @@ def test_start_has_seconds_of_its_own_and_the_first_stage_none_of_them(
     assert first == "start and check  (30 s)"
     seconds = re.fullmatch(r"round 1/1: sampling: reward .*  \((\d+) s\)", sampling)
     assert seconds and 30 <= int(seconds[1]) < 1000
+    # The log and every listener have the same seconds.
+    logged = [line[20:] for line in (tmp_path / "run" / "run.log").read_text().splitlines()]
+    assert "start and check: done (30 s)" in logged
+    finished = [event for event in heard if event.done >= event.total]
+    of_log = [line for line in logged if re.search(r"\(\d+ s\)$", line)]
+    assert [line.rpartition("(")[2] for line in of_log] == [f"{one.seconds:.0f} s)" for one in finished]
+    assert len(finished) > 3 and f"({seconds[1]} s)" in of_log[1]
+    assert all(event.seconds is None for event in heard if event.done < event.total)
 
 
 def test_notebook_shows_the_display() -> None:
