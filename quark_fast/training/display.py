@@ -54,7 +54,7 @@ class Display:
 
     def __call__(self, event: Event) -> None:
         seconds = self.clock.seconds(event)
-        if event.note:
+        if event.note and not event.finished:
             self.console.print(event.note, markup=False)
         if event.stage != self.stage:
             for task in self.bar.task_ids:
@@ -68,10 +68,12 @@ class Display:
         if event.texts and time.monotonic() - self.changed >= TEXTS_EVERY_S:
             self.changed = time.monotonic()
             self.texts.plain = self._lines(event.texts)
-        if event.done >= event.total:
+        if event.finished:
             # What a log file keeps of the stage; "1 of 1" would say no more than that it is over.
             what = shown or (f"{event.done} of {event.total}" if event.total > 1 else "")
             self.console.print(f"{event.stage}{what and f': {what}'}  ({seconds:.0f} s)")
+            if event.note:
+                self.console.print(event.note, markup=False)
         elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")

@@ -72,7 +72,7 @@ class Listeners:
     def __call__(self, event: Progress) -> None:
         # Measured once, so that the log and the terminal have the same.
         seconds = self.clock.seconds(event)
-        if event.done >= event.total:
+        if event.finished:
             event = dataclasses.replace(event, seconds=seconds)
         for one in self.each:
             one(event)

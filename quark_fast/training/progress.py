@@ -31,6 +31,11 @@ class Progress:
     seconds: float | None = None
 
     @property
+    def finished(self) -> bool:
+        """Whether the stage is over; a note is then about all of it, and is shown below its line."""
+        return self.done >= self.total
+
+    @property
     def shown_numbers(self) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
 

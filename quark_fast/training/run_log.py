@@ -64,8 +64,8 @@ class RunLog(logging.Handler):
             logging.lastResort.handle(record)
 
     def __call__(self, event: Progress) -> None:
-        if event.note:
-            self.write(event.note)
-        if event.done >= event.total:
+        if event.finished:
             took = "" if event.seconds is None else f" ({event.seconds:.0f} s)"
             self.write(f"{event.stage}: {event.shown_numbers or 'done'}{took}")
+        if event.note:
+            self.write(event.note)

@@ -163,11 +163,31 @@ def test_every_stage_has_its_seconds_on_the_terminal_and_in_the_log_and_the_star
     # The log and every listener have the same seconds.
     logged = [line[20:] for line in (tmp_path / "run" / "run.log").read_text().splitlines()]
     assert "start and check: done (30 s)" in logged
-    finished = [event for event in heard if event.done >= event.total]
+    finished = [event for event in heard if event.finished]
     of_log = [line for line in logged if re.search(r"\(\d+ s\)$", line)]
     assert [line.rpartition("(")[2] for line in of_log] == [f"{one.seconds:.0f} s)" for one in finished]
     assert len(finished) > 3 and f"({seconds[1]} s)" in of_log[1]
-    assert all(event.seconds is None for event in heard if event.done < event.total)
+    assert all(event.seconds is None for event in heard if not event.finished)
+
+
+def test_note_of_a_finished_stage_stands_below_its_line_and_one_on_the_way_at_once(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    display, log = Display(Terminal(file=shown)), RunLog(tmp_path / "run.log")
+    for event in (
+        Progress("learning", 1, 2, note="one step skipped"),
+        Progress("learning", 2, 2, {"loss": 2.5}),
+        Progress("measuring", 4, 4, {"reward": 0.5}, "round 1 is the best so far"),
+    ):
+        display(event)
+        log(event)
+    expected = [
+        "one step skipped",
+        "learning: loss 2.5",
+        "measuring: reward 0.5",
+        "round 1 is the best so far",
+    ]
+    assert [line.removesuffix("  (0 s)") for line in shown.getvalue().splitlines()] == expected
+    assert [line[20:] for line in (tmp_path / "run.log").read_text().splitlines()] == expected
 
 
 def test_notebook_shows_the_display() -> None:
