@@ -802,7 +802,7 @@ def test_a_stage_has_taken_the_time_of_what_it_reports_as_done_at_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("quark_fast.training.display.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("quark_fast.training.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     log = io.StringIO()
     display = Display(Terminal(file=log))
     for after, stage, done in [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.text import Text
 
 from quark_fast.data.row import is_chat
 from quark_fast.errors import UsageError
@@ -51,25 +53,36 @@ from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
-from quark_fast.report.tables import markdown_page
+from quark_fast.report.results import headline
+from quark_fast.report.tables import markdown_page, results_table, tables
+from quark_fast.runtime.console import Terminal
 from quark_fast.tasks.by_name import GivenReward
 
 Listen = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluated:
     """A table, that of the out-of-domain prompts under ``out_of_domain`` in it, and the samples behind both.
 
     A sample is the fields of ``Sample`` and the name of its row, under ``row``; those of the second table are
-    marked by ``out_of_domain``. Printed, it is its tables in Markdown.
+    marked by ``out_of_domain``. Shown, it is its headline and its tables, as a run is.
     """
 
     table: dict[str, Any]
     samples: list[dict[str, Any]]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        console = Terminal(file=io.StringIO(), width=80)
+        with console.capture() as shown:
+            console.print(Text(headline(self.table)))
+            for title, table in tables(self.table):
+                console.print(results_table(table, title))
+        return shown.get().rstrip()
+
+    def markdown(self) -> str:
+        """Its tables with every metric in Markdown, as ``--markdown`` writes them."""
         return markdown_page(self.table)
 
 

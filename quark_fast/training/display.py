@@ -16,7 +16,7 @@ from quark_fast.report.columns import one_line
 from quark_fast.report.texts import mask_profanity
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.progress import Progress as Event
-from quark_fast.training.progress import Texts
+from quark_fast.training.progress import StageClock, Texts
 
 LOG_EVERY_S = 60.0  # a stage that takes minutes is not silent in a log, which has no bar
 TEXTS_EVERY_S = 4.0  # long enough to read a pair
@@ -43,8 +43,8 @@ class Display:
         )
         self.numbers, self.texts = Text(""), Text("", no_wrap=True, overflow="ellipsis")
         self.live = Live(Group(self.bar, self.numbers, self.texts), console=console, refresh_per_second=4)
-        self.stage, self.started, self.logged, self.changed = "", 0.0, 0.0, -TEXTS_EVERY_S
-        self.last = time.monotonic()  # when something was last reported
+        self.stage, self.logged, self.changed = "", 0.0, -TEXTS_EVERY_S
+        self.clock = StageClock()
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -53,7 +53,8 @@ class Display:
             yield
 
     def __call__(self, event: Event) -> None:
-        if event.note:
+        seconds = self.clock.seconds(event)
+        if event.note and not event.finished:
             self.console.print(event.note, markup=False)
         if event.stage != self.stage:
             for task in self.bar.task_ids:
@@ -61,19 +62,18 @@ class Display:
             self.bar.add_task(event.stage, total=event.total)
             self.stage = event.stage
             self.logged = time.monotonic()
-            # What is done already has taken its time since the stage before.
-            self.started = self.last if event.done else self.logged
-        self.last = time.monotonic()
         self.bar.update(self.bar.task_ids[0], completed=event.done)
         shown = event.shown_numbers
         self.numbers.plain = "  " + shown
         if event.texts and time.monotonic() - self.changed >= TEXTS_EVERY_S:
             self.changed = time.monotonic()
             self.texts.plain = self._lines(event.texts)
-        if event.done >= event.total:
-            # What a log file keeps of the stage.
-            what = shown or f"{event.done} of {event.total}"
-            self.console.print(f"{event.stage}: {what}  ({time.monotonic() - self.started:.0f} s)")
+        if event.finished:
+            # What a log file keeps of the stage; "1 of 1" would say no more than that it is over.
+            what = shown or (f"{event.done} of {event.total}" if event.total > 1 else "")
+            self.console.print(f"{event.stage}{what and f': {what}'}  ({seconds:.0f} s)")
+            if event.note:
+                self.console.print(event.note, markup=False)
         elif not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             self.console.print(f"{event.stage}: {event.done} of {event.total}  {shown}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.display import Display
-from quark_fast.training.progress import Progress
+from quark_fast.training.progress import Progress, StageClock
 from quark_fast.training.run_log import RunLog
 
 Listener = Callable[[Progress], None]
@@ -40,11 +42,20 @@ class Listeners:
 
     def __init__(self, listen: Listen, log: RunLog | None, mask: bool) -> None:
         self.log, self.display, console = log, None, Terminal(stderr=True)
+        self.clock, self.start_seconds = StageClock(), 0.0
         if listen == "auto" and log is not None and Display.usual_on(console):
             self.display = Display(console, mask)
         self.each: list[Listener] = [one for one in (log, self.display) if one is not None]
         if listen != "auto":
             self.each += several("listen", () if listen is None else listen)
+
+    def ready(self, since: float) -> float:
+        """The start is over that began at ``since``; its seconds.
+
+        They are reported when the work begins, which may be long after: in another cell of a notebook, say.
+        """
+        self.start_seconds = time.monotonic() - since
+        return self.start_seconds
 
     @contextlib.contextmanager
     def hearing(self, about: Iterable[str]) -> Iterator[None]:
@@ -54,8 +65,14 @@ class Listeners:
                 stack.enter_context(self.log.kept(about))
             if self.display is not None:
                 stack.enter_context(self.display.shown())
+            # Else the first stage would seem to have taken the time of loading and trying out, too.
+            self(Progress("start and check", 1, 1, seconds=self.start_seconds))
             yield
 
     def __call__(self, event: Progress) -> None:
+        # Measured once, so that the log and the terminal have the same.
+        seconds = self.clock.seconds(event)
+        if event.finished:
+            event = dataclasses.replace(event, seconds=seconds)
         for one in self.each:
             one(event)

@@ -17,8 +17,9 @@ from quark_fast.training.progress import Progress
 class RunLog(logging.Handler):
     """Notes, finished stages, warnings of this package and how the run ended: a line each, local time first.
 
-    Where it ended by an error of other code, such as a reward, the traceback of that follows, indented. A
-    resumed run appends to it. Each line is in the file when the call returns, so a kill loses none.
+    A stage's line ends with the seconds that it took. Where the run ended by an error of other code, such as
+    a reward, the traceback of that follows, indented. A resumed run appends to it. Each line is in the file
+    when the call returns, so a kill loses none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +64,8 @@ class RunLog(logging.Handler):
             logging.lastResort.handle(record)
 
     def __call__(self, event: Progress) -> None:
+        if event.finished:
+            took = "" if event.seconds is None else f" ({event.seconds:.0f} s)"
+            self.write(f"{event.stage}: {event.shown_numbers or 'done'}{took}")
         if event.note:
             self.write(event.note)
-        if event.done >= event.total:
-            self.write(f"{event.stage}: {event.shown_numbers or 'done'}")

@@ -117,7 +117,7 @@ class Trainer:
         if config.resume or config.from_run:
             self.checkpoint.restore(self.state, self.best.check_kept)
         processes.on_rank_0(self._write_start)
-        self.state.seconds += time.monotonic() - started
+        self.state.seconds += heard.ready(since=started)
 
     @property
     def about(self) -> list[str]:

@@ -25,6 +25,7 @@ from quark_fast.evaluation.subjects import find_subject, labels
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
+from quark_fast.report.results import headline
 
 CPU = torch.device("cpu")
 PROMPTS = [f"w{i} w{i + 1}" for i in range(6)]
@@ -145,7 +146,7 @@ def test_judges_stand_beside_the_scorer_and_change_nothing_else(place: Path) -> 
         assert before == after | {"measures": before["measures"]}
     change = row_of(judged, "best token")["change"]["judge test_side_by_side:flat"]
     assert change["relative"] is not None
-    shown = str(judged).replace("\\", "")
+    shown = judged.markdown().replace("\\", "")
     assert "score by test_side_by_side:odds" in shown and "Judge 1: test_side_by_side:odds source" in shown
     with pytest.raises(UsageError, match="evens is the reward itself"):
         made("runs/a", judge="test_side_by_side:evens")
@@ -211,7 +212,7 @@ def test_table_names_what_its_models_compute_in(place: Path) -> None:
         (["runs/c"], "bfloat16"),
         (["runs/a", "runs/c"], "bfloat16 and float32"),
     ):
-        assert f"seed 0, dtype {dtype}." in str(made(*subjects))
+        assert f"seed 0, dtype {dtype}." in made(*subjects).markdown()
 
 
 def test_changes_are_against_the_first_row_and_paired_by_prompt(place: Path) -> None:
@@ -309,7 +310,7 @@ def test_perplexity_of_every_row_is_split_into_entropy_and_kl_where_it_is_of_the
         assert found["entropy"] + found["base_kl"] == pytest.approx(math.log(found["perplexity"]), abs=1e-9)
         assert found["entropy"] > 0.1 and found["base_kl"] > 0, "the nucleus alone makes one for the base"
     assert {"entropy", "base_kl"} <= set(live.table["more_columns"])
-    assert "| entropy | KL to base |" in str(live)
+    assert "| entropy | KL to base |" in live.markdown()
     # Kept with the samples, and left out of what others drew or counted in other tokens.
     table = saved(tmp_path / "old.json", live)
     assert made(table).table["rows"] == live.table["rows"]
@@ -320,7 +321,7 @@ def test_perplexity_of_every_row_is_split_into_entropy_and_kl_where_it_is_of_the
     for done in (by_text, older):
         assert not {"entropy", "base_kl"} & set(done.table["more_columns"])
         assert not any("base_kl" in row["metrics"] for row in done.table["rows"])
-        assert "KL to base" not in str(done)
+        assert "KL to base" not in done.markdown()
 
 
 def test_token_across_the_border_of_prompt_and_completion_counts_to_the_completion(place: Path) -> None:
@@ -431,9 +432,15 @@ def test_saved_table_stands_beside_a_new_one_paired_by_prompt_and_repeats_no_row
                 }
 
 
-def test_what_is_evaluated_prints_as_its_table(table: Evaluated) -> None:
-    shown = str(table)
-    assert shown.startswith("### ") and all(f"| {row['name']} |" in shown for row in table.table["rows"])
+def test_what_is_evaluated_prints_as_a_run_does_and_has_its_tables_in_markdown_too(table: Evaluated) -> None:
+    shown = repr(table)
+    assert shown == str(table) and " ".join(shown.split()).startswith(headline(table.table))
+    assert max(map(len, shown.splitlines())) <= 80 and "\\" not in shown and "| base" not in shown
+    # The names of two models stand above one another, "label:" and the row.
+    words = [word for row in table.table["rows"] for word in row["name"].split(": ")]
+    assert all(word in shown for word in words) and "Out of domain: " in shown
+    written = table.markdown()
+    assert written.startswith("### ") and all(f"| {row['name']} |" in written for row in table.table["rows"])
 
 
 def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_path: Path) -> None:
@@ -505,7 +512,7 @@ def of_texts(done: Evaluated) -> set[str]:
     """The measures of ordinary texts that any row has, and none else may have a column."""
     found = {key for row in done.table["rows"] for part in ("metrics", "change") for key in row[part] or ()}
     assert OF_TEXTS & {*done.table["columns"], *done.table["more_columns"]} == OF_TEXTS & found
-    assert ("perplexity of text" in str(done)) == ("text_perplexity" in found)
+    assert ("perplexity of text" in done.markdown()) == ("text_perplexity" in found)
     assert all(bool(row["text_tokens"]) == bool(OF_TEXTS & found) for row in done.samples)
     return OF_TEXTS & found
 
@@ -572,10 +579,10 @@ def test_prompts_cut_for_a_model_are_told_of_every_model_and_under_the_table(
     # The stranger's tokens are letters and pairs of them.
     assert f"cut: {told}" in evaluator.remarks
     assert "stranger: 3 of 3 texts of long.txt cut to their last 3 tokens" in evaluator.remarks
-    shown = str(evaluator.evaluate())
+    shown = evaluator.evaluate().markdown()
     assert "2 of these prompts were cut to the last 3 tokens for cut." in shown
     assert "3 of these prompts were cut to the last 3 tokens for stranger." in shown
-    assert "were cut" not in str(made("runs/whole", **long_prompts))
+    assert "were cut" not in made("runs/whole", **long_prompts).markdown()
 
 
 def test_tables_compare_where_the_models_read_the_same_of_their_prompts(

@@ -175,6 +175,9 @@ def test_runs_end_without_gain_and_stay_apart_from_the_rounds_that_were_left_out
     why = evaluation(tmp_path / "run")["kept_round"]["why"]
     assert why.startswith("Round 1 of 3 was kept: ")
     assert why.endswith("The run stopped after round 3 of 4, 2 rounds without gain.")
+    log = [line[20:] for line in (tmp_path / "run" / "run.log").read_text().splitlines()]
+    judged = log.index("round 1 is the best so far")
+    assert log[judged - 1].startswith(f"round 1/4: {MEASURING}: reward ")
 
 
 MEASURING = "measuring on development prompts"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +134,60 @@ def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_el
         out, err = capfd.readouterr()
         assert out == "" and ("round 1/1: learning" in err) == shows, name
         assert timeless(tmp_path / name / "metrics.jsonl") == timeless(tmp_path / "unseen" / "metrics.jsonl")
+
+
+def test_every_stage_has_its_seconds_on_the_terminal_and_in_the_log_and_the_start_its_own(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    for module in ("progress", "listeners", "trainer"):
+        own = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+        monkeypatch.setattr(f"quark_fast.training.{module}.time", own)
+
+    def slow(prompts: list[str], completions: list[str]) -> list[float]:
+        clock.now += 30  # its first call is the check before the run
+        return even_words(prompts, completions)
+
+    shown = io.StringIO()
+    display = Display(Terminal(file=shown))
+    config = small(tmp_path / "run", tiny_model(), **SHORT)
+    heard: list[Progress] = []
+    trainer = Trainer(config, listen=[display, heard.append], **GIVEN | {"reward": slow})
+    assert shown.getvalue() == "" and clock.now == 30
+    clock.now += 1000  # the program does something else
+    trainer.train()
+    first, sampling, *_ = shown.getvalue().splitlines()
+    assert first == "start and check  (30 s)"
+    seconds = re.fullmatch(r"round 1/1: sampling: reward .*  \((\d+) s\)", sampling)
+    assert seconds and 30 <= int(seconds[1]) < 1000
+    # The log and every listener have the same seconds.
+    logged = [line[20:] for line in (tmp_path / "run" / "run.log").read_text().splitlines()]
+    assert "start and check: done (30 s)" in logged
+    finished = [event for event in heard if event.finished]
+    of_log = [line for line in logged if re.search(r"\(\d+ s\)$", line)]
+    assert [line.rpartition("(")[2] for line in of_log] == [f"{one.seconds:.0f} s)" for one in finished]
+    assert len(finished) > 3 and f"({seconds[1]} s)" in of_log[1]
+    assert all(event.seconds is None for event in heard if not event.finished)
+
+
+def test_note_of_a_finished_stage_stands_below_its_line_and_one_on_the_way_at_once(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    display, log = Display(Terminal(file=shown)), RunLog(tmp_path / "run.log")
+    for event in (
+        Progress("learning", 1, 2, note="one step skipped"),
+        Progress("learning", 2, 2, {"loss": 2.5}),
+        Progress("measuring", 4, 4, {"reward": 0.5}, "round 1 is the best so far"),
+    ):
+        display(event)
+        log(event)
+    expected = [
+        "one step skipped",
+        "learning: loss 2.5",
+        "measuring: reward 0.5",
+        "round 1 is the best so far",
+    ]
+    assert [line.removesuffix("  (0 s)") for line in shown.getvalue().splitlines()] == expected
+    assert [line[20:] for line in (tmp_path / "run.log").read_text().splitlines()] == expected
 
 
 def test_notebook_shows_the_display() -> None:
