@@ -23,6 +23,7 @@ class Scored:
     Attributes:
         row: of one that was brought along: its record's own columns, which another record of the same prompt
             may not share.
+        counts: of one that was brought along: as ``ScoredText`` has it.
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Scored:
     text: str
     reward: float
     row: Row | None = field(default=None, compare=False)
+    counts: str = field(default="", compare=False)
 
     @staticmethod
     def to_json(batch: list[Scored]) -> list[Any]:
@@ -85,7 +87,8 @@ def encode_scored(
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
             continue
         reward = math.nan if one.reward is None else one.reward
-        found.append(Scored(i, ids, one.completion, reward, {**one.row, "prompt": prompts[i]["prompt"]}))
+        row = {**one.row, "prompt": prompts[i]["prompt"]}
+        found.append(Scored(i, ids, one.completion, reward, row, one.counts))
     notes += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")

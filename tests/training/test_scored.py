@@ -344,13 +344,22 @@ def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: P
         for row in rows(first / "completions.jsonl")
     ]
     scored = written(tmp_path / "pairs.jsonl", records)
-    with pytest.raises(UsageError, match=r"rewards that are not those of .*variety .*one pool"):
+    counted = r"pairs, of which chosen counts 1 and rejected 0: these are not the rewards of .*variety"
+    fix = r"one pool .*--reward none --initial-samples 0 --rounds 1 \(without .* the evaluation\)"
+    with pytest.raises(UsageError, match=f"{counted} .*{fix}"):
         run(tmp_path / "second", scored=scored)
     assert not (tmp_path / "second" / "config.yaml").exists(), "before any work"
     alone = run(tmp_path / "alone", scored=scored, initial_samples=0)
     about = json.loads((alone / "versions.json").read_text())["prompts"]
     assert any("only the evaluation uses" in line for line in about)
     assert {row["reward"] for row in rows(alone / "completions.jsonl")} == {0.0, 1.0}
+    answers = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in records]
+    written(Path(scored), [one | {"label": True} for one in answers])
+    with pytest.raises(UsageError, match=r"labels, of which true counts 1 and false 0: .*--reward none"):
+        run(tmp_path / "second", scored=scored)
+    written(Path(scored), [one | {"reward": 1} for one in answers])
+    with pytest.raises(UsageError, match=r"has rewards that are not those of .*variety .*leave the column"):
+        run(tmp_path / "second", scored=scored)
 
 
 def one_at_a_time(prompt: str, completion: str, **columns: Any) -> float | None:
