@@ -72,12 +72,12 @@ def encode_scored(
     for one in texts:
         i = index.get(given(one.row))
         if i is None:
-            left_out["of prompts that are not trained on"] += 1
+            left_out["their prompts are held out, or left out of training themselves"] += 1
             continue
         chat = is_chat(prompts[i])
         ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], one.completion, chat)
         if ids is None:
-            left_out["that the tokenizer cannot spell after their prompt"] += 1
+            left_out["the tokenizer cannot spell them after their prompts"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         if ended:

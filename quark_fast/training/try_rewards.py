@@ -68,9 +68,7 @@ def _check_scored(setup: Setup) -> None:
             raise UsageError(
                 f"reward = none, but {config.scored} brings no rewards; name what scores it by --reward"
             )
-        prompts.notes.append(
-            "no reward: the evaluation says nothing of it; --judge names what it shows in its place"
-        )
+        prompts.notes.append("no reward: the table has no score" + "; --judge adds one" * (not setup.judges))
         return
     # At random: preferences come by turns.
     chosen = np.random.default_rng(config.seed).permutation(len(brought))[:32]

@@ -203,8 +203,9 @@ def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
     prompt_ids.append(policy.encode("[user] q", chat=True))
     answer = encode_scored(policy, [ScoredText(chat, " said", 0.5, True)], prompts, prompt_ids, 9, about)
     assert answer[0].ids[-1] == policy.tokenizer.eos_token_id != 0 == ids(" said", True, 9)[0][-1]
-    with pytest.raises(UsageError, match="of prompts that are not trained on"):
+    with pytest.raises(UsageError, match="can be used: their prompts are held out, or left out of training"):
         ids(" said", None, 9, "a dog")
+    assert about[-1].startswith("1 scored completions left out: their prompts are held out")
     with pytest.raises(UsageError, match="positions leave"):
         ids(" said" * 5000, None, 9)
 
@@ -414,6 +415,8 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     config = small(tmp_path / "run", tmp_path / "model", **SHORT | given | {"scored": scored})
     folder = Trainer(config).train().folder
     assert [row["kind"] for row in rows(folder / "metrics.jsonl")] == ["round"] + ["step"] * SHORT["steps"]
+    about = json.loads((folder / "versions.json").read_text())["prompts"]
+    assert "no reward: the table has no score; --judge adds one" in about
     table = json.loads((folder / "evaluation.json").read_text())
     assert table["headline"] == "perplexity" and "mean" not in table["columns"]
     shown = headline(table)
