@@ -415,6 +415,8 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     config = small(tmp_path / "run", tmp_path / "model", **SHORT | given | {"scored": scored})
     folder = Trainer(config).train().folder
     assert [row["kind"] for row in rows(folder / "metrics.jsonl")] == ["round"] + ["step"] * SHORT["steps"]
+    card = (folder / "model" / "README.md").read_text()
+    assert "to write what scored.jsonl scores high or prefers, whose completions it learnt from" in card
     about = json.loads((folder / "versions.json").read_text())["prompts"]
     assert "no reward: the table has no score; --judge adds one" in about
     table = json.loads((folder / "evaluation.json").read_text())
