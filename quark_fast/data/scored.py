@@ -24,13 +24,18 @@ class ScoredText:
         row: the prompt and the other columns, as ``load_prompts`` gives them.
         reward: None: none is in the file, so the run's reward is asked.
         ended: whether the text ended by itself; None: the file does not say.
+        counts: where no column of rewards says so, what the reward comes of, for a sentence.
     """
 
     row: Row
     completion: str
     reward: float | None
     ended: bool | None = None
+    counts: str = ""
 
+
+PAIRS = "pairs, of which chosen counts 1 and rejected 0"
+LABELS = "labels, of which true counts 1 and false 0"
 
 # Columns that are no prompt's: the reward of a later sample is not to get an earlier one's.
 _OF_THE_COMPLETION = {"completion", "reward", "chosen", "rejected", "ended", "messages"}
@@ -70,6 +75,7 @@ def load_scored(
         check_depth(record, where)
         record = from_file(dict(record))
         ended, own = _ended(record.get("ended"), where), _prompts_own(record)
+        counts = PAIRS if _is_pair(record) else LABELS if _kto(record) is not None else ""
         for value, completion, reward in _completions(record, column, where):
             rewarded += reward is not None
             text = _text(completion)
@@ -81,7 +87,7 @@ def load_scored(
             if reason or not text:
                 left_out[_left_out(reason)] += 1
                 continue
-            found.append(ScoredText(row, text, reward, ended))
+            found.append(ScoredText(row, text, reward, ended, counts))
     if not found:
         wanted = "prompt and completion (with reward), or chosen and rejected"
         has = f"it has {listed(names)}" if names else "it is empty"
@@ -99,7 +105,7 @@ def load_scored(
 
 def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[Any, Any, float | None]]:
     """(prompt, completion, reward) of each completion that a record holds."""
-    if "chosen" in record and "rejected" in record:
+    if _is_pair(record):
         for name, reward in (("chosen", 1.0), ("rejected", 0.0)):
             held, prompt = find_prompt(record, column)
             answer = record[name]
@@ -111,6 +117,10 @@ def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[
         yield find_prompt(record, column)[1], record["completion"], scored
     elif talk := messages(record.get("messages")).get("messages"):
         yield talk[:-1], talk[-1:], _reward(record.get("reward"), where)
+
+
+def _is_pair(record: Row) -> bool:
+    return "chosen" in record and "rejected" in record
 
 
 def _left_out(reason: str) -> str:

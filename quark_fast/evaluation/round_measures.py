@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from quark_fast.config import Config
+from quark_fast.errors import UsageError
+from quark_fast.keep_best import Goal
 from quark_fast.metrics import Interval, Sample, evaluate_samples, judge_measure
 from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.task import Task
@@ -45,11 +47,21 @@ def round_measures(
 def check_goal(config: Config, task: Task, reward: Reward, judges: Sequence[Reward]) -> None:
     """Raise UsageError for a measure of ``--keep-best`` that the run does not have."""
     if goal := config.goal():
-        goal.check_names(measure_names(task, reward, judges))
+        _check_names(goal, measure_names(task, reward, judges), judged=bool(judges))
 
 
 def check_goal_of_task(config: Config, task: Task) -> None:
     """The same of a run by its task's own reward and judge, before these are loaded."""
     if goal := config.goal():
         judge = ["judge"] if task.judge and config.judge == "auto" else []
-        goal.check_names([task.property, "reward", *judge, *_of_table(task, of_property=True)])
+        known = [task.property, "reward", *judge, *_of_table(task, of_property=True)]
+        _check_names(goal, known, judged=bool(judge))
+
+
+def _check_names(goal: Goal, known: Iterable[str], judged: bool) -> None:
+    try:
+        goal.check_names(known)
+    except UsageError as error:
+        if judged or "judge" not in goal.names:
+            raise
+        raise UsageError(f"{error}; for the measure 'judge', name a judge by --judge") from None

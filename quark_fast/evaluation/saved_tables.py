@@ -46,22 +46,25 @@ class SavedTable:
         }
         return dataclasses.replace(self, samples=samples)
 
-    def rows(self, key: str, front: str, before: Sequence[MeasuredRow]) -> list[MeasuredRow]:
-        """The rows of a table, ``front`` before their names, without those whose samples equal a row's of
-        ``before``."""
-        table, rows = self.tables[key], []
+    def rows(
+        self, key: str, front: str, before: Sequence[MeasuredRow]
+    ) -> tuple[list[MeasuredRow], dict[str, int]]:
+        """(the rows of a table, ``front`` before their names, without those whose samples equal a row's of
+        ``before``; the names of these -> the index of the row that each equals)."""
+        table, rows, repeated = self.tables[key], list[MeasuredRow](), dict[str, int]()
         for row in table["rows"]:
             samples = self.samples[key][row["name"]]
             about = {n: row[n] for n in ("guidance", "quantile", "model", "prefix") if n in row}
             if row["name"] == BASE:  # a run's own table says it once for all rows
                 about = {"model": field_of(table, "perplexity", "model")} | about
             about = {"model": self.given, "prefix": field_of(table, "sampling", "prefix")} | about
-            if not any(
-                samples == one.samples and all(one.about[n] == about[n] for n in ("model", "prefix"))
-                for one in before
-            ):
+            for i, one in enumerate(before):
+                if samples == one.samples and all(one.about[n] == about[n] for n in ("model", "prefix")):
+                    repeated[row["name"]] = i
+                    break
+            else:
                 rows.append(MeasuredRow(front + row["name"], about, samples))
-        return rows
+        return rows, repeated
 
 
 def samples_path(table: Path) -> Path:

@@ -53,6 +53,7 @@ from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
+from quark_fast.report.columns import counted
 from quark_fast.report.results import headline
 from quark_fast.report.tables import markdown_page, results_table, tables
 from quark_fast.runtime.console import Terminal
@@ -315,19 +316,29 @@ class Evaluator:
             del opened  # before the next one is loaded
         table: dict[str, Any] = {}
         samples: list[dict[str, Any]] = []
+        repeated: dict[str, dict[str, str]] = {}  # table -> its row that is left out -> whose it is, too
         for key, about in self.tables.items():
-            rows: list[MeasuredRow] = []
+            rows, owners = list[MeasuredRow](), list[str]()
             for label, subject in self.subjects.items():
                 if isinstance(subject, SavedTable):
-                    rows += subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
+                    own, same = subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
+                    repeated.setdefault(subject.given, {}).update({n: owners[i] for n, i in same.items()})
                 else:
-                    rows += measured[label, key]
+                    own = measured[label, key]
+                rows += own
+                owners += [subject.given] * len(own)
             if key in self.other_texts:
                 rows, about = [without_texts(row) for row in rows], about | {"text_tokens_sha256": None}
             made = summarise(rows, about)
             table = table | {key: made} if key else made
             mark = {key: True} if key else {}
             samples += [{"row": row.name, **mark, **vars(one)} for row in rows for one in row.samples]
+        self.remarks += [
+            f"{given}: {counted(len(same), 'row')} left out, the same to the last sample as"
+            f" {'one' if len(same) == 1 else 'those'} of {' and '.join(dict.fromkeys(same.values()))}"
+            for given, same in repeated.items()
+            if same
+        ]
         return Evaluated(table, samples)
 
     def _setup(self, label: str, opened: OpenModel, domain: PromptSet) -> EvaluationSetup:

@@ -103,7 +103,7 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
     contrast = " with a contrast of good and bad samples" if config.contrast_coef else ""
     parts = [
         f"# {_public(run.name)}",
-        f"{_public(base.shown)}, trained by quark\\_fast to {_aim(run)}: by Quark (Lu et al., NeurIPS"
+        f"{_public(base.shown)}, trained by quark\\_fast to {_aim(run, config)}: by Quark (Lu et al., NeurIPS"
         f" 2022, [arXiv 2205.13636](https://arxiv.org/abs/2205.13636)){contrast}. Its tokenizer"
         f" puts the best of its reward tokens in front of every text{' and chat' if run.chats else ''};"
         " nothing needs to be asked for.",
@@ -116,7 +116,9 @@ def model_card(run: RunFiles, config: Config, base: Base) -> str:
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _aim(run: RunFiles) -> str:
+def _aim(run: RunFiles, config: Config) -> str:
+    if config.reward == "none" and config.scored:
+        return f"write what {_public(config.scored)} scores high or prefers, whose completions it learnt from"
     if not run.evaluation:
         return "write what its reward scores high"
     if scores_are_rewards(run.evaluation):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quark_fast.data.readers import listed
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.metrics import LARGEST
@@ -28,6 +29,8 @@ from quark_fast.runtime.overlap import Begun
 Function = Callable[..., Any]
 
 RESERVED = frozenset({"prompt", "prompts", "completion", "completions"})  # no columns of a reward
+
+_OF_TRL = frozenset({"completion_ids", "trainer_state", "log_extra", "log_metric"})  # besides columns
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Reward:
         awaited = [i for i, key in enumerate(keys) if key in asked and key not in known]
         parts = self._parts([i for i, key in enumerate(keys) if key not in known and key not in asked])
         names = sorted({name for row in rows for name in row if name not in RESERVED})
+        if parts:
+            self._check_arguments(names)
         jobs = (
             (part, self._arguments([rows[i] for i in part], [completions[i] for i in part], names))
             for part in parts
@@ -142,6 +147,35 @@ class Reward:
             return {"prompt": row["prompt"], "completion": text, **{name: _own(row, name) for name in names}}
         columns = {name: [_own(row, name) for row in rows] for name in names}
         return {"prompts": [row["prompt"] for row in rows], "completions": texts, **columns}
+
+    def _check_arguments(self, columns: Sequence[str]) -> None:
+        """Raise UsageError for a function that needs an argument which it is not passed."""
+        first = ["prompt", "completion"] if self.one_at_a_time else ["prompts", "completions"]
+        missing = [name for name in self._needed if name not in (*first, *columns)]
+        if not missing:
+            return
+        passed = f"{' and '.join(first)}, no columns"
+        if columns:
+            passed = f"{', '.join(first)} and the columns {listed(columns)}"
+        trls = [name for name in missing if name in _OF_TRL]
+        hint = f" (TRL's {' and '.join(trls)} {'is' if len(trls) == 1 else 'are'} not passed)" if trls else ""
+        raise UsageError(
+            f"reward {self.name} needs {' and '.join(missing)}, which it is not passed{hint};"
+            f" passed: {passed}; leave it out of the signature, give it a default, or give the prompts such"
+            " a column"
+        )
+
+    @functools.cached_property
+    def _needed(self) -> list[str]:
+        """The arguments that the function cannot be called without, as far as its own code says so."""
+        plain = inspect.isfunction(self.function) or inspect.ismethod(self.function)
+        own = self.function if plain else getattr(self.function, "__call__", None)  # noqa: B004
+        if not (inspect.isfunction(own) or inspect.ismethod(own)) or hasattr(own, "__signature__"):
+            return []
+        # Not of what a wrapper wraps: it may add the rest.
+        parameters = inspect.signature(own, follow_wrapped=False).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [one.name for one in parameters if one.kind in kinds and one.default is one.empty]
 
     @functools.cached_property
     def _asked(self) -> dict[bytes, Future[None]]:

@@ -23,6 +23,7 @@ class Scored:
     Attributes:
         row: of one that was brought along: its record's own columns, which another record of the same prompt
             may not share.
+        counts: of one that was brought along: as ``ScoredText`` has it.
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Scored:
     text: str
     reward: float
     row: Row | None = field(default=None, compare=False)
+    counts: str = field(default="", compare=False)
 
     @staticmethod
     def to_json(batch: list[Scored]) -> list[Any]:
@@ -70,12 +72,12 @@ def encode_scored(
     for one in texts:
         i = index.get(given(one.row))
         if i is None:
-            left_out["of prompts that are not trained on"] += 1
+            left_out["their prompts are held out, or left out of training themselves"] += 1
             continue
         chat = is_chat(prompts[i])
         ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], one.completion, chat)
         if ids is None:
-            left_out["that the tokenizer cannot spell after their prompt"] += 1
+            left_out["the tokenizer cannot spell them after their prompts"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         if ended:
@@ -85,7 +87,8 @@ def encode_scored(
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
             continue
         reward = math.nan if one.reward is None else one.reward
-        found.append(Scored(i, ids, one.completion, reward, {**one.row, "prompt": prompts[i]["prompt"]}))
+        row = {**one.row, "prompt": prompts[i]["prompt"]}
+        found.append(Scored(i, ids, one.completion, reward, row, one.counts))
     notes += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")

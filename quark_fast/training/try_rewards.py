@@ -68,9 +68,7 @@ def _check_scored(setup: Setup) -> None:
             raise UsageError(
                 f"reward = none, but {config.scored} brings no rewards; name what scores it by --reward"
             )
-        prompts.notes.append(
-            "no reward: the evaluation says nothing of it; --judge names what it shows in its place"
-        )
+        prompts.notes.append("no reward: the table has no score" + "; --judge adds one" * (not setup.judges))
         return
     # At random: preferences come by turns.
     chosen = np.random.default_rng(config.seed).permutation(len(brought))[:32]
@@ -87,13 +85,20 @@ def _check_scored(setup: Setup) -> None:
     if len(others) <= len(pairs) // 4:
         return
     (one, value), name = others[0], setup.reward.name
+    has = f"{one.counts}: these are not the rewards" if one.counts else "rewards that are not those"
     found = (
-        f"{config.scored} has rewards that are not those of {name} ({len(others)} of {len(pairs)} looked at):"
+        f"{config.scored} has {has} of {name} ({len(others)} of {len(pairs)} looked at):"
         f" {one.reward:g} for {one.text!r:.60}, which {name} gives {value:g}"
     )
     if config.initial_samples == 0 and config.rounds == 1 and not config.from_run:
         prompts.notes.append(f"{found}; only the evaluation uses {name}")
         return
+    if one.counts:
+        raise UsageError(
+            f"{found}, and one pool cannot rank both; learn from the file alone by --reward none"
+            f" --initial-samples 0 --rounds 1 (without --reward none {name} still scores the evaluation), or"
+            " mix them on purpose by --accept-changed-reward"
+        )
     raise UsageError(
         f"{found}, and one pool cannot rank both; name their reward by --reward, leave the column out to have"
         " them scored, sample nothing by --initial-samples 0 --rounds 1, or mix them on purpose by"

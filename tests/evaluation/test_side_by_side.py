@@ -414,7 +414,9 @@ def test_saved_table_stands_beside_a_new_one_paired_by_prompt_and_repeats_no_row
     place: Path, table: Evaluated, tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "before.json", table)
-    beside = made("base", path, "runs/b", **SMALL, out_of_domain="others.txt")
+    evaluator = Evaluator(["base", path, "runs/b"], **SMALL, out_of_domain="others.txt")
+    beside = evaluator.evaluate()
+    assert evaluator.remarks[-1] == f"{path}: 1 row left out, the same to the last sample as one of base"
     names = [row["name"] for row in beside.table["rows"]]
     # base of the saved table is, to the last sample, the base of this one.
     assert names[:2] == ["base", "before: a: best token"] and names[-1] == "b: no token"
@@ -450,6 +452,11 @@ def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_pat
     assert "two.json has no table of out-of-domain prompts" in evaluator.remarks[0]
     done = evaluator.evaluate()
     assert [row["name"] for row in done.table["rows"]][-1] == "two: cousin"
+    again = Evaluator([paths[0], saved(tmp_path / "copy.json", table)])
+    again.evaluate()
+    count, copy = len(table.table["rows"]), tmp_path / "copy.json"
+    same = f"{copy}: {count} rows left out, the same to the last sample as those of {paths[0]}"
+    assert again.remarks[-1:] == [same]
     assert OUT_OF_DOMAIN not in done.table
     assert made(paths[0]).table["rows"] == table.table["rows"]
 

@@ -202,6 +202,45 @@ def test_reward_that_takes_completions_for_messages_is_told_that_they_are_texts(
     assert hint not in str(caught.value)
 
 
+def test_argument_that_is_not_passed_is_named_with_those_that_are() -> None:
+    def plain(prompts: list[str], completions: list[str], wanted: list[str], **columns: Any) -> list[float]:
+        raise AssertionError
+
+    async def of_trl(
+        prompt: str, completion: str, *, label: int, trainer_state: Any, **columns: Any
+    ) -> float:
+        raise AssertionError
+
+    class Scorer:
+        def __call__(self, completions: list[str], completion_ids: list[Any], wanted: str, **_: Any) -> Any:
+            raise AssertionError
+
+    columns = "the columns 'id', 'label'; leave it out of the signature, give it a default, or"
+    for function, needed in (
+        (plain, rf"needs wanted, which it is not passed; passed: prompts, completions and {columns}"),
+        (
+            of_trl,
+            r"needs trainer_state, which .* \(TRL's trainer_state is not passed\); passed: prompt, comp",
+        ),
+        (Scorer(), r"needs completion_ids and wanted, which .* \(TRL's completion_ids is not passed\); "),
+    ):
+        with pytest.raises(UsageError, match=needed):
+            describe(function)(ROWS, TEXTS)
+    with pytest.raises(UsageError, match="passed: prompts and completions, no columns; "):
+        describe(plain)([{"prompt": "a"}], ["x"])
+
+    # What a wrapper adds is not missing, and neither is what has a default.
+    def scores(prompts: list[str], completions: list[str], client: Any, wanted: Any = None) -> list[float]:
+        return [client] * len(completions)
+
+    @functools.wraps(scores)
+    def wrapper(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return scores(prompts, completions, client=2.0)
+
+    for each in (wrapper, functools.partial(wrapper)):
+        assert describe(each)(ROWS, TEXTS).tolist() == [2.0] * 3
+
+
 def test_exception_of_the_reward_is_named_in_one_line() -> None:
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         raise KeyError("no such\nkey")

@@ -335,7 +335,7 @@ def test_damaged_checkpoint_costs_no_round_that_the_one_before_it_may_choose(
     [
         ({"keep_best": "juge:min"}, "no measure 'juge'; did you mean judge"),
         ({"keep_best": "judge:min, perplexty<=1.1"}, "no measure 'perplexty'; did you mean perplexity"),
-        ({"keep_best": "judge:min", "judge": "none"}, "no measure 'judge'; .*choose from toxicity, reward"),
+        ({"keep_best": "judge:min", "judge": "none"}, "choose from toxicity, reward.*by --judge$"),
         ({"keep_best": "rep4:min"}, "no measure 'rep4'"),
     ],
 )
@@ -357,7 +357,9 @@ def test_measure_that_an_own_reward_has_not_is_refused_and_one_of_a_judge_is_fou
     judges = {"judge": f"{__name__}:length,{__name__}:even_words"}
     with pytest.raises(UsageError, match=rf"no measure 'judge'; .*choose from reward, {__name__}:length,"):
         run(tmp_path / "run", tiny_model(), keep_best="judge:min", **judges)
-    with pytest.raises(UsageError, match="no measure 'toxicity'"):
+    with pytest.raises(UsageError, match=r"choose from reward, perplexity, .*, name a judge by --judge$"):
+        run(tmp_path / "run", tiny_model(), keep_best="judge:min, perplexity<=1.10")
+    with pytest.raises(UsageError, match=r"no measure 'toxicity'; [^;]*$"):
         run(tmp_path / "run", tiny_model(), keep_best="toxicity:min")
     enough = {"prompts": PROMPTS[8:], "held_out": PROMPTS[:8]}  # 8 for development, the fewest with intervals
     run(tmp_path / "run", tiny_model(), keep_best=f"{__name__}:length:min", rounds=1, **enough, **judges)

@@ -249,7 +249,7 @@ def test_judge_that_comes_at_a_resume_is_tried_out_before_the_work(
     with pytest.raises(Killed):
         run(tmp_path / "run", model, rounds=1, listen=stop_while_learning)
     stages: list[str] = []
-    with pytest.raises(UsageError, match="late_judge:broken raised TypeError"):
+    with pytest.raises(UsageError, match="late_judge:broken needs reference, which it is not passed"):
         run(
             tmp_path / "run",
             model,

@@ -203,8 +203,9 @@ def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
     prompt_ids.append(policy.encode("[user] q", chat=True))
     answer = encode_scored(policy, [ScoredText(chat, " said", 0.5, True)], prompts, prompt_ids, 9, about)
     assert answer[0].ids[-1] == policy.tokenizer.eos_token_id != 0 == ids(" said", True, 9)[0][-1]
-    with pytest.raises(UsageError, match="of prompts that are not trained on"):
+    with pytest.raises(UsageError, match="can be used: their prompts are held out, or left out of training"):
         ids(" said", None, 9, "a dog")
+    assert about[-1].startswith("1 scored completions left out: their prompts are held out")
     with pytest.raises(UsageError, match="positions leave"):
         ids(" said" * 5000, None, 9)
 
@@ -344,13 +345,22 @@ def test_rewards_of_another_scale_are_refused_unless_nothing_is_sampled(first: P
         for row in rows(first / "completions.jsonl")
     ]
     scored = written(tmp_path / "pairs.jsonl", records)
-    with pytest.raises(UsageError, match=r"rewards that are not those of .*variety .*one pool"):
+    counted = r"pairs, of which chosen counts 1 and rejected 0: these are not the rewards of .*variety"
+    fix = r"one pool .*--reward none --initial-samples 0 --rounds 1 \(without .* the evaluation\)"
+    with pytest.raises(UsageError, match=f"{counted} .*{fix}"):
         run(tmp_path / "second", scored=scored)
     assert not (tmp_path / "second" / "config.yaml").exists(), "before any work"
     alone = run(tmp_path / "alone", scored=scored, initial_samples=0)
     about = json.loads((alone / "versions.json").read_text())["prompts"]
     assert any("only the evaluation uses" in line for line in about)
     assert {row["reward"] for row in rows(alone / "completions.jsonl")} == {0.0, 1.0}
+    answers = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in records]
+    written(Path(scored), [one | {"label": True} for one in answers])
+    with pytest.raises(UsageError, match=r"labels, of which true counts 1 and false 0: .*--reward none"):
+        run(tmp_path / "second", scored=scored)
+    written(Path(scored), [one | {"reward": 1} for one in answers])
+    with pytest.raises(UsageError, match=r"has rewards that are not those of .*variety .*leave the column"):
+        run(tmp_path / "second", scored=scored)
 
 
 def one_at_a_time(prompt: str, completion: str, **columns: Any) -> float | None:
@@ -405,6 +415,10 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     config = small(tmp_path / "run", tmp_path / "model", **SHORT | given | {"scored": scored})
     folder = Trainer(config).train().folder
     assert [row["kind"] for row in rows(folder / "metrics.jsonl")] == ["round"] + ["step"] * SHORT["steps"]
+    card = (folder / "model" / "README.md").read_text()
+    assert "to write what scored.jsonl scores high or prefers, whose completions it learnt from" in card
+    about = json.loads((folder / "versions.json").read_text())["prompts"]
+    assert "no reward: the table has no score; --judge adds one" in about
     table = json.loads((folder / "evaluation.json").read_text())
     assert table["headline"] == "perplexity" and "mean" not in table["columns"]
     shown = headline(table)
