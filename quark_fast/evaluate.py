@@ -118,7 +118,10 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         evaluator = Evaluator(subjects, **settings, listen=lambda *given: display(Progress(*given)))
         for remark in evaluator.remarks:
             notices.print(remark)
+        told = len(evaluator.remarks)
         made = evaluator.evaluate()
+        for remark in evaluator.remarks[told:]:
+            notices.print(remark)
     # First the files: standard output may be a pipe that nobody reads any more.
     for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
         with replacing(path) as scratch:

@@ -150,8 +150,8 @@ def headline(evaluation: Record) -> str:
 def headline_parts(evaluation: Record) -> list[str]:
     """The same, the result apart from what is said of it."""
     parts = (
-        _too_few(evaluation.get("prompts")),
         _what_is_missing(evaluation),
+        _too_few(evaluation.get("prompts")),
         _result(evaluation),
         _what_it_costs(evaluation),
         _what_it_takes(evaluation),
