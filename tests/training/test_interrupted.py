@@ -27,7 +27,7 @@ from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import SampleRequest
 from quark_fast.runtime.journal import Journal
-from quark_fast.training import results
+from quark_fast.training import listeners, results
 from quark_fast.training import trainer as trainer_module
 from quark_fast.training.explore import Explorer
 from quark_fast.training.progress import Progress
@@ -469,7 +469,7 @@ def test_minutes_are_those_of_setting_up_training_and_writing_but_not_of_the_tim
         (results, "write_report", 9000.0),  # which shows the minutes
     ):
         monkeypatch.setattr(owner, name, and_it_takes(seconds, getattr(owner, name)))
-    for module in (trainer_module, results):
+    for module in (trainer_module, results, listeners):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock))
     config = small(tmp_path / "run", tiny_model(), **SHORT)
     trainer = Trainer(config, reward=even_words, listen=None, **GIVEN)
