@@ -683,7 +683,7 @@ def test_evaluate_writes_the_same_table_in_every_form_and_reads_it_back(
     assert (
         evaluate.main(["finished", "finished/evaluation.json", "--threads", "1", "--json", "both.json"]) == 0
     )
-    assert "rows left out, the same" in " ".join(capsys.readouterr().err.split())
+    assert "left out, the same to the last sample" in " ".join(capsys.readouterr().err.split())
     names = [row["name"] for row in json.loads((folder / "both.json").read_text())["rows"]]
     assert len(names) == len(set(names)) and sum("base model" in name for name in names) == 1
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from rich.text import Text
 
-from quark_fast.data.row import is_chat
+from quark_fast.config import Config
+from quark_fast.data.row import Row, is_chat
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -262,25 +263,15 @@ class Evaluator:
         if ppl_model is not None:
             policy = open_plain(ppl_model, self.protocol)
             model = policy.model
-        self.nll = {
-            domain.key: self._text_nll(policy, model, domain)
-            if by_text
-            else id_nll(policy, model, domain.held_out[self.lead].ids, self.config.read_batch)
-            for domain in self.domains
-        }
-
-    def _text_nll(self, policy: Policy, model: Any, domain: PromptSet) -> Nll:
-        """The perplexity's model reads texts, the prompts cut to what it has room for."""
-        longest = self.config.max_prompt_tokens or LONGEST_PROMPT
-        rows = domain.held_out[self.lead].rows
-        texts = [row["prompt"] for row in rows]
-        room = policy.room(self.config.max_new_tokens, longest)
-        every = [policy.encode(row["prompt"], chat=is_chat(row)) for row in rows]
-        policy.check_fits([ids[-room:] for ids in every], self.config.max_new_tokens)
-        if long := sum(len(ids) > room for ids in every):
-            cut = f"{long:,} texts of {domain.source} cut to their last {room:,} tokens"
-            self.remarks.append(f"{cut} for the perplexity")
-        return text_nll(policy, model, texts, longest, self.config.read_batch)
+        self.nll: dict[str, Nll] = {}
+        for domain in self.domains:
+            held_out = domain.held_out[self.lead]
+            if by_text:
+                given = (domain.source, held_out.rows, self.config)
+                self.nll[domain.key], cut = _nll_of_texts(policy, model, *given)
+                self.remarks += [cut] if cut else []
+            else:
+                self.nll[domain.key] = id_nll(policy, model, held_out.ids, self.config.read_batch)
 
     def _describe(self, domain: PromptSet) -> dict[str, Any]:
         """A table without its rows."""
@@ -404,6 +395,20 @@ class Evaluator:
             if isinstance(self.live[other], Plain):
                 return other
         return row.name if len(same) == len(self.subjects) else f"{label}: {row.name}"
+
+
+def _nll_of_texts(
+    policy: Policy, model: Any, source: str, rows: Sequence[Row], config: Config
+) -> tuple[Nll, str]:
+    """(who reads texts after these prompts, cut to what it has room for; a remark, where any was cut)."""
+    longest = config.max_prompt_tokens or LONGEST_PROMPT
+    texts = [row["prompt"] for row in rows]
+    room = policy.room(config.max_new_tokens, longest)
+    every = [policy.encode(text, chat=is_chat(row)) for text, row in zip(texts, rows, strict=True)]
+    policy.check_fits([ids[-room:] for ids in every], config.max_new_tokens)
+    long = sum(len(ids) > room for ids in every)
+    cut = f"{long:,} texts of {source} cut to their last {room:,} tokens for the perplexity" if long else ""
+    return text_nll(policy, model, texts, longest, config.read_batch), cut
 
 
 def _counted(stage: str, items: Sequence[T], listen: Listen) -> Iterator[T]:
