@@ -423,13 +423,17 @@ class Config(
         if self.quantiles > 128:
             raise UsageError(f"quantiles = {self.quantiles}; vLLM suppresses 128 reward tokens at most")
 
-    def check_resumes(self, saved: Config) -> None:
-        """Raise UsageError unless a run with the settings ``saved`` can go on with these."""
+    def check_compares_rounds_as(self, saved: Config, run: str) -> None:
+        """Raise UsageError where only one of this and ``run``, of settings ``saved``, compares its rounds."""
         if (self.goal() is None) != (saved.goal() is None):
             raise UsageError(
-                f"keep_best = {self.keep_best!r}, but the run to resume has {saved.keep_best!r}; it may be"
+                f"keep_best = {self.keep_best!r}, but {run} has {saved.keep_best!r}; it may be"
                 " another, not come or go, since its development prompts are not trained on"
             )
+
+    def check_resumes(self, saved: Config) -> None:
+        """Raise UsageError unless a run with the settings ``saved`` can go on with these."""
+        self.check_compares_rounds_as(saved, "the run to resume")
         # How rounds were compared so far.
         kept = ("judge", "eval_temperature", "eval_top_p") if self.goal() else ()
         for field in dataclasses.fields(self):

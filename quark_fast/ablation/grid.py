@@ -64,19 +64,12 @@ def run_grid(
         resume = (path / "config.yaml").exists()
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:
-            trainer = Trainer(config, sampler=sampler, **given)
-            try:
-                trainer.train()
-            except OutOfResources:
-                raise
-            except UsageError as error:  # it diverged, say: the other points can do without it
-                if process_count() > 1:  # the other processes have ended
-                    raise
-                failed.append(f"{path}: {error}")
-                note(f"{line}: no result: {error}")
-            del trainer
+            why = _run_point(Trainer(config, sampler=sampler, **given))
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
+        if why:
+            failed.append(f"{path}: {why}")
+            note(f"{line}: no result: {why}")
         gc.collect()  # two models and an optimizer that refer to each other
     if failed:
         raise UsageError(
@@ -85,6 +78,19 @@ def run_grid(
         )
     _write(folder, summarise(folder, base, points, seeds))
     return folder
+
+
+def _run_point(trainer: Trainer) -> str:
+    """Train a point; "", or why it ended without a result, as one that diverged does."""
+    try:
+        trainer.train()
+    except OutOfResources:
+        raise
+    except UsageError as error:
+        if process_count() > 1:  # the other processes have ended
+            raise
+        return str(error)
+    return ""
 
 
 def _begin(folder: Path, base: Config) -> Config:

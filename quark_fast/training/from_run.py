@@ -17,14 +17,14 @@ from quark_fast.runtime.checkpoint_files import StateAndTensors, kept_state
 from quark_fast.runtime.run_folder import STATE, RunFolder
 from quark_fast.training.stability import BadSteps
 
-# What weights and pool were made with: other values would give them another meaning.
-SAME = (
-    *("model", "quantiles", "prefix", "lora_rank", "lora_alpha", "lora_targets"),
-    *("scored", "ties", "seed"),
-)
-
-# What decides, beside the prompts, which are trained on and which are held out.
-PROMPTS = ("evaluate_on", "split_seed", "prompt_limit")
+# Settings that must be the earlier run's, and why. With other ones its weights and pool would mean something
+# else; or, beside the prompts, they decide which of these are trained on and which are held out.
+NEEDED, SPLIT = ", which its weights and pool need", ": prompts that it was trained on could be held out"
+SAME = {
+    **dict.fromkeys(("model", "quantiles", "prefix", "lora_rank", "lora_alpha", "lora_targets"), NEEDED),
+    **dict.fromkeys(("scored", "ties", "seed"), NEEDED),
+    **dict.fromkeys(("evaluate_on", "split_seed", "prompt_limit"), SPLIT),
+}
 
 
 def check_from_run(config: Config, earlier: RunFolder) -> None:
@@ -44,25 +44,14 @@ def check_from_run(config: Config, earlier: RunFolder) -> None:
             f" begin anew with its samples by --scored {earlier / 'completions.jsonl'}"
         )
     saved = load_config(earlier / "config.yaml")
-    for name in SAME:
+    for name, why in SAME.items():
         mine, theirs = getattr(config, name), getattr(saved, name)
         if mine != theirs:
             raise UsageError(
-                f"{name} = {mine!r}, but the run in {path} has {theirs!r}, which its weights and pool need;"
+                f"{name} = {mine!r}, but the run in {path} has {theirs!r}{why};"
                 " leave that out, or train anew without --from"
             )
-    for name in PROMPTS:
-        mine, theirs = getattr(config, name), getattr(saved, name)
-        if mine != theirs:
-            raise UsageError(
-                f"{name} = {mine!r}, but the run in {path} has {theirs!r}: prompts that it was trained on"
-                " could be held out; leave that out, or train anew without --from"
-            )
-    if (config.goal() is None) != (saved.goal() is None):
-        raise UsageError(
-            f"keep_best = {config.keep_best!r}, but the run in {path} has {saved.keep_best!r}; it may be"
-            " another, not come or go, since its development prompts are not trained on"
-        )
+    config.check_compares_rounds_as(saved, f"the run in {path}")
 
 
 def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> StateAndTensors:
