@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from quark_fast.model.cache import with_room
+
 FAST_ATTENTION = "quark_grouped"
 
 
@@ -36,14 +38,16 @@ def grouped_attention(
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     rows = query.reshape(batch, groups, heads // groups, width)
-    scores = (rows @ key.transpose(-1, -2)) * (width**-0.5 if scaling is None else scaling)
+    length, keys, values = key.shape[-2], with_room(key), with_room(value)
+    scores = (rows @ keys.transpose(-1, -2))[..., :length] * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        allowed = attention_mask[..., : key.shape[-2]]
+        allowed = attention_mask[..., :length]
         if allowed.dtype == torch.bool:
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         else:
             scores = scores + allowed
-    context = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    context = torch.nn.functional.pad(weights, (0, values.shape[-2] - length)) @ values
     return context.reshape(batch, 1, heads, value.shape[-1]), None
 
 

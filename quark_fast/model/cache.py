@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens
+# Tokens. All of it is multiplied (``with_room``), and all that is held is copied when it is full.
+ROOM = 16
 
 
 def decoding_cache(model: Any) -> DynamicCache:
@@ -32,6 +33,18 @@ def keeps_all(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, _RoomyLayer) and bool(layer.is_initialized)
 
 
+def with_room(held: Tensor) -> Tensor:
+    """(B, H, R, D) the memory that starts with the (B, H, L, D) keys or values, zeros behind them.
+
+    A batch of matrices that lie back to back is multiplied as it is; of others oneDNN, which multiplies in 16
+    bits, makes a copy first: a new token's scores take 3.7 ms a layer where this takes 0.9 (256 rows, 3 key
+    heads of 64, 256 tokens held, room for 40). So in float32, and for what no ``decoding_cache`` handed out,
+    it is ``held`` itself.
+    """
+    room: Tensor = getattr(held, "room", held)
+    return held if held.dtype == torch.float32 else room
+
+
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer that grows in place: transformers' copies all that it holds for each new token."""
 
@@ -49,6 +62,8 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         self.keys, self.key_room = _behind(self.keys, key_states, self.key_room)
         self.values, self.value_room = _behind(self.values, value_states, self.value_room)
+        for held, room in ((self.keys, self.key_room), (self.values, self.value_room)):
+            held.room = room  # type: ignore[attr-defined]  # for ``with_room``
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -70,5 +85,6 @@ def _behind(held: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
         room = torch.empty(size, dtype=new.dtype, device=new.device)
         if count:
             room[..., :count, :] = held
+        room[..., total:, :] = 0
     room[..., count:total, :] = new
     return room[..., :total, :], room

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quark_fast.model.attention import grouped_attention
+from quark_fast.model.cache import ROOM, decoding_cache, with_room
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading, cache_argument, pad_left
@@ -288,6 +289,24 @@ def test_grouped_attention_is_sdpa(heads: int, groups: int, queries: int, mask: 
         ours, _ = grouped_attention(module, query, key, value, given, scaling=scaling)
         theirs, _ = sdpa_attention_forward(module, query, key, value, given, scaling=scaling)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32, sums of 8 and 6 terms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tokens_to_come_are_not_attended_to(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are multiplied with the room behind them, whatever its memory held before."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(torch.nan))
+    model, given = SimpleNamespace(config=tiny_config("llama", VOCABULARY)), generator()
+    layer = decoding_cache(model).layers[0]
+    query = torch.randn(3, 6, 1, 8, generator=given).to(dtype)
+    wide = 0
+    for _ in range(2 * ROOM):
+        key, value = layer.update(*torch.randn(2, 3, 2, 1, 8, generator=given).to(dtype))
+        wide += with_room(value).shape[2] > value.shape[2]
+        ours, _ = grouped_attention(SimpleNamespace(), query, key, value, None)
+        alone, _ = grouped_attention(SimpleNamespace(), query, key.clone(), value.clone(), None)
+        torch.testing.assert_close(ours, alone)  # the same sums, in another order
+    assert (wide > ROOM) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
