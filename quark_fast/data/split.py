@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quark_fast.config import Config
 from quark_fast.data.chat import Chat, ChatTemplateError
-from quark_fast.data.prompts import load_prompts, with_prompt
+from quark_fast.data.prompts import find_prompt, load_prompts, with_prompt
 from quark_fast.data.row import Prompt, Row, given
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
@@ -77,7 +77,7 @@ def choose_prompts(
 
     def rows(name: str, given_rows: Sequence[Prompt] | None, source: str | None) -> list[Row] | None:
         if given_rows is not None:
-            return _given(name, given_rows, chat)
+            return _given(name, given_rows, chat, config.prompt_column)
         return _load(source, config, chat, notes) if source else None
 
     count = config.held_out_count()
@@ -129,13 +129,20 @@ def _for_development(
     return split(train, max(1, min(most, prompts // 4)), config.split_seed)
 
 
-def _given(name: str, rows: Sequence[Prompt], chat: Chat) -> list[Row]:
+def _given(name: str, rows: Sequence[Prompt], chat: Chat, column: str | None) -> list[Row]:
     """Rows of a program: nothing is left out of them quietly."""
+    # A DataFrame, a dict of columns and a DatasetDict list names, not rows.
+    if isinstance(rows, Mapping) or hasattr(rows, "columns") or not isinstance(rows, Iterable):
+        raise UsageError(
+            f"{name} is of type {type(rows).__name__}; give a list of texts, rows or lists of messages, such"
+            " as df.to_dict('records') of a DataFrame, or one split of a data set, as data['train']"
+        )
     made: list[Row] = []
     for i, one in enumerate(rows):
         row: Row = dict(one) if isinstance(one, Mapping) else {"prompt": one}
+        value = find_prompt(row, column)[1] if isinstance(one, Mapping) else one
         try:
-            row, reason = with_prompt(row, row.get("prompt"), chat)
+            row, reason = with_prompt(row, value, chat)
         except ChatTemplateError as error:
             raise UsageError(f"{name}[{i}]: {error}") from error
         if reason:

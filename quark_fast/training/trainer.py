@@ -60,8 +60,8 @@ class Trainer:
         config: every setting of the run.
         reward: a callable ``reward(prompts, completions, **columns) -> list[float | None]``, maybe ``async
             def``, the name of one, or a list of them, which are added up, in place of what ``config`` names.
-        prompts: training prompts: texts, lists of messages for the tokenizer's chat template, or rows with a
-            ``prompt`` (either of these); or a file's name, in place of those ``config`` names.
+        prompts: training prompts: texts, lists of messages for the tokenizer's chat template, or rows, in
+            which either of these stands as in a file's; or a file's name, in place of those ``config`` names.
         held_out: likewise for the evaluation.
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live

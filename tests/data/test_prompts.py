@@ -703,6 +703,28 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
         choose(prompts=[{"prompt": [ASK]}], held_out=["x"])
 
 
+def test_prompts_of_a_program_stand_where_those_of_a_file_do(chat: Any) -> None:
+    rows: list[Any] = [{"prompt": "a", "question": "b"}, {"prompt": "c", "question": "d"}]
+    assert choose(rows, ["x"], prompt_column="question")[:2] == (["b", "d"], ["x"])
+    talk = [{"messages": [ASK, ANSWER]}]  # whose closing answer is no part of the prompt
+    chosen = choose_prompts(Config(), lambda: ([], []), chat, talk, held_out=["x"])
+    assert chosen.train == [{"prompt": "[user]w1[/][assistant]", "messages": [ASK]}]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]},  # a DatasetDict is a dict, too
+        pyarrow.table({"prompt": ["a", "b"], "n": [1, 2]}).to_pandas(),
+        5,
+    ],
+    ids=lambda table: type(table).__name__,
+)
+def test_names_of_columns_and_splits_are_not_trained_on(table: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^prompts is of type {type(table).__name__}; give a list"):
+        choose(prompts=table, held_out=["x"])
+
+
 def test_prompts_of_a_program_may_be_lists_of_messages(chat: Any) -> None:
     def chosen(*prompts: Any) -> Chosen:
         return choose_prompts(Config(), lambda: ([], []), chat, prompts, held_out=[[ASK, ANSWER, ASK]])
