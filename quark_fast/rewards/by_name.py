@@ -48,7 +48,8 @@ def reward_by_name(
         name := task | package.module:function | hf:FOLDER_OR_HUB_NAME
 
     A sum is of the plain values, each times its weight (1 unless given, may be negative); a sample that any
-    part leaves out is left out. ``1 - name`` makes what ``name`` measures the property of the tables.
+    part leaves out is left out. ``1 - name`` makes what ``name`` measures the property of the tables, and is
+    refused of a reward that is 1 - its property itself.
 
     Args:
         config: its ``scorer_*`` and ``reward_*`` settings.
@@ -69,6 +70,13 @@ def reward_by_name(
             except UsageError as error:
                 raise UsageError(f"reward {spec!r}: {error}; or give {FORMS}") from error
         parts.append((weight, part))
+    lowered = parts[0][1].property if offset else None
+    if lowered is not None:
+        name = terms[0][1]
+        raise UsageError(
+            f"reward {spec!r} would raise {lowered}, as {name} is 1 - {lowered} already; give {name}, or"
+            f" -1*{name} to raise it on purpose"
+        )
     plain = offset == 0 and len(parts) == 1 and parts[0][0] == 1
     return parts[0][1] if plain else weighted_sum(parts, offset)
 

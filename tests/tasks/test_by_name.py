@@ -180,7 +180,6 @@ def test_name_of_a_task_is_its_reward_whole(task: Task) -> None:
         (" 0.5 * my_rewards:length  +  .1 * my_rewards:threes ", [1.5, math.nan, 3.5]),
         ("-1*my_rewards:length + 1e-1*my_rewards:threes + 2*toxicity", [-1.2, math.nan, -2.6]),
         ("2*toxicity", [1.8, 1.6, 1.4]),
-        ("1 - toxicity", [0.1, 0.2, 0.3]),
         ("1 - my_rewards:length", [-2, math.nan, -4]),
         ("1- my_rewards:length", [-2, math.nan, -4]),
     ],
@@ -203,8 +202,13 @@ def test_sum_names_its_parts_and_only_a_complement_measures_a_property(
     assert reward.property is None
     assert load_reward("1 - my_rewards:length").property == "length"
     assert load_reward("1 - my_rewards:length").name == "1 - my_rewards:length"
-    hashes = [load_reward(spec).sha256 for spec in ("2*toxicity", "-1*toxicity", "1 - toxicity", "toxicity")]
-    assert len(set(hashes)) == 4
+    specs = ("2*toxicity", "-1*toxicity", "toxicity", "-1*my_rewards:length", "1 - my_rewards:length")
+    assert len({load_reward(spec).sha256 for spec in specs}) == len(specs)
+
+
+def test_complement_of_what_lowers_its_property_already_is_refused(task: Task) -> None:
+    with pytest.raises(UsageError, match=r"'1 - toxicity' would raise toxicity, .* or -1\*toxicity"):
+        load_reward("1 - toxicity")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str
     ("judge", "named"),
     [
         ("toxicity", "toxicity is the reward itself"),
-        ("1 - toxicity", "1 - toxicity is the reward itself, or a term of it"),
+        ("2*toxicity", r"2\*toxicity is the reward itself, or a term of it"),
         (" , ", "auto or none"),
         ("auto, toxicity", "unknown task 'auto'"),
         ("my_rewards:score, my_rewards:score", "name each scorer once"),
