@@ -133,6 +133,14 @@ def _labels(spec: str, names: Sequence[str], given: str | None) -> list[str | No
     return [next(left) if name.startswith("hf:") else None for name in names]
 
 
+def labels_of(specs: Sequence[str], given: str | None) -> list[str | None]:
+    """The ``scorer_label`` of each of several rewards, of the one that is given for all of them."""
+    names = [[name for _, name in _parse(spec)[1]] for spec in specs]
+    labels = iter(_labels(", ".join(specs), list(itertools.chain(*names)), given))
+    own = [[label for label in itertools.islice(labels, len(some)) if label is not None] for some in names]
+    return [",".join(some) if some else None for some in own]
+
+
 def _classifier(name: str, config: Config, device: torch.device | str, label: str | None) -> Reward:
     from quark_fast.rewards.classifier import SequenceClassifier
 

@@ -11,7 +11,7 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.assets import AssetError
 from quark_fast.errors import UsageError
-from quark_fast.rewards.by_name import calls, reward_by_name
+from quark_fast.rewards.by_name import calls, labels_of, reward_by_name
 from quark_fast.rewards.reward import NO_REWARD, Function, Reward, describe
 from quark_fast.rewards.weighted_sum import terms, weighted_sum
 from quark_fast.tasks import repetition, sentiment, toxicity
@@ -45,8 +45,13 @@ def choose_reward(
 def _sum_of(given: Sequence[str | Function | Reward], config: Config, device: torch.device | str) -> Reward:
     if not given:
         raise UsageError("reward is an empty list; give one function or more, which are added up")
+    names = [one for one in given if isinstance(one, str)]
+    labels = iter(labels_of(names, config.scorer_label) if names else [])
     parts = [
-        load_reward(one, config, device) if isinstance(one, str) else _described(one, config) for one in given
+        load_reward(one, dataclasses.replace(config, scorer_label=next(labels)), device)
+        if isinstance(one, str)
+        else _described(one, config)
+        for one in given
     ]
     return parts[0] if len(parts) == 1 else weighted_sum([(1.0, part) for part in parts], 0.0)
 

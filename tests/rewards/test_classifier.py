@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import WORDS, save_tiny_classifier, sharpen, word_tokenizer
 from pairwise import pairwise
+from tiny_runs import even_words
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -35,7 +36,8 @@ from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.rewards.classifier import SequenceClassifier
 from quark_fast.rewards.text_logits import TextLogits
-from quark_fast.tasks.by_name import load_reward
+from quark_fast.rewards.weighted_sum import terms
+from quark_fast.tasks.by_name import choose_reward, find_task, load_reward
 
 TEXTS = ["w1 w2", "w3", "w4 w5 w6 w7 w8 w9 w10", "w11 w12 w13", " ", "w14"]
 ROWS = [{"prompt": f"w{i} "} for i in range(6)]
@@ -168,6 +170,11 @@ def test_labels_go_to_the_classifiers_in_order_and_a_complement_names_its_proper
     assert [part.function.label for _, part in reward.function.parts] == ["neutral", "Toxic"]
     both = load_reward(f"hf:{one} + hf:{two}", Config(scorer_label="threat"))
     assert [part.function.label for _, part in both.function.parts] == ["threat", "threat"]
+    given = [even_words, f"hf:{one} + hf:{two}", "repetition", f"hf:{one}"]
+    for labels, chosen in (("threat", ["threat"] * 3), ("0,1,2", ["neutral", "Toxic", "threat"])):
+        config = Config(scorer_label=labels)
+        parts = terms(choose_reward(config, find_task("repetition"), "cpu", given))
+        assert [part.function.label for part in parts if part.name.startswith("hf:")] == chosen
     complement = load_reward(f"1 - hf:{one}", Config(scorer_label="toxic"))
     plain = load_reward(f"hf:{one}", Config(scorer_label="toxic"))
     assert complement.property == "toxic"
