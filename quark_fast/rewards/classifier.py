@@ -120,7 +120,10 @@ def find_label(source: str, labels: Mapping[int, str], wanted: str | None) -> in
     if wanted is None:
         if len(labels) == 1:
             return next(iter(labels))
-        raise UsageError(f"{source} has the labels {shown}; name the one to reward by --scorer-label")
+        raise UsageError(
+            f"{source} has the labels {shown}; name the one to reward by --scorer-label, which is no judge's:"
+            " as a --judge give a function of yours that returns the probability of one"
+        )
     exact = [i for i, label in labels.items() if label == wanted]
     near = exact or [i for i, label in labels.items() if str(label).casefold() == wanted.casefold()]
     if not near and wanted.isdecimal() and int(wanted) in labels:

@@ -127,6 +127,7 @@ def test_label_that_is_missing_or_unknown_is_refused_with_those_there_are(
         SequenceClassifier(save(), label)
     assert "neutral (0), Toxic (1), threat (2)" in str(caught.value)
     assert ("--scorer-label" if label is None else repr(label)) in str(caught.value)
+    assert label is not None or "as a --judge give a function" in str(caught.value)
 
 
 def test_prompt_is_read_only_when_asked_for(save: Callable[..., str]) -> None:
