@@ -111,12 +111,22 @@ def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[
             answer = record[name]
             if messages(answer) and not (held and messages(prompt)) and len(answer) > 1:
                 prompt, answer = answer[:-1], answer[-1:]  # a text beside it is its first turn
-            yield prompt, answer, reward
+            yield *_last_answer(prompt, answer), reward
     elif "completion" in record:
         scored = _reward(record["reward"], where) if "reward" in record else _kto(record)
-        yield find_prompt(record, column)[1], record["completion"], scored
+        yield *_last_answer(find_prompt(record, column)[1], record["completion"]), scored
     elif talk := messages(record.get("messages")).get("messages"):
         yield talk[:-1], talk[-1:], _reward(record.get("reward"), where)
+
+
+def _last_answer(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """(prompt, last answer): the turns before that are the prompt's, with which a completion may begin."""
+    asked, turns = messages(prompt).get("messages"), messages(completion).get("messages")
+    if asked and turns and turns[: len(asked)] == asked:
+        return turns[:-1], turns[-1:]
+    if asked and turns and turns[0]["role"] == "assistant":
+        return [*asked, *turns[:-1]], turns[-1:]
+    return prompt, completion
 
 
 def _is_pair(record: Row) -> bool:

@@ -73,6 +73,19 @@ def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
     parts = {"role": "assistant", "content": [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]}
     assert texts(path, [{"messages": [asked, parts], "reward": 3}], chat) == [("user:q|", "yes", 3.0, None)]
     assert texts(path, [{"prompt": [asked], "chosen": [parts], "rejected": [no]}], chat) == expected
+    # Turns before the last answer are the prompt's, whether the prompt stands there again or not.
+    longer = [("user:q|assistant:no|user:q|", "yes", 1.0, None), ("user:q|", "no", 0.0, None)]
+    for before in ([asked], []):
+        pair = {"chosen": [*before, no, asked, answer], "rejected": [*before, no]}
+        assert texts(path, [{"prompt": [asked], **pair}], chat) == longer
+        one = {"prompt": [asked], "completion": pair["chosen"], "reward": 1}
+        assert texts(path, [one], chat) == longer[:1]
+    without = {
+        "prompt": [asked | {"role": "system"}, asked],
+        "chosen": [asked, answer],
+        "rejected": [asked, no],
+    }
+    assert texts(path, [without], chat)[0] == ("system:q|user:q|", "yes", 1.0, None)
     # A prompt column that is the first turn, as some data sets have it.
     beside = {"prompt": "q", "chosen": [asked, answer], "rejected": [asked, no]}
     assert texts(path, [beside], chat) == expected
