@@ -38,7 +38,9 @@ def classify_prompts(
         (index of the prompt, its class), by ``num_positive`` first.
     """
     rows, ids = setup.held_out.rows, setup.held_out.ids
-    counted = {i: float(row["num_positive"]) for i, row in enumerate(rows) if "num_positive" in row}
+    # None or "" where only others of the prompts, or the training prompts, have the column.
+    numbers = {i: row.get("num_positive") for i, row in enumerate(rows)}
+    counted = {i: float(number) for i, number in numbers.items() if number not in (None, "")}
     for i, number in counted.items():
         yield i, prompt_class(number / CLASS_SAMPLES)
     others = [i for i in range(len(ids)) if i not in counted]

@@ -539,7 +539,9 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
         rest = CLASS_SAMPLES - positive - tied - unscored
         return [*[high] * positive, *[0.5] * tied, *[None] * unscored, *[low] * rest]
 
-    rows: list[Row] = [{"prompt": name} for name in wanted]
+    # As rows have it beside others with a count: of a file's own columns, of another file, of a CSV file.
+    absent: list[Row] = [{}, {"num_positive": None}, {"num_positive": ""}]
+    rows: list[Row] = [{"prompt": name} | absent[i % 3] for i, name in enumerate(wanted)]
     held_out = EncodedPrompts(rows, [[i] for i in range(len(rows))], 1)
     setup = EvaluationSetup(policy, policy.model, describe(reward), held_out, GREEDY, 0)
     found = dict(classify_prompts(setup, target))
