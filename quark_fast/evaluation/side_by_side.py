@@ -251,7 +251,7 @@ class Evaluator:
                 f"{self.lead} and {others[0]} have different tokenizers, but {task} counts tokens"
                 f" (prefix_tokens = {self.config.prefix_tokens}): compare models of one tokenizer"
             )
-        if others and any("messages" in row for domain in self.domains for row in domain.rows):
+        if others and any(is_chat(row) for domain in self.domains for row in domain.rows):
             raise UsageError(
                 f"{self.lead} and {others[0]} have different tokenizers, which write messages differently:"
                 " give prompts that are texts"

@@ -389,6 +389,11 @@ def test_chats_are_refused_where_models_of_one_vocabulary_write_them_differently
     # One without a template reads what the others write, and texts need none.
     Evaluator([tmp_path / "ours", "base"], **chats)
     evaluator("ours", "other", prompts="prompts.txt")
+    with pytest.raises(UsageError, match="ours and stranger have different tokenizers, which write messages"):
+        Evaluator([tmp_path / "ours", "stranger"], **chats)
+    # A text may have the conversation that it is from in a column.
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "w3", "messages": one}))
+    Evaluator(["base", "stranger"], **{**chats, "prompts": str(tmp_path / "texts.jsonl")})
 
 
 def test_task_that_counts_tokens_refuses_two_tokenizers(place: Path) -> None:
