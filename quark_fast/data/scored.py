@@ -129,6 +129,9 @@ def _last_answer(prompt: Any, completion: Any) -> tuple[Any, Any]:
     return prompt, completion
 
 
+_TRUTHS = {"true": 1.0, "false": 0.0}  # CSV spells what is true as a text
+
+
 def _is_pair(record: Row) -> bool:
     return "chosen" in record and "rejected" in record
 
@@ -150,8 +153,7 @@ def _kto(record: Row) -> float | None:
     """The reward that KTO's column says: whether a completion is wanted; None: it is no such column."""
     if "completion" not in record or "reward" in record:
         return None
-    # A number may be a class of the prompt's; CSV spells what is true as a text.
-    return {"true": 1.0, "false": 0.0}.get(str(record.get("label")).lower())
+    return _TRUTHS.get(str(record.get("label")).lower())  # a number may be a class of the prompt's
 
 
 def _ended(value: Any, where: str) -> bool | None:
@@ -167,7 +169,7 @@ def _reward(value: Any, where: str) -> float | None:
     if value is None or value == "":  # CSV has no other way to leave it out
         return None
     try:
-        number = float(value)
+        number = float(_TRUTHS.get(str(value).lower(), value))
     except (TypeError, ValueError, OverflowError):
         number = math.inf
     if math.isnan(number):

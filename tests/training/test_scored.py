@@ -51,10 +51,9 @@ def texts(path: Path, records: list[dict[str, Any]], chat: Any = NO_CHAT) -> lis
 def test_rewards_preferences_and_conversations_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     own = {"prompt": "p", "completion": " a", "reward": 0.25, "ended": False, "quantile": 1, "round": 0}
-    assert texts(path, [own, own | {"reward": True, "ended": None}]) == [
-        ("p", " a", 0.25, False),
-        ("p", " a", 1.0, None),
-    ]
+    # CSV spells what is true as a text.
+    records = [own, *(own | {"reward": value, "ended": None} for value in (True, "True", "false"))]
+    assert [one[2:] for one in texts(path, records)] == [(0.25, False), (1.0, None), (1.0, None), (0.0, None)]
     assert texts(path, [{"prompt": "p", "chosen": " good", "rejected": " bad"}]) == [
         ("p", " good", 1.0, None),
         ("p", " bad", 0.0, None),
