@@ -85,6 +85,11 @@ def load_prompts(
         loaded.rows.append(made)
     if loaded.read and not found:
         wanted = "'prompt' or 'messages'" if column is None else repr(column)
+        if column is None and "messages" in names:
+            raise UsageError(
+                f"{source}: its messages are no lists, as in .jsonl, .json or .parquet, and it has no column"
+                " 'prompt'"
+            )
         raise UsageError(
             f"{source} has no column {wanted}, but {listed(names)}; name the prompts' by --prompt-column"
         )

@@ -83,7 +83,7 @@ def _read_jsonl(source: str, text: str) -> Iterator[Row | str]:
 
 def _read_json(source: str, text: str) -> Iterator[Row | str]:
     """A list of objects or texts, or an object of columns of one length."""
-    value = _parse_json(source, 1, text)
+    value = _parse_json(source, 1, text, "; if every line is an object, name the file .jsonl")
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {name: len(column) for name, column in value.items()}
         if len(set(lengths.values())) > 1:
@@ -95,12 +95,12 @@ def _read_json(source: str, text: str) -> Iterator[Row | str]:
         yield _record(f"{source}, item {number}", item)
 
 
-def _parse_json(source: str, first_line: int, text: str) -> Any:
+def _parse_json(source: str, first_line: int, text: str, if_several: str = "") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UsageError(f"{source}:{line}: not JSON ({error.msg} at column {error.colno})") from error
+        line, hint = first_line + error.lineno - 1, if_several if error.msg == "Extra data" else ""
+        raise UsageError(f"{source}:{line}: not JSON ({error.msg} at column {error.colno}){hint}") from error
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
         raise UsageError(f"{source}:{first_line}: JSON beyond all limits ({error})") from error
 

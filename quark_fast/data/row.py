@@ -77,7 +77,8 @@ def to_file(row: Row) -> Row:
 
 def from_file(row: Row) -> Row:
     """A row that ``to_file`` made; any other as it is."""
-    if row.get("rendered") is not True or not messages(row.get("messages")):
+    written = row.get("rendered") is True and isinstance(row.get("prompt"), str)
+    if not written or not messages(row.get("messages")):
         return row
     bare = {name: value for name, value in row.items() if name != "rendered"}
     return {**bare, "prompt": Rendered(row["prompt"])}

@@ -217,6 +217,8 @@ def test_missing_column_is_refused_with_those_there_are(tmp_path: Path) -> None:
     assert "--prompt-column" in message
     assert "'quest.ion'" in refusal(file, column="quest.ion")
     assert rows(file, column="question")[0]["id"] == "1"
+    chats = write(tmp_path / "chats.csv", "messages", "\"[{'role': 'user', 'content': 'x'}]\"")
+    assert "its messages are no lists" in refusal(chats)
     # A file without a header: its first prompt is taken for one.
     assert "'once upon a time'" in refusal(write(tmp_path / "q.csv", "once upon a time", "a second one"))
 
@@ -232,6 +234,7 @@ def test_unusable_prompts_are_left_out_and_counted_by_reason(tmp_path: Path) -> 
         '{"prompt": ""}',
         '{"prompt": " \\n "}',
         '{"prompt": null}',
+        '{"prompt": null, "rendered": true, "messages": [{"role": "user", "content": "x"}]}',
         '{"other": "x"}',
         '{"prompt": {"toxicity": 1}}',
         '{"prompt": 7}',
@@ -243,15 +246,15 @@ def test_unusable_prompts_are_left_out_and_counted_by_reason(tmp_path: Path) -> 
     loaded = load_prompts(write(tmp_path / "p.jsonl", *lines), max_characters=10)
     # The first of equal prompts stays, with its own columns.
     assert loaded.rows == [{"prompt": "a", "n": 1}, {"prompt": "b"}]
-    assert loaded.read == 13
+    assert loaded.read == 14
     assert loaded.left_out == {
         "not text": 3,
-        "without a prompt": 3,
+        "without a prompt": 4,
         "empty": 3,
         "duplicate": 1,
         "longer than 10 characters": 1,
     }
-    counted = "13 read, left out: 3 empty, 3 without a prompt, 3 not text, 1 duplicate, 1 longer than 10"
+    counted = "14 read, left out: 4 without a prompt, 3 empty, 3 not text, 1 duplicate, 1 longer than 10"
     assert loaded.counts == f"{counted} characters"
 
 
@@ -307,6 +310,7 @@ def test_windows_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
         ("p.jsonl", b'"a"\n' + b"[" * 100_000, ["p.jsonl:2:", "beyond all limits"]),
         ("p.jsonl", b"9" * 5000, ["p.jsonl:1:", "beyond all limits"]),
         ("p.json", b'[{"prompt": "a"},\n{"prompt": }]', ["p.json:2:", "not JSON"]),
+        ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}', ["p.json:2:", "not JSON", "name the file .jsonl"]),
         ("p.json", b'{"prompt": "a"}', ["needs a list of objects"]),
         ("p.json", b"{}", ["needs a list of objects"]),
         ("p.json", b'[{"prompt": "a"}, 7]', ["p.json, item 2", "needs an object, found 7"]),
