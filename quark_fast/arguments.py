@@ -213,7 +213,8 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     flags = _without_help(arguments)
     first, _ = parser.parse_known_args(flags)
     file = _read_yaml(parser, Path(first.config)) if first.config else {}
-    record = _record_below(parser, **vars(first))
+    from_run = first.from_run or file.get("from_run")
+    record = _record_below(parser, **(vars(first) | {"from_run": from_run}))
     parser.set_defaults(**{k: v for k, v in (record | file).items() if k in ("task", "preset")})
     known, _ = parser.parse_known_args(flags)
     named = defaults_of(known.task, known.preset)

@@ -195,6 +195,8 @@ def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_p
     file.write_text("kl_coef: 0.25\n")
     found = parse(["--from", str(run), "--config", str(file)], "train")
     assert (found.rounds, found.kl_coef) == (3, 0.25)
+    file.write_text(f"kl_coef: 0.25\nfrom_run: {run}\n")
+    assert parse(["--config", str(file)], "train") == found
     for name, expected in (("x-2", "x-3"), ("x-9", "x-10"), ("seed-0", "seed-0-2"), ("7", "7-2")):
         assert Config(from_run=f"runs/{name}").output_folder == Path("runs", expected)
 
