@@ -50,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         own: dict[str, Any] = {"allow_abbrev": False, "epilog": EXIT_STATUS}
         super().__init__(*arguments, **(own | options))
+        # A value, not a flag: a weight below 0 of a reward, or of the guidance.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         about = "show the version and end"
         self.add_argument("--version", action="version", version=f"quark_fast {__version__}", help=about)
         self.add_argument(

@@ -49,6 +49,11 @@ def test_resumed_folder_does_not_consent_to_its_own_code(tmp_path: Path) -> None
         config.check_resumes(saved)
 
 
+def test_value_of_a_flag_may_begin_with_a_minus() -> None:
+    found = given("--reward", "-.5*m:f", "--eval-guidance", "-1,2", "--guidance", "-1e3")
+    assert (found.reward, found.eval_guidance, found.guidance) == ("-.5*m:f", "-1,2", -1000)
+
+
 def test_dashes_and_underscores_in_flags_mean_the_same() -> None:
     assert given("--max-new-tokens", "5") == given("--max_new_tokens", "5")
 
