@@ -354,7 +354,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("seed", 2**63),
     # Texts.
     ("lora_targets", " , "),
-    ("held_out", "0"),
+    *(("held_out", count) for count in ("0", "0.1", "10%", "-5")),
     *(("quantile_weights", weights) for weights in ("1,2", "0,0,0,0,0", "1,1,1,1,-1", "1,1,1,1,x")),
     *(("quantile_weights", weights) for weights in ("1,1,1,1,nan", "")),
     *(("eval_guidance", guidances) for guidances in ("3;6", "3,inf")),
