@@ -187,7 +187,7 @@ class _Classifier(argparse.Action):
     """``--scorer NAME`` is ``--reward hf:NAME``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, f"hf:{values}")
+        setattr(namespace, self.dest, f"hf:{str(values).removeprefix('hf:')}")
 
 
 def add_scorer(parser: argparse._ActionsContainer) -> None:

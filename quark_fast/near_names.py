@@ -15,6 +15,7 @@ NEIGHBOURS = {
     "validation_file": "held_out",
     "reward_funcs": "reward",
     "reward_model_name_or_path": "scorer",
+    "scorer": "reward",  # a flag alone, no setting of a file
     "beta": "kl_coef",
     "init_kl_coef": "kl_coef",
     "target_kl": "kl_target",

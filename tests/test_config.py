@@ -139,7 +139,13 @@ def test_unknown_setting_is_refused_with_the_nearest_known_one(tmp_path: Path) -
     message = refusal(tmp_path / "run.yaml", "lerning_rate: 1\n")
     assert "'lerning_rate'" in message and "did you mean 'learning_rate'" in message
     assert "did you mean" not in refusal(tmp_path / "run.yaml", "zzz: 1\n")
-    theirs = {"output_dir": "output", "beta": "kl_coef", "max-steps": "steps", "use_vllm": "rollout"}
+    theirs = {
+        "scorer": "reward",
+        "output_dir": "output",
+        "beta": "kl_coef",
+        "max-steps": "steps",
+        "use_vllm": "rollout",
+    }
     for name, ours in theirs.items():
         assert f"did you mean {ours!r}?" in refusal(tmp_path / "run.yaml", f"{name}: 1\n")
     assert "5" in refusal(tmp_path / "run.yaml", "5: 1\n")
