@@ -297,7 +297,7 @@ class Evaluator:
 
     def evaluate(self) -> Evaluated:
         """Sample, score and measure what is not there yet; one table for each set of prompts."""
-        if self.live and self.protocol.task.prompt_classes:
+        if self.live and self.protocol.task.prompt_classes and not self.protocol.reward.is_none:
             self._classify()
         measured: dict[tuple[str, str], list[MeasuredRow]] = {}
         for label in self.live:

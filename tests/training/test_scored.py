@@ -441,6 +441,15 @@ def test_run_without_a_reward_learns_and_its_table_says_what_it_lacks(first: Pat
     # evaluate goes by the run's own choice, and by a reward where one is named.
     assert Evaluator([folder], samples=1).evaluate().table["scorer"]["name"] == "none"
     assert Evaluator([folder], samples=1, reward=one_at_a_time).evaluate().table["headline"] == "mean"
+    again = Evaluator([folder / "evaluation.json"], judge="repetition").evaluate().table
+    assert again["headline"] == "perplexity" and again["judges"][0]["name"] == "diversity"
+    # Nothing tells the classes of sentiment's prompts.
+    settings = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(settings.replace("task: toxicity", "task: sentiment"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quark_fast.evaluation.side_by_side.classify_prompts", lambda *_: pytest.fail("asked"))
+        assert Evaluator([folder], samples=1).evaluate().table["task"] == "sentiment"
+    (folder / "config.yaml").write_text(settings)
     bare = [{k: v for k, v in row.items() if k != "reward"} for row in rows(Path(scored))]
     config = small(tmp_path / "other", tmp_path / "model", **SHORT | given)
     config.scored = written(tmp_path / "bare.jsonl", bare)
