@@ -53,7 +53,7 @@ def load_prompts(
             a data set of the ``datasets`` library, by hub name or folder; without a split it is ``train``.
         column: where the prompt stands, with dots into nested objects ("meta.question"). Without it
             ``prompt``: a text, an object with a ``text`` as in RealToxicityPrompts, or a list of messages;
-            else ``messages``, a conversation, whose closing answers of the assistant are cut off.
+            else ``messages``. That is a conversation, whose closing answers of the assistant are cut off.
         chat: renders messages. A record that holds messages is refused without it.
         min_characters, max_characters: shorter and longer prompts are left out; maximum 0: no limit.
     Raises:
@@ -109,7 +109,8 @@ def check_depth(record: Any, where: str) -> None:
 
 def find_prompt(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
     """(whether the row has the column, its value)."""
-    if column is None and "prompt" not in row and isinstance(row.get("messages"), list):
+    whole = column == "messages" or (column is None and "prompt" not in row)  # a conversation, with its end
+    if whole and isinstance(row.get("messages"), list):
         asked = row["messages"]
         while asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") == "assistant":
             asked = asked[:-1]

@@ -502,6 +502,10 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
             "n": 2,
         },
     ]
+    # The column is the same by its name, beside a text, too.
+    asked = write(tmp_path / "m.jsonl", json.dumps({"prompt": "a", "messages": [ASK, ANSWER]}))
+    assert rows(asked, column="messages", chat=chat)[0]["prompt"] == "[user]w1[/][assistant]"
+    assert rows(asked, chat=chat)[0]["prompt"] == "a"
     assert loaded.left_out == {
         "refused by the chat template": 1,
         "empty": 1,
