@@ -32,7 +32,8 @@ def set_threads(threads: int) -> None:
     if threads < 0:
         raise UsageError(f"threads = {threads}; give at least 0, 0 for every core")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or cores))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,1": of nested regions, too
+    torch.set_num_threads(threads or (int(asked) if asked.isdecimal() else 0) or cores)
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -118,6 +119,12 @@ def test_threads_asked_for_win_over_the_environment_and_that_over_all_cores(
     assert torch.get_num_threads() == 3
     set_threads(0)
     assert torch.get_num_threads() == 2
+    threads.setenv("OMP_NUM_THREADS", "3,1")  # OpenMP's own form
+    set_threads(0)
+    assert torch.get_num_threads() == 3
+    threads.setenv("OMP_NUM_THREADS", "0")  # as if it were not set
+    set_threads(0)
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     with pytest.raises(UsageError, match="threads = -1"):
         set_threads(-1)
 
