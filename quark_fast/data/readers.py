@@ -179,6 +179,8 @@ def _read_dataset(source: str) -> Iterator[Row]:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
             data = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise ValueError(f"it has no split {split!r}, but {listed(data)}")
                 data = data[split]
             elif parts[2] or parts[3]:
                 raise ValueError("it is a single data set without splits; leave them out")

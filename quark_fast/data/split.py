@@ -108,9 +108,8 @@ def choose_prompts(
         notes.append(f"rounds are compared on {len(development):,} development prompts of their own")
     if not train or not test:
         found = len({given(row) for row in [*train, *test]})
-        raise UsageError(
-            f"{found} prompts are too few to hold {count or 'some'} out; give more, or others by --held-out"
-        )
+        fix = "a lower --held-out" if count else "others by --held-out"
+        raise UsageError(f"{found} prompts are too few to hold {count or 'some'} out; give more, or {fix}")
     return Chosen(_limited(train, config, notes), test, notes, scored, development)
 
 

@@ -194,7 +194,7 @@ def test_data_set_saved_to_disk_is_loaded_too(data_set: Path, tmp_path: Path) ->
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
     for name in (f"hf:{tmp_path / 'one'}", f"hf:{tmp_path / 'two'}:test"):
         assert rows(name) == [{"prompt": "a", "n": 1}]
-    assert "validation" in refusal(f"hf:{tmp_path / 'two'}:validation")
+    assert "no split 'validation', but 'train', 'test'" in refusal(f"hf:{tmp_path / 'two'}:validation")
     for name in (f"hf:{tmp_path / 'one'}:test", f"hf:{tmp_path / 'one'}:other:train"):
         assert "single data set without splits" in refusal(name)
 
@@ -698,7 +698,7 @@ def test_number_of_held_out_prompts_and_limit_of_training_ones(tmp_path: Path) -
     in_order = choose(set_prompts=file, prompt_limit=5, held_out=["other"])[0]
     assert len(in_order) == 5
     assert in_order == sorted(in_order, key=lambda prompt: int(prompt.split()[1])), "the file's order"
-    with pytest.raises(UsageError, match="too few to hold 30 out"):
+    with pytest.raises(UsageError, match="too few to hold 30 out; give more, or a lower --held-out"):
         choose(set_prompts=file, set_held_out="30")
 
 
