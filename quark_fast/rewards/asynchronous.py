@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import tenacity
@@ -162,9 +163,9 @@ def _tokens_apart(answer: Any, one: bool) -> tuple[Any, float | None]:
     if isinstance(answer, tuple) and len(answer) == 2:
         values, tokens = answer
         apart = one or (hasattr(values, "__len__") and getattr(values, "ndim", 1) != 0)
-        number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+        number = isinstance(tokens, Real) and not isinstance(tokens, bool)  # numpy's, too
         if apart and number and 0 <= tokens < float("inf"):
-            return values, tokens
+            return values, float(tokens)
     return answer, None
 
 

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -298,7 +300,7 @@ def _number(name: str, value: Any) -> float:
         return math.nan
     # numpy and torch scalars have item(); a bool is 0 or 1; a text or a row of a matrix is a mistake.
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    if not isinstance(plain, int | float):
+    if not isinstance(plain, Real | Decimal):
         raise UsageError(f"reward {name} returned {value!r:.80}; return numbers or None")
     try:
         number = float(plain)

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,10 @@ def test_none_and_nan_leave_a_sample_out() -> None:
         torch.tensor([1.0, 0.0, -2.0]),
         torch.tensor([1.0, 0.0, -2.0], dtype=torch.bfloat16, requires_grad=True),
         [torch.tensor(1.0), torch.tensor(0), -2.0],
+        [Decimal("1"), Fraction(0), Decimal("-2.0")],
     ],
 )
-def test_numbers_of_numpy_and_torch_are_numbers(values: Any) -> None:
+def test_numbers_of_any_library_are_numbers(values: Any) -> None:
     rewards = returning(values)(ROWS, TEXTS)
     assert rewards.dtype == np.float64
     assert rewards.tolist() == [1.0, 0.0, -2.0]

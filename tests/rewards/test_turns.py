@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quark_fast.errors import UsageError
@@ -183,8 +184,8 @@ def test_tokens_are_told_apart_from_the_values(batch: int) -> None:
     async def used(prompts: list[str], completions: list[str]) -> tuple[list[float], int]:
         return [float(text[1:]) for text in completions], 10
 
-    async def one(prompt: str, completion: str) -> tuple[float | None, int]:
-        return float(completion[1:]), 10
+    async def one(prompt: str, completion: str) -> tuple[float | None, Any]:
+        return float(completion[1:]), np.int64(10)
 
     for function in (pair, used, one):
         calls = Calls(batch=batch, tokens_per_minute=0 if function is pair else 1000)
