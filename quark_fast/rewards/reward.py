@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -200,13 +201,14 @@ class Reward:
     def _key(self, row: Row, completion: str) -> bytes | None:
         """What a value in the cache stands for.
 
-        None without a cache, and for a row with a column that JSON cannot spell.
+        None without a cache, and for a row with a column that cannot be spelled.
         """
         if self.cache is None:
             return None
         columns = {name: value for name, value in row.items() if name not in RESERVED}
         try:
-            text = json.dumps([self.identity, row["prompt"], completion, columns], sort_keys=True)
+            content = [self.identity, row["prompt"], completion, columns]
+            text = json.dumps(content, sort_keys=True, default=_spelled)
         except (TypeError, ValueError):
             return None
         return hashlib.sha256(text.encode()).digest()
@@ -247,6 +249,13 @@ def _own(row: Row, name: str) -> Any:
     """A column's value for one call, which may append to a chat's messages without changing the run's."""
     value = row.get(name)
     return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
+
+
+def _spelled(value: Any) -> str:
+    """What JSON has no form for, if its text tells it from every other value; else a TypeError."""
+    if isinstance(value, date | time | timedelta | Decimal | bytes | np.generic):
+        return repr(value)
+    raise TypeError
 
 
 def _nothing(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import functools
 import importlib
 import linecache
@@ -666,6 +667,13 @@ def test_order_of_the_columns_is_no_other_key(counted: Any) -> None:
     reward([{"prompt": "a", "x": {"p": 1, "q": 2}, "y": 3}], ["one"])
     reward([{"y": 3, "x": {"q": 2, "p": 1}, "prompt": "a"}], ["one"])
     assert heard == ["one"]
+
+
+def test_row_of_what_json_has_no_form_for_has_a_key(counted: Any) -> None:
+    reward, heard = counted
+    for day in (1, 2, 1):
+        reward([{"prompt": "a", "at": datetime.date(2020, 1, day), "n": np.int64(7), "x": b"x"}], ["one"])
+    assert heard == ["one", "one"]
 
 
 def test_row_that_no_key_can_spell_is_always_scored(counted: Any) -> None:
