@@ -58,7 +58,7 @@ def names_into_settings(
     config: Config,
     reward: str | GivenReward | None,
     prompts: str | Path | Sequence[Prompt] | None,
-    held_out: str | Path | Sequence[Prompt] | None,
+    held_out: str | Path | int | Sequence[Prompt] | None,
 ) -> tuple[Config, GivenReward | None, Given]:
     """What a program gave, with names moved into the settings, where the command line has them."""
     names: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def names_into_settings(
         names["reward"], reward = reward, None
     if isinstance(prompts, str | Path):
         names["prompts"], prompts = prompts, None
-    if isinstance(held_out, str | Path):
+    if isinstance(held_out, str | Path | int):
         names["held_out"], held_out = held_out, None
     return dataclasses.replace(config, **names), reward, Given(prompts, held_out)
 

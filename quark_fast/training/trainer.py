@@ -62,7 +62,7 @@ class Trainer:
             def``, the name of one, or a list of them, which are added up, in place of what ``config`` names.
         prompts: training prompts: texts, lists of messages for the tokenizer's chat template, or rows, in
             which either of these stands as in a file's; or a file's name, in place of those ``config`` names.
-        held_out: likewise for the evaluation.
+        held_out: likewise for the evaluation; or how many of the prompts to hold out.
         sampler: samples the base model, as ``rollout.transformers.sample`` does; several runs may share one.
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
             display on a terminal and in a notebook, elsewhere nothing; None: nothing.
@@ -80,7 +80,7 @@ class Trainer:
         *,
         reward: str | GivenReward | None = None,
         prompts: str | Path | Sequence[Prompt] | None = None,
-        held_out: str | Path | Sequence[Prompt] | None = None,
+        held_out: str | Path | int | Sequence[Prompt] | None = None,
         sampler: Sampler = sample,
         listen: Listen = "auto",
         callbacks: Callback | Sequence[Callback] = (),
