@@ -106,7 +106,8 @@ class Evaluator:
     other plain model gets what its own tokenizer puts before a text. Two runs of one model share its row.
 
     Args:
-        subjects: run folders, transformers folders, hub names, and tables of earlier evaluations (FILE.json).
+        subjects: run folders, transformers folders, hub names, and tables of earlier evaluations (FILE.json);
+            one of them, or several.
         task: what to measure, by that task's own scorer and on its own held-out prompts unless others are
             named; default: that of the runs, by their own reward and the first one's held-out prompts. Plain
             models need none where both ``reward`` and ``prompts`` are given.
@@ -136,7 +137,7 @@ class Evaluator:
 
     def __init__(
         self,
-        subjects: Sequence[str | Path],
+        subjects: str | Path | Sequence[str | Path],
         *,
         task: str | None = None,
         target: str | None = None,
@@ -159,7 +160,7 @@ class Evaluator:
         trust_remote_code: bool = False,
         listen: Listen = lambda *_: None,
     ) -> None:
-        self.subjects = find_subjects(subjects)
+        self.subjects = find_subjects([subjects] if isinstance(subjects, str | Path) else subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
         tables = {label: s for label, s in self.subjects.items() if isinstance(s, SavedTable)}
         self.saved = list(tables.values())

@@ -721,7 +721,7 @@ def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(
     evaluator = Evaluator(["runs/a"], task="sentiment", prompts="prompts.txt")
     assert evaluator.reward.name == "vader" and evaluator.config.eval_samples == Config().eval_samples
     assert evaluator.tables[""]["headline"] == "target" and evaluator.config.precision == "fp32"
-    evaluator = Evaluator(["runs/a"], task="toxicity")
+    evaluator = Evaluator("runs/a", task="toxicity")
     assert evaluator.reward.name == "jigsaw-bilstm" and len(evaluator.domains[0].rows) == len(PROMPTS)
     assert evaluator.config.eval_samples == 2, "the same task, the run's own sampling"
 
