@@ -18,7 +18,6 @@ NEIGHBOURS = {
     "reward_model_name_or_path": "scorer",
     "reward_model": "scorer",
     "reward_weights": "reward",
-    "scorer": "reward",  # a flag alone, no setting of a file
     "beta": "kl_coef",
     "init_kl_coef": "kl_coef",
     "target_kl": "kl_target",
@@ -49,8 +48,8 @@ NEIGHBOURS = {
     "dataset": "prompts",
 }
 
-# Settings of earlier versions, and what took their place.
-RENAMED = {"eval_modes": "eval_rows", "eval_quantiles": "eval_rows"}
+# Settings of earlier versions, and a flag that is no setting; what stands in their place.
+RENAMED = {"eval_modes": "eval_rows", "eval_quantiles": "eval_rows", "scorer": "reward"}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
