@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -74,8 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}{hint}\n\n{usage()}" if name else usage(), file=sys.stderr)
         return 2
     module = _module(name)
-    # As python -m sets it: a run's record has the command that made it.
+    # As python -m sets them: a run's record has the command that made it, and a reward is imported from the
+    # folder that it was begun in.
     sys.argv = [str(module.__file__), *rest]
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     status: int = module.main()
     return status
 

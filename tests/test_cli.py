@@ -1016,7 +1016,9 @@ def test_the_package_itself_says_which_commands_there_are_and_runs_them(
     assert quark_fast.__main__.main(["trian"]) == 2
     assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["quark-fast"])
+    monkeypatch.setattr("sys.path", [one for one in sys.path if one not in ("", str(folder))])
     assert quark_fast.__main__.main(["report", "finished"]) == 0
+    assert sys.path[0] == str(folder), "where a user's reward is"
     assert "report.html" in capsys.readouterr().out
     assert Path(sys.argv[0]).parent.name == "report" and sys.argv[1:] == ["finished"]
 
