@@ -167,6 +167,11 @@ def _not_in(held_out: Sequence[Row], train: Sequence[Row], notes: list[str]) -> 
     """The training rows that are not held out: what is measured must not have been trained on."""
     measured = set(map(given, held_out))
     kept = [row for row in train if given(row) not in measured]
+    if train and not kept:
+        raise UsageError(
+            f"all {len(train):,} training prompts are held out, too; give others by --held-out, or how many"
+            " of these"
+        )
     if len(kept) < len(train):
         notes.append(f"{len(train) - len(kept):,} left out of training, as they are held out, too")
     return kept

@@ -673,6 +673,8 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     # Also from the task's own prompts.
     kept, _, about = choose(set_held_out=held_out)
     assert "own 2" not in kept and len(kept) == 5 and "1 left out of training" in about
+    with pytest.raises(UsageError, match="all 4 training prompts are held out, too; give others by --held"):
+        choose(set_prompts=train, set_held_out=train)
 
 
 def test_settings_of_a_file_reach_its_prompts(tmp_path: Path) -> None:
