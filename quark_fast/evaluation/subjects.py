@@ -121,7 +121,7 @@ def source_of(model: str | None) -> str:
 
 def model_name(model: str | None) -> str:
     """What a table calls a model."""
-    return assets.DEFAULT_MODEL if source_of(model) == source_of(None) else str(model)
+    return assets.DEFAULT_MODEL if model is None or assets.is_default_model(model) else model
 
 
 def labels(subjects: Sequence[Subject]) -> list[str]:

@@ -717,6 +717,17 @@ def test_reward_and_prompts_measure_plain_models_without_a_task(place: Path) -> 
         Evaluator(["base"], reward=evens)
 
 
+def test_nothing_embedded_is_fetched_for_models_rewards_and_prompts_of_ones_own(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARK_FAST_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("quark_fast.data.assets.fetch", lambda wheel: pytest.fail(wheel.filename))
+    asked = {name: value for name, value in SMALL.items() if name != "task"}
+    path = saved(tmp_path / "t.json", made("base", **asked))
+    assert made("runs/a", judge="test_side_by_side:flat").table["perplexity"]["model"] == "base"
+    assert made(path, judge="test_side_by_side:flat").table["judges"][0]["name"].endswith("flat")
+
+
 def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(place: Path) -> None:
     evaluator = Evaluator(["runs/a"], task="sentiment", prompts="prompts.txt")
     assert evaluator.reward.name == "vader" and evaluator.config.eval_samples == Config().eval_samples
