@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,7 @@ def choose_protocol(
                 f"the run's reward was {trained_by}, a function of its program: hand it over as reward=,"
                 " or name one by --reward"
             )
-    if runs:
+    if runs and os.access(runs[0].folder, os.W_OK):  # others may read a run alone
         scorer = cached(scorer, config.reward_cache, runs[0].folder / REWARDS)
         judges = tuple(cached(judge, config.reward_cache, runs[0].folder / REWARDS) for judge in judges)
     texts = task.texts() if rewarded_by_task else []

@@ -728,6 +728,15 @@ def test_nothing_embedded_is_fetched_for_models_rewards_and_prompts_of_ones_own(
     assert made(path, judge="test_side_by_side:flat").table["judges"][0]["name"].endswith("flat")
 
 
+def test_run_that_may_only_be_read_is_evaluated_without_its_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path / "run", "base", 1, reward="test_side_by_side:evens", reward_cache="on")
+    assert Evaluator(run).reward.cache is not None
+    monkeypatch.setattr("os.access", lambda *_: False)  # a test may be root, who may write anywhere
+    assert Evaluator(run).reward.cache is None
+
+
 def test_run_is_measured_by_another_task_on_that_tasks_own_prompts_and_sampling(place: Path) -> None:
     evaluator = Evaluator(["runs/a"], task="sentiment", prompts="prompts.txt")
     assert evaluator.reward.name == "vader" and evaluator.config.eval_samples == Config().eval_samples
