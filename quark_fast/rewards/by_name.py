@@ -161,6 +161,13 @@ def _function(name: str, config: Config) -> Reward:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"reward {name!r}: write it as package.module:function")
+    if "+" in name or "*" in name:
+        raise UsageError(f"reward {name!r} is no package.module:function; a sum has blanks around each +")
+    if "/" in module_name or module_name.endswith(".py"):
+        raise UsageError(
+            f"reward {name!r} names a file; give its module: mine:score for mine.py in this folder,"
+            " rewards.mine:score for rewards/mine.py"
+        )
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit

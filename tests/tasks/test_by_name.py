@@ -113,6 +113,9 @@ def test_reward_is_identified_by_the_hash_of_its_source(module: Callable[[str], 
         ("my_rewards:number", "no function 'number'"),
         ("my_rewards.score:x", "not a package"),
         (".my_rewards:score", "TypeError"),
+        ("my_rewards.py:score", "names a file; give its module: mine:score for mine.py"),
+        ("./my_rewards.py:score", "names a file"),
+        ("my_rewards:score+my_rewards:score", "a sum has blanks around each +"),
     ],
 )
 def test_bad_reward_name_is_refused_with_the_reason(
