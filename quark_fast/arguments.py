@@ -239,8 +239,9 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
 
 def _record_below(parser: _ConfigParser, config: str | None, **flags: Any) -> dict[str, Any]:
     """The settings of the run to resume, unless --config has them, or to go on from; {}: of neither."""
-    # A run goes on with its own settings. Not its folder, which may have moved, nor the consent to run code.
-    asked_again = {"output", "resume", "trust_remote_code"}
+    # A run goes on with its own settings. Not its folder, which may have moved, nor the consent to run code,
+    # or to mix two rewards.
+    asked_again = {"output", "resume", "trust_remote_code", "accept_changed_reward"}
     own: dict[str, Any] = {}
     if flags["resume"]:
         if not config and (saved := Config(**flags).output_folder / "config.yaml").exists():

@@ -38,11 +38,12 @@ def test_flag_equal_to_the_default_still_wins_over_the_file(tmp_path: Path) -> N
     assert config.resume is False
 
 
-def test_resumed_folder_does_not_consent_to_its_own_code(tmp_path: Path) -> None:
-    saved = Config(output=str(tmp_path), trust_remote_code=True, steps=7)
+def test_resumed_folder_consents_neither_to_its_own_code_nor_to_another_reward(tmp_path: Path) -> None:
+    saved = Config(output=str(tmp_path), trust_remote_code=True, accept_changed_reward=True, steps=7)
     saved.save(tmp_path / "config.yaml")
     resumed = given("--resume", "--output", str(tmp_path))
-    assert (resumed.steps, resumed.trust_remote_code) == (7, False)
+    assert (resumed.steps, resumed.trust_remote_code, resumed.accept_changed_reward) == (7, False, False)
+    assert not given("--from", str(tmp_path)).accept_changed_reward
     trusted = given("--resume", "--output", str(tmp_path), "--trust-remote-code")
     assert trusted.trust_remote_code
     for config in (resumed, trusted):
