@@ -109,7 +109,8 @@ def check_depth(record: Any, where: str) -> None:
 
 def find_prompt(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
     """(whether the row has the column, its value)."""
-    whole = column == "messages" or (column is None and "prompt" not in row)  # a conversation, with its end
+    # A conversation, with its end. Of a table of both kinds each row has both columns, and None in one.
+    whole = column == "messages" or (column is None and row.get("prompt") is None)
     if whole and isinstance(row.get("messages"), list):
         asked = row["messages"]
         while asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") == "assistant":

@@ -234,7 +234,7 @@ def test_unusable_prompts_are_left_out_and_counted_by_reason(tmp_path: Path) -> 
         '{"prompt": ""}',
         '{"prompt": " \\n "}',
         '{"prompt": null}',
-        '{"prompt": null, "rendered": true, "messages": [{"role": "user", "content": "x"}]}',
+        '{"prompt": 7, "rendered": true, "messages": [{"role": "user", "content": "x"}]}',
         '{"other": "x"}',
         '{"prompt": {"toxicity": 1}}',
         '{"prompt": 7}',
@@ -248,13 +248,13 @@ def test_unusable_prompts_are_left_out_and_counted_by_reason(tmp_path: Path) -> 
     assert loaded.rows == [{"prompt": "a", "n": 1}, {"prompt": "b"}]
     assert loaded.read == 14
     assert loaded.left_out == {
-        "not text": 3,
-        "without a prompt": 4,
+        "not text": 4,
+        "without a prompt": 3,
         "empty": 3,
         "duplicate": 1,
         "longer than 10 characters": 1,
     }
-    counted = "14 read, left out: 4 without a prompt, 3 empty, 3 not text, 1 duplicate, 1 longer than 10"
+    counted = "14 read, left out: 4 not text, 3 empty, 3 without a prompt, 1 duplicate, 1 longer than 10"
     assert loaded.counts == f"{counted} characters"
 
 
@@ -503,9 +503,11 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
         },
     ]
     # The column is the same by its name, beside a text, too.
-    asked = write(tmp_path / "m.jsonl", json.dumps({"prompt": "a", "messages": [ASK, ANSWER]}))
-    assert rows(asked, column="messages", chat=chat)[0]["prompt"] == "[user]w1[/][assistant]"
-    assert rows(asked, chat=chat)[0]["prompt"] == "a"
+    both = [{"prompt": "a", "messages": [ASK, ANSWER]}, {"prompt": None, "messages": [ASK, ANSWER, ASK]}]
+    asked = write(tmp_path / "m.jsonl", *map(json.dumps, both))
+    first, second = "[user]w1[/][assistant]", "[user]w1[/][assistant]w2[/][user]w1[/][assistant]"
+    assert [row["prompt"] for row in rows(asked, column="messages", chat=chat)] == [first, second]
+    assert [row["prompt"] for row in rows(asked, chat=chat)] == ["a", second]
     assert loaded.left_out == {
         "refused by the chat template": 1,
         "empty": 1,
