@@ -215,13 +215,10 @@ class Config(
         """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
         if self.held_out is None or not re.fullmatch(r"-?[\d.]+%?", self.held_out):
             return None
-        if not self.held_out.isdecimal():
-            raise UsageError(
-                f"held_out = {self.held_out} is no number of prompts; give a whole one, or a file of them"
-            )
-        count = int(self.held_out) if len(self.held_out) <= 10 else MOST + 1
+        whole = self.held_out.isdecimal() and len(self.held_out) <= 10
+        count = int(self.held_out) if whole else MOST + 1
         if not 1 <= count <= MOST:
-            raise UsageError(f"held_out = {self.held_out}; give at least 1, at most {MOST}, or a file")
+            raise UsageError(f"held_out = {self.held_out}; give a whole number, at most {MOST}, or a file")
         return count
 
     def guidances(self) -> list[float]:
