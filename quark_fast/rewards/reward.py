@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -292,9 +292,9 @@ def _numbers(name: str, values: Any, count: int) -> list[float]:
     if inspect.iscoroutine(values):
         values.close()
         raise UsageError(f"reward {name} returned a coroutine; define it by async def")
-    # A scalar tensor has __len__, too, but no length.
-    scalar = getattr(values, "ndim", 1) == 0 or not hasattr(values, "__len__")
-    if scalar or isinstance(values, str | bytes | Mapping):
+    # A scalar tensor has __len__, too, but no length; a table lists its columns; a set has no order.
+    flat = getattr(values, "ndim", 1) == 1 and hasattr(values, "__len__")
+    if not flat or isinstance(values, str | bytes | Mapping | Set):
         raise UsageError(f"reward {name} returned {values!r:.80}; return a list of numbers")
     if len(values) != count:
         raise UsageError(
@@ -305,7 +305,7 @@ def _numbers(name: str, values: Any, count: int) -> list[float]:
 
 
 def _number(name: str, value: Any) -> float:
-    if value is None:
+    if value is None or value is np.ma.masked:
         return math.nan
     # numpy and torch scalars have item(); a bool is 0 or 1; a text or a row of a matrix is a mistake.
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
@@ -68,7 +69,8 @@ def test_reward_is_handed_prompts_completions_and_the_other_columns_by_name() ->
 
 
 def test_none_and_nan_leave_a_sample_out() -> None:
-    assert np.isnan(returning([0.5, None, math.nan])(ROWS, TEXTS)).tolist() == [False, True, True]
+    for values in ([0.5, None, math.nan], np.ma.masked_array([0.5, 1.0, 2.0], [False, True, True])):
+        assert np.isnan(returning(values)(ROWS, TEXTS)).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,9 @@ def test_value_that_is_no_number_is_refused_and_shown(value: Any, shown: str) ->
         {0: 1.0, 1: 1.0, 2: 1.0},
         np.array(0.5),
         torch.tensor(0.5),
+        np.zeros((3, 1)),
+        pyarrow.table({"0": [1.0, 2.0, 3.0]}).to_pandas().rename(columns=int),
+        {0.1, 0.2, 0.3},
         (x for x in [0.0, 0.0, 0.0]),
     ],
 )
