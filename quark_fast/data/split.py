@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from quark_fast.config import Config
 from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import find_prompt, load_prompts, with_prompt
+from quark_fast.data.readers import listed
 from quark_fast.data.row import Prompt, Row, given
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
@@ -139,7 +140,9 @@ def _given(name: str, rows: Sequence[Prompt], chat: Chat, column: str | None) ->
     made: list[Row] = []
     for i, one in enumerate(rows):
         row: Row = dict(one) if isinstance(one, Mapping) else {"prompt": one}
-        value = find_prompt(row, column)[1] if isinstance(one, Mapping) else one
+        held, value = find_prompt(row, column) if isinstance(one, Mapping) else (True, one)
+        if column and not held:
+            raise UsageError(f"{name}[{i}] has no column {column!r} (prompt_column), but {listed(row)}")
         try:
             row, reason = with_prompt(row, value, chat)
         except ChatTemplateError as error:

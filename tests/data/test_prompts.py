@@ -718,6 +718,8 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
 def test_prompts_of_a_program_stand_where_those_of_a_file_do(chat: Any) -> None:
     rows: list[Any] = [{"prompt": "a", "question": "b"}, {"prompt": "c", "question": "d"}]
     assert choose(rows, ["x"], prompt_column="question")[:2] == (["b", "d"], ["x"])
+    with pytest.raises(UsageError, match=r"^prompts\[0\] has no column 'quest' .*, but 'prompt', 'question'"):
+        choose(rows, ["x"], prompt_column="quest")
     talk = [{"messages": [ASK, ANSWER]}]  # whose closing answer is no part of the prompt
     chosen = choose_prompts(Config(), lambda: ([], []), chat, talk, held_out=["x"])
     assert chosen.train == [{"prompt": "[user]w1[/][assistant]", "messages": [ASK]}]
