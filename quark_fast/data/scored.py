@@ -100,7 +100,10 @@ def load_scored(
         left_out["without a reward"] = sum(one.reward is None for one in found)
         found = [one for one in found if one.reward is not None]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common() if count)
-    return found, f"{read:,} read" + (f", left out: {reasons}" if reasons else "")
+    said = f"{read:,} read" + (f", left out: {reasons}" if reasons else "")
+    if not rewarded and "label" in names and "reward" not in names:
+        said += "; its labels are not true and false, so no rewards: the run's reward scores them"
+    return found, said
 
 
 def _completions(record: Row, column: str | None, where: str) -> Iterator[tuple[Any, Any, float | None]]:

@@ -123,8 +123,9 @@ def test_label_of_kto_is_a_reward_of_1_or_0_and_any_other_label_is_the_prompts(t
         {"label": True, "reward": 0.5},
         {"label": True, "reward": None},
     ):
-        (one,), _ = load_scored(written(path, [own | other]), None, NO_CHAT)
+        (one,), said = load_scored(written(path, [own | other]), None, NO_CHAT)
         assert (one.reward, one.row["label"]) == (other.get("reward"), other["label"])
+        assert ("its labels are not true and false" in said) == ("reward" not in other)
 
 
 def test_completions_of_prompts_that_are_too_short_or_long_are_left_out(first: Path, tmp_path: Path) -> None:
