@@ -175,7 +175,7 @@ class RewardSettings:
         None,
         "package.module:function, called as reward(prompts, completions, **columns) -> list[float |"
         " None], higher is better (this imports and runs its code; async def is awaited); a task's name;"
-        " hf:NAME, a sequence-classification model; a sum of these, '0.7*toxicity +"
+        " hf:NAME or hf:NAME:LABEL, a sequence-classification model; a sum of these, '0.7*toxicity +"
         " 0.3*package.module:function'; or '1 - NAME', to lower what NAME measures; none, where"
         " --scored brings all rewards and nothing is sampled; default: the task's",
     )

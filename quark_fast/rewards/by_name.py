@@ -20,8 +20,8 @@ from quark_fast.rewards.reward import Reward, describe
 from quark_fast.rewards.weighted_sum import weighted_sum
 
 FORMS = (
-    "a task's name, package.module:function, hf:NAME for a classifier, a sum such as 0.7*toxicity +"
-    " 0.3*package.module:function, or 1 - NAME for what the reward is to lower"
+    "a task's name, package.module:function, hf:NAME or hf:NAME:LABEL for a classifier, a sum such as"
+    " 0.7*toxicity + 0.3*package.module:function, or 1 - NAME for what the reward is to lower"
 )
 
 
@@ -45,7 +45,7 @@ def reward_by_name(
 
         spec := "1 - " name | term (" + " term)*
         term := [weight "*"] name
-        name := task | package.module:function | hf:FOLDER_OR_HUB_NAME
+        name := task | package.module:function | hf:FOLDER_OR_HUB_NAME[:LABEL]
 
     A sum is of the plain values, each times its weight (1 unless given, may be negative); a sample that any
     part leaves out is left out. ``1 - name`` makes what ``name`` measures the property of the tables, and is
@@ -118,19 +118,26 @@ def _term(spec: str, text: str) -> tuple[float, str]:
     return weight, name
 
 
+def _source_and_label(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, label) of hf:NAME:LABEL; None: it names no label. A folder may have a colon."""
+    source = name.removeprefix("hf:")
+    bare, colon, label = source.rpartition(":")
+    return (bare, label) if colon and not Path(source).exists() else (source, None)
+
+
 def _labels(spec: str, names: Sequence[str], given: str | None) -> list[str | None]:
-    """The label of each name that is a classifier's: the one given for all, or the next of several."""
+    """The label of each classifier that names none itself: the one given for all, or the next of several."""
     if given is None:
         return [None] * len(names)
-    count = sum(name.startswith("hf:") for name in names)
-    labels = [label.strip() for label in given.split(",")]
+    wanting = [name.startswith("hf:") and _source_and_label(name)[1] is None for name in names]
+    labels, count = [label.strip() for label in given.split(",")], sum(wanting)
     if not count or len(labels) not in (1, count):
         raise UsageError(
             f"scorer_label = {given!r} names {len(labels)} labels, but reward {spec!r} has {count}"
-            " classifiers (hf:NAME); give one label for all or one for each, with commas between"
+            " classifiers without one (hf:NAME); give one label for all or one for each, with commas between"
         )
     left = itertools.cycle(labels)
-    return [next(left) if name.startswith("hf:") else None for name in names]
+    return [next(left) if wants else None for wants in wanting]
 
 
 def labels_of(specs: Sequence[str], given: str | None) -> list[str | None]:
@@ -144,9 +151,10 @@ def labels_of(specs: Sequence[str], given: str | None) -> list[str | None]:
 def _classifier(name: str, config: Config, device: torch.device | str, label: str | None) -> Reward:
     from quark_fast.rewards.classifier import SequenceClassifier
 
+    source, own_label = _source_and_label(name)
     model = SequenceClassifier(
-        name.removeprefix("hf:"),
-        label,
+        source,
+        own_label or label,
         config.scorer_reads,
         device,
         config.score_batch,

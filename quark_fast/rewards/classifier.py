@@ -120,16 +120,17 @@ def find_label(source: str, labels: Mapping[int, str], wanted: str | None) -> in
     if wanted is None:
         if len(labels) == 1:
             return next(iter(labels))
+        first = next(iter(labels.values()))
         raise UsageError(
-            f"{source} has the labels {shown}; name the one to reward by --scorer-label, which is no judge's:"
-            " as a --judge give a function of yours that returns the probability of one"
+            f"{source} has the labels {shown}; name the one that scores, as in hf:{source}:{first}, or a"
+            " reward's by --scorer-label"
         )
     exact = [i for i, label in labels.items() if label == wanted]
     near = exact or [i for i, label in labels.items() if str(label).casefold() == wanted.casefold()]
     if not near and wanted.isdecimal() and int(wanted) in labels:
         near = [int(wanted)]
     if len(near) != 1:
-        raise UsageError(f"scorer_label = {wanted!r}, but {source} has the labels {shown}; name one of these")
+        raise UsageError(f"the label {wanted!r} is none of {source}, which has {shown}; name one of these")
     return near[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from transformers import (
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.rewards.classifier import SequenceClassifier
+from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.text_logits import TextLogits
 from quark_fast.rewards.weighted_sum import terms
-from quark_fast.tasks.by_name import choose_reward, find_task, load_reward
+from quark_fast.tasks.by_name import choose_judges, choose_reward, find_task, load_reward
 
 TEXTS = ["w1 w2", "w3", "w4 w5 w6 w7 w8 w9 w10", "w11 w12 w13", " ", "w14"]
 ROWS = [{"prompt": f"w{i} "} for i in range(6)]
@@ -127,7 +128,7 @@ def test_label_that_is_missing_or_unknown_is_refused_with_those_there_are(
         SequenceClassifier(save(), label)
     assert "neutral (0), Toxic (1), threat (2)" in str(caught.value)
     assert ("--scorer-label" if label is None else repr(label)) in str(caught.value)
-    assert label is not None or "as a --judge give a function" in str(caught.value)
+    assert label is not None or ":neutral" in str(caught.value)
 
 
 def test_prompt_is_read_only_when_asked_for(save: Callable[..., str]) -> None:
@@ -171,15 +172,29 @@ def test_labels_go_to_the_classifiers_in_order_and_a_complement_names_its_proper
     assert [part.function.label for _, part in reward.function.parts] == ["neutral", "Toxic"]
     both = load_reward(f"hf:{one} + hf:{two}", Config(scorer_label="threat"))
     assert [part.function.label for _, part in both.function.parts] == ["threat", "threat"]
+    own = load_reward(f"hf:{one}:threat + hf:{two}", Config(scorer_label="0"))
+    assert [part.function.label for _, part in own.function.parts] == ["threat", "neutral"]
     given = [even_words, f"hf:{one} + hf:{two}", "repetition", f"hf:{one}"]
     for labels, chosen in (("threat", ["threat"] * 3), ("0,1,2", ["neutral", "Toxic", "threat"])):
         config = Config(scorer_label=labels)
         parts = terms(choose_reward(config, find_task("repetition"), "cpu", given))
         assert [part.function.label for part in parts if part.name.startswith("hf:")] == chosen
-    complement = load_reward(f"1 - hf:{one}", Config(scorer_label="toxic"))
     plain = load_reward(f"hf:{one}", Config(scorer_label="toxic"))
-    assert complement.property == "toxic"
-    assert complement(ROWS[:3], TEXTS[:3]) == pytest.approx(1 - plain(ROWS[:3], TEXTS[:3]))
+    for spec, label in ((f"1 - hf:{one}", "toxic"), (f"1 - hf:{one}:toxic", None)):
+        complement = load_reward(spec, Config(scorer_label=label))
+        assert complement.property == "toxic"
+        assert complement(ROWS[:3], TEXTS[:3]) == pytest.approx(1 - plain(ROWS[:3], TEXTS[:3]))
+
+
+def test_judges_may_be_several_labels_of_one_classifier(save: Callable[..., str]) -> None:
+    def choose(judge: str) -> Sequence[Reward]:
+        return choose_judges(Config(judge=judge), find_task("repetition"), "cpu", [], True)
+
+    one = save()
+    judges = choose(f"hf:{one}:toxic, 1 - hf:{one}:threat")
+    assert [judge.name for judge in judges] == [f"hf:{one}:toxic", f"1 - hf:{one}:threat"]
+    with pytest.raises(UsageError, match=f"as in hf:{one}:neutral, or"):
+        choose(f"hf:{one}")
 
 
 def test_what_is_no_classifier_is_refused(
