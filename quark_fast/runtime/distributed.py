@@ -232,9 +232,15 @@ class Processes:
         """accelerate's own word for it; DeepSpeed's engine has none, see ``autocast``."""
         return "no" if precision == "fp32" or self.zero else precision
 
-    def take_precision(self, accelerator: Accelerator, precision: Precision) -> None:
-        """Give accelerate back this run's precision, of which it keeps one for all runs of a process."""
+    def take_over(self, accelerator: Accelerator, precision: Precision) -> None:
+        """Make this run's own what accelerate keeps once for all trainings of a process.
+
+        A launcher's accumulation steps would divide every loss again, and transformers' trainer, stopped
+        between two steps of its own, leaves optimizers that make none.
+        """
         accelerator.state._mixed_precision = self.mixed_precision(precision)
+        accelerator.gradient_accumulation_steps = 1
+        accelerator.sync_gradients = True
 
     def prepare(
         self, accelerator: Accelerator, model: Any, optimizer: Any, config: Config

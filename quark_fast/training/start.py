@@ -229,7 +229,7 @@ def _accelerator(config: Config, folder: RunFolder, processes: Processes) -> Acc
     precision = processes.mixed_precision(config.precision)
     known = processes.count == 1 and AcceleratorState._shared_state
     if known and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # of an earlier run in this process; see ``take_precision``
+        AcceleratorState._reset_state()  # of an earlier run in this process; see ``take_over``
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=trackers.trackers(config.report_to) or None,

@@ -139,7 +139,7 @@ class Trainer:
                 " another: with another output, or with resume=True to go on where this one stopped"
             )
         self.begun = True
-        self.processes.take_precision(self.accelerator, self.config.precision)
+        self.processes.take_over(self.accelerator, self.config.precision)
         self.started = time.monotonic() - state.seconds
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]

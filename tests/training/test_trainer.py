@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.state import GradientState
 from conftest import whole_reports
 from huggingface_hub import ModelCard
 from tiny_runs import PROMPTS, SHORT, copies_at, even_words, rows, small, timeless
@@ -323,6 +324,18 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Cal
         steps = rows(folder / "metrics.jsonl", kind="step")
         losses.append([row[name] for row in steps for name in ("loss", "grad_norm", "unlikelihood")])
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # float32 sums in another order, three Adam steps
+
+
+def test_other_trainings_accumulation_in_the_process_is_not_the_runs(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    alone = Trainer(small(tmp_path / "alone", tiny_model(), **SHORT), **given).train().folder
+    # As a launcher's file of settings has it, and transformers' trainer when it is stopped in between.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setattr(GradientState(), "sync_gradients", False)
+    after = Trainer(small(tmp_path / "after", tiny_model(), **SHORT), **given).train().folder
+    assert timeless(after / "metrics.jsonl") == timeless(alone / "metrics.jsonl")
 
 
 # In fp32 gpt2 trains in test_prompts_left_out_are_told_in_the_run, and qwen2 in test_distributed.py.
