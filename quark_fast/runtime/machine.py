@@ -98,14 +98,16 @@ def versions(device: torch.device) -> dict[str, Any]:
         "accelerate": accelerate.__version__,
         "numpy": np.__version__,
         "machine": f"{processor}, {torch.get_num_threads()} threads",
-        "command": shlex.join(["python", "-m", f"quark_fast.{_program()}", *sys.argv[1:]]),
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
     }
 
 
-def _program() -> str:
-    """Which of the commands this is; a program of its own may well be one that trains."""
+def _program() -> list[str]:
+    """What Python was started with: one of the commands, a program of the user's, or nothing."""
     started = Path(sys.argv[0])
-    return started.stem if started.parent.name == "quark_fast" else "train"
+    if started.parent.name == "quark_fast":
+        return ["-m", f"quark_fast.{started.stem}"]
+    return [sys.argv[0]] if sys.argv[0] else []
 
 
 def _cpu_model() -> str:

@@ -129,7 +129,20 @@ def test_threads_asked_for_win_over_the_environment_and_that_over_all_cores(
         set_threads(-1)
 
 
-def test_record_names_versions_machine_and_command() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/lib/quark_fast/train.py", "--seed", "1"], "python -m quark_fast.train --seed 1"),
+        (["my runs/years.py", "--seed", "1"], "python 'my runs/years.py' --seed 1"),
+        (["/lib/ipykernel_launcher.py", "-f", "k.json"], "python /lib/ipykernel_launcher.py -f k.json"),
+        ([""], "python"),
+    ],
+    ids=["command", "program", "notebook", "terminal"],
+)
+def test_record_names_versions_machine_and_command(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], command: str
+) -> None:
+    monkeypatch.setattr("sys.argv", arguments)
     record = versions(CPU)
     assert record["torch"] == torch.__version__
-    assert "threads" in record["machine"] and "quark_fast" in record["command"]
+    assert "threads" in record["machine"] and record["command"] == command
