@@ -105,6 +105,7 @@ def _fingerprint(policy: Policy, reference: Any, more: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+@torch.enable_grad()
 def _check_step(policy: Policy, reference: Any, objective: Callable[[], Loss]) -> None:
     """Try out a training step in its precision, and a copy for sampling after it, as every round has."""
     best = policy.quantiles - 1

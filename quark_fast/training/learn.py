@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from quark_fast.model.batch import Counts
 from quark_fast.pool.pool import RolloutBatch
@@ -27,6 +28,7 @@ class Learner:
         self.processes, self.accelerator = setup.processes, setup.accelerator
         self.wrapped, self.optimizer = wrapped, optimizer
 
+    @torch.enable_grad()  # which a notebook may have switched off for all its cells
     def step(self, state: State, batch: RolloutBatch, smaller: Callable[[int], None]) -> dict[str, Any]:
         """One optimizer step; micro-batches add up to exactly the loss of the whole batch.
 

@@ -31,7 +31,7 @@ from warm import Process
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.model import copies
 from quark_fast.model.batch import Counts
-from quark_fast.model.check_model import Checked
+from quark_fast.model.check_model import Checked, check_model
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import Reward
@@ -336,6 +336,24 @@ def test_other_trainings_accumulation_in_the_process_is_not_the_runs(
     monkeypatch.setattr(GradientState(), "sync_gradients", False)
     after = Trainer(small(tmp_path / "after", tiny_model(), **SHORT), **given).train().folder
     assert timeless(after / "metrics.jsonl") == timeless(alone / "metrics.jsonl")
+
+
+def test_gradients_switched_off_before_are_the_runs_all_the_same(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quark_fast.training.start.check_model", check_model)
+    in_reward: list[bool] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        in_reward.append(torch.is_grad_enabled())
+        return even_words(prompts, completions)
+
+    with torch.set_grad_enabled(False):
+        given = {"prompts": PROMPTS, "held_out": PROMPTS[:4]}
+        trainer = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), reward=reward, **given)
+        folder = trainer.train().folder
+    assert all(row["grad_norm"] > 0 for row in rows(folder / "metrics.jsonl", kind="step"))
+    assert not any(in_reward), "the user's own code has them as the user left them"
 
 
 # In fp32 gpt2 trains in test_prompts_left_out_are_told_in_the_run, and qwen2 in test_distributed.py.
