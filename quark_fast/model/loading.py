@@ -64,6 +64,17 @@ def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.d
     return stored
 
 
+def check_not_quantised(source: str | Path, model: Any) -> None:
+    """Raise UsageError for codes in place of weights; what transformers decodes as it loads it is none."""
+    how = getattr(model.config, "quantization_config", None)
+    if how is not None:
+        method = getattr(how.quant_method, "value", how.quant_method)
+        raise UsageError(
+            f"the weights at {str(source)!r} are quantised ({method}), which cannot be trained or exported"
+            " here; give the model that they were made of"
+        )
+
+
 def refused(source: str | Path, kind: str, error: Exception) -> UsageError:
     """What transformers said about a source, in one line."""
     if "trust_remote_code" in str(error):

@@ -22,7 +22,7 @@ from quark_fast.data.tokenizer import (
     reward_token,
 )
 from quark_fast.errors import UsageError
-from quark_fast.model.loading import load_pretrained, stored_dtype
+from quark_fast.model.loading import check_not_quantised, load_pretrained, stored_dtype
 from quark_fast.model.lora import Lora, add_adapters
 from quark_fast.model.reading import Reading
 from quark_fast.model.reward_embedding import RewardEmbedding
@@ -128,6 +128,7 @@ class Policy:
         stored = stored_dtype(source, trust_remote_code)
         dtype = low if lora is not None and stored == low else torch.float32
         model, tokenizer = load_pretrained(source, dtype, trust_remote_code=trust_remote_code)
+        check_not_quantised(source, model)
         policy = cls(model, tokenizer, quantiles, prefix)
         policy.stored_dtype, policy.trust_remote_code = stored, trust_remote_code
         base = model.get_input_embeddings()

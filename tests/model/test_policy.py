@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quark_fast.data.row import Rendered
 from quark_fast.errors import UsageError
@@ -409,6 +410,21 @@ def test_weights_in_eight_bits_are_refused(tiny_model: Make) -> None:
     change("config.json", dtype="float8_e4m3fn")(folder)
     with pytest.raises(UsageError, match=r"in torch.float8_e4m3fn, which cannot be trained"):
         Policy.create(folder, quantiles=2)
+
+
+def test_quantised_weights_are_refused_as_what_they_are(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+
+    def quantised(*given: Any, **how: Any) -> Any:
+        model, info = load(*given, **how)
+        model.config.quantization_config = QuantizationConfigMixin(QuantizationMethod.BITS_AND_BYTES)
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
+    with pytest.raises(UsageError, match=r"are quantised \(bitsandbytes\), which cannot .* made of$"):
+        Policy.create(tiny_model("llama"), quantiles=2)
 
 
 def test_model_of_few_positions_can_be_exported_and_an_end_below_0_is_none(tmp_path: Path) -> None:
