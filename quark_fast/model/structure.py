@@ -39,22 +39,27 @@ def learned_positions(model: Any) -> int | None:
 
 
 def recompute_layers(model: Any) -> None:
-    """Keep a layer's input alone for the backward pass, which computes the rest of the layer again."""
+    """Keep a layer's input alone for the backward pass, which computes the rest of the layer again.
+
+    Raises:
+        UsageError: no layer can, such as those of a model's own code, which only do it in training mode.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    refusal = UsageError(f"{type(model).__name__} does not support gradient checkpointing; leave it out")
+    if not layers:
+        raise refusal
     # transformers 5.24 calls it by another name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise UsageError(
-            f"{type(model).__name__} does not support gradient checkpointing; leave it out"
-        ) from error
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            # A layer does it while it is in training, but dropout, its own or a part's, is to stay off.
-            layer.training = True
-            for name, value in vars(layer).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(layer, name, 0.0)
+        raise refusal from error
+    for layer in layers:
+        # A layer does it while it is in training, but dropout, its own or a part's, is to stay off.
+        layer.training = True
+        for name, value in vars(layer).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
 
 
 @torch.no_grad()

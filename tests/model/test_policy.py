@@ -31,7 +31,7 @@ from quark_fast.model.encode import encode_rows
 from quark_fast.model.loading import load_pretrained, load_reference
 from quark_fast.model.policy import Policy, reward_token
 from quark_fast.model.reward_embedding import RewardEmbedding
-from quark_fast.model.structure import linear_head, positions
+from quark_fast.model.structure import linear_head, positions, recompute_layers
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.rollout.transformers import sample
 
@@ -764,6 +764,19 @@ def test_head_of_a_frozen_copy_with_fast_attention_is_linear(dtype: torch.dtype,
     policy = Policy.create(tiny_model(), quantiles=3)
     assert linear_head(policy.model) is policy.model.lm_head
     assert linear_head(frozen_copy(policy, dtype)) is not None
+
+
+class OwnLayer(torch.nn.Module):
+    """Of a model's own code: its body recomputes it ``if self.gradient_checkpointing and self.training``."""
+
+    gradient_checkpointing = False
+
+
+def test_layers_that_would_recompute_in_training_mode_alone_are_refused() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", 64)).eval()
+    model.model.layers = torch.nn.ModuleList([OwnLayer()])
+    with pytest.raises(UsageError, match="LlamaForCausalLM does not support gradient checkpointing"):
+        recompute_layers(model)
 
 
 # --- Long prompts ---------------------------------------------------------------------------------
