@@ -44,15 +44,15 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     trainer = Trainer(config, listen=display)
     for line in trainer.about:
         notices.print(line)
-    folder, not_uploaded = trainer.folder.path, None
+    not_uploaded = None
     with display.shown():
         try:
-            folder = trainer.train().folder
+            trainer.train()
         except NotUploaded as error:  # the run is finished: first its results
             not_uploaded = error
     if not processes.main:
         return
-    _show(folder, config, console, notices)
+    _show(trainer.folder.path, config, console, notices)
     if not_uploaded is not None:
         raise not_uploaded
 

@@ -45,6 +45,7 @@ from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.memory import OutOfMemory
+from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.terminal import exit_status
 from quark_fast.training.display import Display
 from quark_fast.training.explore import Explorer
@@ -991,7 +992,7 @@ def test_worst_words_are_masked_unless_asked_for(
     ]
     (rude / "evaluation.jsonl").write_text("\n".join(map(json.dumps, samples)))
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda self: TrainedRun(rude))
+        patch.setattr(Trainer, "train", lambda self: setattr(self, "folder", RunFolder(rude)))
         assert train.main([*flags(output=f"masked{len(extra)}"), *extra]) == 0
     texts = capsys.readouterr().out.partition("a ")[2]
     assert f"{word} day" in texts and f"my {word} dog" in texts

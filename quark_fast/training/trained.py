@@ -23,7 +23,7 @@ class TrainedRun(os.PathLike[str]):
     """A finished run. It is a path, that of its folder; shown, it is its headline and its table.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder, by its whole path: a notebook may be elsewhere when it is read.
         trust_remote_code: run what Python code the model brings along; the run's own setting.
     """
 

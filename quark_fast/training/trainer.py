@@ -169,7 +169,7 @@ class Trainer:
             self.checkpoint.keep(state)
             self.results.export(self.started, kept)
         self.results.upload()
-        return TrainedRun(self.folder.path, self.config.trust_remote_code)
+        return TrainedRun(self.folder.path.absolute(), self.config.trust_remote_code)
 
     # ---------------------------------------------------------------- the phases
 

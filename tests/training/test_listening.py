@@ -95,9 +95,11 @@ def test_texts_of_a_round_stand_beside_what_the_base_model_wrote_for_the_same_pr
 
 
 def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), **GIVEN).train()
+    monkeypatch.chdir(tmp_path)
+    run = Trainer(small(Path("run"), tiny_model(), **SHORT), **GIVEN).train()
+    monkeypatch.chdir("/")
     assert os.fspath(run) == str(run.folder) == str(tmp_path / "run")
     assert (Path(run) / "report.html").parent == run.folder
     assert [row["name"] for row in run.table["rows"]][:2] == ["base model", "best token"]
