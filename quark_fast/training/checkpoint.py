@@ -33,7 +33,7 @@ from quark_fast.training.quantize import Draws
 from quark_fast.training.scored import scored_digest
 from quark_fast.training.setup import Setup
 from quark_fast.training.stability import BadSteps
-from quark_fast.training.state import MeasuredRound, State
+from quark_fast.training.state import MeasuredRound, State, first_micro_batch
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -96,7 +96,7 @@ class Checkpoint:
             "seconds": state.seconds,
             "bad_steps": state.bad_steps.state_dict(),
             "kl_coef": state.kl.coef,
-            "micro_batch": [setup.config.micro_batch, state.micro_batch],
+            "micro_batch": [setup.config.micro_batch, state.micro_batch, setup.processes.count],
             "scaler": None if scaler is None else scaler.state_dict(),
             "prompts": digest(setup.prompts.train),
             **self._scorers,
@@ -225,8 +225,12 @@ class Checkpoint:
         state.measured = _measured(saved)
         state.bad_steps = BadSteps(**saved["bad_steps"])
         state.kl.coef = float(saved["kl_coef"])
-        asked, found = saved["micro_batch"]
-        if asked == config.micro_batch:  # else the user knows better by now
+        # Earlier versions did not write how many processes there were.
+        asked, found, *known = saved["micro_batch"]
+        processes = max(1, known[0]) if known else self.setup.processes.count
+        before = first_micro_batch(config, processes, self.setup.device)
+        # Else the memory sufficed, or the user knows better by now.
+        if found < before and asked == config.micro_batch:
             state.micro_batch = max(1, min(state.micro_batch, int(found)))
         done = state.step - state.first_step(config)
         prompts = range(len(self.setup.prompts.train_ids))

@@ -37,6 +37,11 @@ class MeasuredRound:
         return cls(int(saved["round"]), measures, tuple(map(int, saved["trained"])), str(saved["sha256"]))
 
 
+def first_micro_batch(config: Config, processes: int, device: torch.device) -> int:
+    """Samples a forward pass of each of so many processes, as long as the memory suffices."""
+    return min(config.samples_a_pass(device.type == "cpu"), config.batch_size // processes)
+
+
 @dataclass
 class State:
     """Saved in every checkpoint, and the same on every process.
@@ -79,7 +84,7 @@ class State:
         return cls(
             pool=RolloutPool(quantiles=config.quantiles, ties=config.ties, seed=config.seed),
             kl=KLController(config.kl_coef, config.kl_target, config.kl_horizon),
-            micro_batch=min(config.samples_a_pass(device.type == "cpu"), config.batch_size // processes),
+            micro_batch=first_micro_batch(config, processes, device),
         )
 
     def first_step(self, config: Config) -> int:

@@ -19,9 +19,11 @@ from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from quark_fast.config import Config
 from quark_fast.errors import Diverged, UsageError
 from quark_fast.runtime.memory import OutOfMemory
+from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.objective import Objective, Terms
 from quark_fast.training.progress import Progress
 from quark_fast.training.stability import BadSteps, KLController
+from quark_fast.training.state import State
 from quark_fast.training.trainer import Trainer
 
 Spoil = Callable[[int, torch.Tensor, dict[str, float]], torch.Tensor]
@@ -263,6 +265,27 @@ def test_step_out_of_memory_is_done_again_in_smaller_parts_with_the_same_result(
     assert [row for row in ours if row["kind"] != "micro_batch"] == timeless(
         tmp_path / "small" / "metrics.jsonl"
     )
+
+
+@pytest.mark.parametrize(("found", "then"), [(2, 8), (1, 1)], ids=["sufficed", "lacked"])
+def test_fewer_processes_at_a_resume_take_as_many_samples_at_a_time_as_their_memory_holds(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, found: int, then: int
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning") and progress.done == 3:
+            raise SystemError
+
+    with monkeypatch.context() as patch:
+        contents = Checkpoint._contents
+
+        def of_four(self: Checkpoint, state: State) -> tuple[dict[str, Any], Any]:
+            saved, tensors = contents(self, state)
+            return saved | {"micro_batch": [8, found, 4]}, tensors  # 2 of 8 samples each
+
+        patch.setattr(Checkpoint, "_contents", of_four)
+        with pytest.raises(SystemError):
+            trainer_of(tmp_path / "run", model, stop).train()
+    assert trainer_of(tmp_path / "run", model, resume=True).state.micro_batch == then
 
 
 def test_one_sample_that_does_not_fit_ends_the_run_with_a_checkpoint_of_that_step(
