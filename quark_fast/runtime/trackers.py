@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from quark_fast.errors import UsageError
 
 OWN_AXES = {"kind", "step"}
+# What mlflow refuses in a name, as of "guided w=1.5".
+_REFUSED = re.compile(r"[^\w/.\- :]")
 
 
 def trackers(report_to: str) -> list[str]:
@@ -63,7 +66,10 @@ def start(accelerator: Accelerator, folder: Path, config: Mapping[str, Any], ste
 
 
 def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
-    """The numbers of one row of metrics.jsonl, at its step: "loss" of a row of kind "step" is "step/loss"."""
+    """The numbers of one row of metrics.jsonl, at its step: "loss" of a row of kind "step" is "step/loss".
+
+    Of what not every tracker takes in a name stands a space: "evaluation/guided w 1.5/mean".
+    """
     if accelerator.trackers:
         accelerator.log(dict(_numbers(row)), step=int(row["step"]))
 
@@ -85,4 +91,4 @@ def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for index, one in several:
             if isinstance(one, int | float) and math.isfinite(one):
                 suffix = "" if index is None else f"/{index}"
-                yield f"{row['kind']}/{name}{suffix}", float(one)
+                yield _REFUSED.sub(" ", f"{row['kind']}/{name}{suffix}"), float(one)

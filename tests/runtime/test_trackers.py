@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import PROMPTS, even_words, rows, small
 
 from quark_fast.errors import UsageError
-from quark_fast.runtime.trackers import trackers
+from quark_fast.runtime.trackers import track, trackers
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
@@ -85,6 +86,19 @@ def test_trackers_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quark_fast.runtime.trackers.get_available_trackers", lambda: [])
     with pytest.raises(UsageError, match="report_to = all, but no tracker is installed"):
         trackers("all")
+
+
+def test_names_are_such_as_mlflow_takes() -> None:
+    logged: dict[str, float] = {}
+    accelerator: Any = SimpleNamespace(trackers=["mlflow"], log=lambda values, step: logged.update(values))
+    row = {"guided w=-1.5/mean": 0.5, "guided w=1.5/judge 2*hf:me/x+y": 0.25, "no token/mean": float("nan")}
+    track(accelerator, {"kind": "evaluation", "step": 3, **row})
+    assert logged == {
+        "evaluation/guided w -1.5/mean": 0.5,
+        "evaluation/guided w 1.5/judge 2 hf:me/x y": 0.25,
+    }
+    # mlflow.utils.validation.validate_param_and_metric_name, which ends the run otherwise.
+    assert all(re.match(r"^[/\w.\- :]*$", name) for name in logged)
 
 
 class Wandb(ModuleType):
