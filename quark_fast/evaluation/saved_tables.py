@@ -19,8 +19,8 @@ from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import LARGEST, Sample
 from quark_fast.report.columns import counted
 from quark_fast.report.records import cuts_of, judges_of
-from quark_fast.report.results import BASE
-from quark_fast.rewards.reward import NO_REWARD, Reward
+from quark_fast.report.results import BASE, without_reward
+from quark_fast.rewards.reward import Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
@@ -153,7 +153,7 @@ def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None])
             continue
         task = find_task(str(table.get("task")), str(table.get("target")))
         about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
-        tables[key] = about | shown_metrics(task, scored=table["scorer"].get("name") != NO_REWARD.name)
+        tables[key] = about | shown_metrics(task, scored=not without_reward(table))
     return tables
 
 

@@ -26,6 +26,7 @@ from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import headline
+from quark_fast.rewards.reward import NO_REWARD
 
 CPU = torch.device("cpu")
 PROMPTS = [f"w{i} w{i + 1}" for i in range(6)]
@@ -464,6 +465,9 @@ def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_pat
     assert again.remarks[-1:] == [same]
     assert OUT_OF_DOMAIN not in done.table
     assert made(paths[0]).table["rows"] == table.table["rows"]
+    unscored = made("base", "cousin", **{**SMALL, "reward": NO_REWARD})
+    alone = made(saved(tmp_path / "unscored.json", unscored))
+    assert alone.table == unscored.table and alone.table["headline"] == "perplexity", "no column of scores"
 
 
 @pytest.mark.parametrize(
