@@ -157,6 +157,33 @@ def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None])
     return tables
 
 
+def with_those_beside(
+    about: Mapping[str, Any], key: str, saved: Mapping[str, SavedTable], live: bool
+) -> dict[str, Any]:
+    """A table without its rows, as it holds for those of saved tables, too.
+
+    It has every seed and dtype, and every run that was trained on the prompts. The round that a run kept is
+    left out, as it is of its own rows alone.
+
+    Args:
+        saved: those that have rows in the table, by their short names.
+        live: ``about`` is of models that are sampled, else of the first of these.
+    """
+    if not live and len(saved) == 1:
+        return dict(about)
+    every = [*([about] if live else []), *(one.tables[key] for one in saved.values())]
+    sampling, trained_on = dict(about["sampling"]), dict(about["trained_on"] if live else {})
+    for name in ("seed", "dtype"):
+        known = [str(value) for one in every if (value := field_of(one, "sampling", name)) is not None]
+        if len(set(known)) > 1:
+            sampling[name] = " and ".join(dict.fromkeys(" and ".join(known).split(" and ")))
+    for label, one in saved.items():
+        counts = one.tables[key].get("trained_on", {})
+        trained_on |= {f"{label}: {name}": count for name, count in counts.items()}
+    shared = {name: value for name, value in about.items() if name != "kept_round"}
+    return shared | {"sampling": sampling, "trained_on": trained_on}
+
+
 def judges_of_tables(
     judge: str, tables: Mapping[str, dict[str, Any]], device: torch.device
 ) -> tuple[Reward, ...]:

@@ -40,6 +40,7 @@ from quark_fast.evaluation.saved_tables import (
     described_tables,
     judges_of_tables,
     with_other_texts,
+    with_those_beside,
 )
 from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
 from quark_fast.evaluation.summary import (
@@ -310,15 +311,17 @@ class Evaluator:
         samples: list[dict[str, Any]] = []
         repeated: dict[str, dict[str, str]] = {}  # table -> its row that is left out -> whose it is, too
         for key, about in self.tables.items():
-            rows, owners = list[MeasuredRow](), list[str]()
+            rows, owners, beside = list[MeasuredRow](), list[str](), dict[str, SavedTable]()
             for label, subject in self.subjects.items():
                 if isinstance(subject, SavedTable):
                     own, same = subject.rows(key, "" if len(self.subjects) == 1 else f"{label}: ", rows)
                     repeated.setdefault(subject.given, {}).update({n: owners[i] for n, i in same.items()})
+                    beside |= {label: subject} if own else {}
                 else:
                     own = measured[label, key]
                 rows += own
                 owners += [subject.given] * len(own)
+            about = with_those_beside(about, key, beside, live=bool(self.live))
             if key in self.other_texts:
                 rows, about = [without_texts(row) for row in rows], about | {"text_tokens_sha256": None}
             made = summarise(rows, about)

@@ -470,6 +470,32 @@ def test_saved_tables_alone_need_no_model(place: Path, table: Evaluated, tmp_pat
     assert alone.table == unscored.table and alone.table["headline"] == "perplexity", "no column of scores"
 
 
+def test_tables_side_by_side_say_of_all_what_may_differ_between_them(
+    place: Path, table: Evaluated, tmp_path: Path
+) -> None:
+    one, two = (json.loads(json.dumps(table.table)) for _ in range(2))
+    one |= {"trained_on": {"a": 2}, "kept_round": {"round": 1, "why": "the lowest judge"}}
+    two |= {"trained_on": {"a": 3}}
+    two["sampling"] |= {"seed": 7, "dtype": "bfloat16 and float32"}
+    others = [{**row, "completion": row["completion"] + " w1"} for row in table.samples]
+    paths = [
+        saved(tmp_path / "one.json", Evaluated(one, table.samples)),
+        saved(tmp_path / "two.json", Evaluated(two, others)),
+    ]
+    assert made(paths[0]).table["kept_round"] == one["kept_round"]
+    joint = made(*paths).table
+    for found in (joint, joint[OUT_OF_DOMAIN]):
+        assert {row["name"].partition(": ")[0] for row in found["rows"]} == {"one", "two"}
+    assert (joint["sampling"]["seed"], joint["sampling"]["dtype"]) == ("0 and 7", "float32 and bfloat16")
+    assert joint["trained_on"] == {"one: a": 2, "two: a": 3} and "kept_round" not in joint
+    assert joint[OUT_OF_DOMAIN]["sampling"]["seed"] == 0
+    live = made("base", paths[1], **SMALL).table
+    assert live["sampling"]["seed"] == "0 and 7" and live["trained_on"] == {"two: a": 3}
+    # All rows of the copy are the first table's, of which alone the table then is.
+    copy = made(paths[0], saved(tmp_path / "copy.json", Evaluated(one, table.samples))).table
+    assert copy["trained_on"] == {"a": 2} and copy["sampling"] == one["sampling"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
