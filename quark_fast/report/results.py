@@ -92,15 +92,16 @@ def cell_of(evaluation: Record, row: Record, column: Column) -> Cell:
 def main_row(evaluation: Record) -> Record | None:
     """The row that the headline is about: guided with the run's own w, else the best token.
 
-    That w is `sampling.guidance`; where it is not given, the first guided row counts. Of models
-    without reward tokens it is the second. The choice does not look at the results.
+    That w is `sampling.guidance`, and w = 1 is the best token; where it is not given, the first guided row
+    counts. Of models without reward tokens it is the second. The choice does not look at the results.
     """
     rows = rows_of(evaluation)
     guided = [row for row in rows if way_of(name_of(row)) == "guided"]
     guidance = number_of(evaluation.get("sampling") or {}, "guidance")
     own = [row for row in guided if number_of(row, "guidance") == guidance]
     best = [row for row in rows if way_of(name_of(row)) == "best"]
-    return next(iter(own + guided + best + rows[1:]), None)
+    first = best if guidance == 1 else own + guided + best
+    return next(iter(first + rows[1:]), None)
 
 
 def after_names(evaluation: Record) -> list[str]:

@@ -534,6 +534,8 @@ def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finis
     alone = f"the exported model by itself, which is the best token, is at {best:.3f} (".replace("0.", ".")
     assert "That takes quark_fast.generate (--guidance 3);" in headline(evaluation)
     assert alone in headline(evaluation), "both, with what each needs"
+    evaluation["sampling"] = {"guidance": 1.0}  # of --eval-guidance 1,2,3
+    assert main_row(evaluation)["name"] == "best token"
     evaluation["sampling"] = {}
     assert main_row(evaluation)["name"] == "guided w=2"  # the first one
     evaluation["rows"] = [row for row in evaluation["rows"] if "guided" not in row["name"]]
