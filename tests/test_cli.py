@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_classifier, save_tiny_model, whole_reports
+from conftest import export, save_tiny_classifier, save_tiny_model, whole_reports
 from tiny_runs import rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 from warm import Process
@@ -486,6 +486,19 @@ def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
     k, w = 2 if quantile is None else quantile, 2.0 if guidance is None else guidance
     # Away from the worst token, and of that one from the best.
     assert asked == [Conditioning(), Conditioning(k, 0 if k else 2, w)]
+
+
+def test_run_of_one_quantile_has_no_dial(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(Policy.create(str(folder / "model"), quantiles=1, seed=0), tmp_path / "model", torch.float32)
+    settings = load_config(folder / "finished" / "config.yaml")
+    dataclasses.replace(settings, quantiles=1, contrast_coef=0.0).save(tmp_path / "config.yaml")
+    arguments = [str(tmp_path), "w1", "--max-new-tokens", "2", "--threads", "1"]
+    assert generate.main([*arguments, "--guidance", "3"]) == 2
+    assert "--guidance 3: this run has one quantile" in capsys.readouterr().err
+    assert generate.main(arguments) == 0
+    assert "quantile 0 of 0..0, w = 1" in capsys.readouterr().out, "its settings say 2"
 
 
 TURNS = (

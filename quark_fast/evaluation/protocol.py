@@ -74,6 +74,11 @@ def choose_protocol(
     keeps_runs_reward = reward is None and not settings.keys() & {"task", "target"}
     task_named = bool(runs or settings.get("task"))
     settings["task"] = settings.get("task") or _common_task(models, runs, reward)
+    if "target" in settings and settings["task"] != "sentiment":
+        raise UsageError(
+            f"target = {settings['target']!r} is of the task sentiment, but the task is {settings['task']};"
+            " leave it out, or name that task"
+        )
     if reward is None and label is not None:
         raise UsageError("--scorer-label names a label of --reward hf:NAME; give both")
     for run in runs if "judge" not in settings else ():
@@ -233,6 +238,12 @@ def load_prompt_sets(
     Args:
         prompts, out_of_domain: (file or data set, its column).
     """
+    both = (prompts, out_of_domain)
+    if unused := {column for _, column in both if column} - {column for source, column in both if source}:
+        raise UsageError(
+            f"the column {min(unused)!r} is of no file: prompt_column needs prompts or out_of_domain, and"
+            " out_of_domain_column the latter; give the file, too"
+        )
     trust = protocol.config.trust_remote_code
     chat = chat_template(models[0].given, lambda: load_tokenizer(models[0].tokenizer_at, trust))
     run = next((model for model in models if isinstance(model, Run) and protocol.keeps_runs_task), None)

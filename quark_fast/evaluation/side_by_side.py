@@ -42,7 +42,7 @@ from quark_fast.evaluation.saved_tables import (
     with_other_texts,
     with_those_beside,
 )
-from quark_fast.evaluation.subjects import Plain, Run, find_subjects, model_name
+from quark_fast.evaluation.subjects import Model, Plain, Run, find_subjects, model_name
 from quark_fast.evaluation.summary import (
     MeasuredRow,
     classes_sha256,
@@ -87,6 +87,22 @@ class Evaluated:
     def markdown(self) -> str:
         """Its tables with every metric in Markdown, as ``--markdown`` writes them."""
         return markdown_page(self.table)
+
+
+def _refuse_rows_of_no_token(models: Sequence[Model], rows: str | None, guidance: str | None) -> None:
+    """``rows`` and ``guidance`` choose among the reward tokens of runs; a model as it is has one row."""
+    runs = [model for model in models if isinstance(model, Run)]
+    for name, value in (("rows", rows), ("guidance", guidance)):
+        if value and not runs:
+            raise UsageError(
+                f"{name} = {value!r} is of a run's reward tokens, but no run is named; give a run's folder,"
+                f" not its model/, or leave {name} out"
+            )
+    if guidance and all(run.config.quantiles == 1 for run in runs):
+        raise UsageError(
+            f"guidance = {guidance!r} moves away from the worst reward token, but {runs[0].given} has one"
+            " alone (quantiles = 1); leave guidance out"
+        )
 
 
 def _refuse_for_tables(asked: Sequence[Any]) -> None:
@@ -191,6 +207,7 @@ class Evaluator:
             self._take_tables(tables, judge)
             return
         models = list(self.live.values())
+        _refuse_rows_of_no_token(models, rows, guidance)
         asked["judge"] = judge
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward

@@ -63,11 +63,11 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-def save_run(folder: Path, base: str, seed: int, **settings: Any) -> Path:
+def save_run(folder: Path, base: str, seed: int, quantiles: int = 3, **settings: Any) -> Path:
     """A finished run as the evaluation reads it: settings, exported model, prompts, scorer."""
     config = Config(
         model=base,
-        quantiles=3,
+        quantiles=quantiles,
         max_new_tokens=5,
         eval_samples=2,
         precision="fp32",
@@ -75,7 +75,7 @@ def save_run(folder: Path, base: str, seed: int, **settings: Any) -> Path:
         eval_rows="all",
         **settings,
     )
-    policy = Policy.create(base, quantiles=3, seed=seed)
+    policy = Policy.create(base, quantiles=quantiles, seed=seed)
     export(policy, folder / "model", torch.float32)
     config.save(folder / "config.yaml")
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
@@ -737,6 +737,30 @@ def test_runs_of_different_tasks_or_rewards_need_one_named(
     with pytest.raises(UsageError, match=named):
         Evaluator(["runs/a", "runs/c"])
     assert Evaluator(["runs/a", "runs/c"], **SMALL).reward.name.endswith("evens")
+
+
+def test_what_is_asked_of_another_task_or_of_no_run_or_file_is_refused(place: Path) -> None:
+    save_run(
+        place / "runs" / "single", "base", 3, quantiles=1, reward="test_side_by_side:evens", contrast_coef=0.0
+    )
+    for subject, asked, named in (
+        (
+            "runs/a",
+            {"target": "positive"},
+            "target = 'positive' is of the task sentiment, but the task is toxi",
+        ),
+        ("runs/a/model", {**SMALL, "guidance": "2"}, "guidance = '2' is of a run's .* not its model/"),
+        ("base", {**SMALL, "rows": "all"}, "rows = 'all' is of a run's reward tokens, but no run is named"),
+        (
+            "runs/single",
+            {"guidance": "2"},
+            r"runs/single has one alone \(quantiles = 1\); leave guidance out",
+        ),
+        ("runs/a", {"prompt_column": "text"}, "the column 'text' is of no file"),
+        ("runs/a", {"prompts": "prompts.txt", "out_of_domain_column": "x"}, "the column 'x' is of no file"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            Evaluator([subject], **asked)
 
 
 def test_reward_and_prompts_measure_plain_models_without_a_task(place: Path) -> None:
