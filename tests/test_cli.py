@@ -28,7 +28,15 @@ import pytest
 import torch
 from conftest import export, save_tiny_classifier, save_tiny_model, whole_reports
 from tiny_runs import rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    pipeline,
+)
 from warm import Process
 
 import quark_fast.__main__
@@ -589,6 +597,35 @@ def test_export_that_is_saved_again_has_the_dial_from_where_its_card_says(folder
     (said,) = re.findall(r'`(custom_generate="MODEL", .*)`', (export / "README.md").read_text())
     dial = eval(f"dict({said})".replace("MODEL", str(export)))
     assert len(again.generate(ids, max_new_tokens=4, guidance=2.0, **dial)) == 1
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0])
+def test_guidance_of_plain_transformers_comes_before_what_else_changes_logits(folder: Path, w: float) -> None:
+    export = folder / "finished" / "model"
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    best, worst = (i for k in (2, 0) for t, i in tokenizer.get_vocab().items() if f"reward_{k}:" in t)
+    start = tokenizer("w1 w2", return_tensors="pt").input_ids
+
+    def favoured(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + torch.arange(scores.shape[1]) / 100
+
+    penalty, expected = RepetitionPenaltyLogitsProcessor(3.0), start
+    for _ in range(8):
+        fronts = expected, torch.where(expected == best, worst, expected)
+        with torch.no_grad():
+            good, bad = (model(ids).logits[:, -1] for ids in fronts)
+        scores = favoured(expected, penalty(expected, bad + w * (good - bad)))
+        scores[:, model.generation_config.suppress_tokens] = -torch.inf
+        expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], dim=1)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "repetition_penalty": 3.0}
+    asked = {"guidance": w, "logits_processor": LogitsProcessorList([favoured])}
+    assert model.generate(start, **asked, **settings).tolist() == expected.tolist()
+    # A config by its place, as of any model.
+    assert model.generate(start, GenerationConfig(**settings), **asked).tolist() == expected.tolist()
+    model.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="beams are not supported"):
+        model.generate(start, GenerationConfig(max_new_tokens=8), guidance=w)
 
 
 def test_generate_shows_a_long_word_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

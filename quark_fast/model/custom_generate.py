@@ -8,17 +8,24 @@ front. With ``guidance`` w the next token is drawn from
 
     log p = log p(. | worst) + w (log p(. | best) - log p(. | worst)),   renormalised,
 
-before temperature, top-k and top-p; w = 1 is the best token alone. Each token takes a second forward pass.
+before ``repetition_penalty``, logits processors of your own, temperature, top-k and top-p; w = 1 is the best
+token alone. Each token takes a second forward pass.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 BEST, WORST = -1, -1
 
@@ -34,7 +41,8 @@ class Guidance(LogitsProcessor):
         self.cache: Any = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best, worst = scores.float().log_softmax(-1), self._under_worst(input_ids).float().log_softmax(-1)
+        # Logits are log p up to a constant of each row, and so is their mix.
+        best, worst = scores.float(), self._under_worst(input_ids).float()
         mixed = worst + self.weight * (best - worst)
         # What is suppressed stays so, whatever the weight.
         return torch.where(scores == -torch.inf, scores, mixed.to(scores.dtype))
@@ -62,22 +70,22 @@ class Guidance(LogitsProcessor):
         return logits
 
 
-def _padding_of(ids: Tensor, config: Any) -> Tensor | None:
+def _padding_of(ids: Tensor, setting: Callable[[str], Any]) -> Tensor | None:
     """The mask that transformers finds by itself: padding is what no text ends with."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    pad = config.pad_token_id
-    padded = pad is not None and pad not in ends and bool((ids == pad).any())
-    return (ids != pad).long() if padded else None
+    ends, pad = setting("eos_token_id"), setting("pad_token_id")
+    padded = pad is not None and pad not in (ends if isinstance(ends, list) else [ends])
+    return (ids != pad).long() if padded and bool((ids == pad).any()) else None
 
 
 def generate(
     inputs: Tensor | None = None,
+    generation_config: Any = None,
+    logits_processor: LogitsProcessorList | None = None,
     *,
     model: Any,
     guidance: float | None = 1.0,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    logits_processor: LogitsProcessorList | None = None,
     **kwargs: Any,
 ) -> Any:
     """As ``model.generate``, with ``guidance``.
@@ -88,20 +96,30 @@ def generate(
     """
     ids = inputs if input_ids is None else input_ids
     processors = LogitsProcessorList(logits_processor or [])
+
+    def setting(name: str) -> Any:
+        """As transformers finds it: an argument, else of the config given, else of the model's own."""
+        configs = (generation_config, model.generation_config)
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), None)
+
     if guidance is not None and guidance != 1:
         if ids is None or not bool((ids == BEST).any(dim=1).all()):
             raise ValueError(
                 f"guidance: token {BEST} must stand before every text; use this folder's tokenizer"
             )
-        config = kwargs.get("generation_config") or model.generation_config
-        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+        if (setting("num_beams") or 1) > 1:
             raise ValueError("guidance: beams are not supported; leave num_beams at 1")
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if setting(name):
                 raise ValueError(f"guidance: assisted decoding is not supported; leave out {name}")
         if attention_mask is None:
-            attention_mask = _padding_of(ids, config)
-        processors.append(Guidance(model, guidance, attention_mask))
+            attention_mask = _padding_of(ids, setting)
+        processors.insert(0, Guidance(model, guidance, attention_mask))
+        if (penalty := setting("repetition_penalty")) not in (None, 1.0):
+            # Transformers' own would stand in front of the mix, and count w times.
+            kwargs["repetition_penalty"] = 1.0
+            processors.insert(1, RepetitionPenaltyLogitsProcessor(penalty))
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
-    return GenerationMixin.generate(model, ids, logits_processor=processors, **kwargs)
+    return GenerationMixin.generate(model, ids, generation_config, processors, **kwargs)

@@ -24,7 +24,7 @@ from architectures import ARCHITECTURES
 from conftest import export, heard_policy, sharpen
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from tried_models import DOCS, try_out
 
 from quark_fast.config import Config
@@ -237,10 +237,12 @@ def test_guided_text_of_plain_transformers_is_ours(
     with pytest.raises(ValueError, match="beams are not supported"):
         own.generate(**batch, guidance=weight, num_beams=2, **settings)
     if tokenizer.pad_token_id not in policy.stop_ids:  # then transformers finds the padding by itself
-        blind = own.generate(batch["input_ids"], guidance=weight, **settings)
-        assert blind[:, start:].tolist() == ours
-    with pytest.raises(ValueError, match="assisted decoding is not supported"):
-        own.generate(**batch, guidance=weight, prompt_lookup_num_tokens=3, **settings)
+        for how in (settings, {"generation_config": GenerationConfig(**settings)}):
+            blind = own.generate(batch["input_ids"], guidance=weight, **how)
+            assert blind[:, start:].tolist() == ours
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
+        with pytest.raises(ValueError, match=f"assisted decoding is not supported; leave out {name}"):
+            own.generate(**batch, guidance=weight, **settings, **{name: 3})
     with pytest.raises(ValueError, match="must stand before every text"):
         own.generate(torch.tensor([case.prompts[0]]), guidance=weight, **settings)
 
