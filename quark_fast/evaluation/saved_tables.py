@@ -144,7 +144,7 @@ def _sample(fields: dict[str, Any]) -> Sample:
 
 
 def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """The first one's tables without their rows, for an evaluation of saved tables alone."""
+    """The first one's tables without their rows, with the judges of all, for saved tables alone."""
     first, *others = saved
     tables = {}
     for key, table in first.tables.items():
@@ -153,6 +153,10 @@ def described_tables(saved: Sequence[SavedTable], remark: Callable[[str], None])
             continue
         task = find_task(str(table.get("task")), str(table.get("target")))
         about = {name: value for name, value in table.items() if name not in ("rows", OUT_OF_DOMAIN)}
+        judges = dict[str, Mapping[str, Any]]()
+        for judge in (judge for one in saved for judge in judges_of(one.tables[key])):
+            judges.setdefault(str(judge.get("name")), judge)
+        about["judges"] = list(judges.values())
         tables[key] = about | shown_metrics(task, scored=not without_reward(table))
     return tables
 

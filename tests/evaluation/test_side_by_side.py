@@ -160,6 +160,8 @@ def test_saved_samples_are_judged_as_they_are(place: Path, tmp_path: Path) -> No
     live = made("runs/a", judge="test_side_by_side:odds")
     assert [row["measures"] for row in again.samples] == [row["measures"] for row in live.samples]
     assert again.table["judges"] == live.table["judges"]
+    beside = made(table, saved(tmp_path / "judged.json", live)).table
+    assert beside["judges"] == live.table["judges"], "of the second table alone"
     with pytest.raises(UsageError, match="evens is the reward itself"):
         made(table, judge="test_side_by_side:evens")
 
