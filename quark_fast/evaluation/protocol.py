@@ -18,7 +18,7 @@ from quark_fast.data.row import Row, given, is_chat, with_same_columns
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
-from quark_fast.evaluation.subjects import Model, Run, agree
+from quark_fast.evaluation.subjects import Model, Named, Run, agree
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.rewards.by_name import refuse_code_of
@@ -229,8 +229,8 @@ def check_chats(chats: Mapping[str, list[str] | None]) -> None:
 def load_prompt_sets(
     models: Sequence[Model],
     protocol: EvaluationProtocol,
-    prompts: tuple[str | None, str | None],
-    out_of_domain: tuple[str | None, str | None],
+    prompts: tuple[Named | None, str | None],
+    out_of_domain: tuple[Named | None, str | None],
     remark: Callable[[str], None],
 ) -> list[PromptSet]:
     """One set of prompts for each table; the first model's chat template renders messages.
@@ -248,7 +248,13 @@ def load_prompt_sets(
     chat = chat_template(models[0].given, lambda: load_tokenizer(models[0].tokenizer_at, trust))
     run = next((model for model in models if isinstance(model, Run) and protocol.keeps_runs_task), None)
 
-    def load(key: str, source: str, column: str | None) -> PromptSet:
+    def load(key: str, source: Any, column: str | None) -> PromptSet:
+        if not isinstance(source, str | os.PathLike):  # a program may hand over anything
+            raise UsageError(
+                f"prompts of an evaluation are a file or a data set, not a {type(source).__name__}; write"
+                " them to a file, one a line, and name that"
+            )
+        source = os.fspath(source)
         loaded = load_prompts(source, column=column, chat=chat)
         remark(f"{source}: {loaded.counts}")
         (rows,) = with_same_columns(loaded.rows)

@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +41,7 @@ from quark_fast.evaluation.saved_tables import (
     with_other_texts,
     with_those_beside,
 )
-from quark_fast.evaluation.subjects import Model, Plain, Run, find_subjects, model_name
+from quark_fast.evaluation.subjects import Model, Named, Plain, Run, find_subjects, model_name
 from quark_fast.evaluation.summary import (
     MeasuredRow,
     classes_sha256,
@@ -89,8 +88,12 @@ class Evaluated:
         return markdown_page(self.table)
 
 
-def _refuse_rows_of_no_token(models: Sequence[Model], rows: str | None, guidance: str | None) -> None:
+def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None) -> None:
     """``rows`` and ``guidance`` choose among the reward tokens of runs; a model as it is has one row."""
+    if rows == "best" and guidance:
+        raise UsageError(
+            f"guidance = {guidance!r} asks for rows that rows = 'best' leaves out; give one of the two"
+        )
     runs = [model for model in models if isinstance(model, Run)]
     for name, value in (("rows", rows), ("guidance", guidance)):
         if value and not runs:
@@ -123,8 +126,7 @@ class Evaluator:
     other plain model gets what its own tokenizer puts before a text. Two runs of one model share its row.
 
     Args:
-        subjects: run folders, transformers folders, hub names, and tables of earlier evaluations (FILE.json);
-            one of them, or several.
+        subjects: run folders, transformers folders, hub names, tables (FILE.json); one of them, or several.
         task: what to measure, by that task's own scorer and on its own held-out prompts unless others are
             named; default: that of the runs, by their own reward and the first one's held-out prompts. Plain
             models need none where both ``reward`` and ``prompts`` are given.
@@ -154,13 +156,13 @@ class Evaluator:
 
     def __init__(
         self,
-        subjects: str | Path | Sequence[str | Path],
+        subjects: Named | Sequence[Named],
         *,
         task: str | None = None,
         target: str | None = None,
-        prompts: str | None = None,
+        prompts: Named | None = None,
         prompt_column: str | None = None,
-        out_of_domain: str | None = None,
+        out_of_domain: Named | None = None,
         out_of_domain_column: str | None = None,
         reward: str | GivenReward | None = None,
         judge: str | None = None,
@@ -185,10 +187,6 @@ class Evaluator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
         self.domains: list[PromptSet] = []
-        if rows == "best" and guidance:
-            raise UsageError(
-                f"guidance = {guidance!r} asks for rows that rows = 'best' leaves out; give one of the two"
-            )
         modes = {"eval_rows": rows, "eval_guidance": guidance}
         asked: dict[str, Any] = {
             **modes,
@@ -207,7 +205,7 @@ class Evaluator:
             self._take_tables(tables, judge)
             return
         models = list(self.live.values())
-        _refuse_rows_of_no_token(models, rows, guidance)
+        _check_rows(models, rows, guidance)
         asked["judge"] = judge
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,25 +83,30 @@ Model = Run | Plain
 Subject = Model | SavedTable
 
 
-def find_subjects(given: Sequence[str | Path]) -> dict[str, Subject]:
-    """What command-line arguments name, each under a short name.
+Named = str | os.PathLike[str]
+
+
+def find_subjects(given: Named | Sequence[Named]) -> dict[str, Subject]:
+    """What command-line arguments, or paths of a program, name, each under a short name.
 
     Raises:
         UsageError: there is none, one is there twice, or one cannot be read.
     """
-    if not given:
+    every = [given] if isinstance(given, str | os.PathLike) else given
+    if not every:
         raise UsageError("nothing to evaluate: name a run folder or a model")
-    found = [find_subject(one) for one in given]
+    found = [find_subject(one) for one in every]
     return dict(zip(labels(found), found, strict=True))
 
 
-def find_subject(given: str | Path) -> Subject:
+def find_subject(given: Named) -> Subject:
     """What a command-line argument names: FILE.json, a run folder, a transformers folder, or a hub name.
 
     Raises:
         UsageError: it is a path, and none of these; a table without its samples.
     """
-    path, given = Path(given), str(given)
+    given = os.fspath(given)  # of a finished run its folder, not what it shows
+    path = Path(given)
     if path.suffix == ".json":
         return read_table(path)
     if (path / "config.yaml").exists():

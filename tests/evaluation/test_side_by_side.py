@@ -21,12 +21,13 @@ from quark_fast.errors import UsageError
 from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
-from quark_fast.evaluation.subjects import find_subject, labels
+from quark_fast.evaluation.subjects import find_subject, find_subjects, labels
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import headline
 from quark_fast.rewards.reward import NO_REWARD
+from quark_fast.training.trained import TrainedRun
 
 CPU = torch.device("cpu")
 PROMPTS = [f"w{i} w{i + 1}" for i in range(6)]
@@ -258,6 +259,15 @@ def test_short_names_tell_subjects_apart_and_keep_hub_names_whole(place: Path) -
     assert labels(found) == ["runs/a", "old/a", f"{place.name}/base", "org/no-such-model"]
     with pytest.raises(UsageError, match=r"base is named twice"):
         labels([find_subject("base"), find_subject("base")])
+
+
+def test_run_that_training_returned_is_its_folder_and_one_subject_needs_no_list(place: Path) -> None:
+    run = TrainedRun(Path("runs/a"))
+    for given in ([run], run, "runs/a", Path("runs/a")):
+        assert {label: one.given for label, one in find_subjects(given).items()} == {"a": "runs/a"}
+    assert Evaluator(run, prompts=Path("prompts.txt")).tables[""]["source"] == "prompts.txt"
+    with pytest.raises(UsageError, match="a file or a data set, not a list"):
+        Evaluator(run, prompts=PROMPTS)  # type: ignore[arg-type]
 
 
 def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
