@@ -223,6 +223,8 @@ class Evaluator:
     def _take_tables(self, tables: Mapping[str, SavedTable], judge: str | None) -> None:
         """Saved tables alone: there is nothing to load and to sample, but perhaps a judge to ask."""
         self.tables = described_tables(self.saved, self.remarks.append)
+        if judge is not None:  # it judges all of them anew, whoever did before
+            self.tables = {key: {**table, "judges": []} for key, table in self.tables.items()}
         check_saved(self.saved[0].given, self.tables, self.saved)
         self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
         if judge is not None:

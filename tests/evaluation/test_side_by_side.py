@@ -174,6 +174,13 @@ def test_judge_of_another_version_does_not_compare(place: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="judge test_side_by_side:odds"):
         made(table, "runs/b", judge="test_side_by_side:odds")
     assert made(table, "runs/b", judge="none").table["judges"] == []
+    other = saved(tmp_path / "other.json", made("runs/a", judge="test_side_by_side:odds", seed=1))
+    with pytest.raises(UsageError, match="judge test_side_by_side:odds"):
+        made(table, other)
+    again = made(table, other, judge="test_side_by_side:odds").table
+    assert [one["sha256"] == "other" for one in again["judges"]] == [False], (
+        "one judge for all of their samples"
+    )
 
 
 def samples_of(done: Evaluated, name: str) -> list[str]:
