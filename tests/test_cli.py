@@ -584,6 +584,9 @@ def test_card_of_a_run_of_chats_asks_by_messages_and_its_code_runs(
         read.clear()
         exec(code.replace("MODEL", f"{chats}/model"), {})
         assert read[0] == wanted
+    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    (said,) = re.findall(r"tokenize that text with `(\w+)=False`", card)
+    assert tokenizer(written, **{said: False}).input_ids == wanted != tokenizer(written).input_ids
     assert "messages" not in (folder / "finished" / "model" / "README.md").read_text(), "a run of texts"
 
 

@@ -144,6 +144,11 @@ def _use(run: RunFiles, config: Config) -> str:
         f'{ask}pipeline("text-generation", "MODEL")({given}, max_new_tokens=20)\n'
         "```"
     )
+    if run.chats:
+        plain += (
+            "\n\nWhat `apply_chat_template(..., tokenize=False)` writes has the token in front already:"
+            " tokenize that text with `add_special_tokens=False`."
+        )
     row = main_row(run.evaluation)
     if row is None:  # not evaluated
         weights = config.guidances() if config.quantiles > 1 else []
