@@ -218,7 +218,7 @@ class Config(
         whole = self.held_out.isdecimal() and len(self.held_out) <= 10
         count = int(self.held_out) if whole else MOST + 1
         if not 1 <= count <= MOST:
-            raise UsageError(f"held_out = {self.held_out}; give a whole number, at most {MOST}, or a file")
+            raise UsageError(f"held_out = {self.held_out}; give at least 1 and at most {MOST}, or a file")
         return count
 
     def guidances(self) -> list[float]:

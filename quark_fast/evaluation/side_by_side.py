@@ -179,7 +179,7 @@ class Evaluator:
         trust_remote_code: bool = False,
         listen: Listen = lambda *_: None,
     ) -> None:
-        self.subjects = find_subjects([subjects] if isinstance(subjects, str | Path) else subjects)
+        self.subjects = find_subjects(subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
         tables = {label: s for label, s in self.subjects.items() if isinstance(s, SavedTable)}
         self.saved = list(tables.values())
