@@ -392,7 +392,7 @@ class Config(
             )
         if not self.lora_targets.replace(",", "").strip():
             raise UsageError(
-                f"lora_targets = {self.lora_targets!r}; give all-linear, or layers' names with commas between"
+                f"lora_targets = {self.lora_targets!r}; give all-linear, attention, or layers' names"
             )
         if self.export_adapter and not self.lora_rank:
             raise UsageError(

@@ -391,7 +391,8 @@ class LearningSettings:
     )
     lora_targets: str = setting(
         "all-linear",
-        "layers with an adapter: all-linear, which is each but the head, or names as 'q_proj,v_proj'",
+        "layers with an adapter: all-linear, which is each but the head; attention, those of it alone; or"
+        " names as 'q_proj,v_proj'",
     )
     warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)

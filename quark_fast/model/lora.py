@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from quark_fast.config import Config
 from quark_fast.errors import UsageError
 
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+ATTENTION = "attention"  # those of them that lie in a module so called
 # Model types whose fast kernels read out_proj's weight by itself, past an adapter; peft refuses it there.
 PAST_ADAPTERS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
@@ -26,7 +28,7 @@ class Lora:
     Attributes:
         rank: of each update B A of a weight.
         alpha: the update is scaled by alpha / rank.
-        targets: ``all-linear``, or ends of layers' names with commas between.
+        targets: ``all-linear``, ``attention``, or ends of layers' names with commas between.
     """
 
     rank: int
@@ -52,7 +54,10 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    names = [name.strip() for name in lora.targets.split(",") if name.strip()]
+    if lora.targets == ATTENTION:
+        names = _of_attention(model)
+    else:
+        names = [name.strip() for name in lora.targets.split(",") if name.strip()]
     _check_of_body(model, lora, names)
     alpha: Any = lora.alpha  # for peft an int, which it only divides
     every = lora.targets == ALL_LINEAR
@@ -79,6 +84,24 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     for _, layer in adapted_layers(model):
         layer._cast_input_dtype = _as_adapter_takes_it
     _check_unshared(model, lora)
+
+
+def _of_attention(model: Any) -> list[str]:
+    """The linear layers within modules that are called attention, or attn in short."""
+    left_out = _left_out(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(re.search("attention|attn", part) and "norm" not in part for part in name.split(".")[:-1])
+        and name not in left_out
+    ]
+    if not names:
+        raise UsageError(
+            f"lora_targets = {ATTENTION!r}: {type(model).__name__} has no layers of that name; give"
+            f" {ALL_LINEAR}, or layers' names"
+        )
+    return names
 
 
 def _left_out(model: Any) -> list[str]:

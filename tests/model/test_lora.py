@@ -201,6 +201,32 @@ def test_a_layers_whole_name_is_an_end_of_it(tiny_model: Make) -> None:
     assert found == [name, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 
 
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("gpt2", {"c_attn", "c_proj"}),
+        ("gpt_neox", {"query_key_value", "dense"}),
+        ("mpt", {"Wqkv", "out_proj"}),
+        ("dbrx", {"Wqkv", "out_proj"}),  # in norm_attn_norm.attn
+    ],
+)
+def test_attention_is_its_layers_whatever_a_model_calls_them(
+    tmp_path: Path, name: str, names: set[str]
+) -> None:
+    source = EVERY[name].save(tmp_path / "model")
+    policy = Policy.create(source, quantiles=2, lora=Lora(2, 4.0, "attention"))
+    found = [layer for layer, _ in adapted_layers(policy.model)]
+    assert {layer.rpartition(".")[2] for layer in found} == names and not any(
+        "mlp" in layer for layer in found
+    )
+
+
+def test_attention_of_a_model_without_any_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="MambaForCausalLM has no layers of that name; give all-linear"):
+        Policy.create(EVERY["mamba"].save(tmp_path / "model"), quantiles=2, lora=Lora(2, 4.0, "attention"))
+
+
 def test_settings_give_the_adapters() -> None:
     assert Lora.of(Config(lora_rank=0)) is None
     assert Lora.of(Config()) == Lora(16, 32.0, "all-linear")
