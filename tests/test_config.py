@@ -468,7 +468,7 @@ def test_settings_win_in_the_order_default_program_task_preset_file_flag(tmp_pat
     flags = ["--task", "repetition", "--preset", "look", "--config", str(file), "--batch-size", "9"]
     config = parse(flags, "ablate", {"learning_rate": 7e-7, "quantiles": 4, "seed": 1})
     assert (config.seed, config.top_p) == (1, Config().top_p), "the program's, and a field's own"
-    assert (config.quantiles, config.learning_rate) == (2, 6e-5), "the task's"
+    assert (config.quantiles, config.learning_rate) == (2, 2.5e-4), "the task's"
     assert config.steps == Config(preset="look").steps != Config(task="repetition").steps
     assert (config.rounds, config.batch_size) == (5, 9)
 
