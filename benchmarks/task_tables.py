@@ -6,7 +6,8 @@
     python benchmarks/task_tables.py --tries "margin 1.5=RUN" "margin 3=RUN" --output FILE
 
 ``--keep`` writes what docs/results has of a finished run: evaluation, settings, versions, machine, command,
-minutes, memory. ``--tries`` writes what finished runs measured on the same prompts with the best token. The
+minutes, memory. ``--tries`` writes what finished runs measured on the same prompts with the best token,
+against the base model and against the first try; runs of one name, such as several seeds, are one try. The
 table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
 """
 
@@ -29,12 +30,25 @@ from quark_fast.metrics import Sample, compare, evaluate_samples, judge_measure
 from quark_fast.report.results import BASE, scorer_line
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-# runs, by the beginning of their files' names: (headline metric, its name, whether it is shown in percent)
+
+
+class Shown(NamedTuple):
+    """What the table of a task's runs shows: the headline's metric and name, and what it costs."""
+
+    metric: str
+    title: str
+    percent: bool = False
+    cost: str = "perplexity"
+    cost_title: str = "perplexity"
+
+
+# By the beginning of the files' names.
 TASKS = {
-    "toxicity": ("mean", "mean toxicity", False),
-    "toxicity-long": ("mean", "mean toxicity", False),
-    "sentiment": ("target", "share of positive completions", True),
-    "sentiment-long": ("target", "share of positive completions", True),
+    "toxicity": Shown("mean", "mean toxicity"),
+    "toxicity-long": Shown("mean", "mean toxicity"),
+    "sentiment": Shown("target", "share of positive completions", percent=True),
+    "sentiment-long": Shown("target", "share of positive completions", percent=True),
+    "repetition": Shown("rep4", "repeated 4-grams", True, "text_perplexity", "perplexity of held-out text"),
 }
 
 
@@ -220,28 +234,37 @@ def kept(run: Path) -> dict[str, Any]:
     return {"versions": versions, "settings": settings, **evaluation}
 
 
-def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
-    """What runs measured on the same prompts with the best token, each against its own base model's row.
+def tries(runs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """What runs measured on the same prompts with the best token, against the base model and the first try.
 
+    Args:
+        runs: (name of the try, folder); runs of one name are measured together.
     Raises:
         UsageError: a run is not finished, or its evaluation does not compare with the first one's.
     """
-    versions = {name: versions_of(run) for name, run in runs.items()}
-    tables = {name: read_table(run / "evaluation.json") for name, run in runs.items()}
-    first, *others = tables.values()
+    versions = [versions_of(run) for _, run in runs]
+    tables = [read_table(run / "evaluation.json") for _, run in runs]
+    first, *others = tables
     for other in others:
         check_comparable(first.given, first.tables[""], other.given, other.tables[""])
     about = first.tables[""]
     values = evaluate_samples(first.samples[""][BASE])
     judges = [judge_measure(one["name"]) for one in about.get("judges", [])]
     metrics = [about["headline"], *judges, *(name for name in COSTS if name in values)]
-    rows = []
-    for name, table in tables.items():
-        row = {"try": name, "row": TRIED}
-        row |= {key: versions[name][key] for key in ("machine", "command", "minutes")}
-        samples = table.samples[""]
-        for metric, found in measured(metrics, samples[BASE], samples[TRIED]).items():
-            row[metric] = {key: round(value, 4) for key, value in found.items()}
+    rows: list[dict[str, Any]] = []
+    first_try: list[Sample] = []
+    for name in dict.fromkeys(name for name, _ in runs):
+        of_try = [i for i, (of_run, _) in enumerate(runs) if of_run == name]
+        base, tried = ([one for i in of_try for one in tables[i].samples[""][row]] for row in (BASE, TRIED))
+        row: dict[str, Any] = {"try": name, "row": TRIED}
+        for key in ("machine", "command", "minutes"):
+            every = list(dict.fromkeys(versions[i][key] for i in of_try))
+            row[key] = every[0] if len(every) == 1 else every
+        row |= _rounded(measured(metrics, base, tried))
+        if rows:
+            row["against the first try"] = _rounded(measured(metrics, first_try, tried))
+        else:
+            first_try = tried
         rows.append(row)
     task = f"{about['task']}, to the {about['target']}" if about["task"] == "sentiment" else about["task"]
     prompts = f"{about['prompts']} {about['split']} prompts"
@@ -250,6 +273,10 @@ def tries(runs: Mapping[str, Path]) -> dict[str, Any]:
         "rows": rows,
         "base": {metric: round(values[metric].value, 4) for metric in metrics if metric in values},
     }
+
+
+def _rounded(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {metric: {key: round(value, 4) for key, value in one.items()} for metric, one in found.items()}
 
 
 # --------------------------------------------------------------------- tables and a picture
@@ -322,7 +349,7 @@ def plot(path: Path) -> None:
 
 def task_table(task: str) -> str:
     """Ways of sampling down, seeds across: the headline with its change, and what it costs."""
-    metric, title, percent = TASKS[task]
+    shown = TASKS[task]
     files = sorted(RESULTS.glob(f"{task}-seed*.json"))
     evaluations = [json.loads(file.read_text()) for file in files]
     runs = [{row["name"]: row for row in evaluation["rows"]} for evaluation in evaluations]
@@ -333,16 +360,14 @@ def task_table(task: str) -> str:
             if name not in run:  # a run may have sampled in fewer ways
                 cells.append("")
                 continue
-            value = run[name]["metrics"][metric]["value"]
-            cells.append(f"{100 * value:.1f}%" if percent else f"{value:.3f}")
+            value = run[name]["metrics"][shown.metric]["value"]
+            cells.append(f"{100 * value:.1f}%" if shown.percent else f"{value:.3f}")
             if run[name].get("change"):
-                cells[-1] += f", {change(run[name]['change'][metric])}"
-        costs = " / ".join(
-            f"{run[name]['metrics']['perplexity']['value']:.1f}" for run in runs if name in run
-        )
+                cells[-1] += f", {change(run[name]['change'][shown.metric])}"
+        costs = " / ".join(f"{run[name]['metrics'][shown.cost]['value']:.1f}" for run in runs if name in run)
         lines.append([name, *cells, costs])
     seeds = [file.stem.split("-seed")[1] for file in files]
-    table = markdown([title, *(f"seed {seed}" for seed in seeds), "perplexity"], lines)
+    table = markdown([shown.title, *(f"seed {seed}" for seed in seeds), shown.cost_title], lines)
     (scorer,) = {scorer_line(evaluation) for evaluation in evaluations}  # one scorer in one table
     return f"{table}\n\n{scorer}"
 
@@ -382,7 +407,7 @@ def print_tables() -> None:
     for judge in ("toxicity", "sentiment"):
         made = (judge_table(judge), calibration_table(judge), terms_table(judge))
         print("\n\n".join((f"\njudge of {judge}", *made)))
-    print(f"\nrepetition\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
+    print(f"\nrepetition-long\n\n{unlikelihood_table(RESULTS / 'unlikelihood.json')}")
 
 
 def named_run(text: str) -> tuple[str, Path]:
@@ -408,7 +433,7 @@ def main() -> None:
         plot(asked.plot)
     elif asked.output:
         try:
-            made = kept(asked.keep) if asked.keep else tries(dict(asked.tries))
+            made = kept(asked.keep) if asked.keep else tries(asked.tries)
         except UsageError as error:
             parser.error(str(error))
         asked.output.write_text(json.dumps(made, indent=1) + "\n")

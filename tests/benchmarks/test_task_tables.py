@@ -133,19 +133,24 @@ def test_tries_are_compared_with_their_own_base_model(
     task_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [
-        f"{name}={finished_run(tmp_path / name[0], score)}" for name, score in (("a=1", 0.25), ("b", 0.1))
+        f"{name}={finished_run(tmp_path / f'{name[0]}{score}', score)}"
+        for name, score in (("a=1", 0.25), ("b", 0.1), ("c", 0.2), ("c", 0.3))
     ]
     output = tmp_path / "tries.json"
     monkeypatch.setattr("sys.argv", ["task_tables.py", "--tries", *runs, "--output", str(output)])
     task_tables.main()
     made = json.loads(output.read_text())
     assert made["what"] == "tries on 4 development prompts of toxicity: changes against the base model"
-    assert [row["try"] for row in made["rows"]] == ["a=1", "b"]
-    one, other = made["rows"]
+    assert [row["try"] for row in made["rows"]] == ["a=1", "b", "c"]
+    one, other, two_runs = made["rows"]
     assert (one["command"], one["machine"], one["minutes"]) == ("train 0.25", "a machine", 3.0)
     assert one["mean"]["value"] == 0.25 and one["mean"]["relative"] == -0.5
     assert other["judge toxicity-judge"]["relative"] == -0.8
     assert one["perplexity"]["relative"] == round(math.exp(-0.25 / 4) - 1, 4)
+    assert "against the first try" not in one
+    assert other["against the first try"]["mean"]["relative"] == -0.6
+    assert (two_runs["command"], two_runs["minutes"]) == (["train 0.2", "train 0.3"], 3.0)
+    assert (two_runs["mean"]["value"], two_runs["against the first try"]["mean"]["relative"]) == (0.25, 0.0)
     assert made["base"] == {
         **{"mean": 0.5, "judge toxicity-judge": 0.25},
         **{"perplexity": round(math.exp(8.5 / 4), 4), "dist3": 0.5},
@@ -180,9 +185,9 @@ def test_a_run_that_is_none_or_not_finished_is_refused(
 
 
 def test_tries_of_other_prompts_are_refused(task_tables: ModuleType, tmp_path: Path) -> None:
-    runs = {
-        name: finished_run(tmp_path / name, 0.2, prompts_sha256=digest)
+    runs = [
+        (name, finished_run(tmp_path / name, 0.2, prompts_sha256=digest))
         for name, digest in (("a", "aa"), ("b", "bb"))
-    }
+    ]
     with pytest.raises(UsageError, match="do not compare: prompts 4 of sha256 aa in the one, 4 of sha256 bb"):
         task_tables.tries(runs)
