@@ -134,18 +134,19 @@ class PromptSettings:
     )
     scored: str | None = setting(
         None,
-        "completions that are scored already, in the same formats: prompt, completion and reward (without it"
-        " the run's scores them) or KTO's label, or chosen and rejected; they are the pool's first samples,"
-        " their prompts those to train on; with --initial-samples 0 learning begins at once; default: none",
+        "completions that are scored already, in the same formats: prompt, completion and reward (without"
+        " it the run's scores them) or KTO's label, or chosen and rejected; they are the pool's first"
+        " samples, and their prompts are trained on; with --initial-samples 0 learning begins at once;"
+        " default: none",
     )
     prompt_column: str | None = setting(
         None,
-        "column of the prompts, with dots into nested fields; the others go to the reward; default: prompt,"
-        " else messages",
+        "column of the prompts, with dots into nested fields; other columns go to the reward; default:"
+        " prompt, else messages",
     )
     min_prompt_characters: int = setting(1, "shorter prompts of files are left out, characters", at_least=1)
     max_prompt_characters: int = setting(0, "longer prompts of files are left out, characters; 0: none is")
-    prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: on all")
+    prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: all")
     held_out: str | None = setting(
         None,
         "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
@@ -154,14 +155,14 @@ class PromptSettings:
     )
     evaluate_on: Literal["test", "development"] = setting(
         "test",
-        "prompts to evaluate on; test: the held-out ones; development: others, as many but at most a quarter"
-        " of the training prompts, which are then not trained on, to choose settings by",
+        "prompts to evaluate on; test: the held-out ones; development: as many training prompts, a quarter"
+        " at most, which are then not trained on, to choose settings by",
     )
-    split_seed: int = setting(0, "which prompts are held out: another number, others", at_most=2**63 - 1)
+    split_seed: int = setting(0, "seed that chooses which prompts are held out", at_most=2**63 - 1)
     prefix_tokens: int = setting(
         0,
-        "length of a prompt, tokens: the first ones of each text, whose others are held-out text; shorter"
-        " texts are left out; 0: the whole text is the prompt",
+        "length of a prompt, tokens: the beginning of each text, whose rest is held-out text; shorter texts"
+        " are left out; 0: the whole text is the prompt",
     )
     prefix: str = setting(
         "auto", "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>"
@@ -181,13 +182,13 @@ class RewardSettings:
     )
     judge: str = setting(
         "auto",
-        "scorers that training never sees and the evaluation shows beside the reward, in any of its forms,"
-        " with commas between; auto: the task's own judge, where the reward is the task's; none",
+        "scorers that training never sees, shown beside the reward in the evaluation; in any form of"
+        " --reward, with commas between; auto: the task's own judge, where the reward is the task's; none",
         changes="resume",
     )
     scorer_label: str | None = setting(
         None,
-        "label, by name or number, whose probability the classifier hf:NAME rewards; one for each of several,"
+        "label, by name or number, whose probability under hf:NAME is the reward; one for each of several,"
         " with commas between; default: the only one",
     )
     scorer_reads: Literal["completion", "prompt+completion"] = setting(
@@ -195,8 +196,8 @@ class RewardSettings:
     )
     reward_cache: Literal["auto", "on", "off"] = setting(
         "auto",
-        "keep rewards in rewards.sqlite of the run folder; auto: those of rewards that are asynchronous or"
-        " called for one completion at a time",
+        "keep rewards in rewards.sqlite of the run folder; auto: those of functions that are asynchronous"
+        " or called for one completion at a time",
         changes="grid",
     )
     reward_batch: int = setting(
@@ -218,20 +219,20 @@ class RewardSettings:
     )
     reward_per_minute: int = setting(
         0,
-        "calls of each asynchronous reward in any 60 seconds, by all processes together, repeated ones"
-        " counted again; 0: no limit",
+        "most calls of each asynchronous reward in any 60 seconds, by all processes, repeated ones counted"
+        " again; 0: no limit",
         changes="grid",
     )
     reward_tokens_per_minute: int = setting(
         0,
-        "tokens of each asynchronous reward in any 60 seconds, likewise; the function then returns (values,"
-        " tokens); 0: no limit",
+        "most tokens of each asynchronous reward in any 60 seconds, likewise; the function then returns"
+        " (values, tokens); 0: no limit",
         changes="grid",
     )
     accept_changed_reward: bool = setting(
         False,
-        "go on with --resume although the reward's code, weights or settings are others than before: what was"
-        " scored keeps its rewards, and one pool ranks both",
+        "go on with --resume although the reward's code, weights or settings have changed: what was scored"
+        " keeps its rewards, and one pool ranks both",
         changes="resume",
     )
 
@@ -247,18 +248,18 @@ class FolderSettings:
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint", changes="grid")
     from_run: str | None = setting(
         None,
-        "(--from) finished run to train further: its weights and its pool, --rounds more; its settings are"
-        " the defaults, and --output is RUN-2 unless it is given; default: none",
+        "(--from) finished run to train further, with its weights and pool, for --rounds more; its settings"
+        " are the defaults, and --output is RUN-2 unless it is given; default: none",
         alias="--from",
     )
     push_to_hub: str | None = setting(
         None,
-        "repository of the Hugging Face hub, USER/NAME, that the finished model is uploaded to; made at the"
-        " start if it is not there, public unless the organisation's default is private; default: none",
+        "repository of the Hugging Face hub, USER/NAME, to upload the finished model to; made at the start"
+        " if it is not there, public unless the organisation's default is private; default: none",
         changes="grid",
     )
     hub_private_repo: bool = setting(
-        False, "make that repository a private one; one that is there stays as it is", changes="grid"
+        False, "make that repository private; one that is there stays as it is", changes="grid"
     )
 
 
@@ -270,8 +271,8 @@ class PoolSettings:
     )
     ties: Literal["same", "arrival", "random"] = setting(
         "same",
-        "equal rewards share a quantile, the one in which their middle lies (the lowest reward is in the"
-        " worst and the highest in the best), or are split by arrival or at random",
+        "equal rewards; same: share the quantile in which their middle lies (the lowest reward is in the"
+        " worst, the highest in the best); arrival, random: are split in that order",
     )
     quantile_weights: str = setting(
         "extremes",
@@ -284,16 +285,16 @@ class PoolSettings:
 class SamplingSettings:
     _argument_group_name = "sampling"
     initial_samples: int = setting(
-        4, "completions a training prompt from the base model; 0, with --scored: none"
+        4, "completions of each training prompt by the base model; 0, with --scored: none"
     )
-    explore_samples: int = setting(2, "completions a training prompt in each later round", at_least=1)
+    explore_samples: int = setting(2, "completions of each training prompt in each later round", at_least=1)
     guidance: float = setting(
         1.0,
-        "w in log p = log p(worst) + w (log p(best) - log p(worst)) when exploring; 1: the best token alone",
+        "w in log p = log p(worst) + w (log p(best) - log p(worst)) in later rounds; 1: the best token alone",
         at_least=-math.inf,
     )
     explore_token: Literal["best", "random"] = setting(
-        "best", "reward token that explores; random: drawn for each prompt anew, in place of the best one"
+        "best", "reward token by which later rounds sample; random: drawn for each prompt anew"
     )
     max_new_tokens: int = setting(20, "length of a completion, tokens", at_least=1)
     min_new_tokens: int = setting(3, "end of text is blocked before this many tokens")
@@ -324,20 +325,20 @@ class SamplingSettings:
     decoding: Literal["eager", "static", "graph"] = setting(
         "eager",
         "how the model is run for each token; static: in steps of fixed shapes, with a cache of fixed size;"
-        " graph: these, recorded once as a CUDA graph, for a GPU (not yet tried on one); eager alone drops"
+        " graph: the same, recorded once as a CUDA graph, for a GPU (not yet tried on one); only eager drops"
         " completions that have ended from a batch; where it drops none, the samples are the same but for"
         " rounding",
         changes="resume",
     )
     sample_at_once: int = setting(
         0,
-        "completions side by side of a batch of --sample-batch; 0: all, on a GPU a half, a quarter ... where"
-        " free memory holds no more; fewer change what is drawn",
+        "completions of a --sample-batch that are sampled side by side; 0: all, on a GPU a half, a quarter"
+        " ... where free memory holds no more; fewer change what is drawn",
         changes="resume",
     )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
-        "engine that samples what is trained on; vllm takes a GPU and cannot guide: --guidance 1",
+        "engine that samples what is trained on; vllm needs a GPU and cannot guide: --guidance 1",
     )
     vllm_server: str | None = setting(
         None,
@@ -369,7 +370,7 @@ class LearningSettings:
     batch_size: int = setting(16, "samples a step", at_least=1)
     micro_batch: int = setting(
         0,
-        "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8, in float32 4",
+        "samples a forward pass; smaller takes less memory, same result; 0: 16, on a CPU 8, or 4 in float32",
         changes="grid",
     )
     optimizer: Literal["adamw", "adamw-8bit"] = setting(
@@ -387,18 +388,18 @@ class LearningSettings:
         16, "rank of the LoRA adapters that are trained beside the frozen weights; 0: train all weights"
     )
     lora_alpha: float = setting(
-        0.0, "scale of the adapters: their update is times alpha / rank; 0: twice the rank"
+        0.0, "scale of the adapters: their update is multiplied by alpha / rank; 0: twice the rank"
     )
     lora_targets: str = setting(
         "all-linear",
-        "layers with an adapter: all-linear, which is each but the head; attention, those of it alone; or"
-        " names as 'q_proj,v_proj'",
+        "layers with an adapter; all-linear: each but the head; attention: those of it alone; or names as"
+        " 'q_proj,v_proj'",
     )
     warmup_steps: int = setting(10, "steps of linear warm-up; linear decay to 0 after them")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     max_bad_steps: int = setting(
         5,
-        "stop after so many steps in a row without finite loss and gradient, all skipped; 0: never",
+        "stop after so many steps in a row whose loss or gradient is not finite, all skipped; 0: never",
         changes="resume",
     )
 
@@ -411,13 +412,13 @@ class LossSettings:
     )
     kl: Literal["policy_ref", "ref_policy", "sampled"] = setting(
         "policy_ref",
-        "KL(policy || reference), as the authors' code, the reverse, as printed, or its estimate from the"
-        " sampled token alone",
+        "policy_ref: KL(policy || reference), as the authors' code; ref_policy: the reverse, as printed;"
+        " sampled: an estimate from the sampled token",
     )
     prompt_kl_coef: float = setting(
         0.0,
-        "weight of the KL to the base model on the prompts' own tokens, under every reward token that a step"
-        " reads: it holds the model on text that is no completion",
+        "weight of the KL to the base model on the prompts' own tokens, under every reward token that a"
+        " step reads: it keeps the model close on text that is no completion",
     )
     kl_stop: float = setting(
         0.0, "stop when the KL of a step is above this, nats per token; 0: never", changes="resume"
@@ -431,13 +432,13 @@ class LossSettings:
     entropy_coef: float = setting(0.0, "weight of the entropy bonus [gamma]")
     contrast_coef: float = setting(
         1.0,
-        "weight of the contrast (--contrast-with, --contrast-margin), which makes few samples enough; 0: the"
-        " paper, without",
+        "weight of the contrast (--contrast-with, --contrast-margin), which makes few samples enough; 0:"
+        " none, as in the paper",
     )
     contrast_with: Literal["both", "mirror", "base"] = setting(
         "both",
-        "what the probability of a completion under a reward token is compared with: that under its mirror"
-        " token (worst for best), and the base model's, which good completions are to exceed",
+        "what the probability of a completion under a reward token is compared with; mirror: that under its"
+        " mirror token (worst for best); base: the base model's, which good ones are to exceed",
     )
     contrast_margin: float = setting(
         5.0, "difference of log p that the contrast asks for, nats: more moves the model further", above=0
@@ -463,7 +464,7 @@ class EvaluationSettings:
         changes="resume",
     )
     eval_samples: int = setting(
-        5, "completions a held-out prompt and sampling mode", at_least=1, changes="resume"
+        5, "completions of each held-out prompt in each row", at_least=1, changes="resume"
     )
     eval_temperature: float = setting(
         1.0, "sampling temperature in the evaluation; 0: greedy", changes="resume"
@@ -482,11 +483,11 @@ class EvaluationSettings:
     )
     keep_best: str = setting(
         "",
-        "measure every round on development prompts, a part of the training prompts that is held out, too,"
-        " and keep the best one: a measure with min or max, then bounds relative to the base model's value,"
-        " as 'judge:min, perplexity<=1.10'; measures: reward or what it measures (toxicity), judge,"
-        " perplexity, prompt_fit, dist3, others of the table; it costs two completions of each such prompt a"
-        " round, with what scores them; default: off, the last round is kept",
+        "measure every round on development prompts, taken out of the training prompts, and keep the best"
+        " one: a measure with min or max, then bounds relative to the base model's value, as 'judge:min,"
+        " perplexity<=1.10'; measures: reward or what it measures (toxicity), judge, perplexity, prompt_fit,"
+        " dist3, others of the table; it costs two completions of each such prompt a round, with what scores"
+        " them; default: off, the last round is kept",
         changes="resume",
     )
     stop_after: int = setting(
@@ -529,8 +530,8 @@ class MachineSettings:
     )
     export_head: Literal["own", "tied"] = setting(
         "own",
-        "head of the exported model where the base model ties it to the embeddings: own, a second table in"
-        " which no reward token wins, or tied, which is smaller and what vLLM wants of Gemma: engines but"
+        "head of the exported model where the base model ties it to the embeddings; own: a second table in"
+        " which no reward token wins; tied: smaller, and what vLLM wants of Gemma, but engines other than"
         " transformers then need suppress_tokens of its generation config",
         changes="resume",
     )
