@@ -47,8 +47,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "warmup_steps": 6,
         # Adapters of the other layers, too, take a sixth more of the loops away, at twice the price.
         "lora_targets": "attention",
-        # The base model is so sure of a loop's tokens that a sample holds 29 nats of them: a smaller margin is
-        # filled by a change that greedy decoding does not see.
+        # The base model is so sure of a loop's tokens that a sample holds 29 nats of them: a smaller margin
+        # is filled by a change that greedy decoding does not see.
         "contrast_with": "base",
         "contrast_margin": 60.0,
         # This direction keeps the whole distribution, and with it the perplexity of text; the other lets the

@@ -108,7 +108,7 @@ class TaskSettings:
     )
     preset: Literal["default", "long", "paper", "look"] = setting(
         "default",
-        "named defaults over the task's: long (all weights, 64 steps a round, every row), paper (its method"
+        "named defaults over the task's: long (all weights, mostly more steps, every row), paper (its method"
         " and sizes), look (every part, in minutes); --preset NAME --help all shows them",
     )
     target: Literal["positive", "negative"] = setting(
