@@ -83,7 +83,7 @@ def choose_judges(
             raise UsageError(f"{error}; --judge none leaves out the judge, which needs it") from error
     if names == ["none"]:
         return ()
-    # --scorer-label is the reward's: a judge hf:NAME is a classifier of one label.
+    # --scorer-label is the reward's; a judge names its own, hf:NAME:LABEL.
     own = dataclasses.replace(config, scorer_label=None)
     judges = tuple(load_reward(name, own, device) for name in names)
     trained = {tuple(identity) for identity in trained_by}
