@@ -47,7 +47,9 @@ def grouped_attention(
         else:
             scores = scores + allowed
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    context = torch.nn.functional.pad(weights, (0, values.shape[-2] - length)) @ values
+    if room := values.shape[-2] - length:
+        weights = torch.nn.functional.pad(weights, (0, room))
+    context = weights @ values
     return context.reshape(batch, 1, heads, value.shape[-1]), None
 
 
