@@ -290,7 +290,7 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     by_rule = {row["method"]: row["settings"] for row in rows if row["by rule"]}
     made = []
     for row in rows:
-        parts = [row["method"]]
+        parts = ["base model" if row["method"] == BASE else row["method"]]
         if row["row"] != row["method"]:
             parts.append(row["row"])
         chosen = by_rule.get(row["method"], {})
@@ -315,6 +315,33 @@ def markdown(table: Mapping[str, Any]) -> str:
             cells.append(cell if row["method"] == BASE else f"{cell}, {task_tables.change(one)}")
         lines.append(cells)
     return task_tables.markdown(["method", "CPU minutes", "scored samples", *names.values()], lines)
+
+
+# README.md's: the methods that people ask for first.
+FIRST = ("base model", "best of 4", "ours, best token", "GRPO", "GRPO with equal samples", "KTO")
+
+
+def short_markdown(table: Mapping[str, Any]) -> str:
+    """The rows of ``FIRST``: means of all seeds, a change in percent beside them."""
+    title, judge, *costs = list(metrics_of(table["task"]))
+    names = {
+        judge: "toxicity by the judge",
+        title: "by the scorer",
+        **{name: metrics_of(table["task"])[name] for name in costs if name in COSTS},
+    }
+    lines = []
+    for label, row in zip(labels(table["rows"]), table["rows"], strict=True):
+        if label not in FIRST:
+            continue
+        cells = [label]
+        for metric in names:
+            one = row["all seeds"][metric]
+            digits = 1 if "perplexity" in metric else 2 if metric == "prompt_fit" else 3
+            change = "" if row["method"] == BASE else f", {100 * one['relative']:+.0f}%".replace("+0%", "0%")
+            cells.append(f"{one['value']:.{digits}f}{change}")
+        cells.append(f"{row['minutes']:.1f}" if row["minutes"] else "")
+        lines.append(cells)
+    return task_tables.markdown(["", *names.values(), "CPU minutes"], lines)
 
 
 COSTS = {

@@ -1,4 +1,4 @@
-"""The measured results as README.md and docs/results.md show them, from the evaluations in docs/results.
+"""The measured results as docs/results.md shows them, from the evaluations in docs/results.
 
     python benchmarks/task_tables.py                                   # the tables
     python benchmarks/task_tables.py --plot docs/results/toxicity.svg  # the picture of docs/results.md
@@ -7,14 +7,12 @@
 
 ``--keep`` writes what docs/results has of a finished run: evaluation, settings, versions, machine, command,
 minutes, memory. ``--tries`` writes what finished runs measured on the same prompts with the best token,
-against the base model and against the first try; runs of one name, such as several seeds, are one try. The
-table of README.md is out of docs/results/peers-toxicity.json, which benchmarks/peers.py writes.
+against the base model and against the first try; runs of one name, such as several seeds, are one try.
 """
 
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,58 +50,6 @@ TASKS = {
 }
 
 
-class Peer(NamedTuple):
-    """A method beside ours: its name in a table, and what it is in one line."""
-
-    name: str
-    what: str
-
-
-# Rows of the methods that README.md explains at length: what the table calls them.
-OURS = {
-    "base": {"base": BASE},
-    "ours": {
-        "best token": "ours, best token",
-        "guided w=1.5": "ours, guided w = 1.5",
-    },
-}
-PEERS = {
-    "best of 4": Peer(
-        "best of 4",
-        "nothing is trained; the scorer chooses one of four completions of the base model, so each text that"
-        " is shown costs four.",
-    ),
-    "Quark as published": Peer(
-        "Quark as published", "our trainer with the paper's loss: equal quantiles, a small KL, no contrast."
-    ),
-    "GRPO": Peer(
-        "GRPO of TRL",
-        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
-        " reward less the mean of the eight, over their standard deviation.",
-    ),
-    "GRPO with equal samples": Peer(
-        "GRPO of TRL, as many samples",
-        "the same until it has scored as many completions as ours, whatever time that takes.",
-    ),
-    "RLOO": Peer(
-        "RLOO of TRL",
-        "samples as it learns, eight completions of a prompt; each is made likelier or less likely by its"
-        " reward less the mean of the other seven.",
-    ),
-    "DPO": Peer(
-        "DPO of TRL",
-        "of six samples a prompt of the base model it makes the best one likelier beside the worst one.",
-    ),
-    "KTO": Peer(
-        "KTO of TRL",
-        "of six samples a prompt of the base model it makes the best fifth likelier and the worst fifth less"
-        " likely, with no pairs.",
-    ),
-    "RAFT": Peer(
-        "fine-tuning on the best fifth (RAFT)",
-        "language modelling, by TRL, on the best fifth of six samples a prompt of the base model.",
-    ),
-}
 ROWS = [BASE, "best token", "guided w=1.5", "guided w=2", "worst token", "no token"]
 
 
@@ -122,76 +68,6 @@ def evaluations(task: str) -> list[dict[str, dict[str, Any]]]:
     """Of each seed's run: the rows of its table, by name."""
     files = sorted(RESULTS.glob(f"{task}-seed*.json"))
     return [{row["name"]: row for row in json.loads(file.read_text())["rows"]} for file in files]
-
-
-def beside_peers() -> dict[str, Any]:
-    """What benchmarks/peers.py measured of toxicity: ours beside other methods."""
-    table: dict[str, Any] = json.loads((RESULTS / "peers-toxicity.json").read_text())
-    return table
-
-
-def step_size(rate: float) -> str:
-    """0.00015 as 1.5e-4."""
-    digits, _, power = f"{rate:.1e}".partition("e")
-    return f"{digits.removesuffix('.0')}e{int(power)}"
-
-
-def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the table calls each row: its method or way of sampling, and its settings where a method has some.
-
-    Raises:
-        KeyError: a method that ``PEERS`` does not know.
-    """
-    betas: dict[str, set[float]] = {}
-    for row in rows:
-        betas.setdefault(row["method"], set()).add(row["settings"].get("beta", 0.0))
-    names = []
-    for row in rows:
-        method, settings = row["method"], row["settings"]
-        if method in OURS:
-            names.append(OURS[method].get(row["row"], row["row"]))
-            continue
-        parts = [PEERS[method].name]
-        if row["row"] != method:
-            parts.append(row["row"])
-        if "learning_rate" in settings:
-            parts.append(f"step size {step_size(settings['learning_rate'])}")
-        if len(betas[method]) > 1:
-            parts.append(f"beta {settings['beta']:g}")
-        names.append(", ".join(parts))
-    return names
-
-
-def explanations(table: Mapping[str, Any]) -> list[str]:
-    """A line on each method of the table that is not ours, in the table's order."""
-    methods = dict.fromkeys(row["method"] for row in table["rows"])
-    return [f"*{PEERS[name].name}*: {PEERS[name].what}" for name in methods if name not in OURS]
-
-
-def summary_table(table: Mapping[str, Any]) -> str:
-    """Ours beside other methods: all seeds together, and their range."""
-    digits = {"perplexity": 1, "prompt_fit": 2, "text_perplexity": 1}
-    heads = {
-        "mean": "toxicity by the scorer",
-        judge_measure("toxicity-judge"): "by the judge",
-        "perplexity": "perplexity",
-        "prompt_fit": "fit to prompt",
-        "text_perplexity": "perplexity of other text",
-    }
-    lines = []
-    for name, row in zip(row_names(table["rows"]), table["rows"], strict=True):
-        cells = [name]
-        for metric in heads:
-            all_seeds, of_seeds = row["all seeds"][metric], [seed[metric]["value"] for seed in row["seeds"]]
-            numbers = (all_seeds["value"], min(of_seeds), max(of_seeds))
-            value, low, high = (f"{number:.{digits.get(metric, 3)}f}" for number in numbers)
-            percent = re.sub("^[+-]0%", "0%", f"{100 * all_seeds['relative']:+.0f}%")
-            fall = "" if row["row"] == "base" else f", {percent}"
-            cells.append(f"{value}{fall} ({low} to {high})")
-        trained = row["minutes"] > 0
-        cells += [f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"] if trained else ["", ""]
-        lines.append(cells)
-    return markdown(["", *heads.values(), "CPU minutes", "scored samples"], lines)
 
 
 # --------------------------------------------------------------------- what runs leave in docs/results
@@ -399,9 +275,6 @@ def unlikelihood_table(path: Path) -> str:
 
 
 def print_tables() -> None:
-    beside = beside_peers()
-    print("README.md\n", *(f"- {line}" for line in explanations(beside)), sep="\n")
-    print(f"\n{summary_table(beside)}")
     for task in TASKS:
         print(f"\n{task}\n\n{task_table(task)}")
     for judge in ("toxicity", "sentiment"):

@@ -168,7 +168,15 @@ def test_exit_statuses_of_the_docs_are_those_of_the_errors() -> None:
         assert words in table[str(error.exit_status)]
 
 
+def anchors_of(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_the_docs_lead_somewhere() -> None:
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            led = page.parent / target if target else page
+            assert led.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors_of(led), f"{page.name} links to {target}#{anchor}"

@@ -1,4 +1,4 @@
-"""The tables of README.md, of files that do not exist yet, and what runs leave for such tables."""
+"""What runs leave in docs/results, and the tables of it."""
 
 from __future__ import annotations
 
@@ -18,66 +18,6 @@ from quark_fast.metrics import Sample, judge_measure
 @pytest.fixture
 def task_tables(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
     return from_benchmarks("task_tables")
-
-
-def row(method: str, name: str | None = None, minutes: float = 12.0, **settings: float) -> dict[str, Any]:
-    """A row of peers-toxicity.json, whose numbers are those of nothing."""
-    names = ("mean", judge_measure("toxicity-judge"), "perplexity", "prompt_fit", "text_perplexity")
-    return {
-        "method": method,
-        "row": name or method,
-        "settings": settings,
-        "minutes": minutes,
-        "scored": 2538,
-        "all seeds": {metric: {"value": 0.2, "relative": -0.104} for metric in names},
-        "seeds": [{metric: {"value": value} for metric in names} for value in (0.1, 0.3)],
-    }
-
-
-def test_every_method_has_a_name_and_a_line_of_its_own(task_tables: ModuleType) -> None:
-    import peer_point
-
-    assert {*task_tables.OURS, *task_tables.PEERS} == peer_point.METHODS.keys()
-    rows = [
-        row("base", minutes=0.0),
-        row("best of 4", minutes=0.0),
-        row("ours", "best token"),
-        row("ours", "guided w=1.5"),
-        row("Quark as published", "best token", learning_rate=1e-3),
-        row("GRPO", learning_rate=1e-4, beta=0.05),
-        row("GRPO with equal samples", learning_rate=4e-5, beta=0.05),
-        row("RLOO", learning_rate=1.5e-4, beta=0.05),
-        row("DPO", learning_rate=4e-5, beta=0.1),
-        row("DPO", learning_rate=4e-5, beta=0.3),
-        row("KTO", learning_rate=1e-5, beta=0.1),
-        row("RAFT", learning_rate=4e-5),
-    ]
-    table = {"rows": rows}
-    lines = task_tables.summary_table(table).splitlines()[2:]
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
-        "base model",
-        "best of 4",
-        "ours, best token",
-        "ours, guided w = 1.5",
-        "Quark as published, best token, step size 1e-3",
-        "GRPO of TRL, step size 1e-4",
-        "GRPO of TRL, as many samples, step size 4e-5",
-        "RLOO of TRL, step size 1.5e-4",
-        "DPO of TRL, step size 4e-5, beta 0.1",
-        "DPO of TRL, step size 4e-5, beta 0.3",
-        "KTO of TRL, step size 1e-5",
-        "fine-tuning on the best fifth (RAFT), step size 4e-5",
-    ]
-    assert lines[1].endswith("| 0.2, -10% (0.1 to 0.3) |  |  |"), "what trains nothing takes no minutes"
-    assert lines[2].endswith("| 0.2, -10% (0.1 to 0.3) | 12.0 | 2,538 |")
-
-    explained = task_tables.explanations(table)
-    named = [line.split("*: ")[0].removeprefix("*") for line in explained]
-    assert named == [peer.name for peer in task_tables.PEERS.values()], "once each, ours in README.md"
-    assert all(line.endswith(".") and "\n" not in line for line in explained)
-
-
-# --- what runs leave in docs/results
 
 
 def finished_run(folder: Path, score: float, **other: Any) -> Path:
