@@ -181,16 +181,14 @@ def numbers(task: str, base: Sequence[Sample], row: Sequence[Sample]) -> dict[st
 
 
 def tried(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each of several tries measured on development prompts: settings, scored samples, numbers."""
-    if len(tries) == 1:
-        return []
+    """What each try measured on development prompts: settings, minutes, scored samples, numbers."""
     (base,) = points(asked, "development", [0], {BASE: [{}]})
     before = read_point(folder_of(asked.output, base))[1][BASE]
     found = []
     for point in points(asked, "development", [0], {method: tries}):
         record, rows = read_point(folder_of(asked.output, point))
         made = numbers(asked.task, before, rows.get(method, rows.get("best token", [])))
-        found.append({"settings": point["settings"], "scored": record["scored"], "numbers": made})
+        found.append({**{name: record[name] for name in ("settings", "minutes", "scored")}, "numbers": made})
     return found
 
 
@@ -427,14 +425,14 @@ def main() -> None:
         print(f"then, of each method's best try, seeds {asked.seeds} on test prompts")
         return
     run_all(asked, development)
-    measured = {name: tried(asked, name, found) for name, found in tries.items()}
-    chosen = {name: [choose(asked, name, found, measured[name])] for name, found in tries.items()}
+    measured = {name: tried(asked, name, found) for name, found in tuned.items() if name != BASE}
+    chosen = {name: [choose(asked, name, found, measured.get(name, []))] for name, found in tries.items()}
     for name, settings in asked.also:
         if settings not in chosen[name]:
             chosen[name].append(settings)
     run_all(asked, list(points(asked, "test", seeds, chosen)))
     table = results(asked, chosen, seeds)
-    table["tries"] = {name: found for name, found in measured.items() if found}
+    table["tries"] = measured
     if asked.table and asked.table.exists():
         table = with_earlier(table, json.loads(asked.table.read_text()))
     print(markdown(table))

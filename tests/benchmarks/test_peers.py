@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,8 @@ def save_point(peers: ModuleType, output: Path, point: dict[str, Any], rows: dic
     folder.mkdir(parents=True)
     lines = [json.dumps({"row": row, **vars(one)}) + "\n" for row, part in rows.items() for one in part]
     (folder / "samples.jsonl").write_text("".join(lines))
-    record = {"minutes": 12.0, "scored": 100, "threads": 1, "versions": {"torch": "x"}}
+    record = {"settings": point["settings"], "minutes": 12.0, "scored": 100, "threads": 1}
+    record["versions"] = {"torch": "x"}
     (folder / "result.json").write_text(json.dumps(record))
 
 
@@ -59,7 +61,7 @@ def test_lowest_score_wins_among_the_tries_that_keep_the_perplexity(
     measured = peers.tried(asked, "GRPO", tries)
     assert peers.choose(asked, "GRPO", tries, measured) == tries[1]
     assert peers.choose(asked, "GRPO", tries[2:], []) == tries[2], "a single try needs no choice"
-    assert [one["settings"] for one in measured] == tries and peers.tried(asked, "GRPO", tries[2:]) == []
+    assert [one["settings"] for one in measured] == tries
     changes = [one["numbers"]["mean"]["relative"] for one in measured]
     assert changes == pytest.approx([-0.2, -0.6, -0.8])
 
@@ -252,3 +254,26 @@ def test_method_of_trl_trains_a_model_that_differs_from_the_base(
     before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     after = AutoModelForCausalLM.from_pretrained(point.folder / "model").state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_curves_over_minutes_have_every_length_and_method(
+    peers: ModuleType, from_benchmarks: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    over_minutes = from_benchmarks("peers_minutes")
+    asked = over_minutes.parser().parse_args(["--minutes", "4", "--output", str(tmp_path)])
+    text = {"text_nll": 1.0, "text_tokens": 1, "text_correct": 1}
+    for at, tries in over_minutes.lengths(asked):
+        for point in peers.points(at, "development", [0], {"base": [{}]} | tries):
+            # Smaller with the minutes, but for the smaller of the step sizes.
+            small = point["settings"] == tries.get(point["method"], [{}])[0] and point["method"] != "ours"
+            score = 0.5 if point["method"] == "base" or small else 0.4 / at.minutes
+            name = "best token" if point["method"] == "ours" else point["method"]
+            found = [replace(one, **text) for one in samples(score, 8.0, score, prompt_fit=2.0)]
+            save_point(peers, tmp_path, point, {name: found})
+    made = over_minutes.measured(asked)
+    taken = [(row["method"], row["settings"]) for row in made["rows"] if row["chosen"]]
+    larger = [(name, tries[1]) for name, tries in over_minutes.TRIES.items()]
+    assert taken == [one for times in (0.5, 1, 2) for one in (("ours", over_minutes.ours_at(times)), *larger)]
+    assert over_minutes.ours_at(0.5) == {"initial_samples": 2, "explore_samples": 1, "steps": 12}
+    shown = over_minutes.table(made).splitlines()
+    assert len(shown) == 2 + 9 and shown[2].startswith("| ours | 12.0 | 100 | -60% |")
