@@ -363,7 +363,8 @@ def plot(table: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(1.5 + 3.6 * len(COSTS), height), layout="constrained")
         panels = figure.subplots(1, len(COSTS), sharey=True)
         drawn = [_draw(axes, rows, cost, list(names)[1]) for axes, cost in zip(panels, COSTS, strict=True)]
-        panels[0].set_ylabel(f"{next(iter(names.values()))}, by a judge that never trained")
+        lowered = {"toxicity": "toxicity", "sentiment": "negativity"}[table["task"]]
+        panels[0].set_ylabel(f"{lowered}, by a judge that never trained")
         # The panels share their height, so the names beside the last one are all panels'. Points of an
         # earlier version may lack a cost: then beside the last one that has every row.
         backwards = zip(reversed(panels), reversed(drawn), strict=True)
