@@ -41,8 +41,6 @@ from quark_fast.training.setup import Setup
 from quark_fast.training.start import set_up
 from quark_fast.training.trainer import Trainer
 
-POOL = 6  # completions a training prompt, as many as ours samples, of what does not sample as it learns
-
 
 @dataclass(frozen=True)
 class Point:
@@ -72,6 +70,11 @@ class Point:
             output=str(self.folder / "run"),
             **settings,
         )
+
+
+def completions_of(config: Config) -> int:
+    """Completions that ours samples of a training prompt; methods that learn from a pool get as many."""
+    return config.initial_samples + (config.rounds - 1) * config.explore_samples
 
 
 class Clock:
@@ -211,7 +214,7 @@ def online(point: Point, setup: Setup, kind: str, equal_samples: bool = False) -
 
     config, before = setup.config, front(setup)
     model, tokenizer = base_and_tokenizer()
-    scored, enough = 0, len(setup.prompts.train) * POOL
+    scored, enough = 0, len(setup.prompts.train) * completions_of(config)
 
     def spent() -> float:
         return scored / enough if equal_samples else clock.minutes / point.minutes
@@ -250,10 +253,9 @@ def online(point: Point, setup: Setup, kind: str, equal_samples: bool = False) -
 
 def pool(point: Point, setup: Setup) -> list[list[tuple[str, float]]]:
     """The base model's completions of each training prompt with their rewards, those that have one."""
-    prompts = setup.prompts
-    request = SampleRequest(
-        prompts.train_ids, Conditioning(), setup.round_sampling(0), POOL, setup.config.seed
-    )
+    prompts, config = setup.prompts, setup.config
+    count = completions_of(config)
+    request = SampleRequest(prompts.train_ids, Conditioning(), setup.round_sampling(0), count, config.seed)
     found: list[list[tuple[str, float]]] = [[] for _ in prompts.train]
     for indices, drawn, *_ in sample(setup.policy, setup.reference, request):
         for i, group in zip(indices, drawn, strict=True):
@@ -270,7 +272,7 @@ def offline(point: Point, setup: Setup, kind: str) -> Trained:
 
     before, clock = front(setup), Clock()
     found = pool(point, setup)
-    scored = len(setup.prompts.train) * POOL
+    scored = len(setup.prompts.train) * completions_of(setup.config)
     rows: list[dict[str, Any]] = []
     every = [
         (value, before + row["prompt"], text)

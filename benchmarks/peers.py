@@ -4,12 +4,12 @@
     python benchmarks/peers.py --task toxicity --minutes 12 --seeds 0,1,2
 
 GRPO and RLOO are TRL's (which has dropped PPO), on completions that the model writes as it learns; DPO, KTO
-and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too, on 6 samples a prompt of the
-base model; "best of 4" trains nothing, the scorer chooses one of four completions of the base model; Quark
-as published is our trainer with the paper's loss and draws. Ours and Quark train LoRA adapters, TRL's methods
-all weights, by which they are no slower here. TRL's train for ``--minutes`` of CPU time; ours for what its
-steps take: run it first to give the others as much. "GRPO with equal samples" trains for as many samples as
-ours instead.
+and fine-tuning on the best fifth alone (RAFT, Dong et al. 2023) are TRL's, too, on as many samples of the
+base model as ours draws; "best of 4" trains nothing, the scorer chooses one of four completions of the base
+model; Quark as published is our trainer with the paper's loss and draws. Ours and Quark train LoRA
+adapters, TRL's methods all weights, by which they are no slower here. TRL's train for ``--minutes`` of CPU
+time; ours for what its steps take: run it first to give the others as much. "GRPO with equal samples"
+trains for as many samples as ours instead.
 Each method's settings are chosen from a few tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).

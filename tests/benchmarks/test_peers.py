@@ -199,7 +199,7 @@ def tiny(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     spaced.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
     spaced.save_pretrained(tiny)
     monkeypatch.setattr("quark_fast.data.assets.default_model", lambda: tiny)
-    monkeypatch.setattr(peer_point, "POOL", 2)
+    monkeypatch.setattr(peer_point, "completions_of", lambda config: 2)
     limits = {"judge": "none", "max_new_tokens": 4, "prompt_limit": 8, "held_out": "2", "precision": "fp32"}
     config = peer_point.Point.config
     monkeypatch.setattr(peer_point.Point, "config", lambda self, **given: config(self, **limits, **given))
