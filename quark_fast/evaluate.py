@@ -100,8 +100,6 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         raise UsageError(f"--samples {asked.samples}: give at least 1")
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
         raise UsageError(f"--top-p {asked.top_p}: give a share in (0, 1]")
-    if not 0 <= asked.seed < 2**63:
-        raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
     _check_files(files, [*subjects, *filter(None, (asked.prompts, asked.out_of_domain))])
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.files.atomic import replacing

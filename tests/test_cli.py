@@ -334,7 +334,7 @@ def test_generate_refuses_bad_input_in_one_line(
         (["model", "--task", "manners"], "unknown task 'manners'"),
         (["finished", "finished"], "finished is named twice"),
         (["finished/evaluation.json", "--samples", "3"], "only tables are named"),
-        (["finished", "--seed", "-1"], "--seed -1"),
+        (["finished", "--seed", "-1"], "seed = -1; give at least 0"),
         (["finished", "--max-new-tokens", "1"], "min_new_tokens = 3 is above max_new_tokens = 1"),
         (["finished", "--max-new-tokens", "3000"], "positions"),
         (["finished", "--ppl-model", "./missing/model"], "./missing/model"),

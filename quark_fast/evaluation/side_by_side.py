@@ -179,6 +179,7 @@ class Evaluator:
         trust_remote_code: bool = False,
         listen: Listen = lambda *_: None,
     ) -> None:
+        Config(seed=seed).check()
         self.subjects = find_subjects(subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
         tables = {label: s for label, s in self.subjects.items() if isinstance(s, SavedTable)}
