@@ -626,6 +626,9 @@ def test_guidance_of_plain_transformers_comes_before_what_else_changes_logits(fo
     assert model.generate(start, **asked, **settings).tolist() == expected.tolist()
     # A config by its place, as of any model.
     assert model.generate(start, GenerationConfig(**settings), **asked).tolist() == expected.tolist()
+    for endless in (float("nan"), float("-inf")):
+        with pytest.raises(ValueError, match=f"guidance = {endless}; give a finite number"):
+            model.generate(start, guidance=endless)
     model.generation_config.num_beams = 2
     with pytest.raises(ValueError, match="beams are not supported"):
         model.generate(start, GenerationConfig(max_new_tokens=8), guidance=w)

@@ -15,6 +15,7 @@ token alone. Each token takes a second forward pass.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,8 @@ def generate(
     """As ``model.generate``, with ``guidance``.
 
     Raises:
-        ValueError: a text has no best token in front, or decoding is by beams or assisted: their texts change
-            places, or are taken back.
+        ValueError: ``guidance`` is not finite, a text has no best token in front, or decoding is by beams or
+            assisted: their texts change places, or are taken back.
     """
     ids = inputs if input_ids is None else input_ids
     processors = LogitsProcessorList(logits_processor or [])
@@ -104,6 +105,8 @@ def generate(
         return next((value for value in found if value is not None), None)
 
     if guidance is not None and guidance != 1:
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance = {guidance}; give a finite number, 1 for the best token alone")
         if ids is None or not bool((ids == BEST).any(dim=1).all()):
             raise ValueError(
                 f"guidance: token {BEST} must stand before every text; use this folder's tokenizer"
