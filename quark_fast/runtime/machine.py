@@ -90,6 +90,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_cpu_model()} with {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
     return {
         "quark_fast": __version__,
         "python": platform.python_version(),
@@ -97,7 +98,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "numpy": np.__version__,
-        "machine": f"{processor}, {torch.get_num_threads()} threads",
+        "machine": f"{processor}, {threads} thread{'s' * (threads > 1)}",
         "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
     }
 
