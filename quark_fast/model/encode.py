@@ -34,8 +34,7 @@ def encode_rows(
 
     With ``prefix_tokens`` a row's text is held-out text, cut after its first ``max_tokens`` tokens, and
     its first ``prefix_tokens`` are the prompt; rows without any token more are left out. With 0 a row's
-    text is the prompt, and there are no held-out texts; rows of more than ``max_tokens`` are left out. A
-    cut row keeps its whole text under ``text``.
+    text is the prompt, and there are no held-out texts; rows of more than ``max_tokens`` are left out.
 
     Args:
         cut: prompts that are too long are cut to their last tokens, but for chats.
@@ -60,8 +59,7 @@ def encode_rows(
     texts = [list(every[i])[:max_tokens] for i in kept]
     prompts = [ids[:prefix_tokens] for ids in texts]
     asked = [
-        {**rows[i], "prompt": policy.decode(ids, prompt=[]), "text": rows[i]["prompt"]}
-        for i, ids in zip(kept, prompts, strict=True)
+        {**rows[i], "prompt": policy.decode(ids, prompt=[])} for i, ids in zip(kept, prompts, strict=True)
     ]
     if len(kept) < len(rows):
         count = f"{len(rows) - len(kept):,} of {len(rows):,}"

@@ -125,7 +125,10 @@ class Results:
         setup.processes.on_rank_0(lambda: self._write_evaluation(table, samples, step, about))
 
     def _classify(self) -> None:
-        """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it."""
+        """Give every held-out prompt its class, also in the run folder, where ``evaluate`` reads it.
+
+        Not where a prompt is the beginning of a text: the folder has the whole texts.
+        """
         setup = self.setup
         rows = [dict(row) for row in self.held_out.rows]
         if not all("prompt_class" in row for row in rows):
@@ -133,8 +136,8 @@ class Results:
                 for i, name in share.items():
                     rows[i]["prompt_class"] = name
             self.held_out = dataclasses.replace(self.held_out, rows=rows, classified=True)
-        texts = [{**row, "prompt": row["text"]} if setup.config.prefix_tokens else row for row in rows]
-        setup.processes.on_rank_0(lambda: setup.folder.write_rows(HELD_OUT, map(to_file, texts)))
+        if not setup.config.prefix_tokens:
+            setup.processes.on_rank_0(lambda: setup.folder.write_rows(HELD_OUT, map(to_file, rows)))
 
     def _classified(self) -> Iterator[tuple[int, str]]:
         """(index, class) of this process's part of the held-out prompts."""

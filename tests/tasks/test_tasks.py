@@ -160,12 +160,14 @@ def test_every_metric_of_a_task_has_its_column(name: str) -> None:
 
 def test_prefix_is_the_prompt_and_the_whole_text_is_held_out(tiny_model: Callable[..., Path]) -> None:
     policy = Policy.create(tiny_model(), quantiles=2)
-    rows = [{"prompt": "w1 w2 w3 w4 w5", "id": 7}, {"prompt": "w6 w7 w8"}, {"prompt": "w9 w8 w7 w6"}]
+    rows = [{"prompt": "w1 w2 w3 w4 w5", "text": "own"}, {"prompt": "w6 w7 w8"}, {"prompt": "w9 w8 w7 w6"}]
     asked, ids, texts, _ = encode_rows(policy, rows, 4, 3)
     assert ids == [[1, 2, 3], [9, 8, 7]], "a text of 3 tokens has none beyond its prefix"
     assert texts == [[1, 2, 3, 4], [9, 8, 7, 6]], "cut behind max_tokens"
-    assert [row["text"] for row in asked] == ["w1 w2 w3 w4 w5", "w9 w8 w7 w6"]
-    assert asked[0]["id"] == 7 and asked[0]["prompt"] == policy.decode([1, 2, 3])
+    assert asked == [
+        {"prompt": policy.decode([1, 2, 3]), "text": "own"},
+        {"prompt": policy.decode([9, 8, 7])},
+    ], "other columns are the user's own"
     cut = encode_rows(policy, rows, 4, 0, cut=True)
     assert cut == (rows, [[2, 3, 4, 5], [6, 7, 8], [9, 8, 7, 6]], [], 1)
     with pytest.raises(UsageError, match=r"none of 3 texts has more than prefix_tokens = 5 tokens"):
