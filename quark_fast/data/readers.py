@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import datetime
 import functools
@@ -194,7 +195,10 @@ def _read_dataset(source: str) -> Iterator[Row]:
 
 
 def _json_form(value: Any) -> Any:
-    """A column's value as JSON has it, so that a reward gets the same from the run's own files later."""
+    """A column's value as JSON has it, so that a reward gets the same from the run's own files later.
+
+    Bytes, such as those of an image, are base64, whatever else JSON does not know is its text.
+    """
     if isinstance(value, Mapping):
         return {name: _json_form(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -203,4 +207,8 @@ def _json_form(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return float(value) if isinstance(value, Decimal) else value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Decimal):
+        return float(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -129,7 +129,15 @@ def test_columns_are_as_the_runs_own_files_will_have_them(tmp_path: Path) -> Non
     """So that the reward of a later evaluation gets what it got in training."""
     day = datetime.datetime(2024, 1, 2, 3, 4, 5)
     table = [
-        {"prompt": "a", "day": day, "price": Decimal("1.5"), "score": math.nan, "more": {"at": [day.date()]}}
+        {
+            "prompt": "a",
+            "day": day,
+            "price": Decimal("1.5"),
+            "score": math.nan,
+            "more": {"at": [day.date()]},
+            "image": {"bytes": b"\xff\xd8", "path": None},
+            "wait": datetime.timedelta(hours=2),
+        }
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "p.parquet")
     (row,) = rows(tmp_path / "p.parquet")
@@ -139,6 +147,8 @@ def test_columns_are_as_the_runs_own_files_will_have_them(tmp_path: Path) -> Non
         "price": 1.5,
         "score": None,
         "more": {"at": ["2024-01-02"]},
+        "image": {"bytes": "/9g=", "path": None},
+        "wait": "2:00:00",
     }
     assert json.loads(json.dumps(row)) == row
 
