@@ -23,8 +23,10 @@ from quark_fast.model import custom_generate
 from quark_fast.model.copies import is_sharded
 from quark_fast.model.policy import Policy
 from quark_fast.model.reward_embedding import RewardEmbedding
+from quark_fast.runtime.machine import without_bars
 
 
+@without_bars()
 def write_export(
     policy: Policy,
     folder: Path,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from quark_fast.data.tokenizer import check_tokenizer, missing_tokenizer
 from quark_fast.errors import UsageError, nor_folder
 from quark_fast.model.attention import FAST_ATTENTION
+from quark_fast.runtime.machine import without_bars
 
 
 def load_reference(
@@ -85,6 +86,7 @@ def refused(source: str | Path, kind: str, error: Exception) -> UsageError:
     return UsageError(f"no {kind} at {str(source)!r}: {first_line(error)}{nor_folder(source)}")
 
 
+@without_bars()
 def load_pretrained(
     source: str | Path,
     dtype: torch.dtype,

@@ -19,6 +19,7 @@ from torch import Tensor
 from quark_fast.data import assets
 from quark_fast.files.atomic import sha256
 from quark_fast.rewards.reward import Reward
+from quark_fast.runtime.machine import without_bars
 
 FOLDER = Path(__file__).parent / "judges"
 TOKENS = 128  # of a text that are read
@@ -32,6 +33,7 @@ class Embedder:
     text, which it was trained to begin texts with, stands in front and does not count.
     """
 
+    @without_bars()
     def __init__(self, layers: int) -> None:
         from transformers import AutoModel, AutoTokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -10,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,11 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from quark_fast import __version__
 from quark_fast.errors import UsageError
@@ -41,6 +48,24 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers for models that a run loads and saves; the hub's, of downloads, stay."""
+    logs, of_hub = transformers.logging, not are_progress_bars_disabled()
+    if not logs.is_progress_bar_enabled():
+        yield
+        return
+    logs.disable_progress_bar()  # type: ignore[no-untyped-call]  # and the hub's
+    if of_hub:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logs.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not of_hub:
+            disable_progress_bars()
 
 
 def settled_precision(wanted: Precision) -> Precision:

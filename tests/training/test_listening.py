@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from transformers import PreTrainedModel
 
@@ -127,9 +128,11 @@ def test_trainer_shows_a_display_by_itself_where_somebody_looks_and_to_nobody_el
         "own": (lambda _: None, False),
     }
     model = tiny_model()
+    transformers.logging.enable_progress_bar()
     Trainer(small(tmp_path / "unseen", model, **SHORT), **GIVEN).train()
     out, err = capfd.readouterr()
-    assert out == "" and "learning" not in err, "a program whose output goes to a file"
+    assert out == err == "", "a program whose output goes to a file"
+    assert transformers.logging.is_progress_bar_enabled(), "the program's own"
     monkeypatch.setattr(Terminal, "is_terminal", property(lambda _: True))
     for name, (listen, shows) in listeners.items():
         Trainer(small(tmp_path / name, model, **SHORT), listen=listen, **GIVEN).train()
