@@ -46,6 +46,8 @@ NEIGHBOURS = {
     "lr": "learning_rate",
     "epochs": "rounds",
     "dataset": "prompts",
+    "train_dataset": "prompts",
+    "eval_dataset": "held_out",
 }
 
 # Settings of earlier versions, and a flag that is no setting; what stands in their place.

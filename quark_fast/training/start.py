@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +34,7 @@ from quark_fast.model.loading import decode_fast, load_reference
 from quark_fast.model.lora import Lora
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import recompute_layers
+from quark_fast.near_names import nearest
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.weighted_sum import cached, terms
@@ -53,6 +55,25 @@ from quark_fast.training.setup import Setup
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.try_rewards import try_rewards
 
+_CALL = "Trainer(Config(model=..., output=...), reward=..., prompts=...)"
+P = ParamSpec("P")
+
+
+def known_names(init: Callable[P, None]) -> Callable[P, None]:
+    """The same, but an argument by a name that it does not have, as of another trainer, is a UsageError."""
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*given: P.args, **named: P.kwargs) -> None:
+        for name in named:
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"did you mean {near!r}?" if near else f"a run is {_CALL}"
+                raise UsageError(f"Trainer has no argument {name!r}; {hint}")
+        init(*given, **named)
+
+    return checked
+
 
 def names_into_settings(
     config: Config,
@@ -60,7 +81,9 @@ def names_into_settings(
     prompts: str | Path | Sequence[Prompt] | None,
     held_out: str | Path | int | Sequence[Prompt] | None,
 ) -> tuple[Config, GivenReward | None, Given]:
-    """What a program gave, with names moved into the settings, where the command line has them."""
+    """What a program gave, with names moved into the settings, where the command line has them; checked."""
+    if not isinstance(config, Config):
+        raise UsageError(f"config is of type {type(config).__name__}; a run is {_CALL}")
     names: dict[str, Any] = {}
     if isinstance(reward, str):
         names["reward"], reward = reward, None
@@ -68,7 +91,9 @@ def names_into_settings(
         names["prompts"], prompts = prompts, None
     if isinstance(held_out, str | Path | int):
         names["held_out"], held_out = held_out, None
-    return dataclasses.replace(config, **names), reward, Given(prompts, held_out)
+    config = dataclasses.replace(config, **names)
+    config.check()
+    return config, reward, Given(prompts, held_out)
 
 
 def check_folder(config: Config, folder: RunFolder) -> tuple[Precision, Config]:

@@ -43,6 +43,7 @@ from quark_fast.training.signals import stop_signals
 from quark_fast.training.start import (
     check_folder,
     choose_rollout,
+    known_names,
     names_into_settings,
     set_up,
     settings_to_save,
@@ -74,6 +75,7 @@ class Trainer:
         UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.
     """
 
+    @known_names
     def __init__(
         self,
         config: Config,
@@ -88,7 +90,6 @@ class Trainer:
         started = time.monotonic()
         config, given_reward, given = names_into_settings(config, reward, prompts, held_out)
         self.config = config
-        config.check()
         self.folder = folder = RunFolder(config.output_folder)
         self.processes = processes = Processes.join()
         log = RunLog(folder / LOG) if processes.main else None

@@ -70,6 +70,22 @@ def test_what_cannot_be_called_is_no_listener(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"reward_funcs": even_words}, "no argument 'reward_funcs'; did you mean 'reward'"),
+        ({"eval_dataset": PROMPTS}, "no argument 'eval_dataset'; did you mean 'held_out'"),
+        ({"model": "gpt2"}, r"no argument 'model'; a run is Trainer\(Config\(model=..., output=...\)"),
+        ({"config": "gpt2"}, r"config is of type str; a run is Trainer\(Config\("),
+    ],
+)
+def test_arguments_of_another_trainer_are_refused_with_what_stands_for_them(
+    given: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        Trainer(**given)
+
+
 def test_trainer_is_one_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     trainer = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), listen=None, **GIVEN)
     trainer.train()
