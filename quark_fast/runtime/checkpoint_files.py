@@ -45,7 +45,7 @@ def save_checkpoint(
     if current.exists():
         os.rename(current, old)
     os.rename(scratch, current)
-    flush(folder.path)
+    flush(folder.at)
 
 
 def keep_state(

@@ -42,19 +42,23 @@ class RunFolder:
     for rewards that are cached and, while the run is not finished, checkpoint/, the one before it in
     checkpoint.old/, pending/ with the batches of the stage under way, rounds/ with weights of rounds that may
     be kept, rollout/ with weights for vLLM, and .lock.
+
+    Attributes:
+        path: as it was given, for messages.
+        at: where that is, also when the program goes to another folder later.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.at = self.path.absolute()
 
     @property
     def nearest(self) -> Path:
         """The run's folder, where it exists, else the nearest one above that does."""
-        path = self.path.absolute()
-        return next(path for path in (path, *path.parents) if path.is_dir())
+        return next(path for path in (self.at, *self.at.parents) if path.is_dir())
 
     def __truediv__(self, name: str) -> Path:
-        return self.path / name
+        return self.at / name
 
     def check_free(self) -> None:
         """Refuse a path with anything in it: no run is overwritten. What there is decides what to type."""
@@ -64,7 +68,7 @@ class RunFolder:
         anew = "to train anew choose another --output"
         if path.is_dir() and self.finished:
             raise UsageError(
-                f"{path} exists: a finished run. Its report is {self / 'report.html'}, its texts come by"
+                f"{path} exists: a finished run. Its report is {path / 'report.html'}, its texts come by"
                 f' `python -m quark_fast.generate {path} "The man said"`; {anew}'
             )
         if (self / "config.yaml").exists():
@@ -93,10 +97,10 @@ class RunFolder:
             self.drop_checkpoint()  # of a process that ended while it did
             raise UsageError(
                 f"the run in {self.path} is finished: nothing to resume; its report is"
-                f" {self / 'report.html'}, and `python -m quark_fast.report {self.path}` writes that again"
+                f" {self.path}/report.html, and `python -m quark_fast.report {self.path}` writes that again"
             )
         for left in (".*.tmp", f"{TRIAL}*"):  # of a process that ended while it wrote
-            for path in self.path.glob(left):
+            for path in self.at.glob(left):
                 path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def check_results(self) -> None:
@@ -111,7 +115,7 @@ class RunFolder:
         """Make the folder, from here on this process's alone; one with anything in it is refused."""
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.at.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"cannot make the run folder {self.path}: {error.strerror}; choose another --output"
             raise _unusable(error)(what) from error

@@ -122,7 +122,7 @@ class BestRound:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as scratch:
                 save_file(weights, scratch)
-            flush(self.setup.folder.path)
+            flush(self.setup.folder.at)
             return sha256(path)
 
         return dataclasses.replace(measured, sha256=processes.on_rank_0(write))

@@ -170,7 +170,7 @@ class Trainer:
             self.checkpoint.keep(state)
             self.results.export(self.started, kept)
         self.results.upload()
-        return TrainedRun(self.folder.path.absolute(), self.config.trust_remote_code)
+        return TrainedRun(self.folder.at, self.config.trust_remote_code)
 
     # ---------------------------------------------------------------- the phases
 
@@ -216,8 +216,8 @@ class Trainer:
             with self.processes.same_error():
                 raise UsageError(
                     f"{found}, so there is nothing to tell apart and nothing was learned; the samples are"
-                    f" kept in {self.folder / COMPLETIONS}. Give a reward that differs between them, or more"
-                    " --initial-samples or --rounds or a higher --temperature, and another --output"
+                    f" kept in {self.folder.path / COMPLETIONS}. Give a reward that differs between them, or"
+                    " more --initial-samples or --rounds or a higher --temperature, and another --output"
                 )
         this = state.round + 1
         note = f"{found}: nothing to tell apart yet; round {this} is left out, the next one samples"
@@ -298,7 +298,7 @@ class Trainer:
                 self.folder.write_rows(PROMPTS, map(to_file, setup.prompts.chats))
             self.folder.add_start(self._versions() | {"step": self.state.step})
             settings, mark = dataclasses.asdict(config), self.folder.mark
-            trackers.start(self.accelerator, self.folder.path, settings, self.state.step, mark)
+            trackers.start(self.accelerator, self.folder.at, settings, self.state.step, mark)
 
     def _versions(self) -> dict[str, Any]:
         found = versions(self.setup.device) | {

@@ -115,8 +115,9 @@ def test_trained_run_is_the_path_of_its_folder_and_has_table_and_model(
     tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = Trainer(small(Path("run"), tiny_model(), **SHORT), **GIVEN).train()
+    trainer = Trainer(small(Path("run"), tiny_model(), **SHORT), **GIVEN)
     monkeypatch.chdir("/")
+    run = trainer.train()
     assert os.fspath(run) == str(run.folder) == str(tmp_path / "run")
     assert (Path(run) / "report.html").parent == run.folder
     assert [row["name"] for row in run.table["rows"]][:2] == ["base model", "best token"]
