@@ -49,6 +49,13 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
     return render
 
 
+def writes_opening(tokenizer: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether the tokenizer's chat template itself opens a text of these messages; no template does not."""
+    with contextlib.suppress(Exception):  # as above
+        return bool(front := opening(tokenizer)) and _written(tokenizer, messages).startswith(front)
+    return False
+
+
 def _written(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """What the template writes of the messages.
 

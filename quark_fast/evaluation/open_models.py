@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quark_fast.config import Config
-from quark_fast.data.tokenizer import export_prefix
+from quark_fast.data.chat import writes_opening
+from quark_fast.data.row import is_chat
+from quark_fast.data.tokenizer import export_prefix, opening_ids
 from quark_fast.evaluation.open_run import open_run
-from quark_fast.evaluation.protocol import EvaluationProtocol
+from quark_fast.evaluation.protocol import EvaluationProtocol, PromptSet
 from quark_fast.evaluation.subjects import Model, Plain, Run, source_of
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.model.check_reading import check_reading
@@ -40,14 +42,21 @@ class Models:
     Args:
         models: by short name.
         asked: ``eval_rows`` and ``eval_guidance`` in place of each run's own; None: its own.
+        domains: the prompts of each table.
     Attributes:
         bases: (base model, its prefix; None: what its own tokenizer puts there) of each.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], protocol: EvaluationProtocol, asked: Mapping[str, str | None]
+        self,
+        models: Mapping[str, Model],
+        protocol: EvaluationProtocol,
+        asked: Mapping[str, str | None],
+        domains: Iterable[PromptSet],
     ) -> None:
         self.models, self.protocol = models, protocol
+        rows = (row for domain in domains for row in domain.rows)
+        self.chat = next((row["messages"] for row in rows if is_chat(row)), None)
         self.asked: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         self.trust = protocol.config.trust_remote_code
         # A plain model that a run started from gets that run's prefix: it is the run's base model.
@@ -78,7 +87,7 @@ class Models:
         model, with_base = self.models[label], self.same_base(label)[0] == label
         if isinstance(model, Plain):
             rows = [TableRow(BASE, base=True)] if with_base else []
-            policy = open_plain(model.given, self.protocol, self.bases[label][1])
+            policy = open_plain(model.given, self.protocol, self.bases[label][1], self.chat)
             return OpenModel(policy, lambda: policy.model, rows)
         finished = open_run(model.folder, self.trust)
         config = self.settings_of(model)
@@ -87,8 +96,19 @@ class Models:
         return OpenModel(finished.policy, lambda: finished.reference, rows)
 
 
-def open_plain(source: str, protocol: EvaluationProtocol, prefix: Sequence[int] | None = None) -> Policy:
-    """A model as it is, frozen; ``prefix`` None: what its own tokenizer puts before a text."""
+def open_plain(
+    source: str,
+    protocol: EvaluationProtocol,
+    prefix: Sequence[int] | None = None,
+    chat: list[dict[str, Any]] | None = None,
+) -> Policy:
+    """A model as it is, frozen.
+
+    Args:
+        prefix: None: what its own tokenizer puts before a text, or else its template before ``chat``.
+    """
     policy = Policy.plain(source, protocol.dtype, prefix, protocol.config.trust_remote_code)
+    if prefix is None and not policy.prefix and chat and writes_opening(policy.tokenizer, chat):
+        policy.prefix = opening_ids(policy.tokenizer)
     check_reading(policy, frozen(policy.model, protocol.device), [None] * 3)
     return policy

@@ -123,7 +123,7 @@ class Evaluator:
     Rows come in the order of the subjects; the first row is the one that the others' changes are against,
     paired by prompt. A run brings several, any other model one row. What stands before a prompt is, for a
     run's rows and for its base model, the run's own prefix (with the row's reward token after it); any
-    other plain model gets what its own tokenizer puts before a text. Two runs of one model share its row.
+    other plain model gets what its tokenizer or chat template puts there. Runs of one model share its row.
 
     Args:
         subjects: run folders, transformers folders, hub names, tables (FILE.json); one of them, or several.
@@ -211,7 +211,7 @@ class Evaluator:
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
         self.domains = load_prompt_sets(models, self.protocol, own, other, self.remarks.append)
-        self.models = Models(self.live, self.protocol, modes)
+        self.models = Models(self.live, self.protocol, modes, self.domains)
         self._open_all()
         self._choose_perplexity(ppl_model)
         self.tables = {domain.key: self._describe(domain) for domain in self.domains}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import export, save_tiny_model, sharpen
+from conftest import WORDS, export, save_tiny_model, sharpen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
@@ -401,6 +401,10 @@ def test_chats_are_refused_where_models_of_one_vocabulary_write_them_differently
     def evaluator(*names: str, **settings: Any) -> Evaluator:
         return Evaluator([tmp_path / name for name in names], **{**chats, **settings})
 
+    # Each stands by itself: what its template opens a chat with is before it, and no text.
+    prefixes = {name: evaluator(name).opened.policy.prefix for name in ("ours", "same")}
+    assert prefixes == {"ours": [WORDS], "same": []}
+    assert evaluator("ours", prompts="prompts.txt").opened.policy.prefix == []
     done = evaluator("ours", "same").evaluate()
     assert {row["prompt"] for row in done.samples} == {"w3 w5 ", "w4 w5 w4 w5 "}
     for other in ("other", "strict"):
