@@ -238,7 +238,9 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value with null for NaN and infinities, which JSON does not have."""
+    """The value with null for NaN and infinities, which JSON does not have; arrays as lists."""
+    if hasattr(value, "tolist"):  # numpy's and torch's, single numbers, too
+        value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
