@@ -141,8 +141,11 @@ def _given(name: str, rows: Sequence[Prompt], chat: Chat, column: str | None) ->
     for i, one in enumerate(rows):
         row: Row = dict(one) if isinstance(one, Mapping) else {"prompt": one}
         held, value = find_prompt(row, column) if isinstance(one, Mapping) else (True, one)
-        if column and not held:
-            raise UsageError(f"{name}[{i}] has no column {column!r} (prompt_column), but {listed(row)}")
+        if not held:
+            wanted = repr(column) if column else "'prompt' or 'messages'"
+            raise UsageError(
+                f"{name}[{i}] has no column {wanted}, but {listed(row)}; name the prompts' by prompt_column"
+            )
         try:
             row, reason = with_prompt(row, value, chat)
         except ChatTemplateError as error:

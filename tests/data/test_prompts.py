@@ -718,8 +718,13 @@ def test_number_of_held_out_prompts_and_limit_of_training_ones(tmp_path: Path) -
 
 def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
     assert choose(prompts=["a", {"prompt": "a", "n": 1}], held_out=["a"])[:2] == (["a", "a"], ["a"])
-    for bad, reason in (("  ", "empty"), ({"n": 1}, "without a prompt"), ({"prompt": 5}, "not text")):
-        with pytest.raises(UsageError, match=rf"prompts\[1\] is {reason}"):
+    for bad, reason in (
+        ("  ", "is empty"),
+        ({"text": "a"}, "has no column 'prompt' or 'messages', but 'text'; name the prompts'"),
+        ({"prompt": None}, "is without a prompt"),
+        ({"prompt": 5}, "is not text"),
+    ):
+        with pytest.raises(UsageError, match=rf"prompts\[1\] {reason}"):
             choose(prompts=["fine", bad], held_out=["x"])
     with pytest.raises(UsageError, match="no chat template"):
         choose(prompts=[{"prompt": [ASK]}], held_out=["x"])
@@ -728,7 +733,7 @@ def test_prompts_of_a_program_are_taken_as_they_are_or_refused() -> None:
 def test_prompts_of_a_program_stand_where_those_of_a_file_do(chat: Any) -> None:
     rows: list[Any] = [{"prompt": "a", "question": "b"}, {"prompt": "c", "question": "d"}]
     assert choose(rows, ["x"], prompt_column="question")[:2] == (["b", "d"], ["x"])
-    with pytest.raises(UsageError, match=r"^prompts\[0\] has no column 'quest' .*, but 'prompt', 'question'"):
+    with pytest.raises(UsageError, match=r"prompts.0. has no column 'quest', but 'prompt', 'question';"):
         choose(rows, ["x"], prompt_column="quest")
     talk = [{"messages": [ASK, ANSWER]}]  # whose closing answer is no part of the prompt
     chosen = choose_prompts(Config(), lambda: ([], []), chat, talk, held_out=["x"])
