@@ -49,7 +49,7 @@ def check_from_run(config: Config, earlier: RunFolder) -> None:
         if mine != theirs:
             raise UsageError(
                 f"{name} = {mine!r}, but the run in {path} has {theirs!r}{why};"
-                " leave that out, or train anew without --from"
+                " give that, or train anew without --from"
             )
     config.check_compares_rounds_as(saved, f"the run in {path}")
 

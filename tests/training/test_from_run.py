@@ -147,7 +147,7 @@ def test_what_a_run_cannot_go_on_from_is_refused_in_one_line(tmp_path: Path, tin
 
     refused(r"quantiles = 2, but the run in .*run has 3", quantiles=2)
     refused(r"lora_rank = 8, but the run in .*run has 4", lora_rank=8)
-    refused(r"model = '.*', but the run in", model=str(tiny_model("gpt2")))
+    refused(r"model = '.*', but the run in .* give that, or train anew", model=str(tiny_model("gpt2")))
     refused(r"the training prompts are not those that the run in .*run began with", {"prompts": PROMPTS[:20]})
     refused(r"evaluate_on = 'development', but the run in .*run has 'test'", evaluate_on="development")
     refused(r"prompt_limit = 9, but the run in .*run has 0", prompt_limit=9)
