@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quark_fast.config import Config
 from quark_fast.data import assets
@@ -92,19 +93,24 @@ def find_subjects(given: Named | Sequence[Named]) -> dict[str, Subject]:
     Raises:
         UsageError: there is none, one is there twice, or one cannot be read.
     """
-    every = [given] if isinstance(given, str | os.PathLike) else given
+    several = isinstance(given, Iterable) and not isinstance(given, str | os.PathLike)
+    every: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
     if not every:
         raise UsageError("nothing to evaluate: name a run folder or a model")
     found = [find_subject(one) for one in every]
     return dict(zip(labels(found), found, strict=True))
 
 
-def find_subject(given: Named) -> Subject:
+def find_subject(given: Any) -> Subject:
     """What a command-line argument names: FILE.json, a run folder, a transformers folder, or a hub name.
 
     Raises:
         UsageError: it is a path, and none of these; a table without its samples.
     """
+    if not isinstance(given, str | os.PathLike):  # a program may hand over anything
+        raise UsageError(
+            f"a {type(given).__name__} cannot be evaluated; give a run, its folder, a model's or a hub name"
+        )
     given = os.fspath(given)  # of a finished run its folder, not what it shows
     path = Path(given)
     if path.suffix == ".json":

@@ -273,6 +273,9 @@ def test_run_that_training_returned_is_its_folder_and_one_subject_needs_no_list(
     for given in ([run], run, "runs/a", Path("runs/a")):
         assert {label: one.given for label, one in find_subjects(given).items()} == {"a": "runs/a"}
     assert Evaluator(run, prompts=Path("prompts.txt")).tables[""]["source"] == "prompts.txt"
+    for given in (torch.nn.Linear(1, 1), [torch.nn.Linear(1, 1)]):
+        with pytest.raises(UsageError, match="a Linear cannot be evaluated; give a run"):
+            find_subjects(given)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a file or a data set, not a list"):
         Evaluator(run, prompts=PROMPTS)  # type: ignore[arg-type]
 
