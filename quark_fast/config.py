@@ -474,6 +474,8 @@ def _of_another_kind(name: str, value: Any, wanted: str) -> str:
         fix = "save it, and its tokenizer, by save_pretrained(FOLDER), and give that folder's name"
     elif name in ("reward", "prompts", "held_out") and value is not None:
         fix = f"give {wanted}, or Trainer(config, {name}=...)"
+    elif isinstance(value, list | tuple):
+        fix = f"give {','.join(map(str, value))!r:.80}"
     else:
         fix = f"give {wanted}"
     shown = value is None or isinstance(value, str | int | float)
