@@ -270,13 +270,18 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
     """Wrap a function; the hash of its source stands for its version.
 
     Raises:
-        UsageError: it is none: a class, or what cannot be called.
+        UsageError: it is none: a class, a model, or what cannot be called.
     """
     named = name or name_of(function)
     if isinstance(function, type):
         raise UsageError(
             f"reward {named} is a class, which makes no numbers of completions; give an instance of it"
             f" ({function.__name__}(...)), or a function"
+        )
+    if type(function).__module__.startswith("transformers."):  # TRL takes models, too
+        raise UsageError(
+            f"reward is of type {type(function).__name__}; save that, and its tokenizer, by"
+            " save_pretrained(FOLDER), and give 'hf:FOLDER:LABEL' with the label to reward"
         )
     if not callable(function):
         raise UsageError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from quark_fast.config import Config
 from quark_fast.data.row import Row
@@ -61,6 +62,8 @@ def test_what_is_no_function_is_refused_with_what_to_give(module: Callable[[str]
         choose_reward(Config(), by_name.find_task("toxicity"), "cpu", [])
     with pytest.raises(UsageError, match="reward is of type int, which cannot be called"):
         describe(3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"GPT2ForSequenceClassification; save that, .* 'hf:FOLDER:LABEL'"):
+        describe(GPT2ForSequenceClassification(GPT2Config(n_embd=2, n_layer=1, n_head=1, vocab_size=2)))
     module("class R:\n    def __call__(self, prompts, completions, **_):\n        return [1.0]\n")
     with pytest.raises(UsageError, match=r"reward my_rewards:R is a class, .*give an instance of it \(R\("):
         load_reward("my_rewards:R")
