@@ -123,13 +123,14 @@ def _common_task(models: Sequence[Model], runs: Sequence[Run], reward: str | Giv
     if not runs and reward is not None:
         return Config().task
     if not runs:
-        names = ", ".join(model.given for model in models)
-        raise UsageError(
-            f"{names}: no run folder here, so a model; name what to measure by --task, or by --reward with"
-            " --prompts"
-        )
+        raise UsageError(f"{_named(models)}; name what to measure by --task, or by --reward with --prompts")
     agree(runs, "unlearned", in_words, "name what to measure by --task")
     return runs[0].config.task
+
+
+def _named(models: Sequence[Model]) -> str:
+    """What is said of models among which is no run, one of which may be a run's name with a slip in it."""
+    return f"{', '.join(model.given for model in models)}: no run folder here, so a model"
 
 
 def _check_rewards_agree(runs: Sequence[Run]) -> None:
@@ -269,8 +270,8 @@ def load_prompt_sets(
         own = PromptSet("", path, rows, split, protocol.task.prompt_classes)
     elif not protocol.task_named:
         raise UsageError(
-            f"name the prompts for the reward {protocol.reward.name} by --prompts, or a task, which has"
-            " some, by --task"
+            f"{_named(models)}; name the prompts for the reward {protocol.reward.name} by --prompts, or a"
+            " task, which has some, by --task"
         )
     else:
         source = f"the task's own ({protocol.task.name})"

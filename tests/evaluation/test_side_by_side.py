@@ -793,7 +793,7 @@ def test_reward_and_prompts_measure_plain_models_without_a_task(place: Path) -> 
     asked = {name: value for name, value in SMALL.items() if name != "task"}
     alone, of_task = made("base", "cousin", **asked), made("base", "cousin", **SMALL)
     assert alone.samples == of_task.samples and alone.table["scorer"]["name"].endswith("evens")
-    with pytest.raises(UsageError, match=r"name the prompts for the reward .*evens by --prompts"):
+    with pytest.raises(UsageError, match=r"base: no run .*; name the prompts for the reward .*evens by"):
         Evaluator(["base"], reward=evens)
 
 
