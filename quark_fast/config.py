@@ -474,6 +474,8 @@ def _of_another_kind(name: str, value: Any, wanted: str) -> str:
         fix = "save it, and its tokenizer, by save_pretrained(FOLDER), and give that folder's name"
     elif name in ("reward", "prompts", "held_out") and value is not None:
         fix = f"give {wanted}, or Trainer(config, {name}=...)"
+    elif name == "scored":
+        fix = "give a file's name; data.to_json(FILE) of a Dataset writes one"
     elif isinstance(value, list | tuple):
         fix = f"give {','.join(map(str, value))!r:.80}"
     else:

@@ -200,6 +200,7 @@ def test_values_from_python_are_as_a_file_would_have_them(tmp_path: Path) -> Non
             "reward is of type builtin_function_or_method; give a text, or Trainer(config, rew",
         ),
         ({"prompts": ["a"]}, "prompts is of type list; give a text, or Trainer(config, prompts=...)"),
+        ({"scored": {}}, "scored is of type dict; give a file's name; data.to_json(FILE) of a Dataset"),
         ({"lora_targets": ["q_proj", "v_proj"]}, "lora_targets is of type list; give 'q_proj,v_proj'"),
         ({"steps": "8"}, "steps = '8'; give a whole number"),
         ({"steps": 1.5}, "steps = 1.5; give a whole number"),
