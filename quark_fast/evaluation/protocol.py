@@ -139,7 +139,7 @@ def _check_rewards_agree(runs: Sequence[Run]) -> None:
     def in_words(config: Config) -> str:
         how = [config.scorer_label] if config.scorer_label else []
         how += [f"reads {config.scorer_reads}"] if config.scorer_reads != "completion" else []
-        return (config.reward or "its task") + (f" ({', '.join(how)})" if how else "")
+        return (config.reward or "its task, or its program") + (f" ({', '.join(how)})" if how else "")
 
     agree(runs, "was rewarded by", in_words, "name one scorer for all by --reward or --task")
     for run in runs:

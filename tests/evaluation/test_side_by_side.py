@@ -753,10 +753,11 @@ def test_table_without_its_samples_is_refused(place: Path, tmp_path: Path) -> No
             {"reward": "toxicity"},
             r"runs/a was rewarded by .*evens, but runs/c was rewarded by toxicity; .*--reward",
         ),
+        ({"reward": None}, r"but runs/c was rewarded by its task, or its program; .*--reward"),
     ],
 )
 def test_runs_of_different_tasks_or_rewards_need_one_named(
-    place: Path, settings: dict[str, str], named: str
+    place: Path, settings: dict[str, str | None], named: str
 ) -> None:
     config = {"reward": "test_side_by_side:evens", **settings}
     save_run(place / "runs" / "c", "base", 3, **config)
