@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ class Config(
     def output_folder(self) -> Path:
         """The folder given, else one by the run to go on from, the user's own reward, or the task."""
         if self.output:
-            return Path(self.output)
+            return Path(os.path.expanduser(self.output))
         if self.from_run:
             return _next_folder(Path(self.from_run))
         own = self.reward if self.reward not in (None, "none", *TASK_DEFAULTS) else None

@@ -606,9 +606,11 @@ def test_help_names_every_option_with_its_meaning_and_default(capsys: pytest.Cap
         ({"reward": "1 - hf:org/rude"}, "runs/1-rude"),
         ({"reward": "0.7*toxicity + 0.3*a.b:score"}, "runs/0.7-toxicity-0.3-score"),
         ({"reward": "m:score", "output": "elsewhere"}, "elsewhere"),
+        ({"output": "~/elsewhere"}, Path.home() / "elsewhere"),
+        ({"output": "~nobody-here/elsewhere"}, "~nobody-here/elsewhere"),
     ],
 )
-def test_run_is_named_after_the_reward_that_it_has(settings: dict[str, Any], folder: str) -> None:
+def test_run_is_named_after_the_reward_that_it_has(settings: dict[str, Any], folder: str | Path) -> None:
     assert Config(**settings).output_folder == Path(folder)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     assert parse(flags, "train").output_folder == Path(folder)
