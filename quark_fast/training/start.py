@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -89,7 +90,7 @@ def names_into_settings(
         names["reward"], reward = reward, None
     if isinstance(prompts, str | Path):
         names["prompts"], prompts = prompts, None
-    if isinstance(held_out, str | Path | int):
+    if isinstance(held_out, str | Path | int | Number):  # numpy's, and a share, which a setting refuses
         names["held_out"], held_out = held_out, None
     config = dataclasses.replace(config, **names)
     config.check()

@@ -16,6 +16,7 @@ import transformers
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
 from transformers import PreTrainedModel
 
+from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.rewards.reward import describe
 from quark_fast.rollout.transformers import sample
@@ -77,6 +78,7 @@ def test_what_cannot_be_called_is_no_listener(
         ({"eval_dataset": PROMPTS}, "no argument 'eval_dataset'; did you mean 'held_out'"),
         ({"model": "gpt2"}, r"no argument 'model'; a run is Trainer\(Config\(model=..., output=...\)"),
         ({"config": "gpt2"}, r"config is of type str; a run is Trainer\(Config\("),
+        ({"config": Config(), "held_out": 0.1}, r"held_out = 0.1; give at least 1 and at most .*, or a file"),
     ],
 )
 def test_arguments_of_another_trainer_are_refused_with_what_stands_for_them(

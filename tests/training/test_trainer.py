@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -69,7 +70,7 @@ def test_texts_given_to_the_trainer_are_the_settings_of_that_name(
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS))
     spec = f"2*{__name__}:shares_of_odd_words"
-    trainer = Trainer(small(tmp_path / "run", tiny_model()), reward=spec, prompts=file, held_out=3)
+    trainer = Trainer(small(tmp_path / "run", tiny_model()), reward=spec, prompts=file, held_out=np.int64(3))
     assert trainer.setup.reward.name == spec
     assert (trainer.config.reward, trainer.config.prompts) == (spec, str(file))
     assert len(trainer.setup.prompts.held_out.rows) == 3
