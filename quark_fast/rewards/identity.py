@@ -6,12 +6,14 @@ import functools
 import hashlib
 import inspect
 import linecache
+import pprint
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+_ADDRESS = " at 0x[0-9a-fA-F]+"
 NO_SOURCE = hashlib.sha256(b"").hexdigest()
 
 
@@ -28,9 +30,22 @@ def name_of(function: Any) -> str:
     if isinstance(function, functools.partial):
         given = [repr(one) for one in function.args]
         given += [f"{name}={one!r}" for name, one in sorted(function.keywords.items())]
-        return f"{name_of(function.func)}({', '.join(re.sub(' at 0x[0-9a-f]+', '', one) for one in given)})"
+        return f"{name_of(function.func)}({', '.join(re.sub(_ADDRESS, '', one) for one in given)})"
     own = function if hasattr(function, "__qualname__") else type(function)
     return f"{own.__module__}:{own.__qualname__}"
+
+
+def held_by(function: Any) -> str:
+    """sha256 of what a function's closure, or an object's attributes, hold now; two of one code may differ.
+
+    Likewise the same in every process, as far as the values' own texts are.
+    """
+    while isinstance(function, functools.partial):  # whose arguments are in its name
+        function = function.func
+    own = function.__self__ if inspect.ismethod(function) else function
+    held = [cell.cell_contents for cell in getattr(inspect.unwrap(function), "__closure__", None) or ()]
+    held += [] if inspect.isroutine(own) else [getattr(own, "__dict__", {})]
+    return hashlib.sha256(re.sub(_ADDRESS, "", pprint.pformat(held)).encode()).hexdigest()
 
 
 def source_file(function: Callable[..., Any]) -> str:

@@ -26,7 +26,7 @@ from quark_fast.metrics import LARGEST
 from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.failure import told
-from quark_fast.rewards.identity import name_of, source_sha256
+from quark_fast.rewards.identity import held_by, name_of, source_sha256
 from quark_fast.runtime.overlap import Begun
 
 Function = Callable[..., Any]
@@ -48,6 +48,8 @@ class Reward:
         property: what ``1 - reward`` measures ("toxicity"), or None when the reward is not of that form.
         calls: how it is called if it is asynchronous.
         cache: where values that are known are looked up; None: always call.
+        held: hash of what a function held when it was given, ``identity.held_by``. It tells apart values in
+            the cache, not rewards: a counter in it may be another at a resume.
     """
 
     function: Function
@@ -57,6 +59,7 @@ class Reward:
     property: str | None = None
     calls: Calls = DEFAULT_CALLS
     cache: RewardCache | None = None
+    held: str = ""
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[str]) -> npt.NDArray[np.float64]:
         """(N,) rewards of completions of the rows' prompts; NaN where the function gave None or NaN.
@@ -207,7 +210,7 @@ class Reward:
             return None
         columns = {name: value for name, value in row.items() if name not in RESERVED}
         try:
-            content = [self.identity, row["prompt"], completion, columns]
+            content = [self.identity, self.held, row["prompt"], completion, columns]
             text = json.dumps(content, sort_keys=True, default=_spelled)
         except (TypeError, ValueError):
             return None
@@ -289,7 +292,7 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
             " reward(prompts, completions, **columns), the name of one, a list of them, which are added up,"
             ' or a weighted sum by name, as in "0.7*package.module:f + 0.3*package.module:g"'
         )
-    return Reward(function, named, "source", source_sha256(function), calls=calls)
+    return Reward(function, named, "source", source_sha256(function), calls=calls, held=held_by(function))
 
 
 def _numbers(name: str, values: Any, count: int) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny_runs import PROMPTS, even_words, rows, small, timeless
+from tiny_runs import PROMPTS, Told, even_words, rows, small, timeless
 
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.rewards.reward import describe
@@ -175,8 +175,7 @@ def test_batch_is_scored_while_the_next_is_sampled_with_the_same_results(
 def test_failure_of_a_batch_keeps_what_was_answered_and_asks_nothing_twice(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    asked: list[tuple[str, str]] = []
-    broken = True
+    asked, broken = Told(), Told([True])
 
     async def reward(prompt: str, completion: str) -> float | None:
         asked.append((prompt, completion))
@@ -190,7 +189,8 @@ def test_failure_of_a_batch_keeps_what_was_answered_and_asks_nothing_twice(
     with pytest.raises(UsageError, match="scorer is down"):
         run(tmp_path / "run", model, reward, **settings)
     answered = set(asked) - {asked[29]}
-    broken, before = False, len(asked)
+    before = len(asked)
+    broken.clear()
     run(tmp_path / "run", model, reward, resume=True, **settings)
     assert not answered & set(asked[before:])
     run(tmp_path / "whole", model, reward, **settings)

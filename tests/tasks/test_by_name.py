@@ -20,6 +20,7 @@ from quark_fast.config import Config
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.cache import RewardCache
+from quark_fast.rewards.identity import held_by
 from quark_fast.rewards.reward import Reward, describe
 from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.tasks import by_name
@@ -346,6 +347,35 @@ def test_asynchronous_rewards_are_cached_unless_told_otherwise(
     assert not caches(cached(describe(len), "auto", path))[0]
     with pytest.raises(UsageError, match="no source to tell its versions apart"):
         cached(describe(len), "on", path)
+
+
+class Times:
+    """Async rewards of one code, by what each holds."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.client = factor, object()
+
+    async def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [self.factor * len(text) for text in completions]
+
+    __call__ = score
+
+    def closure(self) -> Any:
+        factor = self.factor
+
+        async def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            return [factor * len(text) for text in completions]
+
+        return score
+
+
+@pytest.mark.parametrize("made", [Times, lambda f: Times(f).score, lambda f: Times(f).closure()])
+def test_rewards_of_one_code_do_not_share_answers(made: Callable[[float], Any], tmp_path: Path) -> None:
+    task = by_name.find_task("toxicity")
+    reward = cached(choose_reward(Config(), task, "cpu", [made(1.0), made(10.0)]), "auto", tmp_path / "r.db")
+    assert reward(ROWS, TEXTS).tolist() == reward(ROWS, TEXTS).tolist() == [33.0, 33.0, 55.0]
+    once = made(1.0), made(1.0)  # as a further start makes them
+    assert held_by(once[0]) == held_by(once[1]) != held_by(made(2.0))
 
 
 def key(i: int) -> bytes:
