@@ -99,10 +99,13 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     before = completions(finished.reference, Conditioning())
     after = completions(policy.model, Conditioning(quantile, 0 if quantile else best, guidance))
     show = clean if asked.show_offensive else mask_profanity
+    name = {0: "worst token", best: "best token"}.get(quantile, f"quantile {quantile}")
+    if guidance != 1:
+        name = f"guided w={guidance:g}" if quantile == best else f"{name}, guided w={guidance:g}"
     for prompt, lefts, rights in zip(asked.prompts, before, after, strict=True):
         table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
         table.add_column("base model", ratio=1, overflow="fold")
-        table.add_column(f"quantile {quantile} of 0..{best}, w = {guidance:g}", ratio=1, overflow="fold")
+        table.add_column(name, ratio=1, overflow="fold")
         for left, right in zip(lefts, rights, strict=True):
             table.add_row(show(left), show(right))
         console.print(table)

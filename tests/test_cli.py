@@ -472,8 +472,8 @@ def test_generate_prints_before_and_after_for_every_prompt(
         assert heard.err == ""
         assert "w1 w2" in heard.out and "w3" in heard.out and "base model" in heard.out
         outputs.append(heard.out)
-    assert "quantile 2 of 0..2, w = 2" in outputs[0], "the run's own w, the best token"
-    assert "quantile 0 of 0..2, w = 1" in outputs[3]
+    assert "┃ guided w=2 " in outputs[0], "the run's own w, the best token"
+    assert "┃ worst token " in outputs[3]
     assert outputs[0] == outputs[1] != outputs[2], "the seed decides"
 
 
@@ -506,7 +506,7 @@ def test_run_of_one_quantile_has_no_dial(
     assert generate.main([*arguments, "--guidance", "3"]) == 2
     assert "--guidance 3: this run has one quantile" in capsys.readouterr().err
     assert generate.main(arguments) == 0
-    assert "quantile 0 of 0..0, w = 1" in capsys.readouterr().out, "its settings say 2"
+    assert "┃ best token " in capsys.readouterr().out, "its settings say w = 2"
 
 
 TURNS = (
