@@ -18,6 +18,7 @@ from quark_fast.report.columns import (
     columns_of,
     counted,
     fill,
+    find_column,
     format_value,
     headline_column,
     intervals_note,
@@ -133,7 +134,7 @@ def results_table(evaluation: Record, title: str = "") -> ResultsTable:
     caption = (
         f"Below each number: 95% bootstrap interval over prompts. "
         f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
-        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation))
+        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation, more=False))
     )
     return ResultsTable(title or about(evaluation), caption, columns)
 
@@ -154,8 +155,11 @@ def about(evaluation: Record) -> str:
     return f"{what} on {of}{where} × {counted(samples, 'completion')}"
 
 
-def notes(evaluation: Record) -> list[str]:
-    """What stands under every table: what intervals of few prompts are worth, and how it was measured."""
+def notes(evaluation: Record, more: bool = True) -> list[str]:
+    """What stands under a table: what intervals of few prompts are worth, and how it was measured.
+
+    Without `more` it is the terminal's table, which may have no perplexity.
+    """
     perplexity, sampling = evaluation.get("perplexity") or {}, evaluation.get("sampling") or {}
     found = []
     if few := intervals_note(evaluation.get("prompts")):
@@ -166,7 +170,7 @@ def notes(evaluation: Record) -> list[str]:
     ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
     if ways:
         found.append(f"Sampling: {', '.join(ways)}.")
-    if perplexity:
+    if perplexity and find_column("perplexity") in columns_of(evaluation, more):
         found.append(f"Perplexity: by {perplexity.get('model')}, of the {perplexity.get('tokens')} tokens.")
     rows = [row for row in rows_of(evaluation) if "prefix" in row]
     fronts: dict[str, list[str]] = {}

@@ -649,6 +649,8 @@ RUNS = ["base model", "a: no token", "a: worst token", "a: best token", "a: guid
 
 def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_form(finished_run):
     table, samples = several(finished_run, RUNS)
+    repetition = rendered(results_table(table | {"columns": ["mean", "text_perplexity"]}))
+    assert "Perplexity:" not in repetition, "of a column that is not there"
     page = Page(comparison_page(table, samples, {})).text
     markdown = markdown_page(table).replace("\\", "")
     terminal = " ".join(rendered(results_table(table)).split())
