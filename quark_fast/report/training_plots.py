@@ -76,8 +76,10 @@ def _over_rounds(
 
 STEP_PANELS = (
     ("loss", "loss, nats per token"),
+    ("contrast", "contrast with the mirror token"),
+    ("base_contrast", "contrast with the base model"),
     ("nll", "nll, nats per token"),
-    ("kl", "KL to the reference, nats per token"),
+    ("kl", "KL to the base model, nats per token"),
     ("prompt_kl", "KL on the prompts' tokens, nats per token"),
     ("entropy", "entropy, nats per token"),
     ("unlikelihood", "unlikelihood, nats per token"),
