@@ -102,7 +102,7 @@ def pick_examples(
 
 
 def median_samples(completions: Iterable[Record]) -> tuple[str, list[Example]]:
-    """The last round, and of each quantile in it the training sample of median reward."""
+    """The last round, counted from 1, and of each quantile in it the training sample of median reward."""
     scored = [row for row in completions if math.isfinite(number_of(row, "reward"))]
     last = max((number_of(row, "round") for row in scored), default=math.nan)
     by_quantile: dict[int, list[Record]] = {}
@@ -114,4 +114,4 @@ def median_samples(completions: Iterable[Record]) -> tuple[str, list[Example]]:
         row = sorted(rows, key=lambda row: number_of(row, "reward"))[len(rows) // 2]
         text = (f"quantile {quantile}", str(row.get("completion", "")), number_of(row, "reward"))
         examples.append(Example(str(row.get("prompt", "")), [text]))
-    return f"{last:g}", examples
+    return f"{last + 1:g}", examples  # the files count from 0

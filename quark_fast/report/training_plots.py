@@ -40,7 +40,7 @@ def plot_rewards(run: RunFiles, palette: Palette) -> str:
     ]
     mean = series_of(run.rounds, "reward_mean")
     labels.append(_over_rounds(axes, run, mean, "new samples", palette["ink"], lw=2.4, ms=5))
-    axes.set_xlabel("round  (0: sampled from the base model)")
+    axes.set_xlabel("round  (1: sampled from the base model)")
     axes.set_ylabel("mean reward")
     label_line_ends(axes, labels)
     return inline_svg(figure, "rewards", "Mean reward by round and quantile", palette)
@@ -66,7 +66,7 @@ def _over_rounds(
     axes: Axes, run: RunFiles, values: Array, name: str, colour: str, lw: float = 1.6, ms: float = 4
 ) -> tuple[float, str, str]:
     """Draws a value of each round; returns the label of the line's end."""
-    rounds = series_of(run.rounds, "round")
+    rounds = series_of(run.rounds, "round") + 1  # the files count from 0
     axes.plot(rounds, values, "o-", color=colour, lw=lw, ms=ms)
     whole_ticks(axes)
     if rounds.size == 1:

@@ -817,8 +817,10 @@ def report(finished_run):
     return write_report(finished_run).read_text()
 
 
-def test_the_page_is_whole_and_shows_every_section(report):
+def test_the_page_is_whole_and_shows_every_section(report, finished_run):
     page = Page(report)
+    rounds = len(read_run(finished_run).rounds)
+    assert f"From round {rounds}:" in page.text, "counted from 1, as in the terminal"
     for heading in ("Before and after", "What it writes", "How it learned", "How to reproduce"):
         assert heading in page.text
     assert "python -m quark_fast.train --task toxicity --out 'my run'" in page.text
