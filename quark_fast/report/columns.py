@@ -108,8 +108,8 @@ COLUMNS = (
         "perplexity",
         "perpl.",
         "1 digit",
-        "exp of the mean negative log-likelihood per token under the frozen reference model: "
-        "how odd the original model finds the text.",
+        "exp of the mean negative log-likelihood per token under the base model, or the one of --ppl-model: "
+        "how odd it finds the text.",
     ),
     Column(
         "entropy",
@@ -133,8 +133,9 @@ COLUMNS = (
         "fit to prompt",
         "fit",
         "2 digits",
-        "How much likelier the frozen reference model finds a completion after its own prompt than after "
-        "another's, in nats per token, a completion a prompt: it falls as the model leaves the subject.",
+        "How much likelier the model that measures the perplexity finds a completion after its own prompt "
+        "than after another's, in nats per token, a completion a prompt: it falls as the model leaves the "
+        "subject.",
     ),
     Column(
         "text_perplexity",
