@@ -276,12 +276,13 @@ def scorer_line(evaluation: Record) -> str:
 
 
 def judge_lines(evaluation: Record) -> list[str]:
-    """Name, version and hash of each judge."""
+    """What each judge measures, its name, version and hash."""
     found = []
     for called, judge in numbered_judges(evaluation):
         name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
+        what = f"{judge['property']} by " if judge.get("property") else ""
         sha256 = str(judge.get("sha256"))[:12]
-        found.append(f"{called.capitalize()}: {name}, sha256 {sha256}; it took no part in training.")
+        found.append(f"{called.capitalize()}: {what}{name}, sha256 {sha256}; it took no part in training.")
     return found
 
 

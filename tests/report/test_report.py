@@ -593,9 +593,9 @@ def test_no_width_cuts_a_number_or_the_name_of_a_row(finished_run, width, judges
 def test_several_judges_are_told_apart_by_numbers(finished_run):
     text = rendered(results_table(judged_by(evaluation_of(finished_run), 2)), 80)
     assert re.search(r"\bjudge 1 +judge 2\b", text), "their headings"
-    assert "Judge 1: j1 1, sha256 0" in text and "Judge 2: j2 1, sha256 0" in text
+    assert "Judge 1: harm by j1 1, sha256 0" in text and "Judge 2: harm by j2 1, sha256 0" in text
     alone = rendered(results_table(judged_by(evaluation_of(finished_run), 1)), 80)
-    assert "Judge: j1 1" in alone and "judge 1" not in alone
+    assert "Judge: harm by j1 1" in alone and "judge 1" not in alone
 
 
 def test_only_a_change_that_excludes_zero_is_bold():
@@ -1091,7 +1091,7 @@ def test_no_line_of_a_card_has_a_folder_of_this_machine(small_run, tmp_path):
     for shown in (
         "harm by hf:clf",
         "By hf:clf, which took no part",
-        "Judge: hf:clf source",
+        "Judge: harm by hf:clf source",
         "Scorer: mine:good + 0.1*hf:clf source",
         "Perplexity: by base, of the sampled tokens",
         "of p.txt",
