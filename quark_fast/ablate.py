@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,9 @@ def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def _as_flags(settings: Mapping[str, Any]) -> str:
-    return "  ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    return "  ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in settings.items()
+    )
 
 
 @command

@@ -435,6 +435,8 @@ def test_command_lists_the_points_and_refuses_in_one_line(
     assert ablate.main(["--help", "--grid", "tokens"]) == 0
     shown = capsys.readouterr().out
     assert "--explore-token random" in shown and "--seeds" in shown
+    assert ablate.main(["--task", "repetition", "--grid", "unlikelihood", "--dry-run"]) == 0
+    assert "--eval-guidance ''\n" in capsys.readouterr().out, "flags that a shell takes"
     for arguments, message in (
         (["--grid", "beta"], "choose from kl"),
         (["--seeds", "x"], "whole numbers"),
