@@ -759,6 +759,7 @@ def test_sum_of_rewards_on_a_table_of_prompts_from_training_to_evaluation(
         "table.csv.gz: 22 read, left out: 1 empty, 1 duplicate; 9 of 17 to train on by prompt_limit" in words
     )
     assert "9 training and 3 held-out prompts" in words
+    assert "held out: 3 prompts are too few for an interval" in words
     evaluation = json.loads((folder / "summed" / "evaluation.json").read_text())
     assert evaluation["scorer"]["name"] == spec and evaluation["prompts"] == 3
     assert (folder / "summed" / "rewards.sqlite").exists()

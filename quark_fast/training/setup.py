@@ -15,9 +15,11 @@ from quark_fast.evaluation.held_out import (
     EvaluationSetup,
     evaluation_sampling,
 )
+from quark_fast.metrics import FEWEST_PROMPTS
 from quark_fast.model.check_model import Checked
 from quark_fast.model.copies import SharedCopy
 from quark_fast.model.policy import Policy
+from quark_fast.report.columns import intervals_note
 from quark_fast.rewards.reward import Reward
 from quark_fast.rollout.sampling import Sampler, Sampling
 from quark_fast.rollout.transformers import sample
@@ -73,7 +75,9 @@ class Setup:
             f" than {self.policy.room_of(config):,} tokens, reward {self.reward.name},"
             f" {config.precision} on {self.device}, run folder {self.folder.path}"
         )
-        lines = ("; ".join(self.checked.lines), "; ".join(prompts.notes), *config.remarks(), counts)
+        held_out = len(prompts.held_out.rows)
+        few = f"held out: {intervals_note(held_out)}" if held_out < FEWEST_PROMPTS and config.eval else ""
+        lines = ("; ".join(self.checked.lines), "; ".join(prompts.notes), *config.remarks(), counts, few)
         return [line for line in lines if line]
 
     def round_sampling(self, round: int) -> Sampling:
