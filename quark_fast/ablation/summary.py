@@ -43,7 +43,7 @@ def summarise(folder: Path, base: Config, points: Sequence[Point], seeds: Sequen
     of training is in the deviation between seeds alone.
     """
     first = read_run(run_path(folder, seeds[0], {}))
-    perplexity = "text_perplexity" if "text_perplexity" in first.evaluation["columns"] else "perplexity"
+    perplexity = "perplexity" if "perplexity" in first.evaluation["columns"] else "text_perplexity"
     metrics = {"headline": str(first.evaluation["headline"]), "perplexity": perplexity, "dist3": "dist3"}
     finished = {
         name_of(settings): [_read(run_path(folder, seed, settings), seed, metrics) for seed in seeds]

@@ -176,6 +176,8 @@ def columns_of(evaluation: Record, more: bool = True) -> list[Column]:
     keys = [headline_column(evaluation).key, *evaluation.get("columns", _TOXICITY_COLUMNS)]
     if more:
         keys += evaluation.get("more_columns", ["share"])
+    elif {"perplexity", "text_perplexity"} <= set(keys):
+        keys = [key for key in keys if key != "dist3"]  # for which a terminal has no room
     if scores_are_rewards(evaluation):
         keys = [key for key in keys if key not in _OF_A_PROPERTY]
     known = [column for column in COLUMNS if column.key in keys]
@@ -205,7 +207,7 @@ def judge_columns(evaluation: Record) -> list[Column]:
 def main_columns(evaluation: Record) -> list[Column]:
     """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
     keys = {column.key for column in columns_of(evaluation, more=False)}
-    fluency = "text_perplexity" if "text_perplexity" in keys else "perplexity"
+    fluency = "perplexity" if "perplexity" in keys else "text_perplexity"
     variety = "diversity" if "diversity" in keys else "dist3"
     return [headline_column(evaluation), find_column(fluency), find_column(variety)]
 

@@ -11,6 +11,7 @@ from quark_fast.report.columns import (
     Column,
     counted,
     fill,
+    find_column,
     format_bounds,
     format_change,
     format_value,
@@ -211,16 +212,20 @@ def _by_judges(evaluation: Record) -> str:
 
 
 def _what_it_costs(evaluation: Record) -> str:
-    """The perplexity of the same row: a fall can be bought with texts that nobody would write."""
+    """The perplexity of the same row, and of ordinary text: a fall can be bought with either."""
     row, (first, fluency, *_) = main_row(evaluation), main_columns(evaluation)
-    if row is None or row is base_row(evaluation) or first.key == fluency.key:
+    if row is None or row is base_row(evaluation):
         return ""
-    cell = cell_of(evaluation, row, fluency)
-    if cell.value == "–" or cell.change in ("", "–"):
-        return ""
-    bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
-    title, it = fill(fluency.title, evaluation).capitalize(), "it" if _result(evaluation) else _how(row)
-    return f"{title} with {it} is {cell.value} ({cell.change}{bounds})."
+    costs: list[str] = []
+    for column in dict.fromkeys((fluency, find_column("text_perplexity"))):
+        cell = cell_of(evaluation, row, column)
+        if column.key != first.key and "–" not in (cell.value, cell.change) and cell.change:
+            bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
+            it = "it" if costs or _result(evaluation) else _how(row)
+            title = fill(column.title, evaluation)
+            costs.append(f"{title} with {it} is {cell.value} ({cell.change}{bounds})")
+    said = ", ".join(costs)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def _what_it_takes(evaluation: Record) -> str:

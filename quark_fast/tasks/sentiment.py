@@ -71,6 +71,7 @@ def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, fl
 
 def task(target: str) -> Task:
     """The task of steering to the sentiment "positive" or "negative"."""
+    others = "negative" if target == "positive" else "positive"  # prompts that ask for a change
     words = [" terrible sad hateful", " bad", " ordinary", " good", " wonderful happy love"]
     return Task(
         name="sentiment",
@@ -82,15 +83,15 @@ def task(target: str) -> Task:
         texts=assets.book_passages,
         measures=measures,
         headline="target",
-        columns=("target", "target_negative", "target_neutral", "target_positive", "perplexity"),
+        columns=("target", f"target_{others}", "target_neutral", "perplexity", "text_perplexity"),
         more_columns=(
+            f"target_{target}",
             "mean",
             "entropy",
             "base_kl",
             "prompt_fit",
             "dist2",
             "dist3",
-            "text_perplexity",
             "text_accuracy",
         ),
         prompt_classes=True,

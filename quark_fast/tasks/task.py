@@ -44,14 +44,20 @@ class Task:
     texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"
-    columns: Sequence[str] = ("mean", "expected_max", "perplexity", "prompt_fit", "dist3")
+    columns: Sequence[str] = (
+        "mean",
+        "expected_max",
+        "perplexity",
+        "prompt_fit",
+        "text_perplexity",
+        "dist3",
+    )
     more_columns: Sequence[str] = (
         "entropy",
         "base_kl",
         "share",
         "probability",
         "dist2",
-        "text_perplexity",
         "text_accuracy",
     )
     prompt_classes: bool = False

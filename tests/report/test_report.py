@@ -431,7 +431,8 @@ def test_another_task_has_its_own_headline_columns_and_meanings(tmp_path, name):
     if name == "sentiment":
         assert sentence.startswith("Share negative rose by 100% ") and "from 40.0% to 80.0%" in sentence
         assert "negative on positive prompts" in table and "negative on positive prompts" in page
-        assert "on neg." in text and "change of share negative" in table
+        assert "on pos." in text and "on neg." not in text, "the prompts that ask for a change"
+        assert "change of share negative" in table
     else:
         assert sentence.startswith("Repeated 4-grams fell by ") and "from 72.9% to 22.9%" in sentence
         assert "accuracy on text" in table and "right.</dd>" in page
@@ -440,6 +441,15 @@ def test_another_task_has_its_own_headline_columns_and_meanings(tmp_path, name):
         assert foreign not in table and foreign not in page
     assert "nan" not in page.lower().replace("nano", "")
     assert "<strong>" in page, "the tiles are there"
+
+
+def test_terminal_has_dist_3_where_no_ordinary_text_was_read():
+    columns = list(find_task("toxicity", "").columns)
+    known, lacking = ({"columns": found} for found in (columns, [c for c in columns if "text" not in c]))
+    shown, without = ([c.key for c in columns_of(table, more=False)] for table in (known, lacking))
+    assert shown == ["mean", "expected_max", "perplexity", "prompt_fit", "text_perplexity"]
+    assert without == ["mean", "expected_max", "perplexity", "prompt_fit", "dist3"]
+    assert {"dist3", "text_perplexity"} <= {c.key for c in columns_of(known)}
 
 
 def test_headline_without_an_interval_claims_no_fall():
