@@ -205,11 +205,11 @@ def judge_columns(evaluation: Record) -> list[Column]:
 
 
 def main_columns(evaluation: Record) -> list[Column]:
-    """The headline metric, what it may have cost in fluency, and the variety: the plots and the tiles."""
+    """The headline metric, and what it may have cost: in fluency, and in variety or in other text."""
     keys = {column.key for column in columns_of(evaluation, more=False)}
     fluency = "perplexity" if "perplexity" in keys else "text_perplexity"
-    variety = "diversity" if "diversity" in keys else "dist3"
-    return [headline_column(evaluation), find_column(fluency), find_column(variety)]
+    others = (key for key in ("diversity", "text_perplexity") if key in keys and key != fluency)
+    return [headline_column(evaluation), find_column(fluency), find_column(next(others, "dist3"))]
 
 
 def headline_column(evaluation: Record) -> Column:
