@@ -76,9 +76,9 @@ def choose_prompts(
         )
         notes.append(f"{config.scored}: {counts}")
 
-    def rows(name: str, given_rows: Sequence[Prompt] | None, source: str | None) -> list[Row] | None:
-        if given_rows is not None:
-            return _given(name, given_rows, chat, config.prompt_column)
+    def rows(name: str, of_program: Sequence[Prompt] | None, source: str | None) -> list[Row] | None:
+        if of_program is not None:
+            return program_rows(name, of_program, chat, config.prompt_column)
         return _load(source, config, chat, notes) if source else None
 
     count = config.held_out_count()
@@ -129,7 +129,7 @@ def _for_development(
     return split(train, max(1, min(most, prompts // 4)), config.split_seed)
 
 
-def _given(name: str, rows: Sequence[Prompt], chat: Chat, column: str | None) -> list[Row]:
+def program_rows(name: str, rows: Sequence[Prompt], chat: Chat, column: str | None) -> list[Row]:
     """Rows of a program: nothing is left out of them quietly."""
     # A DataFrame, a dict of columns and a DatasetDict list names, not rows.
     if isinstance(rows, Mapping) or hasattr(rows, "columns") or not isinstance(rows, Iterable):

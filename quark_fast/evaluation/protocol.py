@@ -14,7 +14,8 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.chat import ChatTemplateError, chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Row, given, is_chat, with_same_columns
+from quark_fast.data.row import Prompt, Row, given, is_chat, with_same_columns
+from quark_fast.data.split import program_rows
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
@@ -230,17 +231,19 @@ def check_chats(chats: Mapping[str, list[str] | None]) -> None:
 def load_prompt_sets(
     models: Sequence[Model],
     protocol: EvaluationProtocol,
-    prompts: tuple[Named | None, str | None],
-    out_of_domain: tuple[Named | None, str | None],
+    prompts: tuple[Named | Sequence[Prompt] | None, str | None],
+    out_of_domain: tuple[Named | Sequence[Prompt] | None, str | None],
     remark: Callable[[str], None],
 ) -> list[PromptSet]:
     """One set of prompts for each table; the first model's chat template renders messages.
 
     Args:
-        prompts, out_of_domain: (file or data set, its column).
+        prompts, out_of_domain: (file, data set or a program's rows, their column).
     """
     both = (prompts, out_of_domain)
-    if unused := {column for _, column in both if column} - {column for source, column in both if source}:
+    if unused := {column for _, column in both if column} - {
+        column for source, column in both if source is not None
+    }:
         raise UsageError(
             f"the column {min(unused)!r} is of no file: prompt_column needs prompts or out_of_domain, and"
             " out_of_domain_column the latter; give the file, too"
@@ -250,19 +253,20 @@ def load_prompt_sets(
     run = next((model for model in models if isinstance(model, Run) and protocol.keeps_runs_task), None)
 
     def load(key: str, source: Any, column: str | None) -> PromptSet:
-        if not isinstance(source, str | os.PathLike):  # a program may hand over anything
-            raise UsageError(
-                f"prompts of an evaluation are a file or a data set, not a {type(source).__name__}; write"
-                " them to a file, one a line, and name that"
-            )
-        source = os.fspath(source)
-        loaded = load_prompts(source, column=column, chat=chat)
-        remark(f"{source}: {loaded.counts}")
-        (rows,) = with_same_columns(loaded.rows)
+        if isinstance(source, str | os.PathLike):
+            source = os.fspath(source)
+            loaded = load_prompts(source, column=column, chat=chat)
+            remark(f"{source}: {loaded.counts}")
+            rows = loaded.rows
+        else:
+            rows, source = program_rows(key or "prompts", source, chat, column), "the program's own"
+            if not rows:
+                raise UsageError(f"{key or 'prompts'}: an empty list; give at least one prompt")
+        (rows,) = with_same_columns(rows)
         return PromptSet(key, source, rows)
 
     source, column = prompts
-    if source:
+    if source is not None:
         own = load("", source, run.config.prompt_column if run and column is None else column)
     elif run:
         path = str(run.folder / HELD_OUT)
@@ -277,4 +281,4 @@ def load_prompt_sets(
         source = f"the task's own ({protocol.task.name})"
         own = PromptSet("", source, protocol.task.prompts()[1], "test")
     source, column = out_of_domain
-    return [own, load(OUT_OF_DOMAIN, source, column)] if source else [own]
+    return [own] if source is None else [own, load(OUT_OF_DOMAIN, source, column)]

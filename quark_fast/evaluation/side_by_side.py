@@ -14,7 +14,7 @@ import torch
 from rich.text import Text
 
 from quark_fast.config import Config
-from quark_fast.data.row import Row, is_chat
+from quark_fast.data.row import Prompt, Row, is_chat
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
@@ -131,7 +131,7 @@ class Evaluator:
             named; default: that of the runs, by their own reward and the first one's held-out prompts. Plain
             models need none where both ``reward`` and ``prompts`` are given.
         target: sentiment of that task.
-        prompts: a file or data set (``prompts.load_prompts``).
+        prompts: a file or data set (``prompts.load_prompts``), or a list in any form of training.
         prompt_column: where its prompts stand.
         out_of_domain: a second one, for a second table.
         out_of_domain_column: where its prompts stand; default: ``prompt_column``.
@@ -160,9 +160,9 @@ class Evaluator:
         *,
         task: str | None = None,
         target: str | None = None,
-        prompts: Named | None = None,
+        prompts: Named | Sequence[Prompt] | None = None,
         prompt_column: str | None = None,
-        out_of_domain: Named | None = None,
+        out_of_domain: Named | Sequence[Prompt] | None = None,
         out_of_domain_column: str | None = None,
         reward: str | GivenReward | None = None,
         judge: str | None = None,

@@ -276,8 +276,23 @@ def test_run_that_training_returned_is_its_folder_and_one_subject_needs_no_list(
     for given in (torch.nn.Linear(1, 1), [torch.nn.Linear(1, 1)]):
         with pytest.raises(UsageError, match="a Linear cannot be evaluated; give a run"):
             find_subjects(given)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="a file or a data set, not a list"):
-        Evaluator(run, prompts=PROMPTS)  # type: ignore[arg-type]
+
+
+def test_a_program_gives_its_prompts_as_to_the_trainer(place: Path) -> None:
+    rows = [{"prompt": text, "kind": "a"} for text in PROMPTS[1:]]
+    done = Evaluator("runs/a", prompts=PROMPTS, out_of_domain=rows)
+    own, other = done.tables.values()
+    assert own["source"] == other["source"] == "the program's own"
+    assert (own["prompts"], other["prompts"]) == (len(PROMPTS), len(PROMPTS) - 1)
+    from_file = Evaluator("runs/a", prompts="prompts.txt").tables[""]
+    assert own["prompts_sha256"] == from_file["prompts_sha256"]
+    for given, said in (
+        ([], "prompts: an empty list"),
+        ([{"text": "a"}], r"prompts\[0\] has no column"),
+        (3, "prompts is of type int"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Evaluator("runs/a", prompts=given)  # type: ignore[arg-type]
 
 
 def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
