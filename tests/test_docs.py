@@ -175,7 +175,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]:
         for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
             led = page.parent / target if target else page
             assert led.exists(), f"{page.name} links to {target}"
