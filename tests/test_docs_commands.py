@@ -147,9 +147,11 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
     import peers
     import task_tables
 
-    beside = json.loads((task_tables.RESULTS / "peers-toxicity.json").read_text())
-    assert peers.short_markdown(beside) in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert peers.markdown(beside) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    for task in ("toxicity", "sentiment"):
+        beside = json.loads((task_tables.RESULTS / f"peers-{task}.json").read_text())
+        assert peers.markdown(beside) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+        if task == "toxicity":
+            assert peers.short_markdown(beside) in (ROOT / "README.md").read_text(encoding="utf-8")
     judges = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
     for name in ("toxicity", "sentiment"):
         assert task_tables.judge_table(name) in judges and task_tables.terms_table(name) in judges
