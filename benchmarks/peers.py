@@ -378,8 +378,8 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, judge: str) -
     """The rows' dots in a panel; the large ones, to be named."""
     from matplotlib.ticker import NullFormatter
 
-    marks, others = [], dict.fromkeys(row["method"] for row in rows if row["method"] not in COLOURS)
-    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=False))
+    marks, others = [], [method for method in peer_point.METHODS if method not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=True))
     for name, row in zip(labels(rows), rows, strict=True):
         if cost not in row["all seeds"]:
             continue
@@ -394,7 +394,8 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, judge: str) -
     if cost == "perplexity":
         axes.set_xscale("log")
         low, high = axes.get_xlim()
-        axes.set_xticks([tick for tick in (10, 15, 20, 30, 40, 60, 80, 120, 200, 400) if low <= tick <= high])
+        ticks = range(10, 60, 2) if high < 2 * low else (10, 15, 20, 30, 40, 60, 80, 120, 200, 400)
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     return marks
