@@ -10,7 +10,7 @@ import pprint
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any
 
 _ADDRESS = " at 0x[0-9a-fA-F]+"
@@ -43,7 +43,8 @@ def held_by(function: Any) -> str:
     while isinstance(function, functools.partial):  # whose arguments are in its name
         function = function.func
     own = function.__self__ if inspect.ismethod(function) else function
-    held = [cell.cell_contents for cell in getattr(inspect.unwrap(function), "__closure__", None) or ()]
+    cells = getattr(inspect.unwrap(function), "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]  # none in one that is empty yet
     held += [] if inspect.isroutine(own) else [getattr(own, "__dict__", {})]
     return hashlib.sha256(re.sub(_ADDRESS, "", pprint.pformat(held)).encode()).hexdigest()
 

@@ -364,7 +364,10 @@ class Times:
         factor = self.factor
 
         async def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-            return [factor * len(text) for text in completions]
+            return [factor * len(text) for text in completions] or later
+
+        if not factor:
+            later: list[float] = []  # else the closure has an empty cell
 
         return score
 
