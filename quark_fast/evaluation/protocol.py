@@ -241,9 +241,8 @@ def load_prompt_sets(
         prompts, out_of_domain: (file, data set or a program's rows, their column).
     """
     both = (prompts, out_of_domain)
-    if unused := {column for _, column in both if column} - {
-        column for source, column in both if source is not None
-    }:
+    used = {column for source, column in both if source is not None}
+    if unused := {column for _, column in both if column} - used:
         raise UsageError(
             f"the column {min(unused)!r} is of no file: prompt_column needs prompts or out_of_domain, and"
             " out_of_domain_column the latter; give the file, too"
