@@ -23,9 +23,9 @@ from typing import Any
 import peers
 from task_tables import markdown
 
+from quark_fast.config import Config
+
 TIMES = (0.5, 1.0, 2.0)
-# Ours: what the task's defaults sample and learn, times so much.
-OURS = {"initial_samples": 4, "explore_samples": 2, "steps": 24}
 TRIES: dict[str, tuple[dict[str, Any], ...]] = {
     "GRPO": ({"learning_rate": 1e-4, "beta": 0.05}, {"learning_rate": 2e-4, "beta": 0.05}),
     "KTO": ({"learning_rate": 8e-5, "beta": 0.3}, {"learning_rate": 1.6e-4, "beta": 0.3}),
@@ -45,8 +45,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def ours_at(times: float) -> dict[str, int]:
-    return {name: round(count * times) for name, count in OURS.items()}
+def ours_at(task: str, times: float) -> dict[str, int]:
+    """What the task's defaults sample and learn, times so much."""
+    config = Config(task=task)
+    return {
+        name: round(getattr(config, name) * times) for name in ("initial_samples", "explore_samples", "steps")
+    }
 
 
 def lengths(asked: argparse.Namespace) -> list[tuple[argparse.Namespace, dict[str, list[dict[str, Any]]]]]:
@@ -54,7 +58,7 @@ def lengths(asked: argparse.Namespace) -> list[tuple[argparse.Namespace, dict[st
     return [
         (
             argparse.Namespace(**vars(asked) | {"minutes": asked.minutes * times}),
-            {"ours": [ours_at(times)]} | {method: list(tries) for method, tries in TRIES.items()},
+            {"ours": [ours_at(asked.task, times)]} | {method: list(tries) for method, tries in TRIES.items()},
         )
         for times in TIMES
     ]

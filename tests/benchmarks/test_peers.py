@@ -273,7 +273,9 @@ def test_curves_over_minutes_have_every_length_and_method(
     made = over_minutes.measured(asked)
     taken = [(row["method"], row["settings"]) for row in made["rows"] if row["chosen"]]
     larger = [(name, tries[1]) for name, tries in over_minutes.TRIES.items()]
-    assert taken == [one for times in (0.5, 1, 2) for one in (("ours", over_minutes.ours_at(times)), *larger)]
-    assert over_minutes.ours_at(0.5) == {"initial_samples": 2, "explore_samples": 1, "steps": 12}
+    assert taken == [
+        one for times in (0.5, 1, 2) for one in (("ours", over_minutes.ours_at("toxicity", times)), *larger)
+    ]
+    assert over_minutes.ours_at("toxicity", 0.5) == {"initial_samples": 2, "explore_samples": 1, "steps": 12}
     shown = over_minutes.table(made).splitlines()
     assert len(shown) == 2 + 9 and shown[2].startswith("| ours | 12.0 | 100 | -60% |")
