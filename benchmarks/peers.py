@@ -321,12 +321,9 @@ FIRST = ("base model", "best of 4", "ours, best token", "GRPO", "GRPO with equal
 
 def short_markdown(table: Mapping[str, Any]) -> str:
     """The rows of ``FIRST``: means of all seeds, a change in percent beside them."""
-    title, judge, *costs = list(metrics_of(table["task"]))
-    names = {
-        judge: "toxicity by the judge",
-        title: "by the scorer",
-        **{name: metrics_of(table["task"])[name] for name in costs if name in COSTS},
-    }
+    metrics = metrics_of(table["task"])
+    title, judge, *_ = metrics
+    names = {judge: "toxicity by the judge", title: "by the scorer"} | {cost: metrics[cost] for cost in COSTS}
     lines = []
     for label, row in zip(labels(table["rows"]), table["rows"], strict=True):
         if label not in FIRST:
@@ -347,8 +344,11 @@ COSTS = {
     "prompt_fit": "fit to prompt, nats a token (right is better)",
     "text_perplexity": "perplexity of other text (left is better)",
 }
-COLOURS = {BASE: "#777a82", "ours": "#008562"}
-OTHER_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb", "#5d6b2f")
+_OWN_COLOURS = {BASE: "#777a82", "ours": "#008562"}
+_COLOURS = ("#0b6fae", "#cf5a00", "#a8578a", "#8a6d00", "#1d9bb5", "#c0392b", "#6b4fbb", "#5d6b2f")
+COLOURS = _OWN_COLOURS | dict(
+    zip((name for name in peer_point.METHODS if name not in _OWN_COLOURS), _COLOURS, strict=True)
+)
 
 
 def plot(table: Mapping[str, Any], path: Path) -> None:
@@ -378,12 +378,11 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, judge: str) -
     """The rows' dots in a panel; the large ones, to be named."""
     from matplotlib.ticker import NullFormatter
 
-    marks, others = [], [method for method in peer_point.METHODS if method not in COLOURS]
-    colours = COLOURS | dict(zip(others, OTHER_COLOURS, strict=True))
+    marks = []
     for name, row in zip(labels(rows), rows, strict=True):
         if cost not in row["all seeds"]:
             continue
-        colour = colours[row["method"]]
+        colour = COLOURS[row["method"]]
         dots = [(one[cost]["value"], one[judge]["value"]) for one in row["seeds"]]
         axes.scatter(*zip(*dots, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
         x, y = (row["all seeds"][metric]["value"] for metric in (cost, judge))

@@ -98,9 +98,9 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         names = peers.metrics_of(found["task"])
         shown = [list(names)[1], "perplexity", "prompt_fit", "text_perplexity"]
         figure = Figure(figsize=(3.1 * len(shown), 3.2), layout="constrained")
-        colours = dict(zip(("ours", *TRIES), ("#008562", *peers.OTHER_COLOURS), strict=False))
         for metric, axes in zip(shown, figure.subplots(1, len(shown)), strict=True):
-            for method, colour in colours.items():
+            for method in ("ours", *TRIES):
+                colour = peers.COLOURS[method]
                 rows = [row for row in found["rows"] if row["method"] == method]
                 points = [(row["minutes"], 100 * row["numbers"][metric]["relative"]) for row in rows]
                 axes.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.35, linewidths=0)
