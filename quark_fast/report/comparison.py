@@ -20,7 +20,7 @@ from quark_fast.report.drawing import (
     whole_ticks,
 )
 from quark_fast.report.files import RunFiles
-from quark_fast.report.records import Record, series_of
+from quark_fast.report.records import Record, along, series_of
 from quark_fast.report.training_plots import STEP_PANELS, smooth
 
 # Colours of the runs in their order; then again.
@@ -101,7 +101,7 @@ def _over(
         values = series_of(rows(run), key)
         if np.isfinite(values).any():
             colour = palette[compared.colour(run_name)]
-            axes.plot(series_of(rows(run), x) + (x == "round"), values, "o-", color=colour, lw=1.6, ms=4)
+            axes.plot(along(rows(run), x), values, "o-", color=colour, lw=1.6, ms=4)
             labels.append((float(values[np.isfinite(values)][-1]), run_name, colour))
     if not labels:
         return ""

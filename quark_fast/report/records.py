@@ -29,6 +29,11 @@ def series_of(records: Sequence[Record], key: str) -> Array:
     return np.array([number_of(record, key) for record in records], dtype=np.float64)
 
 
+def along(records: Sequence[Record], axis: str) -> Array:
+    """Where records stand on an axis of "step" or "round"; rounds, which files count from 0, count from 1."""
+    return series_of(records, axis) + (axis == "round")
+
+
 def lists_of(records: Sequence[Record], key: str) -> Array:
     """(records, longest list, 1,000 at most) of record[key], NaN where a list is short or absent."""
     lists = [value[:1000] if isinstance(value := record.get(key), list) else [] for record in records]

@@ -20,7 +20,7 @@ from quark_fast.report.drawing import (
     whole_ticks,
 )
 from quark_fast.report.files import RunFiles
-from quark_fast.report.records import Array, Record, lists_of, number_of, series_of
+from quark_fast.report.records import Array, Record, along, lists_of, number_of, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def _over_rounds(
     axes: Axes, run: RunFiles, values: Array, name: str, colour: str, lw: float = 1.6, ms: float = 4
 ) -> tuple[float, str, str]:
     """Draws a value of each round; returns the label of the line's end."""
-    rounds = series_of(run.rounds, "round") + 1  # the files count from 0
+    rounds = along(run.rounds, "round")
     axes.plot(rounds, values, "o-", color=colour, lw=lw, ms=ms)
     whole_ticks(axes)
     if rounds.size == 1:
