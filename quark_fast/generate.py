@@ -64,6 +64,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         asked.samples = 3 if asked.temperature else 1
     _check(asked)
     from quark_fast.evaluation.open_run import open_run
+    from quark_fast.evaluation.table_rows import row_name
     from quark_fast.files.safe_text import clean
     from quark_fast.report.texts import mask_profanity
     from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
@@ -99,13 +100,10 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     before = completions(finished.reference, Conditioning())
     after = completions(policy.model, Conditioning(quantile, 0 if quantile else best, guidance))
     show = clean if asked.show_offensive else mask_profanity
-    name = {0: "worst token", best: "best token"}.get(quantile, f"quantile {quantile}")
-    if guidance != 1:
-        name = f"guided w={guidance:g}" if quantile == best else f"{name}, guided w={guidance:g}"
     for prompt, lefts, rights in zip(asked.prompts, before, after, strict=True):
         table = Table(title=show(prompt), title_justify="left", expand=True, show_lines=True)
         table.add_column("base model", ratio=1, overflow="fold")
-        table.add_column(name, ratio=1, overflow="fold")
+        table.add_column(row_name(quantile, best, guidance), ratio=1, overflow="fold")
         for left, right in zip(lefts, rights, strict=True):
             table.add_row(show(left), show(right))
         console.print(table)

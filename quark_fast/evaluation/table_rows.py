@@ -53,16 +53,29 @@ def table_rows(
         rows: "ends" leaves out the quantiles between and no token; "best" all but the first two.
     """
     best = quantiles - 1
-    chosen = [TableRow(BASE, base=True), TableRow("best token", Conditioning(best))]
+
+    def after(quantile: int) -> TableRow:
+        return TableRow(row_name(quantile, best), Conditioning(quantile))
+
+    chosen = [TableRow(BASE, base=True), after(best)]
     if rows != "best" and best:
         weights = [w for w in dict.fromkeys(guidance) if w != 1.0]
-        chosen += [TableRow(f"guided w={_shown(w)}", Conditioning(best, 0, w)) for w in weights]
+        chosen += [TableRow(row_name(best, best, w), Conditioning(best, 0, w)) for w in weights]
         if rows == "all":
-            chosen += [TableRow(f"quantile {k}", Conditioning(k)) for k in range(best - 1, 0, -1)]
-        chosen.append(TableRow("worst token", Conditioning(0)))
+            chosen += [after(k) for k in range(best - 1, 0, -1)]
+        chosen.append(after(0))
     if rows == "all":
         chosen.append(TableRow("no token"))
     return chosen
+
+
+def row_name(quantile: int, best: int, guidance: float = 1.0) -> str:
+    """What sampling after a quantile's token is called, guided by w or, where that is 1, by itself."""
+    token = {0: "worst token", best: "best token"}.get(quantile, f"quantile {quantile}")
+    if guidance == 1:
+        return token
+    guided = f"guided w={_shown(guidance)}"
+    return guided if quantile == best else f"{token}, {guided}"
 
 
 def _shown(w: float) -> str:
