@@ -41,6 +41,7 @@ from quark_fast.report.results import (
     base_row,
     cell_of,
     first_row,
+    has_intervals,
     headline_parts,
     kept_round,
     main_row,
@@ -150,7 +151,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     texts = (base_name, clean, fill, format_value, name_of, notes, unscored_note)
-    parts = (base_row, cell_of, columns_of, main_columns, rows_of, tables, way_of, bar_width, quantile_colour)
+    rows = (base_row, cell_of, columns_of, has_intervals, main_columns, rows_of, way_of)
+    parts = (*rows, tables, bar_width, quantile_colour)
     made.globals.update({function.__name__: function for function in [*texts, *parts]})
     made.globals["command_of"] = _command
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from quark_fast.files.safe_text import clean
 from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval
 from quark_fast.report.columns import (
     Column,
+    columns_of,
     counted,
     fill,
     find_column,
@@ -88,6 +90,12 @@ def cell_of(evaluation: Record, row: Record, column: Column) -> Cell:
         bounds,
         change.excludes_zero,
     )
+
+
+def has_intervals(evaluation: Record) -> bool:
+    """Whether any number of the table has one: a few prompts give none."""
+    intervals = (interval_of(row, c.key) for row in rows_of(evaluation) for c in columns_of(evaluation))
+    return any(math.isfinite(one.low) for one in intervals)
 
 
 def main_row(evaluation: Record) -> Record | None:

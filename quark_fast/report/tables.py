@@ -30,6 +30,7 @@ from quark_fast.report.results import (
     Way,
     base_name,
     cell_of,
+    has_intervals,
     interval_of,
     judge_lines,
     name_of,
@@ -131,10 +132,13 @@ def results_table(evaluation: Record, title: str = "") -> ResultsTable:
                 _two_lines(cell.change, cell.change_bounds, "bold" if cell.is_clear else "") for cell in cells
             ]
             columns.append(ResultsColumn("change", changes))
+    intervals = has_intervals(evaluation)
     caption = (
-        f"Below each number: 95% bootstrap interval over prompts. "
-        f"Change: of the first metric, against {base_name(evaluation)}; bold where its "
-        f"interval leaves 0 out.{unscored_note(evaluation)}\n" + "\n".join(notes(evaluation, more=False))
+        ("Below each number: 95% bootstrap interval over prompts. " if intervals else "")
+        + f"Change: of the first metric, against {base_name(evaluation)}"
+        + ("; bold where its interval leaves 0 out." if intervals else ".")
+        + f"{unscored_note(evaluation)}\n"
+        + "\n".join(notes(evaluation, more=False))
     )
     return ResultsTable(title or about(evaluation), caption, columns)
 

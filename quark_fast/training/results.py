@@ -25,6 +25,7 @@ from quark_fast.metrics import Sample
 from quark_fast.model.adapter import write_adapter
 from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
+from quark_fast.report.columns import fill, find_column
 from quark_fast.report.files import NOT_EVALUATED, read_run
 from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
@@ -198,7 +199,8 @@ class Results:
         numbers = {} if self.setup.reward.is_none else {self.setup.reward.property or "reward": mean}
         if task.headline != "mean" and numbers:
             shown = [s.measures[task.headline] for s in samples if task.headline in s.measures]
-            numbers[task.headline] = sum(shown) / len(shown) if shown else float("nan")
+            title = fill(find_column(task.headline).title, {"target": self.setup.config.target})
+            numbers[title] = sum(shown) / len(shown) if shown else float("nan")
         numbers |= waiting_for((self.setup.reward, *self.setup.judges))
         self.listen(Progress(f"evaluating: {name}", done, self.total, numbers))
 

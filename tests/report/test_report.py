@@ -483,6 +483,8 @@ def test_intervals_of_few_prompts_are_not_there_or_told_of_everywhere(tmp_path, 
     }
     for where, text in shown.items():
         assert (" ".join(note.split()) in text) if note else ("prompts: a 95%" not in text), where
+        if where in ("terminal", "page"):
+            assert ("95% bootstrap interval over" in text) == (prompts > 5), where
     sentence, cells = headline(evaluation), results_table(evaluation).columns[2].cells
     assert "Perplexity with it is " in sentence, "the price is named either way"
     if prompts == 5:
