@@ -15,7 +15,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from quark_fast import __version__
-from quark_fast.config import ONE_CONTRAST, Config, defaults_of
+from quark_fast.config import Config, defaults_of
 from quark_fast.errors import EXIT_STATUS, UsageError
 from quark_fast.files.safe_read import TooLarge, read_bytes
 from quark_fast.near_names import nearest, unknown_setting
@@ -245,44 +245,24 @@ def _record_below(parser: _ConfigParser, config: str | None, **flags: Any) -> di
     own: dict[str, Any] = {}
     if flags["resume"]:
         if not config and (saved := Config(**flags).output_folder / "config.yaml").exists():
-            own = _read_run(parser, saved)
+            own = _read_yaml(parser, saved)
     elif flags["from_run"] and (saved := Path(flags["from_run"]) / "config.yaml").exists():
-        own = _read_run(parser, saved)
+        own = _read_yaml(parser, saved)
         asked_again |= {"from_run", "push_to_hub", "hub_private_repo"}
     return {name: value for name, value in own.items() if name not in asked_again}
 
 
 def load_config(path: Path) -> Config:
     """The settings of a YAML file, as ``Config.save`` writes them; checked."""
-    config = Config(**_read_run(_ConfigParser(""), path))
+    config = Config(**_read_yaml(_ConfigParser(""), path))
     config.check()
     return config
 
 
-def _read_run(parser: _ConfigParser, path: Path) -> dict[str, Any]:
-    """The settings of a run's own config.yaml, which may be of an earlier version."""
-    return _read_yaml(parser, path, of_run=True)
-
-
-def _of_today(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's record with the names and choices that were others when it was written."""
-    if {"resume", "max_prompt_tokens"} <= settings.keys():  # a whole one, as ``Config.save`` writes it
-        settings.setdefault("long_prompts", "cut")  # what every run did before it was a setting
-        modes, quantiles = settings.pop("eval_modes", "all"), settings.pop("eval_quantiles", "all")
-        settings.setdefault("eval_rows", "best" if modes == "best" else quantiles)
-        if "contrast_with" not in settings:
-            settings |= ONE_CONTRAST
-            if settings.get("eval_guidance") is None and settings["eval_rows"] == "ends":
-                settings["eval_guidance"] = "2"
-    return settings
-
-
-def _read_yaml(parser: _ConfigParser, path: Path, of_run: bool = False) -> dict[str, Any]:
+def _read_yaml(parser: _ConfigParser, path: Path) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(Config)}
     try:
         settings: dict[str, Any] = dict(_flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8")))
-        if of_run:
-            settings = _of_today(settings)
         for name, value in settings.items():
             if name not in known:
                 raise ValueError(unknown_setting(name, known))

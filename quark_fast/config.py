@@ -21,9 +21,6 @@ from quark_fast.keep_best import Goal
 from quark_fast.near_names import unknown_setting
 from quark_fast.settings import COLDEST, MOST, STRONGEST
 
-# The contrast of the runs until November 2026: with the mirror token alone, as a plain log loss.
-ONE_CONTRAST: dict[str, Any] = {"contrast_with": "mirror", "contrast_margin": 1.0}
-
 # Where a task's defaults differ from the fields' own; a preset's and what the user sets win over both.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "toxicity": {},
@@ -78,7 +75,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 64,
             "guidance": 1.5,
             "lora_rank": 0,
-            **ONE_CONTRAST,
+            "contrast_with": "mirror",
+            "contrast_margin": 1.0,
             "eval_rows": "all",
         },
         "sentiment": {"initial_samples": 5, "explore_samples": 2, "steps": 32},

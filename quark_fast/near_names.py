@@ -50,14 +50,11 @@ NEIGHBOURS = {
     "eval_dataset": "held_out",
 }
 
-# Settings of earlier versions, and a flag that is no setting; what stands in their place.
-RENAMED = {"eval_modes": "eval_rows", "eval_quantiles": "eval_rows", "scorer": "reward"}
-
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """That of the ``known`` names (with underscores) which ``name`` may stand for; None: none is near."""
     plain = name.replace("-", "_")
-    ours = RENAMED.get(plain) or NEIGHBOURS.get(plain)
+    ours = "reward" if plain == "scorer" else NEIGHBOURS.get(plain)  # --scorer is a flag, but no setting
     return ours if ours in known else next(iter(difflib.get_close_matches(plain, known, n=1)), None)
 
 

@@ -215,11 +215,6 @@ def test_value_of_another_type_is_refused(settings: dict[str, Any], message: str
         Config(**settings).check()
 
 
-@pytest.mark.parametrize("line", ["eval_modes: best", "eval_quantiles: ends"])
-def test_setting_of_an_earlier_version_is_refused_with_what_took_its_place(tmp_path: Path, line: str) -> None:
-    assert "did you mean 'eval_rows'?" in refusal(tmp_path / "run.yaml", line)
-
-
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -614,47 +609,6 @@ def test_run_is_named_after_the_reward_that_it_has(settings: dict[str, Any], fol
     assert Config(**settings).output_folder == Path(folder)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     assert parse(flags, "train").output_folder == Path(folder)
-
-
-def test_run_of_a_version_without_long_prompts_goes_on_cutting_them(tmp_path: Path) -> None:
-    Config(max_prompt_tokens=128).save(tmp_path / "config.yaml")
-    record = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert load_config(tmp_path / "config.yaml").long_prompts == "leave_out"
-    del record["long_prompts"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
-    assert load_config(tmp_path / "config.yaml").long_prompts == "cut"
-    resumed = parse(["--resume", "--output", str(tmp_path)], "train")
-    assert resumed.long_prompts == "cut"
-
-
-def test_run_of_a_version_with_one_contrast_goes_on_with_that(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    Config().save(file)
-    record = yaml.safe_load(file.read_text())
-    del record["contrast_with"], record["contrast_margin"]
-    file.write_text(yaml.safe_dump(record))
-    for config in (load_config(file), parse(["--resume", "--output", str(tmp_path)], "train")):
-        assert (config.contrast_with, config.contrast_margin) == ("mirror", 1.0)
-        assert config.guidances() == [2.0], "which was the default"
-    file.write_text("steps: 7\n")  # not a run's own record, but settings of today
-    assert load_config(file).contrast_with == "both"
-
-
-@pytest.mark.parametrize(
-    ("modes", "quantiles", "rows"),
-    [("all", "all", "all"), ("all", "ends", "ends"), ("best", "all", "best"), ("best", "ends", "best")],
-)
-def test_run_of_a_version_with_two_settings_for_the_rows_has_the_one_in_their_place(
-    tmp_path: Path, modes: str, quantiles: str, rows: str
-) -> None:
-    record = dataclasses.asdict(Config(eval_guidance="1.5,3"))
-    del record["eval_rows"], record["preset"]
-    record |= {"eval_modes": modes, "eval_quantiles": quantiles}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
-    resumed = parse(["--resume", "--output", str(tmp_path)], "train")
-    for config in (load_config(tmp_path / "config.yaml"), resumed):
-        assert config.eval_rows == rows
-        assert config.guidances() == ([] if rows == "best" else [1.5, 3.0])
 
 
 def test_a_pass_on_a_cpu_holds_half_the_samples_in_float32() -> None:
