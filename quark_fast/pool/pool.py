@@ -298,13 +298,11 @@ class RolloutPool:
             return {
                 "format": saved.FORMAT,
                 "settings": dict(self.settings),
-                "next_id": len(self),
                 "run_sizes": np.array(self._core.run_sizes, np.int64),
                 "synced": self._core.imposed,
                 "draws": self._draws,
                 "unscored": self.unscored,
                 "newest_round": self._newest_round,
-                "ids": self.ids,
                 "rewards": self.rewards,
                 "round_starts": starts.copy(),  # all arrays of a state are its own
                 "rounds": rounds.copy(),
@@ -344,7 +342,7 @@ class RolloutPool:
             # A file does not decide where folders are made.
             if "files" in state and store is not None and not Path(store).is_dir():
                 raise ValueError(f"its folder of samples {store} is not there; name it by store=")
-            pool = cls(**saved.settings_of(state), store=store)
+            pool = cls(**state["settings"], store=store)
             pool.load_state_dict(state)
         except (LookupError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{path} holds no sound pool: {error}") from error

@@ -22,8 +22,6 @@ State = dict[str, Any]
 
 FORMAT = 2
 _METADATA = "quark_fast.pool.pool"
-# Settings that pools of earlier versions had, each with the value that means what every pool does now.
-_FORMER = {"group_by": None, "max_rounds": None, "max_size": None, "missing": "skip"}
 
 
 @dataclass(frozen=True)
@@ -64,27 +62,20 @@ def parse(state: State, settings: dict[str, Any], folder: Path | None) -> PoolSt
 
 
 def _parse(state: State, settings: dict[str, Any], folder: Path | None) -> PoolState:
-    saved_settings = settings_of(state)
     for name, mine in settings.items():
-        theirs = saved_settings.get(name)
+        theirs = state["settings"].get(name)
         if theirs != mine:
             raise ValueError(
                 f"the saved pool has {name}={theirs!r}, this one {name}={mine!r}; make the pool with the "
                 "saved settings"
             )
     rewards = np.asarray(state["rewards"], settings["dtype"])
-    n, ids = rewards.size, _ints("ids", state["ids"])
-    if rewards.ndim != 1 or len(ids) != n:
-        raise ValueError(f"as many ids as rewards are needed, got {len(ids)} and {n}")
-    if operator.index(state["next_id"]) != n or (ids != np.arange(n)).any():
-        raise ValueError(
-            f"the ids of the {n} saved samples are not 0 to {n - 1}: some were taken out, which this version "
-            "does not do"
-        )
+    if rewards.ndim != 1:
+        raise ValueError(f"stored rewards are of shape {rewards.shape}")
     starts, numbers = (_ints(name, state[name]) for name in ("round_starts", "rounds"))
     if len(starts) != len(numbers) or (np.diff(starts) < 1).any() or (starts[:1] > 0).any():
         raise ValueError("stored rounds do not belong to the stored samples")
-    if n and not len(starts):
+    if rewards.size and not len(starts):
         raise ValueError("stored samples are of no round")
     if not isinstance(state["synced"], bool):
         raise ValueError(f"stored synced is {state['synced']!r}, neither true nor false")
@@ -92,21 +83,12 @@ def _parse(state: State, settings: dict[str, Any], folder: Path | None) -> PoolS
         rewards,
         _ints("run_sizes", state["run_sizes"]).tolist(),
         state["synced"],
-        _stored_samples(state, folder, n),
+        _stored_samples(state, folder, rewards.size),
         Rounds(starts, numbers),
         round_number(state["newest_round"]),
         operator.index(state["draws"]),
         operator.index(state["unscored"]),
     )
-
-
-def settings_of(state: State) -> dict[str, Any]:
-    """The settings for RolloutPool. ValueError for one that this version does not have."""
-    settings = dict(state["settings"])
-    for name, neutral in _FORMER.items():
-        if (value := settings.pop(name, neutral)) != neutral:
-            raise ValueError(f"the saved pool has {name}={value!r}, which this version does not have")
-    return settings
 
 
 def _stored_samples(state: State, folder: Path | None, n: int) -> SampleStore:
