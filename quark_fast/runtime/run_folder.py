@@ -144,10 +144,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        if (self / FINISHED).exists():
-            return True
-        # Runs of earlier versions have no such file.
-        return (self / "report.html").exists() and not (self / "checkpoint").exists()
+        return (self / FINISHED).exists()
 
     def _results(self) -> list[str]:
         """What only a run that had a checkpoint has."""
@@ -159,10 +156,8 @@ class RunFolder:
     def add_start(self, record: Mapping[str, Any]) -> None:
         """``versions.json``: what the run was begun with and, under ``starts``, every start with its time."""
         record = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        known = self._record()
-        # Earlier versions kept the last start alone.
-        starts = known.pop("starts", [dict(known)] if known else [])
-        self.write_json("versions.json", {**(known or record), "starts": [*starts, record]})
+        known = self._record() or {**record, "starts": []}
+        self.write_json("versions.json", {**known, "starts": [*known["starts"], record]})
 
     @property
     def mark(self) -> str:

@@ -101,7 +101,7 @@ class Checkpoint:
             "prompts": digest(setup.prompts.train),
             **self._scorers,
             "left_out": state.left_out,
-            "touched": sorted(state.trained),  # the name that earlier versions wrote
+            "trained": sorted(state.trained),
             "measured": [vars(one) for one in state.measured],
             "pool": plain,
         }
@@ -140,7 +140,8 @@ class Checkpoint:
         source, cut = folder, None if loaded is None else loaded[0]
         if loaded is None:
             identity = processes.on_rank_0(lambda: self.journal.identity)
-            processes.all_gather(lambda: self._check_identity(identity or {}))
+            if identity is not None:
+                processes.all_gather(lambda: self._check_identity(identity))
             if config.from_run:
                 source = earlier = RunFolder(config.from_run)
                 loaded = processes.on_rank_0(
@@ -157,12 +158,10 @@ class Checkpoint:
         self._load_optimizer(tensors["optimizer"])
         processes.all_gather(lambda: self._load_state(state, saved, tensors))
 
-    def _check_identity(self, recorded: Mapping[str, Any]) -> None:
+    def _check_identity(self, before: Mapping[str, Any]) -> None:
         """Refuse what is kept of a first round with other prompts, completions or rewards."""
-        own = self.identity
-        before = {**own, **recorded}  # an earlier version's record may lack some of them
         self._check_prompts(before["prompts"], self.setup.folder)
-        if before["scored"] != own["scored"]:
+        if before["scored"] != self.identity["scored"]:
             raise UsageError(
                 f"the scored completions of {self.setup.config.scored} are not those that the run in"
                 f" {self.setup.folder.path} began with: the file has changed; put it back, or begin anew in"
@@ -181,9 +180,8 @@ class Checkpoint:
                 f" {self.setup.config.model or 'the embedded model'} has; resume it with its own model"
             )
         self._check_prompts(saved["prompts"], folder)
-        self._check_reward(saved.get("reward"), folder)
-        now = self._scorers
-        if saved.get("measured") and any(saved.get(name, mine) != mine for name, mine in now.items()):
+        self._check_reward(saved["reward"], folder)
+        if saved["measured"] and any(saved[name] != mine for name, mine in self._scorers.items()):
             raise UsageError(
                 f"the rounds of {folder.path} were measured by another reward or judge, and --keep-best"
                 " cannot compare them with later ones; put it back, or begin anew in another --output"
@@ -196,12 +194,12 @@ class Checkpoint:
                 " give it the same"
             )
 
-    def _check_reward(self, before: Sequence[str] | None, folder: RunFolder) -> None:
+    def _check_reward(self, before: Sequence[str], folder: RunFolder) -> None:
         """Refuse to rank one pool by two rewards, unless that is wanted."""
         identity = self.setup.reward.identity
-        if before in (None, identity) or self.setup.config.accept_changed_reward:
+        if before == identity or self.setup.config.accept_changed_reward:
             return
-        then, now = (" ".join(one)[:200] for one in (before or (), identity))
+        then, now = (" ".join(one)[:200] for one in (before, identity))
         raise UsageError(
             f"the reward is not the one that scored the samples in {folder.path}: its code,"
             f" weights or settings were {then}, and are {now}; put it back, begin anew in another"
@@ -217,18 +215,15 @@ class Checkpoint:
         state.draws = Draws(tensors["draws"]["counts"].numpy())
         state.prompt_of = tensors["draws"]["prompt_of"].tolist()
         state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
-        state.earlier_rounds, state.earlier_steps = map(int, saved.get("begun", (0, 0)))
-        state.left_out = int(saved.get("left_out", 0))
-        drawn = [k for k, share in enumerate(config.quantile_shares()) if share > 0]
-        state.trained = set(saved.get("touched", drawn if state.step else []))
+        state.earlier_rounds, state.earlier_steps = map(int, saved["begun"])
+        state.left_out = int(saved["left_out"])
+        state.trained = set(saved["trained"])
         state.seconds = float(saved["seconds"])
         state.measured = _measured(saved)
         state.bad_steps = BadSteps(**saved["bad_steps"])
         state.kl.coef = float(saved["kl_coef"])
-        # Earlier versions did not write how many processes there were.
-        asked, found, *known = saved["micro_batch"]
-        processes = max(1, known[0]) if known else self.setup.processes.count
-        before = first_micro_batch(config, processes, self.setup.device)
+        asked, found, processes = saved["micro_batch"]
+        before = first_micro_batch(config, max(1, processes), self.setup.device)
         # Else the memory sufficed, or the user knows better by now.
         if found < before and asked == config.micro_batch:
             state.micro_batch = max(1, min(state.micro_batch, int(found)))
@@ -271,8 +266,8 @@ class Checkpoint:
 
 
 def _measured(saved: dict[str, Any]) -> list[MeasuredRound]:
-    """The measured rounds of a checkpoint; none of one by an earlier version."""
-    return list(map(MeasuredRound.from_json, saved.get("measured", [])))
+    """The measured rounds of a checkpoint."""
+    return list(map(MeasuredRound.from_json, saved["measured"]))
 
 
 def trained_weights(model: Any) -> dict[str, Tensor]:

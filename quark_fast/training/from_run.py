@@ -40,8 +40,8 @@ def check_from_run(config: Config, earlier: RunFolder) -> None:
         )
     if not (earlier / STATE).exists():
         raise UsageError(
-            f"--from {path}: it has no {STATE}/ to go on from, which was deleted or is of an earlier version;"
-            f" begin anew with its samples by --scored {earlier / 'completions.jsonl'}"
+            f"--from {path}: it has no {STATE}/ to go on from, which was deleted; begin anew"
+            f" with its samples by --scored {earlier / 'completions.jsonl'}"
         )
     saved = load_config(earlier / "config.yaml")
     for name, why in SAME.items():
@@ -70,7 +70,7 @@ def first_checkpoint(config: Config, policy: Policy, earlier: RunFolder) -> Stat
         "measured": [],
         "seconds": 0.0,
         "bad_steps": BadSteps().state_dict(),
-        "micro_batch": [None, 1],  # of another run: as many as this one begins with
+        "micro_batch": [None, 1, 1],  # of another run: as many as this one begins with
         "kl_coef": saved["kl_coef"] if _goes_on_with_kl(config, earlier) else config.kl_coef,
     }
     return saved | fresh, {**tensors, "optimizer": {}}

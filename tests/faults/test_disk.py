@@ -305,11 +305,11 @@ def test_second_new_run_in_one_folder_is_refused_although_nothing_is_written_yet
 
 def test_finished_run_whose_process_died_in_its_last_moment_is_left_without_its_lock(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    (tmp_path / "report.html").touch()
+    (tmp_path / "finished.json").touch()
     (tmp_path / ".lock").touch()
     with pytest.raises(UsageError, match="is finished: nothing to resume"):
         RunFolder(tmp_path).check_resumable()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "finished.json"]
 
 
 def test_settings_that_may_change_are_those_that_change_no_sample_or_weight() -> None:
