@@ -183,4 +183,4 @@ def _function(name: str, config: Config) -> Reward:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")
-    return describe(function, name, calls(config))
+    return describe(function, name, calls(config), config.reward_cache)

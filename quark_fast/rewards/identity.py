@@ -13,6 +13,8 @@ from pathlib import Path
 from types import CellType, CodeType
 from typing import Any
 
+from quark_fast.errors import UsageError
+
 _ADDRESS = " at 0x[0-9a-fA-F]+"
 NO_SOURCE = hashlib.sha256(b"").hexdigest()
 
@@ -46,7 +48,14 @@ def held_by(function: Any) -> str:
     cells = getattr(inspect.unwrap(function), "__closure__", None) or ()
     held = [cell.cell_contents for cell in cells if cell != CellType()]  # none in one that is empty yet
     held += [] if inspect.isroutine(own) else [getattr(own, "__dict__", {})]
-    return hashlib.sha256(re.sub(_ADDRESS, "", pprint.pformat(held)).encode()).hexdigest()
+    try:
+        text = pprint.pformat(held)
+    except Exception as error:  # of anyone's __repr__
+        raise UsageError(
+            f"reward {name_of(function)} holds a value that has no text ({type(error).__name__}: {error}), so"
+            " its answers cannot be told apart; mend its __repr__, or give reward_cache off"
+        ) from error
+    return hashlib.sha256(re.sub(_ADDRESS, "", text).encode()).hexdigest()
 
 
 def source_file(function: Callable[..., Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,8 @@ class Reward:
         property: what ``1 - reward`` measures ("toxicity"), or None when the reward is not of that form.
         calls: how it is called if it is asynchronous.
         cache: where values that are known are looked up; None: always call.
-        held: hash of what a function held when it was given, ``identity.held_by``. It tells apart values in
-            the cache, not rewards: a counter in it may be another at a resume.
+        held: hash of what a function that is to be cached held when it was given, ``identity.held_by``. It
+            tells apart values in the cache, not rewards: a counter in it may be another at a resume.
     """
 
     function: Function
@@ -135,6 +136,13 @@ class Reward:
         except (TypeError, ValueError):  # some builtins have none
             return False
         return "completion" in names and "completions" not in names
+
+    def to_be_cached(self, mode: Literal["auto", "on", "off"]) -> bool:
+        """Whether ``reward_cache`` asks for a cache: "auto" where there are many calls a batch.
+
+        These are slow or paid for, and a batch of them is not to be lost by a kill in the middle of it.
+        """
+        return mode == "on" or (mode == "auto" and (self.asynchronous or self.one_at_a_time))
 
     @functools.cached_property
     def call_size(self) -> int:
@@ -269,9 +277,16 @@ def _nothing(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> li
 NO_REWARD = Reward(_nothing, "none", "", "")
 
 
-def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT_CALLS) -> Reward:
+def describe(
+    function: Function,
+    name: str | None = None,
+    calls: Calls = DEFAULT_CALLS,
+    cache: Literal["auto", "on", "off"] = "auto",
+) -> Reward:
     """Wrap a function; the hash of its source stands for its version.
 
+    Args:
+        cache: as ``reward_cache`` of the settings; what the function holds is read for that alone.
     Raises:
         UsageError: it is none: a class, a model, or what cannot be called.
     """
@@ -292,7 +307,8 @@ def describe(function: Function, name: str | None = None, calls: Calls = DEFAULT
             " reward(prompts, completions, **columns), the name of one, a list of them, which are added up,"
             ' or a weighted sum by name, as in "0.7*package.module:f + 0.3*package.module:g"'
         )
-    return Reward(function, named, "source", source_sha256(function), calls=calls, held=held_by(function))
+    made = Reward(function, named, "source", source_sha256(function), calls=calls)
+    return dataclasses.replace(made, held=held_by(function)) if made.to_be_cached(cache) else made
 
 
 def _numbers(name: str, values: Any, count: int) -> list[float]:

@@ -101,10 +101,7 @@ def _measured(part: Reward) -> str:
 
 
 def cached(reward: Reward, mode: Literal["auto", "on", "off"], path: Path) -> Reward:
-    """The reward with a cache in the file ``path``: "auto" for those that are called in many calls a batch.
-
-    Asynchronous rewards and those of one completion at a time are slow or paid for, and a batch of them is
-    not to be lost by a kill in the middle of it.
+    """The reward with a cache in the file ``path``, if it is to be cached.
 
     A sum's parts are cached each by itself. A key holds the hash of the scorer, prompt, completion and
     columns; the hash of a function is that of the file it stands in, not of what that imports, and of what
@@ -125,5 +122,4 @@ def cached(reward: Reward, mode: Literal["auto", "on", "off"], path: Path) -> Re
                 " give reward_cache off"
             )
         return reward
-    wanted = mode == "on" or reward.asynchronous or reward.one_at_a_time
-    return dataclasses.replace(reward, cache=RewardCache(path)) if wanted else reward
+    return dataclasses.replace(reward, cache=RewardCache(path)) if reward.to_be_cached(mode) else reward

@@ -57,7 +57,9 @@ def _sum_of(given: Sequence[str | Function | Reward], config: Config, device: to
 
 
 def _described(given: Any, config: Config) -> Reward:
-    return given if isinstance(given, Reward) else describe(given, calls=calls(config))
+    if isinstance(given, Reward):
+        return given
+    return describe(given, calls=calls(config), cache=config.reward_cache)
 
 
 def choose_judges(

@@ -381,6 +381,21 @@ def test_rewards_of_one_code_do_not_share_answers(made: Callable[[float], Any], 
     assert held_by(once[0]) == held_by(once[1]) != held_by(made(2.0))
 
 
+def test_what_a_function_holds_is_read_only_where_its_values_may_be_cached() -> None:
+    class Unspeakable:
+        def __repr__(self) -> str:
+            raise RuntimeError("no text")
+
+    held = Unspeakable()
+
+    def plain(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(held is not None)] * len(completions)
+
+    assert describe(plain)(ROWS, TEXTS).tolist() == [1.0] * 3
+    with pytest.raises(UsageError, match=r"holds a value that has no text \(RuntimeError: no text\).*off"):
+        describe(plain, cache="on")
+
+
 def key(i: int) -> bytes:
     return i.to_bytes(32, "big")
 
