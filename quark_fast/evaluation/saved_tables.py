@@ -34,10 +34,6 @@ class SavedTable:
     tables: Mapping[str, Mapping[str, Any]]  # "" and OUT_OF_DOMAIN -> table
     samples: Mapping[str, Mapping[str, list[Sample]]]  # the same -> row -> samples
 
-    def measured_texts(self, key: str) -> bool:
-        """Whether any row of a table has measures of ordinary texts."""
-        return any(one.text_tokens for part in self.samples[key].values() for one in part)
-
     def judged(self, judges: Sequence[Reward]) -> SavedTable:
         """The same with these judges' measures in its samples."""
         samples = {
@@ -210,26 +206,20 @@ def with_other_texts(
 ) -> list[str]:
     """The tables, by key, in which perplexity of text and accuracy on text do not compare between all rows.
 
-    They are of a model's own tokens, so they compare where these are the same. A table of an earlier version
-    does not say which they were. Where every perplexity is of the sampled tokens, all models have the
-    tokenizer of the one model that measures it, and so the same tokens.
+    They are of a model's own tokens, so they compare where these are the same.
 
     Args:
         tables: those of the models that are sampled, without their rows; they may be none.
     """
     found = []
     for key in saved[0].tables if saved else ():
-        own = [tables[key]] if tables.get(key, {}).get("text_tokens_sha256") else []
-        every = [*own, *(one.tables[key] for one in saved if key in one.tables and one.measured_texts(key))]
-        known = {str(one) for table in every if (one := table.get("text_tokens_sha256"))}
-        told = all(table.get("text_tokens_sha256") for table in every)
-        sampled = all(field_of(table, "perplexity", "tokens") == "sampled" for table in every)
-        if len(known) > 1 or (len(every) > 1 and not told and not sampled):
+        every = [tables.get(key, {}), *(one.tables[key] for one in saved if key in one.tables)]
+        if len({str(one) for table in every if (one := table.get("text_tokens_sha256"))}) > 1:
             found.append(key)
     if found:
         remark(
             "perplexity of text and accuracy on text are left out: they compare between models of one"
-            " tokenizer, and these tables are of several, or do not say it"
+            " tokenizer, and these tables are of several"
         )
     return found
 
@@ -269,9 +259,6 @@ def check_comparable(
     mine, theirs = _terms(table), _terms(against)
     for name in (judges := _judges(table)).keys() & (others := _judges(against)).keys():
         mine[f"judge {name}"], theirs[f"judge {name}"] = judges[name], others[name]
-    if all(_measures_text(each) for each in (table, against)):
-        what = "tokens of a text before those that count"
-        mine[what], theirs[what] = (str(each.get("text_prompt_tokens", 1)) for each in (table, against))
     for what, value in mine.items():
         if theirs[what] != value and (classes or what != "classes of the prompts"):
             raise UsageError(
@@ -292,10 +279,11 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
         "scorer": "{} {} (sha256 {})".format(
             *(field_of(table, "scorer", n) for n in ("name", "version", "sha256"))
         ),
-        "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones of an earlier version"),
+        "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones"),
         "prompts are read": _reading(table),
         "classes of the prompts": shown("classes_sha256", "none"),
         "samples a prompt": str(table.get("samples_per_prompt")),
+        "tokens of a text before those that count": str(table.get("text_prompt_tokens")),
         **{n: str(field_of(table, "sampling", n)) for n in sampling},
         "perplexity": "by {} of {} tokens".format(
             *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
@@ -304,15 +292,10 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reading(table: Mapping[str, Any]) -> str:
-    """What the models read of the prompts; tables of versions that did not say it count as whole."""
+    """What the models read of the prompts."""
     cuts = {counted(tokens, "token") for _, _, tokens in cuts_of(table)}
     sha256 = str(field_of(table, "cut", "sha256"))[:12]
     return f"cut to the last {' or '.join(sorted(cuts))} (sha256 {sha256})" if cuts else "whole"
-
-
-def _measures_text(table: Mapping[str, Any]) -> bool:
-    shown = {*table.get("columns", ()), *table.get("more_columns", ())}
-    return not shown.isdisjoint(("text_perplexity", "text_accuracy"))
 
 
 def _judges(table: Mapping[str, Any]) -> dict[str, str]:
