@@ -56,16 +56,6 @@ def _digest(policy: Policy, model: Any, request: SampleRequest) -> str:
         "prefix": policy.prefix,
         "vocabulary": policy.vocabulary,
         "stop": policy.stop_ids,
-        "conditioning": dataclasses.asdict(request.conditioning),
-        "prompts": [list(ids) for ids in request.prompts],
-        "sampling": dataclasses.asdict(request.sampling),
-        "samples": request.samples,
-        "seed": request.seed,
+        **dataclasses.asdict(request),
     }
-    if request.shard != (0, 1):
-        asked["share"] = request.shard
-    if request.own_nll:
-        asked["own_nll"] = True
-    if request.model_nll:
-        asked["model_nll"] = True
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
