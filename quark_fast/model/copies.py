@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from quark_fast.model.loading import decode_fast
+from quark_fast.model.loading import decode_fast, frozen
 from quark_fast.model.lora import drop_adapters, has_adapters, merge_adapters
 from quark_fast.model.policy import Policy, hide_reward_tokens
 from quark_fast.model.reward_embedding import RewardEmbedding
@@ -68,20 +68,15 @@ def _same_weights(model: Any) -> Any:
 
 def frozen_copy(policy: Policy, dtype: torch.dtype) -> Any:
     """The model as it is now, for sampling: low precision, no gradients or adapters, fast decoding."""
-    return _frozen(whole_copy(policy, dtype))
+    return frozen(whole_copy(policy, dtype), policy.model.device)
 
 
 def exported_copy(policy: Policy, dtype: torch.dtype) -> Any:
     """``frozen_copy`` of what an export holds, which is in the dtype that the model came in."""
     stored = policy.stored_dtype
     rounded = conversion(stored, stored)
-    return _frozen(_copy(policy, lambda weights: rounded(weights).to(dtype), [stored, dtype]))
-
-
-def _frozen(model: Any) -> Any:
-    model.eval().requires_grad_(False)
-    decode_fast(model)
-    return model
+    copied = _copy(policy, lambda weights: rounded(weights).to(dtype), [stored, dtype])
+    return frozen(copied, policy.model.device)
 
 
 class SharedCopy:
