@@ -40,7 +40,6 @@ class Loaded:
 
 def load_prompts(
     source: str | Path,
-    *,
     column: str | None = None,
     chat: Chat | None = None,
     min_characters: int = 1,
@@ -71,11 +70,7 @@ def load_prompts(
         names |= dict.fromkeys(map(str, row))
         held, value = (True, record) if isinstance(record, str) else find_prompt(row, column)
         found |= held
-        try:
-            made, reason = with_prompt(row, value, chat)
-        except ChatTemplateError:
-            made, reason = row, "refused by the chat template"
-        reason = reason or wrong_length(made["prompt"], min_characters, max_characters)
+        made, reason = usable(row, value, chat, min_characters, max_characters)
         if not reason and given(made) in seen:
             reason = "duplicate"
         if reason:
@@ -149,10 +144,14 @@ def with_prompt(row: Row, value: Any, chat: Chat | None) -> tuple[Row, str]:
     return {**row, **columns, "prompt": value}, ""
 
 
-def wrong_length(prompt: str, least: int, most: int) -> str:
-    """The reason why a prompt of that length is left out, if it is; ``most`` 0: no limit."""
-    if len(prompt) < least:
-        return f"shorter than {least:,} characters"
-    if 0 < most < len(prompt):
-        return f"longer than {most:,} characters"
-    return ""
+def usable(row: Row, value: Any, chat: Chat | None, least: int, most: int) -> tuple[Row, str]:
+    """``with_prompt``, with the reasons of template and length, too; ``most`` 0: no limit."""
+    try:
+        made, reason = with_prompt(row, value, chat)
+    except ChatTemplateError:
+        return row, "refused by the chat template"
+    if not reason and len(made["prompt"]) < least:
+        reason = f"shorter than {least:,} characters"
+    if not reason and 0 < most < len(made["prompt"]):
+        reason = f"longer than {most:,} characters"
+    return made, reason

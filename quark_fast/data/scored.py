@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quark_fast.data.chat import Chat, ChatTemplateError
-from quark_fast.data.prompts import check_depth, find_prompt, with_prompt, wrong_length
+from quark_fast.data.chat import Chat
+from quark_fast.data.prompts import Loaded, check_depth, find_prompt, usable
 from quark_fast.data.readers import listed, read_rows
 from quark_fast.data.row import Rendered, Row, from_file, messages, text_of
 from quark_fast.errors import UsageError
@@ -66,8 +66,7 @@ def load_scored(
     found: list[ScoredText] = []
     left_out: Counter[str] = Counter()
     read, rewarded, names = 0, 0, dict[str, None]()
-    for record in read_rows(source):
-        read += 1
+    for read, record in enumerate(read_rows(source), start=1):
         if not isinstance(record, Mapping):
             raise UsageError(f"{source} holds texts alone; give records with prompt, completion and reward")
         names |= dict.fromkeys(map(str, record))
@@ -79,11 +78,7 @@ def load_scored(
         for value, completion, reward in _completions(record, column, where):
             rewarded += reward is not None
             text = _text(completion)
-            try:
-                row, reason = with_prompt(own, value, chat)
-            except ChatTemplateError:
-                row, reason = {}, "refused by the chat template"
-            reason = reason or wrong_length(row["prompt"], min_characters, max_characters)
+            row, reason = usable(own, value, chat, min_characters, max_characters)
             if reason or not text:
                 left_out[_left_out(reason)] += 1
                 continue
@@ -99,8 +94,7 @@ def load_scored(
     if rewarded:  # else all are to be scored
         left_out["without a reward"] = sum(one.reward is None for one in found)
         found = [one for one in found if one.reward is not None]
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common() if count)
-    said = f"{read:,} read" + (f", left out: {reasons}" if reasons else "")
+    said = Loaded(read=read, left_out=+left_out).counts  # +: without zeros
     if not rewarded and "label" in names and "reward" not in names:
         said += "; its labels are not true and false, so no rewards: the run's reward scores them"
     return found, said

@@ -64,22 +64,21 @@ def choose_prompts(
     """
     notes: list[str] = []
     scored: list[ScoredText] = []
+    lengths = config.min_prompt_characters, config.max_prompt_characters
     if config.scored is not None:
         if prompts is not None:
             raise UsageError(f"scored = {config.scored!r} brings its own prompts; give no others")
-        scored, counts = load_scored(
-            config.scored,
-            config.prompt_column,
-            chat,
-            config.min_prompt_characters,
-            config.max_prompt_characters,
-        )
+        scored, counts = load_scored(config.scored, config.prompt_column, chat, *lengths)
         notes.append(f"{config.scored}: {counts}")
 
     def rows(name: str, of_program: Sequence[Prompt] | None, source: str | None) -> list[Row] | None:
         if of_program is not None:
             return program_rows(name, of_program, chat, config.prompt_column)
-        return _load(source, config, chat, notes) if source else None
+        if not source:
+            return None
+        loaded = load_prompts(source, config.prompt_column, chat, *lengths)
+        notes.append(f"{source}: {loaded.counts}")
+        return loaded.rows
 
     count = config.held_out_count()
     train = rows("prompts", prompts, config.prompts)
@@ -154,19 +153,6 @@ def program_rows(name: str, rows: Sequence[Prompt], chat: Chat, column: str | No
             raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
         made.append(row)
     return made
-
-
-def _load(source: str, config: Config, chat: Chat, notes: list[str]) -> list[Row]:
-    """Rows of a file or data set, with a note of what was left out."""
-    loaded = load_prompts(
-        source,
-        column=config.prompt_column,
-        chat=chat,
-        min_characters=config.min_prompt_characters,
-        max_characters=config.max_prompt_characters,
-    )
-    notes.append(f"{source}: {loaded.counts}")
-    return loaded.rows
 
 
 def _not_in(held_out: Sequence[Row], train: Sequence[Row], notes: list[str]) -> list[Row]:
