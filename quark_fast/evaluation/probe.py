@@ -65,10 +65,6 @@ class Probe:
         every = [one for batch in drawn for one in batch]
         return cls([p for p, _, _ in every], [c for _, c, _ in every], [r for _, _, r in every])
 
-    def reference_logits(self, policy: Policy, reference: Any) -> ReferenceLogits:
-        """What the reference makes of the completions, the same after every round."""
-        return ReferenceLogits(policy, reference, self.prompts, self.completions)
-
     def measure(
         self, policy: Policy, model: Any, reference: ReferenceLogits, rows: int = 0
     ) -> tuple[RankCorrelation, float]:

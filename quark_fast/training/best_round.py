@@ -22,7 +22,6 @@ from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import flush, replacing, sha256
 from quark_fast.metrics import Sample
 from quark_fast.report.columns import counted
-from quark_fast.rollout.sampling import Sampler
 from quark_fast.runtime.distributed import in_batch_order, without_data
 from quark_fast.runtime.run_folder import ROUNDS
 from quark_fast.training.checkpoint import set_weights, trained_weights
@@ -35,10 +34,8 @@ from quark_fast.training.state import MeasuredRound, State
 class BestRound:
     """Measures rounds, and gives the policy the weights of the best one; nothing where none is asked for."""
 
-    def __init__(
-        self, setup: Setup, work: SharedWork, sampler: Sampler, listen: Callable[[Progress], None]
-    ) -> None:
-        self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
+    def __init__(self, setup: Setup, work: SharedWork, listen: Callable[[Progress], None]) -> None:
+        self.setup, self.work, self.listen = setup, work, listen
         self.goal = setup.config.goal()
         prompts = setup.prompts.development
         self.rounds = setup.config.rounds  # those that there are in the end
@@ -86,7 +83,7 @@ class BestRound:
         """Completions of the development prompts, the same on every process."""
         setup, prompts, sampling = self.setup, self.setup.prompts.development, self.setup.held_out_sampling()
         assert prompts is not None  # there is a goal
-        usual = setup.measured_on(prompts, sampling, self.sampler, self.work.shard)
+        usual = setup.measured_on(prompts, sampling, self.work.sampler)
         how = dataclasses.replace(usual, controls=(), prompt_fit=True)
         drawn = sampling.what_is_drawn()
         scorers = [one.identity for one in (setup.reward, *setup.judges)]

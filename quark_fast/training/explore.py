@@ -185,7 +185,7 @@ class Explorer:
                     sampling,
                     samples,
                     seed_for(self.config.seed, "round", state.round, number),
-                    self.work.shard,
+                    self.work.processes.shard,
                 ),
                 self.work.journal.stage(sampling_stage(state), number, Scored.to_json, Scored.from_json),
                 functools.partial(self._score, indices),

@@ -30,7 +30,7 @@ from quark_fast.report.files import NOT_EVALUATED, read_run
 from quark_fast.report.model_card import find_base, write_card
 from quark_fast.report.page import write_report
 from quark_fast.rewards.weighted_sum import waiting_for
-from quark_fast.rollout.sampling import Sampler, Sampling
+from quark_fast.rollout.sampling import Sampling
 from quark_fast.runtime import hub, trackers
 from quark_fast.runtime.distributed import in_batch_order
 from quark_fast.runtime.journal import Kept
@@ -44,10 +44,8 @@ from quark_fast.training.shared_work import SharedWork
 class Results:
     """Measures a run on its held-out prompts, and writes what is left of it in the end."""
 
-    def __init__(
-        self, setup: Setup, work: SharedWork, sampler: Sampler, listen: Callable[[Progress], None]
-    ) -> None:
-        self.setup, self.work, self.sampler, self.listen = setup, work, sampler, listen
+    def __init__(self, setup: Setup, work: SharedWork, listen: Callable[[Progress], None]) -> None:
+        self.setup, self.work, self.listen = setup, work, listen
         self.held_out = setup.prompts.held_out
         self.total = len(self.held_out.rows) * self.held_out.samples  # completions of a row of the table
         # The probe's completions and what the reference makes of them, made when they are first asked for.
@@ -86,10 +84,11 @@ class Results:
             )
         )
         probe = Probe.of(batch for _, batch in in_batch_order(shares))
-        return probe, probe.reference_logits(setup.policy, setup.reference)
+        # The same after every round.
+        return probe, ReferenceLogits(setup.policy, setup.reference, probe.prompts, probe.completions)
 
     def _measured(self, sampling: Sampling) -> EvaluationSetup:
-        return self.setup.measured_on(self.held_out, sampling, self.sampler, self.work.shard)
+        return self.setup.measured_on(self.held_out, sampling, self.work.sampler)
 
     def _what_is_measured(self, sampling: Sampling) -> list[Any]:
         """As JSON, what decides the samples of the held-out prompts and may change at a resume."""

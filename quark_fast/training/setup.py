@@ -97,9 +97,8 @@ class Setup:
         prompts: EncodedPrompts,
         sampling: Sampling,
         sampler: Sampler = sample,
-        shard: tuple[int, int] = (0, 1),
     ) -> EvaluationSetup:
-        """What an evaluation on these prompts samples and is scored by."""
+        """What an evaluation on these prompts samples, of which this process its part, and is scored by."""
         return EvaluationSetup(
             self.policy,
             self.reference,
@@ -108,7 +107,7 @@ class Setup:
             sampling,
             self.config.seed,
             sampler,
-            shard,
+            self.processes.shard,
             self.judges,
             self.controls,
             self.task.shows("prompt_fit"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from quark_fast.rollout.sampling import Sampler
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
 from quark_fast.training.signals import Stop
@@ -17,17 +18,13 @@ class SharedWork:
 
     Attributes:
         journal: has what is on disk of each stage's batches.
+        sampler: samples the base model, as ``rollout.transformers.sample`` does.
         stop: asked for while the run trains; None before.
     """
 
-    def __init__(self, processes: Processes, journal: Journal) -> None:
-        self.processes, self.journal = processes, journal
+    def __init__(self, processes: Processes, journal: Journal, sampler: Sampler) -> None:
+        self.processes, self.journal, self.sampler = processes, journal, sampler
         self.stop: Stop | None = None
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        """(index, count): this process does every count-th batch, from index on."""
-        return self.processes.shard
 
     def all_gather(self, work: Callable[[], T]) -> list[T]:
         """What every process makes of its batches, by its index."""

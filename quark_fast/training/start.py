@@ -39,7 +39,7 @@ from quark_fast.near_names import nearest
 from quark_fast.ops.loss import Implementation, quark_loss
 from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.weighted_sum import cached, terms
-from quark_fast.rollout.sampling import Rollout, Sampler
+from quark_fast.rollout.sampling import Rollout
 from quark_fast.rollout.transformers import TransformersRollout
 from quark_fast.rollout.vllm import check_vllm, vllm_rollout
 from quark_fast.runtime import hub, trackers
@@ -232,13 +232,11 @@ def _keep_rewards(setup: Setup) -> None:
     setup.judges = tuple(judges)
 
 
-def choose_rollout(
-    setup: Setup, work: SharedWork, sampler: Sampler, listen: Callable[[Progress], None]
-) -> Rollout:
+def choose_rollout(setup: Setup, work: SharedWork, listen: Callable[[Progress], None]) -> Rollout:
     """The engine that samples the rounds."""
     config = setup.config
     if config.rollout == "transformers":
-        return TransformersRollout(setup.copied, setup.reference, sampler)
+        return TransformersRollout(setup.copied, setup.reference, work.sampler)
     return vllm_rollout(
         config,
         setup.policy,

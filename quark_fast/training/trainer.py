@@ -108,12 +108,12 @@ class Trainer:
         self.journal = Journal(
             folder / PENDING, processes.index, here=processes.main or processes.machines == 1
         )
-        self.work = SharedWork(processes, self.journal)
-        self.rollout = choose_rollout(self.setup, self.work, sampler, heard)
+        self.work = SharedWork(processes, self.journal, sampler)
+        self.rollout = choose_rollout(self.setup, self.work, heard)
         self.explorer = Explorer(self.setup, self.rollout, self.work, heard)
         self.learner = Learner(self.setup, wrapped, self.optimizer)
-        self.results = Results(self.setup, self.work, sampler, heard)
-        self.best = BestRound(self.setup, self.work, sampler, heard)
+        self.results = Results(self.setup, self.work, heard)
+        self.best = BestRound(self.setup, self.work, heard)
         self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
         if config.resume or config.from_run:
             self.checkpoint.restore(self.state, self.best.check_kept)
