@@ -7,6 +7,7 @@ others it is a guide, and halving where memory runs out (``runtime.memory.within
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -102,9 +103,9 @@ def halved_to_fit(most: int, row: int, free: int) -> int:
     return size
 
 
-def rows_that_fit(row: int, free: int, most: int = MOST_ROWS) -> int:
-    """As many rows as fit, from 1 to ``most``."""
-    return max(1, min(most, int(free * SHARE) // max(1, row)))
+def rows_that_fit(row: int, free: int) -> int:
+    """As many rows as fit, from 1 to ``MOST_ROWS``."""
+    return max(1, min(MOST_ROWS, int(free * SHARE) // max(1, row)))
 
 
 def rows_sampled(model: Any, asked: int, tokens: int, streams: int) -> int:
@@ -129,20 +130,16 @@ def rows_sampled(model: Any, asked: int, tokens: int, streams: int) -> int:
     return size
 
 
-def rows_read(model: Any, tokens: int, usual: int) -> int:
-    """Texts of so many tokens whose probabilities are read side by side: what a GPU's free memory holds.
+def rows_read(
+    model: Any, tokens: int, usual: int, bytes_of: Callable[[Shape, int, int], int] = reading_bytes
+) -> int:
+    """Texts of so many tokens that are read side by side: what a GPU's free memory holds.
 
-    ``usual`` on a CPU, and for a model of unknown shape.
+    Args:
+        usual: what they are on a CPU, and for a model of unknown shape.
+        bytes_of: what a text takes; ``scoring_bytes`` where a classifier reads it.
     """
     free, shape = free_memory(model.device), Shape.of(model.config)
     if free is None or shape is None:
         return usual
-    return rows_that_fit(reading_bytes(shape, tokens, model.dtype.itemsize), free)
-
-
-def rows_scored(model: Any, tokens: int, usual: int) -> int:
-    """The same of texts that a classifier scores."""
-    free, shape = free_memory(model.device), Shape.of(model.config)
-    if free is None or shape is None:
-        return usual
-    return rows_that_fit(scoring_bytes(shape, tokens, model.dtype.itemsize), free)
+    return rows_that_fit(bytes_of(shape, tokens, model.dtype.itemsize), free)

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from quark_fast.errors import UsageError
 from quark_fast.model.loading import load_pretrained
-from quark_fast.model.sizes import rows_scored
+from quark_fast.model.sizes import rows_read, scoring_bytes
 from quark_fast.rewards.text_logits import Encoded, TextLogits
 from quark_fast.runtime.memory import by_parts
 
@@ -96,7 +96,7 @@ class SequenceClassifier:
 
     def _together(self, rows: Sequence[Encoded]) -> int:
         longest = max((len(row.ids) for row in rows), default=1)
-        return self.batch_size or rows_scored(self.logits.model, longest, USUAL_ROWS)
+        return self.batch_size or rows_read(self.logits.model, longest, USUAL_ROWS, scoring_bytes)
 
     @torch.inference_mode()
     def _probabilities(self, rows: Sequence[Encoded]) -> Tensor:
