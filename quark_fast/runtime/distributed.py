@@ -186,28 +186,31 @@ class Processes:
                 f"reward_cache = on, but the processes are on {self.machines} machines, and a file on a"
                 " network loses its locks; give auto or off"
             )
-        for name, engine in (("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)):
-            asked = parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
+        engines = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
+        for engine, flag in engines.items():
+            asked = parse_flag_from_env(f"ACCELERATE_USE_{flag.upper()}")
             if asked and accelerator.distributed_type != engine:  # accelerate itself would go on without
-                raise UsageError(f"--use_{name} needs GPUs, and here is none; launch without it")
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            zero.check(accelerator, config)
-        if accelerator.distributed_type != DistributedType.FSDP:
+                raise UsageError(f"--use_{flag} needs GPUs, and here is none; launch without it")
+        if accelerator.distributed_type not in engines:
             return
-        if not accelerator.is_fsdp2:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            zero.check(accelerator)
+        elif not accelerator.is_fsdp2:
             raise UsageError("FSDP version 1 is not supported; launch with --fsdp_version 2")
+        name = "DeepSpeed" if accelerator.distributed_type == DistributedType.DEEPSPEED else "FSDP2"
+        without = f"launch without --use_{engines[accelerator.distributed_type]}"
         if config.lora_rank:
             raise UsageError(
-                f"lora_rank = {config.lora_rank} is not supported with FSDP2; launch without --use_fsdp,"
-                " since frozen weights need no shards"
+                f"lora_rank = {config.lora_rank} is not supported with {name}; {without}, since frozen"
+                " weights have nothing to share out"
             )
         if config.optimizer != "adamw":
             raise UsageError(
-                f"optimizer = {config.optimizer} is not supported with FSDP2, whose shards cut its blocks of"
-                " numbers; give adamw, whose state is shared out, or launch without --use_fsdp"
+                f"optimizer = {config.optimizer} is not supported with {name}, whose shards cut its blocks of"
+                f" numbers; give adamw, whose state is shared out, or {without}"
             )
-        if accelerator.mixed_precision == "fp16":
-            raise UsageError("precision = fp16 is not supported with FSDP2; give bf16 or fp32")
+        if config.precision == "fp16":
+            raise UsageError(f"precision = fp16 is not supported with {name}; give bf16 or fp32")
 
     def check_padding(self, accelerator: Accelerator, padding: bool) -> None:
         """Raise UsageError for a sharded model that reads rows of each length by themselves.

@@ -18,8 +18,8 @@ from quark_fast.errors import UsageError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check(accelerator: Accelerator, config: Config) -> None:
-    """Raise UsageError for what a run under DeepSpeed cannot do."""
+def check(accelerator: Accelerator) -> None:
+    """Raise UsageError for a configuration of DeepSpeed that a run cannot have."""
     plugin: Any = accelerator.state.deepspeed_plugin
     stage = plugin.zero_stage
     if stage not in (1, 2):
@@ -30,18 +30,6 @@ def check(accelerator: Accelerator, config: Config) -> None:
     for name in ("optimizer", "scheduler", "fp16", "bf16"):
         if _asked(plugin.deepspeed_config.get(name)):
             raise UsageError(f"the DeepSpeed configuration has its own {name}; leave it out: the run has one")
-    if config.lora_rank:
-        raise UsageError(
-            f"lora_rank = {config.lora_rank} is not supported with DeepSpeed; launch without --use_deepspeed,"
-            " since frozen weights have no state to share out"
-        )
-    if config.optimizer != "adamw":
-        raise UsageError(
-            f"optimizer = {config.optimizer} is not supported with DeepSpeed, whose flat partitions cut its"
-            " blocks of numbers; give adamw, whose state is shared out, or launch without --use_deepspeed"
-        )
-    if config.precision == "fp16":
-        raise UsageError("precision = fp16 is not supported with DeepSpeed; give bf16 or fp32")
 
 
 def configure(accelerator: Accelerator, config: Config) -> None:

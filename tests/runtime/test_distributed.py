@@ -308,8 +308,7 @@ def test_zero_computes_what_one_process_does_and_each_goes_on_with_the_others_ch
 
 def accelerator(kind: DistributedType, **state: Any) -> Any:
     """What launchers leave for the checks."""
-    settings = {"is_fsdp2": True, "mixed_precision": "no"} | state
-    return SimpleNamespace(distributed_type=kind, **settings)
+    return SimpleNamespace(distributed_type=kind, **{"is_fsdp2": True} | state)
 
 
 def zero_plugin(stage: int, **config: Any) -> Any:
@@ -325,7 +324,7 @@ def zero_plugin(stage: int, **config: Any) -> Any:
     [
         (accelerator(DistributedType.FSDP, is_fsdp2=False), {}, "FSDP version 1 .*--fsdp_version 2"),
         (accelerator(DistributedType.FSDP), {"lora_rank": 4}, "lora_rank = 4 .* without --use_fsdp"),
-        (accelerator(DistributedType.FSDP, mixed_precision="fp16"), {}, "fp16 .* give bf16 or fp32"),
+        (accelerator(DistributedType.FSDP), {"precision": "fp16"}, "fp16 .* give bf16 or fp32"),
         (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(3)), {}, "zero_stage = 3 .*--use_fsdp"),
         (accelerator(DistributedType.DEEPSPEED, state=zero_plugin(2, offload=1)), {}, "offload_optimizer"),
         (
