@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from rich.text import Text
 
 from quark_fast.config import Config
 from quark_fast.data.row import Prompt, Row, is_chat
@@ -55,9 +53,7 @@ from quark_fast.metrics import Sample
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import LONGEST_PROMPT
 from quark_fast.report.columns import counted
-from quark_fast.report.results import headline
-from quark_fast.report.tables import markdown_page, results_table, tables
-from quark_fast.runtime.console import Terminal
+from quark_fast.report.tables import as_text, markdown_page
 from quark_fast.tasks.by_name import GivenReward
 
 Listen = Callable[[str, int, int], None]
@@ -76,12 +72,7 @@ class Evaluated:
     samples: list[dict[str, Any]]
 
     def __repr__(self) -> str:
-        console = Terminal(file=io.StringIO(), width=80)
-        with console.capture() as shown:
-            console.print(Text(headline(self.table)))
-            for title, table in tables(self.table):
-                console.print(results_table(table, title))
-        return shown.get().rstrip()
+        return as_text(self.table)
 
     def markdown(self) -> str:
         """Its tables with every metric in Markdown, as ``--markdown`` writes them."""

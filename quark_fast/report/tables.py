@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +32,7 @@ from quark_fast.report.results import (
     base_name,
     cell_of,
     has_intervals,
+    headline,
     interval_of,
     judge_lines,
     name_of,
@@ -40,6 +42,7 @@ from quark_fast.report.results import (
     without_reward,
 )
 from quark_fast.report.texts import mask_profanity, pick_examples
+from quark_fast.runtime.console import Terminal
 
 # Middle tones, readable on a dark and on a light terminal.
 _TERMINAL_COLOURS: dict[Way, str] = {
@@ -251,20 +254,29 @@ def tables(evaluation: Record) -> list[tuple[str, Record]]:
     return [*found, (f"Out of domain: {about(other)}", other)] if isinstance(other, dict) else found
 
 
+def as_text(evaluation: Record) -> str:
+    """Headline and tables as a terminal of 80 columns has them, without colours."""
+    console = Terminal(file=io.StringIO(), width=80)
+    with console.capture() as shown:
+        console.print(Text(headline(evaluation)))
+        for title, table in tables(evaluation):
+            console.print(results_table(table, title))
+    return shown.get().rstrip()
+
+
 def before_after(
     evaluation_rows: Iterable[Record],
-    n: int = 3,
     mask: bool = True,
     after: Sequence[str] | None = None,
     lowest: bool = False,
 ) -> RenderableType:
-    """n held-out prompts with what was written before and after, for the terminal.
+    """Three held-out prompts with what was written before and after, for the terminal.
 
     Args:
         mask: hide the worst words (`mask_profanity`); control characters go either way.
         after, lowest: as for `pick_examples`; see `after_names` and `scores_are_rewards`.
     """
-    examples = pick_examples(evaluation_rows, n, after, lowest)
+    examples = pick_examples(evaluation_rows, 3, after, lowest)
     if not examples:
         return Text("No before and after texts: no row of the base model.", "dim")
     show = mask_profanity if mask else clean

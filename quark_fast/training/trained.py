@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quark_fast.files.safe_text import clean
 from quark_fast.report.files import read_run
-from quark_fast.report.results import headline
-from quark_fast.report.tables import results_table
-from quark_fast.runtime.console import Terminal
+from quark_fast.report.tables import as_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,10 +48,5 @@ class TrainedRun(os.PathLike[str]):
         return AutoTokenizer.from_pretrained(self.folder / "model", trust_remote_code=self.trust_remote_code)
 
     def __repr__(self) -> str:
-        console = Terminal(file=io.StringIO(), width=80)
-        with console.capture() as shown:
-            console.print(f"run folder {self.folder}")
-            if self.table:
-                console.print(Text(headline(self.table)))
-                console.print(results_table(self.table))
-        return shown.get().rstrip()
+        shown = f"run folder {clean(str(self.folder))}"
+        return f"{shown}\n{as_text(self.table)}" if self.table else shown
