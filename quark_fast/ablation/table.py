@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from quark_fast.report.columns import COLUMNS, find_column, intervals_note, is_plain
+from quark_fast.report.columns import fill, find_column, intervals_note, is_plain
 from quark_fast.report.results import BASE, scorer_line
 
 
 def headline_title(results: dict[str, Any]) -> str:
     """What the headline metric is called."""
-    title = next(column.title for column in COLUMNS if column.key == results["headline"])
-    return title.format(property=results["property"], target=results["target"])
+    return fill(find_column(results["headline"]).title, results)
 
 
 def perplexity_title(results: dict[str, Any]) -> str:

@@ -25,9 +25,10 @@ from quark_fast.files.safe_read import TooLarge, read_bytes
 FORMATS = ".jsonl, .json, .csv, .tsv or .txt (each also .gz), .parquet, or hf:NAME for a data set"
 
 
-def listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first eight of them."""
     shown = [repr(name[:40]) for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
 
 
 # --------------------------------------------------------------------- files

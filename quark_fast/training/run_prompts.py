@@ -77,9 +77,8 @@ def read_prompts(
     # A resumed run goes on with what its chats were rendered as, and so does one from another.
     runs = [folder] * config.resume + [RunFolder(run) for run in [config.from_run] if run]
     before = [from_file(row) for run in runs for row in run.rows_of(PROMPTS)]
-    notes = list(chosen.notes)
     if not rewarded_by_task and given.train is None and config.prompts is None and config.scored is None:
-        notes.append(f"no --prompts, so those of the task {task.name}")
+        chosen.notes.append(f"no --prompts, so those of the task {task.name}")
     parts = (chosen.train, chosen.held_out, chosen.development)
     train, held_out, development, scored = with_same_columns(
         *(as_rendered(rows, before) for rows in parts), [one.row for one in chosen.scored]
@@ -90,7 +89,6 @@ def read_prompts(
         held_out=held_out,
         development=development,
         scored=[dataclasses.replace(one, row=row) for one, row in zip(chosen.scored, scored, strict=True)],
-        notes=notes,
     )
 
 
