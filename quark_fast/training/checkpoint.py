@@ -29,7 +29,6 @@ from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.from_run import first_checkpoint
 from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
-from quark_fast.training.quantize import Draws
 from quark_fast.training.scored import scored_digest
 from quark_fast.training.setup import Setup
 from quark_fast.training.stability import BadSteps
@@ -108,7 +107,7 @@ class Checkpoint:
         return saved, {
             "pool": arrays,
             "draws": {
-                "counts": torch.from_numpy(state.draws.counts),
+                "counts": torch.from_numpy(state.draws),
                 "prompt_of": torch.tensor(state.prompt_of),
             },
         }
@@ -212,7 +211,7 @@ class Checkpoint:
         if self.setup.accelerator.scaler is not None and saved["scaler"] is not None:
             self.setup.accelerator.scaler.load_state_dict(saved["scaler"])
         state.pool.load_state_dict(_from_tensors(tensors["pool"], saved["pool"]))
-        state.draws = Draws(tensors["draws"]["counts"].numpy())
+        state.draws = tensors["draws"]["counts"].numpy()
         state.prompt_of = tensors["draws"]["prompt_of"].tolist()
         state.round, state.sampled, state.step = saved["round"], saved["sampled"], saved["step"]
         state.earlier_rounds, state.earlier_steps = map(int, saved["begun"])
@@ -232,7 +231,7 @@ class Checkpoint:
         if not (
             0 <= state.left_out <= state.round - state.earlier_rounds <= config.rounds
             and 0 <= done <= config.steps
-            and len(state.prompt_of) == len(state.pool) >= len(state.draws.counts)
+            and len(state.prompt_of) == len(state.pool) == len(state.draws)
             and all(i in prompts for i in state.prompt_of)
         ):
             raise ValueError(f"round {state.round}, step {state.step}, {len(state.pool)} samples do not fit")

@@ -61,6 +61,7 @@ class Explorer:
             )
             state.prompt_of += [i for i, s in zip(prompts, scores, strict=True) if not np.isnan(s)]
             found += batch
+        state.draws = np.pad(state.draws, (0, len(pool) - before))
         quantiles = iter(pool.labels()[before:].tolist())
         rows = [
             {

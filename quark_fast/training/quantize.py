@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +13,11 @@ Labels = npt.NDArray[np.int32]
 WINDOW = 8  # batches whose samples are sorted by length together: little padding, still mixed
 
 
-@dataclass
-class Draws:
-    """How often each sample of the pool was drawn, by its index in the pool."""
-
-    counts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def grow(self, size: int) -> None:
-        """Make room for samples added since."""
-        self.counts = np.concatenate([self.counts, np.zeros(size - len(self.counts), np.int64)])
-
-    def count(self, indices: Ints) -> None:
-        np.add.at(self.counts, indices.ravel(), 1)
-
-
 def plan_batches(
     labels: Labels,
     weights: Sequence[float],
     lengths: Ints,
-    draws: Draws,
+    draws: Ints,
     steps: int,
     batch_size: int,
     rng: np.random.Generator,
@@ -46,15 +31,15 @@ def plan_batches(
     Args:
         labels: quantile of every sample.
         lengths: prompt length of every sample, by which neighbours in a batch are chosen.
+        draws: how often every sample was drawn before.
     """
-    draws.grow(len(labels))
     needed = steps * batch_size
     chosen = []
     for k, count in enumerate(_counts(labels, weights, needed)):
         members = np.flatnonzero(labels == k)
         if count == 0:
             continue
-        order = members[np.lexsort((rng.random(len(members)), draws.counts[members]))]
+        order = members[np.lexsort((rng.random(len(members)), draws[members]))]
         chosen.append(np.resize(order, count))
     indices = rng.permutation(np.concatenate(chosen))
     batches = []

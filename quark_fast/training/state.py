@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutPool
-from quark_fast.training.quantize import Draws
+from quark_fast.training.quantize import Ints
 from quark_fast.training.stability import BadSteps, KLController
 
 
@@ -66,7 +67,7 @@ class State:
     kl: KLController
     micro_batch: int
     prompt_of: list[int] = field(default_factory=list)
-    draws: Draws = field(default_factory=Draws)
+    draws: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     bad_steps: BadSteps = field(default_factory=BadSteps)
     earlier_rounds: int = 0
     earlier_steps: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quark_fast.training.quantize import WINDOW, Draws, plan_batches
+from quark_fast.training.quantize import WINDOW, plan_batches
 
 
 def plan(
@@ -14,14 +14,15 @@ def plan(
     steps: int,
     batch_size: int,
     *,
-    draws: Draws | None = None,
+    draws: np.ndarray | None = None,
     lengths: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     labels = np.asarray(labels, np.int32)
     lengths = np.arange(len(labels)) % 7 if lengths is None else lengths
     rng = np.random.default_rng(seed)
-    return plan_batches(labels, weights, lengths, draws or Draws(), steps, batch_size, rng)
+    draws = np.zeros(len(labels), np.int64) if draws is None else draws
+    return plan_batches(labels, weights, lengths, draws, steps, batch_size, rng)
 
 
 @pytest.mark.parametrize("steps", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 5])
@@ -45,7 +46,7 @@ def test_remainders_go_to_the_largest() -> None:
 
 def test_least_drawn_come_first_and_ties_come_at_random() -> None:
     labels = np.zeros(100, int)
-    draws = Draws(np.where(np.arange(100) < 60, 2, 1))
+    draws = np.where(np.arange(100) < 60, 2, 1)
     places = plan(labels, [1.0], 3, 10, draws=draws)
     assert (places >= 60).all()
     assert set(places.ravel()) != set(plan(labels, [1.0], 3, 10, draws=draws, seed=1).ravel())
@@ -101,23 +102,14 @@ def test_plan_depends_on_the_seed_alone() -> None:
     assert (first == again).all() and (first != other).any()
 
 
-def test_draws_grow_with_the_pool_and_count_every_draw() -> None:
-    draws = Draws()
-    draws.grow(3)
-    draws.count(np.array([[0, 2], [2, 2]]))
-    draws.grow(5)
-    assert draws.counts.tolist() == [1, 0, 3, 0, 0] and draws.counts.dtype == np.int64
-
-
 def test_phases_go_through_the_pool_before_any_sample_comes_twice() -> None:
-    labels, draws = np.arange(120) % 3, Draws()
+    labels, draws = np.arange(120) % 3, np.zeros(120, np.int64)
     for phase in range(4):
-        draws.count(plan(labels, [1 / 3] * 3, 2, 15, draws=draws, seed=phase))
-    assert (draws.counts == 1).all()
+        np.add.at(draws, plan(labels, [1 / 3] * 3, 2, 15, draws=draws, seed=phase).ravel(), 1)
+    assert (draws == 1).all()
 
 
 def test_samples_added_later_are_drawn_first() -> None:
-    draws = Draws()
-    draws.count(plan(np.zeros(40, int), [1.0], 4, 10, draws=draws))
+    draws = np.bincount(plan(np.zeros(40, int), [1.0], 4, 10).ravel(), minlength=60)
     places = plan(np.zeros(60, int), [1.0], 2, 10, draws=draws, seed=1)
     assert set(places.ravel()) == set(range(40, 60))

@@ -519,8 +519,8 @@ def test_yes_or_no_puts_failures_under_the_worst_token_and_successes_under_the_b
     share = sum(row["reward"] for row in written) / len(written)
     assert 0.01 < share < 0.2, "so few that all were labelled best before"
     assert all(row["quantile"] == (4 if row["reward"] else 0) for row in written)
-    labels = trainer.state.pool.labels()[: len(trainer.state.draws.counts)]
-    drawn = [int(trainer.state.draws.counts[labels == k].sum()) for k in range(5)]
+    labels = trainer.state.pool.labels()[: len(trainer.state.draws)]
+    drawn = [int(trainer.state.draws[labels == k].sum()) for k in range(5)]
     assert drawn == [64, 0, 0, 0, 64], "half of the draws each"
 
 
