@@ -160,9 +160,7 @@ def _classifier(name: str, config: Config, device: torch.device | str, label: st
         config.score_batch,
         trust_remote_code=config.trust_remote_code,
     )
-    # Part of what identifies the scores: earlier versions cut the end of a long text, not its front.
-    reads = model.reads if model.reads == "completion" else f"{model.reads}, its front cut"
-    return Reward(model, name, f"label {model.label}, reads {reads}", model.sha256)
+    return Reward(model, name, f"label {model.label}, reads {model.reads}", model.sha256)
 
 
 def _function(name: str, config: Config) -> Reward:
