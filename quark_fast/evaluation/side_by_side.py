@@ -173,8 +173,7 @@ class Evaluator:
         Config(seed=seed).check()
         self.subjects = find_subjects(subjects)
         self.live = {label: s for label, s in self.subjects.items() if not isinstance(s, SavedTable)}
-        tables = {label: s for label, s in self.subjects.items() if isinstance(s, SavedTable)}
-        self.saved = list(tables.values())
+        self.saved = [subject for subject in self.subjects.values() if isinstance(subject, SavedTable)]
         self.listen, self.seed = listen, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.remarks: list[str] = []
@@ -194,7 +193,7 @@ class Evaluator:
         own, other = (prompts, prompt_column), (out_of_domain, out_of_domain_column or prompt_column)
         if not self.live:
             _refuse_for_tables([*asked.values(), *own, *other, reward, ppl_model])
-            self._take_tables(tables, judge)
+            self._take_tables(judge)
             return
         models = list(self.live.values())
         _check_rows(models, rows, guidance)
@@ -212,7 +211,7 @@ class Evaluator:
 
     # ---------------------------------------------------------------- checks
 
-    def _take_tables(self, tables: Mapping[str, SavedTable], judge: str | None) -> None:
+    def _take_tables(self, judge: str | None) -> None:
         """Saved tables alone: there is nothing to load and to sample, but perhaps a judge to ask."""
         self.tables = described_tables(self.saved, self.remarks.append)
         if judge is not None:  # it judges all of them anew, whoever did before
@@ -221,7 +220,8 @@ class Evaluator:
         self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
         if judge is not None:
             judges = judges_of_tables(judge, self.tables, self.device)
-            self.subjects = {label: one.judged(judges) for label, one in tables.items()}
+            judged = (one.judged(judges) for one in self.saved)
+            self.subjects = dict(zip(self.subjects, judged, strict=True))
 
     def _open_all(self) -> None:
         """Load every model once and let it go again, so that what cannot be loaded shows now.
