@@ -65,7 +65,6 @@ class SequenceClassifier:
         self.sha256 = _digest(model, tokenizer)
         self.index = find_label(source, model.config.id2label, label)
         self.label = str(model.config.id2label[self.index])
-        self.source = source
         self.reads = reads
         self.batch_size = batch_size
         if reads == "prompt+completion":
