@@ -64,7 +64,7 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
     from quark_fast.files.atomic import replacing
     from quark_fast.report.comparison import Compared, differing
     from quark_fast.report.files import read_run
-    from quark_fast.report.page import runs_page
+    from quark_fast.report.page import comparison_page
 
     names = short_names([str(folder) for folder in folders])
     configs = [load_config(folder / "config.yaml") for folder in folders]
@@ -77,11 +77,11 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
         for remark in evaluator.remarks:
             notices.print(remark)
         made = evaluator.evaluate()
-        table, samples = made.table, [one for one in made.samples if not one.get("out_of_domain")]
+        table, samples = made.table, made.samples
     except UsageError as error:  # or evaluated by other scorers, prompts, sampling: shown apart
         why = str(error)
         notices.print(f"no common table: {why}")
-    page = runs_page(Compared(runs, differing(configs), why), table, samples)
+    page = comparison_page(table, samples, {}, Compared(runs, differing(configs), why))
     with replacing(output) as scratch:
         scratch.write_text(page, encoding="utf-8")
     console.print(f"report: {output}")

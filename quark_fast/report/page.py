@@ -78,32 +78,23 @@ def write_report(run_dir: Path | str, run: RunFiles | None = None) -> Path:
     return path
 
 
-def runs_page(compared: Compared, evaluation: Record, samples: Iterable[Record]) -> str:
-    """The page of several runs, as one HTML document.
-
-    Args:
-        evaluation: their joint table, empty where ``compared.why_apart`` says that there is none.
-        samples: after that table.
-    """
-    rows = [
-        {k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows_of(evaluation)
-    ]
-    joint: Record = {**evaluation, "rows": rows} if rows else {}
-    return render_html(RunFiles(" beside ".join(compared.runs), {}, joint, list(samples)), compared)
-
-
-def comparison_page(evaluation: Record, samples: Iterable[Record], versions: Record) -> str:
-    """The page of an evaluation that no run folder holds, as one HTML document.
+def comparison_page(
+    evaluation: Record, samples: Iterable[Record], versions: Record, compared: Compared | None = None
+) -> str:
+    """The page of an evaluation that no run folder holds, or of several runs, as one HTML document.
 
     Args:
         samples: those of ``side_by_side.Evaluated``.
+        compared: the runs, whose joint table this is; empty where its ``why_apart`` says that there is none.
     """
     rows = rows_of(evaluation)
     runs = {name_of(row).rpartition(": ")[0] for row in rows if math.isfinite(number_of(row, "guidance"))}
-    if len(runs) > 1:  # one curve through the rows of several runs would mean nothing
+    if compared or len(runs) > 1:  # one curve through the rows of several runs would mean nothing
         rows = [{k: v for k, v in row.items() if k not in ("guidance", "quantile")} for row in rows]
     shown = [row for row in samples if not row.get("out_of_domain")]
-    return render_html(RunFiles("evaluation", versions, {**evaluation, "rows": rows}, shown))
+    name = " beside ".join(compared.runs) if compared else "evaluation"
+    table: Record = {**evaluation, "rows": rows} if rows else {}
+    return render_html(RunFiles(name, versions, table, shown), compared)
 
 
 def render_html(run: RunFiles, compared: Compared | None = None) -> str:
