@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,11 @@ FORMS = (
 )
 
 
-def calls(config: Config) -> Calls:
-    """How asynchronous rewards are called."""
-    return Calls(
+def described(given: Any, config: Config, name: str | None = None) -> Reward:
+    """``describe`` by the settings: how an asynchronous one is called, and whether it is cached."""
+    if isinstance(given, Reward):
+        return given
+    calls = Calls(
         config.reward_batch,
         config.reward_concurrency,
         config.reward_timeout,
@@ -36,6 +39,7 @@ def calls(config: Config) -> Calls:
         config.reward_per_minute,
         config.reward_tokens_per_minute,
     )
+    return describe(given, name, calls, config.reward_cache)
 
 
 def reward_by_name(
@@ -181,4 +185,4 @@ def _function(name: str, config: Config) -> Reward:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")
-    return describe(function, name, calls(config), config.reward_cache)
+    return described(function, config, name)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
 from quark_fast.config import Config
 from quark_fast.data.assets import AssetError
 from quark_fast.errors import UsageError
-from quark_fast.rewards.by_name import calls, labels_of, reward_by_name
-from quark_fast.rewards.reward import NO_REWARD, Function, Reward, describe
+from quark_fast.rewards.by_name import described, labels_of, reward_by_name
+from quark_fast.rewards.reward import NO_REWARD, Function, Reward
 from quark_fast.rewards.weighted_sum import terms, weighted_sum
 from quark_fast.tasks import repetition, sentiment, toxicity
 from quark_fast.tasks.task import Task
@@ -32,7 +31,7 @@ def choose_reward(
     if isinstance(given, list | tuple):
         return _sum_of(given, config, device)
     if given is not None:
-        return _described(given, config)
+        return described(given, config)
     if config.reward == NO_REWARD.name:
         return NO_REWARD
     if config.reward:
@@ -50,16 +49,10 @@ def _sum_of(given: Sequence[str | Function | Reward], config: Config, device: to
     parts = [
         load_reward(one, dataclasses.replace(config, scorer_label=next(labels)), device)
         if isinstance(one, str)
-        else _described(one, config)
+        else described(one, config)
         for one in given
     ]
     return parts[0] if len(parts) == 1 else weighted_sum([(1.0, part) for part in parts], 0.0)
-
-
-def _described(given: Any, config: Config) -> Reward:
-    if isinstance(given, Reward):
-        return given
-    return describe(given, calls=calls(config), cache=config.reward_cache)
 
 
 def choose_judges(
