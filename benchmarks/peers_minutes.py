@@ -108,7 +108,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
                 axes.plot(*zip(*taken, strict=True), "o-", color=colour, markersize=5, label=method)
             axes.set_title(names[metric], fontsize=9)
             axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-            axes.yaxis.set_major_formatter("{x:+.0f}%")
+            axes.yaxis.set_major_formatter(lambda change, _: f"{change:+.0f}%" if change else "0%")
             axes.set_xlabel("CPU minutes")
         figure.axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -145,6 +145,7 @@ def test_every_extra_that_is_named_exists() -> None:
 def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import peers
+    import peers_minutes
     import task_tables
 
     for task in ("toxicity", "sentiment"):
@@ -152,6 +153,8 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
         assert peers.markdown(beside) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
         if task == "toxicity":
             assert peers.short_markdown(beside) in (ROOT / "README.md").read_text(encoding="utf-8")
+    over_minutes = json.loads((task_tables.RESULTS / "peers-toxicity-minutes.json").read_text())
+    assert peers_minutes.table(over_minutes) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     judges = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
     for name in ("toxicity", "sentiment"):
         assert task_tables.judge_table(name) in judges and task_tables.terms_table(name) in judges
