@@ -380,13 +380,13 @@ def test_hash_is_of_the_source_wherever_the_function_stands() -> None:
 
 TYPED = """
 import sys
-from quark_fast.rewards.reward import describe
+from quark_fast.rewards.identity import source_sha256
 def f(prompts, completions): return [{value} if "a" in c else sum(x for x in [1]) for c in completions]
 
 class F:
     def __call__(self, prompts, completions): return [c in {{"a", "b", "c", "d"}} for c in completions]
 
-print(describe(f).sha256, describe(F()).sha256)
+print(source_sha256(f), source_sha256(F()))
 """
 
 
