@@ -186,8 +186,11 @@ class Processes:
                 f"reward_cache = on, but the processes are on {self.machines} machines, and a file on a"
                 " network loses its locks; give auto or off"
             )
-        engines = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
-        for engine, flag in engines.items():
+        engines = {
+            DistributedType.FSDP: ("fsdp", "FSDP2"),
+            DistributedType.DEEPSPEED: ("deepspeed", "DeepSpeed"),
+        }
+        for engine, (flag, _) in engines.items():
             asked = parse_flag_from_env(f"ACCELERATE_USE_{flag.upper()}")
             if asked and accelerator.distributed_type != engine:  # accelerate itself would go on without
                 raise UsageError(f"--use_{flag} needs GPUs, and here is none; launch without it")
@@ -197,8 +200,8 @@ class Processes:
             zero.check(accelerator)
         elif not accelerator.is_fsdp2:
             raise UsageError("FSDP version 1 is not supported; launch with --fsdp_version 2")
-        name = "DeepSpeed" if accelerator.distributed_type == DistributedType.DEEPSPEED else "FSDP2"
-        without = f"launch without --use_{engines[accelerator.distributed_type]}"
+        flag, name = engines[accelerator.distributed_type]
+        without = f"launch without --use_{flag}"
         if config.lora_rank:
             raise UsageError(
                 f"lora_rank = {config.lora_rank} is not supported with {name}; {without}, since frozen"
