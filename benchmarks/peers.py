@@ -319,8 +319,13 @@ def markdown(table: Mapping[str, Any]) -> str:
 FIRST = ("base model", "best of 4", "ours, best token", "GRPO", "GRPO with equal samples", "KTO")
 
 
+def percent(change: float) -> str:
+    """A relative change without its interval."""
+    return f"{100 * change:+.0f}%".replace("+0%", "0%").replace("-0%", "0%")
+
+
 def short_markdown(table: Mapping[str, Any]) -> str:
-    """The rows of ``FIRST``: means of all seeds, a change in percent beside them."""
+    """The rows of ``FIRST``: means of all seeds, a change beside them."""
     metrics = metrics_of(table["task"])
     title, judge, *_ = metrics
     names = {judge: "toxicity by the judge", title: "by the scorer"} | {cost: metrics[cost] for cost in COSTS}
@@ -332,11 +337,11 @@ def short_markdown(table: Mapping[str, Any]) -> str:
         for metric in names:
             one = row["all seeds"][metric]
             digits = 1 if "perplexity" in metric else 2 if metric == "prompt_fit" else 3
-            change = "" if row["method"] == BASE else f", {100 * one['relative']:+.0f}%".replace("+0%", "0%")
+            change = "" if row["method"] == BASE else f", {percent(one['relative'])}"
             cells.append(f"{one['value']:.{digits}f}{change}")
-        cells.append(f"{row['minutes']:.1f}" if row["minutes"] else "")
+        cells += [f"{row['minutes']:.1f}", f"{row['scored']:,.0f}"] if row["minutes"] else ["", ""]
         lines.append(cells)
-    return task_tables.markdown(["", *names.values(), "CPU minutes"], lines)
+    return task_tables.markdown(["", *names.values(), "CPU minutes", "scored samples"], lines)
 
 
 COSTS = {

@@ -83,21 +83,21 @@ def table(found: Mapping[str, Any]) -> str:
         rate = row["settings"].get("learning_rate")
         cells = [f"{row['method']}{f', step size {rate:g}' if rate else ''}"]
         cells += [f"{row['minutes']:.1f}", f"{row['scored']:,}"]
-        cells += [f"{100 * row['numbers'][name]['relative']:+.0f}%" for name in names]
+        cells += [peers.percent(row["numbers"][name]["relative"]) for name in names]
         lines.append(cells)
     return markdown(["method", "CPU minutes", "scored samples", *names.values()], lines)
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """The judge and what it costs over the minutes; pale: tries that the rule did not take."""
+    """Scorer, judge and what they cost over the minutes; pale: tries that the rule did not take."""
     import matplotlib
 
     with matplotlib.rc_context(peers.STYLE):
         from matplotlib.figure import Figure
 
         names = peers.metrics_of(found["task"])
-        shown = [list(names)[1], "perplexity", "prompt_fit", "text_perplexity"]
-        figure = Figure(figsize=(3.1 * len(shown), 3.2), layout="constrained")
+        shown = [*list(names)[:2], *peers.COSTS]
+        figure = Figure(figsize=(2.6 * len(shown), 3.2), layout="constrained")
         for metric, axes in zip(shown, figure.subplots(1, len(shown)), strict=True):
             for method in ("ours", *TRIES):
                 colour = peers.COLOURS[method]
@@ -108,7 +108,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
                 axes.plot(*zip(*taken, strict=True), "o-", color=colour, markersize=5, label=method)
             axes.set_title(names[metric], fontsize=9)
             axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-            axes.yaxis.set_major_formatter(lambda change, _: f"{change:+.0f}%" if change else "0%")
+            axes.yaxis.set_major_formatter(lambda change, _: peers.percent(change / 100))
             axes.set_xlabel("CPU minutes")
         figure.axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import runpy
@@ -19,6 +20,10 @@ from accelerate.commands.launch import launch_command_parser
 
 from quark_fast import ablate, evaluate, generate
 from quark_fast.arguments import _ConfigParser, _without_help, parse
+from quark_fast.report.results import BASE
+from quark_fast.report.tables import results_table
+from quark_fast.runtime.console import Terminal
+from quark_fast.tasks import toxicity
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -165,3 +170,33 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
         table, scorer = made.split("\n\n")
         assert f"\n{table}\n\n" in page
         assert scorer in " ".join(page.split())
+
+
+def test_readmes_example_and_its_tasks_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from task_tables import RESULTS, evaluations
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    evaluation = json.loads((RESULTS / "toxicity-seed0.json").read_text())
+    evaluation["columns"] = toxicity.TASK.columns  # the terminal's of today
+    shown = io.StringIO()
+    Terminal(file=shown, width=80).print(results_table(evaluation))
+    begin, end = "Mean toxicity on", "    ..."
+    example = readme[readme.index(begin) : readme.index(end)]
+    lines = [line.strip() for line in example.strip().splitlines()]
+    assert lines == [line.strip() for line in shown.getvalue().splitlines()[: len(lines)]] and len(lines) > 10
+
+    def numbers(task: str, of: Callable[[dict[str, Any]], float], row: str = "best token") -> str:
+        return ", ".join(f"{100 * of(run[row]):.0f}" for run in evaluations(task))
+
+    def change(row: dict[str, Any]) -> float:
+        metric = "rep4" if "rep4" in row["change"] else "mean"
+        return float(row["change"][metric]["relative"])
+
+    def positive(row: dict[str, Any]) -> float:
+        return float(row["metrics"]["target"]["value"])
+
+    assert f"mean toxicity {numbers('toxicity', change)}% |" in readme
+    were = numbers("sentiment", positive, BASE)
+    assert f"{numbers('sentiment', positive)}% positive completions, where {were}% were |" in readme
+    assert f"repeated 4-grams in 128 greedy tokens {numbers('repetition', change)}% |" in readme
