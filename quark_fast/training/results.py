@@ -16,7 +16,7 @@ from quark_fast.evaluation.held_out import (
     generation_settings,
 )
 from quark_fast.evaluation.perplexity import TEXT_PROMPT, ReferenceLogits
-from quark_fast.evaluation.probe import PROBE_ROWS, Probe
+from quark_fast.evaluation.probe import PROBE_ROWS, Probe, noise_note
 from quark_fast.evaluation.prompt_classes import classify_prompts
 from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
 from quark_fast.evaluation.table_rows import TableRow, table_rows
@@ -64,7 +64,8 @@ class Results:
                 lambda: probe.measure(setup.policy, model, reference, setup.config.read_batch)
             )
         )
-        self.listen(Progress("probing", 1, 1, {"rank correlation": found.value}))
+        numbers = {"rank correlation": found.value}
+        self.listen(Progress("probing", 1, 1, numbers, note=noise_note(found, kl)))
         return {
             "kind": "probe",
             "step": step,

@@ -33,10 +33,10 @@ from quark_fast.evaluation.perplexity import (
     id_nll,
     text_fit,
 )
-from quark_fast.evaluation.probe import Probe
+from quark_fast.evaluation.probe import Probe, noise_note
 from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import TableRow, table_rows
-from quark_fast.metrics import Sample, evaluate_samples
+from quark_fast.metrics import RankCorrelation, Sample, evaluate_samples
 from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import describe
@@ -490,6 +490,23 @@ def test_kl_is_exact_at_every_token_of_every_completion_against_no_token(policy:
     again, once_more = completion_nll_and_kl(policy, policy.model, kept, 2)
     assert again == pytest.approx(nll, rel=1e-4) and once_more == pytest.approx(found, rel=1e-4)
     assert len(passes) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "kl", "told"),
+    [
+        (0.11, 0.9, []),
+        (math.nan, 0.9, []),
+        (0.09, 0.2, ["no better than chance"]),
+        (-0.3, 0.84, ["no better than chance", "0.84 nats", "--initial-samples"]),
+    ],
+)
+def test_tokens_that_mean_nothing_are_told_and_how_far_the_model_went(
+    value: float, kl: float, told: list[str]
+) -> None:
+    note = noise_note(RankCorrelation(value, 0.1), kl)
+    assert all(part in note for part in told) and bool(note) == bool(told)
+    assert ("nats" in note) == (len(told) > 1)
 
 
 @pytest.mark.parametrize(("tokens", "prompts"), [(80, 40), (72, 36), (4, 20)])

@@ -44,6 +44,17 @@ def test_every_listener_hears_the_progress_and_every_callback_the_rows_of_the_me
     assert {row["kind"] for row in told} == {"step", "round", "probe"}
 
 
+def test_what_a_probe_says_of_the_tokens_is_told_with_it(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quark_fast.training.results.noise_note", lambda found, kl: f"{found.value} {kl}")
+    heard: list[Progress] = []
+    run = Trainer(small(tmp_path / "run", tiny_model(), **SHORT), listen=heard.append, **GIVEN).train()
+    (row,) = rows(run.folder / "metrics.jsonl", kind="probe")
+    (note,) = (event.note for event in heard if event.stage == "probing" and event.finished)
+    assert note == f"{row['rank_correlation']} {row['kl']}"
+
+
 def test_callback_that_changes_its_row_changes_nothing_of_the_run(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
