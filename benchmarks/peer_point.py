@@ -398,8 +398,13 @@ METHODS = {
     ),
     "GRPO": Method(
         functools.partial(online, kind="GRPO"),
-        # The best of the three was at their edge.
-        (*ONLINE, *({"learning_rate": rate, "beta": 0.05} for rate in (3e-4, 4e-4))),
+        # The best of the three was at their edge; and TRL's own beta, and a larger one.
+        (
+            *ONLINE,
+            *({"learning_rate": rate, "beta": 0.05} for rate in (3e-4, 4e-4)),
+            {"learning_rate": 2e-4, "beta": 0.0},
+            {"learning_rate": 3e-4, "beta": 0.2},
+        ),
     ),
     "GRPO with equal samples": Method(
         functools.partial(online, kind="GRPO", equal_samples=True),
@@ -408,7 +413,8 @@ METHODS = {
     ),
     "RLOO": Method(
         functools.partial(online, kind="RLOO"),
-        (*ONLINE, {"learning_rate": 3e-4, "beta": 0.05}),  # the best of the three was at their edge
+        # The best of the three was at their edge; and without a KL.
+        (*ONLINE, {"learning_rate": 3e-4, "beta": 0.05}, {"learning_rate": 2e-4, "beta": 0.0}),
     ),
     "DPO": Method(
         functools.partial(offline, kind="DPO"),
@@ -416,8 +422,12 @@ METHODS = {
     ),
     "KTO": Method(
         functools.partial(offline, kind="KTO"),
-        # The best of the three was at their edge, and of four, too.
-        (*OFFLINE, *({"learning_rate": rate, "beta": 0.3} for rate in (8e-5, 1.6e-4))),
+        # The best of the three was at their edge, and of four, too; and a smaller beta.
+        (
+            *OFFLINE,
+            *({"learning_rate": rate, "beta": 0.3} for rate in (8e-5, 1.6e-4)),
+            {"learning_rate": 1.6e-4, "beta": 0.1},
+        ),
     ),
     "RAFT": Method(
         functools.partial(offline, kind="RAFT"), [{"learning_rate": rate} for rate in (1e-5, 4e-5, 1e-4)]
