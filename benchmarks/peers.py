@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +405,16 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, judge: str) -
     return marks
 
 
+def write(
+    asked: argparse.Namespace, found: Mapping[str, Any], draw: Callable[[Mapping[str, Any], Path], None]
+) -> None:
+    """The numbers and the plot to the files that were asked for."""
+    if asked.table:
+        asked.table.write_text(json.dumps(found, indent=1) + "\n")
+    if asked.plot:
+        draw(found, asked.plot)
+
+
 def main() -> None:
     asked = parser().parse_args()
     if asked.point:
@@ -442,10 +452,7 @@ def main() -> None:
     if asked.table and asked.table.exists():
         table = with_earlier(table, json.loads(asked.table.read_text()))
     print(markdown(table))
-    if asked.table:
-        asked.table.write_text(json.dumps(table, indent=1) + "\n")
-    if asked.plot:
-        plot(table, asked.plot)
+    write(asked, table, plot)
 
 
 if __name__ == "__main__":

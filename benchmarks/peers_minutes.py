@@ -13,7 +13,6 @@ Every point is a folder of its own below --output, as those of ``peers.py``, whi
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Mapping
@@ -123,10 +122,7 @@ def main() -> None:
     peers.run_all(asked, wanted)
     found = measured(asked)
     print(table(found))
-    if asked.table:
-        asked.table.write_text(json.dumps(found, indent=1) + "\n")
-    if asked.plot:
-        plot(found, asked.plot)
+    peers.write(asked, found, plot)
 
 
 if __name__ == "__main__":
