@@ -510,8 +510,8 @@ class MachineSettings:
     )
     score_batch: int = setting(
         0,
-        "texts side by side in a classifier (hf:NAME) that scores; halved where the memory does not suffice;"
-        " 0: on a GPU what free memory holds, on a CPU 32",
+        "texts side by side in a classifier (hf:NAME) or a task's judge; halved where the memory does not"
+        " suffice; 0: on a GPU what free memory holds, on a CPU 32, for a judge 64",
         changes="resume",
     )
     threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", changes="grid")

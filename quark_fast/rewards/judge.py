@@ -8,6 +8,7 @@ how well it agrees with them, and where it fails.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from quark_fast.data import assets
 from quark_fast.files.atomic import sha256
+from quark_fast.model.sizes import Shape, rows_read, scoring_bytes
 from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.machine import without_bars
+from quark_fast.runtime.memory import by_parts
 
 FOLDER = Path(__file__).parent / "judges"
 TOKENS = 128  # of a text that are read
-AT_ONCE = 64
+USUAL_ROWS = 64  # parts of texts side by side on a CPU
 
 
 class Embedder:
@@ -31,10 +34,14 @@ class Embedder:
 
     In float32, so that a text has the same score on every machine, up to its last digits. The model's end of
     text, which it was trained to begin texts with, stands in front and does not count.
+
+    Args:
+        batch_size: parts of texts side by side; 0: 64, on a GPU what its free memory holds. Halved where it
+            runs out.
     """
 
     @without_bars()
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, batch_size: int = 0) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         folder = assets.default_model()
@@ -46,8 +53,8 @@ class Embedder:
         model.layers.float()  # the embeddings, half of it, stay as they are stored
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.to(device).eval().requires_grad_(False)
+        self.batch_size = batch_size
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, D) float32."""
         ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
@@ -55,30 +62,45 @@ class Embedder:
         parts = [(i, one[at : at + TOKENS]) for i, one in enumerate(ids) for at in range(0, len(one), TOKENS)]
         parts.sort(key=lambda part: len(part[1]))
         total = torch.zeros(len(ids), self.model.config.hidden_size)
-        for first in range(0, len(parts), AT_ONCE):
-            part = parts[first : first + AT_ONCE]
-            lengths = torch.tensor([len(one) for _, one in part])
-            rows = torch.full((len(part), 1 + int(lengths.max())), self.start)
-            for row, (_, one) in zip(rows, part, strict=True):
-                row[1 : 1 + len(one)] = torch.tensor(one, dtype=torch.long)
-            rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
-            read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
-            embedded = self.model.embed_tokens(rows).float()
-            read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
-            states = read_as.last_hidden_state[:, 1:]
-            sums = (states * read[:, 1:, None]).sum(1)
-            total.index_add_(0, torch.tensor([i for i, _ in part]), sums.cpu())
+        size = self.batch_size or rows_read(self.model, 1 + TOKENS, USUAL_ROWS, _bytes_of_part)
+        found = by_parts(len(parts), size, lambda some: self._sums([one for _, one in parts[some]]))
+        for (i, _), own in zip(parts, itertools.chain.from_iterable(found), strict=True):
+            total[i] += own
         return total / torch.tensor([max(1, len(one)) for one in ids])[:, None]
+
+    @torch.inference_mode()
+    def _sums(self, parts: Sequence[Sequence[int]]) -> Tensor:
+        """(N, D) float32 on the CPU: of each part the sum of its tokens' states."""
+        lengths = torch.tensor([len(one) for one in parts])
+        rows = torch.full((len(parts), 1 + int(lengths.max())), self.start)
+        for row, one in zip(rows, parts, strict=True):
+            row[1 : 1 + len(one)] = torch.tensor(one, dtype=torch.long)
+        rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
+        read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
+        embedded = self.model.embed_tokens(rows).float()
+        read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
+        states = read_as.last_hidden_state[:, 1:]
+        sums: Tensor = (states * read[:, 1:, None]).sum(1)
+        return sums.cpu()
+
+
+def _bytes_of_part(shape: Shape, tokens: int, _: int) -> int:
+    return scoring_bytes(
+        shape, tokens
+    )  # the layers compute in float32, whatever the embeddings are stored in
 
 
 class LinearJudge:
     """sigmoid(weights . embedding + bias), in [0, 1].
 
+    Args:
+        batch_size: as of ``Embedder``.
     Attributes:
         sha256: of the file of the weights.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, batch_size: int = 0) -> None:
+        self.batch_size = batch_size
         path = FOLDER / f"{name}.safetensors"
         with safe_open(path, "pt") as file:
             self.layers = int(file.metadata()["layers"])
@@ -89,7 +111,7 @@ class LinearJudge:
     @functools.cached_property
     def embed(self) -> Embedder:
         """Loaded when the first text is read: a run may never be judged."""
-        return Embedder(self.layers)
+        return Embedder(self.layers, self.batch_size)
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """One number for each text; NaN for a blank one."""
@@ -100,12 +122,13 @@ class LinearJudge:
         ]
 
 
-def judge(name: str, property: str, complement: bool = False) -> Reward:
+def judge(name: str, property: str, batch_size: int = 0, complement: bool = False) -> Reward:
     """The judge ``name`` of this package as a reward, 1 - its number; with ``complement`` its number itself.
 
     ``property`` is what 1 - reward measures. Both read the completion alone; a blank one scores None.
+    ``batch_size`` is that of ``Embedder``.
     """
-    found = LinearJudge(name)
+    found = LinearJudge(name, batch_size)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         return [score if complement else 1.0 - score for score in found(completions)]

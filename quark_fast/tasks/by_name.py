@@ -73,7 +73,7 @@ def choose_judges(
         if task.judge is None or not rewarded_by_task:
             return ()
         try:
-            return (task.judge(),)
+            return (task.judge(config.score_batch),)
         except AssetError as error:
             raise UsageError(f"{error}; --judge none leaves out the judge, which needs it") from error
     if names == ["none"]:
@@ -110,6 +110,6 @@ def load_reward(spec: str, config: Config | None = None, device: torch.device | 
             return task.reward()
         if task.judge is None:
             raise UsageError(f"the task {task.name} has no judge")
-        return task.judge()
+        return task.judge(config.score_batch)
 
     return reward_by_name(spec, config, device, of_task)

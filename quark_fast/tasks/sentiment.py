@@ -78,7 +78,9 @@ def task(target: str) -> Task:
         prompts=embedded_prompts,
         reward=lambda: sentiment_reward(target),
         property=unwanted(target),
-        judge=lambda: judge("sentiment", unwanted(target), complement=target == "positive"),
+        judge=lambda batch_size: judge(
+            "sentiment", unwanted(target), batch_size, complement=target == "positive"
+        ),
         words=words if target == "positive" else words[::-1],
         texts=assets.book_passages,
         measures=measures,

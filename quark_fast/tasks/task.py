@@ -25,7 +25,8 @@ class Task:
         reward: () -> the task's reward.
         words: texts from the worst quantile to the best that name it; the reward tokens start there.
         property: the reward's own, known before that is loaded.
-        judge: () -> a scorer of another kind, which no run trains on; None: the task has none.
+        judge: (texts side by side, as ``score_batch``) -> a scorer of another kind, which no run trains on;
+            None: the task has none.
         texts: () -> ordinary texts, by which an evaluation tells what a training cost elsewhere.
         measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
             completions join the table. A name that a completion lacks leaves it out of that mean.
@@ -40,7 +41,7 @@ class Task:
     reward: Callable[[], Reward]
     words: Sequence[str]
     property: str = ""
-    judge: Callable[[], Reward] | None = None
+    judge: Callable[[int], Reward] | None = None
     texts: Callable[[], list[str]] = list
     measures: Callable[[Row, Sequence[int], float], dict[str, float]] = no_measures
     headline: str = "mean"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from quark_fast.data.split import split
 from quark_fast.files.atomic import sha256
 from quark_fast.rewards.judge import judge
 from quark_fast.rewards.reward import Reward
+from quark_fast.runtime.memory import by_parts
 from quark_fast.tasks.task import Task
 
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
@@ -68,15 +70,17 @@ class ToxicityClassifier(nn.Module):
     @torch.inference_mode()
     def toxicity(self, texts: Sequence[str], batch_size: int = 256) -> list[float]:
         """Probability of the label ``toxic`` for each text, in [0, 1]; of a long one its worst 100 words'."""
-        device = self.output.weight.device
         parts = [(i, window) for i, text in enumerate(texts) for window in self.windows(text)]
         scores = [0.0] * len(texts)
-        for start in range(0, len(parts), batch_size):
-            some = parts[start : start + batch_size]
-            found = self(self.encode([window for _, window in some]).to(device))[:, 0].tolist()
-            for (i, _), score in zip(some, found, strict=True):
-                scores[i] = max(scores[i], score)
+        found = by_parts(len(parts), batch_size, lambda some: self._toxic([one for _, one in parts[some]]))
+        for (i, _), score in zip(parts, chain.from_iterable(found), strict=True):
+            scores[i] = max(scores[i], score)
         return scores
+
+    def _toxic(self, windows: Sequence[Sequence[int]]) -> list[float]:
+        rows = self.encode(windows).to(self.output.weight.device)
+        found: list[float] = self(rows)[:, 0].tolist()
+        return found
 
 
 def toxicity_reward() -> Reward:
@@ -108,7 +112,7 @@ TASK = Task(
     prompts=embedded_prompts,
     reward=toxicity_reward,
     property="toxicity",
-    judge=lambda: judge("toxicity", "toxicity"),
+    judge=lambda batch_size: judge("toxicity", "toxicity", batch_size),
     texts=assets.book_passages,
     words=(" hateful obscene stupid", " rude", " ordinary", " polite", " kind gentle friendly"),
 )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.files.atomic import sha256
+from quark_fast.model import sizes
 from quark_fast.rewards import judge
+from quark_fast.runtime.memory import by_parts
 from quark_fast.tasks.by_name import load_reward
 
 TEXTS = ["What a wonderful day, thank you all.", "You stupid bitch, go to hell.", "The train leaves at noon."]
@@ -50,6 +54,43 @@ def test_long_text_is_read_whole_in_parts() -> None:
     torch.testing.assert_close(found.embed(["".join(parts), parts[1]]), torch.stack([mean, states[1]]))
     clean, insulted = found([parts[0], "".join(parts)])
     assert insulted > clean + 0.02
+
+
+def test_texts_that_a_judge_lacks_memory_for_are_read_by_halves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = load_reward("toxicity-judge", Config(score_batch=4))
+    expected = scorer([{"prompt": "w"}] * 6, TEXTS * 2)
+    own, asked = judge.Embedder._sums, list[int]()
+
+    def limited(embedder: judge.Embedder, parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        asked.append(len(parts))
+        if len(parts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return own(embedder, parts)
+
+    monkeypatch.setattr(judge.Embedder, "_sums", limited)
+    assert scorer([{"prompt": "w"}] * 6, TEXTS * 2) == pytest.approx(expected, abs=1e-5)
+    assert asked == [4, 2, 2, 2], "as --score-batch says, then half of it"
+    assert "out of memory: from here on 2 texts side by side" in caplog.text
+
+
+def test_judge_reads_on_a_gpu_what_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = judge.LinearJudge("toxicity").embed
+    asked: list[int] = []
+
+    def seen(count: int, size: int, work: Any) -> Any:
+        asked.append(size)
+        return by_parts(count, size, work)
+
+    monkeypatch.setattr(judge, "by_parts", seen)
+    embed(TEXTS)
+    shape = sizes.Shape.of(embed.model.config)
+    assert shape is not None
+    row = sizes.scoring_bytes(shape, 1 + judge.TOKENS, 4)  # float32, though the embeddings are stored in half
+    monkeypatch.setattr(sizes, "free_memory", lambda device: int(row * 5 / sizes.SHARE) + 9)
+    embed(TEXTS)
+    assert asked == [64, 5]
 
 
 def test_judges_tell_texts_apart_as_their_tasks_mean_it() -> None:

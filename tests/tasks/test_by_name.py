@@ -292,7 +292,7 @@ def judges_of(task: Task, config: Config, rewarded_by_task: bool = True) -> list
 
 def test_task_brings_its_judge_where_its_own_reward_trains(module: Callable[[str], None], task: Task) -> None:
     own = Reward(task.reward().function, "tiny-judge", "2", "cd" * 32, property="toxicity")
-    judged = dataclasses.replace(task, judge=lambda: own)
+    judged = dataclasses.replace(task, judge=lambda batch_size: own)
     module("def score(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
     Path(sys.path[0], "my_judges.py").write_text("def length(prompts, completions):\n    return [1.0]\n")
     assert judges_of(judged, Config()) == ["tiny-judge"]
