@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quark_fast.model.cache import decoding_cache
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import Reading, pad_left, positions_of, read
+from quark_fast.model.reading import Reading, last_column, pad_left, positions_of, read
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def shared_logits(model: Any, batch: Batch) -> Tensor:
             return None if tensor is None else tensor[rows, columns]
 
         cache, front = decoding_cache(model), slice(width)
-        last = torch.tensor([-1], device=ids.device)
+        last = last_column(ids.device)
         inputs = (part(mask, firsts, front), part(positions, firsts, front))
         first: Tensor = read(model, ids[firsts, front], *inputs, columns=last, cache=cache).logits[row_of]
         if length == 1:

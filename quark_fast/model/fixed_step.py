@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from quark_fast.errors import UsageError
 from quark_fast.model.cache import decoding_cache, keeps_all
-from quark_fast.model.reading import Reader, Reading, pad_left, positions_of, read
+from quark_fast.model.reading import Reader, Reading, last_column, pad_left, positions_of, read
 
 COLUMNS = 64  # a cache's columns are a multiple of it: prompts of similar length share a step
 WARM_UPS = 2  # the first run of a kernel may allocate or load, which must not be recorded
@@ -57,7 +57,7 @@ class FixedSteps:
         positions = positions_of(mask)
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
         prompts = decoding_cache(self.model)
-        last = torch.tensor([-1], device=ids.device)
+        last = last_column(ids.device)
         logits = read(self.model, ids, mask, positions, columns=last, cache=prompts).logits[:, -1]
         sent = yield logits[rows]
         # Of the last token nothing is written: one column at least is never read.

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quark_fast.model.cache import decoding_cache
+from quark_fast.runtime.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
     return ids, mask
 
 
-def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
-    """The numbers as a tensor there. ``torch.tensor(values, device=...)`` would wait for a GPU."""
-    return torch.tensor(values).to(device, non_blocking=True)
+def last_column(device: torch.device) -> Tensor:
+    """(1,) the column whose logits a next token is drawn from.
+
+    An index, not the slice [-1:]: a product with a slice copies the head's weights for every prompt.
+    """
+    return torch.full((1,), -1, device=device)
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -140,8 +144,7 @@ def next_logits(model: Any, contexts: Sequence[Sequence[int]], samples: int, rea
     if not reading.padding:
         assert len({*map(len, contexts)}) == 1, "contexts of one length"
         mask = positions = None
-    # An index, not the slice [-1:]: a product with a slice copies the head's weights for every prompt.
-    last = torch.tensor([-1], device=model.device)
+    last = last_column(model.device)
     cache = decoding_cache(model) if reading.cache else None
     logits = read(model, ids, mask, positions, columns=last, cache=cache).logits
     if samples > 1:  # from here on each sample has its own cache

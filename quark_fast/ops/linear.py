@@ -26,6 +26,7 @@ from quark_fast.ops import loss as ops
 from quark_fast.ops.contrast import Contrast, ContrastWeights, compare
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import Implementation, QuarkLoss
+from quark_fast.runtime.transfer import to_device
 
 # Rows of a chunk below which the matrix products lose time: measured on one and two CPU threads
 # (benchmarks/bench_linear.py); elsewhere from bytes, so that adding up the weight's gradient, which is read
@@ -528,7 +529,7 @@ def _plan(
         least = LEAST_ROWS_ELSEWHERE
     rows = torch.arange(weights.numel(), device=weights.device)
     if counted is not None:
-        rows = counted.to(weights.device, non_blocking=True)
+        rows = to_device(counted, weights.device)
     elif masked:
         rows = rows[(weights != 0).view(-1)]
     at_once = chunk // streams if chunk else -(-chunk_rows(streams * len(rows), least) // streams)

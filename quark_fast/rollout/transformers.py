@@ -28,6 +28,7 @@ from quark_fast.rollout.sampling import Draw, DrawnBatch, Sampler, SampleRequest
 from quark_fast.rollout.tokens import NextToken, draw_tokens, model_log_p
 from quark_fast.runtime.memory import within_memory
 from quark_fast.runtime.seeds import seed_for
+from quark_fast.runtime.transfer import to_device
 
 Drawn = tuple[list[int], list[float]]  # a completion, and its NLLs as they are asked for: own, the model's
 
@@ -124,8 +125,8 @@ def _sample_batch(
     sampling, samples, device = request.sampling, request.samples, generator.device
     streams = request.conditioning.streams()
     rows = len(request.prompts) * samples
-    stop = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
-    weights = torch.tensor([weight for _, weight in streams], dtype=torch.float32, device=device)
+    stop = to_device(policy.stop_ids, device, torch.long)
+    weights = to_device([weight for _, weight in streams], device, torch.float32)
     of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p)
     no_stop = dataclasses.replace(of_any, suppressed=stop)
 
@@ -153,7 +154,7 @@ def _sample_batch(
             if drops and alive <= WORTH_DROPPING * len(live):
                 kept = live.drop_ended(alive)
         logits = reader.send(_of_streams(tokens, kept, len(streams)))
-    every = live.completions()
+    every = live.completions(policy.stop_ids)
     return [every[i : i + samples] for i in range(0, rows, samples)]
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from quark_fast.config import Config
 from quark_fast.model.batch import Batch, Counts, completion_hidden, completion_logits, make_batch
 from quark_fast.model.policy import Policy
-from quark_fast.model.reading import to_device
 from quark_fast.model.structure import linear_head
 from quark_fast.ops.contrast import Contrast, ContrastWeights, contrast_loss
 from quark_fast.ops.linear import linear_contrast_loss, linear_quark_loss
 from quark_fast.ops.loss import NLL_ALONE, QuarkLoss, quark_loss
 from quark_fast.ops.unlikelihood import repeated_ngrams, unlikelihood_loss
+from quark_fast.runtime.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -340,4 +340,4 @@ def _repeated(
     for i, (completion, *tokens) in enumerate(zip(completions, *streams, strict=True)):
         row = tokens.index(max(tokens)) * len(completions) + i
         found[row, : len(completion)] = torch.tensor(repeated_ngrams(completion, n))
-    return found.to(mask.device)
+    return to_device(found, mask.device)

@@ -292,7 +292,7 @@ def test_rows_keep_their_places_through_several_drops() -> None:
     assert (len(live), live.alive()) == (3, 1)
     assert live.drop_ended(1).tolist() == [2]
     live.add(torch.tensor([2]), torch.tensor([-0.0]), torch.tensor([-1.0]))
-    assert live.completions() == [
+    assert live.completions([9]) == [
         ([1, 9], [1.5, 2.0]),
         ([9], [2.0, 4.0]),
         ([3, 5, 9], [4.25, 7.0]),
@@ -308,4 +308,4 @@ def test_row_without_a_token_is_an_error_also_once_it_is_dropped() -> None:
     live.drop_ended(1)
     live.add(torch.tensor([9]))
     with pytest.raises(NotFinite):
-        live.completions()
+        live.completions([9])

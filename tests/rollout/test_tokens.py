@@ -487,7 +487,7 @@ def test_completions_keep_float32_sums_whatever_the_default_dtype() -> None:
     with defaults(torch.float64):
         live = LiveRows(2, 3, torch.tensor([9]), told=1)
         live.add(torch.tensor([9, 9]), torch.tensor([-0.5, -1.5], dtype=torch.float32))
-    assert live.completions() == [([9], [0.5]), ([9], [1.5])]
+    assert live.completions([9]) == [([9], [0.5]), ([9], [1.5])]
 
 
 def test_threads_do_not_change_what_is_drawn() -> None:

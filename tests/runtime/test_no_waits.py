@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from tiny_runs import PROMPTS, SHORT, even_words, small
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import quark_fast
 from quark_fast.model import attention
 from quark_fast.model.loading import decode_fast
-from quark_fast.ops import linear
+from quark_fast.ops import cpp, linear
 from quark_fast.ops import loss as ops
 from quark_fast.ops.linear import _counted as counted
 from quark_fast.rollout import transformers
@@ -33,21 +38,82 @@ READS = {
 }
 
 
-class Reads(TorchDispatchMode):
+PACKAGE = str(Path(quark_fast.__file__).parent)
+
+
+class Operations(TorchDispatchMode):
     """Counts the operations whose result the program has to wait for."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        if name in READS or (
+            name in ("aten::index", "aten::index_put_")
+            and any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
+        ):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Counts what waits for a GPU and leaves no operation on the CPU, where there is nothing to copy."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if (
+            name in ("cpu", "tolist", "new_tensor")  # a GPU's numpy() is an error
+            or (
+                name in ("tensor", "as_tensor")
+                and args[0] != []
+                and kwargs.get("device") not in (None, "cpu")
+            )
+            or (name in ("__getitem__", "__setitem__") and _has_list(args[1]))
+            or (name == "to" and _names_device(args, kwargs) and not kwargs.get("non_blocking", False))
+        ):
+            caller = sys._getframe(1)
+            of_package = caller.f_code.co_filename.startswith(PACKAGE)
+            # A model's own tensors, which transformers moves about, are there already.
+            if (of_package or name != "to") and not _of_the_cpu(caller):
+                self.found[name] += 1
+        return function(*args, **kwargs)
+
+
+def _has_list(index: Any) -> bool:
+    """Such an index is made a tensor, and copied."""
+    return any(isinstance(one, list) for one in (index if isinstance(index, tuple) else (index,)))
+
+
+def _names_device(args: Any, kwargs: Any) -> bool:
+    """Whether this ``Tensor.to`` may be a copy from or to a GPU."""
+    given = (*args[1:], kwargs.get("device"))
+    return any(isinstance(one, torch.device | str | Tensor) for one in given)
+
+
+def _of_the_cpu(caller: FrameType) -> bool:
+    """Whether this is asked of indices of tokens, which are made there; or is counted by a mode within."""
+    if caller.f_code.co_filename == __file__:
+        return True
+    return caller.f_code is linear._plan.__code__ and caller.f_locals["counted"] is not None
+
+
+class Reads(contextlib.ExitStack):
+    """Counts both, while it is open."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name
-        if name in READS or (
-            name == "aten::index"
-            and any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
-        ):
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
+    def __enter__(self) -> Reads:
+        self.enter_context(Copies(self.found))
+        self.enter_context(Operations(self.found))
+        return self
 
 
 @pytest.fixture
@@ -65,9 +131,12 @@ def trainer(tmp_path: Path, tiny_model: Callable[..., Path]) -> Iterator[Trainer
     yield trainer
 
 
+@pytest.mark.parametrize("whole_logits", [False, True], ids=["hidden states", "whole logits"])
 def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradient(
-    trainer: Trainer, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, whole_logits: bool
 ) -> None:
+    if whole_logits:
+        trainer.setup.objective.heads = None
     decode_fast(trainer.policy.model)  # as it is on a GPU, where eager attention is no faster
     trainer._explore()
     state, plan = trainer.state, trainer._quantize()
@@ -86,21 +155,30 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradie
             loss._init_fn(*given)
         return loss(*given)
 
+    def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any) -> Any:
+            with _disable_current_modes():
+                return function(*given)
+
+        return called
+
     def as_elsewhere(lengths: Any, labels: Tensor, weights: Tensor) -> Any:
-        with _disable_current_modes():  # indices of tokens are made on the CPU, of weights that are not there
-            return counted(lengths, labels, weights.to("meta"))
+        return unseen(counted)(lengths, labels, weights.to("meta"))  # of weights that are not there
 
     monkeypatch.setattr(learn, "read_terms", read)
     monkeypatch.setattr(linear, "_linear_loss", opened)
     monkeypatch.setattr(linear, "_counted", as_elsewhere)
-    # What is done for tensors on the CPU alone: the indices of tokens, errors of labels, a scale of 1.
+    # What is done for tensors on the CPU alone: indices of tokens, errors of labels and of the mask's sum,
+    # a scale of 1.
     monkeypatch.setattr(ops, "check_labels", lambda *_: None)
+    monkeypatch.setattr(ops, "_weights", unseen(ops._weights))
+    monkeypatch.setattr(cpp, "rescale", lambda grad, scale: grad.mul_(scale))
     monkeypatch.setattr(linear, "_scaled", lambda grad, scale, dtype, keep: (grad * scale).to(dtype))
     with Reads() as reads:
         trainer.learner.step(state, batch, lambda _: None)
     assert at_the_end == [Counter()]
     assert not inside.found, inside.found
-    assert reads.found == {"aten::_local_scalar_dense": 1}, "the norm of the gradient, beside the terms"
+    assert reads.found == {"tolist": 1, "aten::_local_scalar_dense": 1}, "the terms; the gradient's norm"
 
 
 @pytest.mark.parametrize("decoding", ["eager", "static"])
@@ -126,6 +204,7 @@ def test_nothing_is_read_in_a_decoding_step_but_every_eighth_look_at_the_ends(
             ((_, drawn, *_),) = transformers.sample(policy, model, request)
         assert all(len(one) == tokens for group in drawn for one in group)
         counts[tokens] = sum(reads.found.values())
+    assert counts[4] == 1, "the completions, at their end"
     assert counts[12] - counts[4] == 1 and counts[20] - counts[12] == 1, "the looks after token 8 and 16"
 
 
