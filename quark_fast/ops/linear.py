@@ -659,7 +659,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[-4:])
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.impl = len(inputs), inputs[-7]
     ops._only_the_loss_is_differentiable(ctx, output)
 
 
@@ -676,14 +676,19 @@ def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | 
     scale = grad_loss.to(unit.dtype) * unit
     keep = traced or ops._graph_is_kept()
     scaled = [
-        _scaled(grad, scale, dtype, keep) if wanted else None
+        _scaled(grad, scale, dtype, keep, ctx.impl) if wanted else None
         for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
     return *scaled, *[None] * (ctx.inputs - len(scaled))
 
 
-def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, keep: bool, impl: str) -> Tensor:
     """(scale * grad) in dtype, rounded once; in grad's own memory unless that must be kept."""
+    if impl == "triton" and not keep:
+        # A scale of 1 is the usual one. The kernel leaves such a gradient alone, and rounds any other once.
+        scaled = grad if grad.dtype == dtype else grad.to(scale.dtype)
+        ops.rescale(scaled, scale, impl)
+        return scaled.to(dtype)
     wide = grad.to(scale.dtype)
     if keep and wide is grad:
         return (wide * scale).to(dtype)

@@ -590,11 +590,16 @@ def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> No
     ctx.set_materialize_grads(False)
 
 
+def rescale(grad: Tensor, scale: Tensor, backend: str) -> None:
+    """grad *= scale, in place; of a scale of 1 nothing is touched, and a GPU is not waited for."""
+    _backend(backend).rescale(grad, scale)
+
+
 def _scaled(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
     """scale * grad, in grad's own memory unless grad is needed again."""
     if _is_traced_or_kept(grad):
         return grad * scale
-    _backend(backend).rescale(grad, scale)
+    rescale(grad, scale, backend)
     return grad
 
 

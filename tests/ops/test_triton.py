@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import test_linear
@@ -28,6 +28,7 @@ from test_loss import (
     truth,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quark_fast.ops import loss, triton_kernels
 from quark_fast.ops.eager import Kl
@@ -581,6 +582,37 @@ def test_from_hidden_states_as_from_whole_logits(dtype: torch.dtype) -> None:
         atol = rounding * value.abs().max().item() + SLACK
         torch.testing.assert_close(ours[name], value, rtol=0, atol=atol)
     assert eager["gradient of weight"].abs().max() > 1e-2
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of whole tensors by PyTorch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name in ("aten::mul", "aten::mul_") and args[0].dim() > 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_from_hidden_states_only_a_scale_other_than_1_touches_the_gradients(dtype: torch.dtype) -> None:
+    inputs = test_linear.make((2, 4), dtype)
+    there = test_linear.Inputs(*(value.to(DEVICE) for value in inputs))
+    found = {}
+    for scale in (1.0, 0.3):
+        leaves = {
+            name: getattr(there, name).clone().requires_grad_() for name in ("hidden", "weight", "bias")
+        }
+        out = test_linear.chunked(there._replace(**leaves), chunk=3, impl="triton")
+        with Products() as products:
+            out.loss.backward(torch.full_like(out.loss, scale))
+        assert products.count == 0, "it is the kernel's, which knows the scale"
+        found[scale] = [leaf.grad.float() for leaf in leaves.values()]
+    for once, scaled in zip(found[1.0], found[0.3], strict=True):
+        # Of half precision each is rounded once, and what it is compared with, too.
+        atol = torch.finfo(dtype).eps * once.abs().max().item() + 1e-12
+        torch.testing.assert_close(scaled, 0.3 * once, rtol=0, atol=atol)
+        assert once.abs().max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -173,7 +173,7 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradie
     monkeypatch.setattr(ops, "check_labels", lambda *_: None)
     monkeypatch.setattr(ops, "_weights", unseen(ops._weights))
     monkeypatch.setattr(cpp, "rescale", lambda grad, scale: grad.mul_(scale))
-    monkeypatch.setattr(linear, "_scaled", lambda grad, scale, dtype, keep: (grad * scale).to(dtype))
+    monkeypatch.setattr(linear, "_scaled", lambda grad, scale, dtype, *_: (grad * scale).to(dtype))
     with Reads() as reads:
         trainer.learner.step(state, batch, lambda _: None)
     assert at_the_end == [Counter()]
