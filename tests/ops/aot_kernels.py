@@ -135,10 +135,15 @@ def launch(
         triton_kernels.forward(logits, ref, labels, weights, *options, grad=logits, cut=cut)
     elif what == "sums":
         triton_kernels.forward(logits, ref, labels, weights, *options, cut=cut)
+    elif what == "rescale":
+        triton_kernels.rescale(logits, torch.tensor(1.0))
     else:
         stats = torch.empty(3, triton_kernels.STATS_PER_ROW)
         triton_kernels.backward(
-            *(torch.tensor(1.0), stats, logits, ref, labels, weights, *options), grad=logits, cut=cut
+            *(torch.tensor(1.0), stats, logits, ref, labels, weights, *options),
+            grad=logits,
+            unless_one=what == "gradient_again",
+            cut=cut,
         )
 
 
@@ -158,6 +163,14 @@ def cases() -> dict[str, tuple[int, dict[str, Any]]]:
         add(90, what=what, dtype=bf16, kl="policy_ref", vocab=49152, width=49152)
         add(90, what=what, dtype=bf16, kl="policy_ref", vocab=50257, width=50264)
         add(80, what=what, dtype=bf16, kl="policy_ref", vocab=50257, width=50257)
+    for kl in ("ref_policy", "sampled"):
+        add(80, what="one_pass", dtype=bf16, kl=kl, vocab=50257, width=50257)
+    add(80, what="one_pass", dtype=torch.float32, kl="policy_ref", vocab=50257, width=50257)
+    for arch in (80, 90):
+        # What a backward does whose scale may be 1.
+        add(arch, what="gradient_again", dtype=bf16, kl="policy_ref", vocab=50257, width=50257)
+        for dtype in (bf16, torch.float32):
+            add(arch, what="rescale", dtype=dtype, kl="policy_ref", vocab=49152, width=49152)
     for kl in ("policy_ref", "ref_policy", "sampled"):
         add(90, what="one_pass", dtype=bf16, kl=kl, vocab=50257, width=50257, cut=SPLIT)
         add(90, what="sums", dtype=bf16, kl=kl, vocab=50257, width=50257)
