@@ -194,8 +194,9 @@ def cuda_graph(step: Step, device: torch.device) -> Step:
             step()
     main.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: a reward of another thread may use the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # thread_local: a reward of another thread may use the GPU meanwhile. Around it the stream of now, which a
+    # recording that fails does not go back to.
+    with torch.cuda.stream(main), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         logits = step()
 
     def replay() -> Tensor:

@@ -29,7 +29,8 @@ A padded lane holds -inf, a token of probability 0, which every sum has to survi
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quark_fast.errors import UsageError
 from quark_fast.ops.rows import Rows, rows_of, with_rows
 
 STATS_PER_ROW = 6  # m, s, u, t; KL, or log p[label] - log p_ref[label] if it is sampled; H
@@ -1149,6 +1151,18 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
         )
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of the tensors.
+
+    Raises:
+        UsageError: the GPU has less shared memory than a program wants, whatever the number of rows.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    except triton.OutOfResources as error:
+        raise UsageError(
+            f"the loss's Triton kernels are not for this GPU: {error.name}, {error.required} bytes wanted,"
+            f" {error.limit} there; give impl='eager' (--impl eager)"
+        ) from error

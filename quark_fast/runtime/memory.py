@@ -62,11 +62,18 @@ class OutOfMemory(OutOfResources):
 T = TypeVar("T")
 
 
-def is_lack_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory ran out: PyTorch's, as accelerate knows it, or a library's."""
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory ran out: PyTorch's, as accelerate knows it, or a library's.
+
+    While a CUDA graph is recorded, what ran out may be all that is said: that the recording is spoiled. Of an
+    operation that cannot be recorded, the error before says so; an allocation that first gives back what the
+    allocator keeps has no other (github.com/pytorch/pytorch/pull/187795).
+    """
     said = str(error)
+    if isinstance(error, RuntimeError) and "previous error during capture" in said:
+        return error.__context__ is None or is_lack_of_memory(error.__context__)
     library = isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
-    return library or should_reduce_batch_size(error)
+    return library or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def within_memory(

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import test_linear
 import torch
+import triton
 from pairwise import pairwise
 from test_loss import (
     DTYPES,
@@ -30,6 +31,7 @@ from test_loss import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quark_fast.errors import UsageError
 from quark_fast.ops import loss, triton_kernels
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import quark_loss
@@ -633,6 +635,16 @@ def test_from_hidden_states_nothing_waits_for_the_gpu_without_a_mask() -> None:
 def test_without_a_gpu_triton_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"takes CUDA tensors, not cpu; use .*TRITON_INTERPRET=1"):
+        quark_loss(*small(), impl="triton")
+
+
+def test_gpu_of_too_little_shared_memory_is_told_so_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TooMuch:
+        def __getitem__(self, grid: Any) -> Any:
+            raise triton.OutOfResources(99_328, 65_536, "shared memory")
+
+    monkeypatch.setattr(triton_kernels, "_row_kernel", TooMuch())
+    with pytest.raises(UsageError, match=r"shared memory, 99328 bytes wanted, 65536 there; .*--impl eager"):
         quark_loss(*small(), impl="triton")
 
 

@@ -24,6 +24,14 @@ def test_the_most_memory_holds_what_was_there_and_is_gone() -> None:
     assert most_memory(torch.device("cpu")) >= before + size * 0.9, "the most so far, not what is there now"
 
 
+def spoiled(before: Exception | None = None) -> Exception:
+    """What the end of a CUDA graph's recording raises, which an error has ended before."""
+    message = "CUDA error: operation failed due to a previous error during capture\nSearch for"
+    error = RuntimeError(message)
+    error.__context__ = before
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "lack"),
     [
@@ -32,6 +40,11 @@ def test_the_most_memory_holds_what_was_there_and_is_gone() -> None:
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (spoiled(), True),
+        (spoiled(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), True),
+        (spoiled(spoiled()), True),
+        (spoiled(RuntimeError("CUDA error: operation not permitted when stream is capturing")), False),
+        (spoiled(ValueError("no such key")), False),
         (ValueError("a text that says: out of memory"), False),
     ],
 )
