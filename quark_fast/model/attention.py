@@ -1,7 +1,9 @@
-"""Attention for decoding on the CPU, registered with transformers under a name of its own."""
+"""Attention of the models that are decoded, and on a GPU trained, known to transformers by its own name."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,21 @@ from transformers.masking_utils import sdpa_mask
 from quark_fast.model.cache import with_room
 
 FAST_ATTENTION = "quark_grouped"
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """No attention within is cuDNN's; that of the rest of the process may be.
+
+    cuDNN's is PyTorch's first choice on Hopper and later GPUs since 2.11. It plans for every new shape anew,
+    and each token that is decoded is one; and its gradient may be NaN under a mask (pytorch#196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def grouped_attention(
@@ -34,7 +51,10 @@ def grouped_attention(
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
     per_head = attention_mask is not None and attention_mask.shape[1] != 1
     if query.shape[2] != 1 or query.device.type != "cpu" or special or per_head:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        with without_cudnn():
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     rows = query.reshape(batch, groups, heads // groups, width)

@@ -42,9 +42,6 @@ def decoding(model: Any) -> Iterator[None]:
 
 
 def decode_fast(model: Any) -> None:
-    # cuDNN's attention, PyTorch's first choice on Hopper and later GPUs since 2.11, plans for every new shape
-    # anew, and each token is one; and its gradient may be NaN under a mask (pytorch#196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     # Attention that sdpa cannot do, such as Gemma 2's with its cap, is beyond ours, too.
     model.set_attn_implementation(FAST_ATTENTION if model._supports_sdpa else "eager")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quark_fast.data import assets
 from quark_fast.files.atomic import sha256
+from quark_fast.model.attention import without_cudnn
 from quark_fast.model.sizes import Shape, rows_read, scoring_bytes
 from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.machine import without_bars
@@ -78,7 +79,8 @@ class Embedder:
         rows, lengths = rows.to(self.model.device), lengths.to(self.model.device)
         read = torch.arange(rows.shape[1], device=rows.device) <= lengths[:, None]
         embedded = self.model.embed_tokens(rows).float()
-        read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
+        with without_cudnn():
+            read_as = self.model(inputs_embeds=embedded, attention_mask=read.long(), use_cache=False)
         states = read_as.last_hidden_state[:, 1:]
         sums: Tensor = (states * read[:, 1:, None]).sum(1)
         return sums.cpu()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from quark_fast.errors import UsageError
+from quark_fast.model.attention import without_cudnn
 from quark_fast.model.lookups import Lookups
 from quark_fast.runtime.memory import is_lack_of_memory
 
@@ -137,7 +138,8 @@ class TextLogits:
                 columns = [torch.tensor(row.inputs[name]) for row in rows]
                 padded = pad_sequence(columns, True, fill.get(name, 0), side)
                 inputs[name] = padded.to(self.model.device)
-        output = self.model(**inputs)
+        with without_cudnn():
+            output = self.model(**inputs)
         logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
         if logits.shape != (len(rows), len(self.model.config.id2label)):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} texts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,28 @@ from quark_fast.model.loading import decode_fast
 from quark_fast.model.reading import pad_left, positions_of, read
 
 
-def test_cudnns_attention_is_off_once_a_model_decodes(tiny_model: Callable[..., Path]) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    decode_fast(AutoModelForCausalLM.from_pretrained(tiny_model()))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+@pytest.mark.parametrize("on", [True, False])
+def test_cudnns_attention_is_off_in_our_models_and_as_it_was_elsewhere(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    plain, seen = attention.sdpa_attention_forward, list[bool]()
+
+    def watched(*given: Any, **how: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+        return plain(*given, **how)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model())
+        decode_fast(model)
+        read(model, torch.tensor([[1, 2, 3]]))
+        assert seen and not any(seen)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_padding_sees_something_and_changes_no_token(
