@@ -7,9 +7,12 @@
 A stage's floor are its matrix products (matrix_products.py says which) at the speed that this machine has in
 products of the same sizes: one pass through the weights of all linear layers, and nothing else.
 
-With a clock beside it, a stage's time is exact and its memory the most that the process held (Linux). Files
-tell less: metrics.jsonl has the seconds of rounds and steps, and the rest follows from when files were
-written. Checkpoints are a stage of their own, wherever they are made.
+Where this machine has a GPU, the run is taken to be of it, also a finished one, and so is the floor.
+
+With a clock beside it, a stage's time is exact and its memory the most that the process held (Linux), on a
+GPU the most that its tensors took there. Files tell less: metrics.jsonl has the seconds of rounds and steps,
+and the rest follows from when files were written. Checkpoints are a stage of their own, wherever they are
+made.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from quark_fast.training.trainer import Trainer
 
 START, CHECKPOINTS, PROBE = "start and check", "checkpoints", "probing"
 EVALUATION, EXPORT = "evaluating", "writing the model and the report"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of a run, and of the floors
 
 
 @dataclass
@@ -84,7 +88,11 @@ class ClockedTrainer(Trainer):
 
 
 def peak_mb() -> float:
-    """The most memory that this process held since the last call."""
+    """The most memory that this process held since the last call; on a GPU, of the GPU's, by its tensors."""
+    if DEVICE.type == "cuda":
+        most = torch.cuda.max_memory_allocated(DEVICE)
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+        return most / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew, at what is held now
@@ -134,10 +142,10 @@ def from_files(folder: RunFolder) -> dict[str, Spent]:
 
 def table(folder: Path, spent: dict[str, Spent]) -> dict[str, Any]:
     """Every stage's time and memory beside its work and the floor under its time."""
-    run = RunWork(RunFolder(folder))
+    run = RunWork(RunFolder(folder), DEVICE.type == "cpu")
     set_threads(run.config.threads)
-    dtype = sampling_dtype(run.config.precision, torch.device("cpu"))
-    weights = [weight.to(dtype) for weight in run.weights]
+    dtype = sampling_dtype(run.config.precision, DEVICE)
+    weights = [weight.to(DEVICE, dtype) for weight in run.weights]
     work = run.by_stage()
     kinds = sorted({(one.rows, one.passes) for stage in work.values() for one in stage.products})
     speeds = {kind: speed(weights, *kind) for kind in kinds}
@@ -158,7 +166,7 @@ def table(folder: Path, spent: dict[str, Spent]) -> dict[str, Any]:
             }
         )
     record = json.loads((folder / "versions.json").read_text())
-    return versions(torch.device("cpu")) | {
+    return versions(DEVICE) | {
         "run": {name: record.get(name) for name in ("command", "machine", "time", "minutes")},
         "products": [
             {"rows": n, "passes": passes, "dtype": str(dtype), "gflop_per_s": round(found / 1e9, 1)}
@@ -253,7 +261,7 @@ def main() -> None:
     keep_freed_memory()
     if given.grow:
         rows = grow(SMALL)
-        found = versions(torch.device("cpu")) | {"rows": rows}
+        found = versions(DEVICE) | {"rows": rows}
     else:
         if given.run:
             sys.argv = [train.__file__, *settings]  # the run's own record shows its command

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quark_fast.arguments import load_config
 from quark_fast.data import assets
 from quark_fast.evaluation.probe import PROBE_PROMPTS, PROBE_TOKENS
+from quark_fast.model.fixed_step import cuda_graph
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import BASE
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, METRICS, RunFolder
@@ -50,25 +51,48 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
     return [module.weight.detach() for module in model.modules() if type(module) is nn.Linear]
 
 
+def products(weights: Sequence[Tensor], rows: int, passes: int = 1) -> Callable[[], Tensor]:
+    """A pass of random rows through all layers and nothing else, with the gradients of each."""
+    like = {"dtype": weights[0].dtype, "device": weights[0].device}
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]).to(**like) for w in weights}
+    gradients = {w.shape[0]: torch.randn(rows, w.shape[0]).to(**like) for w in weights if passes > 1}
+
+    def run() -> Tensor:
+        for w in weights:
+            last = nn.functional.linear(inputs[w.shape[1]], w)
+            if passes > 1:
+                last = gradients[w.shape[0]] @ w
+            if passes > 2:
+                last = gradients[w.shape[0]].t() @ inputs[w.shape[1]]
+        return last
+
+    return run
+
+
 def multiply(weights: Sequence[Tensor], rows: int, passes: int = 1) -> float:
-    """Seconds of a pass of random rows through all layers and nothing else, with the gradients of each."""
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]).to(w.dtype) for w in weights}
-    gradients = {w.shape[0]: torch.randn(rows, w.shape[0]).to(w.dtype) for w in weights if passes > 1}
-    begun = time.perf_counter()
-    for w in weights:
-        nn.functional.linear(inputs[w.shape[1]], w)
-        if passes > 1:
-            gradients[w.shape[0]] @ w
-        if passes > 2:
-            gradients[w.shape[0]].t() @ inputs[w.shape[1]]
-    return time.perf_counter() - begun
+    """Seconds of such a pass on the CPU."""
+    return _seconds(products(weights, rows, passes), weights[0].device)
 
 
 @torch.inference_mode()
 def speed(weights: Sequence[Tensor], rows: int, passes: int) -> float:
-    """FLOPs a second of the best of three times."""
+    """FLOPs a second of the best of three times, where the weights are.
+
+    On a GPU the products are a CUDA graph: their floor is not what the program takes to start each.
+    """
+    run, device = products(weights, rows, passes), weights[0].device
+    if device.type == "cuda":
+        run = cuda_graph(run, device)
     flops = 2 * passes * rows * sum(map(Tensor.numel, weights))
-    return flops / min(multiply(weights, rows, passes) for _ in range(3))
+    return flops / min(_seconds(run, device) for _ in range(3))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 class RunWork:
@@ -76,9 +100,12 @@ class RunWork:
 
     The tokens of its steps and of its evaluation are those that the run counted; of its samples they are
     counted again from the texts, which may tell a few from the sampled ones.
+
+    Args:
+        on_cpu: whether the run was on a CPU, where a step takes its samples in smaller parts.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, on_cpu: bool) -> None:
         self.folder = folder
         self.config = config = load_config(folder / "config.yaml")
         self.policy = Policy.create(
@@ -95,7 +122,7 @@ class RunWork:
         self.learned = [round(row["tokens_per_s"] * row["seconds"]) for row in self.steps]
         mean = self._context(self.prompts, True) / len(self.prompts)
         mean += sum(self.learned) / len(self.learned) / config.batch_size
-        self.step_rows = round(self.streams * config.samples_a_pass(on_cpu=True) * mean)
+        self.step_rows = round(self.streams * config.samples_a_pass(on_cpu) * mean)
 
     def by_stage(self) -> dict[str, Work]:
         """By the names that the run itself has for its stages."""

@@ -65,7 +65,7 @@ def test_stages_multiply_what_is_counted_and_add_up_to_the_whole_time(
     assert math.fsum(stage.seconds for stage in spent.values()) == pytest.approx(took, abs=0.1)
     assert all(stage.peak_mb > 100 for stage in spent.values())  # torch alone takes as much
 
-    work = main_job.RunWork(RunFolder(folder)).by_stage()
+    work = main_job.RunWork(RunFolder(folder), on_cpu=True).by_stage()
     assert made.keys() - {main_job.START, main_job.CHECKPOINTS, main_job.EXPORT} == work.keys()
     for name, stage in work.items():
         flops = sum(one.flops for one in stage.products)
