@@ -1,4 +1,4 @@
-"""Decoding on a GPU: eager, in steps of fixed shapes, as a CUDA graph, and transformers.generate.
+"""Decoding on a GPU: eager, in steps of fixed shapes, as a CUDA graph; transformers.generate, and vLLM.
 
     python benchmarks/gpu_decoding.py --output benchmarks/results/decoding-CARD.json
     python benchmarks/gpu_decoding.py --tiny        # on the CPU, in seconds: it runs; the times mean nothing
@@ -7,18 +7,22 @@ Random weights in the shapes of SmolLM2-135M, bfloat16, as no time depends on th
 table reads a prompt for each completion and draws all tokens, at top_p 0.9: the whole call, the median of the
 rounds. `first_s` is the first call, with the recording of the graph or the compilation. `floor_ms` a token is
 one read of the weights and of the cache, half of its new tokens filled, at the rate of a large copy. Before
-the clock starts, the logits of each way are compared with the eager ones, for the same tokens.
+the clock starts, the logits of each way of ours are compared with the eager ones, for the same tokens.
+transformers has the attention that PyTorch chooses for it. vLLM comes last, where it is installed, plain
+alone: its first call has its start, and it keeps no prompt from one call to the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,9 +78,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for streams in (1, 2):
         rows += measure(model, asked, streams)
+    rows.append(row_of_vllm(model, asked))
     if asked.output is not None:
         asked.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    if wrong := [row["way"] for row in rows if not row["right"]]:
+    if wrong := [row["way"] for row in rows if not row.get("right", True)]:
         sys.exit(f"wrong: {', '.join(wrong)}")
 
 
@@ -89,7 +94,6 @@ def measure(model: Any, asked: argparse.Namespace, streams: int) -> list[dict[st
         steps = FixedSteps(model, Reading(), kind)
         ways[kind] = functools.partial(steps.next_logits, new_tokens=asked.tokens)
     weights = torch.tensor([1.0] if streams == 1 else [1.5, -0.5], device=model.device)
-    floor = least_bytes(model, asked, streams) / bytes_per_second(model.device) * 1e3
     wanted, found = None, []
     for name, read in ways.items():
         begun = time.monotonic()
@@ -110,13 +114,64 @@ def measure(model: Any, asked: argparse.Namespace, streams: int) -> list[dict[st
             first = seconds_since(begun, model.device)
             row = row_of(name, streams, clocked(call, asked, model.device), asked)
             found.append(row | {"first_s": first, "right": True})
-    for row in found:
+    show(found, model, asked)
+    return found
+
+
+def show(rows: list[dict[str, Any]], model: Any, asked: argparse.Namespace) -> None:
+    """Print the rows, all of one number of streams, with the floor that they get here."""
+    floor = least_bytes(model, asked, rows[0]["streams"]) / bytes_per_second(model.device) * 1e3
+    for row in rows:
         row["floor_ms"] = floor
         print(
             f"{row['way']:16} {row['streams']} streams  {row['ms_a_token']:8.3f} ms a token"
             f"  floor {floor:.3f}  {row['tokens_per_s']:10.0f} tokens/s  first call {row['first_s']:.2f} s"
         )
-    return found
+
+
+def row_of_vllm(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's, with the same weights; or why it is left out."""
+    about: dict[str, Any] = {"way": "vllm", "streams": 1}
+    if asked.tiny:
+        about["left_out"] = "timed on a GPU alone"
+    elif importlib.util.find_spec("vllm") is None:
+        about["left_out"] = "not installed: pip install vllm"
+    else:
+        try:
+            about |= timed_vllm(model, asked)
+            show([about], model, asked)
+        except Exception as error:  # time on a GPU is scarce: the other rows are there
+            about["left_out"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    if "left_out" in about:
+        print(f"vllm             left out: {about['left_out']}")
+    return about
+
+
+def timed_vllm(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    contexts = torch.randint(1, model.config.vocab_size, (asked.rows, asked.prompt)).tolist()
+    prompts = [{"prompt_token_ids": ids} for ids in contexts]
+    # top_k 0: all tokens.
+    wanted = SamplingParams(top_p=0.9, top_k=0, max_tokens=asked.tokens, ignore_eos=True, detokenize=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        begun = time.monotonic()
+        engine = LLM(
+            model=folder,
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            max_model_len=asked.prompt + asked.tokens,
+            max_num_seqs=asked.rows,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.5,
+        )
+    call = functools.partial(engine.generate, prompts, wanted, use_tqdm=False)
+    lengths = {len(one.outputs[0].token_ids) for one in call()}
+    first = seconds_since(begun, model.device)
+    row = row_of("vllm", 1, clocked(call, asked, model.device), asked)
+    return row | {"first_s": first, "right": lengths == {asked.tokens}}
 
 
 def row_of(name: str, streams: int, times: list[float], asked: argparse.Namespace) -> dict[str, Any]:

@@ -6,9 +6,9 @@ all of them, by the loss of the paper:
     mean over tokens of  nll + KL_COEF KL(policy || reference) - ENTROPY_COEF H
 
 - `authors` is their loop (github.com/GXimingLu/Quark): transformers' forward with the logits of every
-  position, the terms by log_softmax, gather and sums over the vocabulary (losses.authors), the terms read
-  for the log, clipping, AdamW, a schedule. In float32, as published, and under autocast in the precision
-  that ours takes.
+  position and the attention that PyTorch chooses, the terms by log_softmax, gather and sums over the
+  vocabulary (losses.authors), the terms read for the log, clipping, AdamW, a schedule. In float32, as
+  published, and under autocast in the precision that ours takes.
 - `ours` is the trainer's own step (quark_fast.training.learn), without the contrast, which theirs lacks.
 
 Before the clock starts, the terms and the norm of the gradient are compared. The roof is the arithmetic that
