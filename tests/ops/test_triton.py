@@ -2,13 +2,15 @@
 
 The error budget is that of test_loss.py. The interpreter cuts float32 to bfloat16 instead of rounding it, so
 that there one unit of the last place (2^-7) is allowed on top. It runs programs one after another, some
-thousand times slower than a GPU: few rows, and tiles of one warp.
+thousand times slower than a GPU: few rows, and tiles of one warp. On a GPU every test has these, at whose
+borders it is made to look, and once more the blocking that the GPU gets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -35,7 +37,7 @@ from quark_fast.errors import UsageError
 from quark_fast.ops import loss, triton_kernels
 from quark_fast.ops.eager import Kl
 from quark_fast.ops.loss import quark_loss
-from quark_fast.ops.triton_kernels import Blocking
+from quark_fast.ops.triton_kernels import Blocking, blocking
 
 KLS = get_args(Kl)
 ON_GPU = torch.cuda.is_available()
@@ -50,13 +52,28 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Programs of one warp, a row each; call it to have `splits` of them share a row."""
+def one_warp(splits: int, *_: Any, **__: Any) -> Blocking:
+    return Blocking(splits=splits, warps=1, per_thread=16)
+
+
+def as_on_a_gpu(splits: int, rows: int, vocab: int, logits: Tensor, **how: Any) -> Blocking:
+    """What `blocking` chooses for many rows, or for few, of which it has programs share a row."""
+    per_thread = 32 // logits.element_size()
+    if splits > 1:
+        return Blocking(splits, warps=4, per_thread=per_thread)
+    if ON_GPU:
+        return blocking(2**30, vocab, logits, **how)
+    return Blocking(
+        1, warps=16 if how["fused"] else 8, per_thread=per_thread, stages=3 if how["fused"] else 1
+    )
+
+
+@pytest.fixture(autouse=True, params=[one_warp, as_on_a_gpu] if ON_GPU else [one_warp])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A program for each row; call it to have `splits` of them share a row."""
 
     def splits(count: int) -> None:
-        chosen = Blocking(splits=count, warps=1, per_thread=16)
-        monkeypatch.setattr(triton_kernels, "blocking", lambda *_, **__: chosen)
+        monkeypatch.setattr(triton_kernels, "blocking", partial(request.param, count))
 
     splits(1)
     return splits
@@ -111,6 +128,18 @@ def test_triton_errs_no_more_than_eager(
 def test_any_vocabulary(cut: Callable[[int], None], vocab: int, splits: int) -> None:
     cut(splits)
     assert_as_accurate_as_eager(small(vocab), **COEFFICIENTS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kl", "splits", "more"), pairwise(DTYPES, KLS, [1, 3], [-1, 0, 1, 9]), ids=str
+)
+def test_tiles_of_the_blocking_that_a_gpu_gets(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kl: str, splits: int, more: int
+) -> None:
+    """So many columns more than two tiles of the largest program."""
+    monkeypatch.setattr(triton_kernels, "blocking", partial(as_on_a_gpu, splits))
+    inputs = small(2 * 32 * 16 * 32 // dtype.itemsize + more, rows=2, dtype=dtype)
+    assert_as_accurate_as_eager(inputs, kl=kl, **COEFFICIENTS)
 
 
 @pytest.mark.parametrize("kl", ["policy_ref", "ref_policy"])
