@@ -204,6 +204,17 @@ def add_scorer(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_number(parser: argparse._ActionsContainer, name: str, default: str) -> None:
+    """A flag for the setting of that name, a whole number, with its help; None unless it is given.
+
+    Args:
+        default: what is taken in place of None, in words.
+    """
+    (field,) = (field for field in dataclasses.fields(Config) if field.name == name)
+    text = f"{field.metadata['help']} (default: {default})"
+    parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+
+
 def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> Config:
     """Settings from flags, over those of ``--config FILE`` (YAML), over the defaults; checked.
 

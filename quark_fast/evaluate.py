@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quark_fast.arguments import Parser, add_scorer
+from quark_fast.arguments import Parser, add_number, add_scorer
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import check_output, command
@@ -84,6 +84,8 @@ def _add_sampling(made: argparse.ArgumentParser) -> None:
     made.add_argument("--top-p", type=float, help=f"nucleus, share of mass; {own}")
     made.add_argument("--max-new-tokens", type=int, help=f"length of a completion, tokens; {own}")
     made.add_argument("--min-new-tokens", type=int, help=f"end of text is blocked before these; {own}")
+    for name in ("sample_at_once", "read_batch", "score_batch"):
+        add_number(made, name, "the first run's own, without a run 0")
 
 
 OUTPUTS = ("json", "markdown", "html")

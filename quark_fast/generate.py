@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from quark_fast.arguments import Parser
+from quark_fast.arguments import Parser, add_number
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.settings import COLDEST, STRONGEST
@@ -49,6 +49,7 @@ def parser() -> Parser:
         action="store_true",
         help="run the Python code that the run's models bring along",
     )
+    add_number(made, "sample_at_once", "0")
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
     made.add_argument(
         "--show-offensive", action="store_true", help="do not mask the worst words in the terminal"
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
             " leave it out"
         )
     guidance = finished.guidance if asked.guidance is None else asked.guidance
-    sampling = Sampling(asked.max_new_tokens, 1, asked.temperature, asked.top_p)
+    at_once = asked.sample_at_once or 0
+    sampling = Sampling(asked.max_new_tokens, 1, asked.temperature, asked.top_p, at_once=at_once)
     prompts = _encoded(policy, asked, notices)
     policy.check_fits(prompts, asked.max_new_tokens)
 
@@ -135,6 +137,8 @@ def _check(asked: argparse.Namespace) -> None:
         )
     if asked.temperature == 0 and asked.samples > 1:
         raise UsageError(f"--samples {asked.samples}: greedy ones are all the same; give 1")
+    if asked.sample_at_once is not None and asked.sample_at_once < 0:
+        raise UsageError(f"--sample-at-once {asked.sample_at_once}: give at least 1, or 0 for all that fit")
     if not 0 <= asked.seed < 2**63:
         raise UsageError(f"--seed {asked.seed}: give a number from 0 to 2**63 - 1")
     if asked.guidance is not None and not abs(asked.guidance) <= STRONGEST:

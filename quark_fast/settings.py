@@ -332,8 +332,8 @@ class SamplingSettings:
     )
     sample_at_once: int = setting(
         0,
-        "completions of a --sample-batch that are sampled side by side; 0: all, on a GPU a half, a quarter"
-        " ... where free memory holds no more; fewer change what is drawn",
+        "completions of a batch that are sampled side by side; 0: all, on a GPU a half, a quarter ... where"
+        " free memory holds no more; fewer change what is drawn",
         changes="resume",
     )
     rollout: Literal["transformers", "vllm"] = setting(

@@ -276,6 +276,7 @@ def test_train_refuses_triton_without_a_gpu(
         (["finished", "w1", "--guidance", "nan"], "--guidance nan"),
         (["finished", "w1", "--threads", "-1"], "threads = -1"),
         (["finished", "w1", "--seed", "-1"], "--seed -1: give a number from 0"),
+        (["finished", "w1", "--sample-at-once", "-1"], "--sample-at-once -1: give at least 1"),
         (["finished", "w1", "--loud"], "--loud"),
     ],
 )
@@ -494,6 +495,21 @@ def test_generate_conditions_on_the_quantile_and_the_guidance_asked_for(
     k, w = 2 if quantile is None else quantile, 2.0 if guidance is None else guidance
     # Away from the worst token, and of that one from the best.
     assert asked == [Conditioning(), Conditioning(k, 0 if k else 2, w)]
+
+
+def test_generate_samples_as_many_side_by_side_as_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def record(policy: Any, model: Any, request: SampleRequest) -> Any:
+        asked.append(request.sampling.at_once)
+        return sample(policy, model, request)
+
+    monkeypatch.setattr("quark_fast.rollout.transformers.sample", record)
+    given = ["finished", "w1 w2", "--max-new-tokens", "2", "--threads", "1"]
+    assert generate.main([*given, "--sample-at-once", "2"]) == generate.main(given) == 0
+    assert asked == [2, 2, 0, 0]
 
 
 def test_run_of_one_quantile_has_no_dial(

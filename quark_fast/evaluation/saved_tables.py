@@ -185,11 +185,12 @@ def with_those_beside(
 
 
 def judges_of_tables(
-    judge: str, tables: Mapping[str, dict[str, Any]], device: torch.device
+    judge: str, tables: Mapping[str, dict[str, Any]], device: torch.device, score_batch: int = 0
 ) -> tuple[Reward, ...]:
     """The judges that ``judge`` names for the samples of saved tables, put down in ``tables``."""
     about = tables[""]
     config = Config(task=str(about.get("task")), target=about.get("target") or "positive", judge=judge)
+    config.score_batch = score_batch
     config.check()
     task = find_task(config.task, config.target)
     trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]

@@ -99,9 +99,19 @@ def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None)
         )
 
 
-def _refuse_for_tables(asked: Sequence[Any]) -> None:
+def _said_of_repeated(repeated: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What is said of the rows of each table that another has, too."""
+    return [
+        f"{given}: {counted(len(same), 'row')} left out, the same to the last sample as"
+        f" {'one' if len(same) == 1 else 'those'} of {' and '.join(dict.fromkeys(same.values()))}"
+        for given, same in repeated.items()
+        if same
+    ]
+
+
+def _refuse_for_tables(asked: Sequence[Any], judge: str | None, score_batch: int | None) -> None:
     """Saved tables alone are shown as they are: nothing can be asked of them, but by a judge."""
-    if any(one is not None for one in asked):
+    if any(one is not None for one in asked) or (judge is None and score_batch is not None):
         raise UsageError(
             "only tables are named, which are shown as they are: leave out what to measure and how to"
             " sample, or name a run or a model, too"
@@ -139,6 +149,7 @@ class Evaluator:
         ppl_model: a causal model for the perplexity, by its own tokenizer on the completions' text; default:
             the first subject's base model, on the sampled tokens where all subjects share its tokenizer,
             else on the text.
+        sample_at_once, read_batch, score_batch: as of training; default: the first run's own, else 0.
         trust_remote_code: run the Python code that the models bring along.
         listen: called with (stage, done, total) now and then.
     Raises:
@@ -167,6 +178,9 @@ class Evaluator:
         guidance: str | None = None,
         seed: int = 0,
         ppl_model: str | None = None,
+        sample_at_once: int | None = None,
+        read_batch: int | None = None,
+        score_batch: int | None = None,
         trust_remote_code: bool = False,
         listen: Listen = lambda *_: None,
     ) -> None:
@@ -189,15 +203,17 @@ class Evaluator:
             "eval_top_p": top_p,
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
+            "sample_at_once": sample_at_once,
+            "read_batch": read_batch,
         }
         own, other = (prompts, prompt_column), (out_of_domain, out_of_domain_column or prompt_column)
         if not self.live:
-            _refuse_for_tables([*asked.values(), *own, *other, reward, ppl_model])
-            self._take_tables(judge)
+            _refuse_for_tables([*asked.values(), *own, *other, reward, ppl_model], judge, score_batch)
+            self._take_tables(judge, score_batch or 0)
             return
         models = list(self.live.values())
         _check_rows(models, rows, guidance)
-        asked["judge"] = judge
+        asked |= {"judge": judge, "score_batch": score_batch}
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
         self.domains = load_prompt_sets(models, self.protocol, own, other, self.remarks.append)
@@ -211,7 +227,7 @@ class Evaluator:
 
     # ---------------------------------------------------------------- checks
 
-    def _take_tables(self, judge: str | None) -> None:
+    def _take_tables(self, judge: str | None, score_batch: int) -> None:
         """Saved tables alone: there is nothing to load and to sample, but perhaps a judge to ask."""
         self.tables = described_tables(self.saved, self.remarks.append)
         if judge is not None:  # it judges all of them anew, whoever did before
@@ -219,7 +235,7 @@ class Evaluator:
         check_saved(self.saved[0].given, self.tables, self.saved)
         self.other_texts = with_other_texts({}, self.saved, self.remarks.append)
         if judge is not None:
-            judges = judges_of_tables(judge, self.tables, self.device)
+            judges = judges_of_tables(judge, self.tables, self.device, score_batch)
             judged = (one.judged(judges) for one in self.saved)
             self.subjects = dict(zip(self.subjects, judged, strict=True))
 
@@ -292,9 +308,8 @@ class Evaluator:
         target, task = self.config.target, self.protocol.task
         about = describe_evaluation(setup, task, target, domain.split, w, self.perplexity, self.dtypes)
         seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}
-        trained_on = {label: count for label, count in seen.items() if count}
         about |= {"source": domain.source, "cut": what_was_cut(domain.held_out)}
-        return about | {"trained_on": trained_on}
+        return about | {"trained_on": {label: count for label, count in seen.items() if count}}
 
     def _check_reward(self) -> None:
         """The first model's completions of a few prompts are scored before the long work."""
@@ -337,12 +352,7 @@ class Evaluator:
             table = table | {key: made} if key else made
             mark = {key: True} if key else {}
             samples += [{"row": row.name, **mark, **vars(one)} for row in rows for one in row.samples]
-        self.remarks += [
-            f"{given}: {counted(len(same), 'row')} left out, the same to the last sample as"
-            f" {'one' if len(same) == 1 else 'those'} of {' and '.join(dict.fromkeys(same.values()))}"
-            for given, same in repeated.items()
-            if same
-        ]
+        self.remarks += _said_of_repeated(repeated)
         return Evaluated(table, samples)
 
     def _setup(self, label: str, opened: OpenModel, domain: PromptSet) -> EvaluationSetup:

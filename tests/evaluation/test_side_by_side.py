@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, export, save_tiny_model, sharpen
+from conftest import WORDS, export, save_tiny_classifier, save_tiny_model, sharpen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
+from quark_fast.evaluation import perplexity
 from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
@@ -27,6 +28,8 @@ from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import headline
 from quark_fast.rewards.reward import NO_REWARD
+from quark_fast.rollout import transformers
+from quark_fast.rollout.sampling import SampleRequest
 from quark_fast.training.trained import TrainedRun
 
 CPU = torch.device("cpu")
@@ -181,6 +184,43 @@ def test_judge_of_another_version_does_not_compare(place: Path, tmp_path: Path) 
     assert [one["sha256"] == "other" for one in again["judges"]] == [False], (
         "one judge for all of their samples"
     )
+
+
+def test_as_many_are_sampled_read_and_scored_side_by_side_as_asked(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sampled, read = list[int](), list[int]()
+    own, by_parts = transformers._sample_batch, perplexity.by_parts
+
+    def seen(policy: Any, read: Any, request: SampleRequest, generator: Any) -> Any:
+        sampled.append(len(request.prompts) * request.samples)
+        return own(policy, read, request, generator)
+
+    def parted(count: int, size: int, work: Any) -> Any:
+        read.append(size)
+        return by_parts(count, size, work)
+
+    monkeypatch.setattr(transformers, "_sample_batch", seen)
+    monkeypatch.setattr(perplexity, "by_parts", parted)
+    scorer = f"hf:{save_tiny_classifier(tmp_path / 'rude')}:rude"
+    asked = {"sample_at_once": 4, "read_batch": 3, "score_batch": 5}
+    evaluator = Evaluator("runs/a", reward=scorer, judge="none", **asked)
+    sampled.clear()  # those that the reward was tried out on
+    evaluator.evaluate()
+    # 6 prompts, 2 samples each: in one stream 4 side by side, in two 2.
+    assert set(sampled) == {4, 2} and set(read) == {3}
+    assert evaluator.reward.function.batch_size == 5
+    with pytest.raises(UsageError, match="sample_at_once = -1"):
+        Evaluator("runs/a", judge="none", sample_at_once=-1)
+
+
+def test_how_many_are_side_by_side_is_of_a_tables_judge_alone(place: Path, tmp_path: Path) -> None:
+    table = saved(tmp_path / "a.json", made("runs/a", judge="none"))
+    judge = f"hf:{save_tiny_classifier(tmp_path / 'rude')}:rude"
+    assert made(table, judge=judge, score_batch=2).table["judges"]
+    for asked in ({"score_batch": 2}, {"judge": judge, "read_batch": 2}):
+        with pytest.raises(UsageError, match="only tables are named"):
+            made(table, **asked)
 
 
 def samples_of(done: Evaluated, name: str) -> list[str]:
