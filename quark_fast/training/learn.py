@@ -41,15 +41,14 @@ class Learner:
         """
         started = time.monotonic()
         self.objective.kl_coef = state.kl.coef
-        sums, state.micro_batch = within_memory(
+        terms, state.micro_batch = within_memory(
             functools.partial(self._gradient, batch),
             state.micro_batch,
             smaller,
             self.processes.lacked_memory,
         )
-        sums = self.processes.mean(sums)
         decay = self.config.decay(state.step - state.earlier_steps, self.config.rounds - state.left_out)
-        norm, bad = self._update(state, sums, decay, len(batch.completions))
+        sums, norm, bad = self._update(state, terms, decay, len(batch.completions))
         seconds = time.monotonic() - started
         numbers: dict[str, Any] = {
             **sums,
@@ -64,8 +63,8 @@ class Learner:
             numbers["skipped"] = state.bad_steps.skipped
         return numbers if bad is None else numbers | {"skipped_for": bad}
 
-    def _gradient(self, batch: RolloutBatch, micro_batch: int) -> dict[str, float]:
-        """Add up the gradient of this process's samples; the terms of the loss."""
+    def _gradient(self, batch: RolloutBatch, micro_batch: int) -> list[Terms]:
+        """Add up the gradient of this process's samples; the terms of each micro-batch, not read yet."""
         self._forget_gradients()  # of an attempt that ran out of memory
         # Each process takes its samples over the whole batch's counts times its share of them: the mean over
         # processes, which is what DDP and FSDP2 make of gradients, is then the loss of the whole batch.
@@ -85,20 +84,20 @@ class Learner:
                 loss, terms = self.wrapped(compute)
                 self.accelerator.backward(loss)
             every.append(terms)
-        return read_terms(every)
+        return every
 
     def _update(
-        self, state: State, sums: dict[str, float], decay: float, samples: int
-    ) -> tuple[float, str | None]:
-        """Clip the gradient and move the weights, unless a term is not finite: (gradient norm, that term)."""
+        self, state: State, terms: list[Terms], decay: float, samples: int
+    ) -> tuple[dict[str, float], float, str | None]:
+        """Clip the gradient and move the weights, unless a term is not finite.
+
+        Returns:
+            (the terms of the whole batch's loss, the gradient's norm, the term that is not finite).
+        """
         rates = (self.config.step_size, self.config.reward_token_lr)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
-        finite = all(map(math.isfinite, sums.values()))
-        self.processes.average_gradients(self.accelerator, self.wrapped, finite)
-        # In the model's own order, by which accelerate recognises the parameters that it has sharded.
-        parameters = list(self.wrapped.parameters())
-        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)))
+        sums, norm = self._read(terms)
         scaler = self.accelerator.scaler
         bad = state.bad_steps.judge(sums, norm, scaler and scaler.get_scale())
         if bad is None:
@@ -107,7 +106,28 @@ class Learner:
         elif scaler is not None:
             scaler.update()  # else it would refuse the next gradient
         self._forget_gradients()
-        return norm, bad
+        return sums, norm, bad
+
+    def _read(self, terms: list[Terms]) -> tuple[dict[str, float], float]:
+        """The terms of the whole batch's loss, and the norm of its gradient, which is then clipped.
+
+        By one read, at which a GPU is waited for. Where gradients are still to be averaged by two: before,
+        DeepSpeed has to know whether the terms are finite.
+        """
+        if not (self.processes.replicated or self.processes.zero):
+            found = read_terms([*terms, {"norm": (self._clip(), 1.0)}])
+            norm = found.pop("norm")
+            return self.processes.mean(found), norm
+        sums = self.processes.mean(read_terms(terms))
+        finite = all(map(math.isfinite, sums.values()))
+        self.processes.average_gradients(self.accelerator, self.wrapped, finite)
+        return sums, float(self._clip())
+
+    def _clip(self) -> Any:
+        """Clip the gradient; its norm before."""
+        # In the model's own order, by which accelerate recognises the parameters that it has sharded.
+        parameters = list(self.wrapped.parameters())
+        return whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
     def _forget_gradients(self) -> None:
         # DDP's gradients lie in buffers that it keeps: others beside them would take as much again.
