@@ -19,6 +19,6 @@ def to_device(
     """
     if not isinstance(values, Tensor):
         values = torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type == "cuda":
+    if device.type == "cuda" and values.numel():
         values = values.pin_memory()
     return values.to(device, dtype, non_blocking=True)
