@@ -87,9 +87,8 @@ class Embedder:
 
 
 def _bytes_of_part(shape: Shape, tokens: int, _: int) -> int:
-    return scoring_bytes(
-        shape, tokens
-    )  # the layers compute in float32, whatever the embeddings are stored in
+    # The layers compute in float32, whatever the embeddings are stored in.
+    return scoring_bytes(shape, tokens)
 
 
 class LinearJudge:
