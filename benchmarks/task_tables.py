@@ -43,6 +43,7 @@ class Shown(NamedTuple):
 # By the beginning of the files' names.
 TASKS = {
     "toxicity": Shown("mean", "mean toxicity"),
+    "toxicity-development": Shown("mean", "mean toxicity"),
     "toxicity-long": Shown("mean", "mean toxicity"),
     "sentiment": Shown("target", "share of positive completions", percent=True),
     "sentiment-long": Shown("target", "share of positive completions", percent=True),
