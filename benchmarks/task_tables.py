@@ -89,6 +89,11 @@ def measured(
     return {name: {"value": values[name].value, **asdict(changes[name])} for name in names}
 
 
+def text_of(run: Path, name: str) -> str:
+    """A file of a run, in which the run's folder is runs/NAME, wherever it lies on this machine."""
+    return (run / name).read_text().replace(str(run.resolve()), f"runs/{run.name}")
+
+
 def versions_of(run: Path) -> dict[str, Any]:
     """What is kept of the record of a finished run.
 
@@ -96,7 +101,7 @@ def versions_of(run: Path) -> dict[str, Any]:
         UsageError: it is not finished, or no run.
     """
     try:
-        found: dict[str, Any] = json.loads((run / "versions.json").read_text())
+        found: dict[str, Any] = json.loads(text_of(run, "versions.json"))
     except FileNotFoundError as error:
         raise UsageError(f"{run} is no folder of a run: it has no versions.json") from error
     if "minutes" not in found:
@@ -106,7 +111,7 @@ def versions_of(run: Path) -> dict[str, Any]:
 
 def kept(run: Path) -> dict[str, Any]:
     """What docs/results has of a finished run."""
-    versions, settings = versions_of(run), yaml.safe_load((run / "config.yaml").read_text())
+    versions, settings = versions_of(run), yaml.safe_load(text_of(run, "config.yaml"))
     evaluation: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
     return {"versions": versions, "settings": settings, **evaluation}
 

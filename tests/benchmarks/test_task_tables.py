@@ -69,6 +69,16 @@ def test_what_is_kept_of_a_run_is_its_evaluation_with_settings_machine_and_comma
     assert output.read_text().startswith('{\n "versions": {\n  "torch"'), "indented by 1, as the others"
 
 
+def test_what_is_kept_of_a_run_has_no_path_of_this_machine(task_tables: ModuleType, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "seed-0", 0.2)
+    (run / "config.yaml").write_text(f"output: {run}\n")
+    versions = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps(versions | {"command": f"train --output {run} --seed 0"}))
+    made = task_tables.kept(run)
+    assert made["settings"] == {"output": "runs/seed-0"}
+    assert made["versions"]["command"] == "train --output runs/seed-0 --seed 0"
+
+
 def test_tries_are_compared_with_their_own_base_model(
     task_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
