@@ -7,7 +7,7 @@
 Without QUARK_FAST_BENCH=full a small size runs, in seconds, to show that everything works. Each row is first
 checked against float64. The clock covers the heads of policy and reference, the loss, and the gradients of
 hidden states and weight. `autocast` is float32 weights under bfloat16 autocast, as the trainer has them.
-Before every round the clock also runs over the roof: the four matrix products that nobody can spare.
+Before every round the clock also runs over the roof: the four matrix products that no program can spare.
 `extra_mb` is the most memory that a step holds beyond hidden states and weights, the two gradients included.
 
 Then the same by libraries (benchmarks/library_losses.py), as far as they run on a CPU; one that is not
@@ -120,7 +120,7 @@ def loss_and_terms(name: str, size: str) -> tuple[Loss, Sequence[str]]:
 
 
 def products(tensors: tuple[Tensor, ...], reference: bool) -> Callable[[], None]:
-    """The matrix products that nobody can spare; without a reference three."""
+    """The matrix products that no program can spare; without a reference three."""
     hidden, weight, ref_hidden, ref_weight, _ = (
         t.to(tensors[3].dtype) if t.is_floating_point() else t for t in tensors
     )

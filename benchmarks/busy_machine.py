@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from main_job import EVALUATION, SMALL, from_files
+from main_job import KINDS, SMALL, by_kind, from_files, show
 
 from quark_fast.runtime.machine import versions
 from quark_fast.runtime.run_folder import RunFolder
@@ -31,7 +30,6 @@ from quark_fast.runtime.waiting import SPINS
 
 # Turns of the waiting loop before a thread sleeps: GNU OpenMP's own, that of our commands, none.
 WAYS = {"spin for milliseconds": "300000", "sleep soon, the commands' own": SPINS, "sleep at once": "0"}
-STAGES = ("sampling", "learning", EVALUATION)
 JOB: dict[str, Any] = SMALL | {"held_out": "16", "eval_samples": 4, "initial_samples": 8, "batch_size": 16}
 MOST = 2.5  # times as long with one of two cores taken
 
@@ -57,10 +55,7 @@ def job(spins: str) -> dict[str, float]:
         ]
         command = [sys.executable, "-m", "quark_fast.train", *settings, "--output", str(folder), "--quiet"]
         subprocess.run(command, check=True, env=os.environ | {"GOMP_SPINCOUNT": spins})
-        stages = from_files(RunFolder(folder))
-    return {
-        kind: math.fsum(spent.seconds for name, spent in stages.items() if kind in name) for kind in STAGES
-    }
+        return by_kind(from_files(RunFolder(folder)))
 
 
 def measured(repeats: int) -> list[dict[str, Any]]:
@@ -71,7 +66,7 @@ def measured(repeats: int) -> list[dict[str, Any]]:
             for busy in (False, True):
                 with taken(busy):
                     found.setdefault((way, busy), []).append(job(spins))
-    return [row_of(way, stage, found[way, False], found[way, True]) for way in WAYS for stage in STAGES]
+    return [row_of(way, stage, found[way, False], found[way, True]) for way in WAYS for stage in KINDS]
 
 
 def row_of(
@@ -95,8 +90,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     given = parser.parse_args()
     rows = measured(given.repeats)
-    for row in rows:
-        print("  ".join(str(value) for value in row.values()))
+    show(rows)
     found = versions(torch.device("cpu")) | {"command": shlex.join(["python", *sys.argv]), "rows": rows}
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -26,8 +26,9 @@ Two passes (float16, and bfloat16 in place, whose gradient waits for the loss's 
 gradient.
 
 The second kind of table starts from hidden states and the heads' weights: there the roof is the four matrix
-products that nobody can spare, three for a row without KL, with logits of the vocabulary's columns or of the
-next multiple of 8, whichever is faster; and `extra` includes the gradients of hidden states and weight.
+products that no program can spare, three for a row without KL, with logits of the vocabulary's columns or
+of the next multiple of 8, whichever is faster; and `extra` includes the gradients of hidden states and
+weight.
 
 The third is a whole training step beside the authors' eager loop (benchmarks/training_step.py), where the
 extension is built.
@@ -526,7 +527,7 @@ def exact_head(case: HeadCase, tensors: Sequence[Tensor], some: Tensor, terms: S
 
 
 def products(tensors: Sequence[Tensor], vocab: int, reference: bool, columns: int) -> Callable[[], None]:
-    """The matrix products that nobody can spare; without a reference three.
+    """The matrix products that no program can spare; without a reference three.
 
     Args:
         columns: from the start of a row of logits to that of the next: a GPU is slow where they are odd.

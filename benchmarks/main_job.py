@@ -26,6 +26,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ from quark_fast.training.trainer import Trainer
 
 START, CHECKPOINTS, PROBE = "start and check", "checkpoints", "probing"
 EVALUATION, EXPORT = "evaluating", "writing the model and the report"
+KINDS = ("sampling", "learning", EVALUATION)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of a run, and of the floors
 
 
@@ -207,7 +209,7 @@ SMALL: dict[str, Any] = {
 GROWTH: list[tuple[str, list[int], list[str]]] = [
     ("initial_samples", [4, 8], ["sampling"]),
     ("steps", [4, 8], ["learning"]),
-    ("max_new_tokens", [20, 40, 80, 160, 256], ["sampling", "learning", EVALUATION]),
+    ("max_new_tokens", [20, 40, 80, 160, 256], list(KINDS)),
 ]
 MOST = 1.05  # of the time's growth, as a multiple of the work's: 2.1 where that doubles
 
@@ -218,9 +220,13 @@ def small_job(settings: dict[str, Any]) -> dict[str, float]:
         length = settings["max_new_tokens"]
         config = Config(**settings, min_new_tokens=length, output=str(Path(parent) / "run"))
         _, stages = clocked(config, time.time())
+    return by_kind(stages)
+
+
+def by_kind(stages: Mapping[str, Spent]) -> dict[str, float]:
+    """The seconds of all stages that sample, that learn, and that evaluate."""
     return {
-        kind: math.fsum(spent.seconds for name, spent in stages.items() if kind in name)
-        for kind in ("sampling", "learning", EVALUATION)
+        kind: math.fsum(spent.seconds for name, spent in stages.items() if kind in name) for kind in KINDS
     }
 
 

@@ -12,7 +12,7 @@ all of them, by the loss of the paper:
 - `ours` is the trainer's own step (quark_fast.training.learn), without the contrast, which theirs lacks.
 
 Before the clock starts, the terms and the norm of the gradient are compared. The roof is the arithmetic that
-nobody can spare, by the rate of a large product in bfloat16: with P the parameters of the layers and H
+no program can spare, by the rate of a large product in bfloat16: with P the parameters of the layers and H
 those of the head,   8 (P tokens + H completion tokens)   operations, 6 of the policy and 2 of the reference.
 """
 

@@ -35,7 +35,7 @@ def test_every_way_of_waiting_is_measured_with_and_without_another_program(
 
     def job(spins: str) -> dict[str, float]:
         times = (slower if spins == own else 9.0) if others else 1.0
-        return dict.fromkeys(busy_machine.STAGES, times)
+        return dict.fromkeys(busy_machine.KINDS, times)
 
     monkeypatch.setattr(busy_machine.subprocess, "Popen", Program)
     monkeypatch.setattr(busy_machine, "job", job)
