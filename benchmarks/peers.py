@@ -13,7 +13,8 @@ trains for as many samples as ours instead.
 Each method's settings are chosen from a few tries on development prompts, of those that cost at most 10% of
 perplexity the one whose scorer's mean is lowest; then each seed is measured on test prompts. Ours has no
 tries here: its defaults were chosen before on development prompts, from more than three (docs/recipe.md).
-``--also`` measures a setting that the rule did not choose, ``--chosen`` one that earlier tries chose.
+``--also`` measures a setting that the rule did not choose, ``--chosen`` one that earlier tries chose,
+``--try`` further settings on development prompts alone.
 
 Every point is a folder of its own below --output; the same command goes on where it was stopped.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -69,6 +71,15 @@ def parser() -> argparse.ArgumentParser:
         type=_also,
         metavar="METHOD=JSON",
         help="the rule's choice of earlier tries, which are not run again",
+    )
+    made.add_argument(
+        "--try",
+        action="append",
+        default=[],
+        type=_also,
+        dest="tries",
+        metavar="METHOD=JSON",
+        help="measure these settings on development prompts, seed 0, and nothing else",
     )
     made.add_argument("--output", type=Path, default=Path("runs/peers"))
     made.add_argument("--jobs", type=int, help="points at once, of one thread each; default: one a core")
@@ -161,6 +172,13 @@ def read_point(folder: Path) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     return json.loads((folder / "result.json").read_text()), rows
 
 
+def machine_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine of a point."""
+    # Its command is that of one point, with paths of one machine.
+    of_one = {name: value for name, value in record["versions"].items() if name != "command"}
+    return of_one | {"threads": record["threads"]}
+
+
 def metrics_of(task: str) -> dict[str, str]:
     """What a table shows: a heading for each metric."""
     headline = {"toxicity": ("mean", "toxicity"), "sentiment": ("target", "share positive")}[task]
@@ -192,6 +210,31 @@ def tried(asked: argparse.Namespace, method: str, tries: Sequence[dict[str, Any]
     return found
 
 
+def in_short(task: str, numbers: Mapping[str, Mapping[str, float]]) -> str:
+    """The changes against the base model of what was measured."""
+    names = {metric: name for metric, name in metrics_of(task).items() if metric in numbers}
+    return ", ".join(f"{name} {percent(numbers[metric]['relative'])}" for metric, name in names.items())
+
+
+def try_alone(asked: argparse.Namespace) -> None:
+    """Measure the settings of ``--try`` on development prompts, and write them to ``--table``."""
+    tries: dict[str, list[dict[str, Any]]] = {}
+    for method, settings in asked.tries:
+        tries.setdefault(method, []).append(settings)
+    (base,) = points(asked, "development", [0], {BASE: [{}]})
+    run_all(asked, [base, *points(asked, "development", [0], tries)])
+    measured = {method: tried(asked, method, settings) for method, settings in tries.items()}
+    for method, found in measured.items():
+        for one in found:
+            changes = in_short(asked.task, one["numbers"])
+            print(f"{method} {one['settings']}, {one['scored']} scored: {changes}")
+    if asked.table:
+        record, _ = read_point(folder_of(asked.output, base))
+        about = {"split": "development", "seed": 0, "versions": machine_of(record)}
+        about["command"] = shlex.join(["python", *sys.argv])
+        asked.table.write_text(json.dumps({"task": asked.task, "tries": measured, **about}, indent=1) + "\n")
+
+
 def choose(
     asked: argparse.Namespace,
     method: str,
@@ -203,14 +246,11 @@ def choose(
         return tries[0]
     found = []
     for one in measured:
-        headline, judge, perplexity = (one["numbers"][name] for name in list(metrics_of(asked.task))[:3])
+        print(f"  {method} {one['settings']}: {in_short(asked.task, one['numbers'])}")
+        headline, _, perplexity = (one["numbers"][name] for name in list(metrics_of(asked.task))[:3])
         sign = -1 if asked.task == "sentiment" else 1
         dear = round(perplexity["relative"], 2) > DEAREST
         found.append((dear, perplexity["relative"] if dear else sign * headline["value"], one["settings"]))
-        print(
-            f"  {method} {one['settings']}: {headline['relative']:+.0%}, judge {judge['relative']:+.0%},"
-            f" perplexity {perplexity['relative']:+.0%}"
-        )
     return min(found, key=lambda one: one[:2])[2]
 
 
@@ -251,9 +291,7 @@ def results(
                     "seeds": [numbers(asked.task, bases[seed], by_seed[seed]) for seed in by_seed],
                 }
             )
-        # Its command is that of one point, with paths of one machine.
-        of_one = {k: v for k, v in records[0]["versions"].items() if k != "command"}
-        table["versions"] = of_one | {"threads": records[0]["threads"]}
+        table["versions"] = machine_of(records[0])
     return table
 
 
@@ -425,9 +463,11 @@ def main() -> None:
     methods = asked.methods.split(",") if asked.methods else list(peer_point.METHODS)
     if unknown := [one for one in methods if one not in peer_point.METHODS]:
         raise SystemExit(f"{unknown[0]} is no method; choose from {', '.join(peer_point.METHODS)}")
-    for flag, given in (("also", asked.also), ("chosen", asked.chosen)):
+    for flag, given in (("also", asked.also), ("chosen", asked.chosen), ("try", asked.tries)):
         if strange := [name for name, _ in given if name not in methods]:
             raise SystemExit(f"--{flag} {strange[0]}: not among the methods, {', '.join(methods)}")
+    if asked.tries:
+        return try_alone(asked)
     methods = [BASE, *(one for one in methods if one != BASE)]
     tries = {name: list(peer_point.METHODS[name].tries) for name in methods}
     tries |= {name: [settings] for name, settings in asked.chosen}

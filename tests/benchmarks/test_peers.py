@@ -66,6 +66,36 @@ def test_lowest_score_wins_among_the_tries_that_keep_the_perplexity(
     assert changes == pytest.approx([-0.2, -0.6, -0.8])
 
 
+def test_tries_alone_open_no_test_prompts(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = []
+
+    def run_all(asked: argparse.Namespace, wanted: list[dict[str, Any]]) -> None:
+        for point in wanted:
+            opened.append((point["split"], point["method"]))
+            better = 0.1 if point["settings"].get("beta") == 0 else 0.0
+            save_point(peers, tmp_path, point, {point["method"]: samples(0.5 - better, 8.0, 0.5)})
+
+    monkeypatch.setattr(peers, "run_all", run_all)
+    given = ["--try", 'GRPO={"beta": 0.1}', "--try", 'GRPO={"beta": 0, "samples": 64}']
+    file = tmp_path / "tries.json"
+    command = ["peers.py", "--output", str(tmp_path), *given, "--table", str(file)]
+    monkeypatch.setattr("sys.argv", command)
+    peers.main()
+    assert opened == [("development", "base"), ("development", "GRPO"), ("development", "GRPO")]
+    held, free = capsys.readouterr().out.splitlines()
+    assert held.startswith("GRPO {'beta': 0.1}, 100 scored: toxicity 0%, judge 0%")
+    assert "toxicity -20%" in free
+    table = json.loads(file.read_text())
+    assert [one["settings"] for one in table["tries"]["GRPO"]] == [{"beta": 0.1}, {"beta": 0, "samples": 64}]
+    assert table["versions"] == {"torch": "x", "threads": 1}
+
+    monkeypatch.setattr("sys.argv", [*command, "--try", "PPO={}"])
+    with pytest.raises(SystemExit, match="--try PPO: not among the methods"):
+        peers.main()
+
+
 def test_table_has_means_of_all_seeds_against_the_base_model_of_the_same_seed(
     peers: ModuleType, asked: argparse.Namespace, tmp_path: Path
 ) -> None:
