@@ -6,13 +6,15 @@ import functools
 import math
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quark_fast.errors import UsageError
+from quark_fast.errors import OutOfResources, UsageError
 
 KEYS = 500  # in one query; SQLite takes at least 999
+PATIENCE = 60  # seconds to wait for another process
 
 
 class RewardCache:
@@ -28,10 +30,9 @@ class RewardCache:
 
     @functools.cached_property
     def _database(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        database = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
         weakref.finalize(self, database.close)
-        # The log is appended to by each transaction and not flushed: only a power cut loses the last of them.
-        database.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(database)
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA trusted_schema = OFF")  # no function of its own views and triggers is called
         with database:
@@ -64,7 +65,39 @@ class RewardCache:
         except sqlite3.Error as error:
             raise self._broken(error) from error
 
-    def _broken(self, error: object) -> UsageError:
-        return UsageError(
-            f"the reward cache {self.path} cannot be used ({error}); delete it, or pass --reward-cache off"
-        )
+    def forget_unscored(self) -> None:
+        """Have the samples that scorers left out asked again."""
+        try:
+            with self._one_at_a_time, self._database:
+                self._database.execute("DELETE FROM rewards WHERE value IS NULL")
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: object) -> UsageError | OutOfResources:
+        what = f"the reward cache {self.path} cannot be used ({error})"
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+        if code in _DISK:
+            return OutOfResources(f"{what}; what it holds is kept: fix that, then go on with --resume")
+        if code in _BUSY:
+            return UsageError(f"{what}: another process is at work on it; wait for that, then go on")
+        return UsageError(f"{what}; delete it, or pass --reward-cache off")
+
+
+_DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+def _write_ahead(database: sqlite3.Connection) -> None:
+    """Have transactions appended to a log, not flushed: only a power cut loses the last of them.
+
+    Processes that make a new file together may find it busy, and SQLite's own time-out does not hold here.
+    """
+    last = time.monotonic() + PATIENCE
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in _BUSY or time.monotonic() > last:
+                raise
+            time.sleep(0.05)

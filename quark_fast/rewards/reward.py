@@ -30,6 +30,8 @@ from quark_fast.rewards.failure import told
 from quark_fast.rewards.identity import held_by, name_of, source_sha256
 from quark_fast.runtime.overlap import Begun
 
+IDENTITY = ("name", "version", "sha256")
+
 Function = Callable[..., Any]
 
 RESERVED = frozenset({"prompt", "prompts", "completion", "completions"})  # no columns of a reward
@@ -83,16 +85,19 @@ class Reward:
         known = self._known(keys)
         rewards = np.array([math.nan if key is None else known.get(key, math.nan) for key in keys])
 
+        awaited = [i for i, key in enumerate(keys) if key in asked and key not in known]
+        to_ask, repeats = _without_repeats(keys, {*known, *asked})
+
         def keep(part: list[int], answer: Any) -> npt.NDArray[np.float64]:
             values = _numbers(self.name, [answer] if self.one_at_a_time else answer, len(part))
-            rewards[part] = values
+            for i, value in zip(part, values, strict=True):
+                rewards[[i, *repeats.get(i, ())]] = value
             if self.cache is not None:
                 pairs = zip((keys[i] for i in part), values, strict=True)
                 self.cache.add({key: value for key, value in pairs if key is not None})
             return rewards
 
-        awaited = [i for i, key in enumerate(keys) if key in asked and key not in known]
-        parts = self._parts([i for i, key in enumerate(keys) if key not in known and key not in asked])
+        parts = self._parts(to_ask)
         names = sorted({name for row in rows for name in row if name not in RESERVED})
         if parts:
             self._check_arguments(names)
@@ -252,7 +257,7 @@ class Reward:
 
     @functools.cached_property
     def identity(self) -> list[str]:
-        """What identifies this reward; it changes with its code, its weights and the terms of a sum."""
+        """``IDENTITY`` of this reward; it changes with its code, its weights and the terms of a sum."""
         return [self.name, self.version, self.sha256]
 
 
@@ -311,6 +316,28 @@ def describe(
     return dataclasses.replace(made, held=held_by(function)) if made.to_be_cached(cache) else made
 
 
+def _without_repeats(
+    keys: Sequence[bytes | None], answered: Set[bytes | None]
+) -> tuple[list[int], dict[int, list[int]]]:
+    """(which samples to ask of, by their keys in the cache; of each of these the later ones of its key).
+
+    Without a cache (None) every sample is asked of.
+    """
+    first: dict[bytes, int] = {}
+    repeats: dict[int, list[int]] = {}
+    to_ask = []
+    for i, key in enumerate(keys):
+        if key in answered:
+            continue
+        if key is not None and key in first:
+            repeats.setdefault(first[key], []).append(i)
+            continue
+        to_ask.append(i)
+        if key is not None:
+            first[key] = i
+    return to_ask, repeats
+
+
 def _numbers(name: str, values: Any, count: int) -> list[float]:
     """The values of so many completions, NaN for None; UsageError for anything but numbers."""
     if inspect.iscoroutine(values):
@@ -339,6 +366,8 @@ def _number(name: str, value: Any) -> float:
         number = float(plain)
     except OverflowError:  # a whole number of more than 308 digits
         number = math.inf
+    except ValueError:  # a Decimal that signals that it is none
+        number = math.nan
     if abs(number) >= LARGEST:
         raise UsageError(
             f"reward {name} returned {value!r:.80}; return finite numbers below {LARGEST:g} in size, or None:"

@@ -71,6 +71,14 @@ def asynchronous_terms(rewards: Iterable[Reward]) -> list[Reward]:
     return [term for reward in rewards for term in terms(reward) if term.asynchronous]
 
 
+def forget_unscored(rewards: Iterable[Reward]) -> None:
+    """Have what was left out asked again, where answers are kept: a scorer was out of order."""
+    for reward in rewards:
+        for term in terms(reward):
+            if term.cache is not None:
+                term.cache.forget_unscored()
+
+
 def batches_ahead(rewards: Iterable[Reward], rows: int) -> int:
     """How many batches of ``rows`` completions may be scored while a further one is sampled.
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from quark_fast.files.safe_text import clean
+
+
+class _Outlived:
+    """A file to print to, whose terminal may be closed while the program works on: then nothing is shown."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._open():
+            return self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._open():
+            self._file.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _open() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
 
 class Terminal(Console):
@@ -21,6 +51,14 @@ class Terminal(Console):
     def __init__(self, **options: Any) -> None:
         # No highlighting: rich's takes time with the square of a word's length.
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    @property
+    def file(self) -> IO[str]:
+        return cast(IO[str], _Outlived(super().file))
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        Console.file.fset(self, file)  # type: ignore[attr-defined]
 
     def print(self, *objects: Any, **options: Any) -> None:
         # A terminal's width says nothing about a log, where a path in two pieces is not found again.

@@ -130,6 +130,15 @@ class RunFolder:
             raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
 
     @contextmanager
+    def free_after_errors(self) -> Iterator[None]:
+        """Give the folder back where an error ends the work: the process may live on, like a notebook's."""
+        try:
+            yield
+        except BaseException:
+            unlock(self / LOCK)
+            raise
+
+    @contextmanager
     def disk_errors(self) -> Iterator[None]:
         """Have a full disk, or a folder that may not be written to, end the run with a one-line error."""
         try:

@@ -105,17 +105,17 @@ class Explorer:
             texts = [one.text for one in part]
             return start, self.reward.begin(rows, texts).then(functools.partial(_with_rewards, part))
 
-        def show(start: int) -> None:
+        def show(done: int) -> None:
             waiting = waiting_for([self.reward])
-            self.listen(Progress("scoring what was brought along", start, len(brought), waiting))
+            self.listen(Progress("scoring what was brought along", done, len(brought), waiting))
 
         made: list[Scored] = []
         batches = map(begin, range(0, len(brought), size))
         for start, part in in_order(batches, batches_ahead([self.reward], size), show):
             if start not in kept:
                 kept.keep(start, part)
-            show(start)
             made += part
+            show(len(made))
         return made
 
     def _scored(

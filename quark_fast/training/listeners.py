@@ -31,6 +31,19 @@ def several(name: str, given: Any) -> list[Any]:
     return made
 
 
+def tell(what: str, function: Callable[[Any], Any], given: Any) -> None:
+    """Call a function of the program's, whose files are not the run folder's.
+
+    Raises:
+        UsageError: it raised an OSError; ``what`` says what the function is.
+    """
+    try:
+        function(given)
+    except OSError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UsageError(f"the {what} {name} raised {type(error).__name__}: {error}") from error
+
+
 class Listeners:
     """Several listeners as one: the run's log, and those that the program gave.
 
@@ -75,4 +88,7 @@ class Listeners:
         if event.finished:
             event = dataclasses.replace(event, seconds=seconds)
         for one in self.each:
-            one(event)
+            if one is self.log:
+                one(event)
+            else:
+                tell("listener", one, event)

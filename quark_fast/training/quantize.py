@@ -7,10 +7,33 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from quark_fast.config import Config
+from quark_fast.pool.tokens import Ints
+from quark_fast.runtime.seeds import seed_for
+from quark_fast.training.state import State
+
 Labels = npt.NDArray[np.int32]
 
 WINDOW = 8  # batches whose samples are sorted by length together: little padding, still mixed
+
+
+def plan_round(config: Config, state: State, prompts: Sequence[Sequence[int]]) -> Ints:
+    """(steps, batch size) indices into the pool: what the round's steps draw, whose tokens are trained then.
+
+    Args:
+        prompts: ids of the training prompts.
+    """
+    labels = state.pool.labels()
+    lengths = np.array([len(prompts[i]) for i in state.prompt_of])
+    rng = np.random.default_rng(seed_for(config.seed, "draws", state.round))
+    plan = plan_batches(
+        labels, config.quantile_shares(), lengths, state.draws, config.steps, config.batch_size, rng
+    )
+    drawn = set(np.unique(labels[plan]).tolist())
+    state.trained |= drawn
+    if config.contrast_coef:  # it trains each sample's mirror token, too
+        state.trained |= {config.quantiles - 1 - k for k in drawn}
+    return plan
 
 
 def plan_batches(

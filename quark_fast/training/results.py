@@ -18,7 +18,12 @@ from quark_fast.evaluation.held_out import (
 from quark_fast.evaluation.perplexity import TEXT_PROMPT, ReferenceLogits
 from quark_fast.evaluation.probe import PROBE_ROWS, Probe, noise_note
 from quark_fast.evaluation.prompt_classes import classify_prompts
-from quark_fast.evaluation.summary import MeasuredRow, describe_evaluation, summarise
+from quark_fast.evaluation.summary import (
+    MeasuredRow,
+    describe_evaluation,
+    scorer_in_words,
+    summarise,
+)
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import replacing_folder
 from quark_fast.metrics import Sample
@@ -115,7 +120,8 @@ class Results:
         give_back_freed_memory()
         if setup.task.prompt_classes and not setup.reward.is_none:
             self._classify()
-        table = table_rows(setup.policy.quantiles, config.guidances(), config.eval_rows)
+        one, quantiles = config.one_token, setup.policy.quantiles
+        table = table_rows(quantiles, config.guidances(), config.eval_rows, one_token=one)
         model = exported_copy(setup.policy, setup.sampling_dtype)
         weights = None if kept is None else kept["round"]
         shares = self.work.all_gather(lambda: list(self._evaluated(table, model, weights)))
@@ -262,7 +268,7 @@ class Results:
         if self.setup.config.eval:
             return found
         # What an evaluation would say; ``quark_fast.evaluate`` asks the record for the scorer.
-        left_out = {"evaluation": NOT_EVALUATED, "scorer": {"name": self.setup.reward.name}}
+        left_out = {"evaluation": NOT_EVALUATED, "scorer": scorer_in_words(self.setup.reward)}
         return found | left_out | ({} if kept is None else {"kept_round": kept})
 
     def upload(self) -> None:

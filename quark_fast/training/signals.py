@@ -7,6 +7,7 @@ step, with a checkpoint. While it exports: not at all, it is about to end. A sec
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -23,7 +24,7 @@ class Stop:
 
     def __init__(self, message: Callable[[], str]) -> None:
         self.asked = self.at_once = False
-        self.message = message
+        self.message, self.process = message, os.getpid()
 
     @contextlib.contextmanager
     def allowed_at_once(self) -> Iterator[None]:
@@ -38,9 +39,14 @@ class Stop:
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """The handler of the signals; a second signal stops at once, too."""
-        if self.asked or self.at_once:
+        if os.getpid() != self.process:  # a child, forked by a reward or a callback: it ends as it would
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        # Noted in any case: a reward's bare except may swallow the error.
+        at_once, self.asked = self.asked or self.at_once, True
+        if at_once:
             raise Interrupted(self.message())
-        self.asked = True
 
 
 @contextlib.contextmanager
@@ -56,4 +62,5 @@ def stop_signals(message: Callable[[], str]) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: it was set by a program in C around Python, which cannot have it back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -11,7 +11,7 @@ import torch
 
 from quark_fast.config import Config
 from quark_fast.pool.pool import RolloutPool
-from quark_fast.training.quantize import Ints
+from quark_fast.pool.tokens import Ints
 from quark_fast.training.stability import BadSteps, KLController
 
 

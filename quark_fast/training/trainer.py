@@ -18,24 +18,25 @@ import numpy as np
 from quark_fast.config import Config
 from quark_fast.data.row import Prompt, to_file
 from quark_fast.errors import Interrupted, UsageError
+from quark_fast.pool.tokens import Ints
+from quark_fast.rewards.weighted_sum import forget_unscored
 from quark_fast.rollout.sampling import Sampler
 from quark_fast.rollout.transformers import sample
-from quark_fast.runtime import trackers
+from quark_fast.runtime import trackers, zero
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.machine import versions
 from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
-from quark_fast.runtime.seeds import seed_for
 from quark_fast.tasks.by_name import GivenReward
 from quark_fast.training.best_round import BestRound, comparison_stage
 from quark_fast.training.checkpoint import Checkpoint
 from quark_fast.training.explore import Explorer, sampling_stage
 from quark_fast.training.learn import Learner
-from quark_fast.training.listeners import Listen, Listeners, several
-from quark_fast.training.optimizer import make_optimizer
+from quark_fast.training.listeners import Listen, Listeners, several, tell
+from quark_fast.training.optimizer import make_optimizer, trained_parameters
 from quark_fast.training.progress import Progress
-from quark_fast.training.quantize import Ints, plan_batches
+from quark_fast.training.quantize import plan_round
 from quark_fast.training.results import Results
 from quark_fast.training.run_log import RunLog
 from quark_fast.training.shared_work import SharedWork
@@ -96,28 +97,31 @@ class Trainer:
         self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
         self.callbacks = several("callbacks", callbacks)
         self.begun = False
-        # What rank 0 finds there, or chooses, holds for all.
-        config.precision, saved = processes.on_rank_0(lambda: check_folder(config, folder))
-        self.setup = processes.together(lambda: set_up(config, folder, processes, saved, given_reward, given))
-        self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
-        self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
-        wrapped, self.optimizer = processes.prepare(
-            self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
-        )
-        self.state = State.new(config, processes.count, self.setup.device)
-        self.journal = Journal(
-            folder / PENDING, processes.index, here=processes.main or processes.machines == 1
-        )
-        self.work = SharedWork(processes, self.journal, sampler)
-        self.rollout = choose_rollout(self.setup, self.work, heard)
-        self.explorer = Explorer(self.setup, self.rollout, self.work, heard)
-        self.learner = Learner(self.setup, wrapped, self.optimizer)
-        self.results = Results(self.setup, self.work, heard)
-        self.best = BestRound(self.setup, self.work, heard)
-        self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
-        if config.resume or config.from_run:
-            self.checkpoint.restore(self.state, self.best.check_kept)
-        processes.on_rank_0(self._write_start)
+        with folder.free_after_errors():
+            # What rank 0 finds there, or chooses, holds for all.
+            config.precision, saved = processes.on_rank_0(lambda: check_folder(config, folder))
+            self.setup = processes.together(
+                lambda: set_up(config, folder, processes, saved, given_reward, given)
+            )
+            self.policy, self.accelerator = self.setup.policy, self.setup.accelerator
+            self.policy.unsharded = self.setup.reference  # from which a sharded policy is copied
+            wrapped, self.optimizer = processes.prepare(
+                self.accelerator, self.policy.model, make_optimizer(config, self.policy), config
+            )
+            self.state = State.new(config, processes.count, self.setup.device)
+            self.journal = Journal(
+                folder / PENDING, processes.index, here=processes.main or processes.machines == 1
+            )
+            self.work = SharedWork(processes, self.journal, sampler)
+            self.rollout = choose_rollout(self.setup, self.work, heard)
+            self.explorer = Explorer(self.setup, self.rollout, self.work, heard)
+            self.learner = Learner(self.setup, wrapped, self.optimizer)
+            self.results = Results(self.setup, self.work, heard)
+            self.best = BestRound(self.setup, self.work, heard)
+            self.checkpoint = Checkpoint(self.setup, wrapped, self.optimizer, self.journal)
+            if config.resume or config.from_run:
+                self.checkpoint.restore(self.state, self.best.check_kept)
+            processes.on_rank_0(self._write_start)
         self.state.seconds += heard.ready(since=started)
 
     @property
@@ -145,6 +149,7 @@ class Trainer:
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]
         with (
+            self.folder.free_after_errors(),
             self.folder.disk_errors(),
             self.listen.hearing(about),
             stop_signals(self._how_to_go_on) as self.work.stop,
@@ -155,7 +160,7 @@ class Trainer:
                 if not state.sampled:
                     self._explore()
                 if self._rewards_differ():
-                    self._learn(self._quantize())
+                    self._learn(plan_round(self.config, state, self.setup.prompts.train_ids))
                     self._probe()
                 else:
                     state.left_out += 1
@@ -188,6 +193,7 @@ class Trainer:
             self.folder.append(COMPLETIONS, rows)
             if metrics["reward_mean"] is None:
                 self.journal.forget(sampling_stage(state))  # so that a resumed run asks the reward again
+                forget_unscored([self.setup.reward])
                 raise UsageError(
                     f"reward {self.setup.reward.name} scored none of {len(rows)} completions in round"
                     f" {state.round + 1}; the first was {rows[0]['completion']!r}. Where it was out of order,"
@@ -224,21 +230,6 @@ class Trainer:
         self._show_learning(0, note=note)
         return False
 
-    def _quantize(self) -> Ints:
-        """(steps, batch size) indices into the pool: what the round's steps draw."""
-        state, config = self.state, self.config
-        labels = state.pool.labels()
-        lengths = np.array([len(self.setup.prompts.train_ids[i]) for i in state.prompt_of])
-        rng = np.random.default_rng(seed_for(config.seed, "draws", state.round))
-        plan = plan_batches(
-            labels, config.quantile_shares(), lengths, state.draws, config.steps, config.batch_size, rng
-        )
-        drawn = set(np.unique(labels[plan]).tolist())
-        state.trained |= drawn
-        if config.contrast_coef:  # it trains each sample's mirror token, too
-            state.trained |= {config.quantiles - 1 - k for k in drawn}
-        return plan
-
     def _learn(self, plan: Ints) -> None:
         """The round's optimizer steps; checkpoints on the way and at its end."""
         give_back_freed_memory()
@@ -269,7 +260,11 @@ class Trainer:
         np.add.at(state.draws, plan.ravel(), 1)
 
     def _probe(self) -> None:
+        """What the round has learned, by completions of the base model."""
         give_back_freed_memory()
+        self.policy.place_untrained_rows(self.state.trained)  # which probe and exploring may ask for, too
+        if self.processes.zero:
+            zero.set_weights(trained_parameters(self.policy.model))
         # One token tells nothing apart, and without a reward nothing says which completions are good.
         if self.policy.quantiles > 1 and not self.setup.reward.is_none:
             self._record(self.results.probe(self.state.step))
@@ -321,7 +316,7 @@ class Trainer:
             self.folder.append(METRICS, [row])
             trackers.track(self.accelerator, row)
             for callback in self.callbacks:
-                callback(copy.deepcopy(row))  # the run's own is still read
+                tell("callback", callback, copy.deepcopy(row))  # the run's own is still read
 
         self.processes.on_rank_0(write)
 

@@ -7,12 +7,14 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import itertools
 import linecache
 import math
 import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -29,10 +31,12 @@ import torch
 
 from quark_fast.data.row import Rendered, Row
 from quark_fast.errors import UsageError
+from quark_fast.rewards import cache
 from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.identity import NO_SOURCE
 from quark_fast.rewards.reward import Reward, describe
+from quark_fast.rewards.weighted_sum import forget_unscored, weighted_sum
 
 ROWS: list[Row] = [{"prompt": "a", "label": 1}, {"prompt": "b"}, {"prompt": "c", "label": 3, "id": "x"}]
 TEXTS = ["one", "two", "three"]
@@ -91,6 +95,10 @@ def test_numbers_of_any_library_are_numbers(values: Any) -> None:
     rewards = returning(values)(ROWS, TEXTS)
     assert rewards.dtype == np.float64
     assert rewards.tolist() == [1.0, 0.0, -2.0]
+
+
+def test_decimal_that_signals_that_it_is_no_number_is_none() -> None:
+    assert np.isnan(returning([Decimal("sNaN"), 0.0, 0.0])(ROWS, TEXTS)[0])
 
 
 def test_large_rewards_that_tables_can_show_are_kept() -> None:
@@ -644,6 +652,65 @@ def test_known_text_is_not_scored_again_also_one_that_was_left_out(counted: Any)
     again = reward([*ROWS, ROWS[0]], [*TEXTS, "four"])
     assert np.array_equal(again[:3], first, equal_nan=True) and np.isnan(first[1])
     assert heard == [*TEXTS, "four"]
+
+
+def test_text_that_stands_in_a_batch_again_is_scored_once(tmp_path: Path) -> None:
+    count = itertools.count()
+
+    async def function(prompt: str, completion: str) -> float:
+        return float(next(count))  # each call is another
+
+    reward = dataclasses.replace(describe(function, "mine"), cache=RewardCache(tmp_path / "r.sqlite"))
+    texts = ["yes", "no", "yes", "yes", "no", "yes"]
+    found = reward([{"prompt": "a"}] * 6, texts)
+    assert next(count) == 2 and sorted(set(found)) == [0, 1]
+    assert found.tolist() == [found[texts.index(text)] for text in texts]
+    assert reward([{"prompt": "a"}] * 6, texts).tolist() == found.tolist() and next(count) == 3
+    plain = dataclasses.replace(reward, cache=None)
+    assert len(set(plain([{"prompt": "a"}] * 6, texts))) == 6, "without a cache each is asked"
+
+
+def test_what_was_left_out_is_asked_again_when_forgotten(counted: Any) -> None:
+    reward, heard = counted
+    reward(ROWS, TEXTS)
+    forget_unscored([weighted_sum([(0.5, reward)], 0.0)])
+    reward(ROWS, TEXTS)
+    assert heard == [*TEXTS, "two"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "advice"),
+    [
+        ("SQLITE_FULL", 4, "then go on with --resume"),
+        ("SQLITE_IOERR_WRITE", 4, "then go on with --resume"),
+        ("SQLITE_BUSY", 2, "another process is at work on it"),
+        ("SQLITE_CORRUPT", 2, "delete it, or pass --reward-cache off"),
+    ],
+)
+def test_cache_that_fails_says_what_to_do_and_only_a_broken_one_is_to_be_deleted(
+    tmp_path: Path, code: str, status: int, advice: str
+) -> None:
+    error = sqlite3.OperationalError("no")
+    error.sqlite_errorcode = getattr(sqlite3, code)
+    found = RewardCache(tmp_path / "r.sqlite")._broken(error)
+    assert found.exit_status == status and advice in str(found)
+    assert ("delete it" in str(found)) == (code == "SQLITE_CORRUPT")
+
+
+def test_cache_waits_for_a_process_that_makes_the_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cache.time, "sleep", lambda _: asked.append("waits"))
+
+    class Busy:
+        def execute(self, query: str) -> None:
+            asked.append(query)
+            if len(asked) < 4:
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+
+    cache._write_ahead(Busy())  # type: ignore[arg-type]
+    assert asked == ["PRAGMA journal_mode = WAL", "waits"] * 2 + ["PRAGMA journal_mode = WAL"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from quark_fast.ops.linear import _counted as counted
 from quark_fast.rollout import transformers
 from quark_fast.rollout.sampling import Conditioning, SampleRequest, Sampling
 from quark_fast.training import learn
+from quark_fast.training.quantize import plan_round
 from quark_fast.training.trainer import Trainer
 
 READS = {
@@ -139,7 +140,8 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_end_of_the_gradie
         trainer.setup.objective.heads = None
     decode_fast(trainer.policy.model)  # as it is on a GPU, where eager attention is no faster
     trainer._explore()
-    state, plan = trainer.state, trainer._quantize()
+    state = trainer.state
+    plan = plan_round(trainer.config, state, trainer.setup.prompts.train_ids)
     batch = state.pool[state.pool.ids[plan[0]]]
     at_the_end: list[Counter[str]] = []
     inside, read_terms, loss = Reads(), learn.read_terms, linear._linear_loss

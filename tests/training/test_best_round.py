@@ -383,6 +383,24 @@ def test_bound_relative_to_a_value_below_zero_is_refused_before_the_first_round(
     assert not (tmp_path / "run" / "completions.jsonl").exists()
 
 
+def test_scorer_that_was_silent_for_the_base_model_is_asked_again_at_a_resume(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, works = tiny_model(), [True]
+
+    async def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return even_words(prompts, completions) if works[0] else [None] * len(completions)
+
+    def out_of_order(progress: Progress) -> None:
+        works[0] = progress.stage == "start and check" and not progress.finished
+
+    with pytest.raises(UsageError, match="the base model has no reward on the development prompts"):
+        run(tmp_path / "run", model, reward=reward, keep_best="reward:max", listen=out_of_order)
+    works[0] = True
+    run(tmp_path / "run", model, reward=reward, keep_best="reward:max", resume=True)
+    assert len(rewards(tmp_path / "run")) == 1 + SHORT["rounds"]
+
+
 @pytest.mark.parametrize(
     "task", [toxicity.TASK, repetition.TASK, *map(sentiment.task, ("positive", "negative"))]
 )

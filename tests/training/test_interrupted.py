@@ -6,7 +6,10 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from conftest import save_tiny_model
 from tiny_runs import PROMPTS, Told, copies_at, even_words, rows, small, timeless
 
 from quark_fast.arguments import load_config, parse
-from quark_fast.errors import UsageError
+from quark_fast.errors import Interrupted, UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
@@ -32,6 +35,7 @@ from quark_fast.training import trainer as trainer_module
 from quark_fast.training.explore import Explorer
 from quark_fast.training.progress import Progress
 from quark_fast.training.scored import Scored
+from quark_fast.training.signals import Stop, stop_signals
 from quark_fast.training.trainer import Trainer
 
 SHORT = {
@@ -336,13 +340,19 @@ def test_run_has_its_own_precision_whatever_is_made_beside_it(
     assert norms[0] == norms[1]
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "async, whose answers are kept"])
 def test_round_of_which_nothing_was_scored_is_asked_again_at_a_resume(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], kept: bool
 ) -> None:
     model, works = tiny_model(), [True]
 
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    def plain(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         return even_words(prompts, completions) if works[0] else [None] * len(completions)
+
+    async def awaited(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        return plain(prompts, completions)
+
+    reward = awaited if kept else plain
 
     def out_of_order(progress: Progress) -> None:
         works[0] = works[0] and (progress.stage, progress.done) != ("probing", 1)
@@ -355,6 +365,65 @@ def test_round_of_which_nothing_was_scored_is_asked_again_at_a_resume(
     run(folder, model, reward, resume=True)
     run(tmp_path / "whole", model, reward)
     assert_same(folder, tmp_path / "whole")
+
+
+def test_run_that_an_error_ended_is_free_for_another_process(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, folder, held = tiny_model(), tmp_path / "run", []
+
+    def stops(progress: Progress) -> None:
+        held.append((folder / ".lock").exists())
+        if (progress.stage, progress.done) == ("round 1/2: learning", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, model, listen=stops)
+    assert all(held) and not (folder / ".lock").exists()
+    with pytest.raises(UsageError, match="batch_size"):
+        run(folder, model, resume=True, batch_size=4)
+    assert not (folder / ".lock").exists(), "of a resume that was refused"
+    run(folder, model, resume=True)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def test_stop_that_a_reward_swallows_comes_again() -> None:
+    stop = Stop(lambda: "go on")
+    with stop.allowed_at_once(), contextlib.suppress(BaseException):  # a reward's bare except
+        stop.ask(signal.SIGTERM, None)
+    assert stop.asked
+    with pytest.raises(Interrupted, match="go on"), stop.allowed_at_once():
+        pass
+
+
+def test_forked_child_ends_by_the_first_signal() -> None:
+    with stop_signals(lambda: "go on") as stop:
+        ready, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(tell, b"1")  # Python forgets a signal that comes while it forks
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+        assert not stop.asked
+
+
+def test_handlers_of_a_program_around_python_become_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: "own"}
+
+    def set_handler(number: int, handler: Any) -> Any:
+        before, now[number] = now[number], handler
+        return before
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    with stop_signals(lambda: "go on"):
+        assert "own" not in now.values()
+    assert now == {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: "own"}
 
 
 # --- what "finished" means ------------------------------------------------------------------------

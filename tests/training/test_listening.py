@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -53,6 +54,40 @@ def test_what_a_probe_says_of_the_tokens_is_told_with_it(
     (row,) = rows(run.folder / "metrics.jsonl", kind="probe")
     (note,) = (event.note for event in heard if event.stage == "probing" and event.finished)
     assert note == f"{row['rank_correlation']} {row['kl']}"
+
+
+@pytest.mark.parametrize("what", ["callback", "listener"])
+def test_file_of_a_callback_is_not_the_run_folders(
+    tmp_path: Path, tiny_model: Callable[..., Path], what: str
+) -> None:
+    def write(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "elsewhere.csv")
+
+    given = {"callbacks": write} if what == "callback" else {"listen": write}
+    with pytest.raises(UsageError) as caught:
+        Trainer(small(tmp_path / "run", tiny_model(), **SHORT), **({"listen": None} | given), **GIVEN).train()
+    assert str(caught.value).startswith(f"the {what} write raised PermissionError: ")
+    assert "elsewhere.csv" in str(caught.value) and caught.value.exit_status == 2
+
+
+def test_terminal_that_is_closed_ends_no_run() -> None:
+    class Closed(io.StringIO):
+        errno = errno.EIO
+
+        def write(self, text: str) -> int:
+            raise OSError(self.errno, os.strerror(self.errno))
+
+    file = Closed()
+    console = Terminal(file=file, force_terminal=True)
+    display = Display(console)
+    with display.shown():
+        display(Progress("sampling", 1, 2))
+        display(Progress("sampling", 2, 2))
+    console.print("the end")
+    file.errno = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        console.print("what a full disk does not hold")
+    file.errno = errno.EIO
 
 
 def test_callback_that_changes_its_row_changes_nothing_of_the_run(

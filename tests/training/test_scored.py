@@ -24,6 +24,7 @@ from quark_fast.report.results import headline
 from quark_fast.report.tables import markdown_page
 from quark_fast.report.texts import pick_examples
 from quark_fast.training.explore import Explorer
+from quark_fast.training.progress import Progress
 from quark_fast.training.scored import encode_scored
 from quark_fast.training.trainer import Trainer
 
@@ -318,7 +319,9 @@ def test_each_record_is_scored_with_its_own_columns_and_none_is_scored_twice(
     with pytest.raises(Killed):
         Trainer(config, reward=reward).train()
     before = len(asked)
-    Trainer(dataclasses.replace(config, resume=True), reward=reward).train()
+    heard: list[Progress] = []
+    Trainer(dataclasses.replace(config, resume=True), reward=reward, listen=heard.append).train()
+    assert [event.done for event in heard if "brought along" in event.stage] == [8, 16, 24]
     brought = [(one["completion"], one.get("wanted")) for one in records]
     assert asked[before - 8 : before] + asked[before : before + 16] == brought
 
