@@ -38,11 +38,24 @@ def parser() -> Parser:
         help="show this, and the points of the grid; with all the settings of a base",
     )
     made.add_argument(
-        "--grid", metavar="AXES", help="axes, with commas between; default: all that the base has"
+        "--grid", metavar="AXES", help="axes, with commas between; default: all that the base can have"
     )
     made.add_argument("--seeds", default="0", help="seeds, with commas between (default: 0)")
     made.add_argument("--dry-run", action="store_true", help="list the points and run nothing")
     return made
+
+
+def _axes(grid: str | None, base: Config) -> tuple[list[str], list[str]]:
+    """(the axes that were asked for, or all that the base can have; a line for each that it cannot)."""
+    from quark_fast.ablation.axes import AXES, left_out
+
+    if grid:
+        return list(dict.fromkeys(grid.split(","))), []
+    without = left_out(base)
+    if len(without) == len(AXES):
+        raise UsageError(f"this base can have no axis: {'; '.join(without.values())}")
+    lines = [f"left out: {axis}, since {why}" for axis, why in without.items()]
+    return [axis for axis in AXES if axis not in without], lines
 
 
 def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
@@ -69,14 +82,14 @@ def _as_flags(settings: Mapping[str, Any]) -> str:
 @command
 def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
     """Run or list the grid, then show its table."""
-    from quark_fast.ablation.axes import DEFAULTS, usual_axes
+    from quark_fast.ablation.axes import DEFAULTS
 
     own, settings = parser().parse_known_args(arguments)
     if own.help == "all":
         parse([*settings, "--help", "all"], PROGRAM, DEFAULTS)
     seeds = _seeds(own.seeds)
     base = parse(settings, PROGRAM, DEFAULTS)
-    axes = list(dict.fromkeys(own.grid.split(","))) if own.grid else usual_axes(base)
+    axes, without = _axes(own.grid, base)
     unusual = {"--no-eval": not base.eval, "--from": base.from_run, "--push-to-hub": base.push_to_hub}
     if any(unusual.values()):
         flag = next(flag for flag, given in unusual.items() if given)
@@ -94,8 +107,10 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
             f" {_as_flags(DEFAULTS)}\n"
         )
     if own.help or own.dry_run:
-        console.print(listing(base, axes, seeds), soft_wrap=True)
+        console.print("\n".join([listing(base, axes, seeds), *without]), soft_wrap=True)
     else:
+        for line in without:
+            notices.print(line)
         folder = _run(base, axes, seeds, notices)
         _show(folder, console, notices)
 

@@ -244,7 +244,8 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     config = Config(**given)
     config.check()
     if config.unevaluated_guidance and any(re.match("--eval[-_]guidance", flag) for flag in flags):
-        raise UsageError(f"{config.unevaluated_guidance}; give --eval-rows ends, too")
+        fix = "leave it out" if config.one_token else "give --eval-rows ends, too"
+        raise UsageError(f"{config.unevaluated_guidance}; {fix}")
     return config
 
 

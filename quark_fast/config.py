@@ -207,19 +207,7 @@ class Config(
 
     def quantile_shares(self) -> list[float]:
         """Share of the training draws for each quantile, worst first; sums to 1."""
-        if self.quantile_weights == "equal" or self.quantiles == 1:
-            return [1 / self.quantiles] * self.quantiles
-        if self.quantile_weights == "extremes":
-            return [0.5, *[0.0] * (self.quantiles - 2), 0.5]
-        if self.quantile_weights == "best":
-            return [*[0.0] * (self.quantiles - 1), 1.0]
-        values = numbers("quantile_weights", self.quantile_weights)
-        if len(values) != self.quantiles or min(values) < 0 or not sum(values) > 0:
-            raise UsageError(
-                f"quantile_weights = {self.quantile_weights!r}; give extremes, equal, best, or"
-                f" {self.quantiles} numbers >= 0, worst quantile first, not all 0"
-            )
-        return [value / sum(values) for value in values]
+        return _shares(self.quantile_weights, self.quantiles)
 
     def held_out_count(self) -> int | None:
         """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
@@ -237,16 +225,24 @@ class Config(
         if text is None:
             text = "1.5,2" if self.eval_rows == "all" else "1.5"
         values = list(dict.fromkeys(numbers("eval_guidance", text)))
-        return [] if self.eval_rows == "best" else values
+        return [] if self.eval_rows == "best" or self.one_token else values
+
+    @property
+    def one_token(self) -> bool:
+        """Whether one reward token alone is trained, whose row all others then have."""
+        drawn = {k for k, share in enumerate(self.quantile_shares()) if share}
+        mirrors = {self.quantiles - 1 - k for k in drawn if self.contrast_coef}
+        return len(drawn | mirrors) == 1
 
     @property
     def unevaluated_guidance(self) -> str:
         """What is wrong where values of w are asked for whose rows are left out; "" where nothing is."""
-        if self.eval_rows != "best" or not self.eval_guidance:
+        if self.eval_guidance in (None, "", defaults_of(self.task, self.preset).get("eval_guidance")):
             return ""
-        if self.eval_guidance == defaults_of(self.task, self.preset).get("eval_guidance"):
-            return ""
-        return f"eval_guidance = {self.eval_guidance!r} asks for rows that eval_rows = 'best' leaves out"
+        asked = f"eval_guidance = {self.eval_guidance!r} asks for rows"
+        if self.one_token:
+            return f"{asked} of two tokens, but one alone is trained"
+        return f"{asked} that eval_rows = 'best' leaves out" if self.eval_rows == "best" else ""
 
     def goal(self) -> Goal | None:
         """By what the best round is kept; None: the last one is."""
@@ -287,6 +283,10 @@ class Config(
     def remarks(self) -> list[str]:
         """What is no error, but hardly meant."""
         said, steps = [self.unevaluated_guidance], self.rounds * self.steps
+        if self.one_token and self.quantiles > 1 and self.eval_rows != "best":
+            said.append(
+                "one reward token alone is trained, so the table has no row of another, nor a guided one"
+            )
         if self.warmup_steps > steps:
             said.append(
                 f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}, which"
@@ -496,6 +496,23 @@ def _short_name(reward: str) -> str:
     """What a folder is called after a reward: "score" for my_pkg.my_module:score, "name" for hf:org/name."""
     bare = re.sub(r"hf:([^\s+*]*/)?|[\w.]+:", "", reward)
     return re.sub(r"[^A-Za-z0-9._]+", "-", bare).strip("-.")[:60] or "reward"
+
+
+def _shares(weights: str, quantiles: int) -> list[float]:
+    """What ``quantile_weights`` says of so many quantiles."""
+    if weights == "equal" or quantiles == 1:
+        return [1 / quantiles] * quantiles
+    if weights == "extremes":
+        return [0.5, *[0.0] * (quantiles - 2), 0.5]
+    if weights == "best":
+        return [*[0.0] * (quantiles - 1), 1.0]
+    values = numbers("quantile_weights", weights)
+    if len(values) != quantiles or min(values) < 0 or not sum(values) > 0:
+        raise UsageError(
+            f"quantile_weights = {weights!r}; give extremes, equal, best, or {quantiles} numbers >= 0, worst"
+            " quantile first, not all 0"
+        )
+    return [value / sum(values) for value in values]
 
 
 def numbers(name: str, text: str) -> list[float]:

@@ -80,10 +80,10 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     quantile = best if asked.quantile is None else asked.quantile
     if not 0 <= quantile <= best:
         raise UsageError(f"--quantile {quantile}: this run has quantiles 0 (worst) to {best} (best)")
-    if not best and asked.guidance not in (None, 1.0):
+    if finished.config.one_token and asked.guidance not in (None, 1.0):
         raise UsageError(
-            f"--guidance {asked.guidance:g}: this run has one quantile, so no worst token to move away from;"
-            " leave it out"
+            f"--guidance {asked.guidance:g}: this run trained one token alone, so there is none to move away"
+            " from; leave it out"
         )
     guidance = finished.guidance if asked.guidance is None else asked.guidance
     at_once = asked.sample_at_once or 0

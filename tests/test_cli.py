@@ -520,7 +520,7 @@ def test_run_of_one_quantile_has_no_dial(
     dataclasses.replace(settings, quantiles=1, contrast_coef=0.0).save(tmp_path / "config.yaml")
     arguments = [str(tmp_path), "w1", "--max-new-tokens", "2", "--threads", "1"]
     assert generate.main([*arguments, "--guidance", "3"]) == 2
-    assert "--guidance 3: this run has one quantile" in capsys.readouterr().err
+    assert "--guidance 3: this run trained one token alone" in capsys.readouterr().err
     assert generate.main(arguments) == 0
     assert "┃ best token " in capsys.readouterr().out, "its settings say w = 2"
 

@@ -408,6 +408,19 @@ def test_one_quantile_has_nothing_to_contrast() -> None:
     assert given("--quantiles", "1", "--contrast-coef", "0").quantile_shares() == [1.0]
 
 
+def test_what_trains_one_token_alone_has_no_other_rows_and_says_so() -> None:
+    alone = {"quantile_weights": "best", "contrast_coef": 0.0}
+    assert Config(**alone).one_token and Config(**alone).guidances() == []
+    (said,) = Config(**alone).remarks()
+    assert said.startswith("one reward token alone is trained")
+    assert Config(**alone, eval_rows="best").remarks() == []
+    for several in ({}, {"quantile_weights": "best"}, {"contrast_coef": 0.0}):
+        assert not Config(**several).one_token and Config(**several).guidances() == [1.5]
+    assert Config(quantiles=3, quantile_weights="0,1,0").one_token, "it is its own mirror token"
+    with pytest.raises(UsageError, match=r"eval_guidance = '2' .* but one alone is trained; leave it out"):
+        given("--quantile-weights", "best", "--contrast-coef", "0", "--eval-guidance", "2")
+
+
 @pytest.mark.parametrize("task", TASK_DEFAULTS)
 def test_task_brings_its_defaults_and_what_is_given_wins_over_them(tmp_path: Path, task: str) -> None:
     own = TASK_DEFAULTS[task]

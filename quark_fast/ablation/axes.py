@@ -150,10 +150,15 @@ AXES: dict[str, Callable[[Config], Values]] = {
 }
 
 
-def usual_axes(base: Config) -> list[str]:
-    """All axes; those of the contrast and the unlikelihood only for a base that has it."""
-    absent = {"contrast": not base.contrast_coef, "unlikelihood": not base.unlikelihood_coef}
-    return [name for name in AXES if not absent.get(name)]
+def left_out(base: Config) -> dict[str, str]:
+    """The axes that this base cannot have, and why."""
+    found = {}
+    for axis in AXES:
+        try:
+            points_of(base, [axis])
+        except UsageError as error:
+            found[axis] = str(error)
+    return found
 
 
 def points_of(base: Config, axes: Sequence[str]) -> list[Point]:

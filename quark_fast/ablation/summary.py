@@ -81,7 +81,7 @@ def _read(path: Path, seed: int, metrics: Mapping[str, str]) -> _Finished:
         # Of completions without any score a task's own measure is not there.
         return {key: table[name].get(metric, {}).get("value") for key, metric in metrics.items()}
 
-    probe: Mapping[str, Any] = finished.probes[-1] if finished.probes else {}
+    probe = finished.probe_of_model
     own = {
         "seed": seed,
         **numbers(AFTER),

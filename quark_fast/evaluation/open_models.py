@@ -91,7 +91,8 @@ class Models:
             return OpenModel(policy, lambda: policy.model, rows)
         finished = open_run(model.folder, self.trust)
         config = self.settings_of(model)
-        rows = table_rows(finished.policy.quantiles, config.guidances(), config.eval_rows)
+        one = config.one_token
+        rows = table_rows(finished.policy.quantiles, config.guidances(), config.eval_rows, one_token=one)
         rows = [row for row in rows if with_base or not row.base]
         return OpenModel(finished.policy, lambda: finished.reference, rows)
 

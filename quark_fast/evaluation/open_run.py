@@ -37,8 +37,8 @@ class OpenRun:
 
     @property
     def guidance(self) -> float:
-        """The run's own w: the first that it was evaluated with; 1 where there is one token alone."""
-        return (self.config.guidances() or [1.0])[0] if self.policy.quantiles > 1 else 1.0
+        """The run's own w: the first that it was evaluated with; 1 where one token alone is trained."""
+        return (self.config.guidances() or [1.0])[0]
 
 
 def run_config(folder: Path) -> Config:

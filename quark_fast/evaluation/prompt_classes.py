@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,8 @@ def classify_prompts(
         (index of the prompt, its class), by ``num_positive`` first.
     """
     rows, ids = setup.held_out.rows, setup.held_out.ids
-    # None or "" where only others of the prompts, or the training prompts, have the column.
-    numbers = {i: row.get("num_positive") for i, row in enumerate(rows)}
-    counted = {i: float(number) for i, number in numbers.items() if number not in (None, "")}
+    numbers = ((i, _count(row.get("num_positive"))) for i, row in enumerate(rows))
+    counted = {i: number for i, number in numbers if number is not None}
     for i, number in counted.items():
         yield i, prompt_class(number / CLASS_SAMPLES)
     others = [i for i in range(len(ids)) if i not in counted]
@@ -70,3 +70,12 @@ def classify_prompts(
     batches = setup.draw("prompt classes", setup.reference, Conditioning(), classes, kept)
     for _, batch in setup.in_order(("", batch) for batch in batches):
         yield from batch
+
+
+def _count(value: Any) -> float | None:
+    """``num_positive`` of a row; None where it has none, or a column of that name that is no such count."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number <= CLASS_SAMPLES else None

@@ -18,9 +18,9 @@ from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import LARGEST, Sample
 from quark_fast.report.columns import counted
-from quark_fast.report.records import cuts_of, judges_of
+from quark_fast.report.records import cuts_of, judges_of, scorer_terms
 from quark_fast.report.results import BASE, without_reward
-from quark_fast.rewards.reward import Reward
+from quark_fast.rewards.reward import IDENTITY, Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
 
 OUT_OF_DOMAIN = "out_of_domain"  # the key of the second table, and the mark of its samples
@@ -114,7 +114,7 @@ def _row_names(path: Path, table: Any) -> list[str]:
     """The names of a table's rows, once its other fields are what they must be."""
     kinds = {"rows": list, "scorer": dict, "sampling": dict, "prompts": int, "samples_per_prompt": int}
     if isinstance(table, dict):
-        kinds |= {name: dict for name in ("perplexity", "trained_on") if name in table}
+        kinds |= {name: dict for name in ("perplexity", "trained_on", "trained_by") if name in table}
     for name, kind in kinds.items():
         if not isinstance(table, dict) or not isinstance(table.get(name), kind):
             raise UsageError(f"{path} is no table of an evaluation: no {name!r} of one in it")
@@ -162,8 +162,8 @@ def with_those_beside(
 ) -> dict[str, Any]:
     """A table without its rows, as it holds for those of saved tables, too.
 
-    It has every seed and dtype, and every run that was trained on the prompts. The round that a run kept is
-    left out, as it is of its own rows alone.
+    It has every seed and dtype, every run that was trained on the prompts, and what rewarded each. The round
+    that a run kept is left out, as it is of its own rows alone.
 
     Args:
         saved: those that have rows in the table, by their short names.
@@ -172,16 +172,18 @@ def with_those_beside(
     if not live and len(saved) == 1:
         return dict(about)
     every = [*([about] if live else []), *(one.tables[key] for one in saved.values())]
-    sampling, trained_on = dict(about["sampling"]), dict(about["trained_on"] if live else {})
+    sampling = dict(about["sampling"])
+    trained = {name: dict(about[name] if live else {}) for name in ("trained_on", "trained_by")}
     for name in ("seed", "dtype"):
         known = [str(value) for one in every if (value := field_of(one, "sampling", name)) is not None]
         if len(set(known)) > 1:
             sampling[name] = " and ".join(dict.fromkeys(" and ".join(known).split(" and ")))
     for label, one in saved.items():
-        counts = one.tables[key].get("trained_on", {})
-        trained_on |= {f"{label}: {name}": count for name, count in counts.items()}
+        for name, of_runs in trained.items():
+            own = one.tables[key].get(name, {})
+            of_runs |= {f"{label}: {run}": value for run, value in own.items()}
     shared = {name: value for name, value in about.items() if name != "kept_round"}
-    return shared | {"sampling": sampling, "trained_on": trained_on}
+    return shared | {"sampling": sampling} | trained
 
 
 def judges_of_tables(
@@ -193,10 +195,12 @@ def judges_of_tables(
     config.score_batch = score_batch
     config.check()
     task = find_task(config.task, config.target)
-    trained_by = [str(about["scorer"].get(key)) for key in ("name", "version", "sha256")]
+    trained_by, *of_sum = (
+        [str(one.get(key)) for key in IDENTITY] for one in (about["scorer"], *scorer_terms(about))
+    )
     # The task's reward is loaded for the answer: only where it decides about the judge.
     rewarded_by_task = judge.strip() == "auto" and trained_by == task.reward().identity
-    judges = choose_judges(config, task, device, [trained_by], rewarded_by_task)
+    judges = choose_judges(config, task, device, [trained_by, *of_sum], rewarded_by_task)
     for table in tables.values():
         table["judges"] = described(judges)
     return judges

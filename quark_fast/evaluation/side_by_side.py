@@ -39,7 +39,15 @@ from quark_fast.evaluation.saved_tables import (
     with_other_texts,
     with_those_beside,
 )
-from quark_fast.evaluation.subjects import Model, Named, Plain, Run, find_subjects, model_name
+from quark_fast.evaluation.subjects import (
+    Model,
+    Named,
+    Plain,
+    Run,
+    find_subjects,
+    how_trained,
+    model_name,
+)
 from quark_fast.evaluation.summary import (
     MeasuredRow,
     classes_sha256,
@@ -79,8 +87,12 @@ class Evaluated:
         return markdown_page(self.table)
 
 
-def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None) -> None:
-    """``rows`` and ``guidance`` choose among the reward tokens of runs; a model as it is has one row."""
+def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None) -> list[str]:
+    """``rows`` and ``guidance`` choose among the reward tokens of runs; a model as it is has one row.
+
+    Returns:
+        A remark on each run that has fewer rows than others.
+    """
     if rows == "best" and guidance:
         raise UsageError(
             f"guidance = {guidance!r} asks for rows that rows = 'best' leaves out; give one of the two"
@@ -92,11 +104,15 @@ def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None)
                 f"{name} = {value!r} is of a run's reward tokens, but no run is named; give a run's folder,"
                 f" not its model/, or leave {name} out"
             )
-    if guidance and all(run.config.quantiles == 1 for run in runs):
+    alone = [run.given for run in runs if run.config.one_token]
+    if guidance and alone and len(alone) == len(runs):
         raise UsageError(
-            f"guidance = {guidance!r} moves away from the worst reward token, but {runs[0].given} has one"
-            " alone (quantiles = 1); leave guidance out"
+            f"guidance = {guidance!r} moves away from the worst reward token, but {alone[0]} trained one"
+            " token alone; leave guidance out"
         )
+    if rows == "best":
+        return []
+    return [f"{run} trained one reward token alone: no row of the worst, nor a guided one" for run in alone]
 
 
 def _said_of_repeated(repeated: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -212,7 +228,7 @@ class Evaluator:
             self._take_tables(judge, score_batch or 0)
             return
         models = list(self.live.values())
-        _check_rows(models, rows, guidance)
+        self.remarks += _check_rows(models, rows, guidance)
         asked |= {"judge": judge, "score_batch": score_batch}
         self.protocol = choose_protocol(models, asked, reward, self.device, trust_remote_code)
         self.config, self.reward = self.protocol.config, self.protocol.reward
@@ -307,9 +323,8 @@ class Evaluator:
         w = next((self.models.settings_of(run).guidances() for run in runs.values()), [])
         target, task = self.config.target, self.protocol.task
         about = describe_evaluation(setup, task, target, domain.split, w, self.perplexity, self.dtypes)
-        seen = {label: run.trained_on(setup.held_out.rows) for label, run in runs.items()}
         about |= {"source": domain.source, "cut": what_was_cut(domain.held_out)}
-        return about | {"trained_on": {label: count for label, count in seen.items() if count}}
+        return about | how_trained(runs, setup.held_out.rows)
 
     def _check_reward(self) -> None:
         """The first model's completions of a few prompts are scored before the long work."""

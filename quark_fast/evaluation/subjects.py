@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.saved_tables import SavedTable, read_table
+from quark_fast.report.records import scorer_terms
 from quark_fast.runtime.run_folder import COMPLETIONS
 
 
@@ -36,11 +37,19 @@ class Run:
         return str(self.folder / "model")
 
     def scorer(self) -> str:
-        """The scorer of the run's own evaluation, or of its record where it was not to have one."""
+        """The name of the reward that trained the run."""
+        return self.scorers()[0]
+
+    def scorers(self) -> list[str]:
+        """The name of the reward that trained the run; of a sum also those of its terms.
+
+        Of the run's own evaluation, or of its record where it was not to have one.
+        """
         path = self.folder / "evaluation.json"
         path = path if path.exists() else self.folder / "versions.json"
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["scorer"]["name"])
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return [str(one["name"]) for one in (found["scorer"], *scorer_terms(found))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{path} does not say what the run's scorer was; name one by --reward"
@@ -63,6 +72,15 @@ class Run:
             reason = f"{type(error).__name__}: {error}"
             raise UsageError(f"{path} does not say what the run was trained on ({reason})") from error
         return len(seen & {row["prompt"] for row in rows})
+
+
+def how_trained(runs: Mapping[str, Run], rows: Sequence[Row]) -> dict[str, Any]:
+    """What a table says of its runs: how many of its prompts each was trained on, and by which scorers."""
+    seen = {label: run.trained_on(rows) for label, run in runs.items()}
+    return {
+        "trained_on": {label: count for label, count in seen.items() if count},
+        "trained_by": {label: run.scorers() for label, run in runs.items()},
+    }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
+from quark_fast.rewards.reward import IDENTITY, Reward
+from quark_fast.rewards.weighted_sum import WeightedSum, terms
 from quark_fast.tasks.task import Task
 
 
@@ -51,7 +53,7 @@ def describe_evaluation(
         "target": target,
         **shown_metrics(task, scored=not reward.is_none),
         "property": reward.property or "reward",
-        "scorer": {"name": reward.name, "version": reward.version, "sha256": reward.sha256},
+        "scorer": scorer_in_words(reward),
         "judges": described(setup.judges),
         "perplexity": dict(perplexity),
         "split": split,
@@ -73,6 +75,14 @@ def describe_evaluation(
             "dtype": " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
         },
     }
+
+
+def scorer_in_words(reward: Reward) -> dict[str, Any]:
+    """What a table holds of the reward, by which others may or may not be compared with it."""
+    found: dict[str, Any] = dict(zip(IDENTITY, reward.identity, strict=True))
+    if isinstance(reward.function, WeightedSum):
+        found["terms"] = [dict(zip(IDENTITY, part.identity, strict=True)) for part in terms(reward)]
+    return found
 
 
 _OF_DRAWS = {"entropy", "base_kl"}

@@ -43,7 +43,10 @@ class TableRow:
 
 
 def table_rows(
-    quantiles: int, guidance: Sequence[float], rows: Literal["ends", "all", "best"] = "ends"
+    quantiles: int,
+    guidance: Sequence[float],
+    rows: Literal["ends", "all", "best"] = "ends",
+    one_token: bool = False,
 ) -> list[TableRow]:
     """Base model, best token, guided by each w, the quantiles between, worst token, no token.
 
@@ -51,6 +54,7 @@ def table_rows(
 
     Args:
         rows: "ends" leaves out the quantiles between and no token; "best" all but the first two.
+        one_token: one token alone was trained: the best one stands for all.
     """
     best = quantiles - 1
 
@@ -58,7 +62,7 @@ def table_rows(
         return TableRow(row_name(quantile, best), Conditioning(quantile))
 
     chosen = [TableRow(BASE, base=True), after(best)]
-    if rows != "best" and best:
+    if rows != "best" and best and not one_token:
         weights = [w for w in dict.fromkeys(guidance) if w != 1.0]
         chosen += [TableRow(row_name(best, best, w), Conditioning(best, 0, w)) for w in weights]
         if rows == "all":

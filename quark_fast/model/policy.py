@@ -101,6 +101,8 @@ class Policy:
             raise UsageError(f"the model's generation_config.json has eos_token_id = {eos!r}; give ids")
         stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get(SEPARATOR), *ends}
         self.stop_ids = sorted(i for i in stop if i is not None and 0 <= i < self.vocabulary)
+        # A tokenizer need not call its end of turn special, and would spell it out.
+        self.end_markers = set(self.stop_ids) & {*getattr(tokenizer, "added_tokens_decoder", ())}
 
     @classmethod
     def create(
@@ -120,7 +122,8 @@ class Policy:
         Args:
             source: a transformers folder or hub name.
             words: a text naming each quantile, worst first, whose mean embedding starts its row; without
-                them rows start at Normal(mean, std) of the table, per dimension, as the paper's do.
+                them, or where one has no token, rows start at Normal(mean, std) of the table, per dimension,
+                as the paper's do.
             lora: train adapters beside the weights. The weights then stay as they are stored where that is
                 in ``low``, the dtype of the reference, which then shares them (``shared_reference``).
             trust_remote_code: run what Python code the source brings along.
@@ -133,12 +136,14 @@ class Policy:
         policy.stored_dtype, policy.trust_remote_code = stored, trust_remote_code
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
-        if words is None:
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words or ()]
+        if not all(ids):  # a tokenizer need not read them
+            ids = []
+        if not ids:
             generator = torch.Generator().manual_seed(seed_for(seed, "reward tokens"))
             noise = torch.randn(quantiles, table.shape[1], generator=generator)
             rows = table.mean(0) + table.std(0) * noise
         else:
-            ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words]
             rows = torch.stack([table[row].mean(0) for row in ids])
         if lora is not None:
             add_adapters(model, lora, seed_for(seed, "adapters"))
@@ -244,11 +249,13 @@ class Policy:
             raise UsageError("a prompt has no token, and this model no prefix: nothing to continue")
 
     def decode(self, completion: Sequence[int], prompt: Sequence[int] | None = None) -> str:
-        """What a completion adds to its prompt's text, special tokens left out, nothing tidied up.
+        """What a completion adds to its prompt's text, without special tokens and its end; nothing tidied up.
 
         Alone its text may be another: sentencepiece tokenizers drop a text's first space, and a character may
         begin in the prompt. An empty prompt is the beginning of a text; None: after some prompt or other.
         """
+        if completion and completion[-1] in self.end_markers:
+            completion = completion[:-1]
         # So many tokens that what stands before them has no part in how a token is spelled.
         before = self._some_text if prompt is None else list(prompt[-16:])
         alone, together = (

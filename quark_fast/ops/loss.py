@@ -292,8 +292,11 @@ def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: fl
             raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
         return (weights / normalizer).to(dtype)
     total = weights.sum()
-    if total.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(total.item()):
-        raise ValueError(f"the mask adds up to {total.item()}; its weights must be finite, and their sum")
+    if total.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not math.isfinite(total.item()):
+            raise ValueError(f"the mask adds up to {total.item()}; its weights must be finite, and their sum")
+        if total == 0 and weights.any():
+            raise ValueError("the mask adds up to 0, but its weights are not all 0; give normalizer")
     return (weights / torch.where(total == 0, 1, total)).to(dtype)
 
 

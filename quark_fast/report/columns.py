@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
 from quark_fast.metrics import ENOUGH_PROMPTS, FEWEST_PROMPTS, Change, judge_measure
-from quark_fast.report.records import Record, judges_of
+from quark_fast.report.records import Record, judges_of, runs_trained_by
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,20 @@ def numbered_judges(evaluation: Record) -> list[tuple[str, Record]]:
     return [(f"judge {n}" if len(judges) > 1 else "judge", judge) for n, judge in enumerate(judges, start=1)]
 
 
+def part_in_training(evaluation: Record, judge: Record) -> str:
+    """That a judge took none, or whose reward it was: another run's may stand beside another scorer."""
+    runs = [one_line(clean(run))[:60] for run in runs_trained_by(evaluation, judge)]
+    return f"was in the reward that trained {' and '.join(runs)}" if runs else "took no part in training"
+
+
 def judge_columns(evaluation: Record) -> list[Column]:
-    """One for each scorer that took no part in training."""
+    """One for each scorer beside the reward."""
     found = []
     for heading, judge in numbered_judges(evaluation):
         if name := one_line(clean(str(judge.get("name"))))[:60]:
             what = one_line(clean(str(judge.get("property") or "score")))[:60]
             title = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
-            meaning = f"The mean {title}, which took no part in training."
+            meaning = f"The mean {title}, which {part_in_training(evaluation, judge)}."
             key = judge_measure(str(judge.get("name")))
             found.append(Column(key, title, heading, "3 digits", meaning, judge.get("property") is None))
     return found

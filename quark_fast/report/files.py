@@ -49,6 +49,15 @@ class RunFiles:
         return found if isinstance(found, dict) else {}
 
     @property
+    def probe_of_model(self) -> Record:
+        """The probe after the round whose weights the model has, the last one or ``kept``; or empty."""
+        probes = {number_of(row, "step"): row for row in self.probes}
+        if not self.kept:
+            return probes[max(probes)] if probes else {}
+        steps = {number_of(row, "round"): number_of(row, "step") for row in self.compared}
+        return probes.get(steps.get(number_of(self.kept, "round"), math.nan), {})
+
+    @property
     def begun(self) -> Record | None:
         """The first round's row of a run that goes on from another one's rounds and steps."""
         first = next(iter(self.rounds), None)
@@ -163,7 +172,7 @@ def _parsed(text: str) -> Any:
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("rows", "columns", "more_columns"), list),
     **dict.fromkeys(("headline", "property", "target", "task"), str),
-    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on", "kept_round"), dict),
+    **dict.fromkeys(("scorer", "sampling", "perplexity", "trained_on", "trained_by", "kept_round"), dict),
     **dict.fromkeys(("prompts", "samples_per_prompt", "text_prompt_tokens"), int),
 }
 

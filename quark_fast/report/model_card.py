@@ -151,7 +151,7 @@ def _use(run: RunFiles, config: Config) -> str:
         )
     row = main_row(run.evaluation)
     if row is None:  # not evaluated
-        weights = config.guidances() if config.quantiles > 1 else []
+        weights = config.guidances()
     else:
         weights = [number_of(row, "guidance")] if way_of(name_of(row)) == "guided" else []
     if not weights:

@@ -52,7 +52,7 @@ from quark_fast.report.results import (
     way_of,
 )
 from quark_fast.report.tables import about, notes, tables, unscored_note
-from quark_fast.report.texts import Example, median_samples, pick_examples
+from quark_fast.report.texts import Example, has_control, has_scores, median_samples, pick_examples
 from quark_fast.report.training_plots import (
     plot_compared,
     plot_probe,
@@ -141,7 +141,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    texts = (base_name, clean, fill, format_value, name_of, notes, unscored_note)
+    texts = (base_name, clean, fill, format_value, has_control, has_scores, name_of, notes, unscored_note)
     rows = (base_row, cell_of, columns_of, has_intervals, main_columns, rows_of, way_of)
     parts = (*rows, tables, bar_width, quantile_colour)
     made.globals.update({function.__name__: function for function in [*texts, *parts]})

@@ -62,3 +62,17 @@ def judges_of(evaluation: Record) -> list[Record]:
     """What a table says of its judges; a file may hold anything."""
     judges = evaluation.get("judges")
     return [judge for judge in judges if isinstance(judge, dict)] if isinstance(judges, list) else []
+
+
+def scorer_terms(evaluation: Record) -> list[Record]:
+    """What a table says of the terms of its scorer, where that is a sum; a file may hold anything."""
+    scorer = evaluation.get("scorer")
+    parts = scorer.get("terms") if isinstance(scorer, dict) else None
+    return [one for one in parts if isinstance(one, dict)] if isinstance(parts, list) else []
+
+
+def runs_trained_by(evaluation: Record, judge: Record) -> list[str]:
+    """The runs of a table that a judge rewarded, alone or in a sum; a file may hold anything."""
+    every = evaluation.get("trained_by")
+    by = every.items() if isinstance(every, dict) else ()
+    return [run for run, names in by if isinstance(names, list) and judge.get("name") in names]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval
+from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval, judge_measure
 from quark_fast.report.columns import (
     Column,
     columns_of,
@@ -22,6 +22,7 @@ from quark_fast.report.columns import (
     main_columns,
     numbered_judges,
     one_line,
+    part_in_training,
 )
 from quark_fast.report.records import Record, judges_of, number_of
 
@@ -204,17 +205,18 @@ def _what_is_missing(evaluation: Record) -> str:
 
 
 def _by_judges(evaluation: Record) -> str:
-    """What scorers find of the same row that took no part in training."""
+    """What scorers beside the reward find of the same row."""
     row = main_row(evaluation)
     if row is None or not row.get("change"):
         return ""
-    found = []
+    found, by_key = [], {judge_measure(str(judge.get("name"))): judge for judge in judges_of(evaluation)}
     for column in judge_columns(evaluation):
         cell = cell_of(evaluation, row, column)
         if cell.value != "–":
             bounds = f", 95% interval {cell.change_bounds}" if cell.change_bounds else ""
             what, _, judge = column.title.rpartition(" by ")
-            who = f"By {judge}, which took no part in training, {what} with {_how(row)}"
+            part = part_in_training(evaluation, by_key[column.key])
+            who = f"By {judge}, which {part}, {what} with {_how(row)}"
             found.append(f"{who} is {cell.value} ({cell.change}{bounds}).")
     return " ".join(found)
 
@@ -295,7 +297,8 @@ def judge_lines(evaluation: Record) -> list[str]:
         name = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
         what = f"{judge['property']} by " if judge.get("property") else ""
         sha256 = str(judge.get("sha256"))[:12]
-        found.append(f"{called.capitalize()}: {what}{name}, sha256 {sha256}; it took no part in training.")
+        part = part_in_training(evaluation, judge)
+        found.append(f"{called.capitalize()}: {what}{name}, sha256 {sha256}; it {part}.")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from quark_fast.report.columns import (
 )
 from quark_fast.report.records import Record, cuts_of
 from quark_fast.report.results import (
-    AGAIN,
     Way,
     base_name,
     cell_of,
@@ -41,7 +39,7 @@ from quark_fast.report.results import (
     way_of,
     without_reward,
 )
-from quark_fast.report.texts import mask_profanity, pick_examples
+from quark_fast.report.texts import has_control, has_scores, mask_profanity, pick_examples
 from quark_fast.runtime.console import Terminal
 
 # Middle tones, readable on a dark and on a light terminal.
@@ -293,13 +291,11 @@ def before_after(
                 Text(one_line(show(completion)) or "(nothing)"),
             )
         parts += [Text(one_line(show(example.prompt)) + " …", style="bold"), grid, Text("")]
-    scored = any(math.isfinite(score) for example in examples for *_, score in example.texts)
     chosen = (
         "Prompts where the base model wrote some of its worst; the number is the score."
-        if scored
+        if has_scores(examples)
         else "Prompts spread over all, as no completion has a score."
     )
-    again = any(name.endswith(AGAIN) for example in examples for name, *_ in example.texts)
     control = " The base model's next completion (again) is the control; no after text is chosen."
-    parts.append(Text(f"{chosen}{control if again else ''}", style="dim"))
+    parts.append(Text(f"{chosen}{control if has_control(examples) else ''}", style="dim"))
     return Group(*parts)

@@ -101,6 +101,16 @@ def pick_examples(
     return examples
 
 
+def has_scores(examples: Sequence[Example]) -> bool:
+    """Whether the prompts were chosen by scores: without any they are spread over all."""
+    return any(math.isfinite(score) for example in examples for *_, score in example.texts)
+
+
+def has_control(examples: Sequence[Example]) -> bool:
+    """Whether another completion of the first row stands beside its worst."""
+    return any(name.endswith(AGAIN) for example in examples for name, *_ in example.texts)
+
+
 def median_samples(completions: Iterable[Record]) -> tuple[str, list[Example]]:
     """The last round, counted from 1, and of each quantile in it the training sample of median reward."""
     scored = [row for row in completions if math.isfinite(number_of(row, "reward"))]

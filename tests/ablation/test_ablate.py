@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast import ablate
@@ -20,9 +21,12 @@ from quark_fast.arguments import parse
 from quark_fast.config import Config
 from quark_fast.errors import Diverged, UsageError
 from quark_fast.metrics import Sample
+from quark_fast.report.files import read_run
+from quark_fast.rollout.sampling import Conditioning
 from quark_fast.runtime.console import Terminal
 from quark_fast.training.learn import Learner
 from quark_fast.training.progress import Progress
+from quark_fast.training.state import State
 from quark_fast.training.trainer import Trainer
 
 GIVEN: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:8]}
@@ -40,7 +44,8 @@ def started(folder: Path) -> list[str]:
 
 def test_each_axis_varies_one_thing_and_points_of_two_axes_are_one_run() -> None:
     config = Config()
-    found = axes.points_of(config, axes.usual_axes(config))
+    found = axes.points_of(config, [axis for axis in axes.AXES if axis != "unlikelihood"])
+    assert [*axes.left_out(config)] == ["unlikelihood"]
     assert {p.value: p.settings for p in found if p.axis == "kl"} == {
         "beta 0": {"kl_coef": 0.0},
         "beta 0.25": {"kl_coef": 0.25},
@@ -76,12 +81,12 @@ def test_contrast_is_compared_with_its_parts_and_with_none() -> None:
         "margin 1": {"contrast_margin": 1.0},
         "margin 10": {"contrast_margin": 10.0},
     }
-    assert "contrast" not in axes.usual_axes(Config(contrast_coef=0.0))
+    assert "contrast" in axes.left_out(Config(contrast_coef=0.0))
 
 
 def test_unlikelihood_is_taken_from_quark_and_quark_from_it() -> None:
     config = Config(task="repetition")
-    assert axes.usual_axes(config) == list(axes.AXES)
+    assert "unlikelihood" not in axes.left_out(config)
     both, quark, unlikelihood = axes.points_of(config, ["unlikelihood"])
     assert both.settings == {}
     assert quark.settings == {"unlikelihood_coef": 0.0}
@@ -366,6 +371,38 @@ def test_labels_that_would_touch_are_moved_apart_about_their_middle_and_no_other
         assert placed.mean() == pytest.approx(heights.mean())
 
 
+def test_tokens_that_nothing_was_drawn_for_lie_between_the_others_when_they_explore(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    config = base(tmp_path / "run", tiny_model(), explore_token="random", quantiles=5, eval=False)
+    trainer, seen = Trainer(config, **GIVEN), []
+    own = trainer.explorer._conditionings
+
+    def conditionings(state: State) -> list[tuple[Conditioning, list[int]]]:
+        if state.step:
+            rows = trainer.setup.copied.get().get_input_embeddings().rows
+            seen.append((sorted(state.trained), rows.clone()))
+        return own(state)
+
+    trainer.explorer._conditionings = conditionings
+    trainer.train()
+    ((trained, embedded),) = seen
+    assert trained == [0, 4]
+    for k in (1, 2, 3):
+        torch.testing.assert_close(embedded[k], torch.lerp(embedded[0], embedded[4], k / 4))
+
+
+def test_numbers_of_a_kept_round_are_all_of_that_round(three_points: Path) -> None:
+    run = read_run(three_points / "seed-0" / "base")
+    (early, late) = run.probes
+    assert run.probe_of_model == late
+    compared = [{"round": n, "step": probe["step"]} for n, probe in enumerate(({"step": 0}, early, late))]
+    evaluation = {**run.evaluation, "kept_round": {"round": 1}}
+    assert replace(run, compared=compared, evaluation=evaluation).probe_of_model == early
+    evaluation["kept_round"] = {"round": 9}
+    assert replace(run, compared=compared, evaluation=evaluation).probe_of_model == {}
+
+
 def test_random_token_explores_every_prompt_once_with_tokens_of_all_quantiles(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
@@ -448,6 +485,17 @@ def test_command_lists_the_points_and_refuses_in_one_line(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+def test_grid_that_names_no_axis_has_those_that_the_base_can_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ablate.main(["--task", "repetition", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: tokens, since the axis tokens is about exploring, but rounds = 1 never does" in shown
+    assert "\nunlikelihood:\n" in shown and "\ntokens:\n" not in shown
+    assert ablate.main(["--task", "repetition", "--grid", "tokens", "--dry-run"]) == 2
+    assert "rounds = 1 never does" in capsys.readouterr().err
 
 
 def test_values_of_w_that_no_row_would_show_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

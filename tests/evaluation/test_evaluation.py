@@ -557,8 +557,10 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
         return [*[high] * positive, *[0.5] * tied, *[None] * unscored, *[low] * rest]
 
     # As rows have it beside others with a count: of a file's own columns, of another file, of a CSV file.
-    absent: list[Row] = [{}, {"num_positive": None}, {"num_positive": ""}]
-    rows: list[Row] = [{"prompt": name} | absent[i % 3] for i, name in enumerate(wanted)]
+    # And a column of that name that is another: no number, or none of 25.
+    numbers = (None, "", "12 of 25", math.nan, 60, -1, [3])
+    absent: list[Row] = [{}, *({"num_positive": number} for number in numbers)]
+    rows: list[Row] = [{"prompt": name} | absent[i % len(absent)] for i, name in enumerate(wanted)]
     held_out = EncodedPrompts(rows, [[i] for i in range(len(rows))], 1)
     setup = EvaluationSetup(policy, policy.model, describe(reward), held_out, GREEDY, 0)
     found = dict(classify_prompts(setup, target))
@@ -567,7 +569,7 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
 
 
 def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> None:
-    rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, 13, 25)]
+    rows: list[Row] = [{"prompt": "w1", "num_positive": n} for n in (0, 12, "13", 25)]
     held_out = EncodedPrompts(rows, [[1]] * 4, 1)
     reward = describe(lambda **_: pytest.fail("scored"), "none")
     setup = EvaluationSetup(policy, policy.model, reward, held_out, GREEDY, 0)

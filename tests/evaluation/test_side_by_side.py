@@ -16,6 +16,7 @@ from conftest import WORDS, export, save_tiny_classifier, save_tiny_model, sharp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
@@ -23,13 +24,16 @@ from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
 from quark_fast.evaluation.subjects import find_subject, find_subjects, labels
+from quark_fast.evaluation.summary import scorer_in_words
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
 from quark_fast.model.policy import Policy
 from quark_fast.report.results import headline
+from quark_fast.report.tables import as_text
 from quark_fast.rewards.reward import NO_REWARD
 from quark_fast.rollout import transformers
 from quark_fast.rollout.sampling import SampleRequest
+from quark_fast.tasks.by_name import choose_reward, find_task
 from quark_fast.training.trained import TrainedRun
 
 CPU = torch.device("cpu")
@@ -155,6 +159,59 @@ def test_judges_stand_beside_the_scorer_and_change_nothing_else(place: Path) -> 
     assert "score by test_side_by_side:odds" in shown and "Judge 1: test_side_by_side:odds source" in shown
     with pytest.raises(UsageError, match="evens is the reward itself"):
         made("runs/a", judge="test_side_by_side:evens")
+
+
+def in_one_line(done: Evaluated) -> str:
+    return " ".join(as_text(done.table).split())
+
+
+def test_judge_that_rewarded_a_run_is_not_said_to_have_taken_no_part(place: Path, tmp_path: Path) -> None:
+    judges = "test_side_by_side:evens, test_side_by_side:odds"
+    found = made("runs/a", reward="test_side_by_side:flat", judge=judges)
+    assert found.table["trained_by"] == {"a": ["test_side_by_side:evens"]}
+    shown = in_one_line(found)
+    assert "By test_side_by_side:evens, which was in the reward that trained a, score with" in shown
+    assert "By test_side_by_side:odds, which took no part in training, score with" in shown
+    page = found.markdown().replace("\\", "")
+    assert re.search("Judge 1: test_side_by_side:evens .*; it was in the reward that trained a.", page)
+    assert re.search("Judge 2: test_side_by_side:odds .*; it took no part in training.", page)
+
+    kept = saved(tmp_path / "kept.json", found)
+    beside = made("runs/b", kept, reward="test_side_by_side:flat", judge=judges)
+    assert beside.table["trained_by"] == {
+        "b": ["test_side_by_side:evens"],
+        "kept: a": ["test_side_by_side:evens"],
+    }
+    assert "in the reward that trained b and kept: a" in in_one_line(beside)
+
+
+def test_sum_that_rewarded_a_run_names_its_terms(place: Path) -> None:
+    run = save_run(
+        place / "runs" / "sum", "base", 3, reward="0.5*test_side_by_side:evens + test_side_by_side:odds"
+    )
+    config = load_config(run / "config.yaml")
+    reward = choose_reward(config, find_task(config.task), "cpu", None)
+    about = {"scorer": scorer_in_words(reward)}
+    assert [one["name"] for one in about["scorer"]["terms"]] == [
+        f"test_side_by_side:{n}" for n in ("evens", "odds")
+    ]
+    (run / "evaluation.json").write_text(json.dumps(about))
+    found = made("runs/sum", reward="test_side_by_side:flat", judge="test_side_by_side:odds")
+    assert "By test_side_by_side:odds, which was in the reward that trained sum" in in_one_line(found)
+    shutil.rmtree(run)
+
+
+def test_run_of_one_token_has_no_rows_of_others(place: Path) -> None:
+    settings = {"reward": "test_side_by_side:evens", "quantile_weights": "best", "contrast_coef": 0.0}
+    run = save_run(place / "runs" / "best", "base", 3, **settings)
+    evaluator = Evaluator(["runs/best", "runs/a"], rows="ends")
+    assert "best trained one reward token alone" in evaluator.remarks[0]
+    names = [row["name"] for row in evaluator.evaluate().table["rows"]]
+    assert [name for name in names if name.startswith("best: ")] == ["best: best token"]
+    assert "a: worst token" in names
+    with pytest.raises(UsageError, match="runs/best trained one token alone; leave guidance out"):
+        Evaluator(["runs/best"], guidance="2")
+    shutil.rmtree(run)
 
 
 def test_saved_samples_are_judged_as_they_are(place: Path, tmp_path: Path) -> None:
@@ -811,7 +868,7 @@ def test_what_is_asked_of_another_task_or_of_no_run_or_file_is_refused(place: Pa
         (
             "runs/single",
             {"guidance": "2"},
-            r"runs/single has one alone \(quantiles = 1\); leave guidance out",
+            "runs/single trained one token alone; leave guidance out",
         ),
         ("runs/a", {"prompt_column": "text"}, "the column 'text' is of no file"),
         ("runs/a", {"prompts": "prompts.txt", "out_of_domain_column": "x"}, "the column 'x' is of no file"),

@@ -17,7 +17,7 @@ import transformers
 from conftest import WORDS, export, save_tiny_model, sharpen, tiny_config, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
@@ -111,6 +111,19 @@ def test_rows_start_as_the_mean_of_the_words_that_name_their_quantile(tiny_model
         rtol=1e-6,  # float32
         atol=0,
     )
+
+
+def test_rows_start_as_without_words_where_the_tokenizer_reads_none_of_one(tmp_path: Path) -> None:
+    letters = Tokenizer(models.BPE({"A": 0, "B": 1, "<end>": 2}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    worded, plain = (
+        Policy.create(tmp_path, quantiles=2, words=words).model.get_input_embeddings().rows
+        for words in (["A B", "lower case"], None)
+    )
+    assert worded.isfinite().all() and torch.equal(worded, plain)
 
 
 def test_rows_without_words_have_mean_and_spread_of_the_base_table_alone(tiny_model: Make) -> None:
@@ -228,6 +241,23 @@ def test_stop_ids_are_all_ends_that_model_and_tokenizer_know(tmp_path: Path) -> 
 
 def test_decoded_completion_shows_no_special_token(tiny_model: Make) -> None:
     assert Policy.create(tiny_model(), quantiles=2).decode([1, 2, SEPARATOR_ID]) == "w1w2"
+
+
+def test_end_of_turn_that_the_tokenizer_does_not_call_special_is_no_text(
+    tmp_path: Path, tiny_model: Make
+) -> None:
+    model, tokenizer = (kind.from_pretrained(tiny_model()) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    model.resize_token_embeddings(len(tokenizer))
+    end, word = len(tokenizer) - 1, 4
+    model.generation_config.eos_token_id = [word, end]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy.create(tmp_path, quantiles=2)
+    assert policy.decode([1, 2, end], [3]) == "w1w2" == policy.decode([1, 2])
+    assert policy.decode([end]) == ""
+    assert policy.decode([1, end, 2]) == "w1<|im_end|>w2", "no end of the completion"
+    assert policy.decode([1, word]) == "w1w4", "a word that ends completions, too, is text"
 
 
 def test_tokenizer_with_gaps_in_its_ids_is_refused_before_reward_tokens_share_one(tmp_path: Path) -> None:

@@ -925,6 +925,7 @@ def fails(match: str, change: dict[str, object], **options: object) -> object:
         fails("entropy_coef = inf", {}, entropy_coef=math.inf),
         fails("the mask adds up to nan", {"mask": torch.full((3, 4), math.nan)}),
         fails("the mask adds up to inf", {"mask": torch.full((3, 4), 1e38)}),
+        fails("the mask adds up to 0, but", {"mask": torch.tensor([1.0, -1.0, 0.0, 0.0]).expand(3, 4)}),
         fails("weight of token 0 .* is not finite", {"mask": torch.full((3, 4), math.inf)}, normalizer=2.0),
         fails("mask is torch.complex64", {"mask": torch.ones(3, 4, dtype=torch.complex64)}),
         fails("logits is nested or of layout torch.sparse", {"logits": torch.ones(3, 4, 9).to_sparse()}),

@@ -792,6 +792,22 @@ def test_terminal_texts_fold_to_the_width_and_say_when_there_are_none():
     assert "nan" not in shown and "spread over all" in shown
 
 
+def test_page_says_of_its_texts_what_is_there(small_run):
+    run = read_run(small_run)
+
+    def note(rows):
+        text = " ".join(Page(render_html(dataclasses.replace(run, evaluation_rows=rows))).text.split())
+        return text[text.index("Prompts spread over") : text.index("these texts are an illustration")]
+
+    one, *others = hostile_rows("x")
+    assert "(again)" in note([one, one, *others]) and "(again)" not in note([one, *others])
+    assert "where the base model scored worst" in note([one, *others])
+    unscored = [{**row, "score": None} for row in (one, one, *others)]
+    assert "worst" not in note(unscored)
+    assert note(unscored).startswith("Prompts spread over all, as no completion has a score.")
+    assert "(again) is the control. The table" in note(unscored)
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
