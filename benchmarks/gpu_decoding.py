@@ -76,11 +76,11 @@ def main() -> None:
     }
     print(json.dumps(about, indent=1))
     rows: list[dict[str, Any]] = []
-    for streams in (1, 2):
-        rows += measure(model, asked, streams)
-    rows.append(row_of_vllm(model, asked))
-    if asked.output is not None:
-        asked.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    parts = [functools.partial(measure, model, asked, streams) for streams in (1, 2)]
+    for part in (*parts, lambda: [row_of_vllm(model, asked)]):
+        rows += part()
+        if asked.output is not None:
+            asked.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     if wrong := [row["way"] for row in rows if not row.get("right", True)]:
         sys.exit(f"wrong: {', '.join(wrong)}")
 
@@ -94,28 +94,43 @@ def measure(model: Any, asked: argparse.Namespace, streams: int) -> list[dict[st
         steps = FixedSteps(model, Reading(), kind)
         ways[kind] = functools.partial(steps.next_logits, new_tokens=asked.tokens)
     weights = torch.tensor([1.0] if streams == 1 else [1.5, -0.5], device=model.device)
-    wanted, found = None, []
-    for name, read in ways.items():
+    wanted: list[Tensor] = []  # eager's logits, which come first
+
+    def ours(name: str, read: Read) -> dict[str, Any]:
         begun = time.monotonic()
         logits = logits_of(read, contexts, asked.tokens)
         first = seconds_since(begun, model.device)
-        wanted = logits if wanted is None else wanted  # eager's, which comes first
+        wanted.append(logits)
         # bfloat16 keeps 8 bits, and each layer rounds anew; a wrong column or position makes tenths.
-        gap = float((logits - wanted).abs().max() / (wanted.amax() - wanted.amin()))
+        gap = float((logits - wanted[0]).abs().max() / (wanted[0].amax() - wanted[0].amin()))
         times = clocked(functools.partial(decode, read, contexts, weights, asked.tokens), asked, model.device)
-        found.append(row_of(name, streams, times, asked) | {"first_s": first, "right": gap < 0.05})
+        return row_of(name, streams, times, asked) | {"first_s": first, "right": gap < 0.05}
+
+    def theirs(name: str, cache: str | None) -> dict[str, Any]:
+        call = functools.partial(generate, model, contexts, asked.tokens, cache)
+        begun = time.monotonic()
+        call()
+        first = seconds_since(begun, model.device)
+        row = row_of(name, streams, clocked(call, asked, model.device), asked)
+        return row | {"first_s": first, "right": True}
+
+    measured = {name: functools.partial(ours, name, read) for name, read in ways.items()}
     if streams == 1:
-        for name, cache in {"generate": None, "generate static": "static"}.items():
-            if asked.tiny and cache:
-                continue  # it compiles
-            call = functools.partial(generate, model, contexts, asked.tokens, cache)
-            begun = time.monotonic()
-            call()
-            first = seconds_since(begun, model.device)
-            row = row_of(name, streams, clocked(call, asked, model.device), asked)
-            found.append(row | {"first_s": first, "right": True})
+        measured["generate"] = functools.partial(theirs, "generate", None)
+        if not asked.tiny:  # it compiles
+            measured["generate static"] = functools.partial(theirs, "generate static", "static")
+    found = [row_or_why_not(name, streams, call) for name, call in measured.items()]
     show(found, model, asked)
     return found
+
+
+def row_or_why_not(name: str, streams: int, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row, or what it failed by: time on a GPU is scarce, and the other rows are there."""
+    try:
+        return call()
+    except Exception as error:
+        failed = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        return {"way": name, "streams": streams, "failed": failed, "right": False}
 
 
 def show(rows: list[dict[str, Any]], model: Any, asked: argparse.Namespace) -> None:
@@ -123,6 +138,9 @@ def show(rows: list[dict[str, Any]], model: Any, asked: argparse.Namespace) -> N
     floor = least_bytes(model, asked, rows[0]["streams"]) / bytes_per_second(model.device) * 1e3
     for row in rows:
         row["floor_ms"] = floor
+        if "failed" in row:
+            print(f"{row['way']:16} {row['streams']} streams  {row['failed']}")
+            continue
         print(
             f"{row['way']:16} {row['streams']} streams  {row['ms_a_token']:8.3f} ms a token"
             f"  floor {floor:.3f}  {row['tokens_per_s']:10.0f} tokens/s  first call {row['first_s']:.2f} s"

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quark_fast.ops.triton_kernels import LOG2_E, LOWEST
+from quark_fast.ops.triton_kernels import LOG2_E, LOWEST, on_device
 
 DRAWS = 32  # uniform numbers of a row; even the nucleus of one token in 50,000 is missed by one row in 10^6
 BLOCK_BYTES = 8192  # 256 threads take two loads of 16 bytes each
@@ -269,25 +269,26 @@ def sample_tokens(
     if not rows:
         return tokens
     width = min(width or BLOCK_BYTES // logits.itemsize, triton.next_power_of_2(vocabulary))
-    _token_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        rows * logits.stride(0),
-        weights,
-        suppressed,
-        tokens if uniform is None else uniform,
-        top_p,
-        tokens,
-        tokens if log_p is None else log_p,
-        V=vocabulary,
-        STREAMS=len(weights),
-        SUPPRESSED=len(suppressed),
-        GREEDY=uniform is None,
-        NUCLEUS=top_p < 1,
-        LOG_P=log_p is not None,
-        WIDTH=width,
-        BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, width)),
-        DRAWN=0 if uniform is None else uniform.shape[1],
-        num_warps=8,
-    )
+    with on_device(logits.device):
+        _token_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            rows * logits.stride(0),
+            weights,
+            suppressed,
+            tokens if uniform is None else uniform,
+            top_p,
+            tokens,
+            tokens if log_p is None else log_p,
+            V=vocabulary,
+            STREAMS=len(weights),
+            SUPPRESSED=len(suppressed),
+            GREEDY=uniform is None,
+            NUCLEUS=top_p < 1,
+            LOG_P=log_p is not None,
+            WIDTH=width,
+            BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, width)),
+            DRAWN=0 if uniform is None else uniform.shape[1],
+            num_warps=8,
+        )
     return tokens

@@ -1054,7 +1054,7 @@ def forward(
         "entropy_ptr": entropy,
         "stats_ptr": stats,
     }
-    with _on(p.device):
+    with on_device(p.device):
         if cut.splits == 1:
             _row_kernel[(p.rows,)](
                 **p.read,
@@ -1109,7 +1109,7 @@ def backward(
     p = _Problem(*problem, grad=grad)
     if p.rows == 0:
         return
-    with _on(p.device):
+    with on_device(p.device):
         cut = cut or blocking(p.rows, p.vocab_size, problem[0], fused=False)
         _write_gradient(p, scale, stats, cut, unless_one)
 
@@ -1139,7 +1139,7 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
     if count == 0:
         return
     programs = 4 * _processors(grad.device)[0] if grad.is_cuda else 4
-    with _on(grad.device):
+    with on_device(grad.device):
         _scale_kernel[(min(count, programs),)](
             grad_ptr=grad,
             **_numbers("grad", rows, 1),
@@ -1152,11 +1152,12 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def on_device(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device, which need not be that of the tensors.
 
     Raises:
-        UsageError: the GPU has less shared memory than a program wants, whatever the number of rows.
+        UsageError: the GPU has less shared memory than a program wants, whatever the number of rows; or
+            Triton, which compiles a launcher in C for each kernel, cannot do so here.
     """
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -1165,4 +1166,11 @@ def _on(device: torch.device) -> Iterator[None]:
         raise UsageError(
             f"the loss's Triton kernels are not for this GPU: {error.name}, {error.required} bytes wanted,"
             f" {error.limit} there; give impl='eager' (--impl eager)"
+        ) from error
+    except Exception as error:  # what Triton has for it is of two kinds
+        if type(error).__name__ != "CalledProcessError" and "C compiler" not in str(error):
+            raise
+        raise UsageError(
+            f"Triton cannot compile the launcher of its kernels ({error}); install a C compiler and Python's"
+            " headers (gcc and python3-dev, or as they are called here)"
         ) from error

@@ -143,7 +143,7 @@ class TextLogits:
         logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
         if logits.shape != (len(rows), len(self.model.config.id2label)):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} texts")
-        return logits.double()
+        return (logits.cpu() if logits.device.type == "mps" else logits).double()  # which has no float64
 
     @torch.inference_mode()
     def _alone(self, row: Encoded) -> Tensor:

@@ -67,3 +67,20 @@ def test_vllm_decodes_the_same_weights_and_lengths_where_it_is_installed(
     assert row["right"] and len(row["seconds"]) == 2 and row["floor_ms"] > 0
     lacking = 1
     assert not gpu_decoding.row_of_vllm(model, asked)["right"]
+
+
+def test_a_way_that_fails_costs_no_other_row(
+    gpu_decoding: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("cannot be recorded")
+
+    monkeypatch.setattr(gpu_decoding, "generate", fails)
+    options = ["--tiny", "--rows", "3", "--prompt", "5", "--tokens", "4", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu_decoding.py", *options, "--output", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit, match="wrong: generate"):
+        gpu_decoding.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["way"] for row in rows if "seconds" in row] == ["eager", "static", "eager", "static"]
+    (failed,) = [row for row in rows if "failed" in row]
+    assert failed["way"] == "generate" and failed["failed"] == "RuntimeError: cannot be recorded"

@@ -9,6 +9,7 @@ borders it is made to look, and once more the blocking that the GPU gets.
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -674,6 +675,21 @@ def test_gpu_of_too_little_shared_memory_is_told_so_with_the_mend(monkeypatch: p
 
     monkeypatch.setattr(triton_kernels, "_row_kernel", TooMuch())
     with pytest.raises(UsageError, match=r"shared memory, 99328 bytes wanted, 65536 there; .*--impl eager"):
+        quark_loss(*small(), impl="triton")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, "gcc x.c")]
+)
+def test_machine_without_a_compiler_is_told_so_with_the_mend(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class NoLauncher:
+        def __getitem__(self, grid: Any) -> Any:
+            raise error
+
+    monkeypatch.setattr(triton_kernels, "_row_kernel", NoLauncher())
+    with pytest.raises(UsageError, match=r"cannot compile the launcher .*; install a C compiler"):
         quark_loss(*small(), impl="triton")
 
 

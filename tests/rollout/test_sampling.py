@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from quark_fast.model.attention import grouped_attention
+from quark_fast.model.attention import attend_by_sdpa, grouped_attention
 from quark_fast.model.cache import ROOM, decoding_cache, with_room
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.policy import Policy
@@ -289,6 +289,10 @@ def test_grouped_attention_is_sdpa(heads: int, groups: int, queries: int, mask: 
         ours, _ = grouped_attention(module, query, key, value, given, scaling=scaling)
         theirs, _ = sdpa_attention_forward(module, query, key, value, given, scaling=scaling)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32, sums of 8 and 6 terms
+        if queries == 1:  # as on a GPU
+            rows = query.reshape(batch, groups, heads // groups, width)
+            packed = attend_by_sdpa(rows, key, value, given, scaling)
+            torch.testing.assert_close(packed, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
