@@ -50,7 +50,7 @@ def _axes(grid: str | None, base: Config) -> tuple[list[str], list[str]]:
     from quark_fast.ablation.axes import AXES, left_out
 
     if grid:
-        return list(dict.fromkeys(grid.split(","))), []
+        return list(dict.fromkeys(axis.strip() for axis in grid.split(","))), []
     without = left_out(base)
     if len(without) == len(AXES):
         raise UsageError(f"this base can have no axis: {'; '.join(without.values())}")
@@ -142,7 +142,7 @@ def _show(folder: Path, console: Terminal, notices: Terminal) -> None:
     from quark_fast.report.columns import intervals_note
     from quark_fast.report.results import scorer_line
 
-    results = json.loads((folder / "ablations.json").read_text())
+    results = json.loads((folder / "ablations.json").read_text(encoding="utf-8"))
     head, *lines = short_table(results)
     whole = (
         "Change: against the base model. Difference: from the grid's base where none is named. In brackets"

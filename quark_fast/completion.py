@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -63,7 +64,10 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         raise UsageError("completion needs its package: pip install shtab")
     import shtab
 
-    print(shtab.complete(all_commands(), shell))
+    try:
+        print(shtab.complete(all_commands(), shell), flush=True)
+    except BrokenPipeError:  # whoever reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

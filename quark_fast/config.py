@@ -457,7 +457,7 @@ class Config(
     def save(self, path: Path) -> None:
         """Write the settings as YAML, which ``--config`` reads back."""
         with replacing(path) as scratch:
-            scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+            scratch.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from quark_fast.errors import OtherProcessFailed, UsageError
+from quark_fast.errors import OtherProcessFailed, OutOfResources, UsageError
+from quark_fast.files.atomic import disk_error
 from quark_fast.files.safe_text import clean
 from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.waiting import wait_briefly
@@ -26,6 +27,11 @@ def exit_status(command: Callable[[], None]) -> int:
     try:
         with _stopped_by_sigterm():
             command()
+    except OSError as error:
+        if (what := disk_error(error)) is None:
+            raise
+        print(f"error: {f'{clean(str(error.filename))}: ' if error.filename else ''}{what}", file=sys.stderr)
+        return OutOfResources.exit_status
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -96,8 +102,10 @@ def check_output(flag: str, path: Path, read: Container[Path] = ()) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(f"{flag}: no such folder")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{flag}: this is a folder, or cannot be written; name another file")
+    # It is written under another name beside, which then takes this one: a device would be replaced.
+    ordinary = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
+    if not ordinary or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{flag}: this is no file, or cannot be written; name another file")
     if path.resolve() in read:
         raise UsageError(f"{flag}: this is a table, or prompts, to be read; name another file")
     if (path.parent / "config.yaml").exists() and path.name in _RUN_FILES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import io
@@ -44,7 +45,7 @@ from quark_fast import evaluate, generate, train
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.errors import Diverged, UsageError
+from quark_fast.errors import Diverged, OutOfResources, UsageError
 from quark_fast.model.policy import Policy
 from quark_fast.near_names import NEIGHBOURS
 from quark_fast.ops import triton_kernels
@@ -316,8 +317,9 @@ def test_generate_refuses_bad_input_in_one_line(
         (["finished", "--json", "nowhere/table.json"], "--json nowhere/table.json"),
         (["finished", "--json", "table.txt"], "--json table.txt: give a name in .json"),
         (["finished", "--json", "."], "--json .: give a name in .json"),
-        (["finished", "--html", "notes"], "--html notes: this is a folder"),
+        (["finished", "--html", "notes"], "--html notes: this is no file, or cannot be written"),
         (["finished", "--markdown", "nowhere/table.md"], "--markdown nowhere/table.md: no such folder"),
+        (["finished", "--markdown", "/dev/null"], "--markdown /dev/null: this is no file"),
         (["finished", "--markdown", "x.md", "--html", "x.md"], "name one file"),
         (["finished", "--html", "finished/report.html"], "the run's own report.html"),
         (["finished", "--json", "finished/metrics.json"], "the run's own metrics.jsonl"),
@@ -962,6 +964,37 @@ def test_live_display_shows_stage_and_numbers_on_a_terminal_and_leaves_its_lines
     assert "the first of two notes\r\n" in bar
     assert sent.count(HIDDEN) == sent.count(SHOWN) == 1 and sent.index(HIDDEN) < sent.index(SHOWN)
     assert re.search(r"probing .*1/4", bar[bar.index("notes") :]), "the stage under way stays"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "no", "x/t.md"), "x/t.md: Permission denied"),
+        (OSError(errno.ENOSPC, "no"), "No space left on device"),
+    ],
+)
+def test_what_cannot_be_written_ends_a_command_in_one_line(
+    capsys: pytest.CaptureFixture[str], error: OSError, line: str
+) -> None:
+    def writes() -> None:
+        raise error
+
+    assert exit_status(writes) == OutOfResources.exit_status
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+    def fails() -> None:
+        raise BrokenPipeError("of a connection")
+
+    with pytest.raises(BrokenPipeError):
+        exit_status(fails)
+
+
+def test_completion_whose_reader_has_seen_enough_ends_quietly() -> None:
+    pytest.importorskip("shtab")
+    script = f"{shlex.quote(sys.executable)} -m quark_fast.completion bash"
+    command = f"set -o pipefail; {script} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout), done.stderr) == (0, 1, "")
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:

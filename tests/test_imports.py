@@ -157,6 +157,17 @@ def code_lines(node: ast.AST, lines: list[str]) -> int:
 
 
 @pytest.mark.parametrize("name", modules())
+def test_text_files_are_of_one_encoding_whatever_the_locale_is(name: str) -> None:
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            opened = node.func.attr == "open" and mode in ("r", "w", "a", "x")
+            if opened or node.func.attr in ("read_text", "write_text"):
+                given = {keyword.arg for keyword in node.keywords}
+                assert "encoding" in given or None in given, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", modules())
 def test_nothing_is_too_long_to_hold_in_mind(name: str) -> None:
     """Classes of 300 lines, functions of 60 lines of code and 8 arguments, at most.
 

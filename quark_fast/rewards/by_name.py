@@ -94,12 +94,18 @@ def refuse_code_of(folder: Path, spec: str | None) -> None:
     for _, name in _parse(spec)[1] if spec is not None else []:
         module = name.partition(":")[0]
         if ":" in name and not name.startswith("hf:"):
-            paths = [Path(entry, *module.split(".")).resolve() for entry in sys.path]
+            paths = [Path(entry, *module.split(".")).resolve() for entry in sys.path if _has(entry, module)]
             if any(path.is_relative_to(folder.resolve()) for path in paths):
                 raise UsageError(
                     f"reward {name!r} is code in {folder}, the run folder that names it, and is not run; if"
                     " you trust it, move it out of there and name it by --reward package.module:function"
                 )
+
+
+def _has(entry: str, module: str) -> bool:
+    """Whether a folder of ``sys.path`` has anything that may be imported as the module's first part."""
+    first = module.partition(".")[0]
+    return Path(entry, first).is_dir() or any(Path(entry).glob(f"{first}.*"))
 
 
 def _parse(spec: str) -> tuple[float, list[tuple[float, str]]]:

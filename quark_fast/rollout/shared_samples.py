@@ -34,7 +34,7 @@ class SharedSamples:
         path = self.folder / f"{_digest(policy, model, request)}.jsonl"
         batches = request.batches()
         if path.exists():
-            for (number, _), line in zip(batches, path.read_text().splitlines(), strict=True):
+            for (number, _), line in zip(batches, path.read_text(encoding="utf-8").splitlines(), strict=True):
                 if number not in done:
                     yield DrawnBatch(*json.loads(line))
             return
@@ -46,7 +46,7 @@ class SharedSamples:
             return  # the others were kept by the run that was killed: no file without them
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
-            scratch.write_text("".join(f"{line}\n" for line in lines))
+            scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _digest(policy: Policy, model: Any, request: SampleRequest) -> str:

@@ -96,6 +96,8 @@ class VllmRollout:
         def load() -> Path:
             weights = self.folder / f"weights-{uuid.uuid4().hex[:12]}"
             scratch = self.folder / "unfinished"
+            if scratch.is_symlink():  # of a process that was killed at the last moment
+                scratch.unlink()
             shutil.rmtree(scratch, ignore_errors=True)
             # Gone when vLLM loads: in this process the memory is to be its.
             write_export(self.policy, scratch, copies.pop(), padding=False)

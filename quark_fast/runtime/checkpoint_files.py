@@ -130,26 +130,26 @@ def _write_state(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, M
     """Files of a state in a folder of theirs, flushed to disk and read back for their checksums."""
     for name, group in tensors.items():
         save_file(dict(group), folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for file in list(folder.iterdir()):
         give_usual_permissions(file)
     flush_all(folder)
     sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / CHECKSUMS).write_text(json.dumps(sums))
+    (folder / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
     flush(folder / CHECKSUMS)
     flush(folder)
 
 
 def _read_state(path: Path) -> StateAndTensors:
     """(state, tensors) of ``_write_state``; an error of any kind if they are not as they were written."""
-    sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text())
+    sums: dict[str, str] = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
     files = {file.name for file in path.iterdir()} - {CHECKSUMS}
     if files != sums.keys():
         raise ValueError(f"it holds {sorted(files)}, not {sorted(sums)}")
     for name, expected in sums.items():
         if sha256(path / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return state, tensors
 

@@ -70,13 +70,13 @@ class Journal:
     def identity(self) -> dict[str, Any] | None:
         """What ``begin`` was given; None: it was not yet."""
         path = self.folder / "about.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Note what everything that will be kept was made with."""
         self.folder.mkdir(exist_ok=True)
         with replacing(self.folder / "about.json") as scratch:
-            scratch.write_text(json.dumps(identity))
+            scratch.write_text(json.dumps(identity), encoding="utf-8")
 
     def stage(
         self,

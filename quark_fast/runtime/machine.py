@@ -139,7 +139,7 @@ def _program() -> list[str]:
 def _cpu_model() -> str:
     """What Linux calls the processor, with family and model (clouds hide the rest); else the architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

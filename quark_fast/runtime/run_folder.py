@@ -126,7 +126,7 @@ class RunFolder:
         with self.disk_errors():
             held = try_lock(self / LOCK)
         if not held:
-            holder = (self / LOCK).read_text().strip() or "another process"
+            holder = (self / LOCK).read_text(encoding="utf-8").strip() or "another process"
             raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
 
     @contextmanager
@@ -146,8 +146,11 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             if (what := disk_error(error)) is None:
                 raise
+            name = getattr(error, "filename", None)
+            foreign = name is not None and not Path(name).resolve().is_relative_to(self.at.resolve())
+            where = name if foreign else f"to the run folder {self.path}"
             raise OutOfResources(
-                f"cannot write to the run folder {self.path}: {what}; its checkpoints are"
+                f"cannot write {where}: {what}; the run's checkpoints are"
                 f" kept: fix that, then go on with --resume --output {self.path}"
             ) from error
 
@@ -159,7 +162,9 @@ class RunFolder:
         """What only a run that had a checkpoint has."""
         names = ("model", "evaluation.json", "evaluation.jsonl", "report.html")
         found = [name for name in names if (self / name).exists()]
-        steps = (self / METRICS).exists() and '"kind": "step"' in (self / METRICS).read_text(errors="replace")
+        steps = (self / METRICS).exists() and '"kind": "step"' in (self / METRICS).read_text(
+            errors="replace", encoding="utf-8"
+        )
         return [*found, *([METRICS] if steps else [])]
 
     def add_start(self, record: Mapping[str, Any]) -> None:
@@ -176,7 +181,7 @@ class RunFolder:
 
     def _record(self) -> dict[str, Any]:
         path = self / "versions.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def add_end(self, record: Mapping[str, Any]) -> None:
         """Into ``versions.json``: how long the run took, the most memory of its last start, and so on."""

@@ -39,7 +39,7 @@ class ToxicityClassifier(nn.Module):
         super().__init__()
         folder = assets.toxicity_classifier()
         weights = load_file(folder / "model.safetensors")
-        self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text())
+        self.vocabulary: dict[str, int] = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
         self.sha256 = sha256(folder / "model.safetensors")
         self.embedding = nn.Embedding(*weights["embedding.weight"].shape)
         self.lstm = nn.LSTM(50, 50, batch_first=True, bidirectional=True)

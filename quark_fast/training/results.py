@@ -9,6 +9,7 @@ from typing import Any
 
 from quark_fast.data import assets
 from quark_fast.data.row import to_file
+from quark_fast.errors import NotUploaded
 from quark_fast.evaluation.held_out import (
     EvaluationSetup,
     evaluate,
@@ -275,14 +276,23 @@ class Results:
         """The finished model to the hub, if asked to.
 
         Raises:
-            NotUploaded: it failed; the run is finished all the same.
+            NotUploaded: it failed; the run is finished all the same. On rank 0 alone: an error of the others
+                would have their launcher end it before it has shown the results.
         """
         setup, config = self.setup, self.setup.config
         if not config.push_to_hub:
             return
         repo, stage = config.push_to_hub, f"uploading the model to {config.push_to_hub}"
         self.listen(Progress(stage, 0, 1))
-        address = setup.processes.on_rank_0(
-            lambda: hub.upload(setup.folder / "model", repo, config.hub_private_repo)
-        )
-        self.listen(Progress(stage, 1, 1, note=f"model: {address}"))
+
+        def upload() -> str | NotUploaded:
+            try:
+                return hub.upload(setup.folder / "model", repo, config.hub_private_repo)
+            except NotUploaded as error:
+                return error
+
+        found = setup.processes.on_rank_0(upload)
+        if not isinstance(found, NotUploaded):
+            self.listen(Progress(stage, 1, 1, note=f"model: {found}"))
+        elif setup.processes.main:
+            raise found

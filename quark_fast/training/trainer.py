@@ -254,9 +254,12 @@ class Trainer:
             with self.processes.same_error():
                 state.bad_steps.stop(config, state.step, row)
             ends = state.step == first + config.steps
-            if ends or state.step % config.checkpoint_every == 0 or self.processes.any(self._stop_asked):
+            # Decided once, by all: a signal that comes from here on stops after the next step.
+            stop = self.processes.any(self._stop_asked)
+            if ends or state.step % config.checkpoint_every == 0 or stop:
                 self._save()
-            self.processes.all_gather(self._stop_if_asked)
+            if stop:
+                self.processes.all_gather(self._stop_if_asked)
         np.add.at(state.draws, plan.ravel(), 1)
 
     def _probe(self) -> None:

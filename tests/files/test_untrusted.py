@@ -320,6 +320,20 @@ def test_run_folder_may_name_code_that_lies_beside_it(
         refuse_code_of(tmp_path / "theirs", spec)
 
 
+def test_run_folder_that_python_looks_in_brings_no_code_where_it_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that a command is called in, which Python looks in first."""
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse_code_of(tmp_path, "mine:score")
+    (tmp_path / "mine.py").touch()
+    with pytest.raises(UsageError, match="is code in"):
+        refuse_code_of(tmp_path, "mine:score")
+    (tmp_path / "mine.py").rename(tmp_path / "mine.cpython-311-x86_64-linux-gnu.so")
+    with pytest.raises(UsageError, match="is code in"):
+        refuse_code_of(tmp_path, "mine.deeper:score")
+
+
 # --- the package ---------------------------------------------------------------------------------
 
 PACKAGE = Path(train.__file__).parent

@@ -111,6 +111,17 @@ def test_greedy_completions_are_those_of_the_local_loop(
     assert drawn != served.local(Conditioning(1), GREEDY), "the reward token is heard"
 
 
+def test_link_that_a_killed_process_left_costs_no_weights(serve: Callable[..., Served]) -> None:
+    served = serve()
+    before = served.drawn(BEST, GREEDY)
+    launch = launch_folder(served.rollout.folder)
+    (launch.parent / "unfinished").symlink_to(launch.resolve().name)  # killed before it took its last name
+    with torch.no_grad():
+        served.policy.model.get_input_embeddings().rows.neg_()
+    assert served.drawn(BEST, GREEDY) != before
+    assert (launch / "model.safetensors").exists() and not launch.resolve().is_symlink()
+
+
 def test_stop_ids_are_blocked_at_first_and_then_kept(serve: Callable[..., Served]) -> None:
     served = serve()
     stops = served.policy.stop_ids = list(range(40, WORDS + 1))  # a third of all words

@@ -236,6 +236,26 @@ def test_sigkilled_process_resumes_and_ctrl_c_leaves_a_checkpoint(
     assert steps == list(range(1, 3 * 40 + 1)), "a bare --resume goes on with the run's own settings"
 
 
+def test_signal_after_a_step_has_decided_stops_with_the_next_ones_checkpoint(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    config = small(tmp_path / "run", tiny_model(), **(SHORT | {"checkpoint_every": 100}))
+    trainer = Trainer(config, **given)
+    decides = Processes.any
+
+    def then_a_signal(self: Processes, here: bool) -> bool:
+        found = decides(self, here)
+        if trainer.state.step == 1 and trainer.work.stop is not None:
+            trainer.work.stop.asked = True
+        return found
+
+    monkeypatch.setattr(Processes, "any", then_a_signal)
+    with pytest.raises(Interrupted, match="stopped in round 1 at step 2"):
+        trainer.train()
+    assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 2
+
+
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_signal_does_not_wait_for_a_reward_that_hangs(
     tmp_path: Path, tiny_model: Callable[..., Path], name: signal.Signals
