@@ -429,11 +429,6 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}", "right": False}
 
 
-def broken(row: Mapping[str, Any]) -> bool:
-    """Whether a whole case failed, and not for lack of memory."""
-    return row["row"] == "all" and not str(row.get("failed")).startswith("OutOfMemoryError")
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     timed = next((row for row in rows if "us" in row), {})
     products = f"products: {timed.get('roof_us', math.nan):.0f} us"
@@ -516,7 +511,9 @@ def head_row_of_library(library: Library, loss: Callable[..., Tensor]) -> Row:
     return Row(lambda *tensors: loss(*tensors, "policy_ref"), library.terms)
 
 
-def exact_head(case: HeadCase, tensors: Sequence[Tensor], some: Tensor, terms: Sequence[str]) -> Tensor:
+def exact_head_logits(
+    case: HeadCase, tensors: Sequence[Tensor], some: Tensor, terms: Sequence[str]
+) -> Tensor:
     """The gradient of the logits of some rows, in float64."""
     hidden, weight, ref_hidden, ref_weight, labels = (tensor.detach() for tensor in tensors)
     logits = [h[some].double() @ w.double().t() for h, w in ((hidden, weight), (ref_hidden, ref_weight))]
@@ -537,12 +534,12 @@ def head_errors(
     Of the hidden states of some rows, the largest miss; of the weights of the same rows' labels, by norm.
     """
     hidden, weight, *_, labels = (tensor.detach() for tensor in tensors)
-    expected = exact_head(case, tensors, some, terms) @ weight.double()
+    expected = exact_head_logits(case, tensors, some, terms) @ weight.double()
     of_hidden = (found[0][some].double() - expected).abs().max() / expected.abs().max()
     columns = labels[some].unique()
     of_columns = torch.zeros(len(columns), hidden.shape[1], dtype=torch.float64, device=DEVICE)
     for rows in torch.arange(case.rows, device=DEVICE).split(128):  # all rows' logits would be too many
-        of_columns += exact_head(case, tensors, rows, terms)[:, columns].t() @ hidden[rows].double()
+        of_columns += exact_head_logits(case, tensors, rows, terms)[:, columns].t() @ hidden[rows].double()
     return float(of_hidden), float((found[1][columns].double() - of_columns).norm() / of_columns.norm())
 
 
@@ -784,7 +781,8 @@ def measured(name: str, call: Callable[[], Iterator[Any]]) -> Iterator[list[dict
     try:
         yield from call()
     except Exception as error:
-        yield [{"case": name, "row": "all", **failure(error)}]
+        lacking = isinstance(error, torch.OutOfMemoryError)  # which is no fault
+        yield [{"case": name, "row": "all", **failure(error), "broken": not lacking}]
 
 
 def tables(about: dict[str, Any], clock: Clock) -> tuple[list[str], list[dict[str, Any]]]:
@@ -801,7 +799,7 @@ def tables(about: dict[str, Any], clock: Clock) -> tuple[list[str], list[dict[st
             wrong += [
                 f"{row['case']}, {row['row']}"
                 for row in found
-                if (row["row"].startswith("ours") and not row["right"]) or broken(row)
+                if (row["row"].startswith("ours") and not row["right"]) or row.get("broken")
             ]
             if not arguments.interpret:
                 torch.cuda.empty_cache()

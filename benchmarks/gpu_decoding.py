@@ -129,8 +129,11 @@ def row_or_why_not(name: str, streams: int, call: Callable[[], dict[str, Any]]) 
     try:
         return call()
     except Exception as error:
-        failed = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        return {"way": name, "streams": streams, "failed": failed, "right": False}
+        return {"way": name, "streams": streams, "failed": in_words(error), "right": False}
+
+
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def show(rows: list[dict[str, Any]], model: Any, asked: argparse.Namespace) -> None:
@@ -159,7 +162,7 @@ def row_of_vllm(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
             about |= timed_vllm(model, asked)
             show([about], model, asked)
         except Exception as error:  # time on a GPU is scarce: the other rows are there
-            about["left_out"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            about["left_out"] = in_words(error)
     if "left_out" in about:
         print(f"vllm             left out: {about['left_out']}")
     return about

@@ -47,7 +47,4 @@ def judged(judges: Sequence[Reward], samples: Sequence[Sample]) -> list[Sample]:
 
 def described(judges: Sequence[Reward]) -> list[dict[str, Any]]:
     """What a table holds of each."""
-    return [
-        {"name": one.name, "version": one.version, "sha256": one.sha256, "property": one.property}
-        for one in judges
-    ]
+    return [one.described() | {"property": one.property} for one in judges]

@@ -16,7 +16,7 @@ from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
-from quark_fast.rewards.reward import IDENTITY, Reward
+from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import WeightedSum, terms
 from quark_fast.tasks.task import Task
 
@@ -79,10 +79,9 @@ def describe_evaluation(
 
 def scorer_in_words(reward: Reward) -> dict[str, Any]:
     """What a table holds of the reward, by which others may or may not be compared with it."""
-    found: dict[str, Any] = dict(zip(IDENTITY, reward.identity, strict=True))
-    if isinstance(reward.function, WeightedSum):
-        found["terms"] = [dict(zip(IDENTITY, part.identity, strict=True)) for part in terms(reward)]
-    return found
+    if not isinstance(reward.function, WeightedSum):
+        return reward.described()
+    return reward.described() | {"terms": [part.described() for part in terms(reward)]}
 
 
 _OF_DRAWS = {"entropy", "base_kl"}

@@ -137,14 +137,12 @@ class Policy:
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words or ()]
-        if not all(ids):  # a tokenizer need not read them
-            ids = []
-        if not ids:
+        if ids and all(ids):  # a tokenizer need not read every word
+            rows = torch.stack([table[row].mean(0) for row in ids])
+        else:
             generator = torch.Generator().manual_seed(seed_for(seed, "reward tokens"))
             noise = torch.randn(quantiles, table.shape[1], generator=generator)
             rows = table.mean(0) + table.std(0) * noise
-        else:
-            rows = torch.stack([table[row].mean(0) for row in ids])
         if lora is not None:
             add_adapters(model, lora, seed_for(seed, "adapters"))
         model.set_input_embeddings(RewardEmbedding(base, policy.reward_ids[0], rows))

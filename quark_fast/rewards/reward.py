@@ -260,6 +260,10 @@ class Reward:
         """``IDENTITY`` of this reward; it changes with its code, its weights and the terms of a sum."""
         return [self.name, self.version, self.sha256]
 
+    def described(self) -> dict[str, Any]:
+        """``identity`` as tables hold it."""
+        return dict(zip(IDENTITY, self.identity, strict=True))
+
 
 def _own(row: Row, name: str) -> Any:
     """A column's value for one call, which may append to a chat's messages without changing the run's."""
@@ -324,17 +328,16 @@ def _without_repeats(
     Without a cache (None) every sample is asked of.
     """
     first: dict[bytes, int] = {}
+    to_ask: list[int] = []
     repeats: dict[int, list[int]] = {}
-    to_ask = []
     for i, key in enumerate(keys):
         if key in answered:
             continue
-        if key is not None and key in first:
-            repeats.setdefault(first[key], []).append(i)
-            continue
-        to_ask.append(i)
-        if key is not None:
-            first[key] = i
+        asked = i if key is None else first.setdefault(key, i)
+        if asked == i:
+            to_ask.append(i)
+        else:
+            repeats.setdefault(asked, []).append(i)
     return to_ask, repeats
 
 

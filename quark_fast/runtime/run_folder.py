@@ -147,7 +147,7 @@ class RunFolder:
             if (what := disk_error(error)) is None:
                 raise
             name = getattr(error, "filename", None)
-            foreign = name is not None and not Path(name).resolve().is_relative_to(self.at.resolve())
+            foreign = isinstance(name, str) and not Path(name).resolve().is_relative_to(self.at.resolve())
             where = name if foreign else f"to the run folder {self.path}"
             raise OutOfResources(
                 f"cannot write {where}: {what}; the run's checkpoints are"
@@ -162,10 +162,9 @@ class RunFolder:
         """What only a run that had a checkpoint has."""
         names = ("model", "evaluation.json", "evaluation.jsonl", "report.html")
         found = [name for name in names if (self / name).exists()]
-        steps = (self / METRICS).exists() and '"kind": "step"' in (self / METRICS).read_text(
-            errors="replace", encoding="utf-8"
-        )
-        return [*found, *([METRICS] if steps else [])]
+        metrics = self / METRICS
+        rows = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+        return [*found, *([METRICS] if '"kind": "step"' in rows else [])]
 
     def add_start(self, record: Mapping[str, Any]) -> None:
         """``versions.json``: what the run was begun with and, under ``starts``, every start with its time."""

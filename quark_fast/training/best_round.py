@@ -23,7 +23,6 @@ from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.files.atomic import flush, replacing, sha256
 from quark_fast.metrics import Sample
 from quark_fast.report.columns import counted
-from quark_fast.rewards.weighted_sum import forget_unscored
 from quark_fast.runtime.distributed import in_batch_order, without_data
 from quark_fast.runtime.run_folder import ROUNDS
 from quark_fast.training.checkpoint import set_weights, trained_weights
@@ -68,8 +67,9 @@ class BestRound:
         if number:
             measured = self._keep(state, measured)
         else:
-            if any(map(math.isnan, measures.values())):  # a scorer was silent: a resumed run asks it again
-                setup.processes.on_rank_0(self._forget_base)
+            if any(map(math.isnan, measures.values())):
+                scorers = [setup.reward, *setup.judges]
+                setup.processes.on_rank_0(lambda: self.work.ask_again(comparison_stage(0), scorers))
             with setup.processes.same_error():
                 self.goal.check_base(measures)
         state.measured.append(measured)
@@ -82,10 +82,6 @@ class BestRound:
             "intervals": {name: [one.low, one.high] for name, one in found.items()},
             "seconds": time.monotonic() - started,
         }
-
-    def _forget_base(self) -> None:
-        self.work.journal.forget(comparison_stage(0))
-        forget_unscored([self.setup.reward, *self.setup.judges])
 
     def _samples(self, number: int, row: TableRow, model: Any) -> list[Sample]:
         """Completions of the development prompts, the same on every process."""

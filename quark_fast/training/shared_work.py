@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from quark_fast.rewards.reward import Reward
+from quark_fast.rewards.weighted_sum import forget_unscored
 from quark_fast.rollout.sampling import Sampler
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
@@ -29,6 +31,11 @@ class SharedWork:
     def all_gather(self, work: Callable[[], T]) -> list[T]:
         """What every process makes of its batches, by its index."""
         return self.processes.all_gather(self.stoppable(work))
+
+    def ask_again(self, stage: str, rewards: Iterable[Reward]) -> None:
+        """Have a resumed run score a stage's completions anew: a scorer was out of order."""
+        self.journal.forget(stage)
+        forget_unscored(rewards)
 
     def stoppable(self, work: Callable[[], T]) -> Callable[[], T]:
         """The same work, which a signal may end at once: a resumed run does what is left of it."""

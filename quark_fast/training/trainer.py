@@ -19,7 +19,6 @@ from quark_fast.config import Config
 from quark_fast.data.row import Prompt, to_file
 from quark_fast.errors import Interrupted, UsageError
 from quark_fast.pool.tokens import Ints
-from quark_fast.rewards.weighted_sum import forget_unscored
 from quark_fast.rollout.sampling import Sampler
 from quark_fast.rollout.transformers import sample
 from quark_fast.runtime import trackers, zero
@@ -192,8 +191,7 @@ class Trainer:
         def write() -> None:
             self.folder.append(COMPLETIONS, rows)
             if metrics["reward_mean"] is None:
-                self.journal.forget(sampling_stage(state))  # so that a resumed run asks the reward again
-                forget_unscored([self.setup.reward])
+                self.work.ask_again(sampling_stage(state), [self.setup.reward])
                 raise UsageError(
                     f"reward {self.setup.reward.name} scored none of {len(rows)} completions in round"
                     f" {state.round + 1}; the first was {rows[0]['completion']!r}. Where it was out of order,"
