@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -17,7 +17,7 @@ from quark_fast.arguments import HELP, Parser, parse
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
-from quark_fast.terminal import command
+from quark_fast.terminal import agreed, command
 
 PROGRAM = "python -m quark_fast.ablate"
 
@@ -79,9 +79,17 @@ def _as_flags(settings: Mapping[str, Any]) -> str:
     )
 
 
-@command
-def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
-    """Run or list the grid, then show its table."""
+class _Asked(NamedTuple):
+    """What the command line asks for; ``without``: a line for each axis that the base cannot have."""
+
+    show: str
+    base: Config
+    axes: list[str]
+    seeds: list[int]
+    without: list[str]
+
+
+def _asked(arguments: Sequence[str]) -> _Asked:
     from quark_fast.ablation.axes import DEFAULTS
 
     own, settings = parser().parse_known_args(arguments)
@@ -100,18 +108,28 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         raise UsageError("a grid goes on by itself; leave out --resume")
     if base.seed:
         raise UsageError(f"seed = {base.seed}; a grid has --seeds {base.seed}")
-    if own.help:
+    return _Asked("help" if own.help else "points" if own.dry_run else "", base, axes, seeds, without)
+
+
+@command
+def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None:
+    """Run or list the grid, then show its table; of several processes the first shows."""
+    from quark_fast.ablation.axes import DEFAULTS
+
+    show, base, axes, seeds, without = agreed(lambda: _asked(arguments), console, notices)
+    if show == "help":
         console.print(parser().format_help())
         console.print(
             "Every other option is a setting of the base (--help all); defaults other than those of training:"
             f" {_as_flags(DEFAULTS)}\n"
         )
-    if own.help or own.dry_run:
+    if show:
         console.print("\n".join([listing(base, axes, seeds), *without]), soft_wrap=True)
-    else:
-        for line in without:
-            notices.print(line)
-        folder = _run(base, axes, seeds, notices)
+        return
+    for line in without:
+        notices.print(line)
+    folder = _run(base, axes, seeds, notices)
+    if not console.quiet:
         _show(folder, console, notices)
 
 

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from quark_fast.errors import OtherProcessFailed, OutOfResources, UsageError
 from quark_fast.files.atomic import disk_error
 from quark_fast.files.safe_text import clean
 from quark_fast.runtime.console import Terminal
 from quark_fast.runtime.waiting import wait_briefly
+
+T = TypeVar("T")
 
 
 def exit_status(command: Callable[[], None]) -> int:
@@ -84,6 +87,34 @@ def command(run: Callable[[Sequence[str], Terminal, Terminal], None]) -> Callabl
         return exit_status(lambda: run(given, Terminal(), notices))
 
     return main
+
+
+def agreed(work: Callable[[], T], *consoles: Terminal) -> T:
+    """``work()``, which reads the command line; of processes that a launcher started, the first one speaks.
+
+    The others' consoles are quiet from then on. Help and bad flags show before torch is imported, unless
+    there are other processes to agree with.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return work()
+    from quark_fast.runtime.distributed import Processes
+
+    processes = Processes.join()
+
+    def heard() -> T | SystemExit:
+        with contextlib.nullcontext() if processes.main else contextlib.redirect_stdout(io.StringIO()):
+            try:
+                return work()
+            except SystemExit as end:  # help was asked for
+                return end
+
+    found = processes.together(heard)
+    if isinstance(found, SystemExit):
+        raise found
+    if not processes.main:
+        for console in consoles:
+            console.quiet = True
+    return found
 
 
 # What a run folder may hold: none of it is written over.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from quark_fast.arguments import parse
 from quark_fast.config import Config
 from quark_fast.errors import NotUploaded
 from quark_fast.runtime.console import Terminal
-from quark_fast.terminal import command
+from quark_fast.terminal import agreed, command
 
 
 @command
@@ -20,19 +19,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
     """Train, then show the table and three before/after texts; of several processes the first shows."""
     logging.basicConfig(level=logging.WARNING)
 
-    def parsed() -> Config:
-        return parse(arguments, "python -m quark_fast.train")
-
-    # Help and bad flags show before torch is imported, unless there are others to agree with.
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    config = None if several else parsed()
-    from quark_fast.runtime.distributed import Processes
-
-    processes = Processes.join()
-    if config is None:
-        config = processes.together(parsed)
-    if not processes.main:
-        console.quiet = notices.quiet = True
+    config = agreed(lambda: parse(arguments, "python -m quark_fast.train"), console, notices)
     from quark_fast.runtime.machine import quiet_libraries
     from quark_fast.runtime.memory import keep_freed_memory
     from quark_fast.training.display import Display
@@ -50,7 +37,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
             trainer.train()
         except NotUploaded as error:  # the run is finished: first its results
             not_uploaded = error
-    if not processes.main:
+    if console.quiet:
         return
     _show(trainer.folder.path, config, console, notices)
     if not_uploaded is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OutOfResources, UsageError
 from quark_fast.files.atomic import replacing
 from quark_fast.rollout.shared_samples import SharedSamples
-from quark_fast.runtime.distributed import process_count
+from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.machine import settled_precision
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.trainer import Trainer
@@ -39,7 +40,7 @@ def run_grid(
     the last call.
 
     Args:
-        note: called with a line before every run.
+        note: called with a line before every run, of several processes on the first.
         given: to the ``Trainer``.
     Raises:
         UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings;
@@ -50,44 +51,52 @@ def run_grid(
         raise UsageError("a grid needs at least one axis and one seed")
     points = points_of(base, axes)
     folder = base.output_folder
-    base = _begin(folder, base)
+    processes = Processes.join()
+    base = processes.on_rank_0(partial(_begin, folder, base))
+    say = note if processes.main else lambda _: None
     sampler = SharedSamples(folder / "base-model")
     wanted = [(seed, settings) for seed in seeds for settings in distinct_settings(points)]
     failed: list[str] = []
     for number, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)
         line = f"run {number}/{len(wanted)}: seed {seed}, {name_of(settings)}"
-        if RunFolder(path).finished:
-            note(f"{line}: finished")
+        # Of several processes the first one looks: the others might see what it has written since.
+        finished, resume = processes.on_rank_0(partial(_seen, path))
+        if finished:
+            say(f"{line}: finished")
             continue
-        note(line)
-        resume = (path / "config.yaml").exists()
+        say(line)
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:
-            why = _run_point(Trainer(config, sampler=sampler, **given))
+            why = _run_point(Trainer(config, sampler=sampler, **given), processes)
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
         if why:
             failed.append(f"{path}: {why}")
-            note(f"{line}: no result: {why}")
+            say(f"{line}: no result: {why}")
         gc.collect()  # two models and an optimizer that refer to each other
     if failed:
         raise UsageError(
             f"{len(failed)} of {len(wanted)} runs ended without a result, so there is no table; the others"
             f" are kept. Choose a base, or axes, without such runs, and another --output. {'; '.join(failed)}"
         )
-    _write(folder, summarise(folder, base, points, seeds))
+    processes.on_rank_0(lambda: _write(folder, summarise(folder, base, points, seeds)))
     return folder
 
 
-def _run_point(trainer: Trainer) -> str:
+def _seen(path: Path) -> tuple[bool, bool]:
+    """Whether a point is finished, and whether it was begun."""
+    return RunFolder(path).finished, (path / "config.yaml").exists()
+
+
+def _run_point(trainer: Trainer, processes: Processes) -> str:
     """Train a point; "", or why it ended without a result, as one that diverged does."""
     try:
         trainer.train()
     except OutOfResources:
         raise
     except UsageError as error:
-        if process_count() > 1:  # the other processes have ended
+        if processes.count > 1:  # the other processes have ended
             raise
         return str(error)
     return ""

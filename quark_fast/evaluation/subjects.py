@@ -169,8 +169,9 @@ def short_names(given: Sequence[str], parts: Sequence[Sequence[str]] | None = No
     Raises:
         UsageError: one is there twice.
     """
-    for one in given:
-        if given.count(one) > 1:
+    places = [source_of(one) for one in given]
+    for one, place in zip(given, places, strict=True):
+        if places.count(place) > 1:
             raise UsageError(f"{one} is named twice; name each once")
     parts = [Path(one).resolve().parts for one in given] if parts is None else parts
     for length in range(1, max(map(len, parts)) + 1):

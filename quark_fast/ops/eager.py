@@ -14,7 +14,8 @@ Kl = Literal["policy_ref", "ref_policy", "sampled"]
 
 def expectation(prob: Tensor, value: Tensor) -> Tensor:
     """sum_v prob_v value_v over the last dimension, where 0 times anything is 0."""
-    return (prob * torch.where(prob > 0, value, 0)).sum(-1)
+    # Not > 0, which a NaN is not, either: its gradient would be a finite one.
+    return (prob * torch.where(prob != 0, value, 0)).sum(-1)
 
 
 def quark_loss(

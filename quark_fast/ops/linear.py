@@ -114,7 +114,8 @@ def linear_quark_loss(
         r = None
         if ref_hidden is not None and ref_weight is not None:
             r = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
-        return QuarkLoss(*eager.quark_loss(z, r, *problem[2:]))
+        loss, *values = eager.quark_loss(z, r, *problem[2:])
+        return QuarkLoss(loss, *(value.detach() for value in values))
     rows = labels.numel()
     loss, *values = _linear_loss(
         hidden.reshape(1, rows, 1, hidden.shape[-1]),
@@ -223,10 +224,14 @@ def _product_dtype(hidden: Tensor | None) -> torch.dtype:
     """The dtype in which torch.nn.Linear would compute here: autocast's where it is on."""
     if hidden is None:
         return torch.float32
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _in_autocast(hidden) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
+
+
+def _in_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type  # of which some have none, as meta
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _counted(lengths: Sequence[int] | None, labels: Tensor, weights: Tensor) -> Tensor | None:
@@ -336,7 +341,7 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
             f"{side}bias of shape {tuple(bias.shape)} does not fit {side}weight of shape"
             f" {tuple(weight.shape)}"
         )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = _in_autocast(hidden)
     for name, tensor in ((f"{side}weight", weight), (f"{side}bias", bias)):
         if tensor is None:
             continue
@@ -618,9 +623,18 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> No
     if total.dtype == grad.dtype:
         torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
         return
+    unit = None
+    if grad.dtype == torch.float16 and len(hidden):
+        # A product is rounded to float16 before it is added, and no loss scale, which comes later, keeps that
+        # from overflowing. So no sum over the rows may exceed 2^15; a power of two rounds nothing.
+        most = grad.abs().amax().to(total.dtype) * hidden.abs().amax() * (len(hidden) / 2**15)
+        unit = torch.ldexp(torch.ones_like(most), most.frexp().exponent.clamp(min=0))
+        hidden = hidden / unit.to(hidden.dtype)
     block = max(1, (BLOCK_CPU if total.device.type == "cpu" else BLOCK_ELSEWHERE) // total.shape[1])
     for some, columns in zip(torch.split(total, block), torch.split(grad, block, 1), strict=True):
         product = columns.t() @ hidden
+        if unit is not None:
+            product = product * unit  # in float32
         some.copy_(product) if first else some.add_(product)
 
 

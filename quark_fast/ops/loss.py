@@ -79,8 +79,9 @@ def quark_loss(
             dtypes. None for no KL: kl_coef must be 0, vocab_size be given, and kl comes back as 0.
         labels: (...) integers in [0, V) wherever the mask is not 0. Looking at them would make a GPU
             wait, so that "triton" gives a token with any other label a loss and a gradient of NaN.
-        mask: (...) bool or finite weights, with no gradient; None counts every token. (Like the labels,
-            they are looked at on the CPU alone; elsewhere a NaN shows in the loss.)
+        mask: (...) bool or finite weights, with no gradient; None counts every token. Weights that may be
+            below 0, such as advantages, need `normalizer`. (Like the labels, they are looked at on the CPU
+            alone; elsewhere a NaN shows in the loss.)
         kl_coef: beta of the paper, per nat.
         entropy_coef: gamma, the entropy bonus of the authors' code, per nat.
         kl: direction of the KL, or its sampled form.
@@ -120,7 +121,8 @@ def quark_loss(
         loss, *terms, _ = _two_pass(*problem, chosen)
     elif inplace and not torch.compiler.is_compiling():
         _check_overwritable(*problem[:2])
-        loss, *terms = _InPlace.apply(*problem, chosen)  # type: ignore[no-untyped-call]
+        coefs = map(float, problem[5:7])  # operators convert numpy's numbers themselves, Triton none
+        loss, *terms = _InPlace.apply(*problem[:5], *coefs, kl, chosen)  # type: ignore[no-untyped-call]
     elif logits.dtype == torch.float16 or (logits.dtype == torch.bfloat16 and torch.compiler.is_compiling()):
         # The incoming scale must enter before the gradient is rounded: nearly all of a float16 gradient
         # underflows without it.
@@ -292,17 +294,21 @@ def _weights(logits: Tensor, mask: Tensor | None, labels: Tensor, normalizer: fl
             raise ValueError(f"normalizer = {normalizer}; it must be positive and finite")
         return (weights / normalizer).to(dtype)
     total = weights.sum()
-    if total.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _can_be_read(weights):
         if not math.isfinite(total.item()):
             raise ValueError(f"the mask adds up to {total.item()}; its weights must be finite, and their sum")
-        if total == 0 and weights.any():
-            raise ValueError("the mask adds up to 0, but its weights are not all 0; give normalizer")
+        if (weights < 0).any():
+            # Centred advantages add up to what rounding leaves of them, of either sign.
+            raise ValueError(
+                f"the mask has weights below 0, down to {weights.min().item():g}, so that its sum,"
+                f" {total.item():g}, counts no tokens; give normalizer, e.g. their number"
+            )
     return (weights / torch.where(total == 0, 1, total)).to(dtype)
 
 
 def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
     """What the C++ checks by itself. On a GPU the gather's own assertion does: no sync here."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not (_can_be_read(labels) and _can_be_read(weights)):
         return
     if not weights.isfinite().all():
         row = int((~weights.isfinite()).flatten().nonzero()[0])
@@ -316,6 +322,12 @@ def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
             f"labels[{row}] = {int(labels.flatten()[row])} (flattened) is outside the base "
             f"vocabulary [0, {vocab_size}) but not masked; mask it, e.g. mask = labels != -100"
         )
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether Python can look at its values without a wait: under torch.vmap or torch.compile it has none."""
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not hidden
 
 
 def check_no_transform(named: dict[str, Tensor | None], function: str) -> None:
@@ -484,6 +496,9 @@ def _(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *rest: Any) -> 
 
 # --- Gradients ---------------------------------------------------------------------------------
 
+# Of the nine arguments, where the loss takes no part in what is differentiated.
+NO_GRADIENT = (None,) * 9
+
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, but also for what was made under torch.inference_mode, as a reference may be.
@@ -509,9 +524,11 @@ def _save_two_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _only_the_loss_is_differentiable(ctx, output)
 
 
-def _two_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _two_pass_gradient(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return NO_GRADIENT
     grad = _two_pass_backward(grad_loss, *_saved(ctx), *ctx.options)
-    return grad, None, None, None, None, None, None, None, None
+    return grad, *NO_GRADIENT[1:]
 
 
 def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -522,7 +539,9 @@ def _save_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _only_the_loss_is_differentiable(ctx, output)
 
 
-def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _one_pass_gradient(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return NO_GRADIENT
     (grad, *again), (*options, backend) = _saved(ctx), ctx.options
     if not again:
         grad = _scaled(grad, grad_loss, backend)
@@ -532,7 +551,7 @@ def _one_pass_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor 
         # A scale of 1, the usual one, leaves the gradient as it is. Any other has to enter before the
         # rounding to half precision, so the gradient is made again.
         _backend(backend).backward(grad_loss, *again, *options, grad=grad, unless_one=True)
-    return grad, None, None, None, None, None, None, None, None
+    return grad, *NO_GRADIENT[1:]
 
 
 _two_pass.register_autograd(_two_pass_gradient, setup_context=_save_two_pass)
@@ -572,7 +591,9 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return NO_GRADIENT
         logits, *rest = _saved(ctx)
         logits = logits.detach()
         if not rest:
@@ -584,7 +605,7 @@ class _InPlace(torch.autograd.Function):
             problem = (logits, ref_logits, labels, weights, *ctx.options)
             backend.backward(grad_loss, stats, *problem, grad=grad)
             torch.autograd.graph.increment_version(grad)
-        return grad, None, None, None, None, None, None, None, None
+        return grad, *NO_GRADIENT[1:]
 
 
 def _only_the_loss_is_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:

@@ -97,9 +97,7 @@ class RolloutPool:
         }
         self.quantiles = quantiles
         self.unscored = 0
-        self._core = _CORES[str(dtype)](
-            quantiles, getattr(_C.Ties, ties), getattr(_C.Remainder, remainder), _hash64("ties", seed)
-        )
+        self._core = _new_core(self.settings)
         self._store = SampleStore(None if store is None else Path(store))
         self._rounds = Rounds()
         self._newest_round = 0
@@ -222,11 +220,12 @@ class RolloutPool:
                 if n:
                     self._rounds.append(first_id, made_in)
                 ids = self._core.add(values)
-            except BaseException:
-                self._store.segments, self._rounds.changes = before
-                raise
-            if n:
-                self._newest_round = max(self._newest_round, made_in)
+            finally:
+                # Ctrl-C may come when the core has the samples already: then they are whole, and stay.
+                if len(self) > first_id:
+                    self._newest_round = max(self._newest_round, made_in)
+                else:
+                    self._store.segments, self._rounds.changes = before
             self.unscored += len(values) - n
         return ids
 
@@ -251,7 +250,9 @@ class RolloutPool:
             if wrong := [one for one in chosen if not 0 <= one < self.quantiles]:
                 raise ValueError(f"quantiles are 0 (worst) to {self.quantiles - 1} (best), got {wrong[0]}")
         with self._reading:
-            return self._batch(*self._core.sample(n, chosen, self._draw_key()))
+            drawn = self._core.sample(n, chosen, self._draw_key())
+            self._draws += 1  # a draw that is refused is none
+            return self._batch(*drawn)
 
     def epoch(self, batch_size: int) -> Iterator[RolloutBatch]:
         """Every sample once, in random order, in batches (the last may be smaller).
@@ -262,13 +263,13 @@ class RolloutPool:
         batch_size = _whole("batch_size", batch_size, 1)
         with self._reading:
             key, n = self._draw_key(), len(self)
+            self._draws += 1
         starts = range(0, n, batch_size)
         return (self[_C.permutation_slice(n, key, i, min(i + batch_size, n))] for i in starts)
 
     def _draw_key(self) -> int:
-        """64 random bits, from which the core makes the whole draw."""
-        self._draws += 1
-        return _hash64("draw", self.settings["seed"], self._draws)
+        """64 random bits, from which the core makes the whole of the next draw."""
+        return _hash64("draw", self.settings["seed"], self._draws + 1)
 
     # --- several processes -------------------------------------------------------------------
 
@@ -292,6 +293,7 @@ class RolloutPool:
         """The pool as numpy arrays and plain values; a pool restored from it draws the same.
 
         With store=FOLDER the samples are not in it, but the names of their files, which are then on disk.
+        In a checkpoint of torch.save it takes torch.load(..., weights_only=False): its arrays are numpy's.
         """
         with self._writing:
             starts, rounds = self._rounds.changes
@@ -314,11 +316,13 @@ class RolloutPool:
         A pool that was synced asks to be synced again before it gives quantiles.
         """
         found = saved.parse(state, self.settings, self._store.folder)
+        core = _new_core(self.settings)
+        core.restore(found.rewards, found.run_sizes)
+        core.imposed = found.synced
         with self._writing, self._reading:
-            self._core.restore(found.rewards, found.run_sizes)
-            self._core.imposed = found.synced
-            self._store, self._rounds, self._newest_round = found.store, found.rounds, found.newest_round
-            self._draws, self.unscored = found.draws, found.unscored
+            # Nothing is called here, so that no Ctrl-C comes between: the pool is the old or the new one.
+            self._core, self._store, self._rounds = core, found.store, found.rounds
+            self._newest_round, self._draws, self.unscored = found.newest_round, found.draws, found.unscored
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pool to a safetensors file: whole or not at all, even if the machine stops.
@@ -347,6 +351,13 @@ class RolloutPool:
         except (LookupError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{path} holds no sound pool: {error}") from error
         return pool
+
+
+def _new_core(settings: dict[str, Any]) -> _C.QuantilePool32:
+    """An empty core of a pool with these settings."""
+    ties, remainder = getattr(_C.Ties, settings["ties"]), getattr(_C.Remainder, settings["remainder"])
+    seed = _hash64("ties", settings["seed"])
+    return _CORES[settings["dtype"]](settings["quantiles"], ties, remainder, seed)
 
 
 def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

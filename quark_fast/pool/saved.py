@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import operator
 import os
@@ -132,6 +133,8 @@ def _ints(name: str, values: Any, dtype: type[np.signedinteger[Any]] = np.int64)
 
 def write(path: Path, state: State, folder: Path | None) -> None:
     """The state in a safetensors file: whole or not at all, even if the machine stops."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the pool's folder is not there; make it", str(path.parent))
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     values = {name: value for name, value in state.items() if name not in arrays}
     if folder is not None:

@@ -8,7 +8,7 @@ distribution by other uniform numbers, and the GPU is not waited for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,12 @@ def check_finite(finite: bool) -> None:
         )
 
 
+def check_top_p(top_p: float) -> None:
+    """Raise ValueError for a nucleus that no token is in."""
+    if not top_p > 0:
+        raise ValueError(f"top_p = {top_p}; it must be above 0, 1 for the whole vocabulary")
+
+
 def draw_tokens(
     logits: Tensor, wanted: NextToken, generator: torch.Generator, log_q: Tensor | None = None
 ) -> Tensor:
@@ -67,7 +73,11 @@ def draw_tokens(
         (N,) token ids. On a GPU, which is not waited for, -1 marks a row that raises NotFinite elsewhere.
     Raises:
         NotFinite: a row has a NaN or +inf, or no token of a probability above 0.
+        ValueError: no token is in a nucleus of ``top_p`` <= 0.
     """
+    if wanted.temperature == 0:  # where the nucleus does not matter
+        wanted = replace(wanted, top_p=1.0)
+    check_top_p(wanted.top_p)
     if logits.dtype in KERNEL_DTYPES:
         if logits.device.type == "cpu":
             return _draw_by_kernel(logits, wanted, generator, log_q)
@@ -126,8 +136,7 @@ def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | Non
         NotFinite: a row has a NaN or +inf.
         ValueError: no token is in a nucleus of ``top_p`` <= 0.
     """
-    if not top_p > 0:
-        raise ValueError(f"top_p = {top_p}; it must be above 0, 1 for the whole vocabulary")
+    check_top_p(top_p)
     probs = logits.softmax(-1)
     # Inverse CDF takes one uniform number a row; torch.multinomial draws an exponential for each of V.
     cdf = probs.cumsum(-1)

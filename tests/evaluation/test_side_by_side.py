@@ -363,6 +363,8 @@ def test_short_names_tell_subjects_apart_and_keep_hub_names_whole(place: Path) -
     assert labels(found) == ["runs/a", "old/a", f"{place.name}/base", "org/no-such-model"]
     with pytest.raises(UsageError, match=r"base is named twice"):
         labels([find_subject("base"), find_subject("base")])
+    with pytest.raises(UsageError, match=r"\./base is named twice"):
+        labels([find_subject("./base"), find_subject(str(place / "base"))])
 
 
 def test_run_that_training_returned_is_its_folder_and_one_subject_needs_no_list(place: Path) -> None:

@@ -929,3 +929,38 @@ def test_argument_of_another_type_altogether_is_a_type_error(change: dict[str, o
         linear_contrast_loss(**(inputs | twice | change))
     with pytest.raises(TypeError, match="better is a list; pass a tensor"):
         linear_contrast_loss(**inputs, **twice, better=[1])
+
+
+@pytest.mark.parametrize("chunk", [None, 300])
+def test_a_float16_gradient_of_the_weight_is_not_summed_in_float16(chunk):
+    """1,200 rows of one label, whose hidden states are 100 in one place: a sum of -120,000, over 1,200."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1200, 64), 0.02 * torch.randn(500, 64)
+    hidden[:, 3], weight[:, 3] = 100.0, 0.0
+    hidden, weight = hidden.half(), weight.half().requires_grad_()
+    labels = torch.zeros(1200, dtype=torch.long)
+    options = {"kl_coef": 0.0, "entropy_coef": 0.0, "vocab_size": 500}
+    linear_quark_loss(hidden, weight, None, None, labels, chunk=chunk, **options).loss.backward()
+    exact = weight.detach().double().requires_grad_()
+    quark_loss(hidden.double() @ exact.t(), None, labels, impl="eager", **options).loss.backward()
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=2e-3, atol=2e-5)
+
+
+def test_compiled_eager_gives_terms_without_gradient():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(9, 5).double()
+    labels, options = torch.randint(9, (6,)), {"kl_coef": 0.0, "vocab_size": 9, "impl": "eager"}
+
+    def loss(hidden):
+        return tuple(linear_quark_loss(hidden, weight, None, None, labels, **options))
+
+    torch.compiler.reset()
+    for run in (loss, torch.compile(loss, backend="eager")):
+        assert [value.requires_grad for value in run(hidden)] == [True, False, False, False]
+
+
+def test_linear_loss_of_meta_tensors_has_the_shapes():
+    hidden, weight = torch.randn(2, 3, 5, device="meta"), torch.randn(9, 5, device="meta")
+    labels = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    out = linear_quark_loss(hidden, weight, hidden, weight, labels)
+    assert (out.loss.shape, out.kl.shape, out.loss.device.type) == ((), (2, 3), "meta")

@@ -925,7 +925,7 @@ def fails(match: str, change: dict[str, object], **options: object) -> object:
         fails("entropy_coef = inf", {}, entropy_coef=math.inf),
         fails("the mask adds up to nan", {"mask": torch.full((3, 4), math.nan)}),
         fails("the mask adds up to inf", {"mask": torch.full((3, 4), 1e38)}),
-        fails("the mask adds up to 0, but", {"mask": torch.tensor([1.0, -1.0, 0.0, 0.0]).expand(3, 4)}),
+        fails("weights below 0, down to -1", {"mask": torch.tensor([1.0, -1.0, 0.0, 0.0]).expand(3, 4)}),
         fails("weight of token 0 .* is not finite", {"mask": torch.full((3, 4), math.inf)}, normalizer=2.0),
         fails("mask is torch.complex64", {"mask": torch.ones(3, 4, dtype=torch.complex64)}),
         fails("logits is nested or of layout torch.sparse", {"logits": torch.ones(3, 4, 9).to_sparse()}),
@@ -1146,3 +1146,71 @@ def test_unknown_level_is_refused() -> None:
     result = in_a_new_process("avx9", "-c", "from quark_fast import _C; print(_C.isa())")
     assert result.returncode != 0
     assert "QUARK_FAST_ISA=avx9 is not a level of this build" in result.stderr
+
+
+@pytest.mark.parametrize("impl", ["eager", "cpp"])
+def test_weights_below_0_need_a_normalizer(impl):
+    """Centred advantages add up to what rounding leaves of them, by which the loss would be divided."""
+    torch.manual_seed(0)
+    logits, labels, advantages = torch.randn(64, 9), torch.randint(9, (64,)), torch.randn(64)
+    advantages -= advantages.mean()
+    given = {"kl_coef": 0.0, "vocab_size": 9, "impl": impl}
+    with pytest.raises(ValueError, match=r"weights below 0, down to -\d.*give normalizer"):
+        quark_loss(logits, None, labels, advantages, **given)
+    found = quark_loss(logits, None, labels, advantages, normalizer=64, entropy_coef=0.0, **given)
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(found.loss, (advantages * nll).sum() / 64)
+
+
+@pytest.mark.parametrize("dims", [(0, 0, None), (0, 0, 0)])
+def test_eager_is_mapped_over_labels_and_masks_too(dims):
+    torch.manual_seed(0)
+    every = torch.randn(3, 4, 9), torch.randint(9, (3, 4)), torch.rand(3, 4)
+    given = [one if dim == 0 else one[0] for one, dim in zip(every, dims, strict=True)]
+
+    def loss(logits, labels, mask):
+        return quark_loss(logits, None, labels, mask, kl_coef=0.0, vocab_size=9, impl="eager").loss
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=dims)(*given)
+    for i, gradient in enumerate(found):
+        of_one = [one[i] if dim == 0 else one for one, dim in zip(given, dims, strict=True)]
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(*of_one))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_loss_that_no_gradient_reaches_gives_none(dtype, inplace):
+    leaf = torch.randn(3, 9, dtype=dtype, requires_grad=True)
+    given = {"kl_coef": 0.0, "vocab_size": 9, "impl": "cpp", "inplace": inplace}
+    out = quark_loss(leaf * 1, None, torch.zeros(3, dtype=torch.long), **given)
+    (NoGradient.apply(out.loss) + leaf.sum().float()).backward()
+    torch.testing.assert_close(leaf.grad, torch.ones_like(leaf))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of numpy, which interprets
+def test_coefficients_may_be_numbers_of_numpy_in_place_too():
+    leaf, labels = torch.randn(3, 9, requires_grad=True), torch.zeros(3, dtype=torch.long)
+    out = quark_loss(
+        leaf * 1, torch.randn(3, 9), labels, kl_coef=np.float32(0.5), entropy_coef=np.float64(0.25),
+        impl="triton", inplace=True,
+    )  # fmt: skip
+    out.loss.backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "cpp"])
+def test_a_nan_of_the_reference_is_in_the_gradient(impl):
+    leaf, reference = torch.randn(2, 9, requires_grad=True), torch.randn(2, 9)
+    reference[1, 3] = torch.nan
+    quark_loss(leaf, reference, torch.zeros(2, dtype=torch.long), kl="ref_policy", impl=impl).loss.backward()
+    assert leaf.grad[0].isfinite().all() and leaf.grad[1].isnan().all()

@@ -1042,3 +1042,50 @@ def test_repr_says_what_is_in_the_pool():
     made.add([[1]] * 3, [[2]] * 3, [0.25, None, 0.5], round=4)
     assert "2 samples" in repr(made) and "rewards 0.25 to 0.5" in repr(made)
     assert "1 unscored" in repr(made) and "dtype='float32'" in repr(made)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_ctrl_c_within_add_leaves_every_reward_with_its_sample(taken):
+    """It may come before the core has the samples, or when it has them already."""
+    pool = RolloutPool(2)
+    pool.add([[0], [1]], [[0], [1]], [0.0, 1.0])
+
+    class Interrupted:
+        """The core, with a signal."""
+
+        def __init__(self, core):
+            self.core = core
+
+        def add(self, rewards):
+            if taken:
+                self.core.add(rewards)
+            raise KeyboardInterrupt
+
+        def __len__(self):
+            return len(self.core)
+
+    core, pool._core = pool._core, Interrupted(pool._core)
+    with pytest.raises(KeyboardInterrupt):
+        pool.add([[2], [3]], [[2], [3]], [2.0, 3.0], round=7)
+    pool._core = core
+    pool.add([[4]], [[4]], [4.0])
+    assert len(pool) == (5 if taken else 3)
+    every = pool[pool.ids]
+    assert [row.tolist() for row in every.prompts] == [[reward] for reward in every.rewards]
+    assert pool.rounds.tolist() == ([0, 0, 7, 7, 7] if taken else [0, 0, 0])
+
+
+def test_a_draw_that_is_refused_is_none():
+    one, other = filled(np.arange(100.0)), filled(np.arange(100.0))
+    empty = RolloutPool(3)
+    with pytest.raises(ValueError, match="nothing to draw from"):
+        empty.sample(1)
+    assert empty.state_dict()["draws"] == 0
+    with pytest.raises(ValueError, match="quantiles are 0"):
+        one.sample(1, quantiles=99)
+    assert one.sample(9).ids.tolist() == other.sample(9).ids.tolist()
+
+
+def test_a_pool_is_not_saved_to_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder is not there.*none"):
+        RolloutPool(2).save(tmp_path / "none" / "pool.safetensors")

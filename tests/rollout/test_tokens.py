@@ -534,3 +534,14 @@ def test_every_level_of_this_machine(level: str) -> None:
     """The comparisons again, with the kernels of one level."""
     chosen = "uniform_number or same_generator or no_number or equals or suppressed or cpp"
     run_again_at(level, __file__, chosen, "--noconftest")
+
+
+@pytest.mark.parametrize("top_p", [0.0, -1.0, float("nan")])
+def test_a_nucleus_of_no_mass_is_refused_before_any_kernel(top_p: float) -> None:
+    with pytest.raises(ValueError, match="it must be above 0"):
+        draw_tokens(torch.randn(2, 9), wanted(9, top_p=top_p), generator())
+    # Of greedy tokens it says nothing.
+    assert draw_tokens(torch.eye(9)[:2], wanted(9, temperature=0.0, top_p=top_p), generator()).tolist() == [
+        0,
+        1,
+    ]

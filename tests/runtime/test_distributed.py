@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 from vllm_server import VllmServer
 from warm import START_METHOD, Process
 
+from quark_fast.ablation.grid import run_grid
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OtherProcessFailed, UsageError
 from quark_fast.files.locks import unlock
@@ -59,6 +60,7 @@ COMPARED: dict[str, Any] = {"keep_best": "perplexity:max", "eval_rows": "best"}
 EIGHT_BIT = {"optimizer": "adamw-8bit"}
 SERVED: dict[str, Any] = {"rollout": "vllm", "guidance": 1.0, "initial_samples": 2, "explore_samples": 2}
 SERVED |= {"eval_rows": "best"}
+GRID: dict[str, Any] = {"steps": 1, "initial_samples": 2, "explore_samples": 1, "eval_rows": "best"}
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -144,6 +146,14 @@ def train(config: Config, stop: bool = False) -> Trainer:
     return trainer
 
 
+def train_grid(folder: Path) -> list[str]:
+    """Two points; what was said of them."""
+    said: list[str] = []
+    given = {"reward": reward, "prompts": PROMPTS, "held_out": PROMPTS[:5], "listen": None}
+    run_grid(settings(folder.parent, folder.name, **GRID), ["tokens"], [0], note=said.append, **given)
+    return said
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,6 +204,8 @@ def work(index: int, root: Path, port: int, url: str) -> None:
     attempt("adapters", settings(root, "adapters", **ADAPTERS, gradient_checkpointing=True))
     attempt("compared", settings(root, "compared", **COMPARED))
     attempt("beyond", settings(root, "beyond", keep_best="reward:max, perplexity<=0.01", rounds=1))
+    heard["grid"] = "; ".join(train_grid(root / "grid"))
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", no_space)
         attempt("full", settings(root, "full"))
@@ -258,6 +270,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(settings(root, "hard-on-one", **HARD))
     train(settings(root, "adapters-on-one", **ADAPTERS))
     train(settings(root, "compared-on-one", **COMPARED))
+    train_grid(root / "grid-on-one")
     url = f"http://127.0.0.1:{free_port()}"
     train(settings(root, "served-on-one", **SERVED, vllm_server=url))
     pair = start_processes(work, (root, free_port(), url), 2, join=False, start_method=START_METHOD)
@@ -388,6 +401,27 @@ def test_no_round_within_the_bounds_ends_all_processes_with_one_message(root: Pa
     assert heard(root, 1)["beyond"].startswith("OtherProcessFailed: process 0 failed: no round meets")
 
 
+def test_grid_on_two_processes_is_that_of_one_and_one_of_them_speaks(root: Path) -> None:
+    one, two = (json.loads((root / name / "ablations.json").read_text()) for name in ("grid-on-one", "grid"))
+    assert len(two["points"]) > 1
+    assert two["points"] == near(one["points"])
+    assert heard(root, 0)["grid"].startswith("run 1/")
+    assert heard(root, 1)["grid"] == ""
+
+
+def launched(folder: Path, *command: str) -> Process:
+    # As on GPUs; with --cpu in place of --multi_gpu it would take MPI.
+    flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()), "-m", *command]
+    tests = {"PYTHONPATH": str(Path(__file__).parents[1])}  # where launcher.py is
+    return Process("launcher", *flags, folder=folder, environment=tests)
+
+
+def test_help_is_asked_of_a_launcher_and_shown_once(tmp_path: Path) -> None:
+    done = launched(tmp_path, "quark_fast.ablate", "--help")
+    assert done.wait() == 0, done.errors
+    assert done.output.count("shared points run once") == 1
+
+
 def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "qwen2")
     (tmp_path / "rewards.py").write_text(
@@ -400,11 +434,7 @@ def test_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     given = {"reward": "rewards:score", "prompts": str(tmp_path / "prompts.txt"), "held_out": "2"}
     settings(tmp_path, "down", **given).save(tmp_path / "run.yaml")
-    # As on GPUs; with --cpu in place of --multi_gpu it would take MPI.
-    flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
-    flags += ["-m", "quark_fast.train", "--config", str(tmp_path / "run.yaml")]
-    tests = {"PYTHONPATH": str(Path(__file__).parents[1])}  # where launcher.py is
-    done = Process("launcher", *flags, folder=tmp_path, environment=tests)
+    done = launched(tmp_path, "quark_fast.train", "--config", str(tmp_path / "run.yaml"))
     assert done.wait() != 0
     lines = [line for line in done.errors.splitlines() if "error: " in line]
     assert len(lines) == 1, done.errors
@@ -453,7 +483,7 @@ def near(value: Any) -> Any:
         return {name: near(one) for name, one in value.items()}
     if isinstance(value, list):
         return [near(one) for one in value]
-    return value if value is None else pytest.approx(value, rel=2e-3, abs=2e-5)
+    return pytest.approx(value, rel=2e-3, abs=2e-5) if isinstance(value, int | float) else value
 
 
 def test_two_processes_compute_the_samples_losses_and_weights_of_one(root: Path) -> None:
