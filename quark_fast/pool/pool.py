@@ -250,7 +250,7 @@ class RolloutPool:
             if wrong := [one for one in chosen if not 0 <= one < self.quantiles]:
                 raise ValueError(f"quantiles are 0 (worst) to {self.quantiles - 1} (best), got {wrong[0]}")
         with self._reading:
-            drawn = self._core.sample(n, chosen, self._draw_key())
+            drawn = self._core.sample(n, chosen, _draw_key(self.settings["seed"], self._draws + 1))
             self._draws += 1  # a draw that is refused is none
             return self._batch(*drawn)
 
@@ -262,14 +262,10 @@ class RolloutPool:
         """
         batch_size = _whole("batch_size", batch_size, 1)
         with self._reading:
-            key, n = self._draw_key(), len(self)
             self._draws += 1
+            key, n = _draw_key(self.settings["seed"], self._draws), len(self)
         starts = range(0, n, batch_size)
         return (self[_C.permutation_slice(n, key, i, min(i + batch_size, n))] for i in starts)
-
-    def _draw_key(self) -> int:
-        """64 random bits, from which the core makes the whole of the next draw."""
-        return _hash64("draw", self.settings["seed"], self._draws + 1)
 
     # --- several processes -------------------------------------------------------------------
 
@@ -351,6 +347,11 @@ class RolloutPool:
         except (LookupError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{path} holds no sound pool: {error}") from error
         return pool
+
+
+def _draw_key(seed: int, number: int) -> int:
+    """64 random bits, from which the core makes the whole of that draw."""
+    return _hash64("draw", seed, number)
 
 
 def _new_core(settings: dict[str, Any]) -> _C.QuantilePool32:
