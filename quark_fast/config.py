@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +198,7 @@ class Config(
     def output_folder(self) -> Path:
         """The folder given, else one by the run to go on from, the user's own reward, or the task."""
         if self.output:
-            return Path(os.path.expanduser(self.output))
+            return Path(self.output)
         if self.from_run:
             return _next_folder(Path(self.from_run))
         own = self.reward if self.reward not in (None, "none", *TASK_DEFAULTS) else None
@@ -311,6 +310,7 @@ class Config(
         kinds = kinds_of()
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), get_args(kinds[field.name])
+            value = None if field.name == "eval_guidance" and value == "" else value  # no w beyond 1
             if wanted := settings.wanted_type(value, kinds[field.name]):
                 raise UsageError(_of_another_kind(field.name, value, wanted))
             if get_origin(kinds[field.name]) is Literal and value not in choices:
@@ -469,7 +469,7 @@ def kinds_of() -> dict[str, Any]:
 
 def _of_another_kind(name: str, value: Any, wanted: str) -> str:
     """The error for a setting that is no such thing, as from Python it may be anything."""
-    if name == "model":
+    if name == "model" and value != "":
         fix = "save it, and its tokenizer, by save_pretrained(FOLDER), and give that folder's name"
     elif name in ("reward", "prompts", "held_out") and value is not None:
         fix = f"give {wanted}, or Trainer(config, {name}=...)"

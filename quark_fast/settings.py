@@ -70,6 +70,8 @@ def plain(value: Any, kind: Any) -> Any:
         value = value.item()
     if str in kinds and type(value) in (int, float):
         return text_of(value)
+    if kind == str | None and isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)  # in YAML, after "=" and in a program no shell does it
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -80,6 +82,9 @@ def wanted_type(value: Any, kind: Any) -> str:
     kinds = get_args(kind) or (kind,)
     if get_origin(kind) is Literal:  # which lists its values
         return ""
+    if value == "" and kind == str | None:
+        # Such as an unset variable of the shell: it would do what nobody asked for.
+        return "a value, or leave it out"
     allowed = tuple({*kinds, int} if float in kinds else kinds)
     if isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool)):
         return ""
@@ -514,7 +519,9 @@ class MachineSettings:
         " suffice; 0: on a GPU what free memory holds, on a CPU 32, for a judge 64",
         changes="resume",
     )
-    threads: int = setting(0, "CPU threads; 0: one for each core that this process may use", changes="grid")
+    threads: int = setting(
+        0, "CPU threads; 0: one for each core that this process may use", at_most=4096, changes="grid"
+    )
     gradient_checkpointing: bool = setting(
         False,
         "compute each layer again in the backward pass: less memory, a third more time, same result",

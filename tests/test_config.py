@@ -629,3 +629,21 @@ def test_a_pass_on_a_cpu_holds_half_the_samples_in_float32() -> None:
     assert by_precision == {"bf16": 8, "fp32": 4}
     assert Config(precision="fp32").samples_a_pass(on_cpu=False) == 16
     assert Config(precision="fp32", micro_batch=3).samples_a_pass(on_cpu=True) == 3
+
+
+@pytest.mark.parametrize("name", ["model", "prompts", "held_out", "reward", "scored", "from_run", "output"])
+def test_empty_text_is_no_setting(name: str) -> None:
+    """What an unset variable of the shell gives: --model "$MODEL"."""
+    with pytest.raises(UsageError, match=rf"^{name} is '', no|^{name} = ''"):
+        Config(**{name: ""}).check()
+    assert Config(eval_guidance="").guidances() == []
+
+
+def test_home_folder_is_found_wherever_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = Config(model="~/model", prompts="~/p.txt", output="~/runs/x", reward="mine:score")
+    assert (given.model, given.prompts, given.output) == (
+        "/home/me/model",
+        "/home/me/p.txt",
+        "/home/me/runs/x",
+    )

@@ -148,8 +148,8 @@ def usable(row: Row, value: Any, chat: Chat | None, least: int, most: int) -> tu
     """``with_prompt``, with the reasons of template and length, too; ``most`` 0: no limit."""
     try:
         made, reason = with_prompt(row, value, chat)
-    except ChatTemplateError:
-        return row, "refused by the chat template"
+    except ChatTemplateError as error:
+        return row, f"refused by the chat template ({str(error.__cause__)[:80]})"
     if not reason and len(made["prompt"]) < least:
         reason = f"shorter than {least:,} characters"
     if not reason and 0 < most < len(made["prompt"]):

@@ -27,7 +27,7 @@ FORMATS = ".jsonl, .json, .csv, .tsv or .txt (each also .gz), .parquet, or hf:NA
 
 def listed(names: Iterable[str]) -> str:
     """The first eight of them."""
-    shown = [repr(name[:40]) for name in names]
+    shown = [repr(str(name)[:40]) for name in names]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
 
 
@@ -192,7 +192,8 @@ def _read_dataset(source: str) -> Iterator[Row]:
         raise UsageError(
             f"prompts {source}: {type(error).__name__}: {str(error)[:300]}{nor_folder(name)}"
         ) from error
-    yield from map(_json_form, data)
+    # Saved with a format, as torch's, a data set would give that library's numbers.
+    yield from map(_json_form, data.with_format(None))
 
 
 def _json_form(value: Any) -> Any:

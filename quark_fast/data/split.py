@@ -6,6 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from quark_fast.config import Config
 from quark_fast.data.chat import Chat, ChatTemplateError
@@ -58,7 +61,7 @@ def choose_prompts(
 
     Args:
         task_prompts: () -> (training rows, held-out rows) of the task.
-        prompts, held_out: rows of the program that calls; they are taken as they are.
+        prompts, held_out: rows of the program that calls; they are taken as they are, also where one is both.
     Raises:
         UsageError: a source cannot be read, or leaves nothing to train on or to measure.
     """
@@ -98,6 +101,10 @@ def choose_prompts(
         train, test = split(train, count, config.split_seed)
     elif prompts is None:
         train = _not_in(test, train, notes)
+    elif both := len(set(map(given, train)) & set(map(given, test))):
+        notes.append(
+            f"{both:,} held-out prompts are trained on, too, as the program gives them: no test of them"
+        )
     if config.evaluate_on == "development":
         unseen = f"the {len(test):,} test prompts stay unseen"
         train, test = _for_development(train, len(test), config, "evaluate_on = development")
@@ -138,7 +145,9 @@ def program_rows(name: str, rows: Sequence[Prompt], chat: Chat, column: str | No
         )
     made: list[Row] = []
     for i, one in enumerate(rows):
-        row: Row = dict(one) if isinstance(one, Mapping) else {"prompt": one}
+        if not isinstance(one, str):
+            one = _as_lists(one)
+        row: Row = {str(k): v for k, v in one.items()} if isinstance(one, Mapping) else {"prompt": one}
         held, value = find_prompt(row, column) if isinstance(one, Mapping) else (True, one)
         if not held:
             wanted = repr(column) if column else "'prompt' or 'messages'"
@@ -152,7 +161,18 @@ def program_rows(name: str, rows: Sequence[Prompt], chat: Chat, column: str | No
         if reason:
             raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
         made.append(row)
+    if not made:
+        raise UsageError(f"{name} is empty; give prompts, or leave it out")
     return made
+
+
+def _as_lists(value: Any) -> Any:
+    """A row or list of messages whose arrays, as a DataFrame of a Parquet file has them, are lists."""
+    if isinstance(value, Mapping):
+        return {name: _as_lists(one) for name, one in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_as_lists(one) for one in value]
+    return value
 
 
 def _not_in(held_out: Sequence[Row], train: Sequence[Row], notes: list[str]) -> list[Row]:

@@ -1,4 +1,8 @@
-"""What identifies a reward function: the sha256 of its source, which a resumed run compares."""
+"""What identifies a reward function: its name, the sha256 of its source, and what it holds.
+
+Name and source identify a reward: a resumed run compares them. What it holds tells apart the answers that the
+cache keeps of two rewards of one source.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +10,75 @@ import functools
 import hashlib
 import inspect
 import linecache
-import pprint
 import re
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from types import CellType, CodeType
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from quark_fast.errors import UsageError
 
-_ADDRESS = " at 0x[0-9a-fA-F]+"
+_ADDRESS = re.compile(" at 0x[0-9a-fA-F]+")
 NO_SOURCE = hashlib.sha256(b"").hexdigest()
+DEPTH = 8  # of values within values, below which their types alone count
+MOST_NUMBERS = 100_000  # of a tensor; of a larger one every so-manieth counts
 
 
 def source_sha256(function: Callable[..., Any]) -> str:
-    """Of the source of a function, of the one inside partials and wrappers, or of an object's class."""
+    """Of the source of a function, of the one inside partials and wrappers, or of an object's class.
+
+    That is the file where it stands; of the program that runs, which is edited to resume, and of a notebook,
+    the function itself with what it names there.
+    """
     return hashlib.sha256(_source(_defined(function))).hexdigest()
 
 
 def name_of(function: Any) -> str:
     """``module:name`` of a function, of an object's class, or of what a partial calls with its arguments.
 
-    The same in every process: no address of an object is in it.
+    The same in every process. Of the arguments it has a hash: one may be a key, or a list of 5,000 words.
     """
     if isinstance(function, functools.partial):
-        given = [repr(one) for one in function.args]
-        given += [f"{name}={one!r}" for name, one in sorted(function.keywords.items())]
-        return f"{name_of(function.func)}({', '.join(re.sub(_ADDRESS, '', one) for one in given)})"
+        given = ["..."] * len(function.args) + [f"{name}=..." for name in sorted(function.keywords)]
+        held = _sha256(_text([function.args, function.keywords], DEPTH))
+        return f"{name_of(function.func)}({', '.join([*given, held[:8]])})"
     own = function if hasattr(function, "__qualname__") else type(function)
     return f"{own.__module__}:{own.__qualname__}"
 
 
 def held_by(function: Any) -> str:
-    """sha256 of what a function's closure, or an object's attributes, hold now; two of one code may differ.
+    """sha256 of a function's code, defaults, arguments and closure, or of what an object holds, as it is now.
 
-    Likewise the same in every process, as far as the values' own texts are.
+    Likewise the same in every process, as far as the values' own texts are. Of an object that has no text of
+    its own, such as a client, its attributes count.
     """
-    while isinstance(function, functools.partial):  # whose arguments are in its name
-        function = function.func
-    own = function.__self__ if inspect.ismethod(function) else function
-    cells = getattr(inspect.unwrap(function), "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells if cell != CellType()]  # none in one that is empty yet
-    held += [] if inspect.isroutine(own) else [getattr(own, "__dict__", {})]
     try:
-        text = pprint.pformat(held)
+        own = [] if inspect.isroutine(function) else [_attributes(function, DEPTH)]
+        return _sha256(repr([_text(function, DEPTH), *own]))
     except Exception as error:  # of anyone's __repr__
         raise UsageError(
             f"reward {name_of(function)} holds a value that has no text ({type(error).__name__}: {error}), so"
             " its answers cannot be told apart; mend its __repr__, or give reward_cache off"
         ) from error
-    return hashlib.sha256(re.sub(_ADDRESS, "", text).encode()).hexdigest()
 
 
 def source_file(function: Callable[..., Any]) -> str:
     """The file where the function's code stands, or the name of a notebook's cell; "" for a builtin."""
     code = _code(_defined(function))
     return code.co_filename if code else ""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+# --- the source ---------------------------------------------------------------------------------
 
 
 def _defined(function: Callable[..., Any]) -> Any:
@@ -78,16 +95,58 @@ def _code(own: Any) -> CodeType | None:
 
 
 def _source(own: Any) -> bytes:
-    """The file that defines it; in a notebook its cell; at a prompt its byte code; nothing for a builtin."""
+    """The file that defines it; of the program that runs its own part; at a prompt its byte code."""
     try:
         file = inspect.getsourcefile(own) or ""
     except (TypeError, OSError):  # a builtin; a class that was typed at a prompt
         file = ""
+    if own.__module__ == "__main__" and (parts := _parts(own)):
+        return "\n".join(parts[name] for name in sorted(parts)).encode()
     if Path(file).is_file():
         return Path(file).read_bytes()
     lines = "".join(linecache.getlines(file)).encode()
     code = _code(own)
     return lines or (_byte_code(code).encode() if code else b"")
+
+
+def _parts(own: Any) -> dict[str, str]:
+    """The source of a function or class of the program that runs, and what it names there, by name.
+
+    Empty where it has no source.
+    """
+    found: dict[str, str] = {}
+    program = vars(sys.modules["__main__"])
+    left = [own]
+    while left:
+        one = left.pop()
+        name = f"{one.__module__}:{one.__qualname__}"
+        if name in found:
+            continue
+        try:
+            found[name] = inspect.getsource(one)
+        except (TypeError, OSError):
+            return {}
+        for named in sorted(set(_names(one)) & program.keys()):
+            value = program[named]
+            if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__"):
+                left.append(value)
+            elif not isinstance(value, types.ModuleType):
+                found[named] = _text(value, 3)
+    return found
+
+
+def _names(own: Any) -> Iterator[str]:
+    """What the code of a function, or of a class's methods, names outside of itself."""
+    if isinstance(own, type):
+        for value in vars(own).values():
+            if inspect.isfunction(value):
+                yield from _names(value)
+        return
+    left = [own.__code__]
+    while left:
+        code = left.pop()
+        yield from code.co_names
+        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
 def _byte_code(code: CodeType) -> str:
@@ -100,3 +159,65 @@ def _byte_code(code: CodeType) -> str:
         return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
     return repr((code.co_code, code.co_names, [plain(one) for one in code.co_consts]))
+
+
+# --- what it holds ------------------------------------------------------------------------------
+
+
+def _text(value: Any, depth: int) -> str:
+    """What tells a value from others, the same in every process: without addresses and the order of sets."""
+    if depth == 0:
+        return type(value).__qualname__
+    inner = functools.partial(_text, depth=depth - 1)
+    if isinstance(value, functools.partial):
+        return f"partial{[inner(part) for part in (value.func, value.args, value.keywords)]}"
+    if inspect.ismethod(value):
+        own = value.__self__
+        return f"method{[inner(value.__func__), inner(own), _attributes(own, depth - 1)]}"
+    if inspect.isfunction(value):
+        return _of_function(value, depth)
+    if isinstance(value, dict):
+        return f"{type(value).__qualname__}{sorted(f'{inner(k)}: {inner(v)}' for k, v in value.items())}"
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [inner(one) for one in value]
+        return f"{type(value).__qualname__}{sorted(parts) if isinstance(value, Set) else parts}"
+    if isinstance(value, Tensor):
+        return _of_numbers(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return _of_numbers(torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__qualname__}{[(name, inner(one)) for name, one in value.state_dict().items()]}"
+    said = repr(value)
+    plain = _ADDRESS.sub("", said)
+    # Of an object that says where it lies, and not what it is: its attributes, and the types of theirs.
+    return plain if plain == said else f"{plain}{_attributes(value, min(depth - 1, 3))}"
+
+
+def _of_function(function: Any, depth: int) -> str:
+    """Its code, its defaults and what its closure holds; of what it wraps, likewise."""
+    inside = inspect.unwrap(function)
+    cells = inside.__closure__ or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]  # none in one that is empty yet
+    values = [held, inside.__defaults__, inside.__kwdefaults__]
+    return f"{inside.__qualname__}{_byte_code(inside.__code__)}{[_text(one, depth - 1) for one in values]}"
+
+
+def _attributes(own: Any, depth: int) -> str:
+    """The attributes of an object, also those in slots, but not those of a module or a class."""
+    if isinstance(own, types.ModuleType | type) or depth <= 0:
+        return ""
+    held: dict[str, Any] = dict(getattr(own, "__dict__", {}))
+    for base in type(own).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(own, name) and not name.startswith("__"):
+                held[name] = getattr(own, name)
+    return _text(held, depth)
+
+
+def _of_numbers(tensor: Tensor) -> str:
+    """The shape, dtype and numbers of a tensor, of a large one some thousand numbers."""
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: 1 + len(flat) // MOST_NUMBERS].cpu().contiguous()
+    numbers = some.view(torch.uint8).numpy().tobytes() if some.numel() else b""
+    return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.sha256(numbers).hexdigest()}"

@@ -178,6 +178,10 @@ class Reward:
             passed = f"{', '.join(first)} and the columns {listed(columns)}"
         trls = [name for name in missing if name in _OF_TRL]
         hint = f" (TRL's {' and '.join(trls)} {'is' if len(trls) == 1 else 'are'} not passed)" if trls else ""
+        if kept := [name for name in missing if name in RESERVED]:
+            hint += (
+                f" ({' and '.join(kept)} names an argument, and no column of that name is passed: rename it)"
+            )
         raise UsageError(
             f"reward {self.name} needs {' and '.join(missing)}, which it is not passed{hint};"
             f" passed: {passed}; leave it out of the signature, give it a default, or give the prompts such"

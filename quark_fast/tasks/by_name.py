@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -46,12 +47,17 @@ def _sum_of(given: Sequence[str | Function | Reward], config: Config, device: to
         raise UsageError("reward is an empty list; give one function or more, which are added up")
     names = [one for one in given if isinstance(one, str)]
     labels = iter(labels_of(names, config.scorer_label) if names else [])
-    parts = [
+    parts: list[Reward] = [
         load_reward(one, dataclasses.replace(config, scorer_label=next(labels)), device)
         if isinstance(one, str)
         else described(one, config)
         for one in given
     ]
+    seen: dict[tuple[str, ...], Any] = {}
+    for i, (one, part) in enumerate(zip(given, parts, strict=True)):
+        if seen.setdefault((*part.identity, part.held), one) is not one:
+            # Two objects of which nothing tells one from the other: their answers may differ.
+            parts[i] = dataclasses.replace(part, held=f"{part.held} {i}")
     return parts[0] if len(parts) == 1 else weighted_sum([(1.0, part) for part in parts], 0.0)
 
 
@@ -81,15 +87,21 @@ def choose_judges(
     # --scorer-label is the reward's; a judge names its own, hf:NAME:LABEL.
     own = dataclasses.replace(config, scorer_label=None)
     judges = tuple(load_reward(name, own, device) for name in names)
-    trained = {tuple(identity) for identity in trained_by}
+    trained = {_told_apart_by(identity) for identity in trained_by}
     for name, one in zip(names, judges, strict=True):
-        if any(tuple(term.identity) in trained for term in terms(one)):
+        if any(_told_apart_by(term.identity) in trained for term in terms(one)):
             raise UsageError(
                 f"judge = {config.judge!r}: {name} is the reward itself, or a term of it; name another"
             )
     if len({one.name for one in judges}) < len(judges) or not judges:
         raise UsageError(f"judge = {config.judge!r}; name each scorer once, or give auto or none")
     return judges
+
+
+def _told_apart_by(identity: Sequence[str]) -> tuple[str, ...]:
+    """What of an identity names a scorer: of a classifier label and weights, however its name is spelled."""
+    name, version, sha256 = identity
+    return (name, version, sha256) if version == "source" else (version, sha256)
 
 
 def find_task(name: str, target: str = "positive") -> Task:

@@ -68,7 +68,7 @@ def encode_scored(
     """
     index = {given(row): i for i, row in enumerate(prompts)}
     left_out: Counter[str] = Counter()
-    found = []
+    found, without_end = [], 0
     for one in texts:
         i = index.get(given(one.row))
         if i is None:
@@ -80,6 +80,7 @@ def encode_scored(
             left_out["the tokenizer cannot spell them after their prompts"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
+        without_end += one.ended is None and not ended
         if ended:
             ids = [*ids, *_end(policy, chat)]
         needed = len(policy.prefix) + 1 + len(prompt_ids[i]) + len(ids)
@@ -90,6 +91,12 @@ def encode_scored(
         row = {**one.row, "prompt": prompts[i]["prompt"]}
         found.append(Scored(i, ids, one.completion, reward, row, one.counts))
     notes += [f"{count:,} scored completions left out: {reason}" for reason, count in left_out.items()]
+    if without_end:
+        notes.append(
+            f"{without_end:,} of {len(found):,} scored completions have max_new_tokens = {max_new_tokens}"
+            " tokens or more and count as cut off, so that the model learns no end of theirs; give a higher"
+            " --max-new-tokens, or say by a column 'ended' which have one"
+        )
     if texts and not found:
         raise UsageError(f"none of {len(texts):,} scored completions can be used: {'; '.join(left_out)}")
     return found

@@ -18,6 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -519,7 +520,7 @@ def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any
     assert [row["prompt"] for row in rows(asked, column="messages", chat=chat)] == [first, second]
     assert [row["prompt"] for row in rows(asked, chat=chat)] == ["a", second]
     assert loaded.left_out == {
-        "refused by the chat template": 1,
+        "refused by the chat template (no system role)": 1,
         "empty": 1,
         "more than text": 1,
         "without content in a message": 3,
@@ -811,3 +812,28 @@ def test_chats_are_split_and_identified_by_what_was_given_and_not_by_the_date() 
 def test_digest_of_texts_is_that_of_earlier_versions() -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", "messages": [{"role": "user", "content": "beside"}]}]
     assert digest(rows) == hashlib.sha256(json.dumps(["a", "b"]).encode()).hexdigest()
+
+
+def test_prompt_of_a_program_that_is_trained_on_and_held_out_is_told() -> None:
+    *_, said = choose(["a", "b", "c"], ["c", "d"])
+    assert said == "1 held-out prompts are trained on, too, as the program gives them: no test of them"
+    for train, test in (([], ["x"]), (["x"], [])):
+        with pytest.raises(UsageError, match="is empty; give prompts, or leave it out"):
+            choose(train, test)
+
+
+def test_records_of_a_dataframe_may_hold_messages_in_arrays_and_names_that_are_numbers(chat: Any) -> None:
+    """``df.to_dict("records")`` of a Parquet file."""
+    talk = np.array([ASK, ANSWER, ASK], dtype=object)
+    for row in ({"messages": talk, 7: 1}, {"prompt": talk, 7: 1}):
+        (train,) = choose_prompts(Config(), lambda: ([], []), chat, [row], held_out=["x"]).train
+        assert train["messages"] == [ASK, ANSWER, ASK] and train["7"] == 1
+    with pytest.raises(UsageError, match=r"has no column 'prompt' or 'messages', but '7'"):
+        choose([{7: "a"}], ["x"])
+
+
+def test_saved_format_of_a_data_set_does_not_change_its_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"prompt": ["a", "b"], "label": [3, 4], "weight": [0.5, 1.5]})
+    data.with_format("torch").save_to_disk(tmp_path / "data")
+    assert [(row["label"], row["weight"]) for row in rows(f"hf:{tmp_path / 'data'}")] == [(3, 0.5), (4, 1.5)]

@@ -34,7 +34,7 @@ from quark_fast.errors import UsageError
 from quark_fast.rewards import cache
 from quark_fast.rewards.asynchronous import Calls
 from quark_fast.rewards.cache import RewardCache
-from quark_fast.rewards.identity import NO_SOURCE
+from quark_fast.rewards.identity import NO_SOURCE, held_by
 from quark_fast.rewards.reward import Reward, describe
 from quark_fast.rewards.weighted_sum import forget_unscored, weighted_sum
 
@@ -318,9 +318,81 @@ def test_name_is_the_same_in_every_process() -> None:
     names = {describe(one).name for one in (Judge(), Judge())}
     assert names == {f"{__name__}:Judge"}
     given = functools.partial(score_of, Judge(), scale=2)
-    assert describe(given).name == f"{__name__}:score_of(<{__name__}.Judge object>, scale=2)"
+    name = rf"{__name__}:score_of\(\.\.\., scale=\.\.\., [0-9a-f]{{8}}\)"
+    assert re.fullmatch(name, describe(given).name) and describe(given).name == describe(given).name
     assert describe(functools.partial(score_of, scale=3)).name != describe(given).name
     assert describe(len).name == "builtins:len" and describe(Judge().__call__).name.endswith("Judge.__call__")
+
+
+def test_name_shows_no_argument_of_a_partial() -> None:
+    """It may be a key, or a list of 5,000 words; the name goes into the model card."""
+    long = describe(functools.partial(score_of, api_key="sk-SECRET", words=["word"] * 5000)).name
+    assert "SECRET" not in long and len(long) < 200
+
+
+def two(weight: float) -> list[Callable[..., Any]]:
+    """Each pair differs in one thing that is neither the name nor the file of its functions."""
+
+    class Slots:
+        __slots__ = ("weight",)
+
+        def __init__(self) -> None:
+            self.weight = weight
+
+        async def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+            return [self.weight]
+
+    class Client:
+        def __init__(self) -> None:
+            self.url = f"http://{weight}"
+
+    model, client, array = torch.nn.Linear(2, 2), Client(), np.full(10_000, weight)
+    torch.nn.init.constant_(model.weight, weight)
+    torch.nn.init.constant_(model.bias, 0.0)
+    options = {"banned": {"a", "b", weight}}
+
+    async def by_closure(prompts: Any, completions: Any) -> Any:
+        return model, client, array, options
+
+    async def by_default(prompts: Any, completions: Any, w: float = weight, *, c: Any = client) -> Any:
+        return w
+
+    lambdas = [lambda completion: 1.0, lambda completion: 2.0]
+    return [Slots(), by_closure, by_default, lambdas[int(weight)], functools.partial(score_of, model)]
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_cache_tells_rewards_of_one_file_apart_by_what_they_hold(kind: int) -> None:
+    one, again, other = (held_by(two(weight)[kind]) for weight in (0.0, 0.0, 1.0))
+    assert one == again != other
+
+
+PROGRAM = """
+import quark_fast.rewards.identity as identity
+RESUME = {resume}
+WORDS = ["a", "{word}"]
+def count(text): return sum(w in WORDS for w in text.split()) + {more}
+def score(prompts, completions): return [count(c) for c in completions]
+class Score:
+    def __call__(self, prompts, completions): return score(prompts, completions)
+print(identity.source_sha256(score), identity.source_sha256(Score()))
+"""
+
+
+def test_program_that_runs_may_be_edited_but_for_what_its_reward_names(tmp_path: Path) -> None:
+    """To resume a run, its program gets resume=True."""
+
+    def hashes(**changed: Any) -> list[str]:
+        path = tmp_path / "program.py"
+        path.write_text(PROGRAM.format(**{"resume": False, "word": "b", "more": 0} | changed))
+        return subprocess.run(
+            [sys.executable, path], capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    first = hashes()
+    assert hashes(resume=True) == first
+    for changed in ({"word": "c"}, {"more": 1}):
+        assert all(now != before for now, before in zip(hashes(**changed), first, strict=True))
 
 
 def score_of(judge: Any, prompts: list[str], completions: list[str], scale: int = 1) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import save_tiny_classifier
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from quark_fast.config import Config
@@ -461,3 +462,39 @@ def test_database_of_another_program_is_refused(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(UsageError, match="no such column"):
         RewardCache(tmp_path / "r.sqlite").find([key(1)])
+
+
+@pytest.mark.parametrize(
+    ("reward", "judge"),
+    [("rude", "hf:{}:rude"), ("rude", "hf:./{}:rude"), ("rude", "hf:{}:2"), ("rude", "1 - hf:{}:RUDE")],
+)
+def test_classifier_that_trains_is_no_judge_however_it_is_spelled(
+    reward: str, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    save_tiny_classifier(tmp_path / "clf")
+    monkeypatch.chdir(tmp_path)
+    named = Config(reward="hf:clf", scorer_label=reward, judge=judge.format("clf"))
+    with pytest.raises(UsageError, match="is the reward itself, or a term of it"):
+        judges_of(task, named, rewarded_by_task=False)
+    another = Config(reward="hf:clf", scorer_label=reward, judge="hf:clf:kind")
+    assert len(judges_of(task, another, rewarded_by_task=False)) == 1
+
+
+def test_two_objects_that_nothing_tells_apart_share_no_answers(tmp_path: Path) -> None:
+    class Client:
+        __slots__ = ("_answers",)  # of no text, no attributes
+
+        def __init__(self, answer: float) -> None:
+            self._answers = iter([answer] * 99)
+
+    def by(client: Client) -> Any:
+        async def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            return [next(client._answers) for _ in completions]
+
+        return score
+
+    given = [by(Client(1.0)), by(Client(10.0))]
+    assert held_by(given[0]) == held_by(given[1])
+    task = by_name.find_task("toxicity")
+    reward = cached(choose_reward(Config(), task, "cpu", given), "auto", tmp_path / "rewards.db")
+    assert reward(ROWS, TEXTS).tolist() == [11.0] * len(TEXTS)

@@ -209,6 +209,11 @@ def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
     assert ids(" said it", None, len(own) + 1) == [[*own, end]]
     assert ids(" said it", False, len(own) + 1) == [own]
     assert ids(" said it", None, len(own)) == [own], "as long as a completion may be: cut off"
+    assert about == [
+        f"1 of 1 scored completions have max_new_tokens = {len(own)} tokens or more and count as cut off, so"
+        " that the model learns no end of theirs; give a higher --max-new-tokens, or say by a column 'ended'"
+        " which have one"
+    ]
     assert ids(" said it", True, len(own)) == [[*own, end]]
     # A chat's answer ends as the model's chats do, a text as its texts.
     policy.stop_ids = [0, policy.tokenizer.eos_token_id]
