@@ -176,9 +176,10 @@ def _text(value: Any, depth: int) -> str:
         return f"method{[inner(value.__func__), inner(own), _attributes(own, depth - 1)]}"
     if inspect.isfunction(value):
         return _of_function(value, depth)
-    if isinstance(value, dict):
-        return f"{type(value).__qualname__}{sorted(f'{inner(k)}: {inner(v)}' for k, v in value.items())}"
-    if isinstance(value, list | tuple | set | frozenset):
+    # A class of the user's that is one of these says itself what it is.
+    if type(value) is dict:
+        return f"dict{sorted(f'{inner(k)}: {inner(v)}' for k, v in value.items())}"
+    if type(value) in (list, tuple, set, frozenset):
         parts = [inner(one) for one in value]
         return f"{type(value).__qualname__}{sorted(parts) if isinstance(value, Set) else parts}"
     if isinstance(value, Tensor):

@@ -18,6 +18,7 @@ from quark_fast.errors import UsageError
 from quark_fast.files.atomic import flush, replacing
 
 T = TypeVar("T")
+SPENT = "spent.json"
 
 
 class Kept(Generic[T]):
@@ -27,6 +28,7 @@ class Kept(Generic[T]):
         file: this process's own lines.
         known: what any process kept before.
         encode: of a batch, to JSON.
+        kept: called after each batch.
     """
 
     def __init__(
@@ -34,8 +36,9 @@ class Kept(Generic[T]):
         file: Path | None = None,
         known: Mapping[int, T] | None = None,
         encode: Callable[[T], Any] = lambda value: value,
+        kept: Callable[[], None] = lambda: None,
     ) -> None:
-        self._file, self._known, self._encode = file, known or {}, encode
+        self._file, self._known, self._encode, self._kept = file, known or {}, encode, kept
 
     def __contains__(self, number: object) -> bool:
         return number in self._known
@@ -52,6 +55,7 @@ class Kept(Generic[T]):
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._kept()
 
 
 class Journal:
@@ -61,10 +65,13 @@ class Journal:
         folder: made with the first stage.
         process: number of this process.
         here: whether this process sees the folder; else it keeps nothing.
+    Attributes:
+        spent: what the run has spent by now, by name; None: it is not noted.
     """
 
     def __init__(self, folder: Path, process: int = 0, here: bool = True) -> None:
         self.folder, self.process, self.here = folder, process, here
+        self.spent: Callable[[], dict[str, float]] | None = None
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -77,6 +84,26 @@ class Journal:
         self.folder.mkdir(exist_ok=True)
         with replacing(self.folder / "about.json") as scratch:
             scratch.write_text(json.dumps(identity), encoding="utf-8")
+
+    @property
+    def spent_before(self) -> dict[str, float]:
+        """What ``spent`` last noted, in this process or one before it."""
+        path = self.folder / SPENT
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {str(name): float(value) for name, value in found.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is damaged ({error}); delete it, and the run's minutes and memory begin anew"
+            ) from error
+
+    def note_spent(self) -> None:
+        """With every batch: the work is not done again, so its time and memory are part of the run."""
+        if self.spent is not None and self.process == 0:
+            with replacing(self.folder / SPENT) as scratch:
+                scratch.write_text(json.dumps(self.spent()), encoding="utf-8")
 
     def stage(
         self,
@@ -103,7 +130,7 @@ class Journal:
             known |= _whole_lines(path, decode)
         own = self.folder / f"{name}.{mark}.{self.process}.jsonl"
         _cut_half_line(own)
-        return Kept(own, known, encode)
+        return Kept(own, known, encode, self.note_spent)
 
     def forget(self, *names: str) -> None:
         """These stages are over."""

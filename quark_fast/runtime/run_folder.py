@@ -183,7 +183,7 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def add_end(self, record: Mapping[str, Any]) -> None:
-        """Into ``versions.json``: how long the run took, the most memory of its last start, and so on."""
+        """Into ``versions.json``: how long the run took, the most memory of any start, and so on."""
         self.write_json("versions.json", self._record() | dict(record))
 
     def finish(self) -> None:

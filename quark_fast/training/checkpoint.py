@@ -180,12 +180,11 @@ class Checkpoint:
             )
         self._check_prompts(saved["prompts"], folder)
         self._check_reward(saved["reward"], folder)
-        changed = saved["measured"] and any(saved[name] != mine for name, mine in self._scorers.items())
-        if changed and not self.setup.config.accept_changed_reward:
+        # Two rewards on purpose (_check_reward) are so for the rounds, too.
+        if saved["measured"] and saved["judges"] != self._scorers["judges"]:
             raise UsageError(
-                f"the rounds of {folder.path} were measured by another reward or judge, and --keep-best"
-                " cannot compare them with later ones; put it back, begin anew in another --output, or"
-                " compare them all the same by --accept-changed-reward"
+                f"the rounds of {folder.path} were measured by another judge, and --keep-best cannot compare"
+                " them with later ones; put it back, or begin anew in another --output"
             )
 
     def _check_prompts(self, before: str, folder: RunFolder) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from quark_fast.data import assets
 from quark_fast.data.row import to_file
 from quark_fast.errors import NotUploaded
@@ -45,6 +47,19 @@ from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.training.progress import Progress
 from quark_fast.training.setup import Setup, in_batches
 from quark_fast.training.shared_work import SharedWork
+
+
+def spent(device: torch.device, started: float, memory_gb: float) -> dict[str, float]:
+    """What a run has spent by now, with what it had before it was resumed.
+
+    Args:
+        started: when it would have begun, had it run in one go; ``time.monotonic()``, seconds.
+        memory_gb: the most that an earlier process of it held.
+    """
+    return {
+        "seconds": time.monotonic() - started,
+        "memory_gb": max(memory_gb, most_memory(device) / 1e9),
+    }
 
 
 class Results:
@@ -234,11 +249,10 @@ class Results:
 
     # ---------------------------------------------------------------- the end
 
-    def export(self, started: float, kept: dict[str, Any] | None) -> None:
+    def export(self, kept: dict[str, Any] | None) -> None:
         """Write the model and the report; from here on the run is a finished one.
 
         Args:
-            started: when the run would have begun, had it run in one go; ``time.monotonic()``, seconds.
             kept: which round's weights it has, and why, if rounds were compared.
         """
         setup = self.setup
@@ -252,7 +266,7 @@ class Results:
                 if setup.config.export_adapter:
                     base = find_base(setup.config.model)
                     write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
-            setup.folder.add_end(self._end(time.monotonic() - started, kept))
+            setup.folder.add_end(self._end(kept))
             run = read_run(setup.folder.at)
             write_report(setup.folder.at, run)
             write_card(setup.folder / "model", run, setup.config)
@@ -262,10 +276,11 @@ class Results:
         setup.processes.on_rank_0(write)
         self.listen(Progress("writing the model and the report", 1, 1))
 
-    def _end(self, seconds: float, kept: dict[str, Any] | None) -> dict[str, Any]:
+    def _end(self, kept: dict[str, Any] | None) -> dict[str, Any]:
         """What the record of a finished run says of its end."""
-        memory = round(most_memory(self.setup.device) / 1e9, 2)
-        found = {"minutes": round(seconds / 60, 1 if seconds > 600 else 2), "memory_gb": memory}
+        assert self.work.journal.spent is not None
+        seconds, memory = self.work.journal.spent().values()
+        found = {"minutes": round(seconds / 60, 1 if seconds > 600 else 2), "memory_gb": round(memory, 2)}
         if self.setup.config.eval:
             return found
         # What an evaluation would say; ``quark_fast.evaluate`` asks the record for the scorer.

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from quark_fast.training.listeners import Listen, Listeners, several, tell
 from quark_fast.training.optimizer import make_optimizer, trained_parameters
 from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import plan_round
-from quark_fast.training.results import Results
+from quark_fast.training.results import Results, spent
 from quark_fast.training.run_log import RunLog
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
@@ -144,7 +145,10 @@ class Trainer:
             )
         self.begun = True
         self.processes.take_over(self.accelerator, self.config.precision)
+        before = self.processes.on_rank_0(lambda: self.journal.spent_before)
+        state.seconds = max(state.seconds, before.get("seconds", 0.0))
         self.started = time.monotonic() - state.seconds
+        self.journal.spent = partial(spent, self.setup.device, self.started, before.get("memory_gb", 0.0))
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]
         with (
@@ -172,7 +176,7 @@ class Trainer:
             self.results.evaluate(state.step, kept)
             self.processes.all_gather(self._stop_if_asked)
             self.checkpoint.keep(state)
-            self.results.export(self.started, kept)
+            self.results.export(kept)
         self.results.upload()
         return TrainedRun(self.folder.at, self.config.trust_remote_code)
 
@@ -309,6 +313,7 @@ class Trainer:
     def _save(self) -> None:
         self.state.seconds = time.monotonic() - self.started
         self.checkpoint.save(self.state)
+        self.journal.note_spent()
 
     def _record(self, row: dict[str, Any]) -> None:
         """A row for metrics.jsonl and the trackers."""

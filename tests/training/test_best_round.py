@@ -295,8 +295,8 @@ def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_re
         with pytest.raises(UsageError, match=r"but the run to resume has"):
             run(folder, model, resume=True, **changed)
     another = {"reward": lambda prompts, completions, **_: even_words(prompts, completions)}
-    with pytest.raises(UsageError, match="were measured by another reward or judge"):
-        run(folder, model, resume=True, accept_changed_reward=True, **another)
+    with pytest.raises(UsageError, match="is not the one that scored the samples"):
+        run(folder, model, resume=True, **another)
     path = folder / "rounds" / "round-1.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -305,6 +305,23 @@ def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_re
     path.write_bytes(content)
     run(folder, model, resume=True)
     assert evaluation(folder)["kept_round"]["round"] == 1
+
+
+def test_rounds_are_compared_by_a_changed_reward_on_purpose_alone(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """A reward that failed late is mended in its file: the run must have a way on."""
+    folder, model = tmp_path / "run", tiny_model()
+
+    def listen(progress: Progress) -> None:
+        if progress.stage == "round 2/4: learning" and progress.done:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, model, listen=listen)
+    mended = {"reward": lambda prompts, completions, **_: even_words(prompts, completions)}
+    run(folder, model, resume=True, accept_changed_reward=True, **mended)
+    assert "kept_round" in evaluation(folder)
 
 
 def test_damaged_checkpoint_costs_no_round_that_the_one_before_it_may_choose(

@@ -549,6 +549,29 @@ def test_minutes_are_those_of_setting_up_training_and_writing_but_not_of_the_tim
     assert duration(found["minutes"]) == "9.0 minutes" and duration(0.4) == "24 seconds"
 
 
+def test_time_and_memory_of_batches_that_were_kept_are_part_of_the_run(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped within its evaluation begins that where it stopped, and its clock, too."""
+    folder, model = tmp_path / "run", tiny_model()
+    held = [9e9]
+    monkeypatch.setattr("quark_fast.training.results.most_memory", lambda device: held[0])
+
+    def listen(progress: Progress) -> None:
+        if progress.stage.startswith("evaluating: best"):
+            now = json.loads((folder / "pending" / "spent.json").read_text())
+            longer = {"seconds": now["seconds"] + 600, "memory_gb": now["memory_gb"]}
+            (folder / "pending" / "spent.json").write_text(json.dumps(longer))
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, model, rounds=1, listen=listen)
+    held[0] = 2e9
+    run(folder, model, rounds=1, resume=True)
+    record = json.loads((folder / "versions.json").read_text())
+    assert record["minutes"] >= 10 and record["memory_gb"] == 9
+
+
 def test_no_file_of_a_run_holds_what_json_has_not(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     # A single held-out prompt: no rank correlation can be had.
     config = small(tmp_path / "run", tiny_model(), **(SHORT | {"rounds": 1}))
