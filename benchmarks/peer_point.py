@@ -138,7 +138,7 @@ PAPER = {
 
 
 class UntilSpent(TrainerCallback):
-    """Ends a training when its budget is spent; the step size falls linearly with it.
+    """Ends a training when its budget is spent; the step size rises over its first tenth, and falls linearly.
 
     Args:
         spent: the share of the budget that is, from 0 to 1.
@@ -148,8 +148,8 @@ class UntilSpent(TrainerCallback):
         self.spent, self.rate = spent, rate
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        left = max(0.0, 1.0 - self.spent())
-        warm = min(1.0, (state.global_step + 1) / 10)
+        spent = self.spent()
+        left, warm = max(0.0, 1.0 - spent), min(1.0, 0.1 + 9 * spent)
         for group in kwargs["optimizer"].param_groups:
             group["lr"] = self.rate * left * warm
 
@@ -292,6 +292,8 @@ def offline(point: Point, setup: Setup, kind: str) -> Trained:
     elif kind == "KTO":
         ends = [one for one in every if one[0] <= low or one[0] >= high]
         rows = [{"prompt": p, "completion": t, "label": bool(v >= high)} for v, p, t in ends]
+        # KTO's trainer reads rows in order, and its KL is of neighbours, which must not share their prompt.
+        np.random.default_rng(point.seed).shuffle(rows)  # type: ignore[arg-type]
     else:
         rows = [{"prompt": p, "completion": t} for v, p, t in every if v >= high]
     model, tokenizer = base_and_tokenizer()

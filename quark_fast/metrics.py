@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -129,6 +129,7 @@ class _Sums:
     totals: Array
     weights: Array
     statistic: Statistic
+    events: bool = False  # each value is 0 or 1
 
     @property
     def prompts(self) -> int:
@@ -157,8 +158,26 @@ def perplexity(nll: Array, tokens: Array) -> Array:
 def _interval(sums: _Sums, resamples: int) -> Interval:
     value = sums.statistic(sums.totals.sum(keepdims=True), sums.weights.sum(keepdims=True))
     drawn = _resample(np.stack([sums.totals, sums.weights], axis=1), resamples)
-    low, high = _percentiles(sums.statistic(drawn[:, 0], drawn[:, 1]), sums.prompts)
-    return Interval(float(value[0]), low, high)
+    bounds = _percentiles(sums.statistic(drawn[:, 0], drawn[:, 1]), sums.prompts)
+    return Interval(float(value[0]), *_widened(bounds, *_unseen(sums)))
+
+
+def _widened(bounds: tuple[float, float], down: float, up: float) -> tuple[float, float]:
+    low, high = bounds
+    return (low - down if down else low), (high + up if up else high)
+
+
+def _unseen(sums: _Sums) -> tuple[float, float]:
+    """How much lower, and higher, a share may be whose event no prompt had, or every completion of all.
+
+    No resample of such prompts has it otherwise. Exact (Clopper and Pearson 1934) for events by prompt:
+    with n prompts without one, 0 to 1 - 0.025^(1 / n).
+    """
+    if not sums.events or sums.prompts < FEWEST_PROMPTS:
+        return 0.0, 0.0
+    most = 1 - ((1 - _LEVEL) / 2) ** (1 / sums.prompts)
+    total, weight = sums.totals.sum(), sums.weights.sum()
+    return most * float(total == weight), most * float(total == 0)
 
 
 def _change(before: _Sums, after: _Sums, resamples: int) -> Change:
@@ -172,11 +191,14 @@ def _change(before: _Sums, after: _Sums, resamples: int) -> Change:
         # Of a value of 0 or below, as a judge's or a KL's may be, a share says nothing.
         relative = np.where(old > 0, new / old - 1, np.nan)
     prompts = min(before.prompts, after.prompts)
+    (down, up), (down_before, up_before) = _unseen(after), _unseen(before)
+    down, up = down + up_before, up + down_before
+    share = 1 / float(old[0]) if old[0] > 0 else 0.0
     return Change(
         float(difference[0]),
-        *_percentiles(difference[1:], prompts),
+        *_widened(_percentiles(difference[1:], prompts), down, up),
         float(relative[0]),
-        *_percentiles(relative[1:], prompts),
+        *_widened(_percentiles(relative[1:], prompts), down * share, up * share),
     )
 
 
@@ -304,15 +326,18 @@ def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str
     def over_prompts(values: Array) -> _Sums:
         return _sums_of(values, np.arange(ids.size), ids.size)
 
+    def events(sums: _Sums) -> _Sums:
+        return replace(sums, events=True)
+
     scores = numbers("score")
     nll, own_nll, tokens = numbers("nll"), numbers("own_nll"), numbers("tokens")
     largest = np.full(ids.size, np.nan)
     np.fmax.at(largest, index, scores)
     sums = {
         "mean": over_samples(scores),
-        "share": over_samples(_at_least(scores, _THRESHOLD)),
+        "share": events(over_samples(_at_least(scores, _THRESHOLD))),
         "expected_max": over_prompts(largest),
-        "probability": over_prompts(_at_least(largest, _THRESHOLD)),
+        "probability": events(over_prompts(_at_least(largest, _THRESHOLD))),
         "unscored": over_samples(np.isnan(scores).astype(np.float64)),
         "perplexity": over_samples(nll, tokens, perplexity),
         "dist2": over_prompts(distinct_n_by_prompt(completions, 2)),

@@ -363,3 +363,19 @@ def test_rank_correlation_refuses_unequal_or_missing_numbers():
     with pytest.raises(ValueError, match="NaN has no rank"):
         rank_correlation([1.0, math.nan], [1.0, 2.0])
     assert math.isnan(rank_correlation([1.0], [1.0]).standard_error)
+
+
+def test_share_of_an_event_that_no_prompt_had_is_known_up_to_an_exact_bound():
+    """No resample of 200 zeros has a one in it, but 1.8% of all prompts may."""
+    none, every, half = scored([0.0] * 200), scored([1.0] * 200), scored([0.0, 1.0] * 100)
+    bound = 1 - 0.025 ** (1 / 200)
+    assert (1 - bound) ** 200 == pytest.approx(0.025)
+    for name in ("share", "probability"):
+        assert evaluate_samples(none)[name] == Interval(0.0, 0.0, pytest.approx(bound))
+        assert evaluate_samples(every)[name] == Interval(1.0, pytest.approx(1 - bound), 1.0)
+        change = compare(half, none)[name]
+        assert (change.relative, change.relative_low) == (-1.0, -1.0)
+        assert change.relative_high == pytest.approx(-1 + bound / 0.5) and change.high > -0.5
+        assert compare(none, none)[name].high == pytest.approx(bound)
+    assert evaluate_samples(half)["share"].high < 0.6  # a bootstrap interval, as it was
+    assert math.isnan(evaluate_samples(scored([0.0] * 7))["share"].high), "too few prompts for any"

@@ -16,8 +16,11 @@ import math
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -262,6 +265,49 @@ def test_scorers_on_the_device(tmp_path: Path) -> None:
     of = judge("toxicity", "toxicity")
     good, bad = of([{"prompt": "a"}] * 2, ["What a lovely day", "You are awful and stupid"])
     assert good > bad
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What benchmarks ask of CUDA to time its kernels."""
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self, *_: Any) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+
+
+def test_a_training_step_beside_the_eager_loop(
+    from_benchmarks: Callable[[str], ModuleType], clock: None, in_pytorch: None
+) -> None:
+    step = from_benchmarks("training_step")
+    found = step.measure_step(step.TINY, "cuda", 1, lambda work: (work(), 0)[1], 100.0)
+    assert found
+
+
+def test_decoding_in_all_ways_draws_what_it_should(
+    from_benchmarks: Callable[[str], ModuleType],
+    clock: None,
+    in_pytorch: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoding = from_benchmarks("gpu_decoding")
+    model = decoding.LlamaForCausalLM(decoding.LlamaConfig(**decoding.TINY)).to(torch.bfloat16)
+    model = decoding.frozen(model, torch.device("cuda"))
+    generate = decoding.generate
+    monkeypatch.setattr(decoding, "generate", lambda m, c, t, cache: generate(m, c, t, None))  # not compiled
+    monkeypatch.setattr(decoding, "bytes_per_second", lambda device: 1e12)
+    asked = Namespace(rows=4, prompt=5, tokens=6, rounds=1, tiny=False)
+    rows = [row for streams in (1, 2) for row in decoding.measure(model, asked, streams)]
+    assert {row["way"] for row in rows} >= {"eager", "static", "graph"}
+    assert all(row.get("right", True) for row in rows)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def main() -> None:
         kinds=len({row.name.split(",")[0] for row in rows}),
         version=transformers.__version__,
         right=len(right),
-        repaired=sum(row.outcome != "right" for row in right),
+        repaired=sum("it is read as" in row.outcome or "looks tokens up" in row.outcome for row in right),
         refused=len(rows) - len(right),
     )
     DOCS.write_text(text + "\n".join(map(str, rows)) + "\n")

@@ -142,16 +142,16 @@ COLUMNS = (
         "perplexity of text",
         "text ppl",
         "1 digit",
-        "The model's own perplexity on held-out text, with the same token in front; the text's first 32 "
-        "tokens are a prompt and do not count.",
+        "The model's own perplexity on held-out text, with the same token in front; the text's first half, "
+        "at most 32 tokens, is a prompt and does not count.",
     ),
     Column(
         "text_accuracy",
         "accuracy on text",
         "accuracy",
         "percent",
-        "Tokens of held-out text, after a prompt of its first 32, that the model's most probable next token "
-        "gets right.",
+        "Tokens of held-out text, after a prompt of its first half, at most 32 tokens, that the model's most "
+        "probable next token gets right.",
     ),
     Column("dist2", "dist-2", "dist-2", "2 digits", "Distinct word pairs per word of a prompt."),
     Column("dist3", "dist-3", "dist-3", "2 digits", "Distinct word triples per word of a prompt."),
@@ -257,6 +257,8 @@ def _format_percent(fraction: float) -> str:
         return "–"
     percent = 100 * fraction
     digits = f"{abs(percent):.{0 if abs(percent) >= 0.95 else 1}f}"
+    if -100 < percent <= -99.5:  # which is not all of it
+        digits = f"{math.floor(-10 * percent) / 10:.1f}"
     sign = "" if float(digits) == 0 else "−" if percent < 0 else "+"
     return f"{sign}{digits.removesuffix('.0')}%"
 

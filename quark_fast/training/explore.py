@@ -40,6 +40,7 @@ class Explorer:
         self.config, self.policy = setup.config, setup.policy
         self.prompts, self.reward = setup.prompts, setup.reward
         self.rollout, self.work, self.listen = rollout, work, listen
+        self._drawn_tokens = 0  # of the round, by this process: what was kept before took no time now
 
     def explore(self, state: State, sampling: Sampling) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Add the round's samples to the pool.
@@ -122,14 +123,15 @@ class Explorer:
         self, draw: Draw, state: State, sampling: Sampling, samples: int
     ) -> Iterator[tuple[int, list[Scored]]]:
         """This process's batches of the round's completions, with their rewards: (conditioning, batch)."""
-        started, done, tokens, rewards, scored = time.monotonic(), 0, 0, 0.0, 0
+        started, done, rewards, scored = time.monotonic(), 0, 0.0, 0
+        self._drawn_tokens = 0
         total = samples * len(self.prompts.train_ids)
         processes, before = self.work.processes.count, self._first_samples(state)
 
         def show(texts: Texts | None = None) -> None:
             numbers = {
                 "reward": rewards / scored if scored else float("nan"),
-                "tokens/s": tokens * processes / (time.monotonic() - started),
+                "tokens/s": self._drawn_tokens * processes / (time.monotonic() - started),
             }
             self.listen(
                 Progress(
@@ -149,7 +151,7 @@ class Explorer:
         for number, batch in in_order(self._batches(draw, state, sampling, samples), ahead, wait):
             yield number, batch
             scores = np.array([one.reward for one in batch])
-            done, tokens = done + len(batch), tokens + sum(len(one.ids) for one in batch)
+            done += len(batch)
             scored, rewards = scored + int((~np.isnan(scores)).sum()), rewards + float(np.nansum(scores))
             show(self._texts(state, batch, before))
 
@@ -211,6 +213,7 @@ class Explorer:
     def _score(self, prompts: list[int], drawn: DrawnBatch) -> Begun[list[Scored]]:
         """The completions with their rewards; ``prompts``: where the request's stand among all."""
         flat = [(prompts[i], ids) for i, ids in drawn.each()]
+        self._drawn_tokens += sum(len(ids) for _, ids in flat)
         texts = [self.policy.decode(completion, self.prompts.train_ids[i]) for i, completion in flat]
         unscored = [Scored(i, ids, text, math.nan) for (i, ids), text in zip(flat, texts, strict=True)]
         rewards = self.reward.begin([self.prompts.train[i] for i, _ in flat], texts)

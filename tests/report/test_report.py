@@ -18,6 +18,7 @@ from rich.console import Console
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
+from quark_fast.report import columns
 from quark_fast.report.columns import columns_of, format_bounds
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
@@ -1178,3 +1179,10 @@ def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
     found = find_base("some-org/not-in-the-cache")
     assert (found.hub_name, found.licence) == ("some-org/not-in-the-cache", None)
     assert found.why in ("it has no card here", "it has no card that could be read"), "no exception's name"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shown"), [(-0.997, "−99.7%"), (-0.9999, "−99.9%"), (-1.0, "−100%"), (0.997, "+100%")]
+)
+def test_a_fall_that_is_not_whole_is_not_shown_as_one(fraction, shown):
+    assert columns._format_percent(fraction) == shown
