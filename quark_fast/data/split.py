@@ -162,7 +162,7 @@ def program_rows(name: str, rows: Sequence[Prompt], chat: Chat, column: str | No
             raise UsageError(f"{name}[{i}] is {reason}: {one!r:.80}")
         made.append(row)
     if not made:
-        raise UsageError(f"{name} is empty; give prompts, or leave it out")
+        raise UsageError(f"{name}: an empty list; give prompts, or leave it out")
     return made
 
 

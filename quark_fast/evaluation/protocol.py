@@ -259,8 +259,6 @@ def load_prompt_sets(
             rows = loaded.rows
         else:
             rows, source = program_rows(key or "prompts", source, chat, column), "the program's own"
-            if not rows:
-                raise UsageError(f"{key or 'prompts'}: an empty list; give at least one prompt")
         (rows,) = with_same_columns(rows)
         return PromptSet(key, source, rows)
 

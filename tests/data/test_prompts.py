@@ -818,7 +818,7 @@ def test_prompt_of_a_program_that_is_trained_on_and_held_out_is_told() -> None:
     *_, said = choose(["a", "b", "c"], ["c", "d"])
     assert said == "1 held-out prompts are trained on, too, as the program gives them: no test of them"
     for train, test in (([], ["x"]), (["x"], [])):
-        with pytest.raises(UsageError, match="is empty; give prompts, or leave it out"):
+        with pytest.raises(UsageError, match="an empty list; give prompts, or leave it out"):
             choose(train, test)
 
 
