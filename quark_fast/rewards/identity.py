@@ -132,12 +132,14 @@ def _parts(own: Any) -> dict[str, str]:
                 left.append(value)
             elif not isinstance(value, types.ModuleType):
                 found[named] = _text(value, 3)
+                left += [type(value)] if type(value).__module__ == "__main__" else []
     return found
 
 
 def _names(own: Any) -> Iterator[str]:
-    """What the code of a function, or of a class's methods, names outside of itself."""
+    """What the code of a function, or of a class's methods, names outside of itself; a class's bases."""
     if isinstance(own, type):
+        yield from (base.__name__ for base in own.__mro__[1:])
         for value in vars(own).values():
             if inspect.isfunction(value):
                 yield from _names(value)

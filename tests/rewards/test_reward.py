@@ -371,7 +371,12 @@ PROGRAM = """
 import quark_fast.rewards.identity as identity
 RESUME = {resume}
 WORDS = ["a", "{word}"]
-def count(text): return sum(w in WORDS for w in text.split()) + {more}
+class Counts:
+    def count(self, words): return sum(w in WORDS for w in words) + {more}
+class Texts(Counts):
+    pass
+texts = Texts()
+def count(text): return texts.count(text.split())
 def score(prompts, completions): return [count(c) for c in completions]
 class Score:
     def __call__(self, prompts, completions): return score(prompts, completions)
