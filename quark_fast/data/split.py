@@ -103,7 +103,7 @@ def choose_prompts(
         train = _not_in(test, train, notes)
     elif both := len(set(map(given, train)) & set(map(given, test))):
         notes.append(
-            f"{both:,} held-out prompts are trained on, too, as the program gives them: no test of them"
+            f"held out and trained on, as the program gives them, so that they test nothing: {both:,}"
         )
     if config.evaluate_on == "development":
         unseen = f"the {len(test):,} test prompts stay unseen"

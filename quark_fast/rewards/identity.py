@@ -46,7 +46,7 @@ def name_of(function: Any) -> str:
     """
     if isinstance(function, functools.partial):
         given = ["..."] * len(function.args) + [f"{name}=..." for name in sorted(function.keywords)]
-        held = _sha256(_text([function.args, function.keywords], DEPTH))
+        held = _sha256(_text([function.args, function.keywords], DEPTH, inside=False))
         return f"{name_of(function.func)}({', '.join([*given, held[:8]])})"
     own = function if hasattr(function, "__qualname__") else type(function)
     return f"{own.__module__}:{own.__qualname__}"
@@ -131,7 +131,7 @@ def _parts(own: Any) -> dict[str, str]:
             if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__"):
                 left.append(value)
             elif not isinstance(value, types.ModuleType):
-                found[named] = _text(value, 3)
+                found[named] = _text(value, DEPTH, inside=False)
                 left += [type(value)] if type(value).__module__ == "__main__" else []
     return found
 
@@ -166,43 +166,48 @@ def _byte_code(code: CodeType) -> str:
 # --- what it holds ------------------------------------------------------------------------------
 
 
-def _text(value: Any, depth: int) -> str:
-    """What tells a value from others, the same in every process: without addresses and the order of sets."""
+def _text(value: Any, depth: int, inside: bool = True) -> str:
+    """What tells a value from others, the same in every process: without addresses and the order of sets.
+
+    ``inside``: also the numbers of arrays and models, and the attributes of objects without a text of their
+    own. These may be others at the next start, such as a client's: they tell answers apart, but no rewards.
+    """
     if depth == 0:
         return type(value).__qualname__
-    inner = functools.partial(_text, depth=depth - 1)
+    inner = functools.partial(_text, depth=depth - 1, inside=inside)
     if isinstance(value, functools.partial):
         return f"partial{[inner(part) for part in (value.func, value.args, value.keywords)]}"
     if inspect.ismethod(value):
         own = value.__self__
-        return f"method{[inner(value.__func__), inner(own), _attributes(own, depth - 1)]}"
+        held = _attributes(own, depth - 1) if inside else ""
+        return f"method{[inner(value.__func__), inner(own), held]}"
     if inspect.isfunction(value):
-        return _of_function(value, depth)
+        return _of_function(value, inner)
     # A class of the user's that is one of these says itself what it is.
     if type(value) is dict:
         return f"dict{sorted(f'{inner(k)}: {inner(v)}' for k, v in value.items())}"
     if type(value) in (list, tuple, set, frozenset):
         parts = [inner(one) for one in value]
         return f"{type(value).__qualname__}{sorted(parts) if isinstance(value, Set) else parts}"
-    if isinstance(value, Tensor):
+    if inside and isinstance(value, Tensor):
         return _of_numbers(value)
-    if isinstance(value, np.ndarray) and value.dtype != object:
+    if inside and isinstance(value, np.ndarray) and value.dtype != object:
         return _of_numbers(torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
-    if isinstance(value, torch.nn.Module):
+    if inside and isinstance(value, torch.nn.Module):
         return f"{type(value).__qualname__}{[(name, inner(one)) for name, one in value.state_dict().items()]}"
     said = repr(value)
     plain = _ADDRESS.sub("", said)
     # Of an object that says where it lies, and not what it is: its attributes, and the types of theirs.
-    return plain if plain == said else f"{plain}{_attributes(value, min(depth - 1, 3))}"
+    return f"{plain}{_attributes(value, min(depth - 1, 3))}" if inside and plain != said else plain
 
 
-def _of_function(function: Any, depth: int) -> str:
+def _of_function(function: Any, inner: Callable[[Any], str]) -> str:
     """Its code, its defaults and what its closure holds; of what it wraps, likewise."""
     inside = inspect.unwrap(function)
     cells = inside.__closure__ or ()
     held = [cell.cell_contents for cell in cells if cell != CellType()]  # none in one that is empty yet
     values = [held, inside.__defaults__, inside.__kwdefaults__]
-    return f"{inside.__qualname__}{_byte_code(inside.__code__)}{[_text(one, depth - 1) for one in values]}"
+    return f"{inside.__qualname__}{_byte_code(inside.__code__)}{[inner(one) for one in values]}"
 
 
 def _attributes(own: Any, depth: int) -> str:

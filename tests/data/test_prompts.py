@@ -816,7 +816,7 @@ def test_digest_of_texts_is_that_of_earlier_versions() -> None:
 
 def test_prompt_of_a_program_that_is_trained_on_and_held_out_is_told() -> None:
     *_, said = choose(["a", "b", "c"], ["c", "d"])
-    assert said == "1 held-out prompts are trained on, too, as the program gives them: no test of them"
+    assert said == "held out and trained on, as the program gives them, so no test: 1 prompts"
     for train, test in (([], ["x"]), (["x"], [])):
         with pytest.raises(UsageError, match="an empty list; give prompts, or leave it out"):
             choose(train, test)

@@ -330,6 +330,17 @@ def test_name_shows_no_argument_of_a_partial() -> None:
     assert "SECRET" not in long and len(long) < 200
 
 
+def test_name_does_not_follow_what_a_client_notes_in_itself() -> None:
+    """It is another at every start, and a run that is resumed must find its reward."""
+
+    class Client:
+        def __init__(self, session: str) -> None:
+            self.session = session
+
+    first, second = (functools.partial(score_of, Client(session)) for session in ("a", "b"))
+    assert describe(first).name == describe(second).name and held_by(first) != held_by(second)
+
+
 def two(weight: float) -> list[Callable[..., Any]]:
     """Each pair differs in one thing that is neither the name nor the file of its functions."""
 

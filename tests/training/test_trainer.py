@@ -701,7 +701,7 @@ def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callab
     given = [*PROMPTS, "w1 w2 w3 w4 w5"]
     trainer = Trainer(config, reward=even_words, prompts=given, held_out=[*PROMPTS[:4], "w1 w2 w3 w4"])
     lines = [
-        "4 held-out prompts are trained on, too, as the program gives them: no test of them",
+        "held out and trained on, as the program gives them, so no test: 4 prompts",
         "1 of 25 training prompts left out: longer than 3 tokens (the longest 5)",
         "1 of 5 held-out prompts left out: longer than 3 tokens (the longest 4)",
     ]
