@@ -102,9 +102,7 @@ def choose_prompts(
     elif prompts is None:
         train = _not_in(test, train, notes)
     elif both := len(set(map(given, train)) & set(map(given, test))):
-        notes.append(
-            f"held out and trained on, as the program gives them, so that they test nothing: {both:,}"
-        )
+        notes.append(f"held out and trained on, as the program gives them, so no test: {both:,} prompts")
     if config.evaluate_on == "development":
         unseen = f"the {len(test):,} test prompts stay unseen"
         train, test = _for_development(train, len(test), config, "evaluate_on = development")
