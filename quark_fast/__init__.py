@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quark_fast.config import Config
-    from quark_fast.errors import UsageError
+    from quark_fast.errors import Diverged, Interrupted, NotUploaded, OutOfResources, UsageError
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.ops.linear import linear_quark_loss
     from quark_fast.ops.loss import QuarkLoss, quark_loss
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Config": "config",
+    "Diverged": "errors",
+    "Interrupted": "errors",
+    "NotUploaded": "errors",
+    "OutOfResources": "errors",
     "UsageError": "errors",
     "Evaluator": "evaluation.side_by_side",
     "QuarkLoss": "ops.loss",
@@ -27,7 +31,11 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "Diverged",
     "Evaluator",
+    "Interrupted",
+    "NotUploaded",
+    "OutOfResources",
     "QuarkLoss",
     "RolloutPool",
     "Trainer",

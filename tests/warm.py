@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from quark_fast.rewards import asynchronous
-
 START_METHOD = "spawn" if torch.cuda.is_available() else "fork"  # of torch.multiprocessing
 
 
@@ -103,8 +101,6 @@ def _run(module: str, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # pytest makes errors of them
     AcceleratorState._reset_state(reset_partial_state=True)
-    for of_loop in (asynchronous._event_loop, asynchronous.turns):  # whose thread did not outlive the fork
-        of_loop.cache_clear()
     sys.path.insert(0, os.getcwd())
     sys.argv = [module, *arguments]
     try:

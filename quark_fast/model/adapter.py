@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from torch import Tensor
 from quark_fast.model.lora import adapted_layers
 from quark_fast.model.policy import Policy
 
+TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*")
 
-def write_adapter(policy: Policy, folder: Path, base: str) -> None:
+
+def write_adapter(policy: Policy, export: Path, base: str) -> None:
     """Write the adapters unmerged, in float32, with the reward tokens' rows as peft's trainable tokens.
+
+    They go to ``adapter`` in the folder of the export, whose tokenizer they get, too: by it
+    ``AutoPeftModelForCausalLM.from_pretrained(folder)`` finds how many rows the base model needs.
 
     ``PeftModel.from_pretrained(model, folder)`` has the logits of the export in float32 on the base
     vocabulary, once ``model`` is the base model in float32 with as many rows as the export has. Logits of
@@ -24,6 +30,7 @@ def write_adapter(policy: Policy, folder: Path, base: str) -> None:
     """
     from peft import LoraConfig  # slow to import
 
+    folder = export / "adapter"
     model: Any = policy.model
     layers, embedding = dict(adapted_layers(model)), model.get_input_embeddings()
     table = next(name for name, module in model.named_modules() if module is embedding)
@@ -50,3 +57,6 @@ def write_adapter(policy: Policy, folder: Path, base: str) -> None:
         folder / "adapter_model.safetensors",
         {"format": "pt"},
     )
+    for pattern in TOKENIZER_FILES:
+        for file in export.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

@@ -63,6 +63,7 @@ class Guidance(LogitsProcessor):
         if self.cache is not None:
             ids, positions = ids[:, -1:], positions[:, -1:]
         inputs = {"attention_mask": self.mask, "position_ids": positions, self.cache_name: self.cache}
+        inputs["logits_to_keep"] = 1  # of a long prompt, all would take gigabytes
         given = {name: value for name, value in inputs.items() if name in self.takes}
         # A model without a cache by either name reads the whole text again for every token.
         output = self.model(input_ids=ids, use_cache=bool(self.cache_name), **given)
@@ -92,8 +93,8 @@ def generate(
     """As ``model.generate``, with ``guidance``.
 
     Raises:
-        ValueError: ``guidance`` is not finite, a text has no best token in front, or decoding is by beams or
-            assisted: their texts change places, or are taken back.
+        ValueError: ``guidance`` is not finite, a text has no best token in front, decoding is by beams or
+            assisted (their texts change places, or are taken back), or a setting would act before the mix.
     """
     ids = inputs if input_ids is None else input_ids
     processors = LogitsProcessorList(logits_processor or [])
@@ -116,6 +117,12 @@ def generate(
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
             if setting(name):
                 raise ValueError(f"guidance: assisted decoding is not supported; leave out {name}")
+        for name in ("sequence_bias", "encoder_repetition_penalty", "exponential_decay_length_penalty"):
+            if setting(name) not in (None, 1.0):
+                raise ValueError(
+                    f"guidance: {name} would count {guidance:g} times, as transformers applies it before the"
+                    " mix; give it as a logits processor of your own"
+                )
         if attention_mask is None:
             attention_mask = _padding_of(ids, setting)
         processors.insert(0, Guidance(model, guidance, attention_mask))

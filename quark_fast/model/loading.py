@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,6 +152,9 @@ def _adapters(source: str | Path) -> UsageError:
     )
 
 
+_LOADING = threading.RLock()
+
+
 @contextlib.contextmanager
 def no_pickle(source: str | Path) -> Iterator[None]:
     """Whatever transformers or peft would load by unpickling it is refused.
@@ -161,6 +165,7 @@ def no_pickle(source: str | Path) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise UsageError(_pickled(source))
 
+    _LOADING.acquire()  # or two threads would put back each other's
     load = torch.load
     torch.load = refuse
     try:
@@ -171,6 +176,7 @@ def no_pickle(source: str | Path) -> Iterator[None]:
         raise
     finally:
         torch.load = load
+        _LOADING.release()
 
 
 def _pickled(source: str | Path) -> str:

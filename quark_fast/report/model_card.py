@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,21 @@ class Base:
     Attributes:
         hub_name: None: none that is known.
         licence: as its own card names it; None where that could not be read, which ``why`` explains.
+        licence_fields: of the card's header, in the hub's words.
     """
 
     shown: str
     hub_name: str | None
     licence: str | None
     why: str = ""
+    licence_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_base(model: str | None) -> Base:
     """The base model by its folder or hub name, None the embedded one, with the licence of its own card."""
     if model is None:
-        return Base(EMBEDDED_MODEL, EMBEDDED_MODEL, EMBEDDED_LICENCE)
+        fields = {"license": EMBEDDED_LICENCE}
+        return Base(EMBEDDED_MODEL, EMBEDDED_MODEL, EMBEDDED_LICENCE, licence_fields=fields)
     folder = Path(model)
     found: dict[str, Any] = {}
     try:
@@ -73,15 +77,37 @@ def find_base(model: str | None) -> Base:
         why = "it has no card that could be read"
     else:
         found, why = card.data.to_dict(), "its card names none"
-    licence = found.get("license")
-    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
-    licence = licence if isinstance(licence, str) and licence else None
+    licence, fields = _licence(found)
     if not folder.is_dir():
         gone = folder.is_absolute() or model.startswith("~")  # a folder that was there is no name on the hub
-        return Base(folder.name if gone else model, None if gone else model, licence, why)
+        return Base(folder.name if gone else model, None if gone else model, licence, why, fields)
     # An export of ours names its base; of any other folder that is the base of the base.
     named = found.get("base_model") if "quark_fast" in (found.get("tags") or ()) else None
-    return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why)
+    named = named[0] if isinstance(named, list) and named else named
+    return Base(folder.resolve().name, named if isinstance(named, str) else None, licence, why, fields)
+
+
+_LICENCE_ID = r"[a-z0-9][a-z0-9.\-]*"
+
+
+def _licence(card: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """(a card's licence in words, the fields that the hub takes for it).
+
+    A text that is none of the hub's identifiers is the name of an "other" one: the hub refuses the card else.
+    """
+    given = card.get("license")
+    ids = [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str) and one]
+    if not ids:
+        return None, {}
+    extra = {key: card[key] for key in ("license_name", "license_link") if isinstance(card.get(key), str)}
+    if not all(re.fullmatch(_LICENCE_ID, one) for one in ids):
+        words = ", ".join(ids)
+        name = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.") or "unnamed"
+        return words, {"license": "other", "license_name": name} | extra
+    words = ", ".join(ids)
+    if ids == ["other"] and "license_name" in extra:
+        words = extra["license_name"]
+    return words, {"license": ids if len(ids) > 1 else ids[0]} | extra
 
 
 def write_card(folder: Path, run: RunFiles, config: Config) -> None:
@@ -93,7 +119,7 @@ def write_card(folder: Path, run: RunFiles, config: Config) -> None:
 def model_card(run: RunFiles, config: Config, base: Base) -> str:
     """The card as a text: YAML for the hub, then what a person reads."""
     header = ModelCardData(
-        license=base.licence,
+        **base.licence_fields,
         base_model=base.hub_name,
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -186,3 +187,13 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="quark_fast rewards", daemon=True).start()
     return loop
+
+
+def _forget_the_loop() -> None:
+    """Its thread does not outlive a fork."""
+    for of_loop in (_event_loop, turns):
+        of_loop.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forget_the_loop)

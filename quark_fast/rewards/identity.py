@@ -6,6 +6,7 @@ cache keeps of two rewards of one source.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -126,13 +127,31 @@ def _parts(own: Any) -> dict[str, str]:
             found[name] = inspect.getsource(one)
         except (TypeError, OSError):
             return {}
+        assigned = _assignments(inspect.getsourcefile(one) or "")
         for named in sorted(set(_names(one)) & program.keys()):
             value = program[named]
             if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__"):
                 left.append(value)
             elif not isinstance(value, types.ModuleType):
-                found[named] = _text(value, DEPTH, inside=False)
+                # Not the value, which may be a list that the reward itself adds to.
+                found[named] = assigned.get(named, "")
                 left += [type(value)] if type(value).__module__ == "__main__" else []
+    return found
+
+
+def _assignments(file: str) -> dict[str, str]:
+    """What a program's file, or a notebook's cell, assigns to names outside of functions and classes."""
+    found: dict[str, str] = {}
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:  # a cell with a command of the notebook's own
+        return {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+            for name in names:
+                found[name] = f"{found.get(name, '')}{ast.unparse(statement)};"
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +80,15 @@ def finish(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers.clear()
+
+
+@contextlib.contextmanager
+def ended(accelerator: Accelerator) -> Iterator[None]:
+    """Whatever happens within: what a tracker is asked for later is another run's."""
+    try:
+        yield
+    finally:
+        finish(accelerator)
 
 
 def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

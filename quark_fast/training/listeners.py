@@ -25,9 +25,10 @@ def several(name: str, given: Any) -> list[Any]:
         UsageError: it is something else.
     """
     apart = isinstance(given, Sequence) and not isinstance(given, str)
-    made = list(given) if apart else [given]
-    if strange := [one for one in made if not callable(one)]:
-        raise UsageError(f"{name}: {strange[0]!r:.80} cannot be called; give a function, or a list of them")
+    made = list(given) if apart else [] if given is None else [given]
+    # A class, such as a TrainerCallback, can be called, but would only be made.
+    if strange := [one for one in made if not callable(one) or isinstance(one, type)]:
+        raise UsageError(f"{name}: {strange[0]!r:.80} is no function; give one, or a list of them")
     return made
 
 

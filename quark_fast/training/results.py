@@ -35,7 +35,7 @@ from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.columns import fill, find_column
 from quark_fast.report.files import NOT_EVALUATED, read_run
-from quark_fast.report.model_card import find_base, write_card
+from quark_fast.report.model_card import EMBEDDED_MODEL, write_card
 from quark_fast.report.page import write_report
 from quark_fast.rewards.weighted_sum import waiting_for
 from quark_fast.rollout.sampling import Sampling
@@ -47,19 +47,25 @@ from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.training.progress import Progress
 from quark_fast.training.setup import Setup, in_batches
 from quark_fast.training.shared_work import SharedWork
+from quark_fast.training.state import State
 
 
-def spent(device: torch.device, started: float, memory_gb: float) -> dict[str, float]:
-    """What a run has spent by now, with what it had before it was resumed.
+def note_what_is_spent(work: SharedWork, device: torch.device, state: State) -> float:
+    """Have the journal note the run's seconds and memory with every batch, those of earlier starts included.
 
-    Args:
-        started: when it would have begun, had it run in one go; ``time.monotonic()``, seconds.
-        memory_gb: the most that an earlier process of it held.
+    Returns:
+        when the run would have begun, had it run in one go; ``time.monotonic()``, seconds.
     """
-    return {
-        "seconds": time.monotonic() - started,
-        "memory_gb": max(memory_gb, most_memory(device) / 1e9),
-    }
+    before = work.processes.on_rank_0(lambda: work.journal.spent_before)
+    state.seconds = max(state.seconds, before.get("seconds", 0.0))
+    started = time.monotonic() - state.seconds
+
+    def spent() -> dict[str, float]:
+        memory = max(before.get("memory_gb", 0.0), most_memory(device) / 1e9)
+        return {"seconds": time.monotonic() - started, "memory_gb": memory}
+
+    work.journal.spent = spent
+    return started
 
 
 class Results:
@@ -264,8 +270,8 @@ class Results:
                 how = generation_settings(evaluation_sampling(setup.config))
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
                 if setup.config.export_adapter:
-                    base = find_base(setup.config.model)
-                    write_adapter(setup.policy, scratch / "adapter", base.hub_name or base.shown)
+                    # The very weights: an export's own card names the base that it was made from.
+                    write_adapter(setup.policy, scratch, setup.config.model or EMBEDDED_MODEL)
             setup.folder.add_end(self._end(kept))
             run = read_run(setup.folder.at)
             write_report(setup.folder.at, run)

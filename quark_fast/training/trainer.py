@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from quark_fast.training.listeners import Listen, Listeners, several, tell
 from quark_fast.training.optimizer import make_optimizer, trained_parameters
 from quark_fast.training.progress import Progress
 from quark_fast.training.quantize import plan_round
-from quark_fast.training.results import Results, spent
+from quark_fast.training.results import Results, note_what_is_spent
 from quark_fast.training.run_log import RunLog
 from quark_fast.training.shared_work import SharedWork
 from quark_fast.training.signals import stop_signals
@@ -145,14 +144,12 @@ class Trainer:
             )
         self.begun = True
         self.processes.take_over(self.accelerator, self.config.precision)
-        before = self.processes.on_rank_0(lambda: self.journal.spent_before)
-        state.seconds = max(state.seconds, before.get("seconds", 0.0))
-        self.started = time.monotonic() - state.seconds
-        self.journal.spent = partial(spent, self.setup.device, self.started, before.get("memory_gb", 0.0))
+        self.started = note_what_is_spent(self.work, self.setup.device, state)
         where = f"goes on at step {state.step}" if self.config.resume else "begins"
         about = [f"{where}: {self._versions()['command']}", *self.about]
         with (
             self.folder.free_after_errors(),
+            trackers.ended(self.accelerator),
             self.folder.disk_errors(),
             self.listen.hearing(about),
             stop_signals(self._how_to_go_on) as self.work.stop,

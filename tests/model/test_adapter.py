@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_runs import PROMPTS, SHORT, even_words, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,6 +44,14 @@ def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
         found, expected = (model(ids).logits[..., :vocabulary] for model in (adapted, merged))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (plain[..., :vocabulary] - expected).abs().max() > 0.1, "the training moved it"
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(source)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        auto = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(auto(ids).logits[..., :vocabulary], found, rtol=1e-4, atol=1e-4)
 
 
 def test_without_adapters_there_is_none_to_write(tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def test_guided_text_of_plain_transformers_is_ours(
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
         with pytest.raises(ValueError, match=f"assisted decoding is not supported; leave out {name}"):
             own.generate(**batch, guidance=weight, **settings, **{name: 3})
+    with pytest.raises(ValueError, match="encoder_repetition_penalty would count"):
+        own.generate(**batch, guidance=weight, encoder_repetition_penalty=2.0, **settings)
     with pytest.raises(ValueError, match="must stand before every text"):
         own.generate(torch.tensor([case.prompts[0]]), guidance=weight, **settings)
 

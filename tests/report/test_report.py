@@ -12,6 +12,7 @@ import huggingface_hub
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
@@ -1160,6 +1161,32 @@ def test_card_keeps_mark_up_of_names_as_text(small_run):
     assert "license" not in text.split("---")[1] and "base_model" not in text.split("---")[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "words", "fields"),
+    [
+        ("license: [mit, apache-2.0]", "mit, apache-2.0", {"license": ["mit", "apache-2.0"]}),
+        (
+            "license: Proprietary (c) ACME",
+            "Proprietary (c) ACME",
+            {"license": "other", "license_name": "proprietary-c-acme"},
+        ),
+        (
+            "license: other\nlicense_name: qwen-research\nlicense_link: LICENSE",
+            "qwen-research",
+            {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"},
+        ),
+        ("base_model: [a/b]\ntags: [quark_fast]", None, {}),
+    ],
+)
+def test_licence_of_the_base_model_is_one_that_the_hub_takes(tmp_path, small_run, given, words, fields):
+    (tmp_path / "README.md").write_text(f"---\n{given}\n---\n# Mine\n")
+    base = find_base(str(tmp_path))
+    assert (base.licence, base.licence_fields) == (words, fields)
+    assert base.hub_name == (None if words else "a/b")
+    header = yaml.safe_load(card_of(small_run, base).split("---")[1])
+    assert {key: value for key, value in header.items() if key.startswith("license")} == fields
+
+
 def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -1170,7 +1197,10 @@ def test_base_model_and_licence_come_from_its_own_card(tmp_path, monkeypatch):
         "---\nlicense: mit\nbase_model: org/first\ntags: [quark_fast]\n---\n# Mine\n"
     )
     monkeypatch.chdir(folder)
-    assert find_base(".") == Base("mine", "org/first", "mit", "its card names none"), "as the card has it"
+    fields = {"license": "mit"}
+    assert find_base(".") == Base("mine", "org/first", "mit", "its card names none", fields), (
+        "as the card has it"
+    )
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
     assert find_base(str(folder)).licence is None and "could be read" in find_base(str(folder)).why
     (folder / "README.md").write_text("# no header\n")

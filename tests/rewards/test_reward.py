@@ -18,6 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -382,16 +383,22 @@ PROGRAM = """
 import quark_fast.rewards.identity as identity
 RESUME = {resume}
 WORDS = ["a", "{word}"]
+asked = []
 class Counts:
     def count(self, words): return sum(w in WORDS for w in words) + {more}
 class Texts(Counts):
     pass
 texts = Texts()
 def count(text): return texts.count(text.split())
-def score(prompts, completions): return [count(c) for c in completions]
+def score(prompts, completions):
+    asked.append(completions)
+    return [count(c) for c in completions]
 class Score:
     def __call__(self, prompts, completions): return score(prompts, completions)
-print(identity.source_sha256(score), identity.source_sha256(Score()))
+before = identity.source_sha256(score)
+score(["a"], ["b"])
+assert identity.source_sha256(score) == before, "of what it notes there is nothing in it"
+print(before, identity.source_sha256(Score()))
 """
 
 
@@ -863,3 +870,22 @@ def test_what_was_scored_before_a_failure_is_kept(tmp_path: Path) -> None:
     down = False
     assert reward(MANY, WORDS).tolist() == [i / 7 for i in range(50)]
     assert sorted(heard) == list(range(50)), "nothing was scored twice"
+
+
+def test_asynchronous_reward_answers_in_a_forked_process_too() -> None:
+    """Whose parent had used one: the thread of its event loop is not there."""
+
+    async def score(prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    reward = describe(score, cache="off")
+    rows: list[Row] = [{"prompt": "a"}]
+    assert reward(rows, ["bb"]).tolist() == [2.0]
+    if (child := os.fork()) == 0:
+        os._exit(0 if reward(rows, ["bbb"]).tolist() == [3.0] else 1)
+    until = time.monotonic() + 60
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0

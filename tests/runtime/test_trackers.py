@@ -34,8 +34,10 @@ def test_tensorboard_holds_every_number_of_the_metrics_once_across_a_resume(
     given: dict[str, Any] = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
     settings = {"rounds": 2, "steps": 4, "batch_size": 4, "checkpoint_every": 2, "eval_samples": 1}
     config = small(folder, model, report_to="tensorboard", **settings)
+    stopped = Trainer(config, listen=stop, **given)
     with pytest.raises(SystemError):  # at step 7, tracked, but later than the checkpoint of step 6
-        Trainer(config, listen=stop, **given).train()
+        stopped.train()
+    assert not stopped.accelerator.trackers, "the next run of the process would track into this one's"
     Trainer(small(folder, model, report_to="tensorboard", resume=True, **settings), **given).train()
 
     heard = EventAccumulator(str(folder / "tensorboard" / "quark_fast")).Reload()
@@ -140,12 +142,13 @@ def test_wandb_goes_on_with_the_same_run_when_the_run_is_resumed(
         with pytest.raises(SystemError):
             config = small(tmp_path / output, model, report_to="wandb", **settings)
             Trainer(config, listen=stop, **given).train()
+    assert wandb.finished == 2, "what is tracked next is another run's"
     wandb.logged.clear()
     run = Trainer(small(tmp_path / "run", model, report_to="all", resume=True, **settings), **given).train()
     first, other, again = wandb.starts
     assert first == again and first["resume"] == "allow" and first["id"] != other["id"]
     assert (first["project"], first["name"], first["dir"]) == ("quark_fast", str(run.folder), str(run.folder))
-    assert wandb.finished == 1 and wandb.settings["steps"] == 4
+    assert wandb.finished == 3 and wandb.settings["steps"] == 4
     losses = [(step, values["step/loss"]) for step, values in wandb.logged if "step/loss" in values]
     written = [(row["step"], row["loss"]) for row in rows(run.folder / "metrics.jsonl", kind="step")]
     assert losses == written[2:], "from the checkpoint on"

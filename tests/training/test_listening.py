@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 from tiny_runs import PROMPTS, SHORT, even_words, rows, small, timeless
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
@@ -103,10 +103,13 @@ def test_callback_that_changes_its_row_changes_nothing_of_the_run(
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"callbacks": [print, 1]}, "callbacks: 1 cannot be called"),
-        ({"callbacks": None}, "callbacks: None cannot be called"),
-        ({"listen": "print"}, "listen: 'print' cannot be called"),
-        ({"listen": 5}, "listen: 5 cannot be called"),
+        ({"callbacks": [print, 1]}, "callbacks: 1 is no function"),
+        (
+            {"callbacks": [TrainerCallback]},
+            "callbacks: <class .*TrainerCallback'> is no function",
+        ),
+        ({"listen": "print"}, "listen: 'print' is no function"),
+        ({"listen": 5}, "listen: 5 is no function"),
     ],
 )
 def test_what_cannot_be_called_is_no_listener(
