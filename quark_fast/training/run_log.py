@@ -60,7 +60,12 @@ class RunLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.write(f"{record.levelname.lower()}: {record.getMessage()}")
         # Python shows a warning that no handler took; this handler must not be the reason that it does not.
-        if not logging.getLogger().handlers and logging.lastResort is not None:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        others = 0
+        while logger is not None:
+            others += sum(handler is not self for handler in logger.handlers)
+            logger = logger.parent if logger.propagate else None
+        if not others and logging.lastResort is not None:
             logging.lastResort.handle(record)
 
     def __call__(self, event: Progress) -> None:

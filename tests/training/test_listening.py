@@ -281,6 +281,15 @@ def test_warnings_are_in_the_log_and_still_where_they_were(
     assert lines == ["begins", "warning: out of memory: from here on 4 side by side", "finished"]
     shown = capsys.readouterr().err
     assert shown == "out of memory:\nfrom here on 4 side by side\nlater\n", "Python's own way for warnings"
+    # Who took warnings of the package, or silenced them, has them no second time.
+    taken = logging.NullHandler()
+    logging.getLogger("quark_fast").addHandler(taken)
+    try:
+        with log.kept([]):
+            own.warning("taken")
+    finally:
+        logging.getLogger("quark_fast").removeHandler(taken)
+    assert capsys.readouterr().err == ""
 
 
 def test_traceback_of_foreign_code_is_in_the_log_below_the_line_that_ends_it(tmp_path: Path) -> None:
