@@ -70,7 +70,7 @@ def plain(value: Any, kind: Any) -> Any:
         value = value.item()
     if str in kinds and type(value) in (int, float):
         return text_of(value)
-    if kind == str | None and isinstance(value, str) and value.startswith("~/"):
+    if kind == str | None and isinstance(value, str) and value.startswith("~"):
         return os.path.expanduser(value)  # in YAML, after "=" and in a program no shell does it
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -83,7 +83,7 @@ def wanted_type(value: Any, kind: Any) -> str:
     if get_origin(kind) is Literal:  # which lists its values
         return ""
     if value == "" and kind == str | None:
-        # Such as an unset variable of the shell: it would do what nobody asked for.
+        # Such as an unset variable of the shell: the default in its place was not asked for.
         return "a value, or leave it out"
     allowed = tuple({*kinds, int} if float in kinds else kinds)
     if isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool)):

@@ -80,7 +80,7 @@ void release(void* bytes) { std::free(bytes); }
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* data = bytes ? std::malloc(bytes) : nullptr;
-    if (data) std::memset(data, 0xff, bytes);  // NaN, so that what nobody wrote is seen
+    if (data) std::memset(data, 0xff, bytes);  // NaN: a use of unwritten memory shows
     TORCH_CHECK(data || !bytes, "out of memory");
     return {data, data, &release, DEVICE};
   }

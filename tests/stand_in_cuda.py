@@ -1,7 +1,7 @@
 """Python's half of a CUDA device without a GPU (stand_in_cuda.cpp): what the package uses of torch.cuda.
 
 Import it first, with the library of the other half loaded before torch (stand_in_cuda.sh does so). It is
-stricter than a GPU where that costs nothing: memory that nobody wrote is NaN, a generator has to be of the
+stricter than a GPU where that costs nothing: unwritten memory is NaN, a generator has to be of the
 device that is drawn on, and a recorded step may neither read a value nor copy between the devices.
 """
 

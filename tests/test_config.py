@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -647,3 +648,4 @@ def test_home_folder_is_found_wherever_a_path_is_given(monkeypatch: pytest.Monke
         "/home/me/p.txt",
         "/home/me/runs/x",
     )
+    assert Config(prompts="~root/p.txt").prompts == os.path.expanduser("~root/p.txt") != "~root/p.txt"

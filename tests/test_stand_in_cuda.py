@@ -2,8 +2,8 @@
 
     tests/stand_in_cuda.sh
 
-builds the device and starts this. What mixes devices ends in an error there, and what uses memory that nobody
-wrote in NaN.
+builds the device and starts this. What mixes devices ends in an error there, and what uses unwritten memory
+in NaN.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_a_generator_draws_on_its_device_alone() -> None:
         torch.rand(3, generator=torch.Generator(), device="cuda")
 
 
-def test_memory_that_nobody_wrote_is_nan() -> None:
+def test_unwritten_memory_is_nan() -> None:
     assert torch.empty(100, device="cuda").isnan().all()
 
 

@@ -100,11 +100,10 @@ def _licence(card: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     if not ids:
         return None, {}
     extra = {key: card[key] for key in ("license_name", "license_link") if isinstance(card.get(key), str)}
+    words = ", ".join(ids)
     if not all(re.fullmatch(_LICENCE_ID, one) for one in ids):
-        words = ", ".join(ids)
         name = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.") or "unnamed"
         return words, {"license": "other", "license_name": name} | extra
-    words = ", ".join(ids)
     if ids == ["other"] and "license_name" in extra:
         words = extra["license_name"]
     return words, {"license": ids if len(ids) > 1 else ids[0]} | extra

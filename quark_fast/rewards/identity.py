@@ -116,7 +116,7 @@ def _parts(own: Any) -> dict[str, str]:
     Empty where it has no source.
     """
     found: dict[str, str] = {}
-    program = vars(sys.modules["__main__"])
+    program, assignments = vars(sys.modules["__main__"]), functools.cache(_assignments)
     left = [own]
     while left:
         one = left.pop()
@@ -127,7 +127,7 @@ def _parts(own: Any) -> dict[str, str]:
             found[name] = inspect.getsource(one)
         except (TypeError, OSError):
             return {}
-        assigned = _assignments(inspect.getsourcefile(one) or "")
+        assigned = assignments(inspect.getsourcefile(one) or "")
         for named in sorted(set(_names(one)) & program.keys()):
             value = program[named]
             if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__"):

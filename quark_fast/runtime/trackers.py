@@ -75,20 +75,15 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
         accelerator.log(dict(_numbers(row)), step=int(row["step"]))
 
 
-def finish(accelerator: Accelerator) -> None:
-    """Write out what trackers hold back; the processes stay together."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers.clear()
-
-
 @contextlib.contextmanager
 def ended(accelerator: Accelerator) -> Iterator[None]:
-    """Whatever happens within: what a tracker is asked for later is another run's."""
+    """In the end trackers write out what they hold back; what they are asked for later is another run's."""
     try:
         yield
     finally:
-        finish(accelerator)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()
 
 
 def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -276,7 +276,6 @@ class Results:
             run = read_run(setup.folder.at)
             write_report(setup.folder.at, run)
             write_card(setup.folder / "model", run, setup.config)
-            trackers.finish(setup.accelerator)
             setup.folder.finish()
 
         setup.processes.on_rank_0(write)
@@ -285,8 +284,9 @@ class Results:
     def _end(self, kept: dict[str, Any] | None) -> dict[str, Any]:
         """What the record of a finished run says of its end."""
         assert self.work.journal.spent is not None
-        seconds, memory = self.work.journal.spent().values()
-        found = {"minutes": round(seconds / 60, 1 if seconds > 600 else 2), "memory_gb": round(memory, 2)}
+        spent = self.work.journal.spent()
+        minutes = round(spent["seconds"] / 60, 1 if spent["seconds"] > 600 else 2)
+        found: dict[str, Any] = {"minutes": minutes, "memory_gb": round(spent["memory_gb"], 2)}
         if self.setup.config.eval:
             return found
         # What an evaluation would say; ``quark_fast.evaluate`` asks the record for the scorer.

@@ -149,8 +149,8 @@ class Trainer:
         about = [f"{where}: {self._versions()['command']}", *self.about]
         with (
             self.folder.free_after_errors(),
-            trackers.ended(self.accelerator),
             self.folder.disk_errors(),
+            trackers.ended(self.accelerator),
             self.listen.hearing(about),
             stop_signals(self._how_to_go_on) as self.work.stop,
         ):

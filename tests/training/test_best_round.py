@@ -50,6 +50,16 @@ class Killed(BaseException):
     """The process is gone: nobody handles it."""
 
 
+def killed_in(stage: str) -> Callable[[Progress], None]:
+    """Ends the process when some of that stage is done."""
+
+    def listen(progress: Progress) -> None:
+        if progress.stage == stage and progress.done:
+            raise Killed
+
+    return listen
+
+
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has a round (from 1) and those after it learn the opposite: good samples under the worst token."""
@@ -276,12 +286,8 @@ def test_goal_of_a_resumed_run_that_chooses_a_round_whose_weights_are_gone_is_re
     spoiled(2)
     folder, model = tmp_path / "run", tiny_model()
 
-    def listen(progress: Progress) -> None:
-        if progress.stage == "round 4/4: sampling" and progress.done:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(folder, model, listen=listen)
+        run(folder, model, listen=killed_in("round 4/4: sampling"))
     assert [path.name for path in (folder / "rounds").iterdir()] == ["round-1.safetensors"]
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(UsageError, match=r"chooses round [23], whose weights \(.*\) are gone"):
@@ -313,12 +319,8 @@ def test_rounds_are_compared_by_a_changed_reward_on_purpose_alone(
     """A reward that failed late is mended in its file: the run must have a way on."""
     folder, model = tmp_path / "run", tiny_model()
 
-    def listen(progress: Progress) -> None:
-        if progress.stage == "round 2/4: learning" and progress.done:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(folder, model, listen=listen)
+        run(folder, model, listen=killed_in("round 2/4: learning"))
     mended = {"reward": lambda prompts, completions, **_: even_words(prompts, completions)}
     run(folder, model, resume=True, accept_changed_reward=True, **mended)
     assert "kept_round" in evaluation(folder)
