@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,20 @@ def run_config(folder: Path) -> Config:
         raise UsageError(f"{folder} is no run folder (no config.yaml); give the --output of a run")
     if not (folder / "model" / "config.json").exists():
         raise UsageError(f"{folder} holds no model: its run is not finished; go on with --resume")
-    return load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
+    config.model = _base_from_here(folder, config)
+    return config
+
+
+def _base_from_here(folder: Path, config: Config) -> str | None:
+    """The base model; one that lies beside the run is found from other folders than the run began in."""
+    base, output = config.model, config.output_folder
+    if base is None or Path(base).is_absolute() or Path(base).exists() or output.is_absolute():
+        return base
+    parts = folder.resolve().parts
+    began_in, under = parts[: -len(output.parts)], parts[-len(output.parts) :]
+    beside = Path(*began_in, base)
+    return os.path.relpath(beside) if under == output.parts and beside.exists() else base
 
 
 def open_run(folder: Path, trust_remote_code: bool = False) -> OpenRun:

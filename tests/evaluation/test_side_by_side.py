@@ -20,6 +20,7 @@ from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
+from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
@@ -120,6 +121,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (here / "prompts.txt").write_text("\n".join(PROMPTS))
         (here / "others.txt").write_text("w7\nw8 w9\nw30 w31")
         yield here
+
+
+def test_a_base_model_beside_the_run_is_found_from_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "models" / "base").mkdir(parents=True)
+    run = tmp_path / "project" / "runs" / "a"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").touch()
+
+    def base(folder: Path | str = run, **settings: Any) -> str | None:
+        Config(**{"model": "models/base", "output": "runs/a"} | settings).save(run / "config.yaml")
+        return run_config(Path(folder)).model
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert base() == base("../project/runs/a") == "../project/models/base"
+    assert base(model="someone/model") == "someone/model", "a name of the hub"
+    assert base(model=None) is None
+    assert base(output=str(run)) == base(output="other/a") == "models/base", "where it began is not known"
+    monkeypatch.chdir(tmp_path / "project")
+    assert base() == "models/base"
 
 
 def made(*subjects: str, **settings: Any) -> Evaluated:
