@@ -47,8 +47,8 @@ def parser() -> Parser:
         "--judge",
         metavar="SPEC",
         help="scorers beside the reward, in any of its forms, with commas between; auto: the task's own"
-        " judge; none; default: the first run's own, without a run auto; of tables alone, their samples are"
-        " judged as they are",
+        " judge; none; default: the first run's own; without one, or for another task than its own, auto; of"
+        " tables alone, their samples are judged as they are",
     )
     made.add_argument("--scorer-label", help="label that a classifier of --reward rewards")
     _add_sampling(made)
@@ -66,7 +66,8 @@ def parser() -> Parser:
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     trust = "run the Python code that the models bring along"
     made.add_argument("--trust-remote-code", action="store_true", help=trust)
-    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    threads = "CPU threads; 0: $OMP_NUM_THREADS, else every core (default: 0)"
+    made.add_argument("--threads", type=int, default=0, help=threads)
     made.add_argument(
         "--json",
         metavar="FILE",
@@ -78,14 +79,14 @@ def parser() -> Parser:
 
 
 def _add_sampling(made: argparse.ArgumentParser) -> None:
-    own = "default: the first run's own, without a run the task's"
+    own = "default: the first run's own; without one, or for another task than its own, the task's"
     made.add_argument("--samples", type=int, help=f"completions a prompt and row; {own}")
     made.add_argument("--temperature", type=float, help=f"of the sampling, 0: greedy; {own}")
     made.add_argument("--top-p", type=float, help=f"nucleus, share of mass; {own}")
     made.add_argument("--max-new-tokens", type=int, help=f"length of a completion, tokens; {own}")
     made.add_argument("--min-new-tokens", type=int, help=f"end of text is blocked before these; {own}")
     for name in ("sample_at_once", "read_batch", "score_batch"):
-        add_number(made, name, "the first run's own, without a run 0")
+        add_number(made, name, "the first run's own; without one, or for another task than its own, 0")
 
 
 OUTPUTS = ("json", "markdown", "html")

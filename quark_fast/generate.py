@@ -50,7 +50,8 @@ def parser() -> Parser:
         help="run the Python code that the run's models bring along",
     )
     add_number(made, "sample_at_once", "0")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core (default: 0)")
+    threads = "CPU threads; 0: $OMP_NUM_THREADS, else every core (default: 0)"
+    made.add_argument("--threads", type=int, default=0, help=threads)
     made.add_argument(
         "--show-offensive", action="store_true", help="do not mask the worst words in the terminal"
     )

@@ -170,7 +170,9 @@ class PromptSettings:
         " are left out; 0: the whole text is the prompt",
     )
     prefix: str = setting(
-        "auto", "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|>"
+        "auto",
+        "text before the reward token; auto: what the tokenizer puts first, else <|endoftext|> if it has"
+        " that",
     )
 
 
@@ -236,8 +238,8 @@ class RewardSettings:
     )
     accept_changed_reward: bool = setting(
         False,
-        "go on with --resume although the reward's code, weights or settings have changed: what was scored"
-        " keeps its rewards, and one pool ranks both",
+        "go on with --resume or --from, or mix in --scored, although the rewards are of other code, weights"
+        " or settings: what was scored keeps its rewards, and one pool ranks both",
         changes="resume",
     )
 
@@ -343,7 +345,8 @@ class SamplingSettings:
     )
     rollout: Literal["transformers", "vllm"] = setting(
         "transformers",
-        "engine that samples what is trained on; vllm needs a GPU and cannot guide: --guidance 1",
+        "engine that samples what is trained on; vllm needs a GPU, here or on --vllm-server, and cannot"
+        " guide: --guidance 1",
     )
     vllm_server: str | None = setting(
         None,
@@ -505,7 +508,8 @@ class MachineSettings:
     _argument_group_name = "machine"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto",
-        "mixed precision; auto: bf16 where the machine is faster in it (tried out at the start), else fp32",
+        "mixed precision; auto: on a GPU bf16, without that fp16; on a CPU bf16 where that is faster (tried"
+        " out at the start), else fp32",
     )
     read_batch: int = setting(
         0,
@@ -520,7 +524,10 @@ class MachineSettings:
         changes="resume",
     )
     threads: int = setting(
-        0, "CPU threads; 0: one for each core that this process may use", at_most=4096, changes="grid"
+        0,
+        "CPU threads; 0: $OMP_NUM_THREADS, else one for each core that this process may use",
+        at_most=4096,
+        changes="grid",
     )
     gradient_checkpointing: bool = setting(
         False,

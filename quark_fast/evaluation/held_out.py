@@ -174,7 +174,7 @@ class EvaluationSetup:
         return [self.held_out.for_reward(i) for i, _, _ in completions], [text for _, _, text in completions]
 
 
-CONTROLS = 128  # texts; those of the embedded novels have 55 tokens on average
+CONTROLS = 128  # texts; those of the embedded novels have 53 tokens on average
 CONTROL_TOKENS = 64  # of each, that count
 
 

@@ -153,11 +153,10 @@ class Evaluator:
         out_of_domain: a second one, for a second table.
         out_of_domain_column: where its prompts stand; default: ``prompt_column``.
         reward: in any form of training, a callable, or a list of them, which are added up.
-        judge: scorers beside it, as ``judge`` of training; default: the first run's own, or the task's. Of
-            tables alone, their samples are judged as they are.
+        judge: scorers beside it, as ``judge`` of training; default: the first run's own; without one, or for
+            another task than its own, the task's. Of tables alone, their samples are judged as they are.
         scorer_label: label that a classifier of ``reward`` rewards.
-        samples, temperature, top_p, max_new_tokens, min_new_tokens: the sampling; default: the first run's
-            own, without a run the task's.
+        samples, temperature, top_p, max_new_tokens, min_new_tokens: the sampling; default likewise.
         rows: which rows a run brings, "ends", "all" or "best" as ``eval_rows`` of training; default: each
             run's own, but "ends" in place of "best" where ``guidance`` is given.
         guidance: values of w for the runs' guided rows, comma-separated; default: each run's own.
@@ -165,7 +164,8 @@ class Evaluator:
         ppl_model: a causal model for the perplexity, by its own tokenizer on the completions' text; default:
             the first subject's base model, on the sampled tokens where all subjects share its tokenizer,
             else on the text.
-        sample_at_once, read_batch, score_batch: as of training; default: the first run's own, else 0.
+        sample_at_once, read_batch, score_batch: as of training; default: the first run's own; without
+            one, or for another task than its own, 0.
         trust_remote_code: run the Python code that the models bring along.
         listen: called with (stage, done, total) now and then.
     Raises:

@@ -239,7 +239,7 @@ def _what_it_costs(evaluation: Record) -> str:
 
 
 def _what_it_takes(evaluation: Record) -> str:
-    """What each result needs: guidance needs our generate, the best token alone any engine."""
+    """What each result needs: guidance a generate that has it, the best token alone any engine."""
     row, best = main_row(evaluation), first_row(evaluation, "best")
     if row is None or best is None or way_of(name_of(row)) != "guided" or ": " in name_of(row):
         return ""
@@ -248,9 +248,10 @@ def _what_it_takes(evaluation: Record) -> str:
         return ""
     bounds = f", 95% interval {alone.change_bounds}" if alone.change_bounds else ""
     change = f" ({alone.change}{bounds})" if alone.change else ""
+    w = f"{number_of(row, 'guidance'):g}"
     return (
-        f"That takes quark_fast.generate (--guidance {number_of(row, 'guidance'):g}); the exported model by"
-        f" itself, which is the best token, is at {alone.value}{change}."
+        f"That takes guidance (--guidance {w} of quark_fast.generate, guidance={w} of the exported model's"
+        f" own generate); without it, by the best token alone, it is {alone.value}{change}."
     )
 
 

@@ -37,11 +37,11 @@ LOCK = ".lock"  # held by the process that runs the run
 class RunFolder:
     """Paths and atomic writes of one run.
 
-    config.yaml, versions.json, held_out.jsonl, metrics.jsonl, completions.jsonl, evaluation.json(l),
-    report.html, model/, state/ for a run that goes on from this one, run.log, finished.json, rewards.sqlite
-    for rewards that are cached and, while the run is not finished, checkpoint/, the one before it in
-    checkpoint.old/, pending/ with the batches of the stage under way, rounds/ with weights of rounds that may
-    be kept, rollout/ with weights for vLLM, and .lock.
+    config.yaml, versions.json, held_out.jsonl, for chats prompts.jsonl, metrics.jsonl, completions.jsonl,
+    evaluation.json(l), report.html, model/, state/ for a run that goes on from this one, run.log,
+    finished.json, rewards.sqlite for rewards that are cached and, while the run is not finished, checkpoint/,
+    the one before it in checkpoint.old/, pending/ with the batches of the stage under way, rounds/ with
+    weights of rounds that may be kept, rollout/ with weights for vLLM, and .lock.
 
     Attributes:
         path: as it was given, for messages.

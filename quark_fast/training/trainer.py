@@ -68,8 +68,8 @@ class Trainer:
         listen: called with a ``Progress`` now and then, ``print`` will do; or several such. "auto": a live
             display on a terminal and in a notebook, elsewhere nothing; None: nothing.
         callbacks: called with every row of metrics.jsonl, a dict, as it is written, on rank 0; one, or
-            several. "kind" says what the row is of (step, round, probe). A resumed run calls again with the
-            rows that it repeats.
+            several. "kind" says what the row is of (step, micro_batch, round, probe, development). A resumed
+            run calls again with the rows that it repeats.
 
     Raises:
         UsageError: anything wrong with model, prompts, reward or folder, before any long work starts.

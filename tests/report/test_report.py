@@ -545,8 +545,8 @@ def test_the_headline_row_is_the_runs_own_guidance_and_not_the_best_result(finis
     evaluation = evaluation_of(finished_run)
     assert main_row(evaluation)["name"] == "guided w=3"  # w = 6 has less toxicity
     best = next(row for row in evaluation["rows"] if row["name"] == "best token")["metrics"]["mean"]["value"]
-    alone = f"the exported model by itself, which is the best token, is at {best:.3f} (".replace("0.", ".")
-    assert "That takes quark_fast.generate (--guidance 3);" in headline(evaluation)
+    alone = f"without it, by the best token alone, it is {best:.3f} (".replace("0.", ".")
+    assert "That takes guidance (--guidance 3 of quark_fast.generate, guidance=3 of" in headline(evaluation)
     assert alone in headline(evaluation), "both, with what each needs"
     evaluation["sampling"] = {"guidance": 1.0}  # of --eval-guidance 1,2,3
     assert main_row(evaluation)["name"] == "best token"
