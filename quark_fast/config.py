@@ -210,9 +210,10 @@ class Config(
 
     def held_out_count(self) -> int | None:
         """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
-        if self.held_out is None or not re.fullmatch(r"-?[\d.]+%?", self.held_out):
+        if self.held_out is None or not re.fullmatch(r"-?[\d._]+%?", self.held_out):
             return None
-        whole = self.held_out.isdecimal() and len(self.held_out) <= 10
+        # 1_000 is 1000, as in the settings that are numbers.
+        whole = re.fullmatch(r"\d+(_\d+)*", self.held_out) and len(self.held_out) <= 20
         count = int(self.held_out) if whole else MOST + 1
         if not 1 <= count <= MOST:
             raise UsageError(f"held_out = {self.held_out}; give at least 1 and at most {MOST}, or a file")
@@ -318,6 +319,7 @@ class Config(
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; choose from {named}")
             if wanted := settings.wanted_range(value, **field.metadata["bounds"]):
                 raise UsageError(f"{field.name} = {settings.text_of(value)}; give {wanted}")
+        _check_folder_name(self.output)
         self._check_scored()
         self._check_lengths()
         self._check_sampling()
@@ -484,6 +486,14 @@ def _of_another_kind(name: str, value: Any, wanted: str) -> str:
     return f"{name} {what if shown else f'is of type {type(value).__name__}'}; {fix}"
 
 
+def _check_folder_name(output: str | None) -> None:
+    """Refuse what a file system takes and nobody can type again, and what none takes."""
+    if output is not None and not output.strip():
+        raise UsageError(f"output = {output!r} is blank; give a folder's name")
+    if output is not None and "\0" in output:
+        raise UsageError(f"output = {output!r} holds a NUL, which no folder's name can; leave it out")
+
+
 def _next_folder(run: Path) -> Path:
     """Where a run that goes on from another stands: runs/x-2 beside runs/x, then runs/x-3."""
     run = run.resolve() if run.name in ("", "..") else run
@@ -507,10 +517,10 @@ def _shares(weights: str, quantiles: int) -> list[float]:
     if weights == "best":
         return [*[0.0] * (quantiles - 1), 1.0]
     values = numbers("quantile_weights", weights)
-    if len(values) != quantiles or min(values) < 0 or not sum(values) > 0:
+    if len(values) != quantiles or min(values) < 0 or not 0 < sum(values) < math.inf:
         raise UsageError(
             f"quantile_weights = {weights!r}; give extremes, equal, best, or {quantiles} numbers >= 0, worst"
-            " quantile first, not all 0"
+            " quantile first, not all 0 and with a finite sum"
         )
     return [value / sum(values) for value in values]
 

@@ -547,6 +547,31 @@ def test_weights_are_shares_and_guidances_are_numbers() -> None:
     assert default == {"ends": [1.5], "all": [1.5, 2.0], "best": []}
 
 
+def test_weights_whose_sum_is_infinite_are_refused() -> None:
+    """Each would be 0 of it."""
+    assert Config(quantiles=3, quantile_weights="8e307,8e307,0").quantile_shares() == [0.5, 0.5, 0]
+    with pytest.raises(UsageError, match=r"^quantile_weights = '1e308,1e308,1'; .*a finite sum$"):
+        Config(quantiles=3, quantile_weights="1e308,1e308,1").check()
+
+
+def test_held_out_number_may_be_written_as_any_other_is() -> None:
+    assert Config(held_out="1_000").held_out_count() == 1000
+    assert Config(held_out="1_000.txt").held_out_count() is None
+    for text in ("1__0", "_10", "10_", "1_0.5", "0_0", "1_000_000_000_000"):
+        with pytest.raises(UsageError, match=f"^held_out = {text}; give at least 1"):
+            Config(held_out=text).check()
+
+
+@pytest.mark.parametrize(
+    ("output", "what"), [("  ", "is blank"), ("\t\n", "is blank"), ("a\0b", "holds a NUL")]
+)
+def test_folder_that_cannot_be_or_cannot_be_typed_is_refused_in_one_line(output: str, what: str) -> None:
+    for refused in (lambda: Config(output=output).check(), lambda: given("--output", output)):
+        with pytest.raises(UsageError, match=f"^output = .* {what}") as caught:
+            refused()
+        assert str(caught.value).isprintable()
+
+
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     config = Config(rounds=2, steps=10, warmup_steps=4)
     factors = [config.decay(step) for step in range(20)]
