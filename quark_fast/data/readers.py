@@ -99,7 +99,8 @@ def _read_json(source: str, text: str) -> Iterator[Row | str]:
 
 def _parse_json(source: str, first_line: int, text: str, if_several: str = "") -> Any:
     try:
-        return json.loads(text)
+        # NaN and infinities, which JSON itself does not know, are None, as in the run's own files later.
+        return json.loads(text, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         line, hint = first_line + error.lineno - 1, if_several if error.msg == "Extra data" else ""
         raise UsageError(f"{source}:{line}: not JSON ({error.msg} at column {error.colno}){hint}") from error
@@ -155,13 +156,32 @@ def _read_parquet(path: Path) -> list[Row]:
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            rows = [_json_form(row) for batch in file.iter_batches() for row in batch.to_pylist()]
+            names, texts = file.schema_arrow.names, _texts_in_bytes(file)
+            rows = [
+                _json_form({k: v.decode() if k in texts and v else v for k, v in row.items()})
+                for batch in file.iter_batches()
+                for row in batch.to_pylist()
+            ]
     except Exception as error:  # each of Arrow's types has exceptions of its own on the way to Python
         raise UsageError(f"prompts file {path} cannot be read: {error}") from error
     if len(set(names)) < len(names):
         raise UsageError(f"{path}: column names stand there twice: {listed(names)}")
     return rows
+
+
+def _texts_in_bytes(file: Any) -> set[str]:
+    """The columns of bytes that are all UTF-8: older writers do not mark their texts as such."""
+    import pyarrow
+
+    found = set()
+    for field in file.schema_arrow:
+        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+            try:
+                file.read(columns=[field.name]).column(0).cast(pyarrow.large_string())
+                found.add(field.name)
+            except pyarrow.ArrowInvalid:  # such as an image
+                pass
+    return found
 
 
 def _read_dataset(source: str) -> Iterator[Row]:

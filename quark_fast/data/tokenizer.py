@@ -168,6 +168,13 @@ def _write_alike(tokenizer: Any, *templates: str) -> bool:
     return bool(seen)
 
 
+def is_conditioned(tokenizer: Any) -> bool:
+    """Whether its chat template, or one of several, is a conditioned one."""
+    templates = tokenizer.chat_template
+    each = templates.values() if isinstance(templates, dict) else [templates]
+    return any(_unconditioned(one) != one for one in each if isinstance(one, str))
+
+
 def _unconditioned(template: str) -> str:
     """The original of a conditioned template; any other as it is."""
     if template.startswith(TEMPLATE_HEAD):

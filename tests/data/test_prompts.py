@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import gzip
@@ -32,6 +33,7 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts, with_prompt
 from quark_fast.data.row import Row, as_rendered, is_chat
 from quark_fast.data.split import Chosen, choose_prompts, digest, split
+from quark_fast.data.tokenizer import conditioned_template
 from quark_fast.errors import UsageError
 
 TEMPLATE = (
@@ -152,6 +154,29 @@ def test_columns_are_as_the_runs_own_files_will_have_them(tmp_path: Path) -> Non
         "wait": "2:00:00",
     }
     assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_numbers_that_json_does_not_know_are_none(tmp_path: Path, name: str) -> None:
+    lines = ['{"prompt": "a", "n": [NaN, 1]}', '{"prompt": "b", "n": -Infinity}']
+    text = "\n".join(lines) if name == "p.jsonl" else f"[{', '.join(lines)}]"
+    expected = [{"prompt": "a", "n": [None, 1]}, {"prompt": "b", "n": None}]
+    assert rows(write(tmp_path / name, text)) == expected
+
+
+def test_texts_that_parquet_holds_as_bytes_are_texts(tmp_path: Path) -> None:
+    table = pyarrow.table(
+        {
+            "prompt": pyarrow.array(["é".encode(), b"b"]),
+            "more": pyarrow.array([b"x", None]),
+            "image": pyarrow.array([b"x", b"\xff\xd8"]),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    assert rows(tmp_path / "p.parquet") == [
+        {"prompt": "é", "more": "x", "image": "eA=="},
+        {"prompt": "b", "more": None, "image": "/9g="},
+    ]
 
 
 def test_lists_of_texts_are_prompts(tmp_path: Path) -> None:
@@ -487,6 +512,16 @@ ASK = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w2"}
 SYSTEM = {"role": "system", "content": "w3"}
 IMAGE = {"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image", "url": "x.png"}]}
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}" + TEMPLATE, TEMPLATE])
+def test_an_export_renders_what_training_did_also_where_a_turn_begins_like_a_text(template: str) -> None:
+    tokenizer = chat_tokenizer(first=True)
+    tokenizer.chat_template = template
+    trained = chat_template("tiny", lambda: tokenizer)([ASK])
+    exported = copy.deepcopy(tokenizer)
+    exported.chat_template = conditioned_template(template, tokenizer, "<|reward_2|>")
+    assert chat_template("export", lambda: exported)([ASK]) == trained
 
 
 def test_messages_become_the_text_of_the_chat_template(tmp_path: Path, chat: Any) -> None:

@@ -123,6 +123,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield here
 
 
+def test_prompts_that_a_program_gave_twice_are_measured_twice(place: Path) -> None:
+    shutil.copytree(place / "runs" / "a", place / "runs" / "twice")
+    lines = "".join(json.dumps({"prompt": "w1 w2", "answer": n}) + "\n" for n in range(3))
+    (place / "runs" / "twice" / "held_out.jsonl").write_text(lines)
+    (domain,) = Evaluator(["runs/twice"], reward=evens).domains
+    assert [row["answer"] for row in domain.rows] == [0, 1, 2]
+
+
 def test_a_base_model_beside_the_run_is_found_from_other_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
