@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import re
@@ -225,7 +226,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     # Help waits for the last pass, which knows the task and the preset and so their defaults.
     flags = _without_help(arguments)
     first, _ = parser.parse_known_args(flags)
-    file = _read_yaml(parser, Path(first.config)) if first.config else {}
+    file = _read_yaml(parser, Path(first.config), "--config ") if first.config else {}
     from_run = first.from_run or file.get("from_run")
     record = _record_below(parser, **(vars(first) | {"from_run": from_run}))
     parser.set_defaults(**{k: v for k, v in (record | file).items() if k in ("task", "preset")})
@@ -271,18 +272,43 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def _read_yaml(parser: _ConfigParser, path: Path) -> dict[str, Any]:
+def settings_in(path: Path) -> dict[str, Any]:
+    """What a run's YAML file says, also where another version wrote it; not checked.
+
+    In its type where this version has the setting and can read its value, else as it is written there.
+    """
+    parser, known = _ConfigParser(""), {field.name for field in dataclasses.fields(Config)}
+    found: dict[str, Any] = dict(_read_mapping(path))
+    for name in found.keys() & known:
+        with contextlib.suppress(ValueError):
+            found[name] = parser.typed(name, found[name])
+    return found
+
+
+def _read_yaml(parser: _ConfigParser, path: Path, flag: str = "") -> dict[str, Any]:
+    """The settings of a file in their types; ``flag``: by which it was given, for errors."""
     known = {field.name for field in dataclasses.fields(Config)}
+    settings: dict[str, Any] = dict(_read_mapping(path, flag))
     try:
-        settings: dict[str, Any] = dict(_flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8")))
         for name, value in settings.items():
             if name not in known:
                 raise ValueError(unknown_setting(name, known))
             settings[name] = parser.typed(name, value)
+    except ValueError as error:
+        raise _unreadable(path, flag, error) from error
+    return settings
+
+
+def _read_mapping(path: Path, flag: str = "") -> dict[str, str | None]:
+    try:
+        return _flat_mapping(read_bytes(path, limit=1 << 20).decode("utf-8"))
     # Bytes that are no text, and whatever else is wrong: ValueErrors all.
     except (OSError, EOFError, zlib.error, ValueError, TooLarge, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
-    return settings
+        raise _unreadable(path, flag, error) from error
+
+
+def _unreadable(path: Path, flag: str, error: Exception) -> UsageError:
+    return UsageError(f"{flag}{path}: {' '.join(str(error).split())}")
 
 
 _NULLS = {"", "~", "null", "Null", "NULL"}

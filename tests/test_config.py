@@ -305,6 +305,21 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             given("--config", str(tmp_path / name))
 
 
+def test_file_is_said_to_be_given_by_a_flag_only_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("gone_setting: 3\n")
+    for read in (
+        lambda: load_config(file),
+        lambda: given("--resume", "--output", str(tmp_path)),
+        lambda: given("--from", str(tmp_path)),
+    ):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{file}: unknown setting 'gone_setting'")
+    with pytest.raises(UsageError, match=f"^--config {re.escape(str(file))}: unknown"):
+        given("--config", str(file))
+
+
 @pytest.mark.parametrize(
     "flags",
     [

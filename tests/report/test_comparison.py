@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,29 @@ def test_runs_without_a_common_table_are_shown_apart_and_why(
     assert re.search(r"<tr><th>eval</th><td>True</td><td>False</td></tr>", text)
     assert "<h2>weak</h2>" in text and "<h2>unseen</h2>" not in text
     assert 'id="steps-' in text
+
+
+def test_settings_of_another_version_are_shown_as_they_stand_in_its_file(
+    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak, strong, _ = runs
+    older, page = Path(shutil.copytree(strong, tmp_path / "older")), tmp_path / "both.html"
+    lines = (older / "config.yaml").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(("kl_horizon:", "hub_private_repo:"))]
+    lines = ["kl: forward" if line.startswith("kl:") else line for line in lines]
+    (older / "config.yaml").write_text("\n".join([*lines, "gone_setting: 3"]))
+    assert main([str(weak), str(older), "--output", str(page)]) == 0, capsys.readouterr().err
+    text = shown(page)
+    kept = re.search(r"^kl_horizon: (.*)$", (weak / "config.yaml").read_text(), re.M)
+    assert kept is not None
+    assert f"<tr><th>kl_horizon</th><td>{kept[1]}</td><td>not there</td></tr>" in text
+    assert "<tr><th>gone_setting</th><td>not there</td><td>3</td></tr>" in text
+    assert "<tr><th>kl</th><td>policy_ref</td><td>forward</td></tr>" in text
+    assert "<tr><th>kl_coef</th><td>3.0</td><td>0.1</td></tr>" in text
+    assert "<th>hub_private_repo</th>" not in text and "<th>rounds</th>" not in text
+    (older / "config.yaml").write_text("")
+    assert main([str(weak), str(older), "--output", str(page)]) == 2
+    assert f"{older}/config.yaml: needs 'setting: value' lines" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_or_written_is_refused_in_one_line(
