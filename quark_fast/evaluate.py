@@ -12,6 +12,7 @@ from typing import Any
 from quark_fast.arguments import Parser, add_number, add_scorer
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
+from quark_fast.settings import THREADS
 from quark_fast.terminal import check_output, command
 
 
@@ -66,8 +67,7 @@ def parser() -> Parser:
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     trust = "run the Python code that the models bring along"
     made.add_argument("--trust-remote-code", action="store_true", help=trust)
-    threads = "CPU threads; 0: $OMP_NUM_THREADS, else every core (default: 0)"
-    made.add_argument("--threads", type=int, default=0, help=threads)
+    made.add_argument("--threads", type=int, default=0, help=f"{THREADS} (default: 0)")
     made.add_argument(
         "--json",
         metavar="FILE",

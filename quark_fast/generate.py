@@ -14,7 +14,7 @@ from rich.table import Table
 from quark_fast.arguments import Parser, add_number
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
-from quark_fast.settings import COLDEST, STRONGEST
+from quark_fast.settings import COLDEST, STRONGEST, THREADS
 from quark_fast.terminal import command
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def parser() -> Parser:
         help="run the Python code that the run's models bring along",
     )
     add_number(made, "sample_at_once", "0")
-    threads = "CPU threads; 0: $OMP_NUM_THREADS, else every core (default: 0)"
-    made.add_argument("--threads", type=int, default=0, help=threads)
+    made.add_argument("--threads", type=int, default=0, help=f"{THREADS} (default: 0)")
     made.add_argument(
         "--show-offensive", action="store_true", help="do not mask the worst words in the terminal"
     )

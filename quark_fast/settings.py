@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 COLDEST, STRONGEST = 1e-6, 1e6  # temperature above 0, and w: beyond them float32 has no probabilities
+THREADS = "CPU threads; 0: $OMP_NUM_THREADS, else one for each core that this process may use"
 MOST = 2**31 - 1  # of anything that is counted
 
 
@@ -523,12 +524,7 @@ class MachineSettings:
         " suffice; 0: on a GPU what free memory holds, on a CPU 32, for a judge 64",
         changes="resume",
     )
-    threads: int = setting(
-        0,
-        "CPU threads; 0: $OMP_NUM_THREADS, else one for each core that this process may use",
-        at_most=4096,
-        changes="grid",
-    )
+    threads: int = setting(0, THREADS, at_most=4096, changes="grid")
     gradient_checkpointing: bool = setting(
         False,
         "compute each layer again in the backward pass: less memory, a third more time, same result",

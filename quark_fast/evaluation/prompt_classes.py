@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from quark_fast.data.row import Row
+from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import Completion, EncodedPrompts, EvaluationSetup
 from quark_fast.rollout.sampling import Conditioning, DrawnBatch
 from quark_fast.runtime.journal import Kept
 from quark_fast.runtime.overlap import Begun
 
 CLASS_SAMPLES = 25
+CLASSES = ("negative", "neutral", "positive")
 
 
 def prompt_class(positive: float) -> str:
     """The class of a prompt by its share of positive completions: negative, neutral or positive."""
     # The paper's 0, 12 or 13, and 25 of 25 fall into the middle of these. VADER's shares lie closer together.
     return "negative" if positive <= 0.4 else "positive" if positive >= 0.6 else "neutral"
+
+
+def check_classes(rows: Sequence[Row]) -> None:
+    """Raise UsageError for a column of the user's own that has the name of the classes'."""
+    for row in rows:
+        if row.get("prompt_class") not in (None, *CLASSES):
+            raise UsageError(
+                f"prompt_class = {row['prompt_class']!r:.80}: this task keeps a prompt's class there, one"
+                f" of {', '.join(CLASSES)}; name that column of the prompts otherwise"
+            )
 
 
 def classify_prompts(

@@ -18,6 +18,7 @@ from quark_fast.data.row import Prompt, Row, from_file, given, is_chat, with_sam
 from quark_fast.data.split import program_rows
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
+from quark_fast.evaluation.prompt_classes import check_classes
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.subjects import Model, Named, Run, agree
 from quark_fast.model.loading import load_tokenizer
@@ -260,6 +261,8 @@ def load_prompt_sets(
         else:
             rows, source = program_rows(key or "prompts", source, chat, column), "the program's own"
         (rows,) = with_same_columns(rows)
+        if protocol.task.prompt_classes:
+            check_classes(rows)
         return PromptSet(key, source, rows)
 
     source, column = prompts

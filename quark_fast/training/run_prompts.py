@@ -12,6 +12,7 @@ from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Prompt, Row, as_rendered, from_file, is_chat, with_same_columns
 from quark_fast.data.split import Chosen, choose_prompts
 from quark_fast.evaluation.held_out import EncodedPrompts
+from quark_fast.evaluation.prompt_classes import check_classes
 from quark_fast.model.loading import load_tokenizer
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.run_folder import PROMPTS, RunFolder
@@ -80,6 +81,8 @@ def read_prompts(
     if not rewarded_by_task and given.train is None and config.prompts is None and config.scored is None:
         chosen.notes.append(f"no --prompts, so those of the task {task.name}")
     parts = (chosen.train, chosen.held_out, chosen.development)
+    if task.prompt_classes:
+        check_classes(chosen.held_out)
     train, held_out, development, scored = with_same_columns(
         *(as_rendered(rows, before) for rows in parts), [one.row for one in chosen.scored]
     )
