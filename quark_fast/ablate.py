@@ -46,16 +46,21 @@ def parser() -> Parser:
 
 
 def _axes(grid: str | None, base: Config) -> tuple[list[str], list[str]]:
-    """(the axes that were asked for, or all that the base can have; a line for each that it cannot)."""
-    from quark_fast.ablation.axes import AXES, left_out
+    """(the axes that were asked for, or all that the base can have; a line for each that it cannot).
+
+    And a line for each point that would be a copy of another.
+    """
+    from quark_fast.ablation.axes import AXES, copies, left_out
 
     if grid:
-        return list(dict.fromkeys(axis.strip() for axis in grid.split(","))), []
+        asked = list(dict.fromkeys(axis.strip() for axis in grid.split(",")))
+        return asked, [f"left out: {line}" for line in copies(base, asked)]
     without = left_out(base)
     if len(without) == len(AXES):
         raise UsageError(f"this base can have no axis: {'; '.join(without.values())}")
     lines = [f"left out: {axis}, since {why}" for axis, why in without.items()]
-    return [axis for axis in AXES if axis not in without], lines
+    axes = [axis for axis in AXES if axis not in without]
+    return axes, [*lines, *(f"left out: {line}" for line in copies(base, axes))]
 
 
 def listing(base: Config, axes: Sequence[str], seeds: Sequence[int]) -> str:
@@ -80,7 +85,7 @@ def _as_flags(settings: Mapping[str, Any]) -> str:
 
 
 class _Asked(NamedTuple):
-    """What the command line asks for; ``without``: a line for each axis that the base cannot have."""
+    """What the command line asks for; ``without``: a line for each axis or point that is left out."""
 
     show: str
     base: Config

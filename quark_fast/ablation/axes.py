@@ -167,23 +167,62 @@ def points_of(base: Config, axes: Sequence[str]) -> list[Point]:
     Raises:
         UsageError: an unknown axis, or one that this base cannot have.
     """
-    found = []
+    return _points(base, axes)[0]
+
+
+def copies(base: Config, axes: Sequence[str]) -> list[str]:
+    """A line for each point that is left out, since one before it on its axis trains as it would."""
+    return _points(base, axes)[1]
+
+
+_Effect = tuple[tuple[str, Any], ...]
+
+
+def _points(base: Config, axes: Sequence[str]) -> tuple[list[Point], list[str]]:
+    named: dict[_Effect, dict[str, Any]] = {_effect(base): {}}  # how the first point of an effect writes it
+    found, copied = [], []
     for axis in axes:
-        if axis not in AXES:
-            raise UsageError(f"grid = {axis!r}; choose from {', '.join(AXES)}")
-        for value, settings in AXES[axis](base):
-            differing = {name: v for name, v in settings.items() if v != getattr(base, name)}
-            try:
-                dataclasses.replace(base, **differing).check()
-            except UsageError as error:
-                raise UsageError(f"axis {axis}, point {value}: {error}") from error
+        values: dict[_Effect, str] = {}  # of this axis
+        for value, settings in _checked(base, axis):
+            config = dataclasses.replace(base, **settings)
+            if (effect := _effect(config)) in values:
+                copied.append(f"{axis}, point {value!r}, which trains as {values[effect]!r} does")
+                continue
+            values[effect] = value
+            own = named.setdefault(effect, settings)
             against: dict[str, Any] = {}
-            if axis == "selection" and {"contrast_coef", "kl_coef"} & differing.keys():
-                against = {k: v for k, v in differing.items() if k != "quantile_weights"}
+            if axis == "selection" and {"contrast_coef", "kl_coef"} & own.keys():
+                equal = dataclasses.replace(config, quantile_weights="equal")
+                changed = {k: v for k, v in settings.items() if k != "quantile_weights"}
                 if base.quantile_weights != "equal":
-                    against["quantile_weights"] = "equal"
-            found.append(Point(axis, value, differing, against))
-    return found
+                    changed["quantile_weights"] = "equal"
+                against = named.get(_effect(equal), changed)
+            found.append(Point(axis, value, own, against))
+        if len(values) == 1:
+            raise UsageError(f"all points of the axis {axis} train alike with quantiles = {base.quantiles}")
+    return found, copied
+
+
+def _checked(base: Config, axis: str) -> Values:
+    """The points of an axis, each with the settings alone that differ from the base's."""
+    if axis not in AXES:
+        raise UsageError(f"grid = {axis!r}; choose from {', '.join(AXES)}")
+    for value, settings in AXES[axis](base):
+        differing = {name: v for name, v in settings.items() if v != getattr(base, name)}
+        try:
+            dataclasses.replace(base, **differing).check()
+        except UsageError as error:
+            raise UsageError(f"axis {axis}, point {value}: {error}") from error
+        yield value, differing
+
+
+def _effect(config: Config) -> _Effect:
+    """The settings as they work: the same of two configs that train alike, however these are written."""
+    worked = dataclasses.asdict(config)
+    worked["quantile_weights"] = tuple(round(share, 12) for share in config.quantile_shares())
+    if config.quantiles == 1:  # its token alone explores, with no other to guide it
+        worked |= {"explore_token": "best", "guidance": 1.0}
+    return tuple(worked.items())
 
 
 def distinct_settings(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -72,6 +72,35 @@ def test_selection_is_compared_within_the_papers_loss() -> None:
     assert found["equal"].against == {}, "the base's own loss: against the base"
 
 
+@pytest.mark.parametrize("weights", ["extremes", "equal", "3,3"])
+def test_points_that_train_alike_are_one_and_compared_with_that(weights: str) -> None:
+    """Of two quantiles the extremes are all."""
+    config = Config(quantiles=2, quantile_weights=weights)
+    found = {p.value: p for p in axes.points_of(config, ["selection", "contrast"]) if p.axis == "selection"}
+    assert list(found) == ["extremes", "extremes, no contrast", "best, no contrast"]
+    assert found["extremes"].settings == {}
+    plain = found["extremes, no contrast"]
+    assert plain.against == plain.settings == found["best, no contrast"].against
+    first, second = axes.copies(config, ["contrast", "selection"])
+    assert first == "selection, point 'equal', which trains as 'extremes' does"
+    assert "'equal, no contrast', which trains as 'extremes, no contrast' does" in second
+    assert axes.copies(Config(), [axis for axis in axes.AXES if axis != "unlikelihood"]) == []
+
+
+def test_extremes_in_numbers_are_the_base_of_the_selection() -> None:
+    found = {p.value: p for p in axes.points_of(Config(quantiles=3, quantile_weights="1,0,1"), ["selection"])}
+    assert found["extremes"].settings == {} and len(found) == 5
+    assert found["equal"].settings == {"quantile_weights": "equal"}
+    assert found["best, no contrast"].against == found["equal, no contrast"].settings
+
+
+def test_one_token_has_no_axis_that_chooses_among_tokens() -> None:
+    config = Config(quantiles=1, contrast_coef=0.0, guidance=1.5)
+    without = axes.left_out(config)
+    for axis in ("tokens", "selection"):
+        assert without[axis] == f"all points of the axis {axis} train alike with quantiles = 1"
+
+
 def test_contrast_is_compared_with_its_parts_and_with_none() -> None:
     found = {p.value: p.settings for p in axes.points_of(Config(), ["contrast"])}
     assert found.pop("both") == {} and found.pop("none") == {"contrast_coef": 0.0}
@@ -474,6 +503,9 @@ def test_command_lists_the_points_and_refuses_in_one_line(
     assert "--explore-token random" in shown and "--seeds" in shown
     assert ablate.main(["--task", "repetition", "--grid", "unlikelihood", "--dry-run"]) == 0
     assert "--eval-guidance ''\n" in capsys.readouterr().out, "flags that a shell takes"
+    assert ablate.main(["--task", "repetition", "--grid", "selection", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 runs a seed" in shown and "left out: selection, point 'equal', which trains as" in shown
     for arguments, message in (
         (["--grid", "beta"], "choose from kl"),
         (["--seeds", "x"], "whole numbers"),
