@@ -118,10 +118,7 @@ def _read_csv(source: str, text: str, delimiter: str = ",") -> Iterator[Row]:
     # Columns beside the prompt may hold whole articles; the module's limit is for the whole process.
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise UsageError(f"{source}:{reader.line_num}: not CSV ({error})") from error
+        rows = _lines_of_cells(source, text, delimiter)
     finally:
         csv.field_size_limit(limit)
     names = rows[0][1] if rows else []
@@ -131,6 +128,25 @@ def _read_csv(source: str, text: str, delimiter: str = ",") -> Iterator[Row]:
         if len(row) > len(names):
             raise UsageError(f"{source}:{number}: {len(row)} fields under {len(names)} column names")
         yield dict(zip(names, row, strict=False))
+
+
+def _lines_of_cells(source: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The rows that are not empty, each with the number of its last line."""
+    lines, is_tsv = functools.partial(io.StringIO, text, newline=""), delimiter == "\t"
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        # TSV as most tools write it has no quoting: a field may begin with a quotation mark.
+        plain = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        rows = [(plain.line_num, row) for row in plain if row] if is_tsv else []
+        if len({len(row) for _, row in rows}) == 1:
+            return rows
+        form, unquoted = (
+            ("TSV", ", nor as many fields in every line without quoting") if is_tsv else ("CSV", "")
+        )
+        why = str(error).replace("\t", r"\t")
+        raise UsageError(f"{source}:{reader.line_num}: not {form} ({why}){unquoted}") from error
 
 
 # Not by the ``datasets`` library: it turns texts like dates into dates, fills missing keys with None, refuses

@@ -336,6 +336,15 @@ def test_windows_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
         assert [row["prompt"] for row in rows(tmp_path / name)] == ["one", "two"]
 
 
+def test_quotation_marks_of_a_tsv_without_quoting_are_letters(tmp_path: Path) -> None:
+    found = rows(write(tmp_path / "p.tsv", "prompt\tx", '"Hi" he said\t1', "", 'She: "Hi"\t"2', "a,b\t3"))
+    assert found == [
+        {"prompt": '"Hi" he said', "x": "1"},
+        {"prompt": 'She: "Hi"', "x": '"2'},
+        {"prompt": "a,b", "x": "3"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
@@ -355,6 +364,7 @@ def test_windows_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
         ("p.csv", b'prompt,n\na,1\n"b\nb",2,3', ["p.csv:4:", "3 fields under 2 column names"]),
         ("p.csv", b'prompt\na\n"never closed', ["p.csv:", "not CSV"]),
         ("p.csv", b'prompt\n"a" b', ["p.csv:2:", "not CSV"]),
+        ("p.tsv", b'prompt\tn\n"a" b\t1\nc', ["p.tsv:2:", r"not TSV ('\t' expected", "as many fields"]),
         ("p.txt", b"one\ncaf\xe9", ["p.txt:2:", "byte 0xe9 at offset 7", "UTF-8"]),
         ("p.txt", "hello".encode("utf-16"), ["p.txt:1:", "UTF-8"]),
         ("p.csv", "prompt\nhello".encode("utf-16-le"), ["p.csv:1:", "byte 0x00", "UTF-8"]),
