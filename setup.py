@@ -18,10 +18,11 @@ import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import PlatformError
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "build" / "kept"
-# What CMake and compilers read of the environment.
 HEEDED = ("AR", "CC", "CFLAGS", "CPATH", "CPLUS_INCLUDE_PATH", "CPPFLAGS", "CXX", "CXXFLAGS", "LDFLAGS")
 
 
@@ -30,6 +31,16 @@ class CMakeExtension(Extension):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, sources=[])
+
+
+class BuildPackage(build_py):
+    """Collect the package's files. setuptools leaves in build/lib what the sources no longer have."""
+
+    def run(self) -> None:
+        collected = Path(self.build_lib) / "quark_fast"
+        if collected.exists() and not self.editable_mode:
+            shutil.rmtree(collected)
+        super().run()
 
 
 class BuildWithCMake(build_ext):
@@ -53,10 +64,16 @@ class BuildWithCMake(build_ext):
     def _compile(self, ext: Extension, module: Path) -> None:
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        # CMake keeps path, compiler and flags of the first time, and refuses a folder that was moved.
+        configured = build / "configured"
+        now = repr((str(build), compiler(), settings()))
+        same = configured.exists() and configured.read_text(encoding="utf-8") == now
+        configured.unlink(missing_ok=True)  # until CMake is through
         # The programs of the build requirements, whether or not their folder is on PATH.
         run_cmake = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
         configure = [
             run_cmake,
+            *([] if same else ["--fresh"]),
             "-S",
             str(HERE),
             "-B",
@@ -70,7 +87,25 @@ class BuildWithCMake(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         subprocess.run(configure, check=True)
+        configured.write_text(now, encoding="utf-8")
         subprocess.run([run_cmake, "--build", str(build)], check=True)
+
+
+def compiler() -> list[str]:
+    """The command that compiles C++."""
+    usual = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    command = os.environ.get("CXX", "").split() or [next(filter(None, usual), "c++")]
+    if not shutil.which(command[0]):
+        raise PlatformError(
+            f"quark_fast needs a C++17 compiler, and there is no {command[0]}: install one "
+            "(apt install g++), or name yours (CXX=/path/to/g++ pip install ...)"
+        )
+    return command
+
+
+def settings() -> list[tuple[str, str]]:
+    """What CMake and compilers read of the environment."""
+    return sorted((k, v) for k, v in os.environ.items() if k in HEEDED or k.startswith("CMAKE_"))
 
 
 def fingerprint(debug: bool) -> str:
@@ -79,13 +114,14 @@ def fingerprint(debug: bool) -> str:
     for path in [HERE / "setup.py", HERE / "CMakeLists.txt", *sorted((HERE / "csrc").rglob("*"))]:
         if path.is_file():
             digest.update(f"{path.relative_to(HERE)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    compiler = os.environ.get("CXX", "").split() or [shutil.which("c++") or shutil.which("g++") or "clang++"]
-    about = subprocess.run([*compiler, "-v"], capture_output=True, text=True, check=False)
-    settings = {k: v for k, v in os.environ.items() if k in HEEDED or k.startswith("CMAKE_")}
+    about = subprocess.run([*compiler(), "-v"], capture_output=True, text=True, check=False)
     versions = (cmake.__version__, pybind11.__version__, sys.version, sysconfig.get_platform())
-    made_by = (compiler, about.stdout, about.stderr, platform.machine(), sysconfig.get_paths()["include"])
-    digest.update(repr((debug, sorted(settings.items()), versions, made_by)).encode())
+    made_by = (compiler(), about.stdout, about.stderr, platform.machine(), sysconfig.get_paths()["include"])
+    digest.update(repr((debug, settings(), versions, made_by)).encode())
     return digest.hexdigest()[:20]
 
 
-setup(ext_modules=[CMakeExtension("quark_fast._C")], cmdclass={"build_ext": BuildWithCMake})
+setup(
+    ext_modules=[CMakeExtension("quark_fast._C")],
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildWithCMake},
+)

@@ -1,0 +1,108 @@
+"""What setup.py makes of a few files, and says where it can't: nothing here compiles the extension."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools", minversion="77")
+for needed in ("cmake", "ninja", "pybind11"):
+    pytest.importorskip(needed)
+
+ROOT = Path(__file__).parent.parent
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+PYPROJECT = """
+project = { name = "quark_fast", version = "1" }
+tool.setuptools.packages = ["quark_fast"]
+"""
+# Writes in the module's place which compiler CMake took, if it took one.
+CMAKE = f"""
+cmake_minimum_required(VERSION 3.24)
+project(quark_fast LANGUAGES NONE)
+file(WRITE ${{CMAKE_LIBRARY_OUTPUT_DIRECTORY}}/{MODULE} "${{CMAKE_CXX_COMPILER}}")
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone with a package of two modules, and a CMakeLists.txt that compiles nothing."""
+    package = tmp_path / "clone" / "quark_fast"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", package.parent)
+    (package.parent / "pyproject.toml").write_text(PYPROJECT)
+    (package.parent / "CMakeLists.txt").write_text(CMAKE)
+    for name in ("__init__.py", "gone.py"):
+        (package / name).touch()
+    return package.parent
+
+
+def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What Python did with these arguments in this folder."""
+    others = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=others | environment, capture_output=True, text=True)
+
+
+def build(clone: Path, *arguments: str, **environment: str) -> dict[str, str]:
+    """The files of the package as ``setup.py build`` left them for a wheel."""
+    done = python(clone, "setup.py", "build", *arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (package,) = clone.glob("build/lib*/quark_fast")
+    return {path.name: path.read_text() for path in package.iterdir()}
+
+
+def another_compiler(folder: Path, script: str = '#!/bin/sh\nexec c++ "$@"\n') -> str:
+    compiler = folder / "another-c++"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_module_that_is_gone_from_the_sources_is_gone_from_the_wheel(clone: Path) -> None:
+    assert build(clone).keys() == {"__init__.py", "gone.py", MODULE}
+    (clone / "quark_fast" / "gone.py").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in clone.glob(f"build/kept/*/{MODULE}")}
+    assert build(clone).keys() == {"__init__.py", MODULE}
+    assert {path: path.stat().st_mtime_ns for path in clone.glob(f"build/kept/*/{MODULE}")} == kept
+    assert len(kept) == 1, "what was compiled is not compiled again"
+
+
+def test_clone_that_was_moved_builds_again(clone: Path) -> None:
+    build(clone)
+    moved = clone.rename(clone.with_name("moved"))
+    assert MODULE in build(moved, "--force")
+
+
+def test_another_compiler_is_taken_in_a_clone_that_was_built(clone: Path) -> None:
+    (clone / "CMakeLists.txt").write_text(CMAKE.replace("NONE", "CXX"))
+    first = build(clone)[MODULE]
+    another = another_compiler(clone)
+    assert build(clone, CXX=another)[MODULE] == another != first
+    assert build(clone)[MODULE] == first
+
+
+def test_second_build_keeps_what_cmake_knows(clone: Path) -> None:
+    """A developer's change to one source compiles that one, not all."""
+    build(clone)
+    (known,) = clone.glob("build/temp*/*/CMakeFiles")
+    (known / "mark").touch()
+    build(clone, "--force")
+    assert (known / "mark").exists()
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/nonexistent"}, {"CXX": "/nonexistent/c++"}])
+def test_missing_compiler_is_named_with_the_mend(clone: Path, environment: dict[str, str]) -> None:
+    done = python(clone, "setup.py", "build", **environment)
+    missing = environment.get("CXX", "c++")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == (
+        f"error: quark_fast needs a C++17 compiler, and there is no {missing}: install one "
+        "(apt install g++), or name yours (CXX=/path/to/g++ pip install ...)"
+    )
+    assert "Traceback" not in done.stderr
