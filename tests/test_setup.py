@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def another_compiler(folder: Path, script: str = '#!/bin/sh\nexec c++ "$@"\n') -
     compiler.write_text(script)
     compiler.chmod(0o755)
     return str(compiler)
+
+
+def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for folder in ("csrc", "quark_fast"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=ignored)
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, clone)
+    sources = {str(path.relative_to(clone)) for path in clone.rglob("*") if path.is_file()}
+    # A test alone, without the modules that it imports, is of no use.
+    (clone / "tests").mkdir()
+    shutil.copy(__file__, clone / "tests")
+
+    done = python(clone, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,) = (clone / "dist").iterdir()
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert held - made == sources
 
 
 def test_module_that_is_gone_from_the_sources_is_gone_from_the_wheel(clone: Path) -> None:
