@@ -19,7 +19,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import PlatformError
+from setuptools.errors import CompileError, PlatformError
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "build" / "kept"
@@ -86,9 +86,16 @@ class BuildWithCMake(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        subprocess.run(configure, check=True)
+        run(configure)
         configured.write_text(now, encoding="utf-8")
-        subprocess.run([run_cmake, "--build", str(build)], check=True)
+        run([run_cmake, "--build", str(build)])
+
+
+def run(command: list[str]) -> None:
+    """A traceback of ours would stand between the program's own error and the end."""
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise CompileError(f"{command[0]} ended with status {status}; its error stands above")
 
 
 def compiler() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,11 @@ CMAKE = f"""
 cmake_minimum_required(VERSION 3.24)
 project(quark_fast LANGUAGES NONE)
 file(WRITE ${{CMAKE_LIBRARY_OUTPUT_DIRECTORY}}/{MODULE} "${{CMAKE_CXX_COMPILER}}")
+"""
+# What no compiler before GCC 11 and clang 12 takes.
+OLD_COMPILER = """#!/bin/sh
+case "$*" in *-march=x86-64-v*) echo "bad value for -march" >&2; exit 1;; esac
+exec c++ "$@"
 """
 
 
@@ -128,3 +134,15 @@ def test_missing_compiler_is_named_with_the_mend(clone: Path, environment: dict[
         "(apt install g++), or name yours (CXX=/path/to/g++ pip install ...)"
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
+def test_compiler_without_the_levels_is_told_which_one_has_them(clone: Path) -> None:
+    for name in ("CMakeLists.txt", "csrc"):
+        (clone / name).unlink(missing_ok=True)
+        (clone / name).symlink_to(ROOT / name)
+    done = python(clone, "setup.py", "build", CXX=another_compiler(clone, OLD_COMPILER))
+    said = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert "needs GCC 11, clang 12 or newer" in said and str(clone / "another-c++") in said
+    assert "Traceback" not in said
