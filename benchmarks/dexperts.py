@@ -6,11 +6,11 @@ RUN is a finished run. DExperts (Liu et al. 2021, arXiv 2105.03023) samples from
 
     log p = log p0 + alpha (log p_expert - log p_anti-expert),   renormalised,
 
-p0 the base model, the experts copies of it, fine-tuned by the LM loss alone: the expert on the run's
-samples of the best quantile of their rewards, the anti-expert on those of the worst. Each takes as many
-samples, in as many steps, as the run drew for the token of that quantile, with the run's learning rate and
-schedule. The run's own rows are those of its evaluation; all rows share held-out prompts, prefix, scorer,
-sampling and seed.
+within p0's nucleus of the run's --eval-top-p, p0 the base model, the experts copies of it, fine-tuned by the
+LM loss alone: the expert on the run's samples of the best quantile of their rewards, the anti-expert on those
+of the worst. Each takes as many samples, in as many steps, as the run drew for the token of that quantile,
+with the run's learning rate and schedule. The run's own rows are those of its evaluation; all rows share
+held-out prompts, prefix, scorer, sampling and seed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ from quark_fast.model.reading import cache_argument
 from quark_fast.model.rounding import conversion
 from quark_fast.ops.loss import quark_loss
 from quark_fast.report.results import BASE
+from quark_fast.rollout.tokens import outside_nucleus
 
 
 class Mixture(torch.nn.Module):
-    """Three models that sampling takes for one, each with a cache of its own."""
+    """Three models that sampling takes for one, each with a cache of its own.
 
-    def __init__(self, base: Any, expert: Any, anti: Any, alpha: float) -> None:
+    What the base model's nucleus of ``top_p`` leaves out has no mass, as in the authors' code: the mix itself
+    is then drawn from whole.
+    """
+
+    def __init__(self, base: Any, expert: Any, anti: Any, alpha: float, top_p: float) -> None:
         super().__init__()
+        self.top_p = top_p
         self.models, self.weights = [base, expert, anti], [1.0, alpha, -alpha]
         self.config, self.device = base.config, base.device
 
@@ -60,7 +66,10 @@ class Mixture(torch.nn.Module):
             for model, own in zip(self.models, self.caches, strict=True)
         ]
         scaled = [w * o.logits.float().log_softmax(-1) for w, o in zip(self.weights, outputs, strict=True)]
-        outputs[0].logits = torch.stack(scaled).sum(0)
+        mixed = torch.stack(scaled).sum(0)
+        if self.top_p < 1:
+            mixed = mixed.masked_fill(outside_nucleus(scaled[0], self.top_p), -torch.inf)
+        outputs[0].logits = mixed
         return outputs[0]
 
 
@@ -135,9 +144,11 @@ def measure(folder: Path, alphas: Sequence[float], console: Console) -> dict[str
         if (name := fields["row"]) in samples:
             samples[name].append(Sample(**{key: value for key, value in fields.items() if key != "row"}))
     for alpha in alphas:
-        mixture = Mixture(run.reference, experts["expert"], experts["anti-expert"], alpha)
+        mixture = Mixture(
+            run.reference, experts["expert"], experts["anti-expert"], alpha, finished.setup.sampling.top_p
+        )
         row = TableRow(f"DExperts alpha={alpha:g}")
-        samples[row.name] = finished.draw(row, mixture)
+        samples[row.name] = finished.draw(row, mixture, top_p=1.0)
         table.append(row)
         console.print(f"{row.name}: sampled")
     return finished.table(table, samples)

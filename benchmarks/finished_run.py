@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,15 @@ class FinishedRun:
             prompt_fit=self.task.shows("prompt_fit"),
         )
 
-    def draw(self, row: TableRow, model: Any) -> list[Sample]:
-        """The samples of a row: of ``model``, or where the row says so of the base model."""
-        batches = evaluate(self.setup, model, [row], self.task.measures)
+    def draw(self, row: TableRow, model: Any, top_p: float | None = None) -> list[Sample]:
+        """The samples of a row: of ``model``, or where the row says so of the base model.
+
+        top_p: another nucleus than the evaluation's, for a model that has taken that one itself.
+        """
+        setup = self.setup
+        if top_p is not None:
+            setup = replace(setup, sampling=replace(setup.sampling, top_p=top_p))
+        batches = evaluate(setup, model, [row], self.task.measures)
         return [sample for _, part in batches for sample in part]
 
     def table(self, rows: Sequence[TableRow], samples: Mapping[str, list[Sample]]) -> dict[str, Any]:

@@ -159,11 +159,13 @@ void bind_quark_loss(py::module_& m) {
 // --- sampling ---------------------------------------------------------------------------------
 
 bool sample_tokens(const quark::Rows& logits, int64_t rows, int64_t vocab, Exact<float> weights,
-                   Exact<int64_t> suppressed, double top_p, Exact<int64_t> drawn_rows,
+                   Exact<int64_t> suppressed, double top_p, int64_t nucleus_of,
+                   float nucleus_weight, Exact<int64_t> drawn_rows,
                    std::optional<Exact<float>> uniform, Exact<int64_t> tokens, Exact<bool> inside,
                    std::optional<Exact<float>> log_p, int threads) {
-  const quark::Distribution from{logits, weights.data(),    weights.size(),    rows,
-                                 vocab,  suppressed.data(), suppressed.size(), top_p};
+  const quark::Distribution from{logits,     weights.data(),    weights.size(),    rows,
+                                 vocab,      suppressed.data(), suppressed.size(), top_p,
+                                 nucleus_of, nucleus_weight};
   const int64_t count = drawn_rows.size();
   const quark::Draws draws{count,
                            drawn_rows.data(),
@@ -179,9 +181,9 @@ void bind_sampling(py::module_& m) {
   m.def(
       "sample_tokens", &sample_tokens, py::arg("logits"), py::arg("rows"), py::arg("vocab"),
       py::arg("weights").noconvert(), py::arg("suppressed").noconvert(), py::arg("top_p"),
-      py::arg("drawn_rows").noconvert(), py::arg("uniform").noconvert(),
-      py::arg("tokens").noconvert(), py::arg("inside").noconvert(), py::arg("log_p").noconvert(),
-      py::arg("threads"),
+      py::arg("nucleus_of"), py::arg("nucleus_weight"), py::arg("drawn_rows").noconvert(),
+      py::arg("uniform").noconvert(), py::arg("tokens").noconvert(), py::arg("inside").noconvert(),
+      py::arg("log_p").noconvert(), py::arg("threads"),
       "A token of each of drawn_rows goes to tokens, whether it is in the nucleus to inside, and\n"
       "unless log_p is None the log of its probability there to that (NaN outside the nucleus);\n"
       "without uniform numbers it is the lowest id of the highest logit. csrc/sampling.hpp has\n"
@@ -407,6 +409,9 @@ py::object pack_rows(const py::list& rows) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ core of quark_fast: fused loss, sampling and quantile pool.";
+  // An editable install keeps its compiled module when the sources change (git pull). Raise this
+  // and the number in quark_fast/__init__.py when a name, an argument or a meaning here changes.
+  m.attr("interface") = 2;
   bind_rows(m);
   bind_quark_loss(m);
   bind_sampling(m);

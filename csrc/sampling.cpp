@@ -46,6 +46,12 @@ void check(const Distribution& from) {
             "the weight of stream " + std::to_string(s) + " is not finite");
   }
   require(from.top_p > 0, "top_p = " + std::to_string(from.top_p) + " is not above 0");
+  require(from.nucleus_of >= -1 && from.nucleus_of < from.streams,
+          "nucleus_of = " + std::to_string(from.nucleus_of) + " is none of " +
+              std::to_string(from.streams) + " streams, nor -1");
+  require(
+      std::isfinite(from.nucleus_weight) && from.nucleus_weight > 0,
+      "nucleus_weight = " + std::to_string(from.nucleus_weight) + " is not above 0, or not finite");
   check_ids("suppressed", from.suppressed, from.suppressed_count, from.vocab);
 }
 
@@ -83,11 +89,13 @@ bool sample_tokens(const Distribution& from, const Draws& draws, int threads) {
   // Allocated here, where it may throw.
   const auto used = static_cast<size_t>(useful_threads(draws.count, width, threads));
   const auto blocks = static_cast<size_t>(blocks_of(from.vocab));
-  std::vector<Block> row(used * blocks);
+  const size_t each = blocks * (from.of_stream() ? 2 : 1);
+  std::vector<Block> row(used * each);
   std::vector<double> sums(used * blocks);
   over_rows(draws.count, width, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const size_t first = static_cast<size_t>(thread) * blocks;
-    rows(from, draws, Workspace{row[first].columns, &sums[first]}, begin, end);
+    const size_t of = static_cast<size_t>(thread), first = of * each;
+    float* const nucleus = from.of_stream() ? row[first + blocks].columns : nullptr;
+    rows(from, draws, Workspace{row[first].columns, nucleus, &sums[of * blocks]}, begin, end);
   });
   return std::none_of(draws.tokens, draws.tokens + draws.count, [](int64_t t) { return t < 0; });
 }

@@ -4,12 +4,14 @@
 // tokens, row n is drawn from
 //
 //   p = softmax(y) restricted to its nucleus, the smallest set of most probable tokens whose mass
-//       reaches top_p
+//       reaches top_p,
 //
-// by one uniform number u in [0, 1): the first token up to which, in order of the ids, the mass of
-// p exceeds u. A token is in the nucleus if the tokens strictly more probable hold less than top_p.
-// One that is not has to be drawn again, with a new u: exact, without a sort of the vocabulary.
-// On request the draw comes with
+// or, where nucleus_of is a stream s, to the nucleus of softmax(nucleus_weight z_s) without the
+// suppressed tokens, by one uniform number u in [0, 1): the first token up to which, in order of
+// the ids, the mass of p exceeds u. A token is in the nucleus if the tokens strictly more probable
+// hold less than top_p. One that is not has to be drawn again, with a new u: exact, without a sort
+// of the vocabulary. A stream's nucleus is found first, and every draw is in it. On request the
+// draw comes with
 //
 //   log p(token) = y_token - log(sum of e^y_j over the nucleus),
 //
@@ -26,9 +28,10 @@
 // checked
 //   against each other and against the end of the logits' memory; what does not fit throws
 //   std::invalid_argument, which names the value.
-// - log p is computed in double from these floats. A nucleus takes further passes over the row in
-//   the thread's memory: at most 31, and no more than there are different y.
-// - Time O(streams * vocab) for each draw; memory of vocab floats for each thread.
+// - log p is computed in double from these floats. It and a stream's nucleus take further passes
+//   over a row in the thread's memory: at most 31, and no more than there are different y.
+// - Time O(streams * vocab) for each draw; memory of vocab floats for each thread, twice that with
+//   a stream's nucleus.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +46,11 @@ struct Distribution {
   int64_t streams, rows, vocab;
   const int64_t* suppressed;  // (suppressed_count,), in [0, vocab)
   int64_t suppressed_count;
-  double top_p;  // above 0; from 1 on the nucleus is the whole vocabulary
+  double top_p;          // above 0; from 1 on the nucleus is the whole vocabulary
+  int64_t nucleus_of;    // the stream whose nucleus it is, in [0, streams); -1: that of p
+  float nucleus_weight;  // finite, above 0
+
+  bool of_stream() const { return nucleus_of >= 0 && top_p < 1; }
 };
 
 // The caller vouches for the sizes.
@@ -60,6 +67,7 @@ struct Draws {
 // What a thread computes in.
 struct Workspace {
   float* row;      // (vocab,) y, then e^(y - max y)
+  float* nucleus;  // (vocab,) the same of the stream whose nucleus it is; nullptr without one
   double* blocks;  // (blocks_of(vocab),) its sums
 };
 

@@ -114,6 +114,12 @@ void split_block(const float* e, int64_t count, float limit, Split* split) {
   *split = {split->above + sum, next, last};
 }
 
+// The most probable tokens: the lowest e among them, and their mass.
+struct Nucleus {
+  float lowest;
+  double mass;
+};
+
 // The exponentials of a row and the sums of its blocks.
 struct Masses {
   const float* e;
@@ -162,9 +168,9 @@ struct Masses {
     return split;
   }
 
-  // The mass of all tokens above each of which there is less than `least`; e `inside` is one of
-  // theirs. Bisects the bits of e, which rise as positive floats do, for the lowest of these.
-  double of_nucleus(double least, float inside) const {
+  // All tokens above each of which there is less than `least`; e `inside` is one of theirs.
+  // Bisects the bits of e, which rise as positive floats do, for the lowest of these.
+  Nucleus nucleus(double least, float inside) const {
     uint32_t low = 0, high = bits_of(inside);
     double reached = total;  // from low on
     while (low < high) {
@@ -178,23 +184,53 @@ struct Masses {
         high = bits_of(split.last);
       }
     }
-    return reached;
+    return {float_of(high), reached};
   }
 };
 
-Masses masses(const Workspace& work, int64_t vocab, float m) {
+// e^(y - m) in place, and the sums of its blocks.
+Masses masses(float* y, double* blocks, int64_t vocab, float m) {
   double total = 0;
   for (int64_t block = 0; block * kSummedColumns < vocab; ++block) {
     const int64_t begin = block * kSummedColumns;
-    work.blocks[block] = exponentials(work.row + begin, smaller(kSummedColumns, vocab - begin), m);
-    total += work.blocks[block];
+    blocks[block] = exponentials(y + begin, smaller(kSummedColumns, vocab - begin), m);
+    total += blocks[block];
   }
-  return {work.row, work.blocks, vocab, total};
+  return {y, blocks, vocab, total};
+}
+
+// y = -inf where e is below the lowest; returns the maximum of the others.
+float keep_from(const float* e, float lowest, int64_t vocab, float* y) {
+  float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < vocab; ++j) {
+    const float kept = e[j] < lowest ? -INFINITY : y[j];
+    y[j] = kept;
+    largest = kept > largest ? kept : largest;
+  }
+  return largest;
+}
+
+// Keeps the y of row n that are in the nucleus of a stream; returns their maximum, or NaN if there
+// is none.
+template <class T>
+float keep_nucleus_of_stream(const Distribution& from, int64_t n, const Workspace& work) {
+  Distribution alone = from;
+  alone.weights = &from.nucleus_weight;
+  alone.streams = 1;
+  const float top = mix_row<T>(alone, from.nucleus_of * from.rows + n, work.nucleus);
+  if (isnan(top)) return NAN;
+  const Masses mass = masses(work.nucleus, work.blocks, from.vocab, top);
+  const float lowest = mass.nucleus(from.top_p * mass.total, 1).lowest;  // 1 is e of the largest
+  const float m = keep_from(mass.e, lowest, from.vocab, work.row);
+  return m > -INFINITY ? m : NAN;
 }
 
 template <class T>
 void sample_row(const Distribution& from, const Draws& draws, const Workspace& work, int64_t i) {
-  const float m = mix_row<T>(from, draws.rows[i], work.row);
+  float m = mix_row<T>(from, draws.rows[i], work.row);
+  if (draws.uniform && from.of_stream() && !isnan(m))
+    m = keep_nucleus_of_stream<T>(from, draws.rows[i], work);
   draws.inside[i] = true;
   if (draws.log_p) draws.log_p[i] = NAN;
   if (isnan(m)) {
@@ -206,13 +242,14 @@ void sample_row(const Distribution& from, const Draws& draws, const Workspace& w
     if (draws.log_p) draws.log_p[i] = 0;
     return;
   }
-  const Masses mass = masses(work, from.vocab, m);
+  const Masses mass = masses(work.row, work.blocks, from.vocab, m);
   const int64_t token = mass.token_at(draws.uniform[i] * mass.total);
   draws.tokens[i] = token;
   const double least = from.top_p * mass.total;
-  if (from.top_p < 1) draws.inside[i] = mass.above(mass.e[token]) < least;
+  const bool of_mix = from.top_p < 1 && !from.of_stream();
+  if (of_mix) draws.inside[i] = mass.above(mass.e[token]) < least;
   if (draws.log_p && draws.inside[i]) {
-    const double whole = from.top_p < 1 ? mass.of_nucleus(least, mass.e[token]) : mass.total;
+    const double whole = of_mix ? mass.nucleus(least, mass.e[token]).mass : mass.total;
     draws.log_p[i] = float(log(double(mass.e[token]) / whole));
   }
 }

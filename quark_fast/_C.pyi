@@ -5,6 +5,8 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
+interface: int  # what quark_fast/__init__.py asks for
+
 # --- rows of logits ---
 
 class Rows:
@@ -55,6 +57,8 @@ def sample_tokens(
     weights: npt.NDArray[np.float32],
     suppressed: npt.NDArray[np.int64],
     top_p: float,
+    nucleus_of: int,
+    nucleus_weight: float,
     drawn_rows: npt.NDArray[np.int64],
     uniform: npt.NDArray[np.float32] | None,
     tokens: npt.NDArray[np.int64],

@@ -54,6 +54,35 @@ Scores equation(const Distribution& from, int64_t n) {
   return scores;
 }
 
+// Leaves in a row's scores the nucleus of a stream. Returns false where rounding may decide who is
+// in it; then only a token that surely is not is wrong.
+bool keep_nucleus_of_stream(const Distribution& from, const Draws& draws, int64_t i, double near,
+                            Scores* scores) {
+  Distribution alone = from;
+  alone.weights = &from.nucleus_weight;
+  alone.streams = 1;
+  const std::vector<double> x = equation(alone, from.nucleus_of * from.rows + draws.rows[i]).y;
+  const double largest = *std::max_element(x.begin(), x.end());
+  double total = 0;
+  for (const double one : x) total += std::exp(one - largest);
+  const auto above = [&](double limit) {
+    double sum = 0;
+    for (const double one : x) sum += one > limit ? std::exp(one - largest) : 0;
+    return sum / total;
+  };
+  bool certain = true;
+  for (size_t j = 0; j < x.size(); ++j) {
+    const double own = std::exp(x[j] - largest) / total;
+    const bool may = x[j] > -INFINITY && above(x[j] + near) < from.top_p + near;
+    const bool surely = may && above(x[j] - near) - own < from.top_p - near;
+    certain = certain && may == surely;
+    if (may) continue;
+    require(static_cast<int64_t>(j) != draws.tokens[i], "outside the stream's nucleus");
+    scores->y[j] = -INFINITY;
+  }
+  return certain;
+}
+
 // log p of draw i, between those of the nuclei with whoever may be in it and whoever surely is.
 void compare_log_p(const Distribution& from, const Draws& draws, int64_t i, const Scores& scores,
                    double near) {
@@ -78,11 +107,18 @@ void compare_log_p(const Distribution& from, const Draws& draws, int64_t i, cons
   require(least == 0 || draws.log_p[i] <= own - std::log(least) + 10 * near, "log p too high");
 }
 
-void compare(const Distribution& from, const Draws& draws) {
+void compare(const Distribution& given, const Draws& draws) {
+  Distribution from = given;
+  if (given.of_stream()) from.top_p = 1;  // in the scores that are left
   for (int64_t i = 0; i < draws.count; ++i) {
-    const Scores scores = equation(from, draws.rows[i]);
+    Scores scores = equation(from, draws.rows[i]);
     const int64_t token = draws.tokens[i];
     if (scores.scale > 1e30) continue;  // a float may overflow where the double does not
+    const double near = 1e-5 + 1e-6 * scores.scale;  // of a score, and so of a share
+    if (draws.uniform && given.of_stream() && !scores.none) {
+      if (near > 0.1 || !keep_nucleus_of_stream(given, draws, i, near, &scores)) continue;
+      scores.none = *std::max_element(scores.y.begin(), scores.y.end()) == -INFINITY;
+    }
     require((token == -1) == scores.none, "a token where there is none, or the reverse");
     if (scores.none) {
       require(!draws.log_p || std::isnan(draws.log_p[i]), "log p of no token");
@@ -92,7 +128,6 @@ void compare(const Distribution& from, const Draws& draws) {
     const double y = scores.y[static_cast<size_t>(token)];
     require(y > -INFINITY, "a token without mass");
     const double largest = *std::max_element(scores.y.begin(), scores.y.end());
-    const double near = 1e-5 + 1e-6 * scores.scale;  // of a score, and so of a share
     if (!draws.uniform) {
       require(y >= largest - near, "not the largest");
       require(!draws.log_p || draws.log_p[i] == 0, "a certain token has another log p than 0");
@@ -129,6 +164,8 @@ void one_problem(bool hostile) {
   from.streams = 1 + below(3);
   from.vocab = vocab;
   from.top_p = top_ps[below(4)];
+  from.nucleus_of = below(2) ? below(from.streams) : -1;
+  from.nucleus_weight = static_cast<float>(1 + below(8)) / 4;
   const int64_t all_rows = from.streams * from.rows;
   const Layout layout = layout_of(all_rows, vocab + (below(2) ? below(6) : 0));
   const Guarded logits(static_cast<size_t>(layout.elements) * size_of(dtype));
@@ -180,10 +217,18 @@ void one_problem(bool hostile) {
         if (count > 0) uniform.as<float>()[below(count)] = wild_floats[below(6)];
         break;
       case 3:
-        if (below(2)) {
-          weights.as<float>()[below(from.streams)] = wild_floats[below(6)];
-        } else {
-          from.top_p = static_cast<double>(wild_floats[below(6)]);
+        switch (below(4)) {
+          case 0:
+            weights.as<float>()[below(from.streams)] = wild_floats[below(6)];
+            break;
+          case 1:
+            from.top_p = static_cast<double>(wild_floats[below(6)]);
+            break;
+          case 2:
+            from.nucleus_weight = wild_floats[below(6)];
+            break;
+          default:
+            from.nucleus_of = below(9) - 4;
         }
         break;
       case 4:

@@ -207,7 +207,8 @@ def text_fit(
     conditioning stands before them, as where completions are sampled, and the tokens after them count.
     Right after a reward token, where no completion ever stands, the token's own words cost up to a sixth of
     the perplexity before any training (``benchmarks/token_in_front.py``). Guided conditioning mixes its two
-    streams as sampling does. ``rows`` texts are read side by side; 0: 4, on a GPU what its free memory holds.
+    streams as sampling does, whole: a text may have words outside of any nucleus. ``rows`` texts are read
+    side by side; 0: 4, on a GPU what its free memory holds.
     """
     quantiles = [quantile for quantile, _ in conditioning.streams()]
     longest = max((len(policy.conditioned(text, k)) for text in texts for k in quantiles), default=1)

@@ -9,7 +9,8 @@ front. With ``guidance`` w the next token is drawn from
     log p = log p(. | worst) + w (log p(. | best) - log p(. | worst)),   renormalised,
 
 before ``repetition_penalty``, logits processors of your own, temperature, top-k and top-p; w = 1 is the best
-token alone. Each token takes a second forward pass.
+token alone. Above 1 top-p is the nucleus of log p(. | best), below 0 that of log p(. | worst): there the mix
+makes much of tokens that neither would write. Each token takes a second forward pass.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ BEST, WORST = -1, -1
 class Guidance(LogitsProcessor):
     """Mixes in what the model predicts when the worst token stands where the best one does."""
 
-    def __init__(self, model: Any, weight: float, mask: Tensor | None) -> None:
+    def __init__(
+        self, model: Any, weight: float, mask: Tensor | None, top_p: float, temperature: float
+    ) -> None:
         self.model, self.weight, self.mask = model, weight, mask
+        self.top_p, self.temperature = top_p, temperature
         self.takes = set(inspect.signature(model.forward).parameters)
         # Its name depends on the version of transformers.
         self.cache_name = next((name for name in ("cache", "past_key_values") if name in self.takes), "")
@@ -45,8 +49,18 @@ class Guidance(LogitsProcessor):
         # Logits are log p up to a constant of each row, and so is their mix.
         best, worst = scores.float(), self._under_worst(input_ids).float()
         mixed = worst + self.weight * (best - worst)
-        # What is suppressed stays so, whatever the weight.
-        return torch.where(scores == -torch.inf, scores, mixed.to(scores.dtype))
+        suppressed = scores == -torch.inf  # stays so, whatever the weight
+        if self.top_p < 1 and not 0 <= self.weight <= 1:
+            one = best if self.weight > 1 else worst.masked_fill(suppressed, -torch.inf)
+            suppressed |= self._outside_nucleus(one)
+        return mixed.masked_fill(suppressed, -torch.inf).to(scores.dtype)
+
+    def _outside_nucleus(self, scores: Tensor) -> Tensor:
+        """(N, V) bool: the tokens that top-p leaves out of softmax(scores / temperature)."""
+        p = (scores / self.temperature).softmax(-1)
+        falling = p.sort(-1, descending=True).values
+        last = (falling.cumsum(-1) < self.top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        return p < falling.gather(-1, last)
 
     @torch.no_grad()
     def _under_worst(self, input_ids: Tensor) -> Tensor:
@@ -125,7 +139,12 @@ def generate(
                 )
         if attention_mask is None:
             attention_mask = _padding_of(ids, setting)
-        processors.insert(0, Guidance(model, guidance, attention_mask))
+        drawn = setting("do_sample")
+        top_p, temperature = (setting(name) if drawn else None for name in ("top_p", "temperature"))
+        mix = Guidance(model, guidance, attention_mask, top_p or 1.0, temperature or 1.0)
+        processors.insert(0, mix)
+        if mix.top_p < 1 and not 0 <= guidance <= 1:
+            kwargs["top_p"] = 1.0  # the mix has taken its nucleus
         if (penalty := setting("repetition_penalty")) not in (None, 1.0):
             # Transformers' own would stand in front of the mix, and count w times.
             kwargs["repetition_penalty"] = 1.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quark_fast import _C
-from quark_fast.ops.rows import Rows, rows_of, with_rows
+from quark_fast.ops.rows import Nucleus, Rows, rows_of, with_rows
 
 STATS_PER_ROW = _C.STATS_PER_ROW
 
@@ -121,14 +121,15 @@ def sample_tokens(
     logits: Tensor,
     weights: Tensor,
     suppressed: Tensor,
-    top_p: float,
+    nucleus: Nucleus,
     rows: Tensor,
     uniform: Tensor | None,
     log_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, bool]:
     """A token of each of ``rows``, whether it is in the nucleus, and whether all logits were finite or -inf.
 
-    The equation: csrc/sampling.hpp. A token outside the nucleus has to be drawn again.
+    The equation: csrc/sampling.hpp. A token outside the nucleus, if that is none of a stream, has to be drawn
+    again.
 
     Args:
         logits: (streams N, V) of one of KERNEL_DTYPES, all rows of the first stream, then those of the next.
@@ -149,7 +150,7 @@ def sample_tokens(
         logits.shape[-1],
         weights.numpy(),
         suppressed.numpy(),
-        top_p,
+        *nucleus,
         rows.numpy(),
         None if uniform is None else uniform.numpy(),
         tokens.numpy(),

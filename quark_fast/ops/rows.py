@@ -1,4 +1,4 @@
-"""The rows of a strided tensor where they lie, as the kernels walk them."""
+"""What the kernels are told: the rows of a strided tensor where they lie, and which tokens may be drawn."""
 
 import importlib.util
 from typing import NamedTuple
@@ -17,6 +17,17 @@ class Rows(NamedTuple):
     inner: int
     outer_stride: int
     inner_stride: int
+
+
+class Nucleus(NamedTuple):
+    """The smallest set of most probable tokens whose mass reaches ``top_p``; 1 and more: all tokens.
+
+    Of the distribution that is drawn from, with ``stream`` -1; else of softmax(weight logits) of that stream.
+    """
+
+    top_p: float
+    stream: int = -1
+    weight: float = 1.0
 
 
 def rows_of(tensor: Tensor) -> Rows | None:

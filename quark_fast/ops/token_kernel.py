@@ -13,6 +13,9 @@ made. So the draws are exact, without a sort; on average half of what is outside
 log p of the token, restricted to the nucleus, takes the nucleus's mass, which no draw needs. Bisection of y
 finds its lowest token, by a pass over the row in the cache for each halving, and no more of them than there
 are different y, as every pass moves an end to one of these. It is not compiled where nobody asks for it.
+
+Where the nucleus is that of one stream, the same bisection finds the lowest of its tokens first, and what
+lies below is left out of all passes over y: the first draw is in it.
 """
 
 import torch
@@ -20,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quark_fast.ops.rows import Nucleus
 from quark_fast.ops.triton_kernels import LOG2_E, LOWEST, on_device
 
 DRAWS = 32  # uniform numbers of a row; even the nucleus of one token in 50,000 is missed by one row in 10^6
@@ -33,9 +37,12 @@ def _exp(x):
 
 
 @triton.jit
-def _mixed(row, column, V: tl.constexpr, STREAMS: tl.constexpr, SUPPRESSED: tl.constexpr):
-    """(y at the columns, -inf where there is no token; whether a logit or y is NaN or +inf)."""
-    logits_ptr, stream_stride, weights_ptr, suppressed_ptr = row
+def _mixed(row, column, V: tl.constexpr, STREAMS: tl.constexpr, SUPPRESSED: tl.constexpr, CUT: tl.constexpr):
+    """(y at the columns, -inf where there is no token; whether a logit or y is NaN or +inf).
+
+    With CUT only those are tokens whose weighted logit in another row is at least the lowest one there.
+    """
+    logits_ptr, stream_stride, weights_ptr, suppressed_ptr, cut = row
     inside = column < V
     y = tl.zeros(column.shape, tl.float32)
     broken = tl.zeros(column.shape, tl.int32)
@@ -48,6 +55,10 @@ def _mixed(row, column, V: tl.constexpr, STREAMS: tl.constexpr, SUPPRESSED: tl.c
     broken |= (y < float("inf")).to(tl.int32) ^ 1
     for i in tl.static_range(SUPPRESSED):
         inside &= column != tl.load(suppressed_ptr + i)
+    if CUT:
+        cut_ptr, cut_weight_ptr, lowest = cut
+        z = tl.load(cut_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        inside &= tl.load(cut_weight_ptr) * z >= lowest
     return tl.where(inside, y, float("-inf")), broken
 
 
@@ -57,6 +68,7 @@ def _first_pass(
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    CUT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -66,7 +78,7 @@ def _first_pass(
     masses = tl.zeros(place.shape, tl.float32)
     broken = tl.zeros(lane.shape, tl.int32)
     for block in range((V + WIDTH - 1) // WIDTH):
-        y, bad = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED)
+        y, bad = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED, CUT)
         broken |= bad
         raised = tl.maximum(m, tl.max(y, 0))
         masses = masses * _exp(m - raised) + tl.where(place == block, tl.sum(_exp(y - raised), 0), 0.0)
@@ -82,6 +94,7 @@ def _masses_above(
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    CUT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -89,7 +102,7 @@ def _masses_above(
     place = tl.arange(0, BLOCKS)
     masses = tl.zeros(place.shape, tl.float32)
     for block in range((V + WIDTH - 1) // WIDTH):
-        y, _ = _mixed(row, block * WIDTH + tl.arange(0, WIDTH), V, STREAMS, SUPPRESSED)
+        y, _ = _mixed(row, block * WIDTH + tl.arange(0, WIDTH), V, STREAMS, SUPPRESSED, CUT)
         mass = tl.sum(tl.where(y > limit, _exp(y - m), 0.0), 0)
         masses += tl.where(place == block, mass, 0.0)
     return masses
@@ -105,6 +118,7 @@ def _token_at(
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    CUT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -116,7 +130,7 @@ def _token_at(
     block = tl.sum((reached <= target).to(tl.int32), 0)
     block = tl.minimum(block, tl.max(tl.where(masses > 0, place, 0), 0))
     before = tl.sum(tl.where(place < block, masses, 0.0), 0)
-    y, _ = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED)
+    y, _ = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED, CUT)
     e = tl.where(y > limit, _exp(y - m), 0.0)
     first = tl.min(tl.where((before + tl.cumsum(e, 0) > target) & (e > 0), lane, WIDTH), 0)
     first = tl.where(first < WIDTH, first, tl.max(tl.where(e > 0, lane, 0), 0))
@@ -131,6 +145,7 @@ def _split_at(
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    CUT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """(the mass of the tokens with y > limit; the lowest y of those; the highest of the others)."""
@@ -139,7 +154,7 @@ def _split_at(
     least = tl.full(lane.shape, float("inf"), tl.float32)
     most = tl.full(lane.shape, float("-inf"), tl.float32)
     for block in range((V + WIDTH - 1) // WIDTH):
-        y, _ = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED)
+        y, _ = _mixed(row, block * WIDTH + lane, V, STREAMS, SUPPRESSED, CUT)
         mass += tl.where(y > limit, _exp(y - m), 0.0)
         least = tl.minimum(least, tl.where(y > limit, y, float("inf")))
         most = tl.maximum(most, tl.where(y > limit, float("-inf"), y))
@@ -147,7 +162,7 @@ def _split_at(
 
 
 @triton.jit
-def _nucleus_mass(
+def _nucleus(
     row,
     least,
     whole,
@@ -156,9 +171,10 @@ def _nucleus_mass(
     V: tl.constexpr,
     STREAMS: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    CUT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The mass of all tokens above each of which there is less than `least`.
+    """(the mass of all tokens above each of which there is less than `least`; the lowest y among them).
 
     One of them has y = `inside`. `whole` is the mass of all; those with y < m - 87 have none to speak of.
     """
@@ -167,11 +183,11 @@ def _nucleus_mass(
     while low < high:
         middle = low + (high - low) * 0.5
         middle = tl.where(middle < high, middle, low)
-        mass, above, below = _split_at(row, middle, m, V, STREAMS, SUPPRESSED, WIDTH)
+        mass, above, below = _split_at(row, middle, m, V, STREAMS, SUPPRESSED, CUT, WIDTH)
         enough = mass >= least
         low, high = tl.where(enough, above, low), tl.where(enough, high, tl.maximum(low, below))
         reached = tl.where(enough, mass, reached)
-    return reached
+    return reached, high
 
 
 @triton.jit
@@ -183,6 +199,7 @@ def _token_kernel(
     suppressed_ptr,
     uniform_ptr,
     top_p,
+    nucleus_weight_ptr,
     token_ptr,
     log_p_ptr,
     V: tl.constexpr,
@@ -190,6 +207,7 @@ def _token_kernel(
     SUPPRESSED: tl.constexpr,
     GREEDY: tl.constexpr,
     NUCLEUS: tl.constexpr,
+    NUCLEUS_OF: tl.constexpr,
     LOG_P: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -198,10 +216,21 @@ def _token_kernel(
     """One token of a row, -1: it has none; and its log p, NaN where it has none.
 
     V columns in blocks of WIDTH, of which a power of two, BLOCKS, is at least as many; DRAWN uniform numbers.
+    NUCLEUS: that of y; NUCLEUS_OF: that of a stream, -1: of none.
     """
     n = tl.program_id(0)
-    row = (logits_ptr + n.to(tl.int64) * row_stride, stream_stride, weights_ptr, suppressed_ptr)
-    m, masses, sound = _first_pass(row, V, STREAMS, SUPPRESSED, WIDTH, BLOCKS)
+    row_ptr = logits_ptr + n.to(tl.int64) * row_stride
+    CUT: tl.constexpr = NUCLEUS_OF >= 0
+    cut = (row_ptr, nucleus_weight_ptr, float("-inf"))
+    if CUT:
+        stream_ptr = row_ptr + NUCLEUS_OF * stream_stride
+        alone = (stream_ptr, stream_stride, nucleus_weight_ptr, suppressed_ptr, cut)
+        top, masses, sound = _first_pass(alone, V, 1, SUPPRESSED, False, WIDTH, BLOCKS)
+        whole = tl.sum(masses, 0)
+        mass, lowest = _nucleus(alone, top_p * whole, whole, top, top, V, 1, SUPPRESSED, False, WIDTH)
+        cut = (stream_ptr, nucleus_weight_ptr, lowest)
+    row = (row_ptr, stream_stride, weights_ptr, suppressed_ptr, cut)
+    m, masses, sound = _first_pass(row, V, STREAMS, SUPPRESSED, CUT, WIDTH, BLOCKS)
     token = tl.full((), -1, tl.int32)
     whole = tl.sum(masses, 0)
     least = top_p * whole
@@ -210,10 +239,10 @@ def _token_kernel(
         draw = 0
         while (token < 0) & (draw < DRAWN):
             share = tl.load(uniform_ptr + n * DRAWN + draw)
-            drawn, limit = _token_at(row, share, masses, limit, m, V, STREAMS, SUPPRESSED, WIDTH, BLOCKS)
+            drawn, limit = _token_at(row, share, masses, limit, m, V, STREAMS, SUPPRESSED, CUT, WIDTH, BLOCKS)
             inside = draw >= 0
             if NUCLEUS:
-                masses = _masses_above(row, limit, m, V, STREAMS, SUPPRESSED, WIDTH, BLOCKS)
+                masses = _masses_above(row, limit, m, V, STREAMS, SUPPRESSED, CUT, WIDTH, BLOCKS)
                 inside = tl.sum(masses, 0) < least
             token = tl.where(inside, drawn, token)
             draw += 1
@@ -222,7 +251,7 @@ def _token_kernel(
         token = tl.full((), V, tl.int32)
         for block in range((V + WIDTH - 1) // WIDTH):
             column = block * WIDTH + tl.arange(0, WIDTH)
-            y, _ = _mixed(row, column, V, STREAMS, SUPPRESSED)
+            y, _ = _mixed(row, column, V, STREAMS, SUPPRESSED, CUT)
             token = tl.minimum(token, tl.min(tl.where(y == m, column, V), 0))
         limit = m
     tl.store(token_ptr + n, token.to(tl.int64))
@@ -231,7 +260,7 @@ def _token_kernel(
         if sound & (not GREEDY):
             mass = whole
             if NUCLEUS:
-                mass = _nucleus_mass(row, least, whole, limit, m, V, STREAMS, SUPPRESSED, WIDTH)
+                mass, lowest = _nucleus(row, least, whole, limit, m, V, STREAMS, SUPPRESSED, CUT, WIDTH)
             log_p = limit - m - tl.log(mass)
         tl.store(log_p_ptr + n, log_p)
 
@@ -240,20 +269,20 @@ def sample_tokens(
     logits: Tensor,
     weights: Tensor,
     suppressed: Tensor,
-    top_p: float,
+    nucleus: Nucleus,
     uniform: Tensor | None,
     vocabulary: int,
     width: int = 0,
     log_p: Tensor | None = None,
 ) -> Tensor:
-    """One token a row from the nucleus of softmax(sum over streams s of weights_s logits_s).
+    """One token a row from softmax(sum over streams s of weights_s logits_s) within the nucleus.
 
     Args:
         logits: (streams N, >= V) float32, bfloat16 or float16, all rows of a stream, then those of the next;
             neighbouring columns adjacent.
         weights: (streams,) float32, divided by the temperature.
         suppressed: int64 ids that are not drawn.
-        top_p: mass of the nucleus; 1 and more: all tokens.
+        nucleus: of which tokens; a stream's own is without the suppressed ones, too.
         uniform: (N, draws) float32 in [0, 1), contiguous; None: the most probable token, the lowest id among
             equals, which is also what a row gets none of whose draws is in the nucleus.
         vocabulary: V, how many columns are tokens.
@@ -265,6 +294,7 @@ def sample_tokens(
         is waited for.
     """
     rows = len(logits) // len(weights)
+    of_stream = nucleus.stream >= 0 and nucleus.top_p < 1 and uniform is not None
     tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
     if not rows:
         return tokens
@@ -277,14 +307,16 @@ def sample_tokens(
             weights,
             suppressed,
             tokens if uniform is None else uniform,
-            top_p,
+            nucleus.top_p,
+            weights.new_full((1,), nucleus.weight) if of_stream else weights,
             tokens,
             tokens if log_p is None else log_p,
             V=vocabulary,
             STREAMS=len(weights),
             SUPPRESSED=len(suppressed),
             GREEDY=uniform is None,
-            NUCLEUS=top_p < 1,
+            NUCLEUS=nucleus.top_p < 1 and not of_stream,
+            NUCLEUS_OF=nucleus.stream if of_stream else -1,
             LOG_P=log_p is not None,
             WIDTH=width,
             BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, width)),

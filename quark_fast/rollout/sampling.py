@@ -73,6 +73,9 @@ class Conditioning:
     2022 with reward tokens):
 
         log p = log p(against) + w (log p(quantile) - log p(against)),   renormalised; w = guidance.
+
+    With w above 1 ``top_p`` is the nucleus of log p(quantile), below 0 that of log p(against): there the mix
+    makes much of tokens that neither would write. (The expert's nucleus before the mix: Liu et al. 2021.)
     """
 
     quantile: int | None = None
@@ -84,6 +87,12 @@ class Conditioning:
         if self.against in (None, self.quantile) or self.guidance == 1.0:
             return [(self.quantile, 1.0)]
         return [(self.quantile, self.guidance), (self.against, 1.0 - self.guidance)]
+
+    def nucleus_of(self) -> int | None:
+        """The index of the stream whose nucleus is drawn from; None: that of the mix, or of the only one."""
+        if len(self.streams()) == 1 or 0 <= self.guidance <= 1:
+            return None
+        return 0 if self.guidance > 1 else 1
 
 
 @dataclass(frozen=True)

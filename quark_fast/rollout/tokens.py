@@ -17,7 +17,7 @@ from torch import Tensor
 from quark_fast.errors import UsageError
 from quark_fast.ops import cpp
 from quark_fast.ops.loss import quark_loss
-from quark_fast.ops.rows import KERNEL_DTYPES, TRITON
+from quark_fast.ops.rows import KERNEL_DTYPES, TRITON, Nucleus
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class NextToken:
         vocabulary: how many columns of the logits are tokens.
         suppressed: int64 ids that are not drawn.
         temperature: 0 takes the most probable token, the lowest id among equals.
-        top_p: mass of the nucleus, as ``sample_tokens`` has it.
+        top_p: mass of the nucleus, as ``sample_tokens`` has it; greedy tokens need not be in it.
+        nucleus_of: the stream whose nucleus it is, at this temperature; None: that of what is drawn from.
     """
 
     weights: Tensor
@@ -37,6 +38,13 @@ class NextToken:
     suppressed: Tensor
     temperature: float
     top_p: float
+    nucleus_of: int | None = None
+
+    def nucleus(self) -> Nucleus:
+        """As the kernels take it."""
+        if self.nucleus_of is None or self.temperature == 0:
+            return Nucleus(self.top_p)
+        return Nucleus(self.top_p, self.nucleus_of, 1 / self.temperature)
 
 
 class NotFinite(UsageError):
@@ -92,9 +100,13 @@ def draw_by_equation(
     """``draw_tokens`` in PyTorch, on any device."""
     scores = scores_of(logits, wanted)
     if wanted.temperature != 0:
-        tokens = sample_tokens(scores, wanted.top_p, generator)
+        top_p = wanted.top_p
+        if wanted.nucleus_of is not None and top_p < 1:
+            scores = scores.masked_fill(_outside_stream(logits, wanted, wanted.nucleus_of), -torch.inf)
+            top_p = 1.0
+        tokens = sample_tokens(scores, top_p, generator)
         if log_q is not None:
-            log_q.copy_(log_probabilities(scores, tokens, wanted.top_p))
+            log_q.copy_(log_probabilities(scores, tokens, top_p))
         return tokens
     highest, tokens = scores.max(-1)
     check_finite(bool(highest.isfinite().all()))
@@ -118,6 +130,13 @@ def scores_of(logits: Tensor, wanted: NextToken) -> Tensor:
     if wanted.temperature not in (0, 1):  # a division by 1 would read and write a vocabulary a row
         scores = scores / wanted.temperature
     return scores
+
+
+def _outside_stream(logits: Tensor, wanted: NextToken, stream: int) -> Tensor:
+    """(N, V) bool: the tokens outside the nucleus of one stream's own distribution."""
+    own = logits.view(len(wanted.weights), -1, logits.shape[-1])[stream]
+    alone = replace(wanted, weights=torch.ones_like(wanted.weights[:1]))
+    return outside_nucleus(scores_of(own, alone).log_softmax(-1), wanted.top_p)
 
 
 def sample_tokens(logits: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -177,10 +196,15 @@ def log_probabilities(scores: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     own = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     if top_p >= 1.0:
         return own
+    return own - log_p.masked_fill(outside_nucleus(log_p, top_p), -torch.inf).logsumexp(-1)
+
+
+def outside_nucleus(log_p: Tensor, top_p: float) -> Tensor:
+    """(N, V) bool: the tokens outside the nucleus of these log-probabilities."""
     falling = log_p.sort(-1, descending=True).values
     # The token at which the mass reaches top_p is the last of the nucleus, with all that tie with it.
-    last = (falling.exp().cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-    return own - log_p.masked_fill(log_p < falling.gather(-1, last), -torch.inf).logsumexp(-1)
+    last = (falling.exp().cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)
+    return log_p < falling.gather(-1, last)
 
 
 def model_log_p(logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
@@ -223,7 +247,7 @@ def draw_on_gpu(
         logits if logits.stride(-1) == 1 else logits.contiguous(),
         weights,
         wanted.suppressed,
-        wanted.top_p,
+        wanted.nucleus(),
         uniform,
         wanted.vocabulary,
         log_p=log_q,
@@ -245,7 +269,7 @@ def _draw_by_kernel(
         uniform = None if greedy else torch.rand(len(open_rows), 1, generator=generator, **numbers)
         found = None if log_q is None else torch.empty(len(open_rows), **numbers)
         drawn, inside, finite = cpp.sample_tokens(
-            logits, weights, wanted.suppressed, wanted.top_p, open_rows, uniform, found
+            logits, weights, wanted.suppressed, wanted.nucleus(), open_rows, uniform, found
         )
         check_finite(finite)
         tokens[open_rows] = drawn

@@ -123,11 +123,11 @@ def _sample_batch(
     policy: Policy, read: Read, request: SampleRequest, generator: torch.Generator
 ) -> list[list[Drawn]]:
     sampling, samples, device = request.sampling, request.samples, generator.device
-    streams = request.conditioning.streams()
+    streams, nucleus_of = request.conditioning.streams(), request.conditioning.nucleus_of()
     rows = len(request.prompts) * samples
     stop = to_device(policy.stop_ids, device, torch.long)
     weights = to_device([weight for _, weight in streams], device, torch.float32)
-    of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p)
+    of_any = NextToken(weights, policy.vocabulary, stop[:0], sampling.temperature, sampling.top_p, nucleus_of)
     no_stop = dataclasses.replace(of_any, suppressed=stop)
 
     contexts = [policy.conditioned(prompt, k) for k, _ in streams for prompt in request.prompts]

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import lively_policy
+from torch import Tensor
 
 from quark_fast.data.row import Row
+from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.evaluation.held_out import (
     Completion,
@@ -34,7 +36,7 @@ from quark_fast.evaluation.perplexity import (
     text_fit,
 )
 from quark_fast.evaluation.probe import Probe, noise_note
-from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, classify_prompts, prompt_class
+from quark_fast.evaluation.prompt_classes import CLASS_SAMPLES, check_classes, classify_prompts, prompt_class
 from quark_fast.evaluation.table_rows import TableRow, table_rows
 from quark_fast.metrics import RankCorrelation, Sample, evaluate_samples
 from quark_fast.model.policy import Policy
@@ -174,18 +176,24 @@ def log_q_by_hand(
     policy: Policy, prompt: list[int], completion: list[int], how: Conditioning, sampling: Sampling
 ) -> float:
     """One token at a time, in float64 after the model, the nucleus by sorting."""
-    total = 0.0
-    for place, token in enumerate(completion):
+
+    def probabilities(how: Conditioning, place: int) -> Tensor:
         mixed = torch.zeros(policy.vocabulary, dtype=torch.float64)
         for quantile, weight in how.streams():
             ids = torch.tensor([[*policy.conditioned(prompt, quantile), *completion[:place]]])
             mixed += weight * policy.model(ids).logits[0, -1, : policy.vocabulary].double().log_softmax(-1)
         if place < sampling.min_new_tokens:
             mixed[policy.stop_ids] = -torch.inf
-        falling = (mixed / sampling.temperature).softmax(-1).sort(descending=True)
-        nucleus = falling.values * (falling.values.cumsum(0) - falling.values < sampling.top_p)
-        (at,) = (falling.indices == token).nonzero()[0].tolist()
-        total += float((nucleus[at] / nucleus.sum()).log())
+        return (mixed / sampling.temperature).softmax(-1)
+
+    total = 0.0
+    for place, token in enumerate(completion):
+        nearest = dataclasses.replace(how, guidance=min(max(how.guidance, 0.0), 1.0))  # whose nucleus it is
+        falling = probabilities(nearest, place).sort(descending=True)
+        inside = falling.indices[falling.values.cumsum(0) - falling.values < sampling.top_p]
+        probs = probabilities(how, place)
+        assert token in inside
+        total += float((probs[token] / probs[inside].sum()).log())
     return total
 
 
@@ -566,6 +574,12 @@ def test_prompt_is_classed_by_its_share_of_positive_completions_ties_counting_ha
     found = dict(classify_prompts(setup, target))
     assert found == {i: name for i, (_, name) in enumerate(wanted.values())}
     assert max(calls) > 1, "greedy in the evaluation, but sampled here: or else all 25 were the same"
+
+
+def test_a_column_of_the_users_by_the_name_of_the_classes_is_refused() -> None:
+    check_classes([{"prompt": "a"}, {"prompt": "b", "prompt_class": "neutral"}, {"prompt_class": None}])
+    with pytest.raises(UsageError, match="prompt_class = 'b': this task keeps a prompt's class there"):
+        check_classes([{"prompt": "a", "prompt_class": "positive"}, {"prompt": "b", "prompt_class": "b"}])
 
 
 def test_dexperts_own_count_is_believed_and_not_sampled_for(policy: Policy) -> None:

@@ -77,10 +77,16 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def greedy(
     policy: Policy, model: Any, prompts: list[list[int]], how: int | Conditioning | None
 ) -> list[list[int]]:
+    return drawn_by_us(policy, model, prompts, how, Sampling(NEW, NEW, temperature=0.0))
+
+
+def drawn_by_us(
+    policy: Policy, model: Any, prompts: list[list[int]], how: int | Conditioning | None, sampling: Sampling
+) -> list[list[int]]:
     """By our sampling, all prompts side by side."""
     drawn: dict[int, list[int]] = {}
     conditioning = how if isinstance(how, Conditioning) else Conditioning(how)
-    request = SampleRequest(prompts, conditioning, Sampling(NEW, NEW, temperature=0.0), 1, 0)
+    request = SampleRequest(prompts, conditioning, sampling, 1, 0)
     for indices, groups, *_ in sample(policy, model, request):
         drawn.update((i, group[0]) for i, group in zip(indices, groups, strict=True))
     return [drawn[i] for i in range(len(prompts))]
@@ -231,6 +237,13 @@ def test_guided_text_of_plain_transformers_is_ours(
     drawn = {"temperature": 1e-4, "num_return_sequences": 2, "do_sample": True}
     twice = model.generate(alone, **code, guidance=weight, **settings | drawn)[:, alone.shape[1] :].tolist()
     assert twice == [ours[0]] * 2
+    # A nucleus of one token is that of the best, or the worst, token alone, whatever the weight.
+    for weight, stream in ((2.0, 2), (-0.5, 0)):
+        drawn = settings | {"do_sample": True, "top_p": 1e-6}
+        theirs = model.generate(**batch, **code, guidance=weight, **drawn)[:, start:].tolist()
+        how = Conditioning(2, 0, weight)
+        assert theirs == greedy(policy, copied, case.prompts, stream)
+        assert theirs == drawn_by_us(policy, copied, case.prompts, how, Sampling(NEW, NEW, 1.0, top_p=1e-6))
     pipe = pipeline("text-generation", model=own, tokenizer=tokenizer)
     text = pipe(TEXTS[0], guidance=weight, **settings)[0]["generated_text"]
     assert text == TEXTS[0] + policy.decode(ours[0], case.prompts[0])

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from quark_fast.ops import token_kernel, triton_kernels
+from quark_fast.ops.rows import Nucleus
 from quark_fast.ops.triton_kernels import Blocking
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -183,13 +184,20 @@ def cases() -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def sample(
-    dtype: torch.dtype, vocab: int, streams: int, greedy: bool, suppressed: int = 1, told: bool = False
+    dtype: torch.dtype,
+    vocab: int,
+    streams: int,
+    greedy: bool,
+    suppressed: int = 1,
+    told: bool = False,
+    nucleus_of: int = -1,
 ) -> None:
     """One call of the launcher that goes from logits to tokens, on 3 rows."""
     logits, ids = torch.empty(3 * streams, vocab, dtype=dtype), torch.zeros(suppressed, dtype=torch.long)
     uniform = None if greedy else torch.rand(3, token_kernel.DRAWS)
     log_p = torch.empty(3) if told else None
-    token_kernel.sample_tokens(logits, torch.ones(streams), ids, 0.9, uniform, vocab, log_p=log_p)
+    nucleus = Nucleus(0.9, nucleus_of)
+    token_kernel.sample_tokens(logits, torch.ones(streams), ids, nucleus, uniform, vocab, log_p=log_p)
 
 
 def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
@@ -202,6 +210,8 @@ def token_cases() -> dict[str, tuple[int, dict[str, Any]]]:
             found[name] = arch, {"dtype": torch.bfloat16, "vocab": 49152, **options}
             if not greedy:
                 found[f"{name}-told"] = arch, {**found[name][1], "told": True}
+        of_best = {"streams": 2, "greedy": False, "nucleus_of": 0, "told": True}
+        found[f"tokens-sm{arch}-2-of-best"] = arch, {"dtype": torch.bfloat16, "vocab": 49152, **of_best}
         wide = {"dtype": torch.float32, "vocab": 50257, "streams": 2, "greedy": False}
         found[f"tokens-sm{arch}-2-float32"] = arch, wide
     return found

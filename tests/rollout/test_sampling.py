@@ -141,19 +141,40 @@ def test_temperature_divides_the_guided_log_probabilities(
 def test_guidance_by_hand(stub: Callable[..., Any]) -> None:
     # After the last word, p(w0, w1, w2) is best: .6 .3 .1, worst: .6 .1 .3; w = 2: .6, .9, 1/30 -> w1.
     policy, model = stub({"best": [0.6, 0.3, 0.1], "worst": [0.6, 0.1, 0.3]})
-    sampling = Sampling(max_new_tokens=1, min_new_tokens=0, top_p=1e-6)
+    sampling = Sampling(max_new_tokens=1, min_new_tokens=0, temperature=0.0)
     for conditioning, expected in [
         (Conditioning(1), 0),
         (Conditioning(1, 0, 1.0), 0),
         (Conditioning(1, 0, 2.0), 1),
-        (Conditioning(1, 0, -2.0), 2),  # .6, 1/270, 8.1: what the worst token would rather say
+        (Conditioning(1, 0, -2.0), 2),  # .6, 1/90, 2.7: what the worst token would rather say
         (Conditioning(0, 1, 2.0), 2),
     ]:
         assert run(policy, model, [[5]], conditioning, sampling, 1, 0) == [[[expected]]]
     # Renormalised: at w = 2 the shares are .6 : .9 : .033.
-    (many,) = run(policy, model, [[5]], Conditioning(1, 0, 2.0), Sampling(1, 0, rows=4000), 4000, 0)
-    counts = torch.tensor([row[0] for row in many]).bincount(minlength=3)
-    assert_drawn_from(counts, torch.tensor([0.6, 0.9, 1 / 30]))
+    for w, top_p, shares in [
+        (2.0, 1.0, [0.6, 0.9, 1 / 30]),
+        (2.0, 0.8, [0.6, 0.9, 0.0]),  # the best token's nucleus has the first two
+        (2.0, 0.5, [0.6, 0.0, 0.0]),  # and here the first alone, which the mix holds second
+        (0.5, 0.8, [0.6, 0.03**0.5, 0.03**0.5]),  # the mix's own: two that tie are both in it, or none is
+        (0.5, 0.6, [0.6, 0.0, 0.0]),
+        (-2.0, 0.8, [0.6, 0.0, 2.7]),  # the worst token's
+    ]:
+        sampling = Sampling(1, 0, top_p=top_p, rows=4000)
+        (many,) = run(policy, model, [[5]], Conditioning(1, 0, w), sampling, 4000, 0)
+        counts = torch.tensor([row[0] for row in many]).bincount(minlength=3)
+        assert_drawn_from(counts, torch.tensor(shares))
+
+
+def test_the_nucleus_is_that_of_the_weight_between_0_and_1() -> None:
+    assert [Conditioning(3, 0, w).nucleus_of() for w in (-0.5, 0.0, 0.5, 1.0, 1.5)] == [
+        1,
+        None,
+        None,
+        None,
+        0,
+    ]
+    assert Conditioning(3, None, 2.0).nucleus_of() is None
+    assert Conditioning(3, 3, 2.0).nucleus_of() is None, "a single quantile is its own opposite"
 
 
 def test_greedy_takes_the_most_probable_token_each_time_whatever_the_seed(stub: Callable[..., Any]) -> None:

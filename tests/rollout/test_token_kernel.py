@@ -11,7 +11,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from quark_fast.ops import token_kernel
-from quark_fast.ops.rows import KERNEL_DTYPES
+from quark_fast.ops.rows import KERNEL_DTYPES, Nucleus
 from quark_fast.rollout.tokens import NextToken, draw_on_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter", "on_the_device")
@@ -56,17 +56,27 @@ def scores_of(logits: Tensor, weights: Tensor, vocabulary: int, suppressed: Tens
     return mixed
 
 
+def cut_to_nucleus(scores: Tensor, own: Tensor, top_p: float) -> list[float]:
+    """Leave in float64 scores the nucleus of the scores `own`; how near to its border a row of these is."""
+    falling = own.sort(-1, descending=True).values
+    before = torch.cat([torch.zeros_like(own[:, :1]), falling.softmax(-1).cumsum(-1)], -1)
+    above = before.gather(-1, torch.searchsorted(-falling, -own))
+    scores[above >= top_p] = -torch.inf
+    return [float(row.min()) for row in (above - top_p).abs()]
+
+
 @pytest.mark.parametrize(
-    ("columns", "top_p", "weights", "dtype"),
+    ("columns", "nucleus_of", "top_p", "weights", "dtype"),
     pairwise(
         [(1, 0), (2, 0), (61, 16), (257, 64), (300, 256), (5003, 0)],
+        [-1, 0, 1],
         [0.05, 0.6, 0.9, 1.0],
         [(1.0,), (1 / 0.7,), (2.5, -1.5)],
         KERNEL_DTYPES,
     ),
 )
 def test_kernel_draws_by_its_rule(
-    columns: tuple[int, int], top_p: float, weights: tuple[float, ...], dtype: torch.dtype
+    columns: tuple[int, int], nucleus_of: int, top_p: float, weights: tuple[float, ...], dtype: torch.dtype
 ) -> None:
     vocabulary, width = columns
     rows, of = 6, torch.tensor(weights)
@@ -78,10 +88,19 @@ def test_kernel_draws_by_its_rule(
     suppressed = torch.tensor([0, vocabulary // 2]) if vocabulary > 2 else NONE
     uniform = torch.rand(rows, token_kernel.DRAWS, generator=generator(2))
     uniform[0, 0], uniform[1, 0] = 0, 1 - 2**-24
-    found = token_kernel.sample_tokens(logits, of, suppressed, top_p, uniform, vocabulary, width).tolist()
+    nucleus = Nucleus(top_p, min(nucleus_of, len(of) - 1), 1 / 0.7)
+    found = token_kernel.sample_tokens(logits, of, suppressed, nucleus, uniform, vocabulary, width).tolist()
     scores = scores_of(logits, of, vocabulary, suppressed)
+    cut_near = [1.0] * rows
+    if nucleus.stream >= 0 and top_p < 1:
+        own = logits.view(len(of), rows, -1)[nucleus.stream]
+        cut_near = cut_to_nucleus(
+            scores, scores_of(own, torch.tensor([1 / 0.7]), vocabulary, suppressed), top_p
+        )
+        top_p = 1.0
     for row in range(rows):
         token, near = by_rule(scores[row], top_p, uniform[row])
+        near = min(near, cut_near[row])
         assert scores[row, found[row]] > -torch.inf
         # Float32 sums move a border by less than this.
         assert found[row] == token or near < 1e-5
@@ -102,14 +121,18 @@ def test_the_most_probable_token_is_the_lowest_of_equals_and_what_is_left_when_n
     logits[0, [299, 70, 69]] = -3.0
     logits[1, 299] = -3.0
     logits[2, [0, 299]] = 0.0
-    assert token_kernel.sample_tokens(logits, ONE, NONE, 1.0, None, 300, 64).tolist() == [69, 299, 0]
+    assert token_kernel.sample_tokens(logits, ONE, NONE, Nucleus(1.0), None, 300, 64).tolist() == [69, 299, 0]
     suppressed = torch.tensor([69, 0])
-    assert token_kernel.sample_tokens(logits, ONE, suppressed, 1.0, None, 300, 64).tolist() == [70, 299, 299]
+    assert token_kernel.sample_tokens(logits, ONE, suppressed, Nucleus(1.0), None, 300, 64).tolist() == [
+        70,
+        299,
+        299,
+    ]
     # A single draw each, of which the greater part is outside of a nucleus of one token.
     logits = torch.randn(50, 40, generator=generator(5))
     uniform = torch.rand(50, 1, generator=generator(6))
     log_p = torch.empty(50)
-    found = token_kernel.sample_tokens(logits, ONE, NONE, 1e-6, uniform, 40, log_p=log_p)
+    found = token_kernel.sample_tokens(logits, ONE, NONE, Nucleus(1e-6), uniform, 40, log_p=log_p)
     assert torch.equal(found, logits.argmax(-1))
     torch.testing.assert_close(log_p, torch.zeros(50), rtol=0, atol=1e-6)  # alone in its nucleus
 
@@ -128,7 +151,7 @@ def test_a_row_without_a_distribution_is_marked_and_the_others_are_drawn(
                 logits[2 * stream + 1] = -torch.inf
             else:
                 logits[2 * stream + 1, column] = broken
-            log_p, asked = torch.zeros(2), (torch.tensor(weights), NONE, 0.9, uniform, 300, 64)
+            log_p, asked = torch.zeros(2), (torch.tensor(weights), NONE, Nucleus(0.9), uniform, 300, 64)
             found = token_kernel.sample_tokens(logits, *asked, log_p=log_p)
             assert found[0] >= 0 and found[1] == -1
             assert log_p[0] <= 0 and log_p[1].isnan()
@@ -138,11 +161,9 @@ def test_rows_are_read_where_they_lie() -> None:
     steps = torch.randn(4, 3, 130, generator=generator(8)).bfloat16()
     for view in (steps[:, -1], steps[::2, 1, :100], steps[0, :1].expand(5, -1), steps[:0, 0]):
         uniform = torch.rand(len(view), 8, generator=generator(9))
-        vocabulary = view.shape[1]
-        found = token_kernel.sample_tokens(view, ONE, NONE, 0.8, uniform, vocabulary)
-        assert torch.equal(
-            found, token_kernel.sample_tokens(view.contiguous(), ONE, NONE, 0.8, uniform, vocabulary)
-        )
+        asked = ONE, NONE, Nucleus(0.8), uniform, view.shape[1]
+        found = token_kernel.sample_tokens(view, *asked)
+        assert torch.equal(found, token_kernel.sample_tokens(view.contiguous(), *asked))
     columns = torch.randn(130, 4, generator=generator(8)).T  # not adjacent: copied
     wanted = NextToken(ONE, 130, NONE, 0.7, 0.9)
     found = draw_on_gpu(columns, wanted, generator())

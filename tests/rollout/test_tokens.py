@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_defaults import OTHERS, defaults
 
 from quark_fast.ops import cpp, loss
-from quark_fast.ops.rows import KERNEL_DTYPES
+from quark_fast.ops.rows import KERNEL_DTYPES, Nucleus
 from quark_fast.rollout.live_rows import LiveRows
 from quark_fast.rollout.tokens import (
     NextToken,
@@ -39,9 +39,10 @@ def wanted(
     suppressed: tuple[int, ...] = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
+    nucleus_of: int | None = None,
 ) -> NextToken:
     ids = torch.tensor(suppressed, dtype=torch.long)
-    return NextToken(torch.tensor(weights), vocabulary, ids, temperature, top_p)
+    return NextToken(torch.tensor(weights), vocabulary, ids, temperature, top_p, nucleus_of)
 
 
 # --- Both ways, against sorting and counting -------------------------------------------------------
@@ -178,6 +179,14 @@ STREAMS = [(1.0,), (2.5, -1.5)]
 KERNELS = list(product(KERNEL_DTYPES, STREAMS))  # one is compiled for each
 
 
+# The stream whose nucleus it is; of a single one, that one.
+NUCLEI = [None, 0, 1]
+
+
+def stream(nucleus_of: int | None, weights: tuple[float, ...]) -> int | None:
+    return None if nucleus_of is None else min(nucleus_of, len(weights) - 1)
+
+
 def likely_logits(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """As peaked as those of a language model, more or less from row to row."""
     sharpness = torch.linspace(0.5, 4, rows).unsqueeze(1)
@@ -198,7 +207,7 @@ def test_kernel_finds_the_token_at_the_uniform_number(
     uniform = torch.rand(draws, 1, generator=generator(1))
     uniform[0], uniform[1] = 0, 1 - 2**-24
     tokens, inside, finite = cpp.sample_tokens(
-        logits, asked.weights / temperature, asked.suppressed, asked.top_p, torch.arange(draws), uniform
+        logits, asked.weights / temperature, asked.suppressed, Nucleus(0.9), torch.arange(draws), uniform
     )
     scores = (logits.double().view(len(weights), draws, -1) * asked.weights.view(-1, 1, 1)).sum(0)
     scores[:, suppressed] = -torch.inf
@@ -215,17 +224,21 @@ def test_kernel_finds_the_token_at_the_uniform_number(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "temperature", "top_p", "vocabulary"),
-    pairwise(KERNELS, [0.0, 0.7, 1.0], [0.1, 0.5, 0.9, 1.0], [61, 1003]),
+    ("kernel", "nucleus_of", "temperature", "top_p", "vocabulary"),
+    pairwise(KERNELS, NUCLEI, [0.0, 0.7, 1.0], [0.1, 0.5, 0.9, 1.0], [61, 1003]),
 )
 def test_kernel_draws_what_the_equation_draws_from_the_same_generator(
-    kernel: tuple[torch.dtype, tuple[float, ...]], temperature: float, top_p: float, vocabulary: int
+    kernel: tuple[torch.dtype, tuple[float, ...]],
+    nucleus_of: int | None,
+    temperature: float,
+    top_p: float,
+    vocabulary: int,
 ) -> None:
     dtype, weights = kernel
     logits = likely_logits(40 * len(weights), vocabulary + 5, dtype)
     logits[:, vocabulary:] = torch.nan  # reward tokens and padding are not read
     logits[: 3 * len(weights), 7:20] = -torch.inf if len(weights) == 1 else 0
-    asked = wanted(vocabulary, weights, (3, vocabulary - 1), temperature, top_p)
+    asked = wanted(vocabulary, weights, (3, vocabulary - 1), temperature, top_p, stream(nucleus_of, weights))
     ours, theirs = generator(2), generator(2)
     # Of 2,000 uniform numbers of these seeds none lies within rounding of a border.
     for _ in range(3):
@@ -247,24 +260,37 @@ def engine(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def probabilities(logits: Tensor, asked: NextToken) -> Tensor:
-    """(N, V) float64, before the nucleus."""
-    by_stream = logits[:, : asked.vocabulary].double().view(len(asked.weights), -1, asked.vocabulary)
-    scores = (by_stream * asked.weights.double().view(-1, 1, 1)).sum(0)
+def probabilities(logits: Tensor, asked: NextToken, weights: Tensor | None = None) -> Tensor:
+    """(N, V) float64, before the nucleus, of the streams by their own weights or by those given."""
+    weights = asked.weights if weights is None else weights
+    by_stream = logits[:, : asked.vocabulary].double().view(len(weights), -1, asked.vocabulary)
+    scores = (by_stream * weights.double().view(-1, 1, 1)).sum(0)
     scores[:, asked.suppressed] = -torch.inf
     return (scores / asked.temperature).softmax(-1)
 
 
-def log_q(probs: Tensor, tokens: Tensor, top_p: float) -> Tensor:
-    """In float64, by sorting; of a token outside the nucleus what it would be if its mass were there."""
-    mass = (probs * nucleus(probs, top_p)).sum(-1)
+def inside(logits: Tensor, asked: NextToken, top_p: float) -> Tensor:
+    """(N, V) bool, by sorting: the tokens that may be drawn."""
+    alone = None
+    if asked.top_p >= 1:
+        return torch.ones_like(probabilities(logits, asked), dtype=torch.bool)
+    if asked.nucleus_of is not None:
+        alone = torch.zeros_like(asked.weights)
+        alone[asked.nucleus_of] = 1
+    return nucleus(probabilities(logits, asked, alone), top_p)
+
+
+def log_q(probs: Tensor, tokens: Tensor, inside: Tensor) -> Tensor:
+    """In float64; of a token outside the nucleus what it would be if its mass were there."""
+    mass = (probs * inside).sum(-1)
     return (probs.gather(1, tokens.unsqueeze(1)).squeeze(1) / mass).log()
 
 
 @pytest.mark.parametrize(
-    ("engine", "vocabulary", "top_p", "temperature", "weights", "dtype"),
+    ("engine", "nucleus_of", "vocabulary", "top_p", "temperature", "weights", "dtype"),
     pairwise(
         list(ENGINES),
+        NUCLEI,
         [1, 2, 61, 257, 2051],
         [0.05, 0.5, 0.9, 0.999, 1.0],
         [0.7, 1.0, 1.7],
@@ -275,6 +301,7 @@ def log_q(probs: Tensor, tokens: Tensor, top_p: float) -> Tensor:
 )
 def test_log_q_is_that_of_the_truncated_distribution_in_float64(
     engine: str,
+    nucleus_of: int | None,
     vocabulary: int,
     top_p: float,
     temperature: float,
@@ -286,20 +313,37 @@ def test_log_q_is_that_of_the_truncated_distribution_in_float64(
     logits[:, vocabulary:] = torch.nan  # reward tokens and padding are not read
     logits[::rows] = 1.5  # the nucleus of equals is all of them
     logits[1::rows, -4] = 60 if len(weights) == 1 else 0
-    asked = wanted(vocabulary, weights, suppressed, temperature, top_p)
+    asked = wanted(vocabulary, weights, suppressed, temperature, top_p, stream(nucleus_of, weights))
     found = torch.full((rows,), torch.nan)
     told = ENGINES[engine](logits.clone(), asked, generator(9), found)
     assert torch.equal(told, ENGINES[engine](logits.clone(), asked, generator(9))), "telling changes no draw"
     probs = probabilities(logits, asked)
     # Where the mass up to a token is within rounding of top_p, either nucleus is right.
     near = 1e-5 if top_p < 1 else 0.0
-    low, high = (log_q(probs, told, top_p + side) for side in (near, -near))
+    low, high = (log_q(probs, told, inside(logits, asked, top_p + side)) for side in (near, -near))
     assert (high - low < 1e-4).sum() >= rows - 2, "so near it is by chance"
     # float32 scores up to 80, and sums of their exponentials.
     assert ((low - 5e-5 < found) & (found < high + 5e-5)).all()
     if engine == "torch":
         exact = log_probabilities(probs.log(), told, top_p)
-        torch.testing.assert_close(exact, log_q(probs, told, top_p), rtol=0, atol=1e-9)
+        whole = log_q(probs, told, nucleus(probs, top_p))
+        torch.testing.assert_close(exact, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+@pytest.mark.parametrize("nucleus_of", [0, 1])
+def test_draws_follow_the_mix_within_the_nucleus_of_a_stream(engine: str, nucleus_of: int) -> None:
+    draws, vocabulary = 500 if engine == "triton" else 20_000, 40  # its interpreter takes its time
+    logits = 2 * torch.randn(2, vocabulary, generator=generator(22))
+    logits[1] = (logits[0] + logits[1]) / 2
+    logits[:, 7] = torch.tensor(
+        [-12.0, -30.0]
+    )  # what the first stream would hardly write, and the other never
+    asked = wanted(vocabulary, (3.0, -2.0), (5,), 0.8, 0.9, nucleus_of)
+    probs, may = probabilities(logits, asked)[0], inside(logits, asked, 0.9)[0]
+    assert probs[7] > 0.5 and not may[7] and 5 < int(may.sum()) < 20
+    tokens = ENGINES[engine](logits.repeat_interleave(draws, 0), asked, generator(1))
+    assert_drawn_from(tokens.bincount(minlength=vocabulary), probs * may)
 
 
 @pytest.mark.parametrize("impl", ["eager", "cpp", "triton"])
@@ -372,7 +416,7 @@ def test_kernel_tells_nothing_of_a_token_outside_the_nucleus_or_of_a_row_without
         logits,
         torch.ones(1),
         torch.empty(0, dtype=torch.long),
-        0.3,
+        Nucleus(0.3),
         torch.tensor([0, 0, 1]),
         torch.tensor([[0.0], [0.5], [0.5]]),
         found,
@@ -492,11 +536,12 @@ def test_completions_keep_float32_sums_whatever_the_default_dtype() -> None:
 
 def test_threads_do_not_change_what_is_drawn() -> None:
     logits = likely_logits(64, 30_000, torch.bfloat16)
-    asked = wanted(30_000, (2.5, -1.5), top_p=0.9)
-    alone = draw_tokens(logits, asked, generator())
+    each = [wanted(30_000, (2.5, -1.5), top_p=0.9, nucleus_of=of) for of in (None, 0)]
+    alone = [draw_tokens(logits, asked, generator()) for asked in each]
     try:
         torch.set_num_threads(3)
-        assert torch.equal(draw_tokens(logits, asked, generator()), alone)
+        for asked, expected in zip(each, alone, strict=True):
+            assert torch.equal(draw_tokens(logits, asked, generator()), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -507,7 +552,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
         "logits": logits,
         "weights": torch.ones(2),
         "suppressed": torch.tensor([8]),
-        "top_p": 0.5,
+        "nucleus": Nucleus(0.5),
         "rows": torch.tensor([1, 0]),
         "uniform": torch.tensor([[0.5], [0.0]]),
     }
@@ -520,7 +565,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_read() -> None:
         ({"uniform": torch.tensor([[torch.nan], [0.0]])}, r"uniform\[0\] = -?nan"),
         ({"uniform": torch.tensor([[0.5]])}, "uniform has 1 values for 2 rows"),
         ({"weights": torch.tensor([1.0, torch.inf])}, "weight of stream 1 is not finite"),
-        ({"top_p": 0.0}, "top_p = 0.0+ is not above 0"),
+        ({"nucleus": Nucleus(0.0)}, "top_p = 0.0+ is not above 0"),
+        ({"nucleus": Nucleus(0.5, 2)}, "nucleus_of = 2 is none of 2 streams, nor -1"),
+        ({"nucleus": Nucleus(0.5, 1, torch.nan)}, "nucleus_weight = -?nan is not above 0"),
         ({"logits": logits.double()}, "logits of dtype float64"),
         ({"log_p": torch.zeros(3)}, "log_p has 3 values for 2 rows"),
         ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "incompatible function arguments"),
