@@ -211,6 +211,27 @@ def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> N
     assert not {"torch", "transformers", "numpy", "matplotlib"} & {name.split(".")[0] for name in loaded}
 
 
+@pytest.mark.parametrize("change", ["_C.interface -= 1", "del _C.interface"])
+def test_compiled_part_of_another_version_is_refused_with_the_mend(change: str) -> None:
+    """Calls would fail in the middle of a run, on their arguments."""
+    told = in_a_new_process(
+        f"""
+import importlib
+import quark_fast
+from quark_fast import _C
+{change}
+try:
+    importlib.reload(quark_fast)
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert told == (
+        "the compiled part of quark_fast is of another version than the package: "
+        "run `pip install -e .` again\n"
+    )
+
+
 def test_help_and_bad_flags_do_not_wait_for_torch() -> None:
     source = """
 import contextlib, importlib, sys
