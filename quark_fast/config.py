@@ -210,14 +210,7 @@ class Config(
 
     def held_out_count(self) -> int | None:
         """How many prompts to hold out, where ``held_out`` says that; None: it does not."""
-        if self.held_out is None or not re.fullmatch(r"-?[\d._]+%?", self.held_out):
-            return None
-        # 1_000 is 1000, as in the settings that are numbers.
-        whole = re.fullmatch(r"\d+(_\d+)*", self.held_out) and len(self.held_out) <= 20
-        count = int(self.held_out) if whole else MOST + 1
-        if not 1 <= count <= MOST:
-            raise UsageError(f"held_out = {self.held_out}; give at least 1 and at most {MOST}, or a file")
-        return count
+        return None if self.held_out is None else _count(self.held_out)
 
     def guidances(self) -> list[float]:
         """The values of w to evaluate, each once; none where the best token is evaluated alone."""
@@ -484,6 +477,18 @@ def _of_another_kind(name: str, value: Any, wanted: str) -> str:
     shown = value is None or isinstance(value, str | int | float)
     what = f"= {repr(value) if isinstance(value, str) else settings.text_of(value)}"
     return f"{name} {what if shown else f'is of type {type(value).__name__}'}; {fix}"
+
+
+def _count(held_out: str) -> int | None:
+    """The number that ``held_out`` is; None: it is no number."""
+    if not re.fullmatch(r"-?[\d._]+%?", held_out):
+        return None
+    # 1_000 is 1000, as in the settings that are numbers.
+    whole = re.fullmatch(r"\d+(_\d+)*", held_out) and len(held_out) <= 20
+    count = int(held_out) if whole else MOST + 1
+    if not 1 <= count <= MOST:
+        raise UsageError(f"held_out = {held_out}; give at least 1 and at most {MOST}, or a file")
+    return count
 
 
 def _check_folder_name(output: str | None) -> None:
