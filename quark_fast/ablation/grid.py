@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from quark_fast.ablation.axes import binding, distinct_settings, name_of, points
 from quark_fast.ablation.plot import plot
 from quark_fast.ablation.summary import summarise
 from quark_fast.ablation.table import markdown
+from quark_fast.arguments import settings_in
 from quark_fast.config import Config
 from quark_fast.errors import Interrupted, OutOfResources, UsageError
 from quark_fast.files.atomic import replacing
@@ -37,14 +38,15 @@ def run_grid(
     A point is a run folder ``seed-N/SETTINGS`` of its own. All take the base model's samples of a seed
     from one folder, which changes no number (``shared_samples.SharedSamples``). Calling this again goes on
     where the last call ended, also within a point, and may have other axes or seeds; the table has those of
-    the last call.
+    the last call. It may have another ``keep_best``, too, as long as no point is finished with the old one.
 
     Args:
         note: called with a line before every run, of several processes on the first.
         given: to the ``Trainer``.
     Raises:
-        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings;
-            after all other runs, if one ended without a result.
+        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings,
+            or holds a finished point that was resumed with others; after all other runs, if one ended
+            without a result.
         Interrupted: Ctrl-C or SIGTERM; calling again goes on.
     """
     if not seeds or not axes:
@@ -56,6 +58,7 @@ def run_grid(
     say = note if processes.main else lambda _: None
     sampler = SharedSamples(folder / "base-model")
     wanted = [(seed, settings) for seed in seeds for settings in distinct_settings(points)]
+    processes.on_rank_0(partial(_check_finished, folder, base, wanted, given.keys()))
     failed: list[str] = []
     for number, (seed, settings) in enumerate(wanted, start=1):
         path = run_path(folder, seed, settings)
@@ -78,10 +81,47 @@ def run_grid(
     if failed:
         raise UsageError(
             f"{len(failed)} of {len(wanted)} runs ended without a result, so there is no table; the others"
-            f" are kept. Choose a base, or axes, without such runs, and another --output. {'; '.join(failed)}"
+            f" are kept. {_advice(folder, base)}. {'; '.join(failed)}"
         )
     processes.on_rank_0(lambda: _write(folder, summarise(folder, base, points, seeds)))
     return folder
+
+
+def _advice(folder: Path, base: Config) -> str:
+    """What to do about runs without a result."""
+    anew = "choose a base, or axes, without such runs, and another --output"
+    if base.goal() and not _finished_points(folder):
+        return (
+            "Where no round meets --keep-best, give this whole grid another one, with which it goes on;"
+            f" else {anew}"
+        )
+    return anew.capitalize()
+
+
+def _finished_points(folder: Path) -> list[Path]:
+    return [path.parent for path in sorted(folder.glob("seed-*/*/finished.json"))]
+
+
+def _check_finished(
+    folder: Path, base: Config, wanted: Sequence[tuple[int, dict[str, Any]]], of_program: Iterable[str]
+) -> None:
+    """Refuse a finished point of other settings, as one has that was resumed by itself.
+
+    Args:
+        of_program: what the settings do not say, since a program gave it.
+    """
+    for seed, settings in wanted:
+        path = run_path(folder, seed, settings)
+        if not RunFolder(path).finished:
+            continue
+        config = dataclasses.replace(base, **settings, seed=seed)
+        mine, its = {**binding(config), "seed": seed}, settings_in(path / "config.yaml")
+        for name in sorted(mine.keys() & its.keys() - {*of_program}):
+            if mine[name] != its[name]:
+                raise UsageError(
+                    f"{path} is finished with {name} = {its[name]!r}, but in this grid it has {mine[name]!r};"
+                    " give the grid that, remove that folder, or choose another --output"
+                )
 
 
 def _seen(path: Path) -> tuple[bool, bool]:
@@ -113,8 +153,7 @@ def _begin(folder: Path, base: Config) -> Config:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
-        with replacing(record) as scratch:
-            scratch.write_text(json.dumps(binding(base), indent=2), encoding="utf-8")
+        _record(record, base)
         return base
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
@@ -123,13 +162,31 @@ def _begin(folder: Path, base: Config) -> Config:
     if base.precision == "auto":
         base = dataclasses.replace(base, precision=saved["precision"])
     mine = binding(base)
-    for name in sorted(mine.keys() | saved.keys()):
-        if mine.get(name) != saved.get(name):
-            raise UsageError(
-                f"{name} = {mine.get(name)!r}, but the grid in {folder} was made with {saved.get(name)!r};"
-                " give it its own, or choose another --output"
-            )
+    others = sorted(name for name in mine.keys() | saved.keys() if mine.get(name) != saved.get(name))
+    if others == ["keep_best"] and _chooses_anew(folder, base, saved):
+        _record(record, base)
+    elif others:
+        name = others[0]
+        raise UsageError(
+            f"{name} = {mine.get(name)!r}, but the grid in {folder} was made with {saved.get(name)!r};"
+            " give it its own, or choose another --output"
+        )
     return base
+
+
+def _chooses_anew(folder: Path, base: Config, saved: dict[str, Any]) -> bool:
+    """Whether the rounds of all points may be chosen by the base's keep_best in place of the saved one.
+
+    They were compared by one from the beginning, and no point is finished with any other.
+    """
+    finished = _finished_points(folder)
+    chosen_by = {settings_in(path / "config.yaml").get("keep_best") for path in finished}
+    return bool(base.goal() and str(saved.get("keep_best", "")).strip()) and chosen_by <= {base.keep_best}
+
+
+def _record(record: Path, base: Config) -> None:
+    with replacing(record) as scratch:
+        scratch.write_text(json.dumps(binding(base), indent=2), encoding="utf-8")
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:

@@ -238,6 +238,41 @@ def test_grid_goes_on_without_a_point_that_diverged_and_says_so_in_the_end(
     assert (tmp_path / "grid" / "ablations.md").exists()
 
 
+def test_grid_whose_rounds_all_miss_a_bound_goes_on_with_another_and_never_with_two(
+    tmp_path: Path, model: Path
+) -> None:
+    def run(bound: str, **more: Any) -> Path:
+        keep_best = f"reward:max, perplexity<={bound}" if bound else ""
+        config = base(tmp_path / "grid", model, guidance=1.0, keep_best=keep_best)
+        return grid.run_grid(config, ["tokens"], [0], **GIVEN, **more)
+
+    with pytest.raises(UsageError, match=r"2 of 2 runs .*, give this whole grid another one, with which it"):
+        run("0.01")
+    alone = tmp_path / "grid" / "seed-0" / "base"
+    steps = len(rows(alone / "metrics.jsonl", kind="step"))
+    looser = {"keep_best": "reward:max, perplexity<=1000", "guidance": 1.0, "resume": True}
+    Trainer(base(alone, model, **looser), **GIVEN).train()
+    with pytest.raises(
+        UsageError, match=r"seed-0/base is finished with keep_best = '.*<=1000', .*'.*<=0.01'"
+    ):
+        run("0.01")
+    for other in ("2", ""):
+        with pytest.raises(UsageError, match=r"keep_best = .*, but the grid in .* was made with '.*<=0.01'"):
+            run(other)
+    lines: list[str] = []
+    folder = run("1000", note=lines.append)
+    assert [line.endswith(": finished") for line in lines] == [True, False]
+    random = folder / "seed-0" / "explore_token=random"
+    assert [len(rows(path / "metrics.jsonl", kind="step")) for path in (alone, random)] == [steps] * 2
+    assert json.loads((folder / "ablations.json").read_text())["base"]["keep_best"].endswith("<=1000")
+    with pytest.raises(UsageError, match=r"was made with '.*<=1000'"):
+        run("0.01")
+    settings = (random / "config.yaml").read_text()
+    (random / "config.yaml").write_text(settings.replace("kl_coef: 1.0", "kl_coef: 2.0"))
+    with pytest.raises(UsageError, match=r"token=random is finished with kl_coef = 2.0, .* it has 1.0"):
+        run("1000")
+
+
 def test_grid_of_other_settings_is_refused_and_threads_are_free(
     tmp_path: Path, model: Path, two_seeds: Path
 ) -> None:
