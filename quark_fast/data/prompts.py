@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quark_fast.data.chat import Chat, ChatTemplateError
-from quark_fast.data.readers import listed, read_rows
+from quark_fast.data.readers import json_form, listed, read_rows
 from quark_fast.data.row import Rendered, Row, from_file, given, messages, no_messages
 from quark_fast.errors import UsageError
 from quark_fast.files.safe_read import DEEPEST, too_deep
@@ -66,7 +66,7 @@ def load_prompts(
     for record in read_rows(str(source)):
         loaded.read += 1
         check_depth(record, f"{source}, record {loaded.read}")
-        row = {"prompt": record} if isinstance(record, str) else from_file(record)
+        row = {"prompt": record} if isinstance(record, str) else from_file(json_form(record))
         names |= dict.fromkeys(map(str, row))
         held, value = (True, record) if isinstance(record, str) else find_prompt(row, column)
         found |= held

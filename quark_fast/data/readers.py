@@ -99,8 +99,7 @@ def _read_json(source: str, text: str) -> Iterator[Row | str]:
 
 def _parse_json(source: str, first_line: int, text: str, if_several: str = "") -> Any:
     try:
-        # NaN and infinities, which JSON itself does not know, are None, as in the run's own files later.
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line, hint = first_line + error.lineno - 1, if_several if error.msg == "Extra data" else ""
         raise UsageError(f"{source}:{line}: not JSON ({error.msg} at column {error.colno}){hint}") from error
@@ -174,7 +173,7 @@ def _read_parquet(path: Path) -> list[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names, texts = file.schema_arrow.names, _texts_in_bytes(file)
             rows = [
-                _json_form({k: v.decode() if k in texts and v else v for k, v in row.items()})
+                json_form({k: v.decode() if k in texts and v else v for k, v in row.items()})
                 for batch in file.iter_batches()
                 for row in batch.to_pylist()
             ]
@@ -229,18 +228,19 @@ def _read_dataset(source: str) -> Iterator[Row]:
             f"prompts {source}: {type(error).__name__}: {str(error)[:300]}{nor_folder(name)}"
         ) from error
     # Saved with a format, as torch's, a data set would give that library's numbers.
-    yield from map(_json_form, data.with_format(None))
+    yield from map(json_form, data.with_format(None))
 
 
-def _json_form(value: Any) -> Any:
+def json_form(value: Any) -> Any:
     """A column's value as JSON has it, so that a reward gets the same from the run's own files later.
 
-    Bytes, such as those of an image, are base64, whatever else JSON does not know is its text.
+    NaN and infinities are None; bytes, such as those of an image, are base64; whatever else JSON does not
+    know is its text.
     """
     if isinstance(value, Mapping):
-        return {name: _json_form(one) for name, one in value.items()}
+        return {name: json_form(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_form(one) for one in value]
+        return [json_form(one) for one in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
