@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from quark_fast.data.prompts import load_prompts
 from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup, evaluate, evaluation_sampling
-from quark_fast.evaluation.open_run import open_run
+from quark_fast.evaluation.open_run import held_out_rows, open_run
 from quark_fast.evaluation.summary import MeasuredRow, summarise
 from quark_fast.evaluation.table_rows import TableRow
 from quark_fast.metrics import Sample
@@ -21,7 +20,6 @@ from quark_fast.report.files import read_run
 from quark_fast.report.tables import results_table
 from quark_fast.runtime.machine import quiet_libraries, set_threads, versions
 from quark_fast.runtime.memory import keep_freed_memory
-from quark_fast.runtime.run_folder import HELD_OUT
 from quark_fast.tasks.by_name import choose_reward, find_task
 
 
@@ -40,7 +38,7 @@ class FinishedRun:
             self.run.policy,
             self.run.reference,
             choose_reward(config, self.task, self.run.device),
-            EncodedPrompts.encoded(self.run.policy, load_prompts(folder / HELD_OUT).rows, config),
+            EncodedPrompts.encoded(self.run.policy, held_out_rows(folder), config),
             evaluation_sampling(config),
             config.seed,
             prompt_fit=self.task.shows("prompt_fit"),

@@ -492,7 +492,7 @@ def _count(held_out: str) -> int | None:
 
 
 def _check_folder_name(output: str | None) -> None:
-    """Refuse what a file system takes and nobody can type again, and what none takes."""
+    """Refuse a name that cannot be typed again, and one that no file system takes."""
     if output is not None and not output.strip():
         raise UsageError(f"output = {output!r} is blank; give a folder's name")
     if output is not None and "\0" in output:

@@ -34,6 +34,11 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
     """
     loaded = functools.cache(tokenizer)
 
+    @functools.cache
+    def front() -> str:
+        # A conditioned template has left its opening out; what begins like that is the first turn's own.
+        return "" if is_conditioned(loaded()) else opening(loaded())
+
     def render(messages: list[dict[str, Any]]) -> str:
         if not getattr(loaded(), "chat_template", None):
             raise UsageError(
@@ -44,8 +49,7 @@ def chat_template(source: str, tokenizer: Callable[[], Any]) -> Chat:
             text = _written(loaded(), messages)
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise ChatTemplateError(f"the chat template of {source} refuses messages: {error}") from error
-        # A conditioned template has left its opening out; what begins like that now is the first turn's own.
-        return Rendered(text if is_conditioned(loaded()) else text.removeprefix(opening(loaded())))
+        return Rendered(text.removeprefix(front()))
 
     return render
 

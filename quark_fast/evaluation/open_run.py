@@ -13,12 +13,14 @@ import torch
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
 from quark_fast.data import assets
+from quark_fast.data.row import Row, from_file
 from quark_fast.errors import UsageError
 from quark_fast.model.check_reading import check_reading
 from quark_fast.model.copies import frozen_copy
 from quark_fast.model.loading import load_reference
 from quark_fast.model.policy import Policy
 from quark_fast.runtime.machine import sampling_dtype
+from quark_fast.runtime.run_folder import HELD_OUT, RunFolder
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ def run_config(folder: Path) -> Config:
     config = load_config(folder / "config.yaml")
     config.model = _base_from_here(folder, config)
     return config
+
+
+def held_out_rows(folder: Path) -> list[Row]:
+    """The prompts of a run's own evaluation, all of them: a program may have given one twice."""
+    rows = [from_file(row) for row in RunFolder(folder).rows_of(HELD_OUT)]
+    if not rows:
+        raise UsageError(f"{folder / HELD_OUT} holds no prompts; give some by --prompts")
+    return rows
 
 
 def _base_from_here(folder: Path, config: Config) -> str | None:

@@ -14,10 +14,11 @@ import torch
 from quark_fast.config import Config
 from quark_fast.data.chat import ChatTemplateError, chat_template
 from quark_fast.data.prompts import load_prompts
-from quark_fast.data.row import Prompt, Row, from_file, given, is_chat, with_same_columns
+from quark_fast.data.row import Prompt, Row, given, is_chat, with_same_columns
 from quark_fast.data.split import program_rows
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.held_out import EncodedPrompts
+from quark_fast.evaluation.open_run import held_out_rows
 from quark_fast.evaluation.prompt_classes import check_classes
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN
 from quark_fast.evaluation.subjects import Model, Named, Run, agree
@@ -27,7 +28,7 @@ from quark_fast.rewards.by_name import refuse_code_of
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.runtime.machine import sampling_dtype
-from quark_fast.runtime.run_folder import HELD_OUT, REWARDS, RunFolder
+from quark_fast.runtime.run_folder import HELD_OUT, REWARDS
 from quark_fast.tasks.by_name import GivenReward, choose_judges, choose_reward, find_task
 from quark_fast.tasks.task import Task
 
@@ -269,7 +270,8 @@ def load_prompt_sets(
     if source is not None:
         own = load("", source, run.config.prompt_column if run and column is None else column)
     elif run:
-        own = _of_run(run, protocol.task.prompt_classes)
+        rows, split = held_out_rows(run.folder), run.config.evaluate_on
+        own = PromptSet("", str(run.folder / HELD_OUT), rows, split, protocol.task.prompt_classes)
     elif not protocol.task_named:
         raise UsageError(
             f"{_named(models)}; name the prompts for the reward {protocol.reward.name} by --prompts, or a"
@@ -280,12 +282,3 @@ def load_prompt_sets(
         own = PromptSet("", source, protocol.task.prompts()[1], "test")
     source, column = out_of_domain
     return [own] if source is None else [own, load(OUT_OF_DOMAIN, source, column)]
-
-
-def _of_run(run: Run, classified: bool) -> PromptSet:
-    """The prompts of a run's own evaluation, all of them: a program may have given one twice."""
-    path = run.folder / HELD_OUT
-    rows = [from_file(row) for row in RunFolder(run.folder).rows_of(HELD_OUT)]
-    if not rows:
-        raise UsageError(f"{path} holds no prompts; give some by --prompts")
-    return PromptSet("", str(path), rows, run.config.evaluate_on, classified)

@@ -50,7 +50,7 @@ class Guidance(LogitsProcessor):
         best, worst = scores.float(), self._under_worst(input_ids).float()
         mixed = worst + self.weight * (best - worst)
         suppressed = scores == -torch.inf  # stays so, whatever the weight
-        if self.top_p < 1 and not 0 <= self.weight <= 1:
+        if self.top_p < 1:
             one = best if self.weight > 1 else worst.masked_fill(suppressed, -torch.inf)
             suppressed |= self._outside_nucleus(one)
         return mixed.masked_fill(suppressed, -torch.inf).to(scores.dtype)
@@ -139,12 +139,13 @@ def generate(
                 )
         if attention_mask is None:
             attention_mask = _padding_of(ids, setting)
-        drawn = setting("do_sample")
-        top_p, temperature = (setting(name) if drawn else None for name in ("top_p", "temperature"))
-        mix = Guidance(model, guidance, attention_mask, top_p or 1.0, temperature or 1.0)
+        top_p = setting("top_p") or 1.0
+        if setting("do_sample") and not 0 <= guidance <= 1 and 0 < top_p < 1:
+            kwargs["top_p"] = 1.0  # the nucleus is one token's, taken before the mix
+        else:
+            top_p = 1.0
+        mix = Guidance(model, guidance, attention_mask, top_p, setting("temperature") or 1.0)
         processors.insert(0, mix)
-        if mix.top_p < 1 and not 0 <= guidance <= 1:
-            kwargs["top_p"] = 1.0  # the mix has taken its nucleus
         if (penalty := setting("repetition_penalty")) not in (None, 1.0):
             # Transformers' own would stand in front of the mix, and count w times.
             kwargs["repetition_penalty"] = 1.0

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from quark_fast.arguments import Parser, settings_in
-from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.runtime.console import Terminal
 from quark_fast.terminal import check_output, command
@@ -56,22 +53,6 @@ def _write_anew(folder: Path, console: Terminal, notices: Terminal) -> None:
     console.print(f"report: {write_report(folder, files)}")
 
 
-def _differing(files: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The settings that differ between config.yaml files, which may be of several versions.
-
-    One that a file does not have is of another version there, whose default nobody knows here.
-    """
-    from quark_fast.report.comparison import differing
-
-    absent, own = "not there", [field.name for field in dataclasses.fields(Config)]
-    found = differing([Config(**{name: file.get(name, absent) for name in own}) for file in files])
-    for name in dict.fromkeys(name for file in files for name in file if name not in own):
-        values = [str(file.get(name, absent)) for file in files]
-        if len(set(values)) > 1:
-            found[name] = values
-    return found
-
-
 def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, notices: Terminal) -> None:
     if output is None:
         raise UsageError("several runs are compared on a page of its own; name it by --output FILE.html")
@@ -81,12 +62,12 @@ def _compare(folders: Sequence[Path], output: Path | None, console: Terminal, no
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.evaluation.subjects import short_names
     from quark_fast.files.atomic import replacing
-    from quark_fast.report.comparison import Compared
+    from quark_fast.report.comparison import Compared, differing
     from quark_fast.report.files import read_run
     from quark_fast.report.page import comparison_page
 
     names = short_names([str(folder) for folder in folders])
-    settings = _differing([settings_in(folder / "config.yaml") for folder in folders])
+    settings = differing([settings_in(folder / "config.yaml") for folder in folders])
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
     why, table, samples = "", {}, []
     try:

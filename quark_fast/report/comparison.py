@@ -47,13 +47,17 @@ class Compared:
         return _COLOURS[list(self.runs).index(name) % len(_COLOURS)]
 
 
-def differing(configs: Sequence[Config]) -> dict[str, list[str]]:
-    """The settings whose values are not the same in all, with the value of each."""
+def differing(files: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The settings of config.yaml files whose values are not the same in all, with the value of each.
+
+    The files may be of several versions: one that lacks a setting had a default that is not known here.
+    """
+    known = [field.name for field in dataclasses.fields(Config)]
     found = {}
-    for field in dataclasses.fields(Config):
-        values = [getattr(config, field.name) for config in configs]
-        if field.name not in _OWN and any(value != values[0] for value in values):
-            found[field.name] = [str(value) for value in values]
+    for name in dict.fromkeys([*known, *(name for file in files for name in file)]):
+        values = [file.get(name, "not there") for file in files]
+        if name not in _OWN and any(value != values[0] for value in values):
+            found[name] = [str(value) for value in values]
     return found
 
 
