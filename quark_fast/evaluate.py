@@ -123,7 +123,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         made = evaluator.evaluate()
         for remark in evaluator.remarks[told:]:
             notices.print(remark)
-    # First the files: standard output may be a pipe that nobody reads any more.
+    # First the files: standard output may be a pipe that is not read any more.
     for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
         with replacing(path) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -12,7 +12,7 @@ made. So the draws are exact, without a sort; on average half of what is outside
 
 log p of the token, restricted to the nucleus, takes the nucleus's mass, which no draw needs. Bisection of y
 finds its lowest token, by a pass over the row in the cache for each halving, and no more of them than there
-are different y, as every pass moves an end to one of these. It is not compiled where nobody asks for it.
+are different y, as every pass moves an end to one of these. It is compiled only where it is asked for.
 
 Where the nucleus is that of one stream, the same bisection finds the lowest of its tokens first, and what
 lies below is left out of all passes over y: the first draw is in it.

@@ -101,7 +101,7 @@ def _stored_samples(state: State, folder: Path | None, n: int) -> SampleStore:
         return store
     prompts, completions = (
         TokenRows.of_lengths(
-            # A copy: a pool's samples are nobody else's to write to.
+            # A copy: only the pool writes to its samples.
             _ints(f"{name}_tokens", state[f"{name}_tokens"], np.int32).copy(),
             _ints(f"{name}_lengths", state[f"{name}_lengths"]),
         )

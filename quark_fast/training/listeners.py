@@ -49,7 +49,7 @@ class Listeners:
     """Several listeners as one: the run's log, and those that the program gave.
 
     Args:
-        listen: "auto": a display, where somebody looks at it; None: nobody; one listener, or several.
+        listen: "auto": a display, where somebody looks at it; None: none; one listener, or several.
         log: of rank 0, None on the others, which show nothing by themselves either.
         mask: hide the worst words in the display.
     """

@@ -19,7 +19,7 @@ class Texts:
 class Progress:
     """One report: the stage, how far it is, numbers worth showing, now and then a note, or texts.
 
-    ``seconds`` is what a finished stage took; None: nobody has measured it yet.
+    ``seconds`` is what a finished stage took; None: it is not measured yet.
     """
 
     stage: str

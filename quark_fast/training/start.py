@@ -290,7 +290,7 @@ def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> No
     """Switch the policy to eager attention for sequences of up to 512 tokens on a CPU.
 
     There PyTorch's flash kernel takes 1.4 times as long for a whole step. Otherwise it stays transformers'
-    own choice: sdpa, where the model can, on a GPU with a mask that nobody waits for.
+    own choice: sdpa, where the model can, on a GPU with a mask that is not waited for.
     """
     model, longest = policy.model, prompts.longest(config.max_new_tokens)
     if model.device.type == "cpu":
