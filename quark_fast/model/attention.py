@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,14 @@ from quark_fast.model.cache import with_room
 FAST_ATTENTION = "quark_grouped"
 
 
+class _Cudnn:
+    """PyTorch's one switch for cuDNN's attention, which several threads may want off at a time."""
+
+    lock = threading.Lock()
+    inside = 0  # how many want it off
+    before = True  # how it was before the first of them
+
+
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
     """No attention within is cuDNN's; that of the rest of the process may be.
@@ -24,12 +33,18 @@ def without_cudnn() -> Iterator[None]:
     cuDNN's is PyTorch's first choice on Hopper and later GPUs since 2.11. It plans for every new shape anew,
     and each token that is decoded is one; and its gradient may be NaN under a mask (pytorch#196678).
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    with _Cudnn.lock:
+        if _Cudnn.inside == 0:
+            _Cudnn.before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _Cudnn.inside += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _Cudnn.lock:
+            _Cudnn.inside -= 1
+            if _Cudnn.inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_Cudnn.before)
 
 
 def grouped_attention(

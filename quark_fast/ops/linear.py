@@ -600,7 +600,8 @@ def _contrast(
         reference = of_samples(
             ops.terms_and_gradient((r, None, labels, weights, *nll_alone), impl, want_grad=False)[1]
         )
-        loss = loss + kl_coef * (weights * mirror_kl).sum()
+        if kl_coef:  # 0 times an infinite KL would be NaN
+            loss = loss + kl_coef * (weights * mirror_kl).sum()
     values, *on = compare(of_samples(nll), of_samples(mirror), reference, better, contrast)
     loss = loss + contrast.total(values)
     both_values = torch.stack(values)

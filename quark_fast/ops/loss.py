@@ -325,8 +325,12 @@ def check_labels(labels: Tensor, weights: Tensor, vocab_size: int) -> None:
 
 
 def _can_be_read(tensor: Tensor) -> bool:
-    """Whether Python can look at its values without a wait: under torch.vmap or torch.compile it has none."""
-    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether Python can look at its values without a wait: torch.vmap, torch.compile and fakes have none."""
+    hidden = (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+    )
     return tensor.device.type == "cpu" and not hidden
 
 

@@ -926,7 +926,7 @@ def _tile(tensors: list[Tensor], rows: list[Rows]) -> _Tile:
     if not any(firsts) and all(stride == (0, 0) for stride in strides):
         return _Tile(widest, widest)
     # All rows n start equally far from a multiple of E.
-    same = all(r.inner == rows[0].inner or r.outer_stride == rows[0].outer_stride == 0 for r in rows)
+    same = all(r.inner == rows[0].inner for r in rows)
     first = firsts[0]
     in_memory = all(tensor.storage_offset() >= first for tensor in tensors)
     if same and in_memory and len(set(strides)) == len(set(firsts)) == 1:

@@ -15,6 +15,21 @@ from quark_fast.model.loading import decode_fast
 from quark_fast.model.reading import pad_left, positions_of, read
 
 
+def test_cudnns_attention_stays_off_while_any_thread_wants_it_off() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        first, second = attention.without_cudnn(), attention.without_cudnn()  # of two threads at once
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        second.__exit__(None, None, None)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_cudnns_attention_is_off_in_our_models_and_as_it_was_elsewhere(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, on: bool

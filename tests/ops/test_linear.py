@@ -722,6 +722,27 @@ def test_contrast_without_gradient_and_sample_cut_nowhere() -> None:
     torch.testing.assert_close(out.loss, plain.loss + math.log(2))
 
 
+def test_an_infinite_kl_of_the_mirror_rows_without_a_coefficient_is_no_part_of_the_loss() -> None:
+    inputs = make((3, 4))
+    labels, never = inputs.labels.clamp(max=VOCABULARY - 2), inputs.ref_bias.clone()
+    never[VOCABULARY - 1] = -math.inf
+    out, _, mirror_kl = linear_contrast_loss(
+        torch.stack([inputs.hidden] * 2).requires_grad_(),
+        *inputs[1:4],
+        labels,
+        inputs.mask,
+        torch.ones(3),
+        ref_bias=never,
+        weights=ContrastWeights(0.7, 0.4),
+        samples=3,
+        vocab_size=VOCABULARY,
+        normalizer=5.0,
+        kl_coef=0.0,
+    )
+    assert mirror_kl.isinf().any() and out.loss.isfinite()
+    out.loss.backward()
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0, 4)], ids=str)

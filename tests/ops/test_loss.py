@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, in_a_new_process, run_again_at
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 from torch_defaults import OTHERS, defaults
@@ -752,6 +753,14 @@ def test_kernels_refuse_a_forward_mode_tangent_instead_of_losing_it() -> None:
     leaf = logits.clone().requires_grad_()
     quark_loss(leaf, *rest).loss.backward()
     torch.testing.assert_close(found, (leaf.grad * tangent).sum())
+
+
+def test_fake_tensors_have_a_fake_loss_and_gradient() -> None:
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 10, requires_grad=True)
+        labels = torch.empty(2, 3, dtype=torch.long)
+        quark_loss(logits, torch.empty(2, 3, 10), labels).loss.backward()
+    assert logits.grad is not None and logits.grad.shape == logits.shape
 
 
 def test_vmap_maps_a_kernel() -> None:

@@ -459,12 +459,23 @@ def test_a_gradient_follows_no_layout_that_wastes_memory_or_overlaps() -> None:
     assert grad.stride() == (1008, 1) and grad.untyped_storage().nbytes() <= 4 * 3 * 1008
 
 
-def test_one_reference_for_a_whole_batch_may_be_expanded() -> None:
-    inputs = make(200, shape=(2, 2), extra=0)
-    row = inputs.ref_logits[:1]
-    a = ours(inputs._replace(ref_logits=row.expand(2, -1, -1)))
-    b = ours(inputs._replace(ref_logits=row.repeat(2, 1, 1)))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+@pytest.mark.parametrize("vocab", [200, 203])  # 203: rows start at any remainder of 16 bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["logits", "ref_logits"])
+def test_rows_of_a_whole_batch_may_be_one_expanded_view(vocab: int, dtype: torch.dtype, name: str) -> None:
+    inputs = make(vocab, dtype=dtype, shape=(2, 3), extra=0)
+    rows = {"logits": inputs.logits, "ref_logits": inputs.ref_logits}
+    leaf = rows[name][:1].to(DEVICE).requires_grad_(name == "logits")
+
+    def loss(view: Tensor) -> list[Tensor]:
+        both = {key: view if key == name else tensor.to(DEVICE) for key, tensor in rows.items()}
+        labels, mask = inputs.labels.to(DEVICE), inputs.mask.to(DEVICE)
+        out = quark_loss(both["logits"], both["ref_logits"], labels, mask, impl="triton", **COEFFICIENTS)
+        grad = torch.autograd.grad(out.loss, leaf) if leaf.requires_grad else ()
+        return [*out, *grad]
+
+    for one, same in zip(loss(leaf.expand(2, -1, -1)), loss(leaf.repeat(2, 1, 1)), strict=True):
+        torch.testing.assert_close(one, same)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
