@@ -150,8 +150,16 @@ def _read_state(path: Path) -> StateAndTensors:
         if sha256(path / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    tensors = {file.stem: _copied(file) for file in sorted(path.glob("*.safetensors"))}
     return state, tensors
+
+
+def _copied(file: Path) -> dict[str, Tensor]:
+    """Tensors in memory of their own: mapped ones would keep a file that is removed later.
+
+    On NFS it then stays in its folder, which so cannot be removed; elsewhere it keeps its room on the disk.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _size(path: Path) -> int:

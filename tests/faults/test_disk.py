@@ -145,6 +145,11 @@ def test_next_checkpoint_does_not_push_out_the_good_one_in_favour_of_the_damaged
     assert again is not None and again[0]["step"] == 2
 
 
+def test_checkpoint_that_was_read_can_be_removed_also_on_nfs_which_keeps_mapped_files(stopped: Path) -> None:
+    loaded = load_checkpoint(RunFolder(stopped))
+    assert loaded is not None and str(stopped) not in Path("/proc/self/maps").read_text()
+
+
 def test_lost_rows_and_torn_ones_are_mended_by_a_checkpoint(stopped: Path) -> None:
     metrics = stopped / "metrics.jsonl"
     whole = metrics.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,22 @@ def test_export_is_checked_and_the_scratch_folder_is_gone(policy: Policy, tmp_pa
     (tmp_path / "near").mkdir()
     assert check_export(policy, tmp_path / "near", HOW, untie=True) == (True, [])
     assert not any((tmp_path / "near").iterdir())
+
+
+def test_no_file_of_the_scratch_folder_is_mapped_when_it_is_removed(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed, own = [], shutil.rmtree
+
+    def rmtree(path: str, *rest: Any, **named: Any) -> None:
+        removed.append(path)
+        # NFS keeps a mapped file in its folder, under another name.
+        assert path not in Path("/proc/self/maps").read_text()
+        own(path, *rest, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    check_export(policy, tmp_path, HOW, untie=True)
+    assert removed
 
 
 def test_export_that_loads_as_another_model_is_refused(
