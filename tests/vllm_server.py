@@ -2,7 +2,7 @@
 
 Written after the schemas and the sampler of vLLM 0.33 (``CompletionRequest``, ``SamplingParams``). It samples
 in the plainest way - no cache, one row at a time, the nucleus by sorting - and so is an oracle for the local
-loop, too. What vLLM would only log and ignore, an unknown field, is an error here.
+loop, too. What vLLM would only log and ignore, an unknown field, is an error here, unless ``ignores`` has it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ COMPLETION = SAMPLING | {
     "prompt": lambda v: ids(v) and bool(v),
     "return_token_ids": flag,
     "cache_salt": lambda v: text(v) and len(v) <= 128 and not set(v) & set("@/\\\0"),
+    "logit_bias": lambda v: all(k.isdecimal() for k in v) and all(map(number(-100, 100), v.values())),
 }
 TOKENIZE = {"model": text, "prompt": text, "add_special_tokens": flag}
 
@@ -119,12 +120,14 @@ class Vllm:
         if wanted["min_tokens"] > wanted["max_tokens"]:
             raise Refused(400, "min_tokens must be at most max_tokens")
         assert wanted["ignore_eos"] and wanted["top_k"] in (0, -1) and wanted["min_p"] == 0.0
-        bad = [self.tokenizer.encode(word, add_special_tokens=False) for word in wanted["bad_words"]]
+        bad = [self.tokenizer.encode(word, add_special_tokens=False) for word in wanted.get("bad_words", ())]
         generator = torch.Generator().manual_seed(wanted["seed"] + index)
         drawn: list[int] = []
         reason, stop = "length", None
         while len(drawn) < wanted["max_tokens"]:
             scores = self.logits(prompt, salt, drawn)
+            for i, bias in wanted.get("logit_bias", {}).items():
+                scores[int(i)] += bias
             if len(drawn) < wanted["min_tokens"]:
                 scores[wanted["stop_token_ids"]] = -torch.inf
             for word in bad:
@@ -153,6 +156,7 @@ class VllmServer:
         asked: the bodies of all requests for completions.
         reloads: how often it was given weights.
         sees: whether it finds the folder of the weights.
+        ignores: the fields of requests that it does not know, as older servers do not know bad_words.
     """
 
     def __init__(self, folder: Path, *, dev_mode: bool = True, port: int = 0) -> None:
@@ -161,6 +165,7 @@ class VllmServer:
         self.retry_after: int | None = None
         self.asked: list[Json] = []
         self.reloads, self.sees = 0, True
+        self.ignores: set[str] = set()
         self.name = str(folder)
         outer = self
 
@@ -254,6 +259,7 @@ class VllmServer:
         if path == "/v1/completions" and body is not None:
             self.asked.append(body)
             check(body, COMPLETION)
+            body = {name: value for name, value in body.items() if name not in self.ignores}
             if body["model"] != self.name:
                 raise Refused(404, f"The model `{body['model']}` does not exist.")
             return self.completions(body)

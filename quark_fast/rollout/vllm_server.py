@@ -56,7 +56,8 @@ def check_answer(policy: Policy, wanted: Mapping[str, Any], completions: Complet
         if any(not 0 <= i < policy.vocabulary for i in ids):
             raise UsageError(
                 f"vLLM generated token {max(ids)}, beyond the base vocabulary of {policy.vocabulary}: it"
-                " does not suppress the reward tokens; use a plain `vllm serve`, 0.16 or newer"
+                " does not suppress the reward tokens; use a plain `vllm serve` that knows bad_words (0.26 or"
+                " newer)"
             )
         stops = [index for index, i in enumerate(ids) if i in policy.stop_ids]
         whole = len(ids) == wanted["max_tokens"] or bool(stops)
@@ -189,6 +190,9 @@ class Server:
             "prompt": request.prompt,
             "return_token_ids": True,
             "cache_salt": request.salt,
+            # Before its pull request 46793 (July 2026) vLLM ignores bad_words here. -100, the least that it
+            # takes, bans a reward token unless its logit is that far above the others; check_answer sees it.
+            "logit_bias": {str(i): -100.0 for i in self.policy.reward_ids},
             **request.parameters,
         }
         answer = self._ask("/v1/completions", body, check=lambda found: _check_finished(request, found))
