@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import os
 import random
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -21,6 +22,9 @@ from quark_fast.rewards.turns import Turns, retry_after
 from quark_fast.runtime.distributed import process_count
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
+# For asyncio.to_thread in a reward; each is begun when a call needs it. asyncio's own limit, a few more than
+# there are cores, would hold up calls that count as under way.
+MOST_THREADS = 10_000
 # Errors in the reward's code, which trying again does not fix; the last two would end the event loop.
 MISTAKES = (
     *(TypeError, AttributeError, NameError, ImportError, NotImplementedError),
@@ -113,7 +117,8 @@ async def _answer(
         deadline = asyncio.timeout(calls.timeout or None)
         try:
             async with deadline:
-                answer, tokens = _tokens_apart(await function(**arguments), "completion" in arguments)
+                answered = await function(**own_copies(arguments))
+                answer, tokens = _tokens_apart(answered, "completion" in arguments)
         except TimeoutError as error:
             if deadline.expired():
                 raise TimeoutError(f"no answer in {calls.timeout:g} s") from error
@@ -154,6 +159,17 @@ async def _answer(
         ) from error
 
 
+def own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for one attempt, which may append to a chat's messages without changing the run's."""
+
+    def own(value: Any) -> Any:
+        return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
+
+    if "completion" in arguments:
+        return {name: own(value) for name, value in arguments.items()}
+    return {name: [own(value) for value in values] for name, values in arguments.items()}
+
+
 def _tokens_apart(answer: Any, one: bool) -> tuple[Any, float | None]:
     """(values, tokens) of an answer that says how many tokens it used, (values, None) of any other.
 
@@ -185,6 +201,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     A scorer can keep its connections from call to call, and a caller may have a running loop: notebooks do.
     """
     loop = asyncio.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(MOST_THREADS, "quark_fast reward"))
     threading.Thread(target=loop.run_forever, name="quark_fast rewards", daemon=True).start()
     return loop
 

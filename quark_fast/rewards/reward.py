@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from quark_fast.data.readers import listed
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.metrics import LARGEST
-from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls
+from quark_fast.rewards.asynchronous import DEFAULT_CALLS, Calls, begin_calls, own_copies
 from quark_fast.rewards.cache import RewardCache
 from quark_fast.rewards.failure import told
 from quark_fast.rewards.identity import held_by, name_of, source_sha256
@@ -163,8 +162,8 @@ class Reward:
         """Of one call; ``names`` are the columns of any row."""
         if self.one_at_a_time:
             (row,), (text,) = rows, texts
-            return {"prompt": row["prompt"], "completion": text, **{name: _own(row, name) for name in names}}
-        columns = {name: [_own(row, name) for row in rows] for name in names}
+            return {"prompt": row["prompt"], "completion": text, **{name: row.get(name) for name in names}}
+        columns = {name: [row.get(name) for row in rows] for name in names}
         return {"prompts": [row["prompt"] for row in rows], "completions": texts, **columns}
 
     def _check_arguments(self, columns: Sequence[str]) -> None:
@@ -212,10 +211,10 @@ class Reward:
     def _call(self, arguments: dict[str, Any]) -> Any:
         """What a plain function returns."""
         try:
-            return self.function(**arguments)
+            return self.function(**own_copies(arguments))
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # it may call a command, which exits
             raise UsageError(f"reward {self.name} raised {told(error, self.function, arguments)}") from error
 
     def _key(self, row: Row, completion: str) -> bytes | None:
@@ -267,12 +266,6 @@ class Reward:
     def described(self) -> dict[str, Any]:
         """``identity`` as tables hold it."""
         return dict(zip(IDENTITY, self.identity, strict=True))
-
-
-def _own(row: Row, name: str) -> Any:
-    """A column's value for one call, which may append to a chat's messages without changing the run's."""
-    value = row.get(name)
-    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
 
 
 def _spelled(value: Any) -> str:

@@ -272,6 +272,14 @@ def test_exception_of_the_reward_is_named_in_one_line() -> None:
         describe(lambda prompts, completions: [0.0] * 3, "mine")([{"prompt": "a", "label": 1}], ["x"])
 
 
+def test_reward_that_exits_does_not_end_the_program_without_a_word() -> None:
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        sys.exit(0)
+
+    with pytest.raises(UsageError, match=r"reward mine raised SystemExit at .*test_reward\.py:\d+: 0"):
+        describe(reward, "mine")(ROWS, TEXTS)
+
+
 @pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True)])
 def test_true_and_false_are_rewards(value: Any) -> None:
     assert returning([value, ~value if hasattr(value, "ndim") else not value, 0.5])(ROWS, TEXTS).tolist() == [
@@ -556,6 +564,19 @@ def test_asynchronous_calls_wait_side_by_side_but_no_more_than_allowed() -> None
         assert most == limit
 
 
+def test_calls_in_threads_wait_side_by_side_however_few_the_cores() -> None:
+    """asyncio's own pool has a few more than there are cores, and the time-out would count the wait."""
+    many = 8 + min(32, (os.cpu_count() or 1) + 4)
+    meeting = threading.Barrier(many)
+
+    async def reward(prompt: str, completion: str, **columns: Any) -> float:
+        await asyncio.to_thread(meeting.wait, 30)
+        return 1.0
+
+    calls = Calls(concurrency=many, retries=0)
+    assert describe(reward, calls=calls)([ROWS[0]] * many, ["x"] * many).tolist() == [1.0] * many
+
+
 def test_loop_outlives_the_call_so_that_a_client_can_be_kept() -> None:
     loops = set()
 
@@ -587,6 +608,29 @@ def test_failed_calls_are_tried_again_and_others_are_not() -> None:
     assert describe(reward, calls=AT_ONCE)(MANY, WORDS).tolist() == list(map(float, range(50)))
     assert sorted(calls) == sorted([*range(50), 3, 3, 20])
     assert random.getstate() == state, "the global generator is the user's"
+
+
+def test_each_attempt_is_handed_what_the_one_before_had_been() -> None:
+    """A judge that appends to a chat, or takes completions off their list, may be called again."""
+    heard: list[Any] = []
+
+    async def of_one(prompt: str, completion: str, messages: list[str]) -> float:
+        messages.append(completion)
+        heard.append([*messages])
+        raise ConnectionError("busy")
+
+    async def of_many(prompts: list[str], completions: list[str], messages: list[list[str]]) -> list[float]:
+        messages[0].append(completions.pop(0))
+        heard.append([*messages[0]])
+        raise ConnectionError("busy")
+
+    row = {"prompt": "a", "messages": ["hello"]}
+    for reward in (of_one, of_many):
+        heard.clear()
+        failed = "failed at 3 attempts, .* the first completion of the call: 'one'"
+        with pytest.raises(UsageError, match=failed):
+            describe(reward, calls=Calls(retries=2, backoff=0.001))([row], ["one"])
+        assert heard == [["hello", "one"]] * 3 and row["messages"] == ["hello"]
 
 
 def test_reward_that_keeps_failing_is_named_with_attempts_and_completion() -> None:
