@@ -129,11 +129,25 @@ def test_http_reward_waits_side_by_side(server: Server) -> None:
     assert reward(ROWS[:6], TEXTS[:6]).tolist() == EXPECTED[:6]
 
 
+def test_http_reward_leaves_no_thread_that_ctrl_c_would_wait_for(server: Server) -> None:
+    server.delay = 20.0
+    before = set(threading.enumerate())
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load_reward("examples.http_reward:score")(ROWS, TEXTS)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    # Python waits at its end for the threads of a pool, daemons or not.
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("quark")]
+
+
 def test_http_reward_without_a_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCORER_URL", "http://127.0.0.1:9/score")
     monkeypatch.delitem(sys.modules, "examples.http_reward", raising=False)
     config = Config(reward_retries=1, reward_backoff=0.01)
-    with pytest.raises(UsageError, match=r"http_reward:score failed at 2 attempts.*refused.*'w0 x'"):
+    with pytest.raises(UsageError, match=r"http_reward:score failed at 2 attempts.*ConnectError.*'w0 x'"):
         load_reward("examples.http_reward:score", config)(ROWS[:1], TEXTS[:1])
 
 
