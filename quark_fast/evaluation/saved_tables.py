@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ import torch
 from quark_fast.config import Config
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.judging import described, judged
-from quark_fast.evaluation.summary import MeasuredRow, shown_metrics
+from quark_fast.evaluation.summary import THE_MIX, MeasuredRow, beyond_the_mix, shown_metrics
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import LARGEST, Sample
 from quark_fast.report.columns import counted
-from quark_fast.report.records import cuts_of, judges_of, scorer_terms
-from quark_fast.report.results import BASE, without_reward
+from quark_fast.report.records import cuts_of, judges_of, number_of, scorer_terms
+from quark_fast.report.results import BASE, rows_of, without_reward
 from quark_fast.rewards.reward import IDENTITY, Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
 
@@ -178,6 +179,8 @@ def with_those_beside(
         known = [str(value) for one in every if (value := field_of(one, "sampling", name)) is not None]
         if len(set(known)) > 1:
             sampling[name] = " and ".join(dict.fromkeys(" and ".join(known).split(" and ")))
+    if nucleus := next(filter(None, map(_guided_nucleus, every)), None):
+        sampling["guided_nucleus"] = nucleus
     for label, one in saved.items():
         for name, of_runs in trained.items():
             own = one.tables[key].get(name, {})
@@ -249,6 +252,8 @@ def check_saved(
                 )
             known = not (classes_open and about["classes_sha256"] is None)
             check_comparable(name, about, one.given, one.tables[key], classes=known)
+    for key, about in tables.items():
+        _check_nuclei([(name, about), *((one.given, one.tables[key]) for one in saved)])
 
 
 def check_comparable(
@@ -261,6 +266,7 @@ def check_comparable(
     Args:
         classes: compare the prompts' classes, too.
     """
+    _check_nuclei([(one, table), (other, against)])
     mine, theirs = _terms(table), _terms(against)
     for name in (judges := _judges(table)).keys() & (others := _judges(against)).keys():
         mine[f"judge {name}"], theirs[f"judge {name}"] = judges[name], others[name]
@@ -269,6 +275,31 @@ def check_comparable(
             raise UsageError(
                 f"{one} and {other} do not compare: {what} {value} in the one, {theirs[what]} in the other"
             )
+
+
+def _check_nuclei(tables: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise UsageError where two tables have guided rows of different nuclei; those without are not asked."""
+    known: dict[str, str] = {}
+    for name, table in tables:
+        if nucleus := _guided_nucleus(table):
+            known.setdefault(nucleus, name)
+    if len(known) > 1:
+        (nucleus, one), (another, other) = itertools.islice(known.items(), 2)
+        raise UsageError(
+            f"{one} and {other} do not compare: rows with guidance above 1 or below 0 are drawn from the"
+            f" nucleus of {nucleus} in the one, of {another} in the other; make the older one anew"
+        )
+
+
+def _guided_nucleus(table: Mapping[str, Any]) -> str | None:
+    """Whose nucleus its rows with w above 1 or below 0 are drawn from; None: it has none that one cuts.
+
+    Tables of earlier versions do not say it: there it was that of the mix.
+    """
+    if found := field_of(table, "sampling", "guided_nucleus"):
+        return str(found)
+    guidance = (number_of(row, "guidance") for row in rows_of(table))
+    return THE_MIX if beyond_the_mix(guidance, table.get("sampling") or {}) else None
 
 
 def _terms(table: Mapping[str, Any]) -> dict[str, str]:

@@ -320,7 +320,7 @@ class Evaluator:
         """A table without its rows."""
         setup = self._setup(self.lead, self.opened, domain)
         runs = {label: model for label, model in self.live.items() if isinstance(model, Run)}
-        w = next((self.models.settings_of(run).guidances() for run in runs.values()), [])
+        w = [w for run in runs.values() for w in self.models.settings_of(run).guidances()]
         target, task = self.config.target, self.protocol.task
         about = describe_evaluation(setup, task, target, domain.split, w, self.perplexity, self.dtypes)
         about |= {"source": domain.source, "cut": what_was_cut(domain.held_out)}

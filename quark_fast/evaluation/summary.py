@@ -16,6 +16,7 @@ from quark_fast.evaluation.held_out import EncodedPrompts, EvaluationSetup
 from quark_fast.evaluation.judging import described
 from quark_fast.evaluation.perplexity import TEXT_PROMPT
 from quark_fast.metrics import Sample, as_json, compare, evaluate_samples
+from quark_fast.report.records import number_of
 from quark_fast.rewards.reward import Reward
 from quark_fast.rewards.weighted_sum import WeightedSum, terms
 from quark_fast.tasks.task import Task
@@ -43,7 +44,8 @@ def describe_evaluation(
 
     Args:
         split: which of a run's prompts these are, "test" or "development"; None: neither.
-        guidance: values of w for the guided rows; the first is the one that the table is about.
+        guidance: values of w for the guided rows; the first is the one that the table is about. It says of
+            those above 1 or below 0 whose nucleus they are drawn from (``Conditioning``).
         perplexity: the model that measures it, and whether on the sampled tokens or on re-tokenised text.
         dtypes: what the models compute in; shown, not compared.
     """
@@ -72,9 +74,19 @@ def describe_evaluation(
             "prefix": policy.tokenizer.decode(policy.prefix),
             "seed": setup.seed,
             "guidance": next(iter(guidance), None),
+            **({"guided_nucleus": ONE_TOKEN} if beyond_the_mix(guidance, vars(sampling)) else {}),
             "dtype": " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})),
         },
     }
+
+
+ONE_TOKEN, THE_MIX = "one token alone", "the mix"
+
+
+def beyond_the_mix(guidance: Iterable[float], sampling: Mapping[str, Any]) -> bool:
+    """Whether it matters for any of these w whose nucleus is drawn from: the mix's, or that of one token."""
+    cut = number_of(sampling, "top_p") < 1 and number_of(sampling, "temperature") > 0
+    return cut and any(w > 1 or w < 0 for w in guidance)
 
 
 def scorer_in_words(reward: Reward) -> dict[str, Any]:

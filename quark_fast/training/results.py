@@ -199,9 +199,10 @@ class Results:
         ]
 
         def kept(row: TableRow) -> Kept[list[Sample]]:
+            how = row.conditioning
             return self.work.journal.stage(
                 "evaluation",
-                [row.name, dataclasses.asdict(row.conditioning), *measured],
+                [row.name, dataclasses.asdict(how), how.nucleus_of(), *measured],
                 Sample.to_json,
                 Sample.from_json,
             )

@@ -707,6 +707,28 @@ def test_texts_measured_behind_other_prompts_do_not_compare() -> None:
         check_comparable("now", now, "before", {**now, "text_prompt_tokens": 16})
 
 
+def test_guided_rows_of_two_nuclei_do_not_stand_side_by_side(place: Path, tmp_path: Path) -> None:
+    new = made("runs/a")
+    assert new.table["sampling"]["guided_nucleus"] == "one token alone"
+    sampling = {name: value for name, value in new.table["sampling"].items() if name != "guided_nucleus"}
+    old = Evaluated({**new.table, "sampling": sampling}, new.samples)  # as earlier versions wrote it
+    path = {name: saved(tmp_path / f"{name}.json", one) for name, one in (("new", new), ("old", old))}
+    path["ends"] = saved(tmp_path / "ends.json", made("runs/a", guidance="0.5"))
+    named = r"old.json do not compare: rows with guidance .* of one token alone in the one, of the mix in"
+    for first in (["runs/b"], [path["new"]], [path["ends"], path["new"]]):
+        with pytest.raises(UsageError, match=named):
+            Evaluator([*first, path["old"]])
+    # Where one of them has no such row, or no nucleus cuts it, there is nothing to compare.
+    joint = made(path["ends"], path["old"])
+    Evaluator(["runs/b", path["old"]], rows="best")
+    assert "guided_nucleus" not in made("runs/a", top_p=1.0).table["sampling"]
+    # What the tables have, their joint one has, too.
+    with pytest.raises(UsageError, match="of the mix in the one, of one token alone in the other"):
+        Evaluator([saved(tmp_path / "joint.json", joint), path["new"]])
+    joint = made(path["ends"], path["new"])
+    Evaluator([saved(tmp_path / "joint.json", joint), path["new"]])
+
+
 WITH_TEXTS: dict[str, Any] = {
     "task": "toxicity",
     "judge": "none",

@@ -28,7 +28,7 @@ from quark_fast.errors import Interrupted, UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
-from quark_fast.rollout.sampling import SampleRequest
+from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.runtime.journal import Journal
 from quark_fast.training import listeners, results
 from quark_fast.training import trainer as trainer_module
@@ -211,6 +211,27 @@ def test_evaluation_with_other_settings_does_not_take_the_old_ones_batches(
     run(tmp_path / "run", model, resume=True, eval_samples=2)
     evaluated = Counter(row["row"] for row in rows(tmp_path / "run" / "evaluation.jsonl"))
     assert set(evaluated.values()) == {24}
+
+
+def test_guided_row_is_not_resumed_in_another_nucleus(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version drew from the nucleus of the mix."""
+
+    def listen(progress: Progress) -> None:
+        if progress.stage.startswith("evaluating: guided") and progress.done >= 16:
+            raise Killed
+
+    def guided(folder: Path) -> list[str]:
+        return [row["completion"] for row in rows(folder / "evaluation.jsonl") if "guided" in row["row"]]
+
+    model, settings = tiny_model(), {"rounds": 1, "eval_top_p": 0.3, "eval_guidance": "4"}
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(Conditioning, "nucleus_of", lambda self: None)
+        run(tmp_path / "run", model, listen=listen, **settings)
+    run(tmp_path / "run", model, resume=True, **settings)
+    run(tmp_path / "whole", model, **settings)
+    assert guided(tmp_path / "run") == guided(tmp_path / "whole")
 
 
 def test_evaluation_by_a_changed_reward_has_no_score_of_the_one_before(
