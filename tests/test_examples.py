@@ -131,7 +131,7 @@ def test_http_reward_waits_side_by_side(server: Server) -> None:
 
 def test_http_reward_leaves_no_thread_that_ctrl_c_would_wait_for(server: Server) -> None:
     server.delay = 20.0
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before, handler = threading.enumerate(), signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGINT)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -139,7 +139,8 @@ def test_http_reward_leaves_no_thread_that_ctrl_c_would_wait_for(server: Server)
     finally:
         signal.signal(signal.SIGINT, handler)
     # Python waits at its end for the threads of a pool, daemons or not.
-    assert not [one for one in threading.enumerate() if one.name.startswith("quark_fast reward_")]
+    new = [thread for thread in threading.enumerate() if thread not in before]
+    assert not [thread for thread in new if thread.name.startswith("quark_fast reward_")]
 
 
 def test_http_reward_without_a_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
