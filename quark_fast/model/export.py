@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ def write_export(
     # vLLM bans tokens by their text, not by their ids: there they have no mark.
     made = _best_token_first(policy, mark if padding else "")
     save_tokenizer(made, folder, policy.trust_remote_code)
+    for name, text in policy.processor_files.items():
+        # A chat template of the processor's would come before the tokenizer's, which has the reward token.
+        settings = {key: value for key, value in json.loads(text).items() if key != "chat_template"}
+        (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if padding and policy.quantiles > 1:
         _write_dial(folder / "custom_generate", policy.reward_ids[-1], policy.reward_ids[0])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
 
 from quark_fast.data.tokenizer import check_tokenizer, missing_tokenizer
 from quark_fast.errors import UsageError, nor_folder
@@ -50,10 +51,7 @@ def decode_fast(model: Any) -> None:
 def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype of the weights at ``source`` by its config; float32 where that names none, as GPT-2's."""
     check_source(source)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged file fails in as many ways as transformers reads it
-        raise refused(source, "causal language model", error) from error
+    config = _load_config(source, trust_remote_code)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if stored not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UsageError(
@@ -61,6 +59,13 @@ def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.d
             " float16 or float32"
         )
     return stored
+
+
+def _load_config(source: str | Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged file fails in as many ways as transformers reads it
+        raise refused(source, "causal language model", error) from error
 
 
 def check_not_quantised(source: str | Path, model: Any) -> None:
@@ -99,6 +104,9 @@ def load_pretrained(
             f"the tokenizer at {str(source)!r} has no fast form (tokenizer.json); save one with"
             " PreTrainedTokenizerFast"
         )
+    # Of some transformers would load the decoder, which without its encoder is another model.
+    if auto_class is AutoModelForCausalLM and _load_config(source, trust_remote_code).is_encoder_decoder:
+        raise UsageError(f"{str(source)!r} is an encoder-decoder; give a causal language model")
     try:
         with no_pickle(source):
             loaded: Any = auto_class.from_pretrained(
@@ -122,6 +130,8 @@ def load_pretrained(
     if getattr(model, "peft_config", None):
         raise _adapters(source)
     _no_extra_outputs(model)
+    if not hasattr(model, "generation_config"):  # of code of its own, without transformers' generate()
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     rows, special = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
     # Special tokens may stand after the table: Gemma 3's for images, which its text models do not have.
     beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
@@ -131,6 +141,16 @@ def load_pretrained(
             " the two do not belong together"
         )
     return model, tokenizer
+
+
+def processor_files(source: str | Path) -> dict[str, str]:
+    """Name and text of what AutoProcessor reads, at the source of a model of images or sound, too."""
+    found = {}
+    for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        with contextlib.suppress(OSError):  # transformers' word for a file that is not there
+            if file := cached_file(source, name):
+                found[name] = Path(file).read_text(encoding="utf-8")
+    return found
 
 
 def _no_extra_outputs(model: Any) -> None:

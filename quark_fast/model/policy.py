@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from quark_fast.data.tokenizer import (
     reward_token,
 )
 from quark_fast.errors import UsageError
-from quark_fast.model.loading import check_not_quantised, load_pretrained, stored_dtype
+from quark_fast.model.loading import check_not_quantised, load_pretrained, processor_files, stored_dtype
 from quark_fast.model.lora import Lora, add_adapters
 from quark_fast.model.reading import Reading
 from quark_fast.model.reward_embedding import RewardEmbedding
@@ -48,6 +48,7 @@ class Policy:
         stored_dtype: of the weights at the model's source.
         trust_remote_code: whether what Python code the source brings along may run.
         reading: how the model is read right, ``check_reading.py`` finds out.
+        processor_files: of its source, by name, which an export gets, too.
         other_tables: modules beside the input embedding that look up ids; they see reward tokens as token 0.
         unsharded: a whole model like ``model`` before it had reward tokens; needed to copy a sharded one.
     """
@@ -55,6 +56,7 @@ class Policy:
     stored_dtype = torch.float32
     trust_remote_code = False
     reading = Reading()
+    processor_files: Mapping[str, str] = {}
     unsharded: Any = None
 
     def __init__(self, model: Any, tokenizer: Any, quantiles: int, prefix: str = "auto") -> None:
@@ -134,6 +136,7 @@ class Policy:
         check_not_quantised(source, model)
         policy = cls(model, tokenizer, quantiles, prefix)
         policy.stored_dtype, policy.trust_remote_code = stored, trust_remote_code
+        policy.processor_files = processor_files(source)
         base = model.get_input_embeddings()
         table = base.weight.detach()[: policy.vocabulary].float()
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in words or ()]

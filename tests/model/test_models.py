@@ -423,7 +423,8 @@ def test_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
 
 OWN_CODE = """
 import builtins
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
 builtins.quark_test_ran_foreign_code = True
 
@@ -432,6 +433,15 @@ class OwnConfig(LlamaConfig):
 
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
+
+class NoGenerate(LlamaPreTrainedModel):
+    config_class, forward = OwnConfig, LlamaForCausalLM.forward
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.vocab_size = LlamaModel(config), config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 """
 
 
@@ -475,6 +485,18 @@ def test_trusted_code_is_run_exported_and_asked_about_again_by_the_commands(
         open_run(run)
     finished = open_run(run, trust_remote_code=True)
     assert greedy(finished.policy, finished.policy.model, prompts, 2) == ours
+
+
+def test_code_without_transformers_generate_is_sampled_and_exported(own_code: Path, tmp_path: Path) -> None:
+    config = own_code / "config.json"
+    config.write_text(config.read_text().replace("own.OwnModel", "own.NoGenerate"))
+    policy = Policy.create(own_code, quantiles=3, trust_remote_code=True)
+    assert not hasattr(policy.model, "generate") and policy.stop_ids == [policy.tokenizer.eos_token_id]
+    prompts = [policy.encode(text, 99) for text in TEXTS]
+    export(policy, tmp_path / "out", torch.float32)
+    again = Policy.from_export(tmp_path / "out", torch.float32, trust_remote_code=True)
+    ours, theirs = (greedy(one, frozen_copy(one, torch.float32), prompts, 2) for one in (policy, again))
+    assert ours == theirs
 
 
 SPELLED = "w3 <|reward_0|> w4 <|reward_2|> said"

@@ -19,7 +19,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quark_fast.data.row import Rendered
@@ -330,6 +337,23 @@ def test_folder_that_cannot_be_used_is_one_clear_line(
     with pytest.raises(UsageError, match=message) as caught:
         load_pretrained(folder, torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_encoder_decoder_is_refused_as_one(tmp_path: Path, model_type: str) -> None:
+    """Of BART's kin transformers would load the decoder alone."""
+    sizes = {
+        "d_model": 16,
+        "num_layers": 1,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "decoder_start_token_id": 0,
+    }
+    config = AutoConfig.for_model(model_type, vocab_size=WORDS + 2, **sizes)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is an encoder-decoder; give a causal language model"):
+        load_pretrained(tmp_path, torch.float32)
 
 
 def test_special_tokens_behind_the_table_are_characters_in_a_text(tmp_path: Path, tiny_model: Make) -> None:
@@ -689,6 +713,16 @@ def test_any_prefix_survives_the_export(tmp_path: Path, prefix: str) -> None:
     assert len(policy.prefix) == len(prefix.split())
     assert tokenizer("w7").input_ids == [*policy.prefix, policy.reward_ids[-1], 7]
     assert Policy.from_export(tmp_path / "out", torch.float32).prefix == policy.prefix
+
+
+def test_processor_of_a_model_of_images_is_exported_without_its_chat_template(
+    tiny_model: Make, tmp_path: Path
+) -> None:
+    folder, settings = tiny_model(), {"image_processor_type": "Gemma3ImageProcessor"}
+    for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / name).write_text(json.dumps(settings | {"chat_template": "of the processor"}))
+        export(Policy.create(folder, quantiles=2), tmp_path / "out", torch.float32)
+        assert json.loads((tmp_path / "out" / name).read_text()) == settings
 
 
 def test_export_in_bfloat16_is_stored_in_bfloat16(tiny_model: Make, tmp_path: Path) -> None:
