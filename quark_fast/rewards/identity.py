@@ -117,26 +117,36 @@ def _parts(own: Any) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     program, assignments = vars(sys.modules["__main__"]), functools.cache(_assignments)
-    left = [own]
+    left = [(own, "")]  # with what the program assigns to its name
     while left:
-        one = left.pop()
+        wrapped, said = left.pop()
+        one = inspect.unwrap(wrapped)
         name = f"{one.__module__}:{one.__qualname__}"
         if name in found:
             continue
         try:
-            found[name] = inspect.getsource(one)
-        except (TypeError, OSError):
-            return {}
-        assigned = assignments(inspect.getsourcefile(one) or "")
+            found[name], file = inspect.getsource(one), inspect.getsourcefile(one)
+        except (TypeError, OSError):  # a namedtuple; a class of a notebook, whose methods have sources
+            found[name] = said
+            inside = [*getattr(one, "__mro__", ()), *getattr(one, "__dict__", {}).values()]
+            left += [(part, "") for part in inside if _is_defined_there(part)]
+            continue
+        assigned = assignments(file or "")
         for named in sorted(set(_names(one)) & program.keys()):
             value = program[named]
-            if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__"):
-                left.append(value)
+            if _is_defined_there(value):
+                left.append((value, assigned.get(named, "")))
             elif not isinstance(value, types.ModuleType):
                 # Not the value, which may be a list that the reward itself adds to.
                 found[named] = assigned.get(named, "")
-                left += [type(value)] if type(value).__module__ == "__main__" else []
-    return found
+                if type(value).__module__ == "__main__":
+                    left.append((type(value), assigned.get(type(value).__name__, "")))
+    return found if any(found.values()) else {}
+
+
+def _is_defined_there(value: Any) -> bool:
+    """Whether it is a function or a class of the program that runs."""
+    return getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__")
 
 
 def _assignments(file: str) -> dict[str, str]:

@@ -388,19 +388,23 @@ def test_cache_tells_rewards_of_one_file_apart_by_what_they_hold(kind: int) -> N
 
 
 PROGRAM = """
+import collections, functools, typing
 import quark_fast.rewards.identity as identity
 RESUME = {resume}
 WORDS = ["a", "{word}"]
+Pair = collections.namedtuple("Pair", "n {field}")
+Length = typing.NewType("Length", int)
 asked = []
 class Counts:
     def count(self, words): return sum(w in WORDS for w in words) + {more}
 class Texts(Counts):
     pass
 texts = Texts()
+@functools.cache
 def count(text): return texts.count(text.split())
 def score(prompts, completions):
     asked.append(completions)
-    return [count(c) for c in completions]
+    return [Length(Pair(count(c), 0).n) for c in completions]
 class Score:
     def __call__(self, prompts, completions): return score(prompts, completions)
 before = identity.source_sha256(score)
@@ -415,15 +419,41 @@ def test_program_that_runs_may_be_edited_but_for_what_its_reward_names(tmp_path:
 
     def hashes(**changed: Any) -> list[str]:
         path = tmp_path / "program.py"
-        path.write_text(PROGRAM.format(**{"resume": False, "word": "b", "more": 0} | changed))
+        path.write_text(PROGRAM.format(**{"resume": False, "word": "b", "more": 0, "field": "m"} | changed))
         return subprocess.run(
             [sys.executable, path], capture_output=True, text=True, check=True
         ).stdout.split()
 
     first = hashes()
     assert hashes(resume=True) == first
-    for changed in ({"word": "c"}, {"more": 1}):
+    for changed in ({"word": "c"}, {"more": 1}, {"field": "k"}):
         assert all(now != before for now, before in zip(hashes(**changed), first, strict=True))
+
+
+NOTEBOOK = """
+import linecache
+from quark_fast.rewards.identity import source_sha256
+def run(cell):
+    name = f"<cell {len(linecache.cache)}>"
+    linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)
+    exec(compile(cell, name, "exec"), globals())
+for resume, weight, least in [(False, 1, 1), (True, 1, 1), (False, 2, 1), (False, 1, 2)]:
+    run(f"class Least:\\n def least(self): return {least}")
+    run(f"class Scorer(Least):\\n def count(self, text): return {weight}")
+    run(f"resume = {resume}\\nscorer = Scorer()\\ndef score(prompts, texts): return scorer.count(texts)")
+    run("class Score(Scorer):\\n def __call__(self, prompts, texts): return self.count(texts)")
+    print(source_sha256(score), source_sha256(Score()))
+"""
+
+
+def test_reward_in_a_notebook_is_told_apart_by_the_classes_that_it_names() -> None:
+    """They have no source in a notebook, but their methods have."""
+    command = [sys.executable, "-c", NOTEBOOK]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, resumed, *changed = (line.split() for line in done.stdout.splitlines())
+    assert resumed == first and len(changed) == 2
+    for hashes in changed:
+        assert hashes[0] != first[0] and hashes[1] != first[1]
 
 
 def score_of(judge: Any, prompts: list[str], completions: list[str], scale: int = 1) -> list[float]:
