@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ FORMS = (
 )
 
 
-def described(given: Any, config: Config, name: str | None = None) -> Reward:
+def described(
+    given: Any, config: Config, name: str | None = None, module: types.ModuleType | None = None
+) -> Reward:
     """``describe`` by the settings: how an asynchronous one is called, and whether it is cached."""
     if isinstance(given, Reward):
         return given
@@ -39,7 +42,7 @@ def described(given: Any, config: Config, name: str | None = None) -> Reward:
         config.reward_per_minute,
         config.reward_tokens_per_minute,
     )
-    return describe(given, name, calls, config.reward_cache)
+    return describe(given, name, calls, config.reward_cache, module)
 
 
 def reward_by_name(
@@ -191,4 +194,4 @@ def _function(name: str, config: Config) -> Reward:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")
-    return described(function, config, name)
+    return described(function, config, name, module)

@@ -31,13 +31,22 @@ DEPTH = 8  # of values within values, below which their types alone count
 MOST_NUMBERS = 100_000  # of a tensor; of a larger one every so-manieth counts
 
 
-def source_sha256(function: Callable[..., Any]) -> str:
+def source_sha256(function: Callable[..., Any], module: types.ModuleType | None = None) -> str:
     """Of the source of a function, of the one inside partials and wrappers, or of an object's class.
 
     That is the file where it stands; of the program that runs, which is edited to resume, and of a notebook,
     the function itself with what it names there.
+
+    Args:
+        module: where the function was found. If it stands elsewhere, this file counts, too: it may hold the
+            arguments, as in ``score = Scorer(threshold=3)``.
     """
-    return hashlib.sha256(_source(_defined(function))).hexdigest()
+    own = _defined(function)
+    source = _source(own)
+    if source and module is not None and own.__module__ != module.__name__:
+        file = Path(getattr(module, "__file__", None) or "")
+        source += file.read_bytes() if file.is_file() else b""
+    return hashlib.sha256(source).hexdigest()
 
 
 def name_of(function: Any) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -288,11 +289,13 @@ def describe(
     name: str | None = None,
     calls: Calls = DEFAULT_CALLS,
     cache: Literal["auto", "on", "off"] = "auto",
+    module: types.ModuleType | None = None,
 ) -> Reward:
     """Wrap a function; the hash of its source stands for its version.
 
     Args:
         cache: as ``reward_cache`` of the settings; what the function holds is read for that alone.
+        module: where the function was found, for the hash.
     Raises:
         UsageError: it is none: a class, a model, or what cannot be called.
     """
@@ -313,7 +316,7 @@ def describe(
             " reward(prompts, completions, **columns), the name of one, a list of them, which are added up,"
             ' or a weighted sum by name, as in "0.7*package.module:f + 0.3*package.module:g"'
         )
-    made = Reward(function, named, "source", source_sha256(function), calls=calls)
+    made = Reward(function, named, "source", source_sha256(function, module), calls=calls)
     return dataclasses.replace(made, held=held_by(function)) if made.to_be_cached(cache) else made
 
 

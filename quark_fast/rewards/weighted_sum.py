@@ -112,8 +112,8 @@ def cached(reward: Reward, mode: Literal["auto", "on", "off"], path: Path) -> Re
     """The reward with a cache in the file ``path``, if it is to be cached.
 
     A sum's parts are cached each by itself. A key holds the hash of the scorer, prompt, completion and
-    columns; the hash of a function is that of the file it stands in, not of what that imports, and of what
-    its closure or its object holds.
+    columns; the hash of a function is that of the file it stands in, and of the one that names it, not of
+    what these import, and of what its closure or its object holds.
 
     Raises:
         UsageError: mode "on" for a function without source, whose versions no key could tell apart.

@@ -21,7 +21,7 @@ from quark_fast.config import Config
 from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.rewards.cache import RewardCache
-from quark_fast.rewards.identity import held_by
+from quark_fast.rewards.identity import NO_SOURCE, held_by
 from quark_fast.rewards.reward import Reward, describe
 from quark_fast.rewards.weighted_sum import cached, terms
 from quark_fast.tasks import by_name
@@ -103,6 +103,28 @@ def test_reward_is_identified_by_the_hash_of_its_source(module: Callable[[str], 
         module(f"def score(prompts, completions, **columns):\n    return [{factor}.{'0' * factor}]\n")
         hashes.add(load_reward("my_rewards:score").sha256)
     assert len(hashes) == 2 and all(len(h) == 64 for h in hashes)
+
+
+@pytest.mark.parametrize("made", ["Scorer(threshold={})", "functools.partial(Scorer.count, weight={})"])
+def test_reward_of_a_library_is_identified_by_its_arguments_too(
+    module: Callable[[str], None], tmp_path: Path, made: str
+) -> None:
+    """They stand in the module that --reward names, its code in another."""
+    (tmp_path / "library.py").write_text(
+        "class Scorer:\n"
+        "    def __init__(self, threshold): self.threshold = threshold\n"
+        "    def __call__(self, prompts, completions, **columns): return [self.threshold for _ in prompts]\n"
+        "    def count(prompts, completions, weight, **columns): return [weight for _ in prompts]\n"
+    )
+    found = []
+    for value in (3, 30):
+        sys.modules.pop("my_rewards", None)
+        module(f"import functools\nfrom library import Scorer\nscore = {made.format(value)}\n")
+        reward = load_reward("my_rewards:score")
+        found.append((reward.sha256, reward(ROWS[:1], TEXTS[:1])[0]))
+    sys.modules.pop("library")
+    assert [value for _, value in found] == [3, 30] and found[0][0] != found[1][0]
+    assert found[0][0] != NO_SOURCE
 
 
 @pytest.mark.parametrize(
