@@ -3,6 +3,8 @@
 #include "quark_loss.hpp"
 
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -11,12 +13,25 @@
 
 namespace quark {
 
-QUARK_DECLARE_AT_LEVELS(void forward_rows(const Problem&, const RowOutputs&, const Rows*, int64_t,
-                                          int64_t);
+// `scratch`: null, or floats_to_keep(vocab) floats, in which a row's exponentials wait for its
+// gradient.
+QUARK_DECLARE_AT_LEVELS(void forward_rows(const Problem&, const RowOutputs&, const Rows*,
+                                          float* scratch, int64_t, int64_t);
+                        int64_t floats_to_keep(int64_t vocab);
                         void backward_rows(const Problem&, const RowStats*, double, const Rows&,
                                            int64_t, int64_t);)
 
 namespace {
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+// At a multiple of 64 bytes, as much as the widest vectors; null where there is no memory.
+Floats aligned_floats(int64_t count) {
+  return Floats(static_cast<float*>(std::aligned_alloc(64, size_t(count) * sizeof(float))));
+}
 
 void check(const Problem& p) {
   int64_t size;
@@ -65,8 +80,12 @@ double forward(const Problem& p, const RowOutputs& out, const Rows* grad, int th
   if (grad) check_gradient(p, *grad);
   require(p.rows == 0 || (out.nll && out.kl && out.entropy), "the outputs have no memory");
   const auto rows = QUARK_AT_LEVEL(forward_rows);
-  over_rows(p.rows, p.width, threads,
-            [&](int64_t, int64_t begin, int64_t end) { rows(p, out, grad, begin, end); });
+  const int64_t floats = QUARK_AT_LEVEL(floats_to_keep)(p.vocab);
+  const Floats scratch =
+      grad ? aligned_floats(useful_threads(p.rows, p.width, threads) * floats) : nullptr;
+  over_rows(p.rows, p.width, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    rows(p, out, grad, scratch ? scratch.get() + thread * floats : nullptr, begin, end);
+  });
   double loss = 0;
   for (int64_t n = 0; n < p.rows; ++n) {
     if (p.weights[n] == 0) continue;

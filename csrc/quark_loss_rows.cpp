@@ -96,6 +96,21 @@ struct FloatBlock<float> {
 inline float larger(float x, float y) { return x > y ? x : y; }
 inline float smaller(float x, float y) { return x < y ? x : y; }
 
+// The exponentials of a row, kept by its sums for its gradient, which would compute them again:
+// both happen while the row is in the cache. Those of a block lie in planes, of element k of word i
+// at [k * words + i], and are relative to the maxima that the block was summed with.
+struct Kept {
+  float* e_y = nullptr;  // (vocab,); null: nothing is kept
+  float* e_q = nullptr;  // (vocab,), for ref_policy alone
+  float* m = nullptr;    // for each block
+  float* u = nullptr;
+
+  Kept of_block(int64_t first) const {
+    const int64_t block = first / kBlock;
+    return e_y ? Kept{e_y + first, e_q + first, m + block, u + block} : Kept{};
+  }
+};
+
 // What one block adds to the moments, relative to m and u, the extremes of its exponents, and the
 // largest exponent of a token that has mass in the KL's first distribution and none in its second.
 // Whether that is a mass, and the KL infinite, the maxima of the whole row decide.
@@ -105,8 +120,10 @@ struct Block {
   float lost;
 };
 
-template <Kl kl, Range range, class T>
-Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
+template <Kl kl, Range range, bool keep, class T>
+Block sum_words(const T* z, const T* r, int64_t words, float m, float u, const Kept& kept) {
+  float* const e_y = kept.e_y;
+  float* const e_q = kept.e_q;
   float s = 0, a = 0, t = 0, b = 0;
   int32_t top_y = 0, top_q = 0;
   uint32_t low_y = 0, low_q = 0;
@@ -120,6 +137,7 @@ Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
       const float y = z_word.at(k) - m;
       const float p = exp_below_headroom<range>(y);
       const bool p_is_0 = range == Range::any && y < kLog0;  // 0 log 0 = 0, also where y = -inf
+      if (keep) e_y[k * words + i] = p;
       s += p;
       a += p * (p_is_0 ? 0 : y);
       top_y = int32_t(bits_of(y)) > top_y ? int32_t(bits_of(y)) : top_y;
@@ -128,6 +146,7 @@ Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
       const float q = r_word.at(k) - u;
       const float p_ref = exp_below_headroom<range>(q);
       const bool p_ref_is_0 = range == Range::any && q < kLog0;
+      if (keep && kl == Kl::ref_policy) e_q[k * words + i] = p_ref;
       t += p_ref;
       // One product of (y - q): separate sums would lose 2 to 3 times the accuracy of the KL.
       if (kl == Kl::policy_ref) {
@@ -148,17 +167,23 @@ Block sum_words(const T* z, const T* r, int64_t words, float m, float u) {
   return {s, a, t, b, {top_y, low_y}, {top_q, low_q}, lost};
 }
 
-template <Kl kl, Range range, class Z, class R>
-Block sum_block(const Z* z, const R* r, int64_t count, float m, float u) {
+// The sums of a block whose exponents are moderate.
+template <Kl kl, bool keep, class Z, class R>
+Block sum_block(const Z* z, const R* r, int64_t count, float m, float u, const Kept& kept) {
+  constexpr Range range = Range::moderate;
+  if (keep) {
+    *kept.m = m;
+    *kept.u = u;
+  }
   if constexpr (kSameWords<Z, R>) {
     constexpr int size = Word<Z>::kSize;
-    if (count % size == 0) return sum_words<kl, range>(z, r, count / size, m, u);
+    if (count % size == 0) return sum_words<kl, range, keep>(z, r, count / size, m, u, kept);
   }
   FloatBlock<Z> z_block;
   FloatBlock<R> r_block;
   const float* z_float = z_block.of(z, count);
   const float* r_float = kl == Kl::none ? z_float : r_block.of(r, count);
-  return sum_words<kl, range>(z_float, r_float, count, m, u);
+  return sum_words<kl, range, keep>(z_float, r_float, count, m, u, kept);
 }
 
 // The running moments of one row, relative to the running maxima m and u. With y = z - m and
@@ -211,8 +236,10 @@ struct Moments {
 
 // The maxima come from the first block alone, and then from the blocks already summed: a pass of
 // its own for the maximum costs a quarter of the time, and logits rarely rise by kHeadroom later.
-template <Kl kl, class Z, class R>
-Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
+//
+// `kept` is good for a row that is moderate as a whole: each of its blocks was summed once.
+template <Kl kl, bool keep, class Z, class R>
+Moments moments(const Z* z_row, const R* r_row, int64_t vocab, const Kept& kept) {
   constexpr bool has_ref = kl != Kl::none;
   // A row that is -inf so far has no maximum to subtract; any finite one will do.
   const auto finite = [](float maximum) { return maximum == -INFINITY ? 0 : maximum; };
@@ -228,7 +255,7 @@ Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
       if (has_ref) sum.u = maximum(r_block.of(r, count), count);
     }
     const float m = finite(sum.m), u = finite(sum.u);
-    const Block block = sum_block<kl, Range::moderate>(z, r, count, m, u);
+    const Block block = sum_block<kl, keep>(z, r, count, m, u, kept.of_block(i));
     const bool known = sum.m == m && (!has_ref || sum.u == u);
     if (known && block.y.moderate() && block.q.moderate()) {
       sum.add(block);
@@ -242,7 +269,8 @@ Moments moments(const Z* z_row, const R* r_row, int64_t vocab) {
       sum.raise<kl>(larger(sum.m, maximum(z_float, count)),
                     has_ref ? larger(sum.u, maximum(r_float, count)) : sum.u);
       const float top_z = finite(sum.m), top_r = finite(sum.u);
-      const Block again = sum_words<kl, Range::any>(z_float, r_float, count, top_z, top_r);
+      const Block again =
+          sum_words<kl, Range::any, false>(z_float, r_float, count, top_z, top_r, {});
       sum.add(again);
       sum.lost = larger(sum.lost, (kl == Kl::policy_ref ? top_z : top_r) + again.lost);
     }
@@ -291,51 +319,83 @@ struct Gradient {
     const float own = p_is_0 ? 0 : exp_below_headroom<range>(y) * factor;
     return kl == Kl::ref_policy ? own + c2 * exp_below_headroom<range>(r - u) : own;
   }
+
+  // The same where e^y and e^q are known.
+  template <Kl kl>
+  float at(float z, float r, float e_y, float e_q) const {
+    float factor = c0 + c1 * (z - m);
+    if (kl == Kl::policy_ref) factor += c2 * (r - u);
+    return kl == Kl::ref_policy ? e_y * factor + c2 * e_q : e_y * factor;
+  }
+
+  // For exponentials that are relative to maxima of their own.
+  template <Kl kl>
+  Gradient relative_to(float own_m, float own_u) const {
+    const float of_y = float(::exp(double(own_m) - m));
+    const float of_q = kl == Kl::ref_policy ? float(::exp(double(own_u) - u)) : of_y;
+    Gradient relative = *this;
+    relative.c0 *= of_y;
+    relative.c1 *= of_y;
+    relative.c2 *= of_q;
+    return relative;
+  }
 };
 
-template <Kl kl, Range range, class T>
-void gradient_words(const Gradient& gradient, const T* z, const T* r, int64_t words, T* grad) {
-  const Gradient g = gradient;  // a copy cannot change below the loop's stores
+template <Kl kl, Range range, bool keep, class T>
+void gradient_words(const Gradient& gradient, const T* z, const T* r, int64_t words, T* grad,
+                    const Kept& kept) {
+  // Copies cannot change below the loop's stores.
+  const Gradient g = keep ? gradient.relative_to<kl>(*kept.m, *kept.u) : gradient;
+  const float* const e_y = kept.e_y;
+  const float* const e_q = kept.e_q;
 #pragma omp simd
   for (int64_t i = 0; i < words; ++i) {
     const Word<T> z_word = Word<T>::load(z, i);
     const Word<T> r_word = kl == Kl::none ? z_word : Word<T>::load(r, i);
     float values[Word<T>::kSize];
 #pragma GCC unroll 2
-    for (int k = 0; k < Word<T>::kSize; ++k)
-      values[k] = g.at<kl, range>(z_word.at(k), r_word.at(k));
+    for (int k = 0; k < Word<T>::kSize; ++k) {
+      const float z_k = z_word.at(k), r_k = r_word.at(k);
+      const int64_t at = k * words + i;
+      values[k] = keep ? g.at<kl>(z_k, r_k, e_y[at], kl == Kl::ref_policy ? e_q[at] : 0)
+                       : g.at<kl, range>(z_k, r_k);
+    }
     Word<T>::store(grad, i, values);
   }
 }
 
-template <Kl kl, Range range, class Z, class R>
-void gradient_block(const Gradient& gradient, const Z* z, const R* r, int64_t count, Z* grad) {
+template <Kl kl, Range range, bool keep, class Z, class R>
+void gradient_block(const Gradient& gradient, const Z* z, const R* r, int64_t count, Z* grad,
+                    const Kept& kept) {
   if constexpr (kSameWords<Z, R>) {
     constexpr int size = Word<Z>::kSize;
-    if (count % size == 0) return gradient_words<kl, range>(gradient, z, r, count / size, grad);
+    if (count % size == 0)
+      return gradient_words<kl, range, keep>(gradient, z, r, count / size, grad, kept);
   }
   FloatBlock<Z> z_block;
   FloatBlock<R> r_block;
   alignas(64) float values[kBlock];
   const float* z_float = z_block.of(z, count);
   const float* r_float = kl == Kl::none ? z_float : r_block.of(r, count);
-  gradient_words<kl, range>(gradient, z_float, r_float, count, values);
+  gradient_words<kl, range, keep>(gradient, z_float, r_float, count, values, kept);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) store(grad[i], values[i]);
 }
 
 template <Kl kl, class Z, class R>
 void write_gradient(const Gradient& gradient, const Z* z, const R* r, int64_t label,
-                    float label_weight, int64_t vocab, int64_t width, Z* grad) {
+                    float label_weight, int64_t vocab, int64_t width, Z* grad, const Kept& kept) {
   if (gradient.finite()) {
     // Before the loop, which may overwrite z; in float32, before the rounding to the dtype.
     const float r_label = kl == Kl::none ? 0 : load(r[label]);
     const float at_label = gradient.at<kl, Range::any>(load(z[label]), r_label) - label_weight;
-    const auto block = gradient.range == Range::moderate ? gradient_block<kl, Range::moderate, Z, R>
-                                                         : gradient_block<kl, Range::any, Z, R>;
+    const auto block = gradient.range == Range::any ? gradient_block<kl, Range::any, false, Z, R>
+                       : kept.e_y ? gradient_block<kl, Range::moderate, true, Z, R>
+                                  : gradient_block<kl, Range::moderate, false, Z, R>;
     for (int64_t i = 0; i < vocab; i += kBlock) {
       const R* const r_block = kl == Kl::none ? nullptr : r + i;
-      block(gradient, z + i, r_block, vocab - i < kBlock ? vocab - i : kBlock, grad + i);
+      const int64_t count = vocab - i < kBlock ? vocab - i : kBlock;
+      block(gradient, z + i, r_block, count, grad + i, kept.of_block(i));
     }
     store(grad[label], at_label);
   } else {
@@ -351,7 +411,7 @@ double log_ratio(const RowStats& row, float z, float r) {
 
 template <class Z, class R>
 void write_gradient_row(const Problem& p, int64_t n, const RowStats& stats, double scale,
-                        const Rows& rows) {
+                        const Rows& rows, const Kept& kept) {
   const Z* z = row_of<Z>(p.logits, n);
   const R* r = row_of<R>(p.ref, n);
   Z* grad = row_of<Z>(rows, n);
@@ -372,14 +432,15 @@ void write_gradient_row(const Problem& p, int64_t n, const RowStats& stats, doub
   const auto write = kl == Kl::none         ? write_gradient<Kl::none, Z, R>
                      : kl == Kl::policy_ref ? write_gradient<Kl::policy_ref, Z, R>
                                             : write_gradient<Kl::ref_policy, Z, R>;
-  write(gradient, z, r, p.labels[n], float(weight * nll_coef), p.vocab, p.width, grad);
+  write(gradient, z, r, p.labels[n], float(weight * nll_coef), p.vocab, p.width, grad, kept);
 }
 
 template <Kl kl, class Z, class R>
-RowStats measure_row(const Problem& p, const RowOutputs& out, int64_t n) {
+RowStats measure_row(const Problem& p, const RowOutputs& out, int64_t n, const Kept& kept) {
   const Z* z = row_of<Z>(p.logits, n);
   const R* r = row_of<R>(p.ref, n);
-  const Moments sum = moments<kl>(z, r, p.vocab);
+  const Moments sum =
+      kept.e_y ? moments<kl, true>(z, r, p.vocab, kept) : moments<kl, false>(z, r, p.vocab, kept);
   // Of a NaN logit, exp_below_headroom may make a number; a and b, which multiply by it, are NaN.
   const double s = isnan(sum.a) ? NAN : sum.s, t = isnan(sum.b) ? NAN : sum.t;
   const double log_s = ::log(s), log_t = ::log(t);
@@ -400,7 +461,7 @@ RowStats measure_row(const Problem& p, const RowOutputs& out, int64_t n) {
 }
 
 template <class Z, class R>
-RowStats forward_row(const Problem& p, const RowOutputs& out, int64_t n) {
+RowStats forward_row(const Problem& p, const RowOutputs& out, int64_t n, const Kept& kept) {
   if (p.weights[n] == 0) {
     out.nll[n] = out.kl[n] = out.entropy[n] = 0;
     return RowStats{};
@@ -409,21 +470,27 @@ RowStats forward_row(const Problem& p, const RowOutputs& out, int64_t n) {
                        : p.kl == Kl::policy_ref ? measure_row<Kl::policy_ref, Z, R>
                        : p.kl == Kl::ref_policy ? measure_row<Kl::ref_policy, Z, R>
                                                 : measure_row<Kl::sampled, Z, R>;
-  return measure(p, out, n);
+  return measure(p, out, n, kept);
 }
 
 template <class Z, class R>
-void forward_typed(const Problem& p, const RowOutputs& out, const Rows* grad, int64_t n) {
-  const RowStats stats = forward_row<Z, R>(p, out, n);
+void forward_typed(const Problem& p, const RowOutputs& out, const Rows* grad, int64_t n,
+                   const Kept& kept) {
+  const RowStats stats = forward_row<Z, R>(p, out, n, kept);
   if (out.stats) out.stats[n] = stats;
-  if (grad) write_gradient_row<Z, R>(p, n, stats, 1, *grad);
+  if (grad) write_gradient_row<Z, R>(p, n, stats, 1, *grad, kept);
 }
 
 template <class Z, class R>
 void backward_typed(const Problem& p, const RowStats* stats, double scale, const Rows& grad,
                     int64_t n) {
-  write_gradient_row<Z, R>(p, n, stats[n], scale, grad);
+  write_gradient_row<Z, R>(p, n, stats[n], scale, grad, {});
 }
+
+// So many floats that the next array begins at a multiple of 64 bytes, too.
+int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+int64_t blocks_of(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
 
 // Call body(Z, R) with values of the element types of policy and reference.
 template <class Body>
@@ -436,10 +503,18 @@ void with_types(const Problem& p, const Body& body) {
 
 }  // namespace
 
-void forward_rows(const Problem& p, const RowOutputs& out, const Rows* grad, int64_t begin,
-                  int64_t end) {
+int64_t floats_to_keep(int64_t vocab) { return 2 * (padded(vocab) + padded(blocks_of(vocab))); }
+
+void forward_rows(const Problem& p, const RowOutputs& out, const Rows* grad, float* scratch,
+                  int64_t begin, int64_t end) {
+  Kept kept;
+  if (scratch) {
+    float* const maxima = scratch + 2 * padded(p.vocab);
+    kept = {scratch, scratch + padded(p.vocab), maxima, maxima + padded(blocks_of(p.vocab))};
+  }
   with_types(p, [&](auto z, auto r) {
-    for (int64_t n = begin; n < end; ++n) forward_typed<decltype(z), decltype(r)>(p, out, grad, n);
+    for (int64_t n = begin; n < end; ++n)
+      forward_typed<decltype(z), decltype(r)>(p, out, grad, n, kept);
   });
 }
 

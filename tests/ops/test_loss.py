@@ -104,6 +104,18 @@ def assert_as_accurate_as_eager(inputs: Inputs, **options: object) -> None:
 # --- The equation ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rise", [12, -12])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_block_of_a_row_may_have_maxima_of_its_own(dtype: torch.dtype, kl: str, rise: int) -> None:
+    inputs = make(9001, spread=1.0)
+    ramp = torch.linspace(0, rise, inputs.logits.shape[-1])
+    logits = (inputs.logits + ramp).to(dtype)
+    reference = (inputs.ref_logits - 0.3 * ramp[:9001]).to(dtype)
+    inputs = inputs._replace(logits=logits, ref_logits=reference)
+    assert_as_accurate_as_eager(inputs, impl="cpp", kl=kl, kl_coef=0.3, entropy_coef=0.2)
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("kl", KLS)
