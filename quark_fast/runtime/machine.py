@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -34,13 +35,36 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 def set_threads(threads: int) -> None:
     """Let torch use ``threads`` CPU threads; 0: $OMP_NUM_THREADS, else one for each core of this process.
 
+    Of cores that are limited to a share of their time, as a container's, so many as that share amounts to.
     More threads than free cores are many times slower than one: they spin while they wait for each other.
     """
     if threads < 0:
         raise UsageError(f"threads = {threads}; give at least 0, 0 for every core")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = math.ceil(min(cores, _quota()))
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,1": of nested regions, too
     torch.set_num_threads(threads or (int(asked) if asked.isdecimal() else 0) or cores)
+
+
+def _quota(root: Path = Path("/")) -> float:
+    """Cores' worth of time that control groups leave this process, as in a container; inf: no limit."""
+    groups = root / "sys/fs/cgroup"
+    # A container sees its own group as the root; a service's or a user's is within others, whose limits hold.
+    own = groups / _text(root / "proc/self/cgroup").partition("0::/")[2].strip()
+    found = [_text(group / "cpu.max") for group in (own, *own.parents)]
+    v1 = groups / "cpu"
+    found.append(f"{_text(v1 / 'cpu.cfs_quota_us')} {_text(v1 / 'cpu.cfs_period_us')}")
+    # Without a limit there is "max", or -1.
+    limits = [re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", text) for text in found]
+    return min((int(limit[1]) / int(limit[2]) for limit in limits if limit), default=math.inf)
+
+
+def _text(path: Path) -> str:
+    """What stands in the file; "" without one."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def quiet_libraries() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from quark_fast.errors import UsageError
 from quark_fast.runtime.machine import (
     _bf16_is_faster,
+    _quota,
     sampling_dtype,
     set_threads,
     settled_precision,
@@ -123,10 +126,38 @@ def test_threads_asked_for_win_over_the_environment_and_that_over_all_cores(
     set_threads(0)
     assert torch.get_num_threads() == 3
     threads.setenv("OMP_NUM_THREADS", "0")  # as if it were not set
+    threads.setattr("quark_fast.runtime.machine._quota", lambda: math.inf)
     set_threads(0)
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    threads.setattr(os, "sched_getaffinity", lambda _: range(5))
+    threads.setattr("quark_fast.runtime.machine._quota", lambda: 2.5)
+    set_threads(0)
+    assert torch.get_num_threads() == 3
     with pytest.raises(UsageError, match="threads = -1"):
         set_threads(-1)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "400000 100000\n"}, 4),  # docker run --cpus=4
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+        ({"user.slice/cpu.max": "200000 100000\n", "user.slice/a.service/cpu.max": "max 100000\n"}, 2),
+        ({"user.slice/cpu.max": "200000 100000\n", "user.slice/a.service/cpu.max": "50000 100000\n"}, 0.5),
+        ({"other.slice/cpu.max": "50000 100000\n"}, math.inf),
+    ],
+)
+def test_quota_of_a_container_or_of_the_groups_around_a_process_limits_its_cores(
+    tmp_path: Path, files: dict[str, str], cores: float
+) -> None:
+    own = {"proc/self/cgroup": "1:cpu:/\n0::/user.slice/a.service\n"}
+    for name, text in (own | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert _quota(tmp_path) == cores
 
 
 @pytest.mark.parametrize(
