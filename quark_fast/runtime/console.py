@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
@@ -15,7 +16,7 @@ from quark_fast.files.safe_text import clean
 
 
 class _Outlived:
-    """A file to print to, whose terminal may be closed while the program works on: then nothing is shown."""
+    """A file to print to, whose terminal or reader may go while the program works on: then nothing shows."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -32,14 +33,23 @@ class _Outlived:
         with self._open():
             self._file.flush()
 
-    @staticmethod
     @contextlib.contextmanager
-    def _open() -> Iterator[None]:
+    def _open(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
+            with contextlib.suppress(OSError):  # of a file that is none of the system's
+                self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        """Have the system take what is printed, or Python's last flush would fail, too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, self._file.fileno())
+        finally:
+            os.close(nowhere)
 
 
 class Terminal(Console):

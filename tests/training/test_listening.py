@@ -90,6 +90,19 @@ def test_terminal_that_is_closed_ends_no_run() -> None:
     file.errno = errno.EIO
 
 
+def test_reader_that_goes_away_ends_no_run() -> None:
+    reader, writer = os.pipe()
+    file = os.fdopen(writer, "w")
+    console = Terminal(file=file)
+    console.print("read")
+    os.close(reader)
+    console.print("not read")
+    console.print("nor this")
+    assert not console.quiet, "what the program does by that stays as it was"
+    file.write("what Python flushes when it ends")
+    file.close()
+
+
 def test_callback_that_changes_its_row_changes_nothing_of_the_run(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
