@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) ->
     from quark_fast.report.results import after_names, headline, kept_round
     from quark_fast.report.tables import before_after, results_table
 
-    finished = read_run(folder)
+    finished, typed = read_run(folder), shlex.quote(str(folder))
     if kept := kept_round(finished.kept):
         console.print(kept)
     if finished.evaluation:
@@ -65,11 +66,11 @@ def _show(folder: Path, config: Config, console: Terminal, notices: Terminal) ->
         )
         console.print(texts)
     else:
-        notices.print(f"not evaluated (--no-eval): python -m quark_fast.evaluate {folder} does so")
+        notices.print(f"not evaluated (--no-eval): python -m quark_fast.evaluate {typed} does so")
     record = finished.versions
     notices.print(f"took {duration(record['minutes'])} and {record['memory_gb']} GB of memory at most")
     notices.print(f"report:   {folder / 'report.html'}")
-    notices.print(f'generate: python -m quark_fast.generate {folder} "The man said"')
+    notices.print(f'generate: python -m quark_fast.generate {typed} "The man said"')
 
 
 if __name__ == "__main__":

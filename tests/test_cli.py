@@ -846,13 +846,15 @@ def test_stopped_run_says_how_to_go_on_and_does(
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", stop_after_one)
-        assert train.main(flags(output="stopped", **FEW_ROWS)) == 130
-    assert "--resume --output stopped" in capsys.readouterr().err
-    assert train.main(["--config", "stopped/config.yaml", "--resume"]) == 0
-    steps = [row["step"] for row in rows(folder / "stopped" / "metrics.jsonl", kind="step")]
+        assert train.main(flags(output="a stopped run", **FEW_ROWS)) == 130
+    _, typed = capsys.readouterr().err.splitlines()[-1].split("go on with ")
+    assert typed == "--resume --output 'a stopped run'"
+    assert train.main(shlex.split(typed)) == 0
+    assert """generate: python -m quark_fast.generate 'a stopped run' "The man""" in capsys.readouterr().err
+    steps = [row["step"] for row in rows(folder / "a stopped run" / "metrics.jsonl", kind="step")]
     assert steps == list(range(1, 9))
     # The same as the run that was never stopped.
-    ours, theirs = (rows(folder / name / "completions.jsonl") for name in ("stopped", "finished"))
+    ours, theirs = (rows(folder / name / "completions.jsonl") for name in ("a stopped run", "finished"))
     assert ours == theirs
 
 
@@ -1218,9 +1220,9 @@ def test_command_typed_twice_says_at_once_what_there_is_and_what_to_type(
     for again in ({}, {"resume": "true"}):
         message = refused(train.main, flags(output="finished", **again))
         assert "finished" in message and "report.html" in message and "--resume --output" not in message
-    (folder / "half").mkdir()
-    (folder / "half" / "config.yaml").write_text("task: toxicity\n")
-    assert "Go on by --resume --output half" in refused(train.main, flags(output="half"))
+    (folder / "half done").mkdir()
+    (folder / "half done" / "config.yaml").write_text("task: toxicity\n")
+    assert "Go on by --resume --output 'half done'" in refused(train.main, flags(output="half done"))
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("mine")
     assert "is no run: choose another --output" in refused(train.main, flags(output="mine"))

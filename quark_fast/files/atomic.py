@@ -16,6 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 TRIAL = ".quark_fast-check-"  # begins the name of a folder that is made to see whether it can be written to
+# What a folder of VirtualBox's shared folders, SMB and others answers: they flush none, and need not.
+_NO_FOLDER_FLUSH = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP})
 _DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
@@ -36,6 +38,9 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

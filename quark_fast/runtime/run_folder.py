@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,6 +52,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.at = self.path.absolute()
+        self._locked = False
 
     @property
     def nearest(self) -> Path:
@@ -60,21 +62,31 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.at / name
 
+    @property
+    def resumed_by(self) -> str:
+        """The flags that go on with the run, as a shell takes them."""
+        return f"--resume --output {shlex.quote(str(self.path))}"
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do once an error is mended."""
+        if (self / "config.yaml").exists():
+            return f"go on with {self.resumed_by}; what was done is kept"
+        return "start the run again"
+
     def check_free(self) -> None:
         """Refuse a path with anything in it: no run is overwritten. What there is decides what to type."""
-        path = self.path
+        path, typed = self.path, shlex.quote(str(self.path))
         if not path.exists() or (path.is_dir() and not any(map(_lasting, path.iterdir()))):
             return
         anew = "to train anew choose another --output"
         if path.is_dir() and self.finished:
             raise UsageError(
                 f"{path} exists: a finished run. Its report is {path / 'report.html'}, its texts come by"
-                f' `python -m quark_fast.generate {path} "The man said"`; {anew}'
+                f' `python -m quark_fast.generate {typed} "The man said"`; {anew}'
             )
         if (self / "config.yaml").exists():
-            raise UsageError(
-                f"{path} exists: a run that is not finished. Go on by --resume --output {path}; {anew}"
-            )
+            raise UsageError(f"{path} exists: a run that is not finished. Go on by {self.resumed_by}; {anew}")
         raise UsageError(f"{path} exists and is no run: choose another --output")
 
     def check_writable(self) -> None:
@@ -97,7 +109,8 @@ class RunFolder:
             self.drop_checkpoint()  # of a process that ended while it did
             raise UsageError(
                 f"the run in {self.path} is finished: nothing to resume; its report is"
-                f" {self.path}/report.html, and `python -m quark_fast.report {self.path}` writes that again"
+                f" {self.path}/report.html, and `python -m quark_fast.report {shlex.quote(str(self.path))}`"
+                " writes that again"
             )
         for left in (".*.tmp", f"{TRIAL}*"):  # of a process that ended while it wrote
             for path in self.at.glob(left):
@@ -128,6 +141,7 @@ class RunFolder:
         if not held:
             holder = (self / LOCK).read_text(encoding="utf-8").strip() or "another process"
             raise UsageError(f"{holder} is at work in {self.path}; wait for it, or choose another --output")
+        self._locked = True
 
     @contextmanager
     def free_after_errors(self) -> Iterator[None]:
@@ -135,7 +149,8 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            unlock(self / LOCK)
+            if self._locked:  # else it may be another run's of this process
+                unlock(self / LOCK)
             raise
 
     @contextmanager
@@ -149,10 +164,8 @@ class RunFolder:
             name = getattr(error, "filename", None)
             foreign = isinstance(name, str) and not Path(name).resolve().is_relative_to(self.at.resolve())
             where = name if foreign else f"to the run folder {self.path}"
-            raise OutOfResources(
-                f"cannot write {where}: {what}; the run's checkpoints are"
-                f" kept: fix that, then go on with --resume --output {self.path}"
-            ) from error
+            how = f"fix that, then {self.how_to_go_on}"
+            raise OutOfResources(f"cannot write {where}: {what}; {how}") from error
 
     @property
     def finished(self) -> bool:

@@ -231,7 +231,7 @@ class BestRound:
         each = (f"round {one.round} has {self.goal.shown(one.measures, base)}" for one in rounds)
         kept = [one for one in rounds if self._path(one.round).exists()]
         looser = self.goal.looser(base, [one.measures for one in kept])
-        how = f", such as --resume --output {self.setup.folder.path} --keep-best '{looser}'" if looser else ""
+        how = f", such as {self.setup.folder.resumed_by} --keep-best '{looser}'" if looser else ""
         return (
             f"no round meets keep_best = {str(self.goal)!r}: {'; '.join(each)}. The weights of"
             f" {counted(len(kept), 'round')} are kept: choose one by --resume and another --keep-best{how}"

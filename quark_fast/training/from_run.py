@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import torch
@@ -35,13 +36,11 @@ def check_from_run(config: Config, earlier: RunFolder) -> None:
             f"--from {path}: no run folder (no config.yaml); give the --output of a finished run"
         )
     if not earlier.finished:
-        raise UsageError(
-            f"--from {path}: that run is not finished; go on with it by --resume --output {path}"
-        )
+        raise UsageError(f"--from {path}: that run is not finished; go on with it by {earlier.resumed_by}")
     if not (earlier / STATE).exists():
         raise UsageError(
             f"--from {path}: it has no {STATE}/ to go on from, which was deleted; begin anew"
-            f" with its samples by --scored {earlier / 'completions.jsonl'}"
+            f" with its samples by --scored {shlex.quote(str(earlier / 'completions.jsonl'))}"
         )
     saved = load_config(earlier / "config.yaml")
     for name, why in SAME.items():

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from tiny_runs import PROMPTS, SHORT, even_words, small, timeless
 
 from quark_fast.config import Config
 from quark_fast.errors import OutOfResources, UsageError
-from quark_fast.files.atomic import TRIAL
+from quark_fast.files.atomic import TRIAL, flush, replacing
 from quark_fast.model.check_model import check_model
 from quark_fast.runtime.checkpoint_files import cut_back, load_checkpoint, save_checkpoint
 from quark_fast.runtime.run_folder import RunFolder
@@ -206,6 +207,41 @@ def test_disk_without_room_for_a_trial_export_is_not_blamed_on_the_model(
     assert not [*here.glob(f"{TRIAL}*")]
 
 
+def test_file_system_that_flushes_no_folder_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"folder": errno.EINVAL, "file": 0}
+
+    def fsync(handle: int) -> None:
+        number = answers["folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"]
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing(tmp_path / "file") as scratch:
+        scratch.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
+    answers["folder"] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        flush(tmp_path)
+    answers["file"] = errno.EINVAL
+    with pytest.raises(OSError, match="Invalid argument"):
+        flush(tmp_path / "file")
+
+
+def test_disk_that_is_full_before_the_first_file_says_to_start_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Config, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Config, "save", full)
+        with pytest.raises(OutOfResources, match=r"No space left on device; fix that, then start the run ag"):
+            Trainer(config(here / "early"), **GIVEN)
+    assert Trainer(config(here / "early"), **GIVEN).folder.resumed_by.startswith("--resume --output ")
+
+
 def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(here: Path) -> None:
     folder = here / "full"
 
@@ -300,6 +336,18 @@ def test_second_process_is_refused_while_the_first_lives_and_not_after_its_death
         holder.wait()
         RunFolder(stopped).check_resumable()  # although its child lives
         os.kill(child, 0)
+
+
+def test_run_that_is_refused_keeps_the_lock_of_the_one_beside_it_in_the_process(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.create()
+    (first / "config.yaml").touch()
+    with pytest.raises(UsageError, match="exists: a run that is not finished"), second.free_after_errors():
+        second.check_free()
+    assert (first / ".lock").exists()
+    with pytest.raises(Killed), first.free_after_errors():
+        raise Killed
+    assert not (first / ".lock").exists()
 
 
 def test_second_new_run_in_one_folder_is_refused_although_nothing_is_written_yet(tmp_path: Path) -> None:
