@@ -14,9 +14,10 @@ from quark_fast.config import Config
 from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import find_prompt, load_prompts, with_prompt
 from quark_fast.data.readers import listed
-from quark_fast.data.row import Prompt, Row, given
+from quark_fast.data.row import Prompt, Row, given, is_chat
 from quark_fast.data.scored import ScoredText, load_scored
 from quark_fast.errors import UsageError
+from quark_fast.runtime.journal import spelled
 
 
 def split(rows: Sequence[Row], held_out: int | None = None, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -200,6 +201,15 @@ def _limited(train: list[Row], config: Config, notes: list[str]) -> list[Row]:
 def digest(rows: Sequence[Row]) -> str:
     """sha256 over the prompts as they were given, in their order."""
     return hashlib.sha256(json.dumps([given(row) for row in rows]).encode()).hexdigest()
+
+
+def columns_digest(rows: Sequence[Row]) -> str:
+    """sha256 over what stands beside the prompts in their rows, in their order; of missing values nothing."""
+    own = []
+    for row in rows:
+        prompt = ("prompt", "messages") if is_chat(row) else ("prompt",)
+        own.append({k: row[k] for k in sorted(row) if k not in prompt and row[k] is not None})
+    return hashlib.sha256(json.dumps(own, default=spelled, skipkeys=True).encode()).hexdigest()
 
 
 def _hash(row: Row, seed: int) -> str:

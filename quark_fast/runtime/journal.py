@@ -10,6 +10,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -124,7 +125,7 @@ class Journal:
         if not self.here:
             return Kept()
         self.folder.mkdir(exist_ok=True)
-        mark = hashlib.sha256(json.dumps(settings, default=_spelled).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(json.dumps(settings, default=spelled).encode()).hexdigest()[:16]
         known: dict[int, T] = {}
         for path in sorted(self.folder.glob(f"{name}.{mark}.*.jsonl")):
             known |= _whole_lines(path, decode)
@@ -138,9 +139,14 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def _spelled(value: Any) -> Any:
-    """What JSON has no word for, as every process spells it: a set of texts has another order in each."""
-    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else str(value)
+def spelled(value: Any) -> Any:
+    """What JSON has no word for, as every process spells it.
+
+    In each a set of texts has another order, and an object without a text of its own another address.
+    """
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return re.sub(" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def _whole_lines(path: Path, decode: Callable[[Any], T]) -> dict[int, T]:

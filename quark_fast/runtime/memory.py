@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import resource
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from quark_fast.errors import OutOfResources
+from quark_fast.runtime.run_folder import RunFolder
 
 
 def keep_freed_memory() -> None:
@@ -74,6 +76,21 @@ def is_lack_of_memory(error: BaseException) -> bool:
         return error.__context__ is None or is_lack_of_memory(error.__context__)
     library = isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
     return library or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+@contextlib.contextmanager
+def memory_errors(folder: RunFolder) -> Iterator[None]:
+    """Have a lack of memory that no smaller part of the work would mend end the run with a one-line error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise OutOfResources(
+            f"out of memory ({str(error).splitlines()[0]}); free some or take a machine with more, and"
+            f" {folder.how_to_go_on}. A new run takes less with a smaller --model, --lora-rank or --optimizer"
+            " adamw-8bit"
+        ) from error
 
 
 def within_memory(

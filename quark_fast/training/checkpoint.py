@@ -26,6 +26,7 @@ from quark_fast.runtime.checkpoint_files import (
 )
 from quark_fast.runtime.distributed import LossModule, Processes, without_data
 from quark_fast.runtime.journal import Journal
+from quark_fast.runtime.memory import is_lack_of_memory
 from quark_fast.runtime.run_folder import RunFolder
 from quark_fast.training.from_run import first_checkpoint
 from quark_fast.training.optimizer import load_state, state_tensors, trained_parameters
@@ -49,12 +50,13 @@ class Checkpoint:
     @property
     def identity(self) -> dict[str, Any]:
         """What all samples follow from, before the first checkpoint, too: a resumed run needs the same."""
+        scored = scored_digest(self.setup.prompts.scored)
+        return {**self._made_of, "reward": self.setup.reward.identity, "scored": scored}
+
+    @property
+    def _made_of(self) -> dict[str, Any]:
         prompts = self.setup.prompts
-        return {
-            "reward": self.setup.reward.identity,
-            "prompts": digest(prompts.train),
-            "scored": scored_digest(prompts.scored),
-        }
+        return {"prompts": digest(prompts.train), "columns": prompts.columns, "base": self.setup.base}
 
     @property
     def _scorers(self) -> dict[str, Any]:
@@ -96,8 +98,9 @@ class Checkpoint:
             "bad_steps": state.bad_steps.state_dict(),
             "kl_coef": state.kl.coef,
             "micro_batch": [setup.config.micro_batch, state.micro_batch, setup.processes.count],
+            "device": setup.device.type,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "prompts": digest(setup.prompts.train),
+            **self._made_of,
             **self._scorers,
             "left_out": state.left_out,
             "trained": sorted(state.trained),
@@ -128,6 +131,8 @@ class Checkpoint:
             except UsageError:
                 raise
             except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                if is_lack_of_memory(error):
+                    raise
                 raise UsageError(
                     f"the checkpoint in {self.setup.folder.path} is not one of this run"
                     f" ({type(error).__name__}: {error}); start anew in another --output"
@@ -135,21 +140,24 @@ class Checkpoint:
 
     def _restore(self, state: State, check: Callable[[list[MeasuredRound]], None]) -> None:
         processes, folder, config = self.setup.processes, self.setup.folder, self.setup.config
-        loaded = processes.on_rank_0(lambda: load_checkpoint(folder), _without_large_data)
-        source, cut = folder, None if loaded is None else loaded[0]
-        if loaded is None:
-            identity = processes.on_rank_0(lambda: self.journal.identity)
+        loaded: StateAndTensors | None = None
+        source, cut = folder, None
+        if config.resume:  # else the folder is not this run's yet, but may be another's by now
+            loaded = processes.on_rank_0(lambda: load_checkpoint(folder), _without_large_data)
+            cut = None if loaded is None else loaded[0]
+            identity = None if loaded else processes.on_rank_0(lambda: self.journal.identity)
             if identity is not None:
                 processes.all_gather(lambda: self._check_identity(identity))
-            if config.from_run:
-                source = earlier = RunFolder(config.from_run)
-                loaded = processes.on_rank_0(
-                    lambda: first_checkpoint(config, self.setup.policy, earlier), _without_large_data
-                )
+        if loaded is None and config.from_run:
+            source = earlier = RunFolder(config.from_run)
+            loaded = processes.on_rank_0(
+                lambda: first_checkpoint(config, self.setup.policy, earlier), _without_large_data
+            )
         if loaded is not None:
             processes.all_gather(lambda: self._check(*loaded, source))
             processes.on_rank_0(lambda: check(_measured(loaded[0])))
-        processes.on_rank_0(lambda: cut_back(folder, cut))
+        if config.resume:
+            processes.on_rank_0(lambda: cut_back(folder, cut))
         if loaded is None:
             return
         saved, tensors = loaded
@@ -159,7 +167,7 @@ class Checkpoint:
 
     def _check_identity(self, before: Mapping[str, Any]) -> None:
         """Refuse what is kept of a first round with other prompts, completions or rewards."""
-        self._check_prompts(before["prompts"], self.setup.folder)
+        self._check_made_of(before, self.setup.folder)
         if before["scored"] != self.identity["scored"]:
             raise UsageError(
                 f"the scored completions of {self.setup.config.scored} are not those that the run in"
@@ -178,7 +186,7 @@ class Checkpoint:
                 f"the checkpoint in {folder.path} holds other weights than"
                 f" {self.setup.config.model or 'the embedded model'} has; resume it with its own model"
             )
-        self._check_prompts(saved["prompts"], folder)
+        self._check_made_of(saved, folder)
         self._check_reward(saved["reward"], folder)
         # Two rewards on purpose (_check_reward) are so for the rounds, too.
         if saved["measured"] and saved["judges"] != self._scorers["judges"]:
@@ -187,11 +195,26 @@ class Checkpoint:
                 " them with later ones; put it back, or begin anew in another --output"
             )
 
-    def _check_prompts(self, before: str, folder: RunFolder) -> None:
-        if before != digest(self.setup.prompts.train):
+    def _check_made_of(self, before: Mapping[str, Any], folder: RunFolder) -> None:
+        """Refuse another base model, other prompts or other columns; runs of before have no note of some."""
+        now, config = self._made_of, self.setup.config
+        changed = {name for name in now if before.get(name, now[name]) != now[name]}
+        if "base" in changed:
+            raise UsageError(
+                f"{config.model or 'the embedded model'} has other weights than when the run in {folder.path}"
+                " began: it was saved anew, or another version of it is on the hub by now; put that one back,"
+                " or begin anew in another --output"
+            )
+        if "prompts" in changed:
             raise UsageError(
                 f"the training prompts are not those that the run in {folder.path} began with;"
                 " give it the same"
+            )
+        if "columns" in changed and not config.accept_changed_reward:
+            raise UsageError(
+                "the columns beside the training prompts, which a reward may read, are not those that the run"
+                f" in {folder.path} began with; put them back, begin anew in another --output, or go on with"
+                " both on purpose by --accept-changed-reward"
             )
 
     def _check_reward(self, before: Sequence[str], folder: RunFolder) -> None:
@@ -224,8 +247,9 @@ class Checkpoint:
         state.kl.coef = float(saved["kl_coef"])
         asked, found, processes = saved["micro_batch"]
         before = first_micro_batch(config, max(1, processes), self.setup.device)
-        # Else the memory sufficed, or the user knows better by now.
-        if found < before and asked == config.micro_batch:
+        same_device = saved.get("device", self.setup.device.type) == self.setup.device.type
+        # Else the memory sufficed, it was another one, or the user knows better by now.
+        if found < before and same_device and asked == config.micro_batch:
             state.micro_batch = max(1, min(state.micro_batch, int(found)))
         done = state.step - state.first_step(config)
         prompts = range(len(self.setup.prompts.train_ids))

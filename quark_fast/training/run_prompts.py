@@ -10,7 +10,7 @@ from quark_fast.config import Config
 from quark_fast.data import assets
 from quark_fast.data.chat import chat_template
 from quark_fast.data.row import Prompt, Row, as_rendered, from_file, is_chat, with_same_columns
-from quark_fast.data.split import Chosen, choose_prompts
+from quark_fast.data.split import Chosen, choose_prompts, columns_digest
 from quark_fast.evaluation.held_out import EncodedPrompts
 from quark_fast.evaluation.prompt_classes import check_classes
 from quark_fast.model.loading import load_tokenizer
@@ -28,6 +28,7 @@ class RunPrompts:
 
     Attributes:
         train, train_ids: rows of the training prompts, and their token ids without prefix.
+        columns: ``columns_digest`` of these rows, as they were before a reward saw them.
         held_out_rows, held_out: rows of the evaluation's prompts as they were given, and as it uses them.
         chats: every row that was rendered from messages, also those that are left out: a template may write
             the date, so that a resumed run would render them differently.
@@ -38,6 +39,7 @@ class RunPrompts:
 
     train: list[Row]
     train_ids: list[list[int]]
+    columns: str
     held_out_rows: list[Row]
     held_out: EncodedPrompts
     chats: list[Row]
@@ -112,6 +114,7 @@ def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts
             policy, chosen.scored, train.rows, train.ids, config.max_new_tokens, chosen.notes
         ),
         train=list(train.rows),
+        columns=columns_digest(train.rows),
         train_ids=[list(ids) for ids in train.ids],
         held_out_rows=chosen.held_out if config.prefix_tokens else list(held_out.rows),
         held_out=held_out,

@@ -38,6 +38,7 @@ class Setup:
         saved: config.yaml as the last start left it; of a new run, ``config``.
         sampling_dtype: of frozen copies, which sample and evaluate.
         copied: the one of the policy as it is, for the probe and the next round's samples.
+        base: what tells the base model's weights from others, see ``start.base_digest``.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Setup:
     copied: SharedCopy
     checked: Checked
     objective: Objective
+    base: str
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from numbers import Number
 from pathlib import Path
@@ -32,7 +34,7 @@ from quark_fast.model.check_reading import check_fixed_steps
 from quark_fast.model.copies import SharedCopy, shared_reference
 from quark_fast.model.fixed_step import check_device
 from quark_fast.model.loading import decode_fast, load_reference
-from quark_fast.model.lora import Lora
+from quark_fast.model.lora import Lora, has_adapters
 from quark_fast.model.policy import Policy
 from quark_fast.model.structure import recompute_layers
 from quark_fast.near_names import nearest
@@ -58,6 +60,7 @@ from quark_fast.training.try_rewards import try_rewards
 
 _CALL = "Trainer(Config(model=..., output=...), reward=..., prompts=...)"
 P = ParamSpec("P")
+SAMPLED = 1000  # numbers of each tensor that tell one base model from another
 
 
 def known_names(init: Callable[P, None]) -> Callable[P, None]:
@@ -156,6 +159,7 @@ def set_up(
     dtype = sampling_dtype(config.precision, accelerator.device)
     words = task.words_for(config.quantiles) if rewarded_by_task and scorer.property is not None else None
     policy = _load_policy(config, words, dtype, accelerator.device)
+    base = base_digest(policy)
     prompts = encode_prompts(config, policy, chosen)
     _choose_attention(policy, prompts, config)
     reference = _load_reference(config, policy, dtype, accelerator.device)
@@ -182,12 +186,28 @@ def set_up(
         copied=SharedCopy(policy, dtype),
         checked=checked,
         objective=objective(),
+        base=base,
     )
     try_rewards(setup)
     _keep_rewards(setup)
-    if config.push_to_hub and processes.main:  # last, since it may make a repository
-        hub.check_repository(config.push_to_hub, config.hub_private_repo)
+    if processes.main:
+        _check_hub(config)  # last, since it may make a repository
     return setup
+
+
+def _check_hub(config: Config) -> None:
+    """Refuse a repository that the run could not be uploaded to; to one that goes on it is only said.
+
+    There may be no network where it goes on, and what it has learned is worth more than the upload.
+    """
+    if not config.push_to_hub:
+        return
+    try:
+        hub.check_repository(config.push_to_hub, config.hub_private_repo)
+    except UsageError as error:
+        if not config.resume:
+            raise
+        logging.getLogger(__name__).warning("%s; the run goes on, and tries the upload at its end", error)
 
 
 def _check_model(
@@ -284,6 +304,23 @@ def _load_policy(config: Config, words: list[str] | None, dtype: torch.dtype, de
     if config.gradient_checkpointing:
         recompute_layers(policy.model)
     return policy
+
+
+def base_digest(policy: Policy) -> str:
+    """sha256 over a sample of the base model's weights, in a policy that has learned nothing yet.
+
+    ``SAMPLED`` numbers of each tensor, in float32, which holds those of any dtype that a model is stored in:
+    the same on every machine. It sees that a model was trained further, but neither a change of a few numbers
+    nor another tokenizer.
+    """
+    model, found = policy.model, hashlib.sha256()
+    rows, adapted = model.get_input_embeddings().rows, has_adapters(model)
+    for name, weights in model.named_parameters():
+        if weights is not rows and not (adapted and weights.requires_grad):
+            flat = weights.detach().reshape(-1)
+            some = flat[:: 1 + len(flat) // SAMPLED].float().cpu()
+            found.update(f"{name}{tuple(weights.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _choose_attention(policy: Policy, prompts: RunPrompts, config: Config) -> None:

@@ -25,7 +25,7 @@ from quark_fast.runtime import trackers, zero
 from quark_fast.runtime.distributed import Processes
 from quark_fast.runtime.journal import Journal
 from quark_fast.runtime.machine import versions
-from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory
+from quark_fast.runtime.memory import OutOfMemory, give_back_freed_memory, memory_errors
 from quark_fast.runtime.run_folder import COMPLETIONS, HELD_OUT, LOG, METRICS, PENDING, PROMPTS, RunFolder
 from quark_fast.tasks.by_name import GivenReward
 from quark_fast.training.best_round import BestRound, comparison_stage
@@ -96,7 +96,7 @@ class Trainer:
         self.listen = heard = Listeners(listen, log, mask=not config.show_offensive)
         self.callbacks = several("callbacks", callbacks)
         self.begun = False
-        with folder.free_after_errors():
+        with folder.free_after_errors(), memory_errors(folder):
             # What rank 0 finds there, or chooses, holds for all.
             config.precision, saved = processes.on_rank_0(lambda: check_folder(config, folder))
             self.setup = processes.together(
@@ -152,6 +152,7 @@ class Trainer:
             self.folder.disk_errors(),
             trackers.ended(self.accelerator),
             self.listen.hearing(about),
+            memory_errors(self.folder),
             stop_signals(self._how_to_go_on) as self.work.stop,
         ):
             if not state.measured:
@@ -196,7 +197,7 @@ class Trainer:
                 raise UsageError(
                     f"reward {self.setup.reward.name} scored none of {len(rows)} completions in round"
                     f" {state.round + 1}; the first was {rows[0]['completion']!r}. Where it was out of order,"
-                    f" --resume --output {self.folder.path} samples and scores the round again"
+                    f" {self.folder.resumed_by} samples and scores the round again"
                 )
 
         self.processes.on_rank_0(write)
@@ -344,11 +345,10 @@ class Trainer:
         if self._stop_asked:
             learning = self.state.round < self.state.all_rounds(self.config)
             where = f" in round {self.state.round + 1}" if learning else ""
-            raise Interrupted(
-                f"stopped{where} at step {self.state.step}; go on with --resume --output {self.folder.path}"
-            )
+            how = f"go on with {self.folder.resumed_by}"
+            raise Interrupted(f"stopped{where} at step {self.state.step}; {how}")
 
     def _how_to_go_on(self) -> str:
         known = self.folder.has_checkpoint
         how = "go on from the last checkpoint" if known else "what was sampled is kept: go on"
-        return f"stopped; {how} with --resume --output {self.folder.path}"
+        return f"stopped; {how} with {self.folder.resumed_by}"

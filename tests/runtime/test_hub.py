@@ -96,6 +96,22 @@ def test_hub_that_is_down_is_found_before_the_work(hub: Hub, monkeypatch: pytest
     assert "\n" not in str(error.value)
 
 
+def test_run_goes_on_where_there_is_no_hub_and_says_so(
+    hub: Hub,
+    tmp_path: Path,
+    tiny_model: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model()
+    trainer(tmp_path / "run", model, push_to_hub="me/kind")  # and its process is gone
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    one = trainer(tmp_path / "run", model, push_to_hub="me/kind", resume=True)
+    assert "http://127.0.0.1:9 says Connect" in caplog.text and "tries the upload at its end" in caplog.text
+    with pytest.raises(NotUploaded, match="the run is finished, but its model is not uploaded"):
+        one.train()
+
+
 def test_failed_upload_leaves_a_finished_run_and_the_command_that_uploads_it_later(
     hub: Hub, tmp_path: Path, tiny_model: Make
 ) -> None:

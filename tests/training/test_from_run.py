@@ -20,6 +20,7 @@ from quark_fast.errors import Interrupted, UsageError
 from quark_fast.evaluation.side_by_side import Evaluator
 from quark_fast.report.files import read_run
 from quark_fast.runtime.run_folder import RunFolder
+from quark_fast.training import trainer as trainer_module
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
@@ -172,6 +173,27 @@ def test_what_a_run_cannot_go_on_from_is_refused_in_one_line(tmp_path: Path, tin
     with pytest.raises(Interrupted):
         trainer(unfinished, listen=stop).train()
     refused(r"not finished; go on with it by --resume --output", from_run=unfinished.output)
+
+
+def test_folder_that_another_run_takes_meanwhile_is_left_as_it_is(
+    tmp_path: Path, tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT | LORA, eval=False)
+    trainer(config).train()
+    taken, own = tmp_path / "more", trainer_module.set_up
+
+    def slow(*given: Any) -> Any:  # two that were started together have one default for the folder
+        found = own(*given)
+        taken.mkdir()
+        for name in ("config.yaml", "metrics.jsonl", "completions.jsonl"):
+            (taken / name).write_text("{}\n")
+        return found
+
+    monkeypatch.setattr(trainer_module, "set_up", slow)
+    with pytest.raises(UsageError, match=r"more exists: a run that is not finished"):
+        trainer(further(config, taken))
+    left = {path.name: path.read_text() for path in taken.iterdir()}
+    assert left == dict.fromkeys(("config.yaml", "metrics.jsonl", "completions.jsonl"), "{}\n")
 
 
 def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_path: Path) -> None:

@@ -21,16 +21,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import save_tiny_model
+from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, Told, copies_at, even_words, rows, small, timeless
 
 from quark_fast.arguments import load_config, parse
-from quark_fast.errors import Interrupted, UsageError
+from quark_fast.errors import Interrupted, OutOfResources, UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.report.columns import duration
 from quark_fast.rollout import transformers as rollout
 from quark_fast.rollout.sampling import Conditioning, SampleRequest
 from quark_fast.runtime.journal import Journal
-from quark_fast.training import listeners, results
+from quark_fast.training import checkpoint, listeners, results
+from quark_fast.training import start as start_module
 from quark_fast.training import trainer as trainer_module
 from quark_fast.training.explore import Explorer
 from quark_fast.training.progress import Progress
@@ -522,6 +524,56 @@ def test_reward_whose_code_changed_is_refused_unless_that_is_wanted(
     assert (tmp_path / "run" / "finished.json").exists()
 
 
+@pytest.mark.parametrize(("when", "lora_rank"), [("sampling", 4), ("learning", 0)])
+def test_other_base_model_or_other_columns_are_refused_before_anything_is_changed(
+    tmp_path: Path, tiny_model: Callable[..., Path], when: str, lora_rank: int
+) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.stage.endswith(when) and progress.done >= 2:
+            raise Killed
+
+    folder, model = tmp_path / "run", Path(shutil.copytree(tiny_model(), tmp_path / "my-model"))
+
+    def start(answer: str = "w1", **settings: Any) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        listen = settings.pop("listen", lambda _: None)
+        # An object without a text of its own has another address at each start.
+        own = [{"prompt": text, "answer": answer, "tool": object()} for text in PROMPTS]
+        config = small(folder, model, **(SHORT | {"rounds": 1, "lora_rank": lora_rank} | settings))
+        Trainer(config, reward=even_words, listen=listen, prompts=own, held_out=PROMPTS[:12]).train()
+
+    with pytest.raises(Killed):
+        start(listen=listen)
+    before, stored = files(folder), (model / "model.safetensors").read_bytes()
+    weights = {name: value * 1.01 for name, value in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"my-model has other weights than when the run in .*run began"):
+        start(resume=True, accept_changed_reward=True)
+    (model / "model.safetensors").write_bytes(stored)
+    with pytest.raises(UsageError, match=r"columns beside the training prompts.*--accept-changed-reward"):
+        start("w2", resume=True)
+    assert files(folder) == before
+    with pytest.raises(Killed):
+        start(resume=True, listen=listen)
+    start("w2", resume=True, accept_changed_reward=True)
+
+
+def test_run_of_an_older_version_without_a_note_of_model_and_columns_goes_on(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.stage.endswith("sampling") and progress.done >= 2:
+            raise Killed
+
+    folder, model = tmp_path / "run", tiny_model()
+    with pytest.raises(Killed):
+        run(folder, model, rounds=1, listen=listen)
+    about = folder / "pending" / "about.json"
+    known = json.loads(about.read_text())
+    about.write_text(json.dumps({name: known[name] for name in ("reward", "prompts", "scored")}))
+    run(folder, model, rounds=1, resume=True)
+
+
 def test_versions_keep_every_start(
     tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +702,32 @@ def test_memory_for_not_even_one_completion_ends_in_one_line(
     small_memory(monkeypatch, 0)
     with pytest.raises(UsageError, match="one sample in a forward pass is more than the memory holds"):
         run(tmp_path / "run", tiny_model())
+
+
+def test_lack_of_memory_outside_of_the_passes_ends_in_one_line_and_the_run_goes_on(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[Path, int, dict[int, int]],
+) -> None:
+    folder, model = tmp_path / "run", tiny_model()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def refused(where: Any, name: str, how: str, **settings: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, full)
+            with pytest.raises(OutOfResources, match=rf"out of memory \(CUDA out of memory.*, and {how}"):
+                run(folder, model, **settings)
+
+    refused(start_module, "_load_policy", "start the run again")
+    refused(torch.optim.AdamW, "step", "go on with --resume --output")
+    with pytest.raises(Killed):
+        run(folder, model, resume=True, listen=stop_while_learning)
+    refused(checkpoint, "load_state", "go on with --resume --output", resume=True)
+    run(folder, model, resume=True)
+    assert_same(folder, whole[0])
 
 
 def test_texts_that_run_out_of_memory_are_read_by_halves(

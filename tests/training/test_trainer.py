@@ -37,6 +37,8 @@ from quark_fast.model.policy import Policy
 from quark_fast.model.reading import Reading
 from quark_fast.rewards.reward import Reward
 from quark_fast.runtime.distributed import Processes
+from quark_fast.runtime.run_folder import RunFolder
+from quark_fast.training import checkpoint
 from quark_fast.training.progress import Progress
 from quark_fast.training.trainer import Trainer
 
@@ -326,6 +328,35 @@ def test_messages_are_prompts_of_a_run(tmp_path: Path, tiny_model: Callable[...,
     prompts = {row["prompt"] for row in rows(tmp_path / "run" / "completions.jsonl")}
     assert prompts == {f"{text} w9 " for text in PROMPTS[4:]}
     assert all(prompt == f"{messages[0]['content']} w9 " for prompt, messages in heard)
+
+
+@pytest.mark.parametrize(("device", "found"), [("cpu", 2), (None, 2), ("cuda", 8)])
+def test_memory_of_another_kind_of_device_says_nothing_of_this_ones(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str | None,
+    found: int,
+) -> None:
+    own = checkpoint.load_checkpoint
+
+    def elsewhere(folder: RunFolder) -> Any:
+        loaded = own(folder)
+        assert loaded is not None and loaded[0].pop("device") == "cpu"
+        loaded[0].update({"micro_batch": [8, 2, 1]} | ({"device": device} if device else {}))
+        return loaded
+
+    def stop(progress: Progress) -> None:
+        if progress.stage.endswith("learning"):
+            raise Interrupted
+
+    given = {"reward": even_words, "prompts": PROMPTS, "held_out": PROMPTS[:4]}
+    config = small(tmp_path / "run", tiny_model(), **SHORT | {"micro_batch": 8})
+    with pytest.raises(Interrupted):
+        Trainer(config, listen=stop, **given).train()
+    monkeypatch.setattr(checkpoint, "load_checkpoint", elsewhere)
+    resumed = Trainer(dataclasses.replace(config, resume=True), listen=None, **given)
+    assert resumed.state.micro_batch == found
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
