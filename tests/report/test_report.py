@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import huggingface_hub
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markupsafe import Markup
 from rich.console import Console
 
 from quark_fast.config import Config
@@ -203,6 +205,13 @@ def few_rows(tmp_path_factory):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """For a test of the words of a page, which takes a second to plot."""
+    blank = defaultdict(lambda: Markup("<svg></svg>"))
+    monkeypatch.setattr("quark_fast.report.page._plots", lambda *_: blank)
+
+
+@pytest.fixture
 def small_run(few_rows, tmp_path):
     """A copy that a test may damage, with few rows so that it renders fast."""
     return shutil.copytree(few_rows, tmp_path / "small")
@@ -355,20 +364,22 @@ def judged_evaluation(judge, base, after):
     return summarise([row("base model", base), row("best token", after)], about)
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(("base", "after"), [(-2.0, -1.0), (-0.5, 0.5), (0.5, 1.5)])
 @pytest.mark.parametrize("judge", [{"property": None}, {}], ids=["plain", "not said"])
 def test_a_judge_of_plain_scores_changes_by_a_difference_everywhere(small_run, judge, base, after):
     evaluation = judged_evaluation(judge, base, after)
     run = dataclasses.replace(read_run(small_run), evaluation=evaluation)
     said = "score with the best reward token in front is"
+    page = render_html(run)
     shown = {
         "headline": headline(evaluation),
-        "page": Page(render_html(run)).text,
+        "page": Page(page).text,
         "card": model_card(run, Config(), Base("b", None, None)).replace("\\", ""),
     }
     for where, text in shown.items():
         assert re.search(rf"{said} \S+ \(\+1\.000, 95% interval \+1\.000 to \+1\.000\)", text), where
-    cells = re.findall(r'<i class="\w+">(.*?)</i>', render_html(run))
+    cells = re.findall(r'<i class="\w+">(.*?)</i>', page)
     assert cells == ["+1.000", "+1.000", "0%"], "of reward, judge and perplexity"
     for one in (markdown_page(evaluation), rendered(results_table(evaluation))):
         assert "+1.000" in one and "%" not in one.replace("95%", "")
@@ -421,6 +432,7 @@ def repetition_sample(prompt, after):
     return Sample(prompt, "p", "a b c d", 0.5, 60.0, 20, measures, 88.0 + 5 * after + prompt, 12, 20)
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("name", ["sentiment", "repetition"])
 def test_another_task_has_its_own_headline_columns_and_meanings(tmp_path, name):
     task = find_task(name, "negative")
@@ -466,6 +478,7 @@ def test_bounds_below_0_have_one_minus_sign_each_and_no_dash_between() -> None:
     assert format_bounds(-0.02, 0.01, "2 digits") == "-.02 to .01"
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("prompts", "note"),
     [
@@ -508,6 +521,7 @@ def unscored_evaluation(*unscored):
     return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_result_without_any_score_is_said_to_have_none(small_run):
     evaluation = unscored_evaluation("base model", "best token")
     said = (
@@ -661,6 +675,7 @@ def several(finished_run, names):
 RUNS = ["base model", "a: no token", "a: worst token", "a: best token", "a: guided w=2", "b: guided w=2"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_scorer_with_its_hash_prefixes_and_perplexity_model_stand_under_every_form(finished_run):
     table, samples = several(finished_run, RUNS)
     repetition = rendered(results_table(table | {"columns": ["mean", "text_perplexity"]}))
@@ -697,6 +712,7 @@ def test_dials_of_two_runs_are_not_one_curve(finished_run):
     assert "The guidance dial" not in page and "Each way of sampling" in page
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_plain_models_have_a_headline_and_texts_without_a_reward_token(finished_run):
     # Names that hold the words of a run's rows are not taken for those.
     table, samples = several(finished_run, ["gpt2", "best-of-worst"])
@@ -794,6 +810,7 @@ def test_terminal_texts_fold_to_the_width_and_say_when_there_are_none():
     assert "nan" not in shown and "spread over all" in shown
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_page_says_of_its_texts_what_is_there(small_run):
     run = read_run(small_run)
 
@@ -1032,6 +1049,7 @@ def test_smoothing_steps_over_a_missing_value():
     assert math.isnan(smooth(values)[0])
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_page_tells_how_a_resumed_run_began_and_where_it_was_resumed(small_run):
     first = {
         "command": "python -m quark_fast.train --task toxicity",
