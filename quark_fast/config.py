@@ -152,6 +152,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def defaults_of(task: str, preset: str) -> dict[str, Any]:
     """Where the defaults of a task and a preset differ from the fields' own; the preset's win."""
+    task, preset = str(task), str(preset)  # a list, which check() refuses, is no key
     of_preset = PRESETS.get(preset, {})
     return TASK_DEFAULTS.get(task, {}) | of_preset.get(EVERY_TASK, {}) | of_preset.get(task, {})
 

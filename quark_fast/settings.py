@@ -66,7 +66,7 @@ def plain(value: Any, kind: Any) -> Any:
     """
     kinds = get_args(kind) or (kind,)
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if str in kinds and type(value) in (int, float):

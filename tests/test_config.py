@@ -203,6 +203,8 @@ def test_values_from_python_are_as_a_file_would_have_them(tmp_path: Path) -> Non
         ({"prompts": ["a"]}, "prompts is of type list; give a text, or Trainer(config, prompts=...)"),
         ({"scored": {}}, "scored is of type dict; give a file's name; data.to_json(FILE) of a Dataset"),
         ({"lora_targets": ["q_proj", "v_proj"]}, "lora_targets is of type list; give 'q_proj,v_proj'"),
+        ({"preset": ["look"]}, "preset = ['look']; choose from 'default', 'long', 'paper', 'look'"),
+        ({"task": ["toxicity"]}, "task is of type list; give 'toxicity'"),
         ({"steps": "8"}, "steps = '8'; give a whole number"),
         ({"steps": 1.5}, "steps = 1.5; give a whole number"),
         ({"steps": True}, "steps = True; give a whole number"),
@@ -688,4 +690,5 @@ def test_home_folder_is_found_wherever_a_path_is_given(monkeypatch: pytest.Monke
         "/home/me/p.txt",
         "/home/me/runs/x",
     )
+    assert Config(output=Path("~/runs/x")).output == "/home/me/runs/x"
     assert Config(prompts="~root/p.txt").prompts == os.path.expanduser("~root/p.txt") != "~root/p.txt"

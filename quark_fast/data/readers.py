@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import os
 import re
 import reprlib
 import zlib
@@ -205,7 +206,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
         raise UsageError(
             f"prompts {source!r}: write a data set as hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         )
-    name, config, split = parts[1], parts[2], parts[3] or "train"
+    name, config, split = os.path.expanduser(parts[1]), parts[2], parts[3] or "train"
     try:
         import datasets
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import os
 import re
 import sys
 import types
@@ -133,7 +134,7 @@ def _term(spec: str, text: str) -> tuple[float, str]:
 
 def _source_and_label(name: str) -> tuple[str, str | None]:
     """(folder or hub name, label) of hf:NAME:LABEL; None: it names no label. A folder may have a colon."""
-    source = name.removeprefix("hf:")
+    source = os.path.expanduser(name.removeprefix("hf:"))
     bare, colon, label = source.rpartition(":")
     return (bare, label) if colon and not Path(source).exists() else (source, None)
 
@@ -187,10 +188,13 @@ def _function(name: str, config: Config) -> Reward:
             f"reward {name!r} names a file; give its module: mine:score for mine.py in this folder,"
             " rewards.mine:score for rewards/mine.py"
         )
+    threads = torch.get_num_threads()
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         raise UsageError(f"reward {name!r}: importing {module_name} failed, {told(error)}") from error
+    finally:
+        torch.set_num_threads(threads)  # the run's, which a module may have changed for its scorer
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"reward {name!r}: {module_name} has no function {attribute!r}")

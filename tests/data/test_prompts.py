@@ -209,12 +209,14 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_data_set_is_loaded_by_name_and_split(data_set: Path) -> None:
+def test_data_set_is_loaded_by_name_and_split(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"column": "question"}
     assert [row["prompt"] for row in rows(f"hf:{data_set}", **how)] == [f"train {i}" for i in range(5)]
     assert rows(f"hf:{data_set}:test", **how)[1] == {"question": "test 1", "prompt": "test 1", "n": 1}
     assert len(rows(f"hf:{data_set}:train[:2]", **how)) == 2
     assert len(rows(f"hf:{data_set}:default:train[:40%]", **how)) == 2
+    monkeypatch.setenv("HOME", str(data_set.parent))
+    assert len(rows("hf:~/mine:test", **how)) == 2
     assert "nosuch" in refusal(f"hf:{data_set}:nosuch", **how)
     assert "BuilderConfig" in refusal(f"hf:{data_set}:other:train", **how)
     assert "nor is there a folder 'nosuchfolder' here" in refusal("hf:nosuchfolder", **how)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import save_tiny_classifier
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -93,6 +94,17 @@ def test_reward_is_found_by_module_and_function(module: Callable[[str], None]) -
     assert reward(ROWS, TEXTS).tolist() == [3, 3, 5]
     assert reward.name == "my_rewards:score"
     assert reward.property is None
+
+
+def test_module_of_a_reward_does_not_change_the_threads_of_the_run(module: Callable[[str], None]) -> None:
+    module("import torch\ntorch.set_num_threads(2)\ndef score(prompts, completions): return [1.0]\n")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        load_reward("my_rewards:score")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_reward_is_identified_by_the_hash_of_its_source(module: Callable[[str], None]) -> None:
@@ -500,6 +512,13 @@ def test_classifier_that_trains_is_no_judge_however_it_is_spelled(
         judges_of(task, named, rewarded_by_task=False)
     another = Config(reward="hf:clf", scorer_label=reward, judge="hf:clf:kind")
     assert len(judges_of(task, another, rewarded_by_task=False)) == 1
+
+
+def test_classifier_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_classifier(tmp_path / "clf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    both = load_reward("0.5*hf:~/clf:rude + hf:~/clf", Config(scorer_label="kind"))
+    assert [part.function.label for _, part in both.function.parts] == ["rude", "kind"]
 
 
 def test_two_objects_that_nothing_tells_apart_share_no_answers(tmp_path: Path) -> None:
