@@ -26,6 +26,9 @@ Item = TypeVar("Item")
 RESAMPLES = 2000
 # Numbers of this size and more are refused where they come in: their sums overflow, and no plot holds them.
 LARGEST = 1e30
+# The share of resamples that may leave a statistic undefined, and are then left out of its interval. A class
+# of 8 prompts is missing from 1 of 3,000; what is left out moves the percentiles by less than this share.
+_MOST_UNDEFINED = 0.005
 # The probability inside an interval.
 _LEVEL = 0.95
 # The percentile bootstrap is too narrow for few prompts: where nothing changed, the interval of a change
@@ -35,6 +38,8 @@ _LEVEL = 0.95
 FEWEST_PROMPTS, ENOUGH_PROMPTS = 8, 50
 # A completion "has" the property from this score up.
 _THRESHOLD = 0.5
+# Measures whose names begin so are 1 or 0: whether a completion has the sentiment wanted.
+_EVENT = "target"
 # Draws of prompts held in memory at once (32 MiB of int64).
 _DRAWS_AT_ONCE = 1 << 22
 
@@ -70,7 +75,7 @@ class Sample:
     """One completion of a held-out prompt, scored.
 
     Attributes:
-        prompt_id: which prompt; samples with one id are one cluster.
+        prompt_id: which prompt; samples with one id, or with ids of one ``prompt``, are one cluster.
         score: how much of the property the completion has (toxicity = 1 - reward);
             None or NaN where the scorer gave nothing.
         nll: summed over the completion's tokens, in nats, under the frozen reference.
@@ -107,6 +112,11 @@ class Sample:
 def judge_measure(name: str) -> str:
     """What a judge's number is called among a sample's measures."""
     return f"judge {name}"
+
+
+def unscored_by(measure: str) -> str:
+    """What the share of completions is called that a judge gave no number, which its mean leaves out."""
+    return f"unscored by {measure}"
 
 
 @dataclass(frozen=True)
@@ -219,10 +229,11 @@ def _resample(columns: Array, resamples: int) -> Array:
 
 
 def _percentiles(resampled: Array, prompts: int) -> tuple[float, float]:
-    """The interval's bounds: NaN of few prompts, or where a resample leaves the statistic undefined."""
-    if prompts < FEWEST_PROMPTS or not np.isfinite(resampled).all():
+    """The interval's bounds: NaN of few prompts, or where many resamples leave the statistic undefined."""
+    known = resampled[np.isfinite(resampled)]
+    if prompts < FEWEST_PROMPTS or known.size < (1 - _MOST_UNDEFINED) * resampled.size:
         return math.nan, math.nan
-    low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(known, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -272,7 +283,8 @@ def evaluate_samples(samples: Iterable[Sample], *, resamples: int = RESAMPLES) -
         ValueError: there is no sample, or one has an infinite score, a nll that is not finite, or
             a negative number of tokens.
     """
-    _, sums = _sample_sums(list(samples))
+    found = list(samples)
+    sums = _sample_sums(found, *_by_text(found))
     return {name: _interval(metric, resamples) for name, metric in sums.items()}
 
 
@@ -282,19 +294,21 @@ def compare(
     """How each metric of `evaluate_samples` changes between two samplings of the same prompts.
 
     A metric that one side lacks is left out; a relative change is NaN where `before` is 0 or below, and its
-    interval where a resample of `before` is.
+    interval where more than 1 in 200 resamples of `before` are.
 
     Raises:
         ValueError: as for `evaluate_samples`, or the two sides have different prompt ids.
     """
-    before_ids, before_sums = _sample_sums(list(before))
-    after_ids, after_sums = _sample_sums(list(after))
+    old, new = list(before), list(after)
+    before_ids, clusters = _by_text(old)
+    after_ids, _ = _by_text(new)
     if unpaired := np.setxor1d(before_ids, after_ids).tolist():
         side = "before" if unpaired[0] in before_ids else "after"
         raise ValueError(
             f"prompt {unpaired[0]} (one of {len(unpaired)}) is in {side} only: before and after "
             "are compared prompt by prompt, so sample both from the same prompts"
         )
+    before_sums, after_sums = (_sample_sums(one, before_ids, clusters) for one in (old, new))
     return {
         name: _change(before_sums[name], after_sums[name], resamples)
         for name in before_sums
@@ -302,17 +316,27 @@ def compare(
     }
 
 
-def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str, _Sums]]:
-    """The prompt ids in rising order, and every metric's sums over them."""
+def _by_text(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.intp]]:
+    """The prompt ids in rising order, and the cluster of each: prompts of one text are one."""
     if not samples:
         raise ValueError("there is no sample to evaluate")
+    ids, first = np.unique([sample.prompt_id for sample in samples], return_index=True)
+    clusters: dict[str, int] = {}
+    found = [clusters.setdefault(samples[i].prompt, len(clusters)) for i in first.tolist()]
+    return ids.astype(np.int64), np.array(found)
+
+
+def _sample_sums(
+    samples: list[Sample], ids: npt.NDArray[np.int64], clusters: npt.NDArray[np.intp]
+) -> dict[str, _Sums]:
+    """Every metric's sums over clusters of prompts; ``clusters`` has that of each id."""
     for sample in samples:
         if not math.isfinite(sample.nll) or sample.tokens < 0:
             raise ValueError(
                 f"a sample of prompt {sample.prompt_id} has nll = {sample.nll} over "
                 f"{sample.tokens} tokens: the nll must be finite and the tokens not negative"
             )
-    ids, index = np.unique([sample.prompt_id for sample in samples], return_inverse=True)
+    index = np.searchsorted(ids, [sample.prompt_id for sample in samples])
     completions: list[list[str]] = [[] for _ in ids]
     for prompt, sample in zip(index.tolist(), samples, strict=True):
         completions[prompt].append(sample.completion)
@@ -321,10 +345,11 @@ def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str
         return np.array([getattr(sample, name) for sample in samples], dtype=np.float64)
 
     def over_samples(values: Array, weights: Array | None = None, statistic: Statistic = mean) -> _Sums:
-        return _sums_of(values, index, ids.size, weights, statistic)
+        return _sums_of(values, clusters[index], clusters.max() + 1, weights, statistic)
 
     def over_prompts(values: Array) -> _Sums:
-        return _sums_of(values, np.arange(ids.size), ids.size)
+        # One value of each id: a maximum, or dist-n, of more completions is another number.
+        return _sums_of(values, clusters, clusters.max() + 1)
 
     def events(sums: _Sums) -> _Sums:
         return replace(sums, events=True)
@@ -349,11 +374,14 @@ def _sample_sums(samples: list[Sample]) -> tuple[npt.NDArray[np.int64], dict[str
         sums["entropy"] = over_samples(own_nll, tokens)
         sums["base_kl"] = over_samples(nll - own_nll, tokens)
     for name in dict.fromkeys(name for sample in samples for name in sample.measures):
-        sums[name] = over_samples(np.array([sample.measures.get(name, math.nan) for sample in samples]))
+        values = np.array([sample.measures.get(name, math.nan) for sample in samples])
+        sums[name] = events(over_samples(values)) if name.startswith(_EVENT) else over_samples(values)
+        if name.startswith(judge_measure("")) and np.isnan(values).any():
+            sums[unscored_by(name)] = over_samples(np.isnan(values).astype(np.float64))
     if (text_tokens := numbers("text_tokens")).any():
         sums["text_perplexity"] = over_samples(numbers("text_nll"), text_tokens, perplexity)
         sums["text_accuracy"] = over_samples(numbers("text_correct"), text_tokens)
-    return ids.astype(np.int64), sums
+    return sums
 
 
 def _sums_of(
@@ -363,7 +391,7 @@ def _sums_of(
     weights: Array | None = None,
     statistic: Statistic = mean,
 ) -> _Sums:
-    """Sums of the values and of their weights (None: 1 each) over each prompt, which `index` names.
+    """Sums of the values and of their weights (None: 1 each) over each cluster, which `index` names.
 
     NaN is left out together with its weight.
     """

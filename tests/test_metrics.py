@@ -97,6 +97,29 @@ def test_copies_of_a_completion_do_not_narrow_the_interval_of_grouped_values():
     assert alone.high - alone.low < 0.6 * (grouped.high - grouped.low)
 
 
+def test_prompt_that_was_given_twice_is_one_prompt_to_the_interval_and_two_to_measures_of_a_prompt():
+    generator = np.random.default_rng(1)
+    # 20 texts, each under two ids, with 5 completions of each.
+    twice = [
+        Sample(i, f"text {i % 20}", f"a b c{i} d{j}", float(generator.uniform()), 6.0, 3)
+        for i in range(40)
+        for j in range(5)
+    ]
+    one_id = [replace(one, prompt_id=one.prompt_id % 20) for one in twice]
+    got, merged = evaluate_samples(twice), evaluate_samples(one_id)
+    for name in ("mean", "share", "perplexity"):
+        assert got[name] == merged[name]
+    # More completions of a prompt would have a higher maximum and a lower dist-n.
+    apart = evaluate_samples([replace(one, prompt=f"text {one.prompt_id}") for one in twice])
+    for name in ("expected_max", "probability", "dist2", "dist3"):
+        assert got[name].value == pytest.approx(apart[name].value, rel=1e-12)
+    after = [replace(one, score=one.score / 2 + 0.01 * (one.prompt_id % 20)) for one in twice]
+    change = compare(twice, after)["mean"]
+    assert change == compare(one_id, [replace(one, prompt_id=one.prompt_id % 20) for one in after])["mean"]
+    seven = [one for one in twice if one.prompt_id % 20 < 7]
+    assert math.isnan(evaluate_samples(seven)["mean"].low), "14 ids of 7 texts"
+
+
 def test_interval_has_the_width_of_the_normal_theory():
     values = np.random.default_rng(0).normal(size=2000)
     got = mean_score(values, resamples=4000)
@@ -161,6 +184,35 @@ def test_prompts_without_a_score_do_not_count_for_an_interval_of_the_scores():
     assert math.isfinite(evaluate_samples(samples, resamples=5)["perplexity"].low)
     before, after = scored(range(10)), scored([*range(1, 8), *[None] * 3])
     assert not compare(before, after, resamples=5)["mean"].excludes_zero
+
+
+def test_class_of_few_prompts_has_an_interval_where_nearly_all_resamples_hold_it():
+    """One in 3,500 misses all 8 of 190 prompts: such a resample is left out."""
+    values = np.random.default_rng(0).uniform(0.2, 0.8, size=190)
+
+    def of_class(size, values):
+        return [
+            replace(sample(i), measures={"of class": float(v)} if i < size else {})
+            for i, v in enumerate(values)
+        ]
+
+    draws = np.random.default_rng(0).integers(0, 190, size=(2000, 190))
+    missing = (draws >= 8).all(axis=1)
+    assert 0 < missing.sum() <= 10
+    means = [values[draw[draw < 8]].mean() for draw in draws[~missing]]
+    before, after = of_class(8, values), of_class(8, values + 0.1)
+    got, change = evaluate_samples(before)["of class"], compare(before, after)["of class"]
+    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert change.low == pytest.approx(0.1) and change.excludes_zero and math.isfinite(change.relative_high)
+
+
+def test_share_of_a_value_whose_resamples_are_often_below_zero_has_no_interval():
+    values = np.random.default_rng(0).normal(0.33, 1.0, size=40)
+    draws = np.random.default_rng(0).integers(0, 40, size=(2000, 40))
+    below = (values[draws].mean(axis=1) <= 0).mean()
+    assert 0.005 < below < 0.025, "more than may be left out, and few enough for bounds of the others"
+    change = mean_change(values, values + 1)
+    assert math.isfinite(change.relative) and math.isnan(change.relative_low)
 
 
 def test_paired_difference_is_narrower_than_the_spread_between_prompts():
@@ -245,6 +297,19 @@ def test_measures_are_averaged_over_the_samples_that_have_them():
     change = compare(samples, [replace(one, measures=dict.fromkeys(one.measures, 0.5)) for one in samples])
     assert change["target"].difference == pytest.approx(0.5 - 2 / 3)
     assert change["target_negative"].difference == pytest.approx(0.0)
+
+
+def test_completions_that_a_judge_gave_no_number_are_counted():
+    def judged(*values):
+        return [
+            replace(sample(i), measures={} if value is None else {"judge J": value})
+            for i, value in enumerate(values)
+        ]
+
+    before, after = evaluate_samples(judged(0.5, None, None, 0.5)), evaluate_samples(judged(0.5, 0.1))
+    assert before["judge J"].value == 0.5 and before["unscored by judge J"].value == 0.5
+    assert "unscored by judge J" not in after
+    assert not any("unscored by" in name for name in evaluate_samples(judged(None, None))), "not asked"
 
 
 def test_a_measure_that_one_side_lacks_is_not_compared():
@@ -377,5 +442,8 @@ def test_share_of_an_event_that_no_prompt_had_is_known_up_to_an_exact_bound():
         assert (change.relative, change.relative_low) == (-1.0, -1.0)
         assert change.relative_high == pytest.approx(-1 + bound / 0.5) and change.high > -0.5
         assert compare(none, none)[name].high == pytest.approx(bound)
+    for name in ("target", "target_negative"):
+        of_sentiment = [replace(one, measures={name: one.score}) for one in every]
+        assert evaluate_samples(of_sentiment)[name] == evaluate_samples(every)["share"]
     assert evaluate_samples(half)["share"].high < 0.6  # a bootstrap interval, as it was
     assert math.isnan(evaluate_samples(scored([0.0] * 7))["share"].high), "too few prompts for any"

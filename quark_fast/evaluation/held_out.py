@@ -270,7 +270,7 @@ class _Measuring:
         setup = self.setup
         give_back_freed_memory()  # sampling leaves a cache in pieces, which reading cannot use
         nlls = self._nlls(drawn, completions)
-        prompts = len(setup.held_out.ids)
+        prompts = [row["prompt"] for row in setup.held_out.rows]
         prompt_fits = fit_to_prompts(self.nll, prompts, completions, nlls) if setup.prompt_fit else {}
         fits = setup.text_fits(source, drawn.indices, row.conditioning)
         own_nll = [None] * len(completions) if drawn.own_nll is None else itertools.chain(*drawn.own_nll)
@@ -300,16 +300,16 @@ class _Measuring:
 
 
 def fit_to_prompts(
-    nll: Nll, prompts: int, completions: Sequence[Completion], own: Sequence[tuple[float, int]]
+    nll: Nll, prompts: Sequence[str], completions: Sequence[Completion], own: Sequence[tuple[float, int]]
 ) -> dict[int, float]:
     """How much likelier the first completion of each prompt is after it than after another prompt.
 
     (log p(completion | its prompt) - log p(completion | another prompt)) / its tokens, nats. The other prompt
-    is the one half of all prompts further on, the same in every row of a table. A model that answers every
-    prompt alike has 0.
+    is the one half of all prompts further on, or the next whose text differs, the same in every row of a
+    table. A model that answers every prompt alike has 0.
 
     Args:
-        prompts: how many there are; with fewer than two there is no other.
+        prompts: the text of each; where all are alike there is no other.
         own: (-log p after its own prompt, tokens) of each completion.
     Returns:
         Of each place in ``completions`` where there is one.
@@ -317,11 +317,12 @@ def fit_to_prompts(
     first: dict[int, int] = {}
     for place, (i, *_) in enumerate(completions):
         first.setdefault(i, place)
-    places = [place for place in first.values() if own[place][1]] if prompts > 1 else []
+    places = [place for place in first.values() if own[place][1]] if len(set(prompts)) > 1 else []
     others, ids, texts = [], [], []
     for place in places:
         i, completion, text, _ = completions[place]
-        others.append((i + prompts // 2) % prompts)
+        further = ((i + len(prompts) // 2 + k) % len(prompts) for k in range(len(prompts)))
+        others.append(next(j for j in further if prompts[j] != prompts[i]))
         ids.append(completion)
         texts.append(text)
     found = nll(others, ids, texts) if places else []

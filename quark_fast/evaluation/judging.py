@@ -39,9 +39,12 @@ def begin_judging(
 def judged(judges: Sequence[Reward], samples: Sequence[Sample]) -> list[Sample]:
     """Samples made before, with these judges' measures; a judge is shown the prompts' texts alone."""
     rows, texts = [{"prompt": one.prompt} for one in samples], [one.completion for one in samples]
+    anew = {judge_measure(judge.name) for judge in judges}  # where one is silent now, no number stays
+    others = [{key: n for key, n in one.measures.items() if key not in anew} for one in samples]
+    found = begin_judging(judges, rows, texts).result()
     return [
-        dataclasses.replace(one, measures={**one.measures, **numbers})
-        for one, numbers in zip(samples, begin_judging(judges, rows, texts).result(), strict=True)
+        dataclasses.replace(one, measures=kept | numbers)
+        for one, kept, numbers in zip(samples, others, found, strict=True)
     ]
 
 

@@ -51,7 +51,7 @@ from quark_fast.report.results import (
     scorer_name,
     way_of,
 )
-from quark_fast.report.tables import about, notes, tables, unscored_note
+from quark_fast.report.tables import about, notes, tables
 from quark_fast.report.texts import Example, has_control, has_scores, median_samples, pick_examples
 from quark_fast.report.training_plots import (
     plot_compared,
@@ -141,7 +141,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    texts = (base_name, clean, fill, format_value, has_control, has_scores, name_of, notes, unscored_note)
+    texts = (base_name, clean, fill, format_value, has_control, has_scores, name_of, notes)
     rows = (base_row, cell_of, columns_of, has_intervals, main_columns, rows_of, way_of)
     parts = (*rows, tables, bar_width, quantile_colour)
     made.globals.update({function.__name__: function for function in [*texts, *parts]})

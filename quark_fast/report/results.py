@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quark_fast.files.safe_text import clean
-from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval, judge_measure
+from quark_fast.metrics import FEWEST_PROMPTS, Change, Interval, judge_measure, unscored_by
 from quark_fast.report.columns import (
     Column,
     columns_of,
@@ -301,6 +301,12 @@ def judge_lines(evaluation: Record) -> list[str]:
         part = part_in_training(evaluation, judge)
         found.append(f"{called.capitalize()}: {what}{name}, sha256 {sha256}; it {part}.")
     return found
+
+
+def unscored_by_judges(evaluation: Record) -> list[tuple[str, str]]:
+    """What each judge is called, and the metric that counts the completions that it gave no number."""
+    judges = numbered_judges(evaluation)
+    return [(called, unscored_by(judge_measure(str(judge.get("name"))))) for called, judge in judges]
 
 
 def scorer_name(evaluation: Record) -> str | None:

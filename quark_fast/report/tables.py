@@ -36,6 +36,7 @@ from quark_fast.report.results import (
     name_of,
     rows_of,
     scorer_line,
+    unscored_by_judges,
     way_of,
     without_reward,
 )
@@ -138,7 +139,7 @@ def results_table(evaluation: Record, title: str = "") -> ResultsTable:
         ("Below each number: 95% bootstrap interval over prompts. " if intervals else "")
         + f"Change: of the first metric, against {base_name(evaluation)}"
         + ("; bold where its interval leaves 0 out." if intervals else ".")
-        + f"{unscored_note(evaluation)}\n"
+        + "\n"
         + "\n".join(notes(evaluation, more=False))
     )
     return ResultsTable(title or about(evaluation), caption, columns)
@@ -172,6 +173,7 @@ def notes(evaluation: Record, more: bool = True) -> list[str]:
     if scorer := scorer_line(evaluation):
         found.append(scorer)
     found += judge_lines(evaluation)
+    found += _unscored_lines(evaluation)
     ways = [f"{name.replace('_', ' ')} {sampling[name]}" for name in _SAMPLING if name in sampling]
     if ways:
         found.append(f"Sampling: {', '.join(ways)}.")
@@ -203,12 +205,16 @@ def notes(evaluation: Record, more: bool = True) -> list[str]:
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
-def unscored_note(evaluation: Record) -> str:
-    if without_reward(evaluation):  # which the headline says
-        return ""
-    shares = [interval_of(row, "unscored").value for row in rows_of(evaluation)]
-    largest = max((share for share in shares if share > 0), default=0.0)
-    return f" Unscored and left out: at most {format_value(largest, 'percent')} of a row." if largest else ""
+def _unscored_lines(evaluation: Record) -> list[str]:
+    """Of how many completions, at most, the mean of the scorer and of each judge says nothing."""
+    scorer = [] if without_reward(evaluation) else [("", "unscored")]  # else the headline says it
+    found = []
+    for who, metric in [*scorer, *((f" by {name}", key) for name, key in unscored_by_judges(evaluation))]:
+        shares = [interval_of(row, metric).value for row in rows_of(evaluation)]
+        if largest := max((share for share in shares if share > 0), default=0.0):
+            share = format_value(largest, "percent")
+            found.append(f"Unscored{who} and left out: at most {share} of a row.")
+    return found
 
 
 def as_markdown(text: str) -> str:

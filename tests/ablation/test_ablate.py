@@ -358,7 +358,7 @@ def test_grid_whose_held_out_prompts_have_hardly_a_score_ends_in_its_table(
 
 def test_headline_that_no_completion_has_is_empty_and_no_error() -> None:
     # The share of a sentiment is a measure that unscored completions have not.
-    after = [Sample(i, "p", "a", None, 3.0, 2) for i in range(8)]
+    after = [Sample(i, f"p{i}", "a", None, 3.0, 2) for i in range(8)]
     before = [replace(one, score=0.5, measures={"target": 0.5}) for one in after]
     own = {"seed": 0, **dict.fromkeys(summary.AVERAGED)}
     finished = {"base": [summary._Finished(Path(), {}, own, before, after)]}

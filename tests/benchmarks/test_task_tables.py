@@ -26,7 +26,7 @@ def finished_run(folder: Path, score: float, **other: Any) -> Path:
     judge = judge_measure("toxicity-judge")
     rows = {"base model": 0.5, "best token": score}
     samples = [
-        {"row": row, **vars(Sample(i, "p", f"a b c {i}", value, 8.0 + value, 4, {judge: value / 2}))}
+        {"row": row, **vars(Sample(i, f"p{i}", f"a b c {i}", value, 8.0 + value, 4, {judge: value / 2}))}
         for row, value in rows.items()
         for i in range(4)
     ]

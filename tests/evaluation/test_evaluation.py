@@ -27,6 +27,7 @@ from quark_fast.evaluation.held_out import (
     first_completions,
     fit_to_prompts,
 )
+from quark_fast.evaluation.judging import judged
 from quark_fast.evaluation.perplexity import (
     TEXT_PROMPT,
     ReferenceLogits,
@@ -397,10 +398,26 @@ def test_fit_to_prompt_leaves_out_what_has_no_token_and_a_lone_prompt() -> None:
     asked: list[list[int]] = []
     completions: list[Completion] = [(0, [], "", 0.5), (0, [5], "a", 0.5), (1, [5, 6], "b", 0.5)]
     own = [(0.0, 0), (1.0, 1), (4.0, 2)]
-    assert fit_to_prompts(nll, 2, completions, own) == {2: 3.0}, "the first of prompt 0 has no token"
+    found = fit_to_prompts(nll, ["p", "q"], completions, own)
+    assert found == {2: 3.0}, "the first of prompt 0 has no token"
     assert asked == [[0]]
-    assert fit_to_prompts(nll, 1, completions[:2], own[:2]) == {}
+    for alone in (["p"], ["p", "p"]):
+        assert fit_to_prompts(nll, alone, completions[:2], own[:2]) == {}
     assert len(asked) == 1
+    # Half of the list further on stands the same text again: the next other one is taken.
+    completions = [(i, [5], "a", 0.5) for i in range(6)]
+    fit_to_prompts(nll, ["p", "q", "r", "p", "q", "r"], completions, [(1.0, 1)] * 6)
+    assert asked[1:] == [[4, 5, 0, 1, 2, 3]]
+
+
+def test_sample_that_is_judged_anew_keeps_no_number_of_the_judge_before() -> None:
+    def silent_on_a(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:
+        return [None if text == "a" else 0.25 for text in completions]
+
+    old = {"judge J": 0.75, "judge other": 0.5}
+    samples = [Sample(i, "w1", text, 0.5, 1.0, 1, old) for i, text in enumerate("ab")]
+    found = [one.measures for one in judged([describe(silent_on_a, "J")], samples)]
+    assert found == [{"judge other": 0.5}, {"judge other": 0.5, "judge J": 0.25}]
 
 
 def test_ordinary_texts_are_cut_to_the_models_positions(tiny_model: Make) -> None:

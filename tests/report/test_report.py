@@ -20,7 +20,7 @@ from rich.console import Console
 
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
-from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure
+from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure, unscored_by
 from quark_fast.report import columns
 from quark_fast.report.columns import columns_of, format_bounds
 from quark_fast.report.drawing import Palette
@@ -350,7 +350,8 @@ def judged_evaluation(judge, base, after):
     spread = np.linspace(-0.1, 0.1, 20)
 
     def row(row_name, mean):
-        samples = [Sample(i, "p", "a b c", mean + x, 9.0, 5, {name: mean + x}) for i, x in enumerate(spread)]
+        scores = [mean + x for x in spread]
+        samples = [Sample(i, f"p{i}", "a b c", x, 9.0, 5, {name: x}) for i, x in enumerate(scores)]
         return MeasuredRow(row_name, {}, samples)
 
     about = {
@@ -423,13 +424,13 @@ def sentiment_sample(prompt, after):
     has_it = float((prompt * 7) % 10 < (8 if after else 4))
     of_class = ("negative", "neutral", "positive")[prompt % 3]
     measures = {"target": has_it, f"target_{of_class}": has_it}
-    return Sample(prompt, "p", "a b c d", 0.5, 60.0, 20, measures)
+    return Sample(prompt, f"p{prompt}", "a b c d", 0.5, 60.0, 20, measures)
 
 
 def repetition_sample(prompt, after):
     rep = (0.2 if after else 0.7) + 0.002 * prompt
     measures = {"rep2": rep, "rep3": rep, "rep4": rep, "diversity": (1 - rep) ** 3, "distinct": 31.0}
-    return Sample(prompt, "p", "a b c d", 0.5, 60.0, 20, measures, 88.0 + 5 * after + prompt, 12, 20)
+    return Sample(prompt, f"p{prompt}", "a b c d", 0.5, 60.0, 20, measures, 88.0 + 5 * after + prompt, 12, 20)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -515,7 +516,7 @@ def unscored_evaluation(*unscored):
     rows = []
     for name in ("base model", "best token"):
         score = None if name in unscored else 0.5
-        samples = [Sample(i, "p", "a b c", score, 9.0, 5) for i in range(8)]
+        samples = [Sample(i, f"p{i}", "a b c", score, 9.0, 5) for i in range(8)]
         rows.append(MeasuredRow(name, {}, samples))
     scorer = {"name": "my:score", "version": "source", "sha256": "0" * 64}
     return summarise(rows, {"task": "toxicity", "property": "reward", "headline": "mean", "scorer": scorer})
@@ -624,6 +625,22 @@ def test_several_judges_are_told_apart_by_numbers(finished_run):
     assert "Judge 1: harm by j1 1, sha256 0" in text and "Judge 2: harm by j2 1, sha256 0" in text
     alone = rendered(results_table(judged_by(evaluation_of(finished_run), 1)), 80)
     assert "Judge: harm by j1 1" in alone and "judge 1" not in alone
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_completions_that_a_judge_gave_no_number_are_told_of_under_every_form(finished_run):
+    evaluation = judged_by(evaluation_of(finished_run), 2)
+    for row, share in zip(evaluation["rows"], (0.384, 0.1), strict=False):
+        row["metrics"] |= {unscored_by(judge_measure("j2")): {"value": share}}
+    most = max(row["metrics"]["unscored"]["value"] for row in evaluation["rows"])
+    for text in (
+        Page(comparison_page(evaluation, [], {})).text,
+        markdown_page(evaluation),
+        " ".join(rendered(results_table(evaluation)).split()),
+    ):
+        assert f"Unscored and left out: at most {100 * most:.1f}% of a row." in text
+        assert "Unscored by judge 2 and left out: at most 38.4% of a row." in text
+        assert "Unscored by judge 1" not in text
 
 
 def test_only_a_change_that_excludes_zero_is_bold():
