@@ -561,7 +561,8 @@ def test_export_is_asked_for_where_a_model_has_no_reward_tokens(tiny_model: Make
 
 # --- The exported folder ---------------------------------------------------------------------------
 
-CASES = [(architecture, padding) for architecture in ARCHITECTURES for padding in (0, 10)]
+# A tied head without padding, of the table or by the tokenizer, and the opposite; test_models.py has others.
+CASES = [("gpt2", 0), ("llama", 10)]
 IDS = [f"{architecture}-padded{padding}" for architecture, padding in CASES]
 PROMPT = "w4 w8"
 
@@ -612,7 +613,7 @@ print(json.dumps(reports))
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every architecture exported, and what a process without this package makes of the folder."""
+    """The cases exported, and what a process without this package makes of the folder."""
     cases: dict[tuple[str, int], dict[str, Any]] = {}
     for architecture, padding in CASES:
         folder = tmp_path_factory.mktemp(f"{architecture}-{padding}")
