@@ -160,18 +160,16 @@ def test_precision_that_a_run_began_with_is_kept_when_it_is_resumed(
     assert precision("fp32", resume=True) == "bf16"
 
 
+# Kills while it samples and evaluates are in test_interrupted.py.
 KILLS = [
-    ("round 1/2: sampling", 1),
     ("round 1/2: learning", 1),  # before the first checkpoint
     ("round 1/2: learning", 5),
-    ("round 2/2: sampling", 1),
     ("round 2/2: learning", 1),
     ("round 2/2: learning", 5),
-    ("evaluating: best token", 1),
 ]
 
 
-def test_run_killed_at_any_moment_resumes_to_identical_results(
+def test_run_killed_while_it_learns_resumes_to_identical_results(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     model = tiny_model()
