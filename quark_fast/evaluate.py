@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from quark_fast.arguments import Parser, add_number, add_scorer
 from quark_fast.errors import UsageError
+from quark_fast.report.records import samples_path
 from quark_fast.runtime.console import Terminal
 from quark_fast.settings import THREADS
 from quark_fast.terminal import check_output, command
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         raise UsageError(f"--samples {asked.samples}: give at least 1")
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
         raise UsageError(f"--top-p {asked.top_p}: give a share in (0, 1]")
-    _check_files(files, [*subjects, *filter(None, (asked.prompts, asked.out_of_domain))])
+    _check_files(files, subjects, [*filter(None, (asked.prompts, asked.out_of_domain))])
     from quark_fast.evaluation.side_by_side import Evaluator
     from quark_fast.files.atomic import replacing
     from quark_fast.report.results import headline
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
         for remark in evaluator.remarks[told:]:
             notices.print(remark)
     # First the files: standard output may be a pipe that is not read any more.
-    for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)).items():
+    for path, text in _texts(files, made.table, made.samples, versions(evaluator.device)):
         with replacing(path) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         notices.print(f"written: {path}")
@@ -135,36 +136,35 @@ def main(arguments: Sequence[str], console: Terminal, notices: Terminal) -> None
 
 def _texts(
     files: dict[str, Path], table: dict[str, Any], samples: list[dict[str, Any]], record: dict[str, Any]
-) -> dict[Path, str]:
-    """What stands in each file asked for, and in that of the samples."""
-    from quark_fast.evaluation.saved_tables import samples_path
-    from quark_fast.report.page import comparison_page
-    from quark_fast.report.tables import markdown_page
+) -> Iterator[tuple[Path, str]]:
+    """What stands in each file asked for, and in that of the samples.
 
-    texts = {}
+    One after the other: what goes wrong with a page must not cost the table and its samples.
+    """
     if path := files.get("json"):
-        texts[path] = json.dumps(table | {"versions": record}, indent=2, ensure_ascii=False) + "\n"
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-        texts[samples_path(path)] = "".join(lines)
+        yield path, json.dumps(table | {"versions": record}, indent=2, ensure_ascii=False) + "\n"
+        yield samples_path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     if path := files.get("markdown"):
-        texts[path] = markdown_page(table)
+        from quark_fast.report.tables import markdown_page
+
+        yield path, markdown_page(table)
     if path := files.get("html"):
-        texts[path] = comparison_page(table, samples, record)
-    return texts
+        from quark_fast.report.page import comparison_page
+
+        yield path, comparison_page(table, samples, record)
 
 
-def _check_files(files: dict[str, Path], read: Sequence[str]) -> None:
-    """Raise UsageError for a file that cannot be written, or that must not be lost: ``read`` names some."""
-    named = {Path(one).resolve() for one in read}
+def _check_files(files: dict[str, Path], subjects: Sequence[str], prompts: Sequence[str]) -> None:
+    """Raise UsageError for a file that cannot be written, or that is read and must not be lost."""
+    read = [Path(one) for one in (*subjects, *prompts)]
+    read += [samples_path(Path(one)) for one in subjects if one.endswith(".json")]
+    named = {path.resolve() for path in read}
     for name, path in files.items():
         if name == "json" and path.suffix != ".json":
             raise UsageError(f"--json {path}: give a name in .json; the samples go beside it, in .jsonl")
         check_output(f"--{name} {path}", path, named)
     written = list(files.values())
     if table := files.get("json"):
-        # Here, as it loads torch, for which the errors above do not wait.
-        from quark_fast.evaluation.saved_tables import samples_path
-
         written.append(samples := samples_path(table))
         check_output(f"--json {table} (its samples go to {samples.name})", samples, named)
     if len({path.resolve() for path in written}) < len(written):

@@ -329,6 +329,7 @@ def test_generate_refuses_bad_input_in_one_line(
             ["finished/evaluation.json", "--json", "finished/evaluation.json"],
             "--json finished/evaluation.json: this is a table",
         ),
+        (["t.json", "--markdown", "t.jsonl"], "--markdown t.jsonl: this is a table"),
         (["model"], "model: no run folder here, so a model; name what to measure by --task"),
         (
             ["model", "--reward", "tiny_rewards:evens"],
@@ -714,6 +715,16 @@ def test_evaluate_writes_its_files_before_it_prints(folder: Path, monkeypatch: p
     with pytest.raises(BrokenPipeError):
         evaluate.main(["finished", *own, *files])
     assert json.loads((folder / "early.json").read_text())["rows"] and (folder / "early.md").exists()
+
+
+def test_table_is_written_before_a_page_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise KeyError("page")
+
+    monkeypatch.setattr("quark_fast.report.page.comparison_page", fails)
+    with pytest.raises(KeyError, match="page"):
+        evaluate.main(["finished/evaluation.json", "--json", "kept.json", "--html", "kept.html"])
+    assert evaluate.main(["kept.json"]) == 0
 
 
 def test_result_is_shown_where_standard_output_has_fewer_letters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,11 @@ class EncodedPrompts:
         """A prompt's row with the columns that the user gave."""
         row = self.rows[index]
         return {k: v for k, v in row.items() if k != "prompt_class"} if self.classified else row
+
+    def with_classes(self, rows: Sequence[Row]) -> EncodedPrompts:
+        """The same with rows that have classes; a column of the user's that lacked some stays the user's."""
+        ours = self.classified or "prompt_class" not in self.rows[0]
+        return dataclasses.replace(self, rows=rows, classified=ours)
 
     @classmethod
     def encoded(cls, policy: Policy, rows: Sequence[Row], config: Config, **options: Any) -> EncodedPrompts:

@@ -196,10 +196,7 @@ class PromptSet:
 
     def set_classes(self, rows: Sequence[Row]) -> None:
         """Give all models' prompts the rows that have classes."""
-        self.held_out = {
-            label: dataclasses.replace(one, rows=rows, classified=True)
-            for label, one in self.held_out.items()
-        }
+        self.held_out = {label: one.with_classes(rows) for label, one in self.held_out.items()}
 
 
 def chats_as_written(rows: Sequence[Row], model: str, tokenizer: Any) -> list[str] | None:

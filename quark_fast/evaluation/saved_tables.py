@@ -19,7 +19,7 @@ from quark_fast.evaluation.summary import THE_MIX, MeasuredRow, beyond_the_mix, 
 from quark_fast.files.safe_read import read_bytes
 from quark_fast.metrics import LARGEST, Sample
 from quark_fast.report.columns import counted
-from quark_fast.report.records import cuts_of, judges_of, number_of, scorer_terms
+from quark_fast.report.records import cuts_of, judges_of, number_of, samples_path, scorer_terms
 from quark_fast.report.results import BASE, rows_of, without_reward
 from quark_fast.rewards.reward import IDENTITY, Reward
 from quark_fast.tasks.by_name import choose_judges, find_task
@@ -62,11 +62,6 @@ class SavedTable:
             else:
                 rows.append(MeasuredRow(front + row["name"], about, samples))
         return rows, repeated
-
-
-def samples_path(table: Path) -> Path:
-    """Where the samples behind a table are: beside it, table.jsonl for table.json."""
-    return table.with_suffix(".jsonl")
 
 
 def read_table(path: Path) -> SavedTable:
@@ -268,6 +263,9 @@ def check_comparable(
     """
     _check_nuclei([(one, table), (other, against)])
     mine, theirs = _terms(table), _terms(against)
+    weights = [field_of(one, "perplexity", "sha256") for one in (table, against)]
+    if all(weights):  # else the names, which may be of other folders
+        mine["perplexity"], theirs["perplexity"] = (f"by weights of sha256 {str(w)[:12]}" for w in weights)
     for name in (judges := _judges(table)).keys() & (others := _judges(against)).keys():
         mine[f"judge {name}"], theirs[f"judge {name}"] = judges[name], others[name]
     for what, value in mine.items():
@@ -319,9 +317,8 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
         "samples a prompt": str(table.get("samples_per_prompt")),
         "tokens of a text before those that count": str(table.get("text_prompt_tokens")),
         **{n: str(field_of(table, "sampling", n)) for n in sampling},
-        "perplexity": "by {} of {} tokens".format(
-            *(field_of(table, "perplexity", n) for n in ("model", "tokens"))
-        ),
+        "perplexity is of tokens": str(field_of(table, "perplexity", "tokens")),
+        "perplexity": f"by {field_of(table, 'perplexity', 'model')}",
     }
 
 

@@ -46,6 +46,7 @@ from quark_fast.evaluation.subjects import (
     Run,
     find_subjects,
     how_trained,
+    measuring_model,
     model_name,
 )
 from quark_fast.evaluation.summary import (
@@ -91,7 +92,7 @@ def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None)
     """``rows`` and ``guidance`` choose among the reward tokens of runs; a model as it is has one row.
 
     Returns:
-        A remark on each run that has fewer rows than others.
+        A remark on each run that has fewer rows than others, or whose reward is not known.
     """
     if rows == "best" and guidance:
         raise UsageError(
@@ -110,9 +111,11 @@ def _check_rows(models: Sequence[Model], rows: str | None, guidance: str | None)
             f"guidance = {guidance!r} moves away from the worst reward token, but {alone[0]} trained one"
             " token alone; leave guidance out"
         )
-    if rows == "best":
-        return []
-    return [f"{run} trained one reward token alone: no row of the worst, nor a guided one" for run in alone]
+    remarks = [f"{run.unknown_reward}, so a judge may have rewarded it" for run in runs if not run.scorers()]
+    if rows != "best":
+        fewer = "trained one reward token alone: no row of the worst, nor a guided one"
+        remarks += [f"{run} {fewer}" for run in alone]
+    return remarks
 
 
 def _said_of_repeated(repeated: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -300,8 +303,8 @@ class Evaluator:
                 " give prompts that are texts"
             )
         by_text = ppl_model is not None or bool(others)
-        name = model_name(ppl_model or self.live[self.lead].base)
-        self.perplexity = {"model": name, "tokens": "re-tokenised" if by_text else "sampled"}
+        tokens = "re-tokenised" if by_text else "sampled"
+        self.perplexity = measuring_model(ppl_model or self.live[self.lead].base, tokens)
         policy, model = self.opened.policy, self.opened.reference()
         if ppl_model is not None:
             policy = open_plain(ppl_model, self.protocol)
@@ -393,13 +396,13 @@ class Evaluator:
         for domain in self.domains:
             setup = self._setup(self.lead, self.opened, domain)
             rows = [dict(row) for row in setup.held_out.rows]
-            if not all("prompt_class" in row for row in rows):
+            if not all(row.get("prompt_class") for row in rows):
                 # The run's own seed: the classes are the same whatever seed the samples are drawn with.
                 setup = dataclasses.replace(setup, seed=self.config.seed)
                 found, stage = classify_prompts(setup, self.config.target), "classes of the prompts"
                 self.listen(domain.stage(stage), 0, len(rows))
                 for done, (i, name) in enumerate(found, start=1):
-                    rows[i]["prompt_class"] = name
+                    rows[i]["prompt_class"] = rows[i].get("prompt_class") or name
                     self.listen(domain.stage(stage), done, len(rows))
                 domain.set_classes(rows)
             self.tables[domain.key]["classes_sha256"] = classes_sha256(self.protocol.task, rows)

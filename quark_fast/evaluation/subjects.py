@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from quark_fast.data.row import Row
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.saved_tables import SavedTable, read_table
+from quark_fast.files.atomic import sha256
 from quark_fast.report.records import scorer_terms
 from quark_fast.runtime.run_folder import COMPLETIONS
 
@@ -36,24 +38,30 @@ class Run:
     def tokenizer_at(self) -> str:
         return str(self.folder / "model")
 
+    @property
+    def _record(self) -> Path:
+        """The run's own evaluation, or what is recorded of it where it was not to have one."""
+        path = self.folder / "evaluation.json"
+        return path if path.exists() else self.folder / "versions.json"
+
     def scorer(self) -> str:
         """The name of the reward that trained the run."""
-        return self.scorers()[0]
+        if not (found := self.scorers()):
+            raise UsageError(f"{self.unknown_reward}; name one by --reward")
+        return found[0]
 
     def scorers(self) -> list[str]:
-        """The name of the reward that trained the run; of a sum also those of its terms.
-
-        Of the run's own evaluation, or of its record where it was not to have one.
-        """
-        path = self.folder / "evaluation.json"
-        path = path if path.exists() else self.folder / "versions.json"
+        """The name of the reward that trained the run; of a sum also those of its terms. Empty: not known."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(self._record.read_text(encoding="utf-8"))
             return [str(one["name"]) for one in (found["scorer"], *scorer_terms(found))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} does not say what the run's scorer was; name one by --reward"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    @property
+    def unknown_reward(self) -> str:
+        """What is said where ``scorers`` finds none."""
+        return f"{self._record} does not say what the run's scorer was"
 
     def trained_on(self, rows: Sequence[Row]) -> int:
         """How many of the prompts the run was trained on: its first round sampled each of its own."""
@@ -79,7 +87,7 @@ def how_trained(runs: Mapping[str, Run], rows: Sequence[Row]) -> dict[str, Any]:
     seen = {label: run.trained_on(rows) for label, run in runs.items()}
     return {
         "trained_on": {label: count for label, count in seen.items() if count},
-        "trained_by": {label: run.scorers() for label, run in runs.items()},
+        "trained_by": {label: names for label, run in runs.items() if (names := run.scorers())},
     }
 
 
@@ -152,6 +160,19 @@ def source_of(model: str | None) -> str:
 def model_name(model: str | None) -> str:
     """What a table calls a model."""
     return assets.DEFAULT_MODEL if model is None or assets.is_default_model(model) else model
+
+
+def measuring_model(model: str | None, tokens: str) -> dict[str, str]:
+    """What a table says of the model that measures its perplexity, on which tokens.
+
+    A folder's name is of one place, so its weights tell it: their hash is of all their files.
+    """
+    about = {"model": model_name(model), "tokens": tokens}
+    if model is None or assets.is_default_model(model):
+        return about
+    weights = sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("*.bin"))
+    hashes = "".join(map(sha256, weights))
+    return about | ({"sha256": hashlib.sha256(hashes.encode()).hexdigest()} if weights else {})
 
 
 def labels(subjects: Sequence[Subject]) -> list[str]:

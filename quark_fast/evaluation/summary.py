@@ -65,6 +65,7 @@ def describe_evaluation(
         "classes_sha256": classes_sha256(task, held_out.rows),
         "samples_per_prompt": held_out.samples,
         "text_prompt_tokens": TEXT_PROMPT,
+        "text_passages": None if held_out.texts else min(len(held_out.rows), len(setup.controls)),
         "text_tokens_sha256": _sha256(texts) if (texts := held_out.texts or setup.controls) else None,
         "sampling": {
             "top_p": sampling.top_p,

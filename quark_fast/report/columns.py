@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class Column:
     """One metric as the tables show it; `fill` puts in `{property}` and `{target}`.
 
     Attributes:
-        plain: a reward as it is, of any size and sign, whose change is a difference; see `is_plain`.
+        plain: a number of any size and sign, as a reward is, whose change is a difference; see `is_plain`.
     """
 
     key: str
@@ -127,6 +128,7 @@ COLUMNS = (
         "The mean of log q − log p per token, in nats, p being the model that measures the perplexity: how "
         "far what is drawn has moved from it. Perplexity is exp(entropy + KL). The base model's own row has "
         "a KL above 0 where a nucleus cuts its distribution.",
+        plain=True,  # without a nucleus that row's is 0
     ),
     Column(
         "prompt_fit",
@@ -167,7 +169,7 @@ def scores_are_rewards(evaluation: Record) -> bool:
 
 
 def is_plain(column: Column, evaluation: Record) -> bool:
-    """Whether its numbers are rewards as they are: of one of 0 or below a percentage says nothing."""
+    """Whether its numbers are as rewards are: of one of 0 or below a percentage says nothing."""
     return column.plain or (column.key == "mean" and scores_are_rewards(evaluation))
 
 
@@ -193,7 +195,7 @@ def numbered_judges(evaluation: Record) -> list[tuple[str, Record]]:
 
 def part_in_training(evaluation: Record, judge: Record) -> str:
     """That a judge took none, or whose reward it was: another run's may stand beside another scorer."""
-    runs = [one_line(clean(run))[:60] for run in runs_trained_by(evaluation, judge)]
+    runs = [shortened(run) for run in runs_trained_by(evaluation, judge)]
     return f"was in the reward that trained {' and '.join(runs)}" if runs else "took no part in training"
 
 
@@ -201,9 +203,9 @@ def judge_columns(evaluation: Record) -> list[Column]:
     """One for each scorer beside the reward."""
     found = []
     for heading, judge in numbered_judges(evaluation):
-        if name := one_line(clean(str(judge.get("name"))))[:60]:
-            what = one_line(clean(str(judge.get("property") or "score")))[:60]
-            title = f"{what} by {name}".replace("{", "(").replace("}", ")")  # no field to be filled in
+        if name := shortened(str(judge.get("name"))):
+            what = shortened(str(judge.get("property") or "score"))
+            title = f"{what} by {name}"
             meaning = f"The mean {title}, which {part_in_training(evaluation, judge)}."
             key = judge_measure(str(judge.get("name")))
             found.append(Column(key, title, heading, "3 digits", meaning, judge.get("property") is None))
@@ -241,6 +243,8 @@ def format_value(value: float, style: str) -> str:
     if style == "1 digit":
         return f"{value:.1f}"
     digits = f"{value:z.{style[0]}f}"  # z: no -0.000
+    if style == "3 digits" and 1e-12 < abs(value) < 0.001:  # rewards may be so small; below, it is rounding
+        digits = f"{value:.3g}"
     return re.sub(r"^(-?)0\.", r"\1.", digits)
 
 
@@ -291,11 +295,20 @@ def intervals_note(prompts: Any) -> str:
 
 
 def fill(text: str, evaluation: Record) -> str:
-    """The text with what the evaluation calls the scores and the target."""
-    words = {"property": "score", "target": "positive"}
-    return text.format(
-        **{key: one_line(clean(str(evaluation.get(key, word))))[:60] for key, word in words.items()}
-    )
+    """The text with what the evaluation calls the scores and the target; other braces are of names in it."""
+    for key, word in {"property": "score", "target": "positive"}.items():
+        text = text.replace(f"{{{key}}}", one_line(clean(str(evaluation.get(key, word))))[:60])
+    return text
+
+
+def shortened(name: str, most: int = 60) -> str:
+    """A name from anywhere in one line; of a long one the end, by which runs differ as a rule.
+
+    A hash of the whole keeps those apart that differ elsewhere.
+    """
+    line = one_line(clean(name))
+    mark = hashlib.sha256(line.encode(errors="backslashreplace")).hexdigest()[:6]
+    return line if len(line) <= most else f"{line[:8]}…{mark}…{line[16 - most :]}"
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from quark_fast.metrics import LARGEST
 
 Record = Mapping[str, Any]
 Array = npt.NDArray[np.float64]
+
+
+def samples_path(table: Path) -> Path:
+    """Where the samples behind a table are: beside it, table.jsonl for table.json."""
+    return table.with_suffix(".jsonl")
 
 
 def number_of(record: Record, key: str) -> float:

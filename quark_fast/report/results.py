@@ -23,6 +23,7 @@ from quark_fast.report.columns import (
     numbered_judges,
     one_line,
     part_in_training,
+    shortened,
 )
 from quark_fast.report.records import Record, judges_of, number_of
 
@@ -53,7 +54,8 @@ def rows_of(evaluation: Record) -> list[Record]:
 
 
 def name_of(row: Record) -> str:
-    return one_line(clean(str(row.get("name", "?"))))[:80]
+    """As it is shown: of "run: way" each is shortened alone, since the way decides what the row is."""
+    return ": ".join(map(shortened, str(row.get("name", "?")).rsplit(": ", 1)))
 
 
 def interval_of(row: Record, metric: str) -> Interval:
@@ -122,7 +124,7 @@ def after_names(evaluation: Record) -> list[str]:
 
 def other_names(evaluation: Record) -> list[str]:
     """One row of each further subject: a plain model's own, a run's with the best token."""
-    names = [name_of(row) for row in rows_of(evaluation)[1:]]
+    names = [str(row.get("name")) for row in rows_of(evaluation)[1:]]
     return [name for name in names if ": " not in name and way_of(name) == "none" and name != "no token"] + [
         name for name in names if ": " in name and way_of(name) == "best"
     ]

@@ -179,6 +179,10 @@ def notes(evaluation: Record, more: bool = True) -> list[str]:
         found.append(f"Sampling: {', '.join(ways)}.")
     if perplexity and find_column("perplexity") in columns_of(evaluation, more):
         found.append(f"Perplexity: by {perplexity.get('model')}, of the {perplexity.get('tokens')} tokens.")
+    passages = evaluation.get("text_passages")
+    has_texts = find_column("text_perplexity") in columns_of(evaluation, more)
+    if has_texts and isinstance(passages, int) and passages == evaluation.get("prompts"):  # else all of them
+        found.append(f"Perplexity of text: of {counted(passages, 'passage')}, one beside each prompt.")
     rows = [row for row in rows_of(evaluation) if "prefix" in row]
     fronts: dict[str, list[str]] = {}
     for row in rows:

@@ -65,7 +65,7 @@ def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, fl
     """Whether the completion has the sentiment wanted: among all, and among those of its prompt's class."""
     has_it = float(reward > 0.5)
     # Development prompts have no classes.
-    of_class = {f"target_{row['prompt_class']}": has_it} if "prompt_class" in row else {}
+    of_class = {f"target_{name}": has_it} if (name := row.get("prompt_class")) else {}
     return {"target": has_it, **of_class}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from quark_fast.data import assets
 from quark_fast.data.row import to_file
 from quark_fast.errors import NotUploaded
 from quark_fast.evaluation.held_out import (
@@ -21,6 +20,7 @@ from quark_fast.evaluation.held_out import (
 from quark_fast.evaluation.perplexity import TEXT_PROMPT, ReferenceLogits
 from quark_fast.evaluation.probe import PROBE_ROWS, Probe, noise_note
 from quark_fast.evaluation.prompt_classes import classify_prompts
+from quark_fast.evaluation.subjects import measuring_model
 from quark_fast.evaluation.summary import (
     MeasuredRow,
     describe_evaluation,
@@ -160,11 +160,11 @@ class Results:
         """
         setup = self.setup
         rows = [dict(row) for row in self.held_out.rows]
-        if not all("prompt_class" in row for row in rows):
+        if not all(row.get("prompt_class") for row in rows):
             for share in self.work.all_gather(lambda: dict(self._classified())):
                 for i, name in share.items():
-                    rows[i]["prompt_class"] = name
-            self.held_out = dataclasses.replace(self.held_out, rows=rows, classified=True)
+                    rows[i]["prompt_class"] = rows[i].get("prompt_class") or name
+            self.held_out = self.held_out.with_classes(rows)
         if not setup.config.prefix_tokens:
             setup.processes.on_rank_0(lambda: setup.folder.write_rows(HELD_OUT, map(to_file, rows)))
 
@@ -245,7 +245,7 @@ class Results:
             config.target,
             config.evaluate_on,
             config.guidances(),
-            {"model": config.model or assets.DEFAULT_MODEL, "tokens": "sampled"},
+            measuring_model(config.model, "sampled"),
             [setup.sampling_dtype],
         )
         summary = summarise([MeasuredRow(row.name, row.on_curves, samples[row.name]) for row in table], about)

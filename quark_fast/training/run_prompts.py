@@ -84,7 +84,7 @@ def read_prompts(
         chosen.notes.append(f"no --prompts, so those of the task {task.name}")
     parts = (chosen.train, chosen.held_out, chosen.development)
     if task.prompt_classes:
-        check_classes(chosen.held_out)
+        check_classes([*chosen.train, *chosen.held_out, *(one.row for one in chosen.scored)])
     train, held_out, development, scored = with_same_columns(
         *(as_rendered(rows, before) for rows in parts), [one.row for one in chosen.scored]
     )

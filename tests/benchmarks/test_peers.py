@@ -28,7 +28,7 @@ def peers(from_benchmarks: Callable[[str], ModuleType]) -> ModuleType:
 
 def samples(score: float, nll: float, judge: float, **fit: float) -> list[Sample]:
     return [
-        Sample(i, f"p{i}", f"a b {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100} | fit)
+        Sample(i, f"p{i}", f"a {i}", score, nll, 4, {judge_measure("toxicity-judge"): judge + i / 100} | fit)
         for i in range(8)
     ]
 

@@ -216,6 +216,18 @@ def test_judge_that_rewarded_a_run_is_not_said_to_have_taken_no_part(place: Path
     assert "in the reward that trained b and kept: a" in in_one_line(beside)
 
 
+def test_run_of_which_nothing_says_the_reward_is_evaluated_by_one_that_is_named(place: Path) -> None:
+    run = save_run(place / "runs" / "unknown", "base", 3, reward="test_side_by_side:evens")
+    (run / "evaluation.json").unlink()
+    said = "runs/unknown/versions.json does not say what the run's scorer was"
+    with pytest.raises(UsageError, match=f"{said}; name one by --reward"):
+        Evaluator("runs/unknown")
+    both = Evaluator(["runs/unknown", "runs/a"], reward="test_side_by_side:evens")
+    assert both.remarks[0] == f"{said}, so a judge may have rewarded it"
+    assert both.tables[""]["trained_by"] == {"a": ["test_side_by_side:evens"]}
+    shutil.rmtree(run)
+
+
 def test_sum_that_rewarded_a_run_names_its_terms(place: Path) -> None:
     run = save_run(
         place / "runs" / "sum", "base", 3, reward="0.5*test_side_by_side:evens + test_side_by_side:odds"
@@ -442,6 +454,11 @@ def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
 # --- perplexity -----------------------------------------------------------------------------------
 
 
+def measured_by(done: Evaluated) -> tuple[str, str]:
+    """Who measured the perplexity, on which tokens."""
+    return done.table["perplexity"]["model"], done.table["perplexity"]["tokens"]
+
+
 @torch.no_grad()
 def by_hand(folder: Path, prompt: str, text: str) -> tuple[float, int]:
     """-log p of the tokens that hold a letter of the text, one forward of the whole, float64 after it."""
@@ -460,7 +477,7 @@ def by_hand(folder: Path, prompt: str, text: str) -> tuple[float, int]:
 
 def test_perplexity_model_reads_the_text_with_its_own_tokenizer_prompt_in_front(place: Path) -> None:
     done = made("base", ppl_model="stranger", **SMALL)
-    assert done.table["perplexity"] == {"model": "stranger", "tokens": "re-tokenised"}
+    assert measured_by(done) == ("stranger", "re-tokenised")
     for row in done.samples:
         nll, tokens = by_hand(place / "stranger", row["prompt"], row["completion"])
         assert row["tokens"] == tokens and row["nll"] == pytest.approx(nll, rel=1e-4)
@@ -516,9 +533,9 @@ def test_long_prompt_is_cut_in_front_and_a_completion_beyond_all_positions_refus
 
 
 def test_models_of_different_tokenizers_are_measured_on_the_text_of_all(place: Path) -> None:
-    assert made("base", "cousin", **SMALL).table["perplexity"] == {"model": "base", "tokens": "sampled"}
+    assert measured_by(made("base", "cousin", **SMALL)) == ("base", "sampled")
     done = made("base", "stranger", **SMALL)
-    assert done.table["perplexity"] == {"model": "base", "tokens": "re-tokenised"}
+    assert measured_by(done) == ("base", "re-tokenised")
     for row in done.samples:
         ids = AutoTokenizer.from_pretrained("base")(row["prompt"] + row["completion"]).input_ids
         # The last word of the prompt is one with the completion, unless that begins with a space.
@@ -676,7 +693,7 @@ def test_tables_side_by_side_say_of_all_what_may_differ_between_them(
         ({"top_p": 0.5}, r"top_p 0\.5 in the one, 0\.9 in the other"),
         ({"temperature": 0.5}, r"temperature 0\.5"),
         ({"max_new_tokens": 6}, r"max_new_tokens 6 in the one, 5 in the other"),
-        ({"ppl_model": "cousin"}, r"by cousin of re-tokenised tokens in the one, by base of sampled"),
+        ({"ppl_model": "base"}, r"perplexity is of tokens re-tokenised in the one, sampled in the other"),
         ({"task": "repetition", "samples": 2, "temperature": 1.0, "min_new_tokens": 3}, "task repetition"),
         ({"out_of_domain": "others.txt"}, r"has no table of out-of-domain prompts"),
     ],
@@ -698,6 +715,25 @@ def test_tables_that_differ_refuse_to_be_compared_and_name_both(
     with pytest.raises(UsageError, match=named) as refused:
         Evaluator(["base", str(path)], **{**SMALL, **change})
     assert str(path) in str(refused.value)
+
+
+def test_perplexity_model_is_known_by_its_weights_wherever_it_lies(place: Path, tmp_path: Path) -> None:
+    how = {**SMALL, "samples": 1}
+    one = made("base", ppl_model="base", **how)
+    path = saved(tmp_path / "one.json", one)
+    for name, source in (("same", "base"), ("other", "cousin")):
+        shutil.copytree(place / source, tmp_path / name / "base")
+    for spelled in ("./base", str(tmp_path / "same" / "base")):
+        Evaluator(["cousin", path], ppl_model=spelled, **how)
+    for spelled in ("cousin", str(tmp_path / "other" / "base")):
+        with pytest.raises(UsageError, match=r"perplexity by weights of sha256 .* in the one, by weights of"):
+            Evaluator(["cousin", path], ppl_model=spelled, **how)
+    # Tables of earlier versions have the name alone.
+    del one.table["perplexity"]["sha256"]
+    old = saved(tmp_path / "old.json", one)
+    Evaluator(["cousin", old], ppl_model="base", **how)
+    with pytest.raises(UsageError, match="perplexity by cousin in the one, by base in the other"):
+        Evaluator(["base", old], ppl_model="cousin", **how)
 
 
 def test_texts_measured_behind_other_prompts_do_not_compare() -> None:
@@ -755,6 +791,8 @@ def test_measures_of_text_stay_out_of_tables_of_different_tokenizers_as_of_such_
     done = {name: made(name, **how) for name in ("base", "cousin", "stranger")}
     path = {name: saved(tmp_path / f"{name}.json", one) for name, one in done.items()}
     assert of_texts(done["base"]) == of_texts(done["stranger"]) == OF_TEXTS, "each alone has them"
+    assert "Perplexity of text: of 6 passages, one beside each prompt." in done["base"].markdown()
+    assert "Perplexity of text: of" not in made("base", "stranger", **how).markdown()
     assert of_texts(made("base", "stranger", **how)) == set()
     for subjects, settings in ((["stranger"], how), ([path["stranger"]], {})):
         evaluator = Evaluator([path["base"], *subjects], **settings)
@@ -979,6 +1017,13 @@ def test_classes_of_prompts_are_the_first_subjects_and_must_be_the_saved_tables(
     path = saved(tmp_path / "classed.json", done)
     again = made("base", path, **settings)
     assert [row["name"] for row in again.table["rows"]] == ["base", "classed: cousin"]
+    # A class that the user gave to one prompt is believed, and the others get theirs.
+    rows: list[Any] = [{"prompt": text} for text in PROMPTS]
+    rows[0]["prompt_class"] = "negative"
+    partly = Evaluator("base", **{**settings, "prompts": rows})
+    assert partly.evaluate().table["classes_sha256"]
+    found = [row["prompt_class"] for row in partly.domains[0].held_out[partly.lead].rows]
+    assert found[0] == "negative" and all(found)
     changed = {**done.table, "classes_sha256": "0" * 64}
     other = saved(tmp_path / "other.json", Evaluated(changed, done.samples))
     with pytest.raises(UsageError, match=r"classes of the prompts of sha256 .* of sha256 000000000000"):

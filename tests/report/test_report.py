@@ -20,15 +20,15 @@ from rich.console import Console
 
 from quark_fast.config import Config
 from quark_fast.evaluation.summary import MeasuredRow, summarise
-from quark_fast.metrics import Sample, as_json, compare, evaluate_samples, judge_measure, unscored_by
+from quark_fast.metrics import Change, Sample, as_json, compare, evaluate_samples, judge_measure, unscored_by
 from quark_fast.report import columns
-from quark_fast.report.columns import columns_of, format_bounds
+from quark_fast.report.columns import columns_of, find_column, format_bounds, format_change, format_value
 from quark_fast.report.drawing import Palette
 from quark_fast.report.files import read_run
 from quark_fast.report.model_card import Base, find_base, model_card
 from quark_fast.report.page import comparison_page, render_html, write_report
 from quark_fast.report.result_plots import plot_dial
-from quark_fast.report.results import cell_of, headline, main_row
+from quark_fast.report.results import cell_of, headline, main_row, name_of, other_names, way_of
 from quark_fast.report.tables import before_after, markdown_page, markdown_table, results_table
 from quark_fast.report.texts import mask_profanity, pick_examples
 from quark_fast.report.training_plots import smooth
@@ -641,6 +641,45 @@ def test_completions_that_a_judge_gave_no_number_are_told_of_under_every_form(fi
         assert f"Unscored and left out: at most {100 * most:.1f}% of a row." in text
         assert "Unscored by judge 2 and left out: at most 38.4% of a row." in text
         assert "Unscored by judge 1" not in text
+
+
+def test_long_names_of_runs_keep_their_way_and_stay_apart(finished_run):
+    long = "toxicity-HuggingFaceTB-SmolLM2-135M-Instruct-lr0.0005-r16-q5-contrast1.0-kl1.0-s"
+    runs = [f"{long}0", f"{long}1", "x" + long[1:] + "1", long[:9] + "x" + long[10:] + "1"]
+    ways = ["best token", "guided w=2", "worst token"]
+    table, _ = several(finished_run, ["base model", *(f"{run}: {way}" for run in runs for way in ways)])
+    shown = [name_of(row) for row in table["rows"]]
+    assert len(set(shown)) == len(shown) and max(map(len, shown)) < 80
+    assert [way_of(name) for name in shown] == ["base", *["best", "guided", "worst"] * 4]
+    assert {name.rpartition(": ")[0][-13:] for name in shown[1:]} == {"t1.0-kl1.0-s0", "t1.0-kl1.0-s1"}
+    assert other_names(table) == [f"{run}: best token" for run in runs], "as the samples have them"
+    judged = table | {"judges": [{"name": "j"}], "trained_by": {run: ["j"] for run in runs[:2]}}
+    (meaning,) = (column.meaning for column in columns_of(judged) if "judge" in column.key)
+    assert "kl1.0-s0 and " in meaning and "kl1.0-s1." in meaning
+
+
+def test_braces_in_the_name_of_a_run_or_of_a_judge_are_shown_as_they_are(finished_run):
+    evaluation = judged_by(evaluation_of(finished_run), 1) | {"trained_by": {"lr={1e-4}": ["j1"]}}
+    assert "was in the reward that trained lr={1e-4}." in Page(comparison_page(evaluation, [], {})).text
+    evaluation["judges"][0]["name"] = "{x}"
+    assert "harm by {x}" in markdown_page(evaluation)
+
+
+@pytest.mark.parametrize("value", [2e-5, 4.25e-4, -6e-7])
+def test_small_rewards_are_shown_in_three_digits(value):
+    shown = format_value(value, "3 digits")
+    assert float(shown) == pytest.approx(value, rel=5e-3) and len(shown) <= 9
+    change = Change(value, value / 2, value * 2, math.nan, math.nan, math.nan)
+    number, bounds = format_change(change, find_column("mean"), {"property": "reward"})
+    found = [float(part.replace("−", "-")) for part in (number, *bounds.split(" to "))]
+    assert found == pytest.approx([value, value / 2, value * 2], rel=5e-3)
+    assert format_value(1e-17, "3 digits") == format_value(0.0, "3 digits") == ".000", "rounding"
+    assert format_value(0.0004, "2 digits") == ".00", "of a property, from 0 to 1"
+
+
+def test_kl_from_0_is_a_difference_and_no_percentage():
+    change = Change(0.68, 0.37, 1.01, 7e6, 3e6, 1e7)
+    assert format_change(change, find_column("base_kl"), {}) == ("+.680", "+.370 to +1.010")
 
 
 def test_only_a_change_that_excludes_zero_is_bold():

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_classifier, save_tiny_model
-from tiny_runs import rows
+from tiny_runs import rows, small
 
 from quark_fast import evaluate, generate, train
 from quark_fast.config import TASK_DEFAULTS, Config
 from quark_fast.errors import UsageError
+from quark_fast.evaluation.prompt_classes import CLASSES
 from quark_fast.model.encode import encode_rows
 from quark_fast.model.policy import Policy
 from quark_fast.pool.pool import RolloutPool
 from quark_fast.report.columns import COLUMNS
 from quark_fast.tasks import repetition, sentiment
 from quark_fast.tasks.by_name import find_task
+from quark_fast.training.trainer import Trainer
 
 # --- sentiment --------------------------------------------------------------------------------------
 
@@ -79,12 +81,34 @@ def test_words_of_the_quantiles_rise_with_the_reward() -> None:
 
 
 def test_completion_counts_as_positive_above_the_middle_and_in_its_prompts_class_alone() -> None:
-    def measured(reward: float, name: str = "neutral") -> dict[str, float]:
+    def measured(reward: float, name: str | None = "neutral") -> dict[str, float]:
         return sentiment.measures({"prompt": "x", "prompt_class": name}, [1, 2], reward)
 
     assert measured(0.51) == {"target": 1.0, "target_neutral": 1.0}
     assert measured(0.5) == {"target": 0.0, "target_neutral": 0.0}, "a tie is no positive text"
     assert measured(0.9, "negative") == {"target": 1.0, "target_negative": 1.0}
+    assert measured(0.9, None) == {"target": 1.0}, "other rows have a class, this one has none yet"
+
+
+def test_prompts_beside_some_of_which_a_class_is_given_are_classed(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def evens(prompts: list[str], completions: list[str], prompt_class: list[Any]) -> list[float]:
+        return [0.5 + len(text) % 3 / 10 for text in completions]
+
+    train_rows: list[Any] = [{"prompt": f"w{i} w{i + 1}"} for i in range(8)]
+    train_rows[0]["prompt_class"] = "positive"
+    held_out = [{"prompt": "w9", "prompt_class": "negative"}, {"prompt": "w8"}]
+    settings = {"task": "sentiment", "judge": "none", "rounds": 1, "eval_rows": "best"}
+    config = small(tmp_path / "run", tiny_model(), **settings)
+    Trainer(config, reward=evens, listen=None, prompts=train_rows, held_out=held_out).train()
+    classes = [row["prompt_class"] for row in rows(tmp_path / "run" / "held_out.jsonl")]
+    assert classes[0] == "negative" and classes[1] in CLASSES
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["classes_sha256"]
+    train_rows[0]["prompt_class"] = "hard"
+    config = small(tmp_path / "other", tiny_model(), **settings)
+    with pytest.raises(UsageError, match="prompt_class = 'hard': this task keeps a prompt's class there"):
+        Trainer(config, reward=evens, listen=None, prompts=train_rows, held_out=held_out)
 
 
 def digest(rows: list[dict[str, Any]]) -> str:
