@@ -10,7 +10,7 @@ import importlib
 import os
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -182,6 +182,15 @@ def whole_reports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quark_fast.training.results.write_report", write_report)
         yield
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of the words of a report, which takes a second to plot."""
+    from markupsafe import Markup
+
+    blank = defaultdict(lambda: Markup("<svg></svg>"))
+    monkeypatch.setattr("quark_fast.report.page._plots", lambda *_: blank)
 
 
 @pytest.fixture

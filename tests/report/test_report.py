@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import sys
-from collections import defaultdict
 from html.parser import HTMLParser
 
 import huggingface_hub
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from markupsafe import Markup
 from rich.console import Console
 
 from quark_fast.config import Config
@@ -202,13 +200,6 @@ def finished_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("few") / "small", prompts=12, samples=2, steps=20, rounds=2)
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    """For a test of the words of a page, which takes a second to plot."""
-    blank = defaultdict(lambda: Markup("<svg></svg>"))
-    monkeypatch.setattr("quark_fast.report.page._plots", lambda *_: blank)
 
 
 @pytest.fixture

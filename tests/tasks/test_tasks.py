@@ -253,7 +253,7 @@ REPETITION = {
 }
 
 
-@pytest.mark.usefixtures("reports")
+@pytest.mark.usefixtures("reports", "no_plots")
 def test_repetition_run_decodes_greedily_and_measures_text_and_repeats(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_texts_given_to_the_trainer_are_the_settings_of_that_name(
     assert len(trainer.setup.prompts.held_out.rows) == 3
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_judge_takes_no_part_in_training_and_stands_in_table_headline_and_report(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
@@ -724,7 +725,7 @@ def test_run_of_chats_goes_on_after_midnight_with_the_date_that_it_began_with(
         assert timeless(tmp_path / "run" / file) == timeless(tmp_path / "whole" / file)
 
 
-@pytest.mark.usefixtures("reports")
+@pytest.mark.usefixtures("reports", "no_plots")
 def test_prompts_left_out_are_told_in_the_run(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     config = small(tmp_path / "run", tiny_model("gpt2"), **SHORT, max_prompt_tokens=3)
     given = [*PROMPTS, "w1 w2 w3 w4 w5"]
