@@ -3,7 +3,6 @@
 #include "quark_loss.hpp"
 
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -13,25 +12,20 @@
 
 namespace quark {
 
-// `scratch`: null, or floats_to_keep(vocab) floats, in which a row's exponentials wait for its
+// `scratch`: null, or lines_to_keep(vocab) lines, in which a row's exponentials wait for its
 // gradient.
 QUARK_DECLARE_AT_LEVELS(void forward_rows(const Problem&, const RowOutputs&, const Rows*,
                                           float* scratch, int64_t, int64_t);
-                        int64_t floats_to_keep(int64_t vocab);
+                        int64_t lines_to_keep(int64_t vocab);
                         void backward_rows(const Problem&, const RowStats*, double, const Rows&,
                                            int64_t, int64_t);)
 
 namespace {
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
+// Aligned: a vector across two cache lines is written in two steps.
+struct alignas(64) Line {
+  float columns[16];
 };
-using Floats = std::unique_ptr<float, Free>;
-
-// At a multiple of 64 bytes, as much as the widest vectors; null where there is no memory.
-Floats aligned_floats(int64_t count) {
-  return Floats(static_cast<float*>(std::aligned_alloc(64, size_t(count) * sizeof(float))));
-}
 
 void check(const Problem& p) {
   int64_t size;
@@ -80,11 +74,13 @@ double forward(const Problem& p, const RowOutputs& out, const Rows* grad, int th
   if (grad) check_gradient(p, *grad);
   require(p.rows == 0 || (out.nll && out.kl && out.entropy), "the outputs have no memory");
   const auto rows = QUARK_AT_LEVEL(forward_rows);
-  const int64_t floats = QUARK_AT_LEVEL(floats_to_keep)(p.vocab);
-  const Floats scratch =
-      grad ? aligned_floats(useful_threads(p.rows, p.width, threads) * floats) : nullptr;
+  const int64_t each = QUARK_AT_LEVEL(lines_to_keep)(p.vocab);
+  // Allocated here, where it may throw; not set to 0, as a vector would be.
+  const std::unique_ptr<Line[]> scratch(
+      grad ? new Line[static_cast<size_t>(useful_threads(p.rows, p.width, threads) * each)]
+           : nullptr);
   over_rows(p.rows, p.width, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    rows(p, out, grad, scratch ? scratch.get() + thread * floats : nullptr, begin, end);
+    rows(p, out, grad, scratch ? scratch[thread * each].columns : nullptr, begin, end);
   });
   double loss = 0;
   for (int64_t n = 0; n < p.rows; ++n) {

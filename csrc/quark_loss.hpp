@@ -22,10 +22,9 @@
 //   throws std::invalid_argument, which names the value.
 // - Sums over a row are kept in double between blocks of a few thousand columns; the result does
 //   not depend on the number of threads.
-// - Time O(rows * width). Where forward writes a gradient, each of its threads holds 8 bytes a
-// column
-//   for the time of the call, or computes all exponentials twice if there is no memory; no other
-//   memory is allocated that grows with the input.
+// - Time O(rows * width). Where forward writes a gradient, each thread holds 8 bytes a column
+//   meanwhile, and std::bad_alloc says that there is no memory for it; no other memory is allocated
+//   that grows with the input.
 #pragma once
 
 #include <cstddef>

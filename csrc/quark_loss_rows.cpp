@@ -487,8 +487,10 @@ void backward_typed(const Problem& p, const RowStats* stats, double scale, const
   write_gradient_row<Z, R>(p, n, stats[n], scale, grad, {});
 }
 
-// So many floats that the next array begins at a multiple of 64 bytes, too.
-int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+constexpr int64_t kLine = 16;  // floats of 64 bytes
+
+// So many floats that the next array begins with a line, too.
+int64_t padded(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
 
 int64_t blocks_of(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
 
@@ -503,7 +505,9 @@ void with_types(const Problem& p, const Body& body) {
 
 }  // namespace
 
-int64_t floats_to_keep(int64_t vocab) { return 2 * (padded(vocab) + padded(blocks_of(vocab))); }
+int64_t lines_to_keep(int64_t vocab) {
+  return 2 * (padded(vocab) + padded(blocks_of(vocab))) / kLine;
+}
 
 void forward_rows(const Problem& p, const RowOutputs& out, const Rows* grad, float* scratch,
                   int64_t begin, int64_t end) {

@@ -63,9 +63,14 @@ class RunFolder:
         return self.at / name
 
     @property
+    def typed(self) -> str:
+        """The path as a shell takes it."""
+        return shlex.quote(str(self.path))
+
+    @property
     def resumed_by(self) -> str:
-        """The flags that go on with the run, as a shell takes them."""
-        return f"--resume --output {shlex.quote(str(self.path))}"
+        """The flags that go on with the run."""
+        return f"--resume --output {self.typed}"
 
     @property
     def how_to_go_on(self) -> str:
@@ -76,14 +81,14 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Refuse a path with anything in it: no run is overwritten. What there is decides what to type."""
-        path, typed = self.path, shlex.quote(str(self.path))
+        path = self.path
         if not path.exists() or (path.is_dir() and not any(map(_lasting, path.iterdir()))):
             return
         anew = "to train anew choose another --output"
         if path.is_dir() and self.finished:
             raise UsageError(
                 f"{path} exists: a finished run. Its report is {path / 'report.html'}, its texts come by"
-                f' `python -m quark_fast.generate {typed} "The man said"`; {anew}'
+                f' `python -m quark_fast.generate {self.typed} "The man said"`; {anew}'
             )
         if (self / "config.yaml").exists():
             raise UsageError(f"{path} exists: a run that is not finished. Go on by {self.resumed_by}; {anew}")
@@ -109,8 +114,7 @@ class RunFolder:
             self.drop_checkpoint()  # of a process that ended while it did
             raise UsageError(
                 f"the run in {self.path} is finished: nothing to resume; its report is"
-                f" {self.path}/report.html, and `python -m quark_fast.report {shlex.quote(str(self.path))}`"
-                " writes that again"
+                f" {self.path}/report.html, and `python -m quark_fast.report {self.typed}` writes that again"
             )
         for left in (".*.tmp", f"{TRIAL}*"):  # of a process that ended while it wrote
             for path in self.at.glob(left):
