@@ -52,8 +52,12 @@ class Bound:
         ratio = self.ratio(measures, base)
         if self.excess(measures, base) <= 1:
             return self
-        factor = math.ceil(ratio * 100) / 100 if self.sign == "<=" else math.floor(ratio * 100) / 100
-        return replace(self, factor=factor) if factor > 0 else None
+        more = 1 if self.sign == "<=" else -1
+        hundredths = math.ceil(ratio * 100) if self.sign == "<=" else math.floor(ratio * 100)
+        made = replace(self, factor=hundredths / 100)
+        if made.factor > 0 and made.excess(measures, base) > 1:  # by the rounding of the ratio
+            made = replace(self, factor=(hundredths + more) / 100)
+        return made if made.factor > 0 else None
 
 
 @dataclass(frozen=True)

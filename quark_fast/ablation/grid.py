@@ -44,9 +44,9 @@ def run_grid(
         note: called with a line before every run, of several processes on the first.
         given: to the ``Trainer``.
     Raises:
-        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings,
-            or holds a finished point that was resumed with others; after all other runs, if one ended
-            without a result.
+        UsageError: before any long work, as the trainer's; or the folder is of a grid with other settings
+            or another base model, or holds a finished point that was resumed with others; after all other
+            runs, if one ended without a result.
         Interrupted: Ctrl-C or SIGTERM; calling again goes on.
     """
     if not seeds or not axes:
@@ -71,7 +71,10 @@ def run_grid(
         say(line)
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:
-            why = _run_point(Trainer(config, sampler=sampler, **given), processes)
+            trainer = Trainer(config, sampler=sampler, **given)
+            with trainer.folder.free_after_errors():
+                processes.on_rank_0(partial(_check_base, folder, base, trainer.setup.base))
+            why = _run_point(trainer, processes)
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
         if why:
@@ -122,6 +125,24 @@ def _check_finished(
                     f"{path} is finished with {name} = {its[name]!r}, but in this grid it has {mine[name]!r};"
                     " give the grid that, remove that folder, or choose another --output"
                 )
+
+
+def _check_base(folder: Path, base: Config, digest: str) -> None:
+    """Refuse another base model than the grid's first: its samples are shared, and its runs compared.
+
+    Args:
+        digest: of the base model's weights, see ``start.base_digest``.
+    """
+    record = folder / "base-model.sha256"
+    if not record.exists():
+        with replacing(record) as scratch:
+            scratch.write_text(f"{digest}\n", encoding="utf-8")
+    elif record.read_text(encoding="utf-8").strip() != digest:
+        raise UsageError(
+            f"{base.model or 'the embedded model'} has other weights than when the grid in {folder} began: it"
+            " was saved anew, or another version of it is on the hub by now; put that one back, or choose"
+            " another --output"
+        )
 
 
 def _seen(path: Path) -> tuple[bool, bool]:

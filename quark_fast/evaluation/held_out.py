@@ -291,7 +291,7 @@ class _Measuring:
             score = None
             if not np.isnan(value):
                 score = value if setup.reward.property is None else 1.0 - value
-                numbers = self.measures(prompt, completion, value) | numbers
+            numbers = self.measures(prompt, completion, value) | numbers
             total, tokens = nll
             samples.append(Sample(i, prompt["prompt"], text, score, total, tokens, numbers, *fits[i], own))
         give_back_freed_memory()

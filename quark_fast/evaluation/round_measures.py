@@ -45,9 +45,10 @@ def round_measures(
 
 
 def check_goal(config: Config, task: Task, reward: Reward, judges: Sequence[Reward]) -> None:
-    """Raise UsageError for a measure of ``--keep-best`` that the run does not have."""
+    """Raise UsageError for a measure of ``--keep-best`` that the run does not have, or has no bound by."""
     if goal := config.goal():
         _check_names(goal, measure_names(task, reward, judges), judged=bool(judges))
+        _check_bounds(goal, config)
 
 
 def check_goal_of_task(config: Config, task: Task) -> None:
@@ -56,6 +57,18 @@ def check_goal_of_task(config: Config, task: Task) -> None:
         judge = ["judge"] if task.judge and config.judge == "auto" else []
         known = [task.property, "reward", *judge, *_of_table(task, of_property=True)]
         _check_names(goal, known, judged=bool(judge))
+        _check_bounds(goal, config)
+
+
+def _check_bounds(goal: Goal, config: Config) -> None:
+    """Refuse a bound relative to a KL of the base model to itself, which only a nucleus makes more than 0."""
+    whole = config.eval_top_p == 1 and config.eval_temperature == 1
+    for bound in goal.bounds:
+        if bound.measure == "base_kl" and whole:
+            raise UsageError(
+                f"keep_best = {str(goal)!r}: {bound} is relative to the base model's base_kl, which is 0 with"
+                " eval_top_p = 1; bound perplexity, or give an --eval-top-p below 1"
+            )
 
 
 def _check_names(goal: Goal, known: Iterable[str], judged: bool) -> None:

@@ -291,6 +291,8 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
     """
     model = policy.model
     own = torch.tensor(policy.reward_ids, device=model.device)
+    # Theirs by right, looked up by the quantile, which of many quantiles may be such an id, too.
+    rows = model.get_input_embeddings().rows.data_ptr()
     ids = policy.conditioned([policy.stop_ids[0] if policy.stop_ids else 0], policy.quantiles - 1)
     for _ in range(8):  # a table that has no such row ends the pass before the next table
         failed = False
@@ -299,7 +301,8 @@ def _keep_reward_tokens_to_their_table(policy: Policy) -> list[str]:
                 read(model, torch.tensor([ids], device=model.device))
             except Exception:  # what fails without such tables, too, the check of reading reports
                 failed = True
-        seen = [one.table for one in lookups.seen if bool(torch.isin(one.numbers, own).any())]
+        tables = (one for one in lookups.seen if one.table.data_ptr() != rows)
+        seen = [one.table for one in tables if bool(torch.isin(one.numbers, own).any())]
         if not seen:
             if failed:
                 return []

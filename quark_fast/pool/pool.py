@@ -223,7 +223,7 @@ class RolloutPool:
             finally:
                 # Ctrl-C may come when the core has the samples already: then they are whole, and stay.
                 if len(self) > first_id:
-                    self._newest_round = max(self._newest_round, made_in)
+                    self._newest_round = max(self._newest_round, made_in) if first_id else made_in
                 else:
                     self._store.segments, self._rounds.changes = before
             self.unscored += len(values) - n

@@ -9,6 +9,7 @@ measures below take a reward above 0.5 for a completion of the sentiment wanted,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -63,6 +64,8 @@ def embedded_prompts() -> tuple[list[Row], list[Row]]:
 
 def measures(row: Row, completion: Sequence[int], reward: float) -> dict[str, float]:
     """Whether the completion has the sentiment wanted: among all, and among those of its prompt's class."""
+    if math.isnan(reward):
+        return {}
     has_it = float(reward > 0.5)
     # Development prompts have no classes.
     of_class = {f"target_{name}": has_it} if (name := row.get("prompt_class")) else {}

@@ -28,8 +28,9 @@ class Task:
         judge: (texts side by side, as ``score_batch``) -> a scorer of another kind, which no run trains on;
             None: the task has none.
         texts: () -> ordinary texts, by which an evaluation tells what a training cost elsewhere.
-        measures: (held-out row, completion as ids, its reward) -> numbers by name, whose means over
-            completions join the table. A name that a completion lacks leaves it out of that mean.
+        measures: (held-out row, completion as ids, its reward, NaN where it has none) -> numbers by name,
+            whose means over completions join the table. A name that a completion lacks leaves it out of that
+            mean.
         headline: the metric that the report opens with.
         columns: metrics of the terminal's table; ``report.columns.COLUMNS`` knows them all.
         more_columns: those that the report has beside them.

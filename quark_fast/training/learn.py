@@ -102,7 +102,8 @@ class Learner:
         bad = state.bad_steps.judge(sums, norm, scaler and scaler.get_scale())
         if bad is None:
             self.optimizer.step()
-            state.kl.update(sums["kl"], samples)
+            if self.config.kl_target and math.isfinite(norm):  # else fp16's scaler skips the step
+                state.kl.update(sums["kl"], samples)
         elif scaler is not None:
             scaler.update()  # else it would refuse the next gradient
         self._forget_gradients()

@@ -140,7 +140,8 @@ class Objective:
         compute = self._from_logits if self.heads is None else self._from_hidden
         out, contrast, mirror_kl, prompt_kl, weighted_nll = compute(part)
         loss, (tokens, samples, prompt_tokens) = out.loss, counts
-        terms = {name: (getattr(out, name).sum(), tokens) for name in ("nll", "kl", "entropy")}
+        measured = ("nll", "kl", "entropy") if part.plain is not None else ("nll", "entropy")
+        terms = {name: (getattr(out, name).sum(), tokens) for name in measured}
         if contrast is not None:
             terms["contrast"] = contrast.mirror.sum(), samples
         if contrast is not None and mirror_kl is not None and part.better is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, even_words, rows, small, timeless
 
 from quark_fast import ablate
@@ -172,6 +173,18 @@ def test_run_with_shared_samples_is_the_run_without(tmp_path: Path, tiny_model: 
     for file in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
         ours = tmp_path / "grid" / "seed-0" / "quantiles=8" / file
         assert timeless(ours) == timeless(tmp_path / "alone" / file), file
+
+
+def test_grid_does_not_go_on_with_another_base_model(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = base(tmp_path / "grid", tiny_model())
+    grid.run_grid(config, ["quantiles"], [0], **GIVEN)
+    (weights,) = Path(str(config.model)).glob("*.safetensors")
+    save_file({name: 2 * one for name, one in load_file(weights).items()}, weights, {"format": "pt"})
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("it trains"))
+    with pytest.raises(UsageError, match=r"has other weights than when the grid in .* began"):
+        grid.run_grid(config, ["quantiles", "kl"], [0], **GIVEN)
 
 
 def test_killed_grid_goes_on_between_points_and_within_one(

@@ -99,7 +99,8 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
     reward = describe(lambda prompts, completions, **columns: [None, 0.25, 0.5, 0.75], "four")
 
     def measures(row: Row, completion: list[int], reward: float) -> dict[str, float]:
-        return {"place": row["place"], "length": len(completion), "reward": reward}
+        rewarded = {} if math.isnan(reward) else {"reward": reward}
+        return {"place": row["place"], "length": len(completion), **rewarded}
 
     table = table_rows(policy.quantiles, [2.0], "all")
     sampling = Sampling(4, 4, temperature=0.0, rows=4)
@@ -111,9 +112,9 @@ def test_sample_carries_the_fit_of_its_own_text_and_the_tasks_measures(policy: P
             nll, correct, tokens = by_hand(policy, TEXTS[one.prompt_id], row.conditioning)
             assert one.text_nll == pytest.approx(nll, rel=1e-4)
             assert (one.text_correct, one.text_tokens) == (correct, tokens)
-            # An unscored completion has no measures.
-            expected = {"place": one.prompt_id, "length": 4, "reward": one.score}
-            assert one.measures == ({} if one.score is None else expected)
+            # A completion without a score has what needs none: the tokens of the worst loops, say.
+            rewarded = {} if one.score is None else {"reward": one.score}
+            assert one.measures == {"place": one.prompt_id, "length": 4, **rewarded}
         assert sum(one.score is None for one in samples) == 1
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import lively_policy
+from conftest import lively_policy, sharpen
 from torch import Tensor, nn
 
 from quark_fast.config import Config
@@ -184,6 +184,13 @@ def test_reference_that_fails_in_low_precision_is_refused_with_the_precision(
         check_policy(policy, reference)
     reference.forward = own
     assert check_policy(policy, reference) == []
+
+
+def test_number_of_a_quantile_may_be_a_reward_tokens_id_too(tiny_model: Make) -> None:
+    policy = Policy.create(tiny_model("llama"), quantiles=300)
+    sharpen(policy.model.eval())
+    assert policy.reward_ids[0] < 300
+    assert check(policy) == [] and policy.reading == Reading()
 
 
 def test_fault_behind_some_tokens_is_found_where_the_run_has_such_texts(policy: Policy) -> None:

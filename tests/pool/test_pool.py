@@ -1075,6 +1075,13 @@ def test_a_ctrl_c_within_add_leaves_every_reward_with_its_sample(taken):
     assert pool.rounds.tolist() == ([0, 0, 7, 7, 7] if taken else [0, 0, 0])
 
 
+def test_samples_without_a_round_are_of_the_newest_one_whatever_its_number():
+    pool = RolloutPool(2)
+    pool.add([[1]], [[1]], [1.0], round=-5)
+    pool.add([[2]], [[2]], [2.0])
+    assert pool.rounds.tolist() == [-5, -5]
+
+
 def test_a_draw_that_is_refused_is_none():
     one, other = filled(np.arange(100.0)), filled(np.arange(100.0))
     empty = RolloutPool(3)

@@ -84,6 +84,7 @@ def test_completion_counts_as_positive_above_the_middle_and_in_its_prompts_class
     def measured(reward: float, name: str | None = "neutral") -> dict[str, float]:
         return sentiment.measures({"prompt": "x", "prompt_class": name}, [1, 2], reward)
 
+    assert measured(float("nan")) == {}
     assert measured(0.51) == {"target": 1.0, "target_neutral": 1.0}
     assert measured(0.5) == {"target": 0.0, "target_neutral": 0.0}, "a tie is no positive text"
     assert measured(0.9, "negative") == {"target": 1.0, "target_negative": 1.0}

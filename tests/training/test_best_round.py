@@ -356,6 +356,10 @@ def test_damaged_checkpoint_costs_no_round_that_the_one_before_it_may_choose(
         ({"keep_best": "judge:min, perplexty<=1.1"}, "no measure 'perplexty'; did you mean perplexity"),
         ({"keep_best": "judge:min", "judge": "none"}, "choose from toxicity, reward.*by --judge$"),
         ({"keep_best": "rep4:min"}, "no measure 'rep4'"),
+        (
+            {"keep_best": "judge:min, base_kl<=3", "eval_top_p": 1.0},
+            "base_kl, which is 0 with eval_top_p = 1",
+        ),
     ],
 )
 def test_unknown_measure_is_refused_before_anything_is_loaded(
@@ -470,6 +474,9 @@ def test_looser_goal_is_just_loose_enough_for_the_nearest_round() -> None:
     unbounded = goal.looser(base, [near | {"dist3": 0.0001}])
     assert unbounded is not None and "dist3" not in str(unbounded)
     assert goal.looser(base, [far | {"judge": math.nan}]) is None
+    rounded, measured = {"judge": 0.3, "perplexity": 3.64825}, {"judge": 0.2, "perplexity": 11.127162574}
+    once = Goal.parse("judge:min, perplexity<=1.1").looser(rounded, [measured])  # 3.05 times, and an ulp more
+    assert once is not None and once.best(rounded, [measured]) == 0
 
 
 def test_round_without_the_measure_of_any_bound_is_within_none_and_loosens_none() -> None:

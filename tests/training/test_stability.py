@@ -140,7 +140,7 @@ def test_overflow_of_a_scaled_gradient_is_how_fp16_finds_its_scale() -> None:
 
 def test_fp16_run_lowers_its_scale_and_skips_a_spoiled_loss(runs: Callable[..., Trainer]) -> None:
     trainer = runs("run", at({5}, infinite_loss), precision="fp16", max_bad_steps=2)
-    trainer.accelerator.scaler._init_scale = 2.0**60
+    trainer.accelerator.scaler._init_scale = 2.0**17
     trainer.train()
     steps = rows(trainer.folder / "metrics.jsonl", kind="step")
     assert [row.get("skipped_for") for row in steps] == [None] * 4 + ["kl", None]
@@ -187,6 +187,19 @@ def test_adapted_weight_is_the_one_of_the_loss_and_resumes_to_the_last_bit(
     again = runs("run", resume=True, **settings)
     again.train()
     assert timeless(again.folder / "metrics.jsonl") == timeless(whole.folder / "metrics.jsonl")
+
+
+def test_step_that_fp16_skips_leaves_the_kls_weight_as_it_is(
+    runs: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[float] = []
+    monkeypatch.setattr(KLController, "update", lambda self, kl, samples: moved.append(kl))
+    trainer = runs("run", precision="fp16", kl_target=0.02)
+    trainer.accelerator.scaler._init_scale = 2.0**17
+    trainer.train()
+    steps = rows(trainer.folder / "metrics.jsonl", kind="step")
+    assert 0 < len(moved) < len(steps)
+    assert moved == [row["kl"] for row in steps if row["grad_norm"] is not None]
 
 
 def test_kl_above_its_limit_stops_the_run_which_can_go_on_with_another(runs: Callable[..., Trainer]) -> None:
