@@ -325,8 +325,8 @@ class SamplingSettings:
     )
     sample_batch: int = setting(
         256,
-        "completions sampled side by side, guided half as many; halved where the memory does not suffice; a"
-        " resumed run may have fewer, which changes what is drawn from there on",
+        "completions of a batch, guided half as many; a batch has random numbers of its own, so this decides"
+        " what is drawn; halved where the memory does not suffice; a resumed run may have fewer",
         at_least=1,
         changes="resume",
     )
@@ -340,8 +340,8 @@ class SamplingSettings:
     )
     sample_at_once: int = setting(
         0,
-        "completions of a batch that are sampled side by side; 0: all, on a GPU a half, a quarter ... where"
-        " free memory holds no more; fewer change what is drawn",
+        "how many of a batch's completions are sampled at the same time; 0: all, on a GPU a half, a quarter"
+        " ... where free memory holds no more; fewer change what is drawn",
         changes="resume",
     )
     rollout: Literal["transformers", "vllm"] = setting(
@@ -389,7 +389,8 @@ class LearningSettings:
     )
     learning_rate: float | None = setting(
         None,
-        "AdamW step size for the model; default: 5e-4 for adapters, for sentiment 1e-3; 2e-4 for all weights",
+        "AdamW step size for the model; default: the task's or preset's, else 5e-4 for adapters (sentiment"
+        " 1e-3), 2e-4 for all weights",
         at_least=0.0,
     )
     reward_token_lr: float = setting(1e-2, "AdamW step size for the reward-token rows")

@@ -102,8 +102,8 @@ def _without_numbers(text: object) -> str:
 
 HEAD = """# Models that were tried
 
-Every model is checked when it is loaded. Greedy decoding by our loop (cache, padding on the left, several
-samples a prompt, of which one ends early and is dropped) and the padded logits of training must be the
+Every model is checked when it is loaded (the embedded one once for the same versions). Greedy decoding by our
+loop (cache, padding on the left, several samples a prompt, of which one ends early and is dropped) and the padded logits of training must be the
 model's own for each text alone; reward tokens must not be looked up in a table that is not theirs; an export
 must give plain transformers the same ids and logits. What does not hold is repaired by a general means (texts
 of one length together, no cache, another tokenizer class), or the model is refused in one line before

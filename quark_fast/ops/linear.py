@@ -1,4 +1,4 @@
-"""The loss from hidden states: the last linear layer and `quark_loss` in one, logits never whole.
+"""The loss from hidden states: last linear layer and `quark_loss` in one, logits of many rows never whole.
 
 The rows are cut into chunks. Each chunk's logits of policy and reference are made, turned into the
 gradient of the logits where they lie, and multiplied back into the gradients of hidden states and
