@@ -102,16 +102,16 @@ def _without_numbers(text: object) -> str:
 
 HEAD = """# Models that were tried
 
-Every model is checked when it is loaded (the embedded one once for the same versions). Greedy decoding by our
-loop (cache, padding on the left, several samples a prompt, of which one ends early and is dropped) and the padded logits of training must be the
-model's own for each text alone; reward tokens must not be looked up in a table that is not theirs; an export
-must give plain transformers the same ids and logits. What does not hold is repaired by a general means (texts
-of one length together, no cache, another tokenizer class), or the model is refused in one line before
-anything long. A training step in the run's precision is tried out, too, and here the adapters of default
-settings: merged as in an export they must be the model that was trained; where they are refused, what is
-right is so with `--lora-rank 0`. The longest text has the length of
-the run's longest prompt, but on a CPU 128 tokens at most, and here 14: what takes effect after more, such
-as a window, is not tried.
+Every model is checked when it is loaded (the embedded one once for the same versions). Greedy decoding
+by our loop (cache, padding on the left, several samples a prompt, of which one ends early and is
+dropped) and the padded logits of training must be the model's own for each text alone; reward tokens
+must not be looked up in a table that is not theirs; an export must give plain transformers the same ids
+and logits. What does not hold is repaired by a general means (texts of one length together, no cache,
+another tokenizer class), or the model is refused in one line before anything long. A training step in
+the run's precision is tried out, too, and here the adapters of default settings: merged as in an export
+they must be the model that was trained; where they are refused, what is right is so with `--lora-rank
+0`. The longest text has the length of the run's longest prompt, but on a CPU 128 tokens at most, and
+here 14: what takes effect after more, such as a window, is not tried.
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,
