@@ -30,6 +30,8 @@ from quark_fast.model.structure import LONGEST_PROMPT, learned_positions, positi
 from quark_fast.runtime.distributed import assign, whole
 from quark_fast.runtime.seeds import seed_for
 
+HALF = "\ufffd"  # what a part of a character decodes to
+
 
 class Policy:
     """A model with its tokenizer, reward tokens and the prefix that stands before them.
@@ -257,14 +259,22 @@ class Policy:
         """
         if completion and completion[-1] in self.end_markers:
             completion = completion[:-1]
-        # So many tokens that what stands before them has no part in how a token is spelled.
-        before = self._some_text if prompt is None else list(prompt[-16:])
-        alone, together = (
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for ids in (before, [*before, *completion])
-        )
+        before = self._some_text if prompt is None else list(prompt)
+        # So many tokens that what stands before them has no part in how a token is spelled; more where they
+        # begin within a character, whose four bytes may be a token each.
+        tails = (before[-most:] for most in range(16, 20))
+        before = next((ids for ids in tails if not self._spell(ids).startswith(HALF)), before[-16:])
+        alone, together = self._spell(before), self._spell([*before, *completion])
+        if together.endswith(HALF):
+            # Cut within a character, for which some tokenizers give up the whole ones before it, too.
+            shorter = (self._spell([*before, *completion[:-cut]]) + HALF for cut in (1, 2, 3))
+            lost = together.count(HALF)
+            together = next((text for text in shorter if text.count(HALF) < lost), together)
         common = (i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b)
-        return str(together[next(common, min(len(alone), len(together))) :])
+        return together[next(common, min(len(alone), len(together))) :]
+
+    def _spell(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def conditioned(self, prompt: Sequence[int], quantile: int | None) -> list[int]:
         """prefix + reward token + prompt; without a quantile, prefix + prompt: what the reference sees."""

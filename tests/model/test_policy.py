@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS, export, save_tiny_model, sharpen, tiny_config, word_tokenizer
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -248,6 +249,21 @@ def test_stop_ids_are_all_ends_that_model_and_tokenizer_know(tmp_path: Path) -> 
 
 def test_decoded_completion_shows_no_special_token(tiny_model: Make) -> None:
     assert Policy.create(tiny_model(), quantiles=2).decode([1, 2, SEPARATOR_ID]) == "w1w2"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "gpt2"])
+def test_completion_in_characters_of_several_tokens_is_itself_after_any_prompt(
+    tmp_path: Path, family: str
+) -> None:
+    policy = Policy.create(FAMILIES[family].save(tmp_path), quantiles=2)
+    for letters in range(10):  # three bytes each: the last 16 tokens begin anywhere in one
+        prompt = "The man said " + letters * "\u1000"
+        ids = policy.encode(prompt)
+        completion = policy.encode(prompt + "\u1000\u1000 it")[len(ids) :]
+        assert policy.decode(completion, ids) == "\u1000\u1000 it", letters
+        assert policy.encode_completion(prompt, ids, "\u1000\u1000 it") == completion
+        cut = policy.encode(prompt + 2 * "\u1000")[len(ids) : -1]
+        assert policy.decode(cut, ids) == "\u1000\ufffd", letters
 
 
 def test_end_of_turn_that_the_tokenizer_does_not_call_special_is_no_text(
