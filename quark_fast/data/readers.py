@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import datetime
 import functools
 import io
@@ -224,12 +225,32 @@ def _read_dataset(source: str) -> Iterator[Row]:
                 raise ValueError("it is a single data set without splits; leave them out")
         else:
             data = datasets.load_dataset(name, config, split=split)
+        for column, kind in list(data.features.items()):
+            if (stored := _as_stored(kind)) != kind:
+                data = data.cast_column(column, stored)
+        # Saved with a format, as torch's, a data set would give that library's numbers.
+        yield from map(json_form, data.with_format(None))
     except Exception as error:  # the network's, the hub's, and every builder's own
         raise UsageError(
             f"prompts {source}: {type(error).__name__}: {str(error)[:300]}{nor_folder(name)}"
         ) from error
-    # Saved with a format, as torch's, a data set would give that library's numbers.
-    yield from map(json_form, data.with_format(None))
+
+
+def _as_stored(kind: Any) -> Any:
+    """A feature of a data set whose images, sounds and the like are given as their bytes, as of a file.
+
+    Decoded they are objects without a text of their own, or need a library more.
+    """
+    if isinstance(kind, Mapping):
+        return {name: _as_stored(one) for name, one in kind.items()}
+    if isinstance(kind, list):
+        return [_as_stored(one) for one in kind]
+    if not dataclasses.is_dataclass(kind):
+        return kind
+    names = {field.name for field in dataclasses.fields(kind)}
+    changed = {"decode": False} if "decode" in names else {}
+    changed |= {"feature": _as_stored(kind.feature)} if "feature" in names else {}
+    return dataclasses.replace(kind, **changed) if changed else kind
 
 
 def json_form(value: Any) -> Any:

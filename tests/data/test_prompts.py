@@ -879,6 +879,23 @@ def test_records_of_a_dataframe_may_hold_messages_in_arrays_and_names_that_are_n
         choose([{7: "a"}], ["x"])
 
 
+def test_images_and_sounds_of_a_data_set_are_their_bytes_as_those_of_a_file(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    stored = {"bytes": b"\x89PNG", "path": None}
+    columns = {"prompt": ["a", "b"], "shown": [stored, stored], "heard": [[stored], []]}
+    image = datasets.Image()
+    features = {"prompt": datasets.Value("string"), "shown": image, "heard": datasets.List(image)}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    data.save_to_disk(tmp_path / "data")
+    data.to_parquet(tmp_path / "data.parquet")
+    found = load_prompts(f"hf:{tmp_path}/data").rows
+    assert found[0]["shown"] == found[0]["heard"][0] == {"bytes": "iVBORw==", "path": None}
+    assert found[0]["shown"] == load_prompts(str(tmp_path / "data.parquet")).rows[0]["shown"]
+    # No library is needed for what is not looked at.
+    data.cast_column("shown", datasets.Audio()).save_to_disk(tmp_path / "sounds")
+    assert load_prompts(f"hf:{tmp_path}/sounds").rows == found
+
+
 def test_saved_format_of_a_data_set_does_not_change_its_columns(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"prompt": ["a", "b"], "label": [3, 4], "weight": [0.5, 1.5]})
