@@ -123,9 +123,14 @@ def find_prompt(row: Mapping[str, Any], column: str | None) -> tuple[bool, Any]:
 
 
 def with_prompt(row: Row, value: Any, chat: Chat | None) -> tuple[Row, str]:
-    """(the row with the prompt that ``value`` holds, "") or (the row, the reason why that holds none)."""
+    """(the row with the prompt that ``value`` holds, "") or (the row, the reason why that holds none).
+
+    A chat of a run's file is rendered anew: it may have been written for another model.
+    """
     if isinstance(value, Mapping):
         value = value.get("text")
+    if isinstance(value, Rendered) and chat is not None:
+        value = row["messages"]
     columns = messages(value)
     if columns:
         if chat is None:

@@ -40,10 +40,15 @@ def encode_rows(
         cut: prompts that are too long are cut to their last tokens, but for chats.
         what: what the rows are called in the line that ``log`` gets for those left out or cut.
     Raises:
-        UsageError: no row is left.
+        UsageError: no row is left; a conversation, of which ``prefix_tokens`` would leave the opening alone.
     """
     if prefix_tokens == 0:
         return _encode_prompts(policy, rows, max_tokens, cut, what, log)
+    if any(map(is_chat, rows)):
+        raise UsageError(
+            f"prefix_tokens = {prefix_tokens} cuts prompts out of texts, but some {what} are messages, whose"
+            " opening must stay; give --prefix-tokens 0, or texts"
+        )
     if prefix_tokens >= max_tokens:
         raise UsageError(
             f"prefix_tokens = {prefix_tokens} leaves no held-out text within the {max_tokens} tokens that"

@@ -31,7 +31,7 @@ from tokenizers.processors import TemplateProcessing
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
 from quark_fast.data.prompts import load_prompts, with_prompt
-from quark_fast.data.row import Row, as_rendered, is_chat
+from quark_fast.data.row import Row, as_rendered, is_chat, to_file
 from quark_fast.data.split import Chosen, choose_prompts, digest, split
 from quark_fast.data.tokenizer import conditioned_template
 from quark_fast.errors import UsageError
@@ -877,6 +877,19 @@ def test_records_of_a_dataframe_may_hold_messages_in_arrays_and_names_that_are_n
         assert train["messages"] == [ASK, ANSWER, ASK] and train["7"] == 1
     with pytest.raises(UsageError, match=r"has no column 'prompt' or 'messages', but '7'"):
         choose([{7: "a"}], ["x"])
+
+
+def test_chats_of_a_runs_file_are_written_by_the_template_of_the_model_that_gets_them(
+    tmp_path: Path,
+) -> None:
+    talks = [[ASK], [ASK, ANSWER, ASK]]
+    ours, theirs = (lambda talk, mark=mark: mark + json.dumps(talk) for mark in "AB")
+    made = choose_prompts(Config(), lambda: ([], []), ours, talks, held_out=["x"]).train
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(to_file(row)) + "\n" for row in made))
+    again = load_prompts(str(file), chat=theirs).rows
+    assert [row["prompt"] for row in again] == [theirs(talk) for talk in talks]
+    assert [row["messages"] for row in again] == talks
 
 
 def test_images_and_sounds_of_a_data_set_are_their_bytes_as_those_of_a_file(tmp_path: Path) -> None:

@@ -890,7 +890,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_or_cut_but_for_chats
         assert (ids, told, shortened) == (kept, said, 2 if cut else 0)
         assert len(found) == len(ids) and all(row["prompt"] != "w1 w2 w3 w4 w9" for row in found)
     with pytest.raises(UsageError, match=r"prefix_tokens = 4 leaves no held-out text within the 4 tokens"):
-        encode_rows(policy, rows, 4, 4)
+        encode_rows(policy, rows[:2], 4, 4)
+    with pytest.raises(UsageError, match=r"prefix_tokens = 2 cuts .* some prompts are messages"):
+        encode_rows(policy, rows, 4, 2)
     with pytest.raises(UsageError, match=r"leave no room for a prompt .*lower max_new_tokens"):
         encode_rows(policy, rows, -3, 0)
     with pytest.raises(UsageError, match=r"none of 4 prompts fits: the shortest has 2 tokens, and 1 is the"):
