@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quark_fast.data.chat import Chat
+from quark_fast.data.chat import Chat, ChatTemplateError
 from quark_fast.data.prompts import Loaded, check_depth, find_prompt, usable
 from quark_fast.data.readers import listed, read_rows
-from quark_fast.data.row import Rendered, Row, from_file, messages, text_of
+from quark_fast.data.row import Rendered, Row, from_file, is_chat, messages, text_of
 from quark_fast.errors import UsageError
 from quark_fast.metrics import LARGEST
 
@@ -24,6 +25,9 @@ class ScoredText:
         row: the prompt and the other columns, as ``load_prompts`` gives them.
         reward: None: none is in the file, so the run's reward is asked.
         ended: whether the text ended by itself; None: the file does not say.
+        written: what the chat template writes of it after the prompt, where it is an answer of a chat; "":
+            the completion itself.
+        after: what the template writes between it and a next question.
         counts: where no column of rewards says so, what the reward comes of, for a sentence.
     """
 
@@ -32,6 +36,8 @@ class ScoredText:
     reward: float | None
     ended: bool | None = None
     counts: str = ""
+    written: str = ""
+    after: str = ""
 
 
 PAIRS = "pairs, of which chosen counts 1 and rejected 0"
@@ -82,7 +88,8 @@ def load_scored(
             if reason or not text:
                 left_out[_left_out(reason)] += 1
                 continue
-            found.append(ScoredText(row, text, reward, ended, counts))
+            written = ("", "") if isinstance(completion, str) else _as_written(row, text, chat)
+            found.append(ScoredText(row, text, reward, ended, counts, *written))
     if not found:
         wanted = "prompt and completion (with reward), or chosen and rejected"
         has = f"it has {listed(names)}" if names else "it is empty"
@@ -126,6 +133,27 @@ def _last_answer(prompt: Any, completion: Any) -> tuple[Any, Any]:
     return prompt, completion
 
 
+def _as_written(row: Row, answer: str, chat: Chat) -> tuple[str, str]:
+    """What the template writes of an answer after a chat's prompt, and what between it and a next question.
+
+    It may put a space or empty thoughts before it, and end it otherwise than a text. Two times "" where what
+    it writes of the prompt and the answer does not begin with what it writes of the prompt.
+    """
+    if not is_chat(row) or row["messages"][-1]["role"] == "assistant":
+        return "", ""
+    talk = [*row["messages"], {"role": "assistant", "content": answer}]
+    with contextlib.suppress(ChatTemplateError):
+        whole = chat(talk)
+        written = whole.removeprefix(row["prompt"])
+        if written == whole or not written.rstrip().endswith(answer.strip()):
+            return "", ""
+        longer = chat([*talk, {"role": "user", "content": _NEXT}])
+        after = longer.removeprefix(whole)
+        return written, "" if after == longer else after.partition(_NEXT)[0]
+    return "", ""
+
+
+_NEXT = "And then?"
 _TRUTHS = {"true": 1.0, "false": 0.0}  # CSV spells what is true as a text
 
 

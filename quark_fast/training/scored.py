@@ -75,14 +75,15 @@ def encode_scored(
             left_out["their prompts are held out, or left out of training themselves"] += 1
             continue
         chat = is_chat(prompts[i])
-        ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], one.completion, chat)
+        text = one.written or one.completion
+        ids = policy.encode_completion(prompts[i]["prompt"], prompt_ids[i], text, chat)
         if ids is None:
             left_out["the tokenizer cannot spell them after their prompts"] += 1
             continue
         ended = len(ids) < max_new_tokens if one.ended is None else one.ended
         without_end += one.ended is None and not ended
         if ended:
-            ids = [*ids, *_end(policy, chat)]
+            ids = [*ids, *_end(policy, chat, one.after)]
         needed = len(policy.prefix) + 1 + len(prompt_ids[i]) + len(ids)
         if policy.positions is not None and needed > policy.positions:
             left_out[f"longer than the model's {policy.positions:,} positions leave"] += 1
@@ -102,7 +103,14 @@ def encode_scored(
     return found
 
 
-def _end(policy: Policy, chat: bool) -> list[int]:
-    """What a text ends with, or an answer: of several ends a text's has the lowest id in all known models."""
+def _end(policy: Policy, chat: bool, after: str) -> list[int]:
+    """What a text ends with, or an answer: of several ends a text's has the lowest id in all known models.
+
+    Args:
+        after: what the chat template writes after an answer.
+    """
+    ends = policy.text_tokenizer(after, add_special_tokens=False).input_ids if after else []
+    if own := [token for token in ends if token in policy.stop_ids]:
+        return own[:1]
     eos = policy.tokenizer.eos_token_id
     return [eos] if chat and eos in policy.stop_ids else policy.stop_ids[:1]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from families import FAMILIES
 from tiny_runs import SHORT, even_words, rows, small, timeless
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quark_fast.config import Config
 from quark_fast.data.chat import chat_template
@@ -190,6 +191,49 @@ def test_completion_is_spelled_as_the_model_writes_it(tmp_path: Path, family: st
     assert answer is not None and policy.decode(answer, chat) == "yes, it was"
     words = policy.encode_completion(prompt, ids, " it was good")
     assert words == policy.encode(f"{prompt} it was good")[len(ids) :]
+
+
+GEMMAS = (
+    "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+LLAMA_2S = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% else %}"
+    "[assistant]<think>\n\n</think>\n\n{{ m.content }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama", "qwen2"])
+def test_answer_of_a_chat_is_what_its_template_writes_with_the_end_of_its_turn(
+    tmp_path: Path, family: str
+) -> None:
+    folder = FAMILIES[family].save(tmp_path / "model")
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    tokenizer.chat_template = {"gemma": GEMMAS, "llama": LLAMA_2S, "qwen2": THINKING}[family]
+    model.resize_token_embeddings(len(tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = Policy.create(folder, quantiles=2)
+    asked = [{"role": "user", "content": "was it good?"}]
+    answer = [{"role": "assistant", "content": "it was good"}]
+    record = {"prompt": asked, "chosen": answer, "rejected": [{"role": "assistant", "content": "no"}]}
+    found, _ = load_scored(
+        written(tmp_path / "a.jsonl", [record]), None, chat_template("x", lambda: tokenizer)
+    )
+    row = found[0].row
+    ids = policy.encode(row["prompt"], chat=True)
+    one, _ = encode_scored(policy, found, [row], [ids], 50, [])
+    assert one.text == "it was good", "what is scored"
+    whole = tokenizer.apply_chat_template(asked + answer, tokenize=False).rstrip("\n")
+    assert tokenizer.decode([*policy.prefix, *ids, *one.ids]).removeprefix("<|endoftext|>") == whole
 
 
 def test_end_is_added_where_the_text_ended(tmp_path: Path) -> None:
