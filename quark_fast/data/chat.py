@@ -65,7 +65,8 @@ def _written(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """What the template writes of the messages.
 
     Content in parts goes to the template as it is, where that writes all of its text. Many templates take
-    texts alone, and fail at parts, leave them out, or write them as Python would; there they are joined.
+    texts alone, and fail at parts, leave them out, or write them as Python would; there they are joined. A
+    text that a template leaves out goes to it as a part.
     """
 
     def write(messages: list[dict[str, Any]]) -> str:
@@ -79,15 +80,24 @@ def _written(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
         )
         return str(text)
 
+    def whole(messages: list[dict[str, Any]]) -> str | None:
+        """What it writes of content in parts; None: it leaves some out."""
+        parts = [part for one in messages if not isinstance(one["content"], str) for part in one["content"]]
+        with contextlib.suppress(Exception):  # whatever it is, it may not be so of the joined ones
+            text = write(messages)
+            if _TYPE not in text and all(part["text"].strip() in text for part in parts):
+                return text
+        return None
+
     joined = [{**message, "content": text_of(message)} for message in messages]
-    if joined == messages:
-        return write(messages)
-    parts = [part for one in messages if not isinstance(one["content"], str) for part in one["content"]]
-    with contextlib.suppress(Exception):  # whatever it is, it may not be so of the joined ones
-        text = write(messages)
-        if _TYPE not in text and all(part["text"].strip() in text for part in parts):
-            return text
-    return write(joined)
+    if joined != messages:
+        return whole(messages) or write(joined)
+    text = write(joined)
+    if all(one["content"].strip() in text for one in joined if one["role"] == "user"):
+        return text
+    # Some templates take parts alone, and leave out what is none.
+    apart = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in joined]
+    return whole(apart) or text
 
 
 _TYPE = "'type': 'text'"  # of a part as Python writes it

@@ -134,15 +134,19 @@ def _read_csv(source: str, text: str, delimiter: str = ",") -> Iterator[Row]:
 def _lines_of_cells(source: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its last line."""
     lines, is_tsv = functools.partial(io.StringIO, text, newline=""), delimiter == "\t"
+    # TSV as most tools write it has no quoting: a field may begin with a quotation mark.
+    plain = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    unquoted_rows = [(plain.line_num, row) for row in plain if row] if is_tsv else []
+    fields = {len(row) for _, row in unquoted_rows}
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, row) for row in reader if row]
+        rows = [(reader.line_num, row) for row in reader if row]
+        # A mark that opens one field and one that closes a later one would swallow the rows between.
+        swallows = len(fields) == 1 and fields != {1} and len(unquoted_rows) > len(rows)
+        return unquoted_rows if swallows else rows
     except csv.Error as error:
-        # TSV as most tools write it has no quoting: a field may begin with a quotation mark.
-        plain = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        rows = [(plain.line_num, row) for row in plain if row] if is_tsv else []
-        if len({len(row) for _, row in rows}) == 1:
-            return rows
+        if len(fields) == 1:
+            return unquoted_rows
         form, unquoted = (
             ("TSV", ", nor as many fields in every line without quoting") if is_tsv else ("CSV", "")
         )
@@ -247,10 +251,12 @@ def _as_stored(kind: Any) -> Any:
         return [_as_stored(one) for one in kind]
     if not dataclasses.is_dataclass(kind):
         return kind
-    names = {field.name for field in dataclasses.fields(kind)}
-    changed = {"decode": False} if "decode" in names else {}
-    changed |= {"feature": _as_stored(kind.feature)} if "feature" in names else {}
-    return dataclasses.replace(kind, **changed) if changed else kind
+    media = hasattr(kind, "decode") and type(kind).__name__ != "Json"  # which decodes to what JSON knows
+    changed: dict[str, Any] = {"decode": False} if media else {}
+    if hasattr(kind, "feature"):
+        changed["feature"] = _as_stored(kind.feature)
+    replace: Callable[..., Any] = dataclasses.replace
+    return replace(kind, **changed) if changed else kind
 
 
 def json_form(value: Any) -> Any:

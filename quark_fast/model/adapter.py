@@ -12,7 +12,10 @@ from torch import Tensor
 from quark_fast.model.lora import adapted_layers
 from quark_fast.model.policy import Policy
 
-TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*")
+TOKENIZER_FILES = (
+    *("*token*.json", "*.model", "vocab.*", "merges.txt"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 
 
 def write_adapter(policy: Policy, export: Path, base: str) -> None:
@@ -59,4 +62,6 @@ def write_adapter(policy: Policy, export: Path, base: str) -> None:
     )
     for pattern in TOKENIZER_FILES:
         for file in export.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(export)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

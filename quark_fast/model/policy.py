@@ -215,14 +215,22 @@ class Policy:
         """The ids of a text as the model writes it after a prompt, without an end.
 
         Tokenised together with the prompt, where that leaves the prompt's ids as they are; else after some
-        other text. None: nothing found decodes to the completion after that prompt.
+        other text. None: nothing found decodes to the completion, or what is read alike, after that prompt.
         """
         for front, continues in ((prompt, chat), ("", True), ("\n", False)):
             before, together = (self.encode(text, chat=continues) for text in (front, front + completion))
             ids = together[len(before) :]
-            if together[: len(before)] == before and self.decode(ids, prompt_ids) == completion:
+            if together[: len(before)] == before and self._alike(self.decode(ids, prompt_ids), completion):
                 return ids
         return None
+
+    def _alike(self, a: str, b: str) -> bool:
+        """Whether the tokenizer reads two texts alike: some put an accent and its letter together first."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = None if backend is None else backend.normalizer
+        return a == b or (
+            normalizer is not None and normalizer.normalize_str(a) == normalizer.normalize_str(b)
+        )
 
     def room_of(self, config: Config) -> int:
         """The longest prompt of a run, tokens; with ``prefix_tokens`` the longest text, read as it is."""

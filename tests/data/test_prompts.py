@@ -338,6 +338,13 @@ def test_windows_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
         assert [row["prompt"] for row in rows(tmp_path / name)] == ["one", "two"]
 
 
+def test_quotation_marks_of_a_tsv_that_would_swallow_rows_are_letters(tmp_path: Path) -> None:
+    found = rows(write(tmp_path / "p.tsv", "prompt\tx", '"To be\t1', "or not\t0", 'to be"\t1', "that is\t0"))
+    assert [row["prompt"] for row in found] == ['"To be', "or not", 'to be"', "that is"]
+    quoted = rows(write(tmp_path / "q.tsv", "x\tprompt", '1\t"To be', 'or not"', "2\tto be"))
+    assert [row["prompt"] for row in quoted] == ["To be\nor not", "to be"], "a line within a field"
+
+
 def test_quotation_marks_of_a_tsv_without_quoting_are_letters(tmp_path: Path) -> None:
     found = rows(write(tmp_path / "p.tsv", "prompt\tx", '"Hi" he said\t1', "", 'She: "Hi"\t"2', "a,b\t3"))
     assert found == [
@@ -582,6 +589,12 @@ def test_object_whose_text_is_messages_keeps_them_for_the_reward(tmp_path: Path,
 
 PARTS = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{{ '\n' }}{% endfor %}"
 BOTH = f"{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{PARTS}{{% endif %}}"
+
+
+def test_text_goes_as_a_part_to_a_template_that_takes_parts_alone() -> None:
+    tokenizer = chat_tokenizer(first=False)
+    tokenizer.chat_template = f"{{% for m in messages %}}[{{{{ m.role }}}}]{PARTS}{{% endfor %}}[assistant]"
+    assert chat_template("tiny", lambda: tokenizer)([ASK]) == "[user]w1\n[assistant]"
 
 
 @pytest.mark.parametrize(
@@ -904,6 +917,13 @@ def test_images_and_sounds_of_a_data_set_are_their_bytes_as_those_of_a_file(tmp_
     found = load_prompts(f"hf:{tmp_path}/data").rows
     assert found[0]["shown"] == found[0]["heard"][0] == {"bytes": "iVBORw==", "path": None}
     assert found[0]["shown"] == load_prompts(str(tmp_path / "data.parquet")).rows[0]["shown"]
+    if hasattr(datasets, "Json"):
+        mixed = datasets.Features({"prompt": datasets.Value("string"), "mixed": datasets.Json()})
+        values = [{"a": 1}, ["b", 2.5]]
+        datasets.Dataset.from_dict({"prompt": ["a", "b"], "mixed": values}, features=mixed).save_to_disk(
+            tmp_path / "mixed"
+        )
+        assert [row["mixed"] for row in load_prompts(f"hf:{tmp_path}/mixed").rows] == values
     # No library is needed for what is not looked at.
     data.cast_column("shown", datasets.Audio()).save_to_disk(tmp_path / "sounds")
     assert load_prompts(f"hf:{tmp_path}/sounds").rows == found

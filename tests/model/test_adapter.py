@@ -24,6 +24,9 @@ def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
     tmp_path: Path, tiny_model: Callable[..., Path], architecture: str, targets: str
 ) -> None:
     source = tiny_model(architecture)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(source)
     settings = SHORT | {"lora_rank": 4, "lora_targets": targets, "eval": False, "export_adapter": True}
     config = small(tmp_path / "run", source, **settings)
     folder = (
@@ -33,7 +36,10 @@ def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     vocabulary = base.config.vocab_size
     base.resize_token_embeddings(merged.config.vocab_size)
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPTS[:4], return_tensors="pt").input_ids
+    exported = AutoTokenizer.from_pretrained(folder)
+    ids = exported(PROMPTS[:4], return_tensors="pt").input_ids
+    assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template == exported.chat_template
+    assert exported.chat_template.keys() == {"default", "rag"}
     assert (ids >= vocabulary).any(), "the best token stands in front"
     plain = base(ids).logits
     with warnings.catch_warnings():

@@ -251,6 +251,14 @@ def test_decoded_completion_shows_no_special_token(tiny_model: Make) -> None:
     assert Policy.create(tiny_model(), quantiles=2).decode([1, 2, SEPARATOR_ID]) == "w1w2"
 
 
+def test_completion_may_spell_an_accent_otherwise_than_the_tokenizer(tmp_path: Path) -> None:
+    policy = Policy.create(FAMILIES["qwen2"].save(tmp_path), quantiles=2)
+    ids = policy.encode("The man said")
+    composed = policy.encode_completion("The man said", ids, " caf\u00e9")
+    assert composed and policy.encode_completion("The man said", ids, " cafe\u0301") == composed
+    assert policy.encode_completion("The man said", ids, " cafe") != composed
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "gpt2"])
 def test_completion_in_characters_of_several_tokens_is_itself_after_any_prompt(
     tmp_path: Path, family: str
