@@ -547,6 +547,15 @@ def test_help_after_a_task_shows_its_defaults(capsys: pytest.CaptureFixture[str]
         assert "length of a completion, tokens (default: 128)" in words
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("task", TASK_DEFAULTS)
+def test_help_names_one_default_a_setting(task: str, preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        given("--task", task, "--preset", preset, "--help", "all")
+    for entry in re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE):
+        assert entry.count("default:") <= 1, entry
+
+
 def test_more_required_than_allowed_tokens_are_refused() -> None:
     with pytest.raises(UsageError, match=r"min_new_tokens = 9 .* max_new_tokens = 8"):
         given("--min-new-tokens", "9", "--max-new-tokens", "8")

@@ -19,6 +19,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from quark_fast import train
+from quark_fast.config import Config
 from quark_fast.errors import EXIT_STATUS, Diverged, NotUploaded, OutOfResources, UsageError
 from quark_fast.model.policy import Policy
 from quark_fast.training.learn import Learner
@@ -172,6 +173,14 @@ def anchors_of(page: Path) -> set[str]:
     """Of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_work_of_a_default_step_is_that_of_its_file() -> None:
+    file = DOCS.parent / "benchmarks" / "results" / "main-job-default.json"
+    learning = [stage["tflop"] for stage in json.loads(file.read_text())["stages"] if "learning" in stage["stage"]]
+    a_step = sum(learning) / len(learning) / Config(task="toxicity").steps
+    assert f"| {a_step:.2f} TFLOP ([its stages]" in (DOCS / "gpu.md").read_text()
+    assert f"(with LoRA {1000 * a_step:.0f})" in (DOCS / "speed.md").read_text()
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:

@@ -101,7 +101,7 @@ def _check_same_evaluation(finished: Sequence[_Finished]) -> None:
             # Each seed's base model sorts the prompts into classes of its own.
             check_comparable(str(one.path), one.evaluation, str(first.path), first.evaluation, classes=False)
         except UsageError as error:
-            raise UsageError(f"{error}; run the grid in another --output") from error
+            raise UsageError(f"{error}; remove one of these folders and run the grid again") from error
 
 
 def _summary_of(

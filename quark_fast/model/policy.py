@@ -276,8 +276,7 @@ class Policy:
         if together.endswith(HALF):
             # Cut within a character, for which some tokenizers give up the whole ones before it, too.
             shorter = (self._spell([*before, *completion[:-cut]]) + HALF for cut in (1, 2, 3))
-            lost = together.count(HALF)
-            together = next((text for text in shorter if text.count(HALF) < lost), together)
+            together = max([together, *shorter], key=_whole_characters)
         common = (i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b)
         return together[next(common, min(len(alone), len(together))) :]
 
@@ -305,6 +304,11 @@ class Policy:
             weight = (k - below) / (above - below) if above > below else 0.0
             rows[k] = torch.lerp(rows[below], rows[above], weight)
         assign(parameter, rows)
+
+
+def _whole_characters(text: str) -> int:
+    """How many there are of those that take several bytes."""
+    return sum(one > "\x7f" and one != HALF for one in text)
 
 
 def hide_reward_tokens(model: Any, tables: Sequence[str], first_id: int) -> None:

@@ -140,7 +140,7 @@ def test_overflow_of_a_scaled_gradient_is_how_fp16_finds_its_scale() -> None:
 
 def test_fp16_run_lowers_its_scale_and_skips_a_spoiled_loss(runs: Callable[..., Trainer]) -> None:
     trainer = runs("run", at({5}, infinite_loss), precision="fp16", max_bad_steps=2)
-    trainer.accelerator.scaler._init_scale = 2.0**17
+    trainer.accelerator.scaler._init_scale = 2.0**60
     trainer.train()
     steps = rows(trainer.folder / "metrics.jsonl", kind="step")
     assert [row.get("skipped_for") for row in steps] == [None] * 4 + ["kl", None]
