@@ -155,8 +155,8 @@ class PromptSettings:
     prompt_limit: int = setting(0, "train on so many of the prompts, chosen by --split-seed; 0: all")
     held_out: str | None = setting(
         None,
-        "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's,"
-        " or a tenth of --prompts, 200 at most",
+        "evaluation prompts in the same formats, or how many of --prompts to hold out; default: the task's"
+        " or preset's, else a tenth of --prompts, 200 at most",
         changes="resume",
     )
     evaluate_on: Literal["test", "development"] = setting(
@@ -488,7 +488,8 @@ class EvaluationSettings:
     )
     eval_guidance: str | None = setting(
         None,
-        "values of w to evaluate, comma-separated; w = 1 always is; default: 1.5, with --eval-rows all 1.5,2",
+        "values of w to evaluate, comma-separated; w = 1 always is; default: the task's or preset's, else"
+        " 1.5, with --eval-rows all 1.5,2",
         changes="resume",
     )
     keep_best: str = setting(
