@@ -177,7 +177,8 @@ def anchors_of(page: Path) -> set[str]:
 
 def test_work_of_a_default_step_is_that_of_its_file() -> None:
     file = DOCS.parent / "benchmarks" / "results" / "main-job-default.json"
-    learning = [stage["tflop"] for stage in json.loads(file.read_text())["stages"] if "learning" in stage["stage"]]
+    stages = json.loads(file.read_text())["stages"]
+    learning = [stage["tflop"] for stage in stages if "learning" in stage["stage"]]
     a_step = sum(learning) / len(learning) / Config(task="toxicity").steps
     assert f"| {a_step:.2f} TFLOP ([its stages]" in (DOCS / "gpu.md").read_text()
     assert f"(with LoRA {1000 * a_step:.0f})" in (DOCS / "speed.md").read_text()

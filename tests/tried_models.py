@@ -111,7 +111,9 @@ another tokenizer class), or the model is refused in one line before anything lo
 the run's precision is tried out, too, and here the adapters of default settings: merged as in an export
 they must be the model that was trained; where they are refused, what is right is so with `--lora-rank
 0`. The longest text has the length of the run's longest prompt, but on a CPU 128 tokens at most, and
-here 14: what takes effect after more, such as a window, is not tried.
+here 14: what takes effect after more, such as a window, is not tried. Models that are read without
+padding (rows of one length together) cannot be trained with FSDP2 or DeepSpeed; DDP trains them
+([what else is not supported](scale.md#what-to-launch)).
 
 The table has {count} tiny random models of {kinds} model types of transformers {version}: {right} right, of
 which {repaired} are read in an unusual way, and {refused} refused. `python tests/tried_models.py` writes it,

@@ -58,7 +58,7 @@ def linear_quark_loss(
     lengths: Sequence[int] | None = None,
     chunk: int | None = None,
 ) -> QuarkLoss:
-    """`quark_loss` of logits that are never whole: neither the policy's nor the reference's.
+    """`quark_loss` by chunks of rows: of many rows no logits are whole, neither policy's nor reference's.
 
         logits = hidden @ weight.T + bias,   ref_logits = ref_hidden @ ref_weight.T + ref_bias
 
