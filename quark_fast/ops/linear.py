@@ -504,6 +504,8 @@ class _Head:
         if len(self.room) < len(hidden):
             self.room = self.weight.new_empty(0)  # or else old and new would be there at once
             self.room = self.weight.new_empty(len(hidden), self.columns)
+            # Some products read on (oneDNN's for AMX), and 0 times what lay there may be NaN.
+            self.room[:, len(self.weight) :] = 0
         out = self.room[: len(hidden), : len(self.weight)]
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
