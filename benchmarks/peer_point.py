@@ -382,9 +382,12 @@ class Method:
     ours: bool = False
 
 
-# Four tries each, the same number for all: around what earlier tables chose, whose warm-up of ten steps left
-# the online methods two thirds of the step size that they have now.
-ONLINE = tuple({"learning_rate": rate, "beta": 0.05} for rate in (7e-5, 1e-4, 1.5e-4, 2e-4))
+def _tries(beta: float, *rates: float) -> list[dict[str, Any]]:
+    return [{"learning_rate": rate, "beta": beta} for rate in rates]
+
+
+# The methods with a beta have four tries each, around what earlier tables chose, whose warm-up of ten steps
+# left the online ones two thirds of the step size that they have now.
 METHODS = {
     "base": Method(as_it_is),
     "best of 4": Method(functools.partial(best_of, count=4)),
@@ -394,24 +397,17 @@ METHODS = {
         [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
         ours=True,
     ),
-    "GRPO": Method(functools.partial(online, kind="GRPO"), ONLINE),
+    "GRPO": Method(functools.partial(online, kind="GRPO"), _tries(0.05, 7e-5, 1e-4, 1.5e-4, 2e-4)),
     "GRPO with equal samples": Method(
         functools.partial(online, kind="GRPO", equal_samples=True),
-        # Smaller than ONLINE's: what is right for 18 steps is too much for 80.
-        [{"learning_rate": rate, "beta": 0.05} for rate in (3e-5, 4e-5, 7e-5, 1e-4)],
+        # Smaller ones: what is right for 18 steps is too much for 80.
+        _tries(0.05, 3e-5, 4e-5, 7e-5, 1e-4),
     ),
-    "RLOO": Method(
-        functools.partial(online, kind="RLOO"),
-        [{"learning_rate": rate, "beta": 0.05} for rate in (1e-4, 1.5e-4, 2e-4, 3e-4)],
-    ),
+    "RLOO": Method(functools.partial(online, kind="RLOO"), _tries(0.05, 1e-4, 1.5e-4, 2e-4, 3e-4)),
     "DPO": Method(
-        functools.partial(offline, kind="DPO"),
-        [{"learning_rate": rate, "beta": beta} for rate in (4e-5, 8e-5) for beta in (0.1, 0.3)],
+        functools.partial(offline, kind="DPO"), [*_tries(0.1, 4e-5, 8e-5), *_tries(0.3, 4e-5, 8e-5)]
     ),
-    "KTO": Method(
-        functools.partial(offline, kind="KTO"),
-        [{"learning_rate": rate, "beta": 0.3} for rate in (8e-5, 1.2e-4, 1.6e-4, 2.4e-4)],
-    ),
+    "KTO": Method(functools.partial(offline, kind="KTO"), _tries(0.3, 8e-5, 1.2e-4, 1.6e-4, 2.4e-4)),
     "RAFT": Method(
         functools.partial(offline, kind="RAFT"), [{"learning_rate": rate} for rate in (1e-5, 4e-5, 1e-4)]
     ),

@@ -50,6 +50,14 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; ``--resume`` goes on with what is in the run folder."""
 
 
+def other_weights(model: str | None, began: str, anew: str) -> UsageError:
+    """That a base model is not the one that something, such as "the run in runs/a", began with."""
+    return UsageError(
+        f"{model or 'the embedded model'} has other weights than when {began} began: it was saved anew, or"
+        f" another version of it is on the hub by now; put that one back, or {anew} another --output"
+    )
+
+
 def nor_folder(source: str | Path) -> str:
     """What an error adds where the hub was asked for what may be the misspelt name of a folder."""
     return "" if Path(source).is_dir() else f"; nor is there a folder {str(source)!r} here"

@@ -52,12 +52,13 @@ class Bound:
         ratio = self.ratio(measures, base)
         if self.excess(measures, base) <= 1:
             return self
-        more = 1 if self.sign == "<=" else -1
-        hundredths = math.ceil(ratio * 100) if self.sign == "<=" else math.floor(ratio * 100)
-        made = replace(self, factor=hundredths / 100)
-        if made.factor > 0 and made.excess(measures, base) > 1:  # by the rounding of the ratio
-            made = replace(self, factor=(hundredths + more) / 100)
-        return made if made.factor > 0 else None
+        outwards = 1 if self.sign == "<=" else -1
+        nearest = outwards * math.ceil(outwards * ratio * 100)
+        for hundredths in (nearest, nearest + outwards):  # by its rounding the nearest may miss
+            made = replace(self, factor=hundredths / 100)
+            if hundredths > 0 and made.excess(measures, base) <= 1:
+                return made
+        return None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from quark_fast.ablation.summary import summarise
 from quark_fast.ablation.table import markdown
 from quark_fast.arguments import settings_in
 from quark_fast.config import Config
-from quark_fast.errors import Interrupted, OutOfResources, UsageError
+from quark_fast.errors import Interrupted, OutOfResources, UsageError, other_weights
 from quark_fast.files.atomic import replacing
 from quark_fast.rollout.shared_samples import SharedSamples
 from quark_fast.runtime.distributed import Processes
@@ -71,9 +71,7 @@ def run_grid(
         say(line)
         config = dataclasses.replace(base, **settings, seed=seed, output=str(path), resume=resume)
         try:
-            trainer = Trainer(config, sampler=sampler, **given)
-            with trainer.folder.free_after_errors():
-                processes.on_rank_0(partial(_check_base, folder, base, trainer.setup.base))
+            trainer = _trainer(folder, config, processes, sampler=sampler, **given)
             why = _run_point(trainer, processes)
         except Interrupted as stop:
             raise Interrupted(f"stopped in {line}; the same command goes on") from stop
@@ -127,7 +125,15 @@ def _check_finished(
                 )
 
 
-def _check_base(folder: Path, base: Config, digest: str) -> None:
+def _trainer(folder: Path, config: Config, processes: Processes, **given: Any) -> Trainer:
+    """A point's trainer, of the base model that all points of the grid in ``folder`` have."""
+    trainer = Trainer(config, **given)
+    with trainer.folder.free_after_errors():
+        processes.on_rank_0(partial(_check_base, folder, config.model, trainer.setup.base))
+    return trainer
+
+
+def _check_base(folder: Path, model: str | None, digest: str) -> None:
     """Refuse another base model than the grid's first: its samples are shared, and its runs compared.
 
     Args:
@@ -138,11 +144,7 @@ def _check_base(folder: Path, base: Config, digest: str) -> None:
         with replacing(record) as scratch:
             scratch.write_text(f"{digest}\n", encoding="utf-8")
     elif record.read_text(encoding="utf-8").strip() != digest:
-        raise UsageError(
-            f"{base.model or 'the embedded model'} has other weights than when the grid in {folder} began: it"
-            " was saved anew, or another version of it is on the hub by now; put that one back, or choose"
-            " another --output"
-        )
+        raise other_weights(model, f"the grid in {folder}", "choose")
 
 
 def _seen(path: Path) -> tuple[bool, bool]:

@@ -13,8 +13,12 @@ from quark_fast.model.lora import adapted_layers
 from quark_fast.model.policy import Policy
 
 TOKENIZER_FILES = (
-    *("*token*.json", "*.model", "vocab.*", "merges.txt"),
-    *("chat_template*", "additional_chat_templates/*"),
+    "*token*.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
 )
 
 

@@ -267,12 +267,14 @@ class Policy:
         """
         if completion and completion[-1] in self.end_markers:
             completion = completion[:-1]
-        before = self._some_text if prompt is None else list(prompt)
         # So many tokens that what stands before them has no part in how a token is spelled; more where they
         # begin within a character, whose four bytes may be a token each.
-        tails = (before[-most:] for most in range(16, 20))
-        before = next((ids for ids in tails if not self._spell(ids).startswith(HALF)), before[-16:])
-        alone, together = self._spell(before), self._spell([*before, *completion])
+        for most in range(16, 20):
+            before = self._some_text if prompt is None else list(prompt[-most:])
+            alone = self._spell(before)
+            if not alone.startswith(HALF):
+                break
+        together = self._spell([*before, *completion])
         if together.endswith(HALF):
             # Cut within a character, for which some tokenizers give up the whole ones before it, too.
             shorter = (self._spell([*before, *completion[:-cut]]) + HALF for cut in (1, 2, 3))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quark_fast.data.split import digest
-from quark_fast.errors import UsageError
+from quark_fast.errors import UsageError, other_weights
 from quark_fast.model.lora import has_adapters
 from quark_fast.runtime import zero
 from quark_fast.runtime.checkpoint_files import (
@@ -200,11 +200,7 @@ class Checkpoint:
         now, config = self._made_of, self.setup.config
         changed = {name for name in now if before.get(name, now[name]) != now[name]}
         if "base" in changed:
-            raise UsageError(
-                f"{config.model or 'the embedded model'} has other weights than when the run in {folder.path}"
-                " began: it was saved anew, or another version of it is on the hub by now; put that one back,"
-                " or begin anew in another --output"
-            )
+            raise other_weights(config.model, f"the run in {folder.path}", "begin anew in")
         if "prompts" in changed:
             raise UsageError(
                 f"the training prompts are not those that the run in {folder.path} began with;"
