@@ -19,5 +19,6 @@ def score(
 
 
 def share(text: str, words: list[str]) -> float:
-    found = set(re.findall(r"\w+", text.lower()))
-    return sum(word.lower() in found for word in words) / len(words)
+    # Not \b, which does not end a word such as "C++"; and a keyword may be several words.
+    found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words]
+    return sum(one is not None for one in found) / len(words)

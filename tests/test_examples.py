@@ -47,6 +47,8 @@ def test_keyword_reward_reads_the_column_of_the_prompts() -> None:
     rows = [{"prompt": "we had", "keywords": words} for words in keywords]
     values = reward(rows, ["Bread, and wine.", "soupy", "soup"])
     assert values[:2].tolist() == [0.5, 0.0] and values[2] != values[2]
+    words = ["ice cream", "C++", "cream and", "Ice"]
+    assert reward([rows[0] | {"keywords": words}], ["C++ and ice cream."]).tolist() == [0.75]
 
 
 class Server(ThreadingHTTPServer):

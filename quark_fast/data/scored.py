@@ -90,6 +90,10 @@ def load_scored(
                 continue
             written = ("", "") if isinstance(completion, str) else _as_written(row, text, chat)
             found.append(ScoredText(row, text, reward, ended, counts, *written))
+    if rewarded:  # else all are to be scored
+        left_out["without a reward"] = sum(one.reward is None for one in found)
+        found = [one for one in found if one.reward is not None]
+    left_out = +left_out  # without zeros
     if not found:
         wanted = "prompt and completion (with reward), or chosen and rejected"
         has = f"it has {listed(names)}" if names else "it is empty"
@@ -98,10 +102,7 @@ def load_scored(
             f"{source} holds no completion to use{why}; {has}, and {wanted} is wanted (--prompt-column names"
             " another column of prompts)"
         )
-    if rewarded:  # else all are to be scored
-        left_out["without a reward"] = sum(one.reward is None for one in found)
-        found = [one for one in found if one.reward is not None]
-    said = Loaded(read=read, left_out=+left_out).counts  # +: without zeros
+    said = Loaded(read=read, left_out=left_out).counts
     if not rewarded and "label" in names and "reward" not in names:
         said += "; its labels are not true and false, so no rewards: the run's reward scores them"
     return found, said

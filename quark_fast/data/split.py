@@ -86,7 +86,7 @@ def choose_prompts(
 
     count = config.held_out_count()
     train = rows("prompts", prompts, config.prompts)
-    if scored:
+    if config.scored is not None:
         first: dict[str, Row] = {}
         for one in scored:
             first.setdefault(given(one.row), one.row)

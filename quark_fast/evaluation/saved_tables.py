@@ -310,6 +310,7 @@ def _terms(table: Mapping[str, Any]) -> dict[str, str]:
 
     return {
         "task": f"{task} to {table.get('target')}" if task == "sentiment" else task,
+        "what is measured": str(table.get("property")),
         "scorer": "{} {} (sha256 {})".format(*(field_of(table, "scorer", n) for n in IDENTITY)),
         "prompts": f"{table.get('prompts')} " + shown("prompts_sha256", "unknown ones"),
         "prompts are read": _reading(table),

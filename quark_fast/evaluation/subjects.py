@@ -12,13 +12,13 @@ from typing import Any
 
 from quark_fast.config import Config
 from quark_fast.data import assets
-from quark_fast.data.row import Row
+from quark_fast.data.row import Row, as_rendered, from_file
 from quark_fast.errors import UsageError
 from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.saved_tables import SavedTable, read_table
 from quark_fast.files.atomic import sha256
 from quark_fast.report.records import scorer_terms
-from quark_fast.runtime.run_folder import COMPLETIONS
+from quark_fast.runtime.run_folder import COMPLETIONS, PROMPTS, RunFolder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Run:
         return f"{self._record} does not say what the run's scorer was"
 
     def trained_on(self, rows: Sequence[Row]) -> int:
-        """How many of the prompts the run was trained on: its first round sampled each of its own."""
+        """How many of the prompts the run was trained on: its first round sampled each of its own.
+
+        Its chats are compared as it rendered them, which a template does otherwise on another day.
+        """
         seen: set[str] = set()
         first = None  # not 0 where the run goes on from another
         path = self.folder / COMPLETIONS
@@ -79,7 +82,8 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UsageError(f"{path} does not say what the run was trained on ({reason})") from error
-        return len(seen & {row["prompt"] for row in rows})
+        chats = map(from_file, RunFolder(self.folder).rows_of(PROMPTS))
+        return len(seen & {row["prompt"] for row in as_rendered(rows, list(chats))})
 
 
 def how_trained(runs: Mapping[str, Run], rows: Sequence[Row]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def encode_rows(
     cut: bool = False,
     what: str = "prompts",
     log: Callable[[str], None] = lambda _: None,
+    fix: str = "give shorter ones, or lower max_new_tokens",
 ) -> Encoded:
     """The rows as token ids.
 
@@ -39,11 +40,12 @@ def encode_rows(
     Args:
         cut: prompts that are too long are cut to their last tokens, but for chats.
         what: what the rows are called in the line that ``log`` gets for those left out or cut.
+        fix: what the error says to do where none of the prompts fits.
     Raises:
         UsageError: no row is left; a conversation, of which ``prefix_tokens`` would leave the opening alone.
     """
     if prefix_tokens == 0:
-        return _encode_prompts(policy, rows, max_tokens, cut, what, log)
+        return _encode_prompts(policy, rows, max_tokens, cut, what, log, fix)
     if any(map(is_chat, rows)):
         raise UsageError(
             f"prefix_tokens = {prefix_tokens} cuts prompts out of texts, but some {what} are messages, whose"
@@ -73,7 +75,13 @@ def encode_rows(
 
 
 def _encode_prompts(
-    policy: Policy, rows: Sequence[Row], most: int, cut: bool, what: str, log: Callable[[str], None]
+    policy: Policy,
+    rows: Sequence[Row],
+    most: int,
+    cut: bool,
+    what: str,
+    log: Callable[[str], None],
+    fix: str,
 ) -> Encoded:
     """Those of the rows that are not too long."""
     if most < 1:
@@ -88,8 +96,7 @@ def _encode_prompts(
     if not kept:
         raise UsageError(
             f"none of {len(rows):,} {what} fits: the shortest has {min(map(len, every))} tokens, and"
-            f" {most} is the limit (the model's positions: {policy.positions or 'any'}); give"
-            " shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
+            f" {most} is the limit (the model's positions: {policy.positions or 'any'}); {fix}"
         )
     if shortened:
         log(f"{len(shortened):,} of {len(rows):,} {what} cut to their last {most:,} tokens")

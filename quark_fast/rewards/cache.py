@@ -77,10 +77,12 @@ class RewardCache:
         what = f"the reward cache {self.path} cannot be used ({error})"
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
         if code in _DISK:
-            return OutOfResources(f"{what}; what it holds is kept: fix that, then go on with --resume")
+            return OutOfResources(
+                f"{what}; what it holds is kept: fix that, then go on with --resume, or evaluate again"
+            )
         if code in _BUSY:
             return UsageError(f"{what}: another process is at work on it; wait for that, then go on")
-        return UsageError(f"{what}; delete it, or pass --reward-cache off")
+        return UsageError(f"{what}; delete it, and what it held is asked for again")
 
 
 _DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}

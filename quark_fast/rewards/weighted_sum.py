@@ -102,7 +102,8 @@ def waiting_for(rewards: Iterable[Reward]) -> dict[str, float]:
 def _measured(part: Reward) -> str:
     """What the tables call the values of a reward of which less is better."""
     label = getattr(part.function, "label", None)  # a classifier's
-    return str(label).lower() if label else part.name.rpartition(":")[2]
+    word = str(label).lower() if label else part.name.rpartition(":")[2]
+    return part.name if word == "reward" else word  # tables call a value of which more is better so
 
 
 # --------------------------------------------------------------------- the cache

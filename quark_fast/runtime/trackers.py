@@ -59,9 +59,9 @@ def start(accelerator: Accelerator, folder: Path, config: Mapping[str, Any], ste
         mark: the same for every start of the run, and no other run's.
     """
     if accelerator.log_with:
-        resuming = {"purge_step": step + 1} if step else {}
         name = {"name": str(folder), "resume": "allow"}
-        own = {"tensorboard": resuming, "trackio": name, "wandb": name | {"id": mark, "dir": str(folder)}}
+        void = {"purge_step": step + 1}
+        own = {"tensorboard": void, "trackio": name, "wandb": name | {"id": mark, "dir": str(folder)}}
         project = {name: str(value) if value is None else value for name, value in config.items()}
         accelerator.init_trackers("quark_fast", project, own)
 

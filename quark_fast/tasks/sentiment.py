@@ -37,7 +37,9 @@ def sentiment_reward(target: str) -> Reward:
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         return [(1 + sign * polarity(text)["compound"]) / 2 if text.strip() else None for text in completions]
 
-    version_of = f"vaderSentiment {version('vaderSentiment')}"
+    # Two opposite scales must not pass for one: a pool that ranked both would mean nothing.
+    opposite = "" if target == "positive" else f", of {target} text"
+    version_of = f"vaderSentiment {version('vaderSentiment')}{opposite}"
     return Reward(reward, "vader", version_of, VADER_WHEEL, unwanted(target))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,7 @@ class BestRound:
         if number:
             measured = self._keep(state, measured)
         else:
-            if any(map(math.isnan, measures.values())):
-                scorers = [setup.reward, *setup.judges]
-                setup.processes.on_rank_0(lambda: self.work.ask_again(comparison_stage(0), scorers))
-            with setup.processes.same_error():
-                self.goal.check_base(measures)
+            self._check_base(measures)
         state.measured.append(measured)
         self._show(number, self.total, self._numbers(measured, state), self._judged(state))
         return {
@@ -82,6 +78,19 @@ class BestRound:
             "intervals": {name: [one.low, one.high] for name, one in found.items()},
             "seconds": time.monotonic() - started,
         }
+
+    def _check_base(self, measures: Mapping[str, float]) -> None:
+        """Raise UsageError where the goal has no value to begin with; a resumed run scores anew."""
+        assert self.goal is not None
+        setup = self.setup
+        with setup.processes.same_error():
+            try:
+                self.goal.check_base(measures)
+            except UsageError:
+                if any(map(math.isnan, measures.values())):
+                    scorers = [setup.reward, *setup.judges]
+                    setup.processes.on_rank_0(lambda: self.work.ask_again(comparison_stage(0), scorers))
+                raise
 
     def _samples(self, number: int, row: TableRow, model: Any) -> list[Sample]:
         """Completions of the development prompts, the same on every process."""

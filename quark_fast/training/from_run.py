@@ -23,7 +23,7 @@ from quark_fast.training.stability import BadSteps
 NEEDED, SPLIT = ", which its weights and pool need", ": prompts that it was trained on could be held out"
 SAME = {
     **dict.fromkeys(("model", "quantiles", "prefix", "lora_rank", "lora_alpha", "lora_targets"), NEEDED),
-    **dict.fromkeys(("scored", "ties", "seed"), NEEDED),
+    **dict.fromkeys(("scored", "ties", "seed", "target"), NEEDED),
     **dict.fromkeys(("evaluate_on", "split_seed", "prompt_limit"), SPLIT),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from quark_fast.model.copies import exported_copy, whole_copy
 from quark_fast.model.export import write_export
 from quark_fast.report.columns import fill, find_column
 from quark_fast.report.files import NOT_EVALUATED, read_run
-from quark_fast.report.model_card import EMBEDDED_MODEL, write_card
+from quark_fast.report.model_card import EMBEDDED_MODEL, find_base, write_card
 from quark_fast.report.page import write_report
 from quark_fast.rewards.weighted_sum import waiting_for
 from quark_fast.rollout.sampling import Sampling
@@ -272,7 +273,7 @@ class Results:
                 write_export(setup.policy, scratch, exported, how, untie=setup.checked.untie)
                 if setup.config.export_adapter:
                     # The very weights: an export's own card names the base that it was made from.
-                    write_adapter(setup.policy, scratch, setup.config.model or EMBEDDED_MODEL)
+                    write_adapter(setup.policy, scratch, self._base_for_others())
             setup.folder.add_end(self._end(kept))
             run = read_run(setup.folder.at)
             write_report(setup.folder.at, run)
@@ -281,6 +282,13 @@ class Results:
 
         setup.processes.on_rank_0(write)
         self.listen(Progress("writing the model and the report", 1, 1))
+
+    def _base_for_others(self) -> str:
+        """What the adapter calls its base model: as the run does, but on the hub no folder of a machine."""
+        model = self.setup.config.model or EMBEDDED_MODEL
+        if self.setup.config.push_to_hub is None or not Path(model).is_dir():
+            return model
+        return find_base(model).hub_name or Path(model).resolve().name
 
     def _end(self, kept: dict[str, Any] | None) -> dict[str, Any]:
         """What the record of a finished run says of its end."""

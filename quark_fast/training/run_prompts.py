@@ -97,14 +97,23 @@ def read_prompts(
     )
 
 
+# How prompts that are too long get room.
+ROOM = "give shorter ones, lower max_new_tokens, raise max_prompt_tokens, or give --long-prompts cut"
+
+
 def encode_prompts(config: Config, policy: Policy, chosen: Chosen) -> RunPrompts:
     """The prompts as ids; those that are too long, or too short, are left out and counted."""
-    what, log = "texts" if config.prefix_tokens else "prompts", chosen.notes.append
-    train = EncodedPrompts.encoded(policy, chosen.train, config, what=f"training {what}", log=log)
-    held_out = EncodedPrompts.encoded(policy, chosen.held_out, config, what=f"held-out {what}", log=log)
+    what = "texts" if config.prefix_tokens else "prompts"
+
+    def encoded(whose: str, rows: list[Row]) -> EncodedPrompts:
+        return EncodedPrompts.encoded(
+            policy, rows, config, what=f"{whose} {what}", log=chosen.notes.append, fix=ROOM
+        )
+
+    train, held_out = encoded("training", chosen.train), encoded("held-out", chosen.held_out)
     development = None
     if chosen.development:
-        some = EncodedPrompts.encoded(policy, chosen.development, config, what=f"development {what}", log=log)
+        some = encoded("development", chosen.development)
         samples = DEVELOPMENT_SAMPLES if config.eval_temperature else 1
         development = dataclasses.replace(some, samples=samples, texts=())
     every = [*train.ids, *held_out.ids, *(development.ids if development else ())]

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 
 from quark_fast.arguments import load_config
 from quark_fast.config import Config
+from quark_fast.data.row import Rendered, to_file
 from quark_fast.errors import UsageError
 from quark_fast.evaluation import perplexity
 from quark_fast.evaluation.open_run import run_config
 from quark_fast.evaluation.perplexity import text_nll
 from quark_fast.evaluation.saved_tables import OUT_OF_DOMAIN, check_comparable
 from quark_fast.evaluation.side_by_side import Evaluated, Evaluator
-from quark_fast.evaluation.subjects import find_subject, find_subjects, labels
+from quark_fast.evaluation.subjects import Run, find_subject, find_subjects, labels
 from quark_fast.evaluation.summary import scorer_in_words
 from quark_fast.metrics import Sample, as_json, compare
 from quark_fast.model.loading import frozen
@@ -34,6 +35,8 @@ from quark_fast.report.tables import as_text
 from quark_fast.rewards.reward import NO_REWARD
 from quark_fast.rollout import transformers
 from quark_fast.rollout.sampling import SampleRequest
+from quark_fast.runtime.run_folder import COMPLETIONS, RunFolder
+from quark_fast.runtime.run_folder import PROMPTS as CHATS
 from quark_fast.tasks.by_name import choose_reward, find_task
 from quark_fast.training.trained import TrainedRun
 
@@ -451,6 +454,21 @@ def test_prompts_that_a_run_was_trained_on_are_counted(place: Path) -> None:
         kept.write_bytes(content)
 
 
+def test_chats_that_a_template_renders_otherwise_today_are_still_those_of_the_training(
+    tmp_path: Path,
+) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b", "c")]
+    then, today = (
+        [{"prompt": Rendered(f"{day} {chat[0]['content']}"), "messages": chat} for chat in chats]
+        for day in ("Monday", "Tuesday")
+    )
+    folder = RunFolder(tmp_path)
+    folder.write_rows(CHATS, map(to_file, then))
+    folder.write_rows(COMPLETIONS, ({"round": 0, "prompt": row["prompt"]} for row in then[:2]))
+    run = Run("run", tmp_path, Config())
+    assert [run.trained_on(rows) for rows in (then, today, today[2:])] == [2, 2, 0]
+
+
 # --- perplexity -----------------------------------------------------------------------------------
 
 
@@ -741,6 +759,10 @@ def test_texts_measured_behind_other_prompts_do_not_compare() -> None:
     check_comparable("now", now, "also now", dict(now))
     with pytest.raises(UsageError, match=r"now and before do not compare: tokens of a text .* 32 in .*16 in"):
         check_comparable("now", now, "before", {**now, "text_prompt_tokens": 16})
+    # One reward for two targets, under a task that has none.
+    down, up = ({**now, "property": name} for name in ("negativity", "positivity"))
+    with pytest.raises(UsageError, match=r"do not compare: what is measured negativity .* positivity in the"):
+        check_comparable("down", down, "up", up)
 
 
 def test_guided_rows_of_two_nuclei_do_not_stand_side_by_side(place: Path, tmp_path: Path) -> None:

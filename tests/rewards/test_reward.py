@@ -853,7 +853,7 @@ def test_what_was_left_out_is_asked_again_when_forgotten(counted: Any) -> None:
         ("SQLITE_FULL", 4, "then go on with --resume"),
         ("SQLITE_IOERR_WRITE", 4, "then go on with --resume"),
         ("SQLITE_BUSY", 2, "another process is at work on it"),
-        ("SQLITE_CORRUPT", 2, "delete it, or pass --reward-cache off"),
+        ("SQLITE_CORRUPT", 2, "delete it, and what it held is asked for again"),
     ],
 )
 def test_cache_that_fails_says_what_to_do_and_only_a_broken_one_is_to_be_deleted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -55,6 +56,18 @@ def test_run_ends_with_its_whole_model_folder_in_the_repository(
         "me/kind"
     ].keys()
     assert hub.private == {"me/kind": True}
+
+
+def test_adapter_of_a_repository_names_no_folder_of_this_machine(
+    hub: Hub, tmp_path: Path, tiny_model: Make
+) -> None:
+    model = tiny_model()
+    named = {"lora_rank": 4, "export_adapter": True}
+    for given, base in (({"push_to_hub": "me/kind"}, model.name), ({}, str(model))):
+        folder = trainer(tmp_path / f"run{len(given)}", model, **named, **given).train().folder
+        about = json.loads((folder / "model" / "adapter" / "adapter_config.json").read_text())
+        assert about["base_model_name_or_path"] == base
+    assert not any(str(model).encode() in content for content in hub.repositories["me/kind"].values())
 
 
 def test_repository_that_is_there_is_written_to_and_public_is_what_the_hub_decides(

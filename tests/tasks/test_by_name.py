@@ -41,6 +41,9 @@ def threes(prompts, completions, label, **columns):
 
 async def slow(prompts, completions, **columns):
     return [len(c) for c in completions]
+
+def reward(prompts, completions, **columns):
+    return [len(c) for c in completions]
 """
 
 
@@ -244,6 +247,8 @@ def test_sum_names_its_parts_and_only_a_complement_measures_a_property(
     assert reward.property is None
     assert load_reward("1 - my_rewards:length").property == "length"
     assert load_reward("1 - my_rewards:length").name == "1 - my_rewards:length"
+    # Tables take "reward" for a value of which more is better.
+    assert load_reward("1 - my_rewards:reward").property == "my_rewards:reward"
     specs = ("2*toxicity", "-1*toxicity", "toxicity", "-1*my_rewards:length", "1 - my_rewards:length")
     assert len({load_reward(spec).sha256 for spec in specs}) == len(specs)
 

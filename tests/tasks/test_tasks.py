@@ -71,6 +71,8 @@ def test_sentiment_property_is_what_should_fall() -> None:
         "vaderSentiment 3.3.2",
         "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311",
     ]
+    # The two are opposite scales: no pool holds both.
+    assert sentiment.sentiment_reward("negative").identity[1] == "vaderSentiment 3.3.2, of negative text"
 
 
 def test_words_of_the_quantiles_rise_with_the_reward() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -422,6 +423,37 @@ def test_scorer_that_was_silent_for_the_base_model_is_asked_again_at_a_resume(
     works[0] = True
     run(tmp_path / "run", model, reward=reward, keep_best="reward:max", resume=True)
     assert len(rewards(tmp_path / "run")) == 1 + SHORT["rounds"]
+
+
+def test_judge_that_no_goal_asks_has_no_completion_scored_twice_where_it_is_silent(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = (
+        "works = [True]\ndef judge(prompts, completions, **_): return [works[0] or None for _ in prompts]"
+    )
+    (tmp_path / "silent.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    works = importlib.import_module("silent").works
+    model, asked = tiny_model(), [0]
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        asked[0] += len(prompts)
+        return even_words(prompts, completions)
+
+    def stop(progress: Progress) -> None:
+        works[0] = progress.stage == "start and check" and not progress.finished
+        if progress.stage == "round 1/4: sampling":
+            raise Killed
+
+    settings: dict[str, Any] = {"reward": reward, "judge": "silent:judge"}
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, listen=stop, **settings)
+    first, asked[0] = asked[0], 0
+    assert first > 0, "the base model's completions of development prompts"
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", model, listen=stop, resume=True, **settings)
+    assert asked[0] == 0, "the base model has its rewards"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_what_a_run_cannot_go_on_from_is_refused_in_one_line(tmp_path: Path, tin
     refused(r"model = '.*', but the run in .* give that, or train anew", model=str(tiny_model("gpt2")))
     refused(r"the training prompts are not those that the run in .*run began with", {"prompts": PROMPTS[:20]})
     refused(r"evaluate_on = 'development', but the run in .*run has 'test'", evaluate_on="development")
+    refused(r"target = 'negative', but the run in .*run has 'positive', which its .* pool", target="negative")
     refused(r"prompt_limit = 9, but the run in .*run has 0", prompt_limit=9)
     refused(r"keep_best = 'reward:max', but the run in .*run has ''", keep_best="reward:max")
     refused(r"--from .*nothing: no run folder", from_run=str(tmp_path / "nothing"))
@@ -194,6 +196,18 @@ def test_folder_that_another_run_takes_meanwhile_is_left_as_it_is(
         trainer(further(config, taken))
     left = {path.name: path.read_text() for path in taken.iterdir()}
     assert left == dict.fromkeys(("config.yaml", "metrics.jsonl", "completions.jsonl"), "{}\n")
+
+
+def test_tokens_of_the_earlier_run_have_their_rows_where_one_alone_is_trained_now(
+    tmp_path: Path, tiny_model: Make
+) -> None:
+    config = small(tmp_path / "run", tiny_model(), **SHORT | LORA, eval_rows="ends")
+    trainer(config).train()
+    alone = {"contrast_coef": 0.0, "quantile_weights": "best"}
+    assert dataclasses.replace(config, **alone).one_token
+    folder = trainer(dataclasses.replace(further(config, tmp_path / "more"), **alone)).train().folder
+    names = [row["name"] for row in json.loads((folder / "evaluation.json").read_text())["rows"]]
+    assert names == ["base model", "best token", "guided w=1.5", "worst token"]
 
 
 def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_path: Path) -> None:

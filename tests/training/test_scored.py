@@ -109,6 +109,11 @@ def test_what_cannot_be_used_is_counted_and_a_file_without_rewards_is_to_be_scor
     assert counts.startswith("4 read, left out: ")
     for reason in ("1 without a reward", "1 without a completion", "1 with a prompt that is empty"):
         assert reason in counts
+    # Not the same as a file without rewards, nor as none.
+    records = [{"prompt": "p", "completion": "c", "reward": None}, good | {"completion": ""}]
+    reasons = r"no completion to use; 1 without a completion; 1 without a reward; it has 'prompt'"
+    with pytest.raises(UsageError, match=reasons):
+        load_scored(written(path, records), None, NO_CHAT)
     found, counts = load_scored(written(path, [{"prompt": "p", "completion": "c"}] * 2), None, NO_CHAT)
     assert ([one.reward for one in found], counts) == ([None, None], "2 read")
 
@@ -442,6 +447,14 @@ def test_rewards_are_compared_at_random_and_with_a_reward_that_is_cached(first: 
     model, given = tmp_path / "model", {"held_out": str(tmp_path / "held.jsonl"), "scored": scored}
     with pytest.raises(UsageError, match=r"of 32 looked at\): 0 for ' c'"):
         Trainer(small(tmp_path / "second", model, **SHORT | given), reward=one_at_a_time)
+    told = [one | {"completion": " b", "reward": 0.9999 if i % 10 else 7.0} for i, one in enumerate(records)]
+    written(
+        tmp_path / "pairs.jsonl",
+        [{k: v for k, v in one.items() if k not in ("chosen", "rejected")} for one in told],
+    )
+    some = Trainer(small(tmp_path / "some", model, **SHORT | given), reward=one_at_a_time)
+    (said,) = (note for note in some.setup.prompts.notes if "looked at" in note)
+    assert "(2 of 20 looked at): 7 for ' b', which" in said and "the others agree" in said
     own = [one | {"completion": " b", "reward": 0.9999} for one in records] + [
         one | {"completion": " a", "reward": 0.5}
         for one in records  # which the reward leaves out
