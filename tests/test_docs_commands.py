@@ -158,8 +158,6 @@ def test_tables_are_those_of_the_files_of_results(monkeypatch: pytest.MonkeyPatc
         assert peers.markdown(beside) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
         if task == "toxicity":
             assert peers.short_markdown(beside) in (ROOT / "README.md").read_text(encoding="utf-8")
-    earlier = json.loads((task_tables.RESULTS / "peers-toxicity-earlier.json").read_text())
-    assert peers.markdown(earlier) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     over_minutes = json.loads((task_tables.RESULTS / "peers-toxicity-minutes.json").read_text())
     assert peers_minutes.table(over_minutes) in (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     judges = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
