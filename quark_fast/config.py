@@ -225,10 +225,10 @@ class Config(
     def one_token(self) -> bool:
         """Whether one reward token alone is trained, whose row all others then have.
 
-        Not of a run that goes on from another, which may have trained others before.
+        Where there are several, not of a run that goes on from another, which may have trained them before.
         """
         if self.from_run is not None:
-            return False
+            return self.quantiles == 1
         drawn = {k for k, share in enumerate(self.quantile_shares()) if share}
         mirrors = {self.quantiles - 1 - k for k in drawn if self.contrast_coef}
         return len(drawn | mirrors) == 1

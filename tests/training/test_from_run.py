@@ -208,6 +208,8 @@ def test_tokens_of_the_earlier_run_have_their_rows_where_one_alone_is_trained_no
     folder = trainer(dataclasses.replace(further(config, tmp_path / "more"), **alone)).train().folder
     names = [row["name"] for row in json.loads((folder / "evaluation.json").read_text())["rows"]]
     assert names == ["base model", "best token", "guided w=1.5", "worst token"]
+    single = Config(quantiles=1, from_run="runs/one", contrast_coef=0.0)
+    assert single.one_token and single.guidances() == []
 
 
 def test_flags_win_over_the_settings_of_the_run_and_its_folder_is_numbered(tmp_path: Path) -> None:
