@@ -88,7 +88,7 @@ def _try_adapters(policy: Policy) -> str | None:
         for weight in heard:
             weight.add_(weight.grad, alpha=0.1 / float(weight.grad.abs().max()))
         trained = logits_alone(policy, model, ids)
-        merge_adapters(model, lambda weights: weights)
+        merge_adapters(model, lambda _, weights: weights)
         merged = logits_alone(policy, model, ids)
     assert gap_of(model, trained, before.detach()) > 0.01, "such a step shows"
     assert gap_of(model, merged, trained) < tolerance_of(model), "merged they are the same model"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import build_glob_alternation
 
 from quark_fast.model.loading import decode_fast, frozen
 from quark_fast.model.lora import drop_adapters, has_adapters, merge_adapters
@@ -32,8 +33,16 @@ def whole_copy(policy: Policy, dtype: torch.dtype) -> Any:
 
 
 def _copy(policy: Policy, converted: Callable[[Tensor], Tensor], dtypes: Sequence[torch.dtype]) -> Any:
-    """A copy whose weights are ``converted`` one by one; buffers go through the dtypes to the last."""
+    """A copy whose weights are ``converted`` one by one; buffers go through the dtypes to the last.
+
+    Weights that a model loaded in one of these dtypes has in float32, such as a router's, stay as they are.
+    """
     own = dict(policy.model.named_parameters())
+    wide = {name for dtype in dtypes for name in _own_dtypes(policy, dtype)}
+
+    def converted_of(name: str, weights: Tensor) -> Tensor:
+        return weights if name.replace(".base.", ".") in wide else converted(weights)
+
     sharded = is_sharded(policy.model)
     _forget_graphs(policy.model)
     model = _same_weights(policy.unsharded if sharded else policy.model)
@@ -45,15 +54,15 @@ def _copy(policy: Policy, converted: Callable[[Tensor], Tensor], dtypes: Sequenc
         model.set_input_embeddings(RewardEmbedding(base, embedding.first_id, rows))
         hide_reward_tokens(model, policy.other_tables, policy.vocabulary)
     elif has_adapters(model):
-        done.update(map(id, merge_adapters(model, converted)))
+        done.update(map(id, merge_adapters(model, converted_of)))
     # Not model.to(dtype), which would round the rotary frequencies, too.
     for dtype in dtypes:
-        _cast_buffers(policy, model, dtype)
+        _cast_buffers(model, _own_dtypes(policy, dtype))
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
             continue
         before = whole(own[name].detach()) if sharded else parameter.data
-        after = converted(before).to(parameter.device)
+        after = converted_of(name, before).to(parameter.device)
         parameter.data = after.clone() if after.data_ptr() == before.data_ptr() else after
     model.config.dtype = dtypes[-1]
     return model
@@ -96,15 +105,13 @@ class SharedCopy:
         self._model = None
 
 
-def _cast_buffers(policy: Policy, model: Any, dtype: torch.dtype) -> None:
-    """Give a copy's buffers the dtypes that they have in a model loaded in ``dtype``.
+def _cast_buffers(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give a copy's buffers these dtypes.
 
-    Rotary frequencies are float32 in any; masks, decays or positions may not be.
+    Rotary frequencies are float32 in any model; masks, decays or positions may not be.
     """
-    if dtype not in policy._buffers:
-        policy._buffers[dtype] = _buffer_dtypes(model, dtype)
     for name, buffer in model.named_buffers():
-        wanted = policy._buffers[dtype].get(name.replace(".base.", "."), buffer.dtype)
+        wanted = dtypes.get(name.replace(".base.", "."), buffer.dtype)
         if buffer.is_floating_point() and wanted.is_floating_point:
             buffer.data = buffer.data.to(wanted)
 
@@ -132,11 +139,24 @@ def _forget_graphs(model: Any) -> None:
                 setattr(module, name, value.detach())
 
 
-def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Of a model of this kind when it is made in ``dtype``; nothing where it cannot be made without data."""
-    try:
-        with torch.device("meta"):
-            made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    except Exception:  # foreign code fails in any way; check_reading.py finds what does not fit then
-        return {}
-    return {name: buffer.dtype for name, buffer in made.named_buffers()}
+def _own_dtypes(policy: Policy, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """What a model of this kind loaded in ``dtype`` has in a dtype of its own: its buffers, and the weights
+    that stay in float32; nothing where it cannot be made without data."""
+    if dtype not in policy._dtypes:
+        try:
+            with torch.device("meta"):
+                made = type(policy.model)._from_config(copy.deepcopy(policy.model.config), dtype=dtype)
+            policy._dtypes[dtype] = dict(_dtypes_apart(made, dtype))
+        except Exception:  # foreign code fails in any way; check_reading.py finds what does not fit then
+            policy._dtypes[dtype] = {}
+    return policy._dtypes[dtype]
+
+
+def _dtypes_apart(made: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype]]:
+    yield from ((name, buffer.dtype) for name, buffer in made.named_buffers())
+    # As from_pretrained has it: parts of names, or parameters that the model itself makes in float32.
+    plan = list(made._get_dtype_plan(dtype))
+    named = build_glob_alternation(plan)[0].search if plan else lambda _: None
+    for name, parameter in made.named_parameters():
+        if parameter.dtype != dtype or named(name):
+            yield name, torch.float32

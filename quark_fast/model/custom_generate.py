@@ -30,6 +30,10 @@ from transformers import (
 )
 
 BEST, WORST = -1, -1
+# Layers of states alone, which take a mask for what they read now, not for what they have read.
+MASKED_ONCE = ("falcon_mamba", "mamba")
+# The state of a text is kept in the model, where a second text would overwrite it.
+ONE_TEXT = ("recurrent_gemma",)
 
 
 class Guidance(LogitsProcessor):
@@ -76,7 +80,9 @@ class Guidance(LogitsProcessor):
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         if self.cache is not None:
             ids, positions = ids[:, -1:], positions[:, -1:]
-        inputs = {"attention_mask": self.mask, "position_ids": positions, self.cache_name: self.cache}
+        read = self.cache is not None and self.model.config.model_type in MASKED_ONCE
+        mask = None if read else self.mask
+        inputs = {"attention_mask": mask, "position_ids": positions, self.cache_name: self.cache}
         inputs["logits_to_keep"] = 1  # of a long prompt, all would take gigabytes
         given = {name: value for name, value in inputs.items() if name in self.takes}
         # A model without a cache by either name reads the whole text again for every token.
@@ -107,8 +113,9 @@ def generate(
     """As ``model.generate``, with ``guidance``.
 
     Raises:
-        ValueError: ``guidance`` is not finite, a text has no best token in front, decoding is by beams or
-            assisted (their texts change places, or are taken back), or a setting would act before the mix.
+        ValueError: ``guidance`` is not finite, a text has no best token in front, the model keeps a text's
+            state in itself, decoding is by beams or assisted (their texts change places, or are taken back),
+            or a setting would act before the mix.
     """
     ids = inputs if input_ids is None else input_ids
     processors = LogitsProcessorList(logits_processor or [])
@@ -125,6 +132,11 @@ def generate(
         if ids is None or not bool((ids == BEST).any(dim=1).all()):
             raise ValueError(
                 f"guidance: token {BEST} must stand before every text; use this folder's tokenizer"
+            )
+        if (kind := model.config.model_type) in ONE_TEXT:
+            raise ValueError(
+                f"guidance: {kind} keeps a text's state in the model, where those after the best and the"
+                " worst token would overwrite one another; sample by python -m quark_fast.generate RUN"
             )
         if (setting("num_beams") or 1) > 1:
             raise ValueError("guidance: beams are not supported; leave num_beams at 1")

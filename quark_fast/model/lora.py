@@ -200,19 +200,19 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def merge_adapters(model: Any, converted: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def merge_adapters(model: Any, converted: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
     """W + alpha / rank B A in place of each weight, and no adapter any more; these weights.
 
     Args:
         model: may share the memory of its weights with another, which keeps its own.
-        converted: from the float32 sum to what is kept of it.
+        converted: from a weight's name and the float32 sum to what is kept of it.
     """
     merged = []
     for name, layer in list(adapted_layers(model)):
         base = layer.get_base_layer()
         base.weight.data = base.weight.data.to(torch.float32, copy=True)
         layer.merge()
-        base.weight.data = converted(base.weight.data)
+        base.weight.data = converted(f"{name}.weight", base.weight.data)
         model.set_submodule(name, base)
         merged.append(base.weight)
     _forget_adapters(model)

@@ -66,7 +66,11 @@ class Policy:
         self.tokenizer = tokenizer
         self.other_tables: list[str] = []
         own = {name: buffer.dtype for name, buffer in model.named_buffers()}
-        self._buffers: dict[torch.dtype, dict[str, torch.dtype]] = {model.dtype: own}
+        own |= {
+            name: weight.dtype for name, weight in model.named_parameters() if weight.dtype != model.dtype
+        }
+        # What has a dtype of its own in a model loaded in a dtype: ``copies._own_dtypes`` adds others.
+        self._dtypes: dict[torch.dtype, dict[str, torch.dtype]] = {model.dtype: own}
         auto = prefix == "auto"
         self.prefix_text = opening(tokenizer) if auto else prefix
         self.prefix: list[int] = opening_ids(tokenizer) if auto else []

@@ -222,7 +222,7 @@ def _check_model(
     """Try out reading, sampling, a training step and, on rank 0, which writes it, the export."""
     near = folder.nearest
     try:
-        return check_model(
+        checked = check_model(
             policy,
             reference,
             near if processes.main else None,
@@ -239,6 +239,12 @@ def _check_model(
             f"cannot write an export to {near}, to try it out: {what}; make room there, or choose another"
             " --output"
         ) from error
+    if config.export_adapter and policy.other_tables:
+        raise UsageError(
+            f"export_adapter: the model also looks tokens up in {', '.join(policy.other_tables)}, whose rows"
+            " for the reward tokens an adapter does not hold; leave it out: the export has them"
+        )
+    return checked
 
 
 def _keep_rewards(setup: Setup) -> None:

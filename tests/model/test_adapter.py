@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_runs import PROMPTS, SHORT, even_words, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,6 +59,14 @@ def test_adapter_on_the_base_model_has_the_logits_of_the_merged_export(
         auto = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(auto(ids).logits[..., :vocabulary], found, rtol=1e-4, atol=1e-4)
+
+
+def test_model_with_another_table_of_tokens_is_refused_before_the_work(tmp_path: Path) -> None:
+    ARCHITECTURES["gemma4_text"].save(tmp_path / "model")
+    config = small(tmp_path / "run", tmp_path / "model", lora_rank=4, export_adapter=True, **SHORT)
+    with pytest.raises(UsageError, match=r"export_adapter: the model also .* model\.embed_tokens_per_layer,"):
+        Trainer(config, reward=even_words, prompts=PROMPTS, held_out=PROMPTS[:4])
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_adapters_there_is_none_to_write(tmp_path: Path) -> None:

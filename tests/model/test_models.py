@@ -281,6 +281,28 @@ def test_export_is_trained_on_with_fewer_quantiles(case: Case, tmp_path: Path) -
     assert check_export(again, tmp_path, {}, untie=True) == (True, [])
 
 
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "recurrent_gemma"])
+def test_guided_text_of_models_of_states_is_ours_or_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    _, policy = try_out(ARCHITECTURES[kind], tmp_path / "model")
+    assert policy is not None
+    write_export(policy, tmp_path / "export", whole_copy(policy, torch.float32), {}, untie=True)
+    model, tokenizer = (c.from_pretrained(tmp_path / "export") for c in (AutoModelForCausalLM, AutoTokenizer))
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    given = {"custom_generate": str(tmp_path / "export"), "trust_remote_code": True, "do_sample": False}
+    given |= {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    if kind == "recurrent_gemma":
+        with pytest.raises(ValueError, match="recurrent_gemma keeps a text's state in the model"):
+            model.generate(**batch, guidance=2.0, **given)
+        return
+    prompts = [policy.encode(text) for text in TEXTS]
+    ours = greedy(policy, frozen_copy(policy, torch.float32), prompts, Conditioning(2, 0, 2.0))
+    theirs = model.generate(**batch, guidance=2.0, **given)[:, batch["input_ids"].shape[1] :].tolist()
+    assert theirs == ours
+
+
 # --- Every architecture ----------------------------------------------------------------------------
 
 

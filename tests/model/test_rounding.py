@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import export, save_tiny_model, sharpen
 from rich.console import Console
 from safetensors.torch import load_file
@@ -196,3 +197,24 @@ def test_benchmark_rounds_a_float32_export_both_ways_and_refuses_another(
     assert [row["name"] for row in found["rows"]] == ["base model", *found["weights_moved"]]
     whole, nearest, stochastic = found["weights_moved"].values()
     assert whole > 0.9 > stochastic > 2 * nearest
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "hunyuan_v1_moe", "olmo_hybrid"])
+@pytest.mark.parametrize("lora", [Lora(4, 8.0), None])
+def test_weights_that_a_model_keeps_in_float32_are_those_of_the_base_in_every_copy(
+    tmp_path: Path, kind: str, lora: Lora | None
+) -> None:
+    ARCHITECTURES[kind].save(tmp_path / "model")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    wide = {name: one for name, one in made.named_parameters() if one.dtype == torch.float32}
+    assert wide, "a router, or the decay of a state"
+    for one in wide.values():
+        one.data += 1e-4 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))
+    made.save_pretrained(tmp_path / "model")
+    low = {"lora": lora, "low": torch.bfloat16} if lora else {}
+    policy = Policy.create(str(tmp_path / "model"), quantiles=2, **low)
+    for copied in (whole_copy(policy, torch.bfloat16), exported_copy(policy, torch.float32)):
+        found = dict(copied.named_parameters())
+        for name, one in wide.items():
+            assert found[name].dtype == torch.float32
+            torch.testing.assert_close(found[name].data, one.data, rtol=0, atol=0)
