@@ -491,7 +491,7 @@ def test_file_that_is_no_cache_is_refused_with_the_mend(tmp_path: Path, content:
     (tmp_path / "r.sqlite").write_bytes(content)
     for path in (tmp_path / "r.sqlite", tmp_path / "nowhere" / "r.sqlite"):
         for use in (lambda cache: cache.find([key(1)]), lambda cache: cache.add({key(1): 1.0})):
-            with pytest.raises(UsageError, match=r"r\.sqlite cannot be used .*--reward-cache off"):
+            with pytest.raises(UsageError, match=r"r\.sqlite cannot be used .*delete it, and what it held"):
                 use(RewardCache(path))
 
 
